@@ -1,0 +1,191 @@
+"""The command line `mealv2`: flags -> one frozen config -> one stage -> its report.
+
+Options are built from the dataclasses in pipeline.config, the only place with defaults. torch is
+imported only when a stage runs. The report goes to stdout as one JSON line, all talk to stderr.
+"""
+
+import dataclasses
+import errno
+import importlib
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mealv2
+from mealv2.errors import ConfigError, MealError
+from pipeline import config as configs
+
+# A run that is resumed keeps its settings, but for these.
+RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
+
+EXAMPLES = {
+    "precompute": "mealv2 precompute --data-dir imagenet --num-views 30 --out labels "
+    "--teacher senet154.gluon_in1k --teacher resnet152s.gluon_in1k",
+    "distill": "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k",
+    "finetune": "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20",
+    "evaluate": "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student",
+    "demo": "mealv2 demo --seeds 5",
+}
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 label set damaged or not "
+    "matching, 4 stopped by a signal after saving.",
+)
+@click.version_option(mealv2.__version__, prog_name="mealv2")
+def cli() -> None:
+    """Label images once with an ensemble of teachers, distil any number of students (MEAL V2)."""
+
+
+def main() -> None:
+    """Run the command line and exit with the documented code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MealError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped; what was finished is kept: run the same command again to go on", 4)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        hint = {errno.ENOSPC: "; free some room and run the same command again"}.get(
+            error.errno, ""
+        )
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
+
+
+def _fail(message: str, code: int) -> typing.NoReturn:
+    click.echo(f"mealv2: {message}", err=True)
+    sys.exit(code)
+
+
+def _add_command(name: str, config: type[configs.Machine]) -> None:
+    """Make `mealv2 NAME` from a config class; the stage is pipeline.NAME."""
+
+    def command(config_file: Path | None, **values: Any) -> None:
+        if values.get("resume") is not None:
+            values = _resumed(values, click.get_current_context())
+        stage = importlib.import_module(f"pipeline.{name}")
+        report = stage.run(config.from_json(values))
+        click.echo(json.dumps(report))
+
+    text = f"{config.__doc__}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
+    command = click.option(
+        "--config",
+        "config_file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=True,
+        callback=_read_config,
+        help="JSON file of settings, such as RUN/config.json; flags go before it.",
+    )(command)
+    for field in reversed(dataclasses.fields(config)):
+        command = _option(field)(command)
+    cli.command(name, help=text)(command)
+
+
+def _option(field: "dataclasses.Field[Any]") -> Any:
+    """Return the click option of a config field."""
+    flag = configs.flag(field.name)
+    has_default = field.default is not dataclasses.MISSING
+    default = field.default if has_default else None
+    shown = field.metadata["shown"]
+    text = field.metadata["help"]
+    settings: dict[str, Any] = {"default": default, "show_default": shown or has_default}
+    kind = _without_none(field.type)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", help=text, **settings)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if items[-1] is Ellipsis:
+            settings |= {"multiple": True, "default": default or ()}
+        else:
+            settings["nargs"] = len(items)
+        kind = items[0]
+    if not has_default:
+        text = f"{text}  [required]"
+    if typing.get_origin(kind) is typing.Literal:
+        settings["type"] = click.Choice(typing.get_args(kind))
+    else:
+        settings["type"] = click.Path(path_type=Path) if kind is Path else kind
+    names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
+    return click.option(flag, *names, help=text, **settings)
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Make a JSON file's settings the defaults of the other options."""
+    if path is not None:
+        known = {parameter.name for parameter in context.command.params}
+        context.default_map = _settings(path, known)
+    return path
+
+
+def _settings(path: Path, known: set[str | None]) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object of settings")
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
+    """Return the settings of the run to resume; a flag that contradicts them is an error."""
+    path = values["resume"] / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"no run at {values['resume']}: it has no config.json")
+    kept = _settings(path, {parameter.name for parameter in context.command.params})
+    for name, value in values.items():
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if name in RESUMABLE:
+            if given:
+                kept[name] = value
+        elif given and _plain(value) != kept.get(name):
+            raise ConfigError(
+                f"{configs.flag(name)} {value} contradicts the run, which has {kept.get(name)}; "
+                "leave it out, or start a new run"
+            )
+    return {**kept, "resume": values["resume"]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _folded(example: str) -> str:
+    return example.replace(" --out", " \\\n      --out")
+
+
+for _name, _config in {
+    "precompute": configs.PrecomputeConfig,
+    "distill": configs.DistillConfig,
+    "finetune": configs.FinetuneConfig,
+    "evaluate": configs.EvaluateConfig,
+}.items():
+    _add_command(_name, _config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The teachers together: each with its own normalisation, the mean of their softmax outputs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class EnsembleOutput(NamedTuple):
+    """What an ensemble says about B views: ``probs_BC`` sums to 1 per row; both float32."""
+
+    probs_BC: Tensor
+    mean_logits_BC: Tensor
+
+
+def combine(logits_TBC: Tensor) -> EnsembleOutput:
+    """Average T teachers: the mean of their softmax outputs and the mean of their logits, float32.
+
+    Source: paper eq. 1; official models/ensemble (the mean of probabilities, not of logits).
+    """
+    logits_TBC = logits_TBC.float()
+    # q = (1/T) sum_t softmax(z_t);  m = (1/T) sum_t z_t
+    return EnsembleOutput(torch.softmax(logits_TBC, dim=-1).mean(dim=0), logits_TBC.mean(dim=0))
+
+
+class TeacherEnsemble(nn.Module):
+    """Frozen teachers that answer a batch of views.
+
+    ``teachers``: modules that map images to logits with the same class count, such as
+    ``mealv2.models.Classifier``, which normalises with the model's own mean and std. They are put
+    into eval mode, and stay there whatever ``train()`` is called above them; no gradient flows.
+    ``forward`` takes B x 3 x H x W, uint8 or float in [0, 1]. Raises ValueError without teachers.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not teachers:
+            raise ValueError("an ensemble needs at least one teacher")
+        self.teachers = nn.ModuleList(teachers)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "TeacherEnsemble":
+        """Stay in eval mode: teachers never learn, nor update their batch statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def teacher_logits(self, images_BCHW: Tensor) -> Tensor:
+        """Return each teacher's logits, float32 T x B x C."""
+        return torch.stack([teacher(images_BCHW).float() for teacher in self.teachers])
+
+    def forward(self, images_BCHW: Tensor) -> EnsembleOutput:
+        return combine(self.teacher_logits(images_BCHW))

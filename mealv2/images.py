@@ -1,0 +1,200 @@
+"""Image sources: stable keys and decoded pixels; and how a view becomes pixels."""
+
+import io
+import os
+import stat
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from mealv2.errors import ConfigError, DataError
+from mealv2.views import View, evaluation_resize
+
+# torchvision: the file names that ImageFolder takes for images
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# What a manifest says about how a view became pixels.
+INTERPOLATION = "bilinear, antialias (PIL)"
+
+
+class ImageSource(Protocol):
+    """Images by position: a key, a class and encoded bytes each, in an order of the source's."""
+
+    @property
+    def name(self) -> str:
+        """What to call the source in messages."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The stable text id of each image, unique, in the source's order."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The class id of each image."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """The size in bytes of each encoded image."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The class names, by class id."""
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+
+
+class ImageFolder:
+    """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
+
+    Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
+    follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
+    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Raises ConfigError for a missing
+    folder or an empty class.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        self.name = str(Path(root) / split)
+        self.folder = Path(root) / split
+        self.split = split
+        self.classes = _class_names(self.folder)
+        rows = [
+            (key, class_id, size, path)
+            for class_id, name in enumerate(self.classes)
+            for key, size, path in _images_of(self.folder, name)
+        ]
+        rows.sort(key=lambda row: row[0])
+        self.keys = [row[0] for row in rows]
+        self.labels = [row[1] for row in rows]
+        self.sizes = [row[2] for row in rows]
+        self._paths = [row[3] for row in rows]
+        for before, after in zip(rows, rows[1:], strict=False):
+            if before[0] == after[0]:
+                raise ConfigError(
+                    f"{before[3]} and {after[3]} differ only in how Unicode spells them; rename one"
+                )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+        return Path(self._paths[position]).read_bytes()
+
+
+def fingerprint(source: ImageSource) -> str:
+    """Return a SHA-256 (hex) over the class names and every image's key, byte size and class."""
+    digest = sha256()
+    for name in source.classes:
+        digest.update(f"class\0{name}\n".encode())
+    for key, size, label in zip(source.keys, source.sizes, source.labels, strict=True):
+        digest.update(f"{key}\0{size}\0{label}\n".encode())
+    return digest.hexdigest()
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an encoded image to RGB as torchvision's ImageFolder loader does.
+
+    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason when the
+    bytes are no image, end too early or unpack to a decompression bomb; the caller knows the name.
+    """
+    if not data:
+        raise DataError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # odd palettes and EXIF blocks decode as they do elsewhere
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+    except PIL.UnidentifiedImageError:
+        raise DataError("not an image that PIL can read") from None
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
+        raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
+
+
+def cut(image: Image.Image, view: View, img_size: int) -> np.ndarray:
+    """Return a view of a decoded image as uint8 (img_size, img_size, 3).
+
+    Crop first, then PIL's antialiased bilinear resize, then the flip: torchvision's order.
+    """
+    box = (view.left, view.top, view.left + view.width, view.top + view.height)
+    pixels = np.asarray(image.crop(box).resize((img_size, img_size), Image.Resampling.BILINEAR))
+    return pixels[:, ::-1] if view.flip else pixels
+
+
+def centre_crop(image: Image.Image, img_size: int) -> np.ndarray:
+    """Return the evaluation view as uint8 (img_size, img_size, 3).
+
+    Resize the shorter side to int(256 / 224 * size), crop the centre (official get_val_loader).
+    """
+    width, height = image.size
+    short = evaluation_resize(img_size)
+    # torchvision: the longer side is int(short * long / short side)
+    if width <= height:
+        new_width, new_height = short, max(short, int(short * height / width))
+    else:
+        new_width, new_height = max(short, int(short * width / height)), short
+    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    left, top = round((new_width - img_size) / 2), round((new_height - img_size) / 2)
+    return np.asarray(resized.crop((left, top, left + img_size, top + img_size)))
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
+        raise ConfigError(
+            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE "
+            f"(folders in {folder.parent}: {there})"
+        )
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not names:
+        raise ConfigError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE.jpg")
+    return names
+
+
+def _images_of(folder: Path, class_name: str) -> list[tuple[str, int, str]]:
+    """List (key, size in bytes, path) of the images under a class folder, links followed."""
+    found = []
+    for where, folders, files in os.walk(folder / class_name, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            if name[0] != "." and name.lower().endswith(EXTENSIONS):
+                path = Path(where) / name
+                found.append((_key_of(path, folder), _size_of(path), str(path)))
+    if not found:
+        raise ConfigError(
+            f"class folder {folder / class_name} holds no image ({', '.join(EXTENSIONS)}); "
+            "add images or remove the folder"
+        )
+    return found
+
+
+def _key_of(path: Path, folder: Path) -> str:
+    key = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"the file name {path!r} is not valid UTF-8; rename it") from None
+    return key
+
+
+def _size_of(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0  # a dangling link: reading it will name it
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

@@ -1,0 +1,133 @@
+"""LabelSet: open a finished label set, look labels up by (key, view)."""
+
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mealv2.errors import LabelSetError
+from mealv2.label_set.manifest import read_manifest
+from mealv2.label_set.shard import column_offsets, shard_keys
+
+
+class Lookup(NamedTuple):
+    """Labels of N views: class ids int64, probabilities float32, most likely first unless dense."""
+
+    indices_NK: np.ndarray
+    probs_NK: np.ndarray
+
+
+class LabelSet:
+    """The labels of one role of a label set: ``train``, many views, or ``val``, the centre crop.
+
+    Length is the number of labelled images. Shards are read through memory maps made at first use,
+    so that an open set can be handed to worker processes.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], role: str) -> None:
+        plan = manifest["plan"]
+        self.folder = folder
+        self.manifest = manifest
+        self.role = role
+        self.classes: list[str] = plan["classes"]
+        self.num_classes = len(self.classes)
+        self.num_views = int(plan["roles"][role]["num_views"])
+        self.img_size = int(plan["img_size"])
+        self._names = [entry["name"] for entry in manifest["roles"][role]["shards"]]
+        self._maps: dict[int, tuple[np.ndarray | None, np.ndarray]] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
+        for number, entry in enumerate(manifest["roles"][role]["shards"]):
+            for row, key in enumerate(self._open_shard(entry)):
+                self._rows[key] = (number, row)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, role: str = "train") -> "LabelSet":
+        """Open the finished label set in a folder.
+
+        Checks the manifest, and every shard's presence, size and contents against its hashes (about
+        a second per 2 GB). Raises LabelSetError when the set is unfinished, damaged or has no such
+        role.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if role not in manifest["roles"]:
+            raise LabelSetError(
+                f"{folder} has no {role} labels (it has {', '.join(manifest['roles'])})"
+            )
+        return cls(folder, manifest, role)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def keys(self) -> Iterator[str]:
+        """Iterate over the keys of the labelled images, in the order of the data set."""
+        return iter(self._rows)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The images without labels, by key, and why."""
+        skipped: dict[str, str] = self.manifest["roles"][self.role]["skipped"]
+        return skipped
+
+    def lookup(self, keys: Sequence[str], views: Sequence[int]) -> Lookup:
+        """Return the labels of view ``views[i]`` of image ``keys[i]``, row by row.
+
+        Raises LabelSetError for an image or a view that the set does not hold, ValueError when the
+        two sequences differ in length.
+        """
+        places = [self._place(key, view) for key, view in zip(keys, views, strict=True)]
+        k = self.manifest["plan"]["topk"]
+        indices_NK = np.empty((len(places), k), dtype=np.int64)
+        probs_NK = np.empty((len(places), k), dtype=np.float32)
+        for position, (number, row, view) in enumerate(places):
+            indices, probs = self._columns(number)
+            indices_NK[position] = np.arange(k) if indices is None else indices[row, view]
+            probs_NK[position] = probs[row, view]
+        return Lookup(indices_NK, probs_NK)
+
+    def _place(self, key: str, view: int) -> tuple[int, int, int]:
+        if key not in self._rows:
+            reason = self.skipped.get(key)
+            why = f"it was skipped: {reason}" if reason else "it is not an image of this set"
+            raise LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
+        if not 0 <= view < self.num_views:
+            raise LabelSetError(
+                f"{self.folder} has no view {view} of {key!r}; it holds {self.num_views}, from 0"
+            )
+        return *self._rows[key], view
+
+    def _open_shard(self, entry: dict[str, Any]) -> list[str]:
+        """Check a shard against the manifest; return its keys."""
+        path = self.folder / entry["name"]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise LabelSetError(f"cannot read shard {path}: {error.strerror}") from None
+        if len(data) != entry["bytes"] or sha256(data).hexdigest() != entry["sha256"]:
+            raise LabelSetError(
+                f"shard {path} is not the one in the manifest ({len(data)} bytes there, "
+                f"{entry['bytes']} expected, or other contents); run the same `mealv2 precompute` "
+                "again to make it anew"
+            )
+        return shard_keys(data)
+
+    def _columns(self, number: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return the memory-mapped (indices, probs) of a shard."""
+        if number not in self._maps:
+            path = self.folder / self._names[number]
+            maps = {
+                name: np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+                for name, (offset, shape, dtype) in column_offsets(path).items()
+                if name in ("indices", "probs") and 0 not in shape
+            }
+            self._maps[number] = (maps.get("indices"), maps["probs"])
+        return self._maps[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}

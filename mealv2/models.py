@@ -1,0 +1,260 @@
+"""Students and teachers: timm models by pinned tag, checkpoints, each one's normalisation."""
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mealv2.errors import ConfigError, MealError
+from mealv2.files import canonical_json, write_whole
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+EXPORT_FOLDER = "student"  # where a run folder keeps the model it trained
+_METADATA_KEY = "mealv2"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Per-channel mean and std, in units of images scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Classifier(nn.Module):
+    """A timm model that takes plain images: it normalises with its own mean and std.
+
+    ``forward`` maps B x 3 x H x W, uint8 or float in [0, 1], to float logits B x C. ``state_dict``
+    of ``backbone`` has timm's plain keys. ``tag`` is timm's full name, ``resnet50.a1_in1k``, or the
+    architecture alone where the weights are none of timm's.
+    """
+
+    mean_13: Tensor
+    std_13: Tensor
+
+    def __init__(self, backbone: nn.Module, *, tag: str, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tag = tag
+        self.preprocessing = preprocessing
+        for name, values in (("mean_13", preprocessing.mean), ("std_13", preprocessing.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """The width of the head."""
+        return int(self.backbone.num_classes)  # type: ignore[arg-type]
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
+        logits: Tensor = self.backbone((images_BCHW.float() / scale - self.mean_13) / self.std_13)
+        return logits
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int | None,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Classifier:
+    """Build a timm model with timm's weights, a checkpoint's, or random ones.
+
+    ``num_classes`` None keeps the model's own head. ``classes`` are compared with those the
+    checkpoint was trained on. ``preprocessing`` goes before the checkpoint's, that before timm's.
+    Raises ConfigError for an unknown name (with the nearest ones), for weights that do not fit, and
+    MealError when pretrained weights cannot be had.
+    """
+    config = _timm_config(name)
+    extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if img_size and config.get("fixed_input_size"):
+        extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    stored = read_metadata(checkpoint) if checkpoint else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what libraries deprecate inside timm is not the user's
+            backbone = timm.create_model(_current_name(name), pretrained=pretrained, **extra)
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MealError(
+            f"cannot load the pretrained weights of {name} ({reason}); check the network or the "
+            "Hugging Face cache, give a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
+            "or start from random weights with --no-pretrained"
+        ) from error
+    if checkpoint:
+        load_weights(backbone, checkpoint)
+        _check_classes(checkpoint, stored.get("classes"), classes)
+    found = Preprocessing(
+        tuple(stored.get("mean") or config["mean"]), tuple(stored.get("std") or config["std"])
+    )
+    return Classifier(
+        backbone,
+        tag=config["architecture"] if checkpoint or not pretrained else _full_tag(config),
+        preprocessing=preprocessing or found,
+    )
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """Return timm's pretrained config of a model name, or raise with the nearest names."""
+    current = _current_name(name)
+    if timm.is_model(current):
+        try:
+            config = timm.models.get_pretrained_cfg(current)
+            return dataclasses.asdict(config) if config else {}
+        except RuntimeError:
+            architecture = name.split(".")[0]
+            tags = ", ".join(_tags(architecture)) or "none"
+            raise ConfigError(f"{architecture} has no weights {name!r}; tags: {tags}") from None
+    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4)
+    hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+    raise ConfigError(f"unknown model {name!r}; {hint}")
+
+
+def _current_name(name: str) -> str:
+    """Return today's name of a model timm has renamed: gluon_senet154 -> senet154.gluon_in1k."""
+    renamed: str = timm.models.get_deprecated_models().get(name) or name
+    return renamed
+
+
+def _full_tag(config: dict[str, Any]) -> str:
+    return (
+        f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
+    )
+
+
+def _tags(architecture: str) -> list[str]:
+    return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the weights file that a path means: itself, or the model of a run or model folder."""
+    candidates = (
+        [path / EXPORT_FOLDER / WEIGHTS_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path]
+    )
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    looked = " or ".join(str(candidate) for candidate in candidates)
+    raise ConfigError(f"no checkpoint at {path} (looked for {looked})")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint that we wrote says of itself; empty for others' files.
+
+    Keys: architecture, classes, img_size, mean, std.
+    """
+    path = find_checkpoint(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY, "{}")
+        stored = json.loads(text)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ConfigError(f"cannot read checkpoint {path}: {error}") from None
+    return stored if isinstance(stored, dict) else {}
+
+
+def load_weights(backbone: nn.Module, path: Path) -> None:
+    """Load a safetensors, timm or state-dict file; raises ConfigError where it does not fit."""
+    path = find_checkpoint(path)
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"cannot read checkpoint {path}: {reason}") from error
+    own = backbone.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ConfigError(
+            f"checkpoint {path} is of another model: it lacks {len(missing)} tensors "
+            f"(first: {missing[:1] or 'none'}) and has {len(unknown)} unknown ones "
+            f"(first: {unknown[:1] or 'none'})"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape:
+            raise ConfigError(
+                f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)} there and "
+                f"{tuple(tensor.shape)} here (is its class count another?)"
+            )
+    backbone.load_state_dict(state)
+
+
+def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[str] | None) -> None:
+    if stored is None or classes is None or list(stored) == list(classes):
+        return
+    different = [f"{a!r} / {b!r}" for a, b in zip(stored, classes, strict=False) if a != b][:1]
+    raise ConfigError(
+        f"checkpoint {path} was trained on other classes: {len(stored)} there, {len(classes)} in "
+        f"the data; first difference {', '.join(different) or 'in their number'}"
+    )
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return a SHA-256 (hex) over a module's state: sorted names, types, shapes and values."""
+    digest = sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_classifier(
+    folder: Path, model: Classifier, *, classes: Sequence[str], img_size: int
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``: timm's own folder format, no pickle.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The class names, size and
+    normalisation also stand in the header of the weights file. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = model.tag.split(".")[0]
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    stored = {
+        "architecture": architecture,
+        "classes": list(classes),
+        "img_size": img_size,
+        "mean": mean,
+        "std": std,
+    }
+    state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(stored, sort_keys=True)}
+    write_whole(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": int(getattr(model.backbone, "num_features", 0)),
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "tag": "mealv2",
+            "num_classes": model.num_classes,
+            "input_size": [3, img_size, img_size],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bilinear",
+            "crop_pct": 224 / 256,
+            "first_conv": model.backbone.pretrained_cfg.get("first_conv"),  # type: ignore[union-attr,operator]
+            "classifier": model.backbone.pretrained_cfg.get("classifier"),  # type: ignore[union-attr,operator]
+        },
+    }
+    write_whole(folder / CONFIG_NAME, canonical_json(config).encode())

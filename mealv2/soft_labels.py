@@ -1,0 +1,83 @@
+"""Soft labels: the top-k of an ensemble distribution, its tail, and dense recovery."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What a manifest says about the mass that top-k does not keep.
+TAIL_RULE = "uniform over the classes not kept"
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """What an ensemble said about N views: the K most likely classes and their probabilities.
+
+    ``indices_NK`` int64 class ids, distinct in a row; ``probs_NK`` float32, the ensemble's own
+    probabilities (not renormalised). The mass they leave is spread evenly over the other classes
+    (FKD: marginal smoothing). K = ``num_classes`` means a dense label.
+    """
+
+    indices_NK: Tensor
+    probs_NK: Tensor
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.indices_NK)
+
+    def to(self, device: torch.device) -> "SoftLabels":
+        """Return the same labels on a device."""
+        return SoftLabels(
+            self.indices_NK.to(device, non_blocking=True),
+            self.probs_NK.to(device, non_blocking=True),
+            self.num_classes,
+        )
+
+    def tail(self) -> Tensor:
+        """Return the probability of each class that was not kept, float32 N x 1; never negative.
+
+        tail = max(0, 1 - sum_k p_k) / (C - K): rounded values may sum to more than 1.
+        """
+        rest_N1 = (1.0 - self.probs_NK.sum(dim=1, keepdim=True)).clamp_min(0.0)
+        return rest_N1 / max(1, self.num_classes - self.indices_NK.shape[1])
+
+    def dense(self) -> Tensor:
+        """Return the recovered distribution, float32 N x C, each row summing to 1."""
+        dense_NC = self.tail().repeat(1, self.num_classes)
+        dense_NC.scatter_(1, self.indices_NK, self.probs_NK)
+        return dense_NC / dense_NC.sum(dim=1, keepdim=True)
+
+
+def top_k(probs_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest probabilities of each row, largest first: (indices_NK, probs_NK).
+
+    With ``k`` equal to the class count nothing is sorted: the indices are 0..C-1. Raises ValueError
+    when ``k`` is not in 1..C.
+    """
+    num_classes = probs_NC.shape[1]
+    if not 1 <= k <= num_classes:
+        raise ValueError(f"k must lie in 1..{num_classes}, got {k}")
+    if k == num_classes:
+        return torch.arange(num_classes, device=probs_NC.device).expand_as(probs_NC), probs_NC
+    probs_NK, indices_NK = probs_NC.topk(k, dim=1, sorted=True)
+    return indices_NK, probs_NK
+
+
+def through_top_k(logits_NC: Tensor, indices_NK: Tensor) -> Tensor:
+    """Return log-probabilities N x C of a model after the loss that stored labels went through.
+
+    The model's probabilities at the kept classes stay; every other class gets the mean of the rest,
+    as SoftLabels.dense does to the teachers. In log space, float32:
+    log tail = logsumexp(logits not kept) - log(C - K) - logsumexp(all logits).
+    """
+    logits_NC = logits_NC.float()
+    num_classes, k = logits_NC.shape[1], indices_NK.shape[1]
+    log_probs_NC = torch.log_softmax(logits_NC, dim=1)
+    if k == num_classes:
+        return log_probs_NC
+    kept_NC = torch.zeros_like(log_probs_NC, dtype=torch.bool).scatter_(1, indices_NK, True)
+    rest_NC = log_probs_NC.masked_fill(kept_NC, -torch.inf)
+    tail_N1 = rest_NC.logsumexp(dim=1, keepdim=True) - torch.log(
+        torch.tensor(float(num_classes - k), device=logits_NC.device)
+    )
+    return torch.where(kept_NC, log_probs_NC, tail_N1)

@@ -1,0 +1,281 @@
+"""Every setting of every stage: frozen dataclasses, the only place with defaults and help texts.
+
+The command line is built from these fields; a run folder keeps them as config.json. No torch here.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from mealv2.errors import ConfigError
+
+OnBadImage = Literal["fail", "skip"]
+NO_SPLIT = "none"
+
+# The paper: the learning rate falls to a tenth at epoch 100 of 180.
+PAPER_EPOCHS = 180
+PAPER_MILESTONE = 100
+
+
+def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
+    """A field with its help text; ``shown`` replaces a default that says nothing, such as None."""
+    return field(default=default, metadata={"help": text, "shown": shown})
+
+
+def required(text: str) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": text, "shown": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how a stage computes."""
+
+    workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
+    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
+    amp: bool = setting(False, "Mixed precision (autocast).")
+    amp_dtype: Literal["bfloat16", "float16"] = setting("bfloat16", "Type that --amp computes in.")
+    on_bad_image: OnBadImage = setting(
+        "fail", "An image that cannot be read: stop there, or leave it out and say so."
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "workers")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values, paths absolute."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Build a config from JSON values; raises ConfigError for an unknown or missing name."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known.keys())
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        missing = [
+            f.name
+            for f in known.values()
+            if f.default is dataclasses.MISSING and values.get(f.name) in (None, [], ())
+        ]
+        if missing:
+            raise ConfigError(f"{flag(missing[0])} is required")
+        return cls(**{name: _typed(known[name], value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(Machine):
+    """Stage one: label views of a data set with an ensemble of teachers."""
+
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
+    teacher: tuple[str, ...] = required(
+        "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas."
+    )
+    split: str = setting("train", "Folder under --data-dir whose images get --num-views labels.")
+    val_split: str = setting(
+        "val", "Folder under --data-dir labelled once at the centre crop, for validation; or none."
+    )
+    num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
+    view_seed: int = setting(0, "Seed of the views.")
+    img_size: int = setting(224, "Side of a view in pixels.")
+    topk: str = setting("10", "Classes kept per view: a number, or all.")
+    label_dtype: Literal["float16", "float32"] = setting(
+        "float16", "Type the probabilities are stored in."
+    )
+    shard_size: int = setting(2048, "Images per shard file.")
+    batch_size: int = setting(256, "Views per forward pass.")
+    dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_views", "img_size", "shard_size", "batch_size")
+        _seed(self, "view_seed")
+        if not self.teacher:
+            raise ConfigError("--teacher is required")
+        if self.topk != "all" and not (self.topk.isdecimal() and int(self.topk) >= 1):
+            raise ConfigError(f"--topk must be a number of classes or 'all', got {self.topk!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Machine):
+    """What every training run needs, whoever labels."""
+
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    model: str = required("Student: a timm model name, with its tag to pin the weights.")
+    val_split: str = setting("val", "Folder under --data-dir to validate on; or none.")
+    pretrained: bool | None = setting(
+        None,
+        "Start from timm's pretrained weights.",
+        shown="yes, unless --initial-checkpoint is given",
+    )
+    initial_checkpoint: Path | None = setting(
+        None, "Start from this file or run folder instead.", shown="timm's weights"
+    )
+    epochs: int = setting(PAPER_EPOCHS, "Passes over the images.")
+    batch_size: int = setting(512, "Images per step, in total.")
+    lr: float = setting(0.01, "Learning rate of SGD.")
+    lr_milestones: tuple[int, ...] | None = setting(
+        None,
+        "Epochs at which the rate is multiplied by --decay-rate; repeat it for several.",
+        shown="100/180 of the epochs, the paper's",
+    )
+    decay_rate: float = setting(0.1, "Factor at each milestone.")
+    momentum: float = setting(0.9, "Momentum of SGD.")
+    weight_decay: float = setting(0.0, "Weight decay of SGD; the paper uses none.")
+    mean: tuple[float, float, float] | None = setting(
+        None, "Per-channel mean the student's input is normalised with.", shown="the model's own"
+    )
+    std: tuple[float, float, float] | None = setting(
+        None, "Per-channel std the student's input is normalised with.", shown="the model's own"
+    )
+    seed: int = setting(0, "Seed of the image order, new weights, dropout.")
+    output: Path | None = setting(None, "Run folder to make.", shown="runs/COMMAND-MODEL-TIME")
+    resume: Path | None = setting(
+        None, "Run folder to continue, with the settings it keeps.", shown="a new run"
+    )
+    log_interval: int = setting(50, "Steps between log lines.")
+    checkpoint_hist: int = setting(2, "Checkpoints kept, the newest.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "epochs", "batch_size", "log_interval", "checkpoint_hist")
+        _at_least(self, 0, "lr", "momentum", "weight_decay", "decay_rate")
+        _seed(self, "seed")
+        if self.pretrained and self.initial_checkpoint:
+            raise ConfigError("--pretrained and --initial-checkpoint exclude each other")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("--mean and --std go together")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"--std must be positive, got {self.std}")
+        for milestone in self.lr_milestones or ():
+            if not 0 < milestone < self.epochs:
+                raise ConfigError(
+                    f"--lr-milestones {milestone} has no effect in {self.epochs} epochs"
+                )
+
+    @property
+    def from_pretrained(self) -> bool:
+        """Whether the student starts from timm's weights."""
+        return self.initial_checkpoint is None if self.pretrained is None else self.pretrained
+
+    def lr_factor(self, epoch: int) -> float:
+        """Return what the learning rates are multiplied by in an epoch (counted from 0)."""
+        milestones = self.lr_milestones
+        if milestones is None:
+            milestones = (round(self.epochs * PAPER_MILESTONE / PAPER_EPOCHS),)
+        return self.decay_rate ** sum(epoch >= milestone for milestone in milestones)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Stage two: train a student and a discriminator from a label set. Defaults are the paper's."""
+
+    labels: Path = required("Label set that `mealv2 precompute` made.")
+    discriminator: Literal["paper", "official", "off"] = setting(
+        "paper", "The paper's (one sigmoid), the official code's (two outputs, last ReLU), or none."
+    )
+    discriminator_lr: float | None = setting(
+        None, "Learning rate of the discriminator, with the same milestones.", shown="--lr"
+    )
+    discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "discriminator_weight")
+        if self.discriminator_lr is not None:
+            _at_least(self, 0, "discriminator_lr")
+        if self.discriminator == "off":
+            for name in ("discriminator_lr", "discriminator_weight"):
+                if getattr(self, name) != _default(type(self), name):
+                    raise ConfigError(f"{flag(name)} has no effect with --discriminator off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Hard-label training: teachers on own data, a student's start, a control run."""
+
+    split: str = setting("train", "Folder under --data-dir to train on.")
+    img_size: int = setting(224, "Side of a view in pixels.")
+    epochs: int = setting(30, "Passes over the images.")
+    batch_size: int = setting(128, "Images per step, in total.")
+    weight_decay: float = setting(1e-4, "Weight decay of SGD.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "img_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Machine):
+    """Accuracy of a checkpoint or a timm model on a split."""
+
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    model: str | None = setting(None, "timm model name.", shown="what the checkpoint says it is")
+    checkpoint: Path | None = setting(
+        None, "Weights: a file, a run folder or a model folder.", shown="timm's weights"
+    )
+    val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
+    img_size: int | None = setting(
+        None,
+        "Side of the centre crop in pixels.",
+        shown="what the checkpoint was trained at, or 224",
+    )
+    batch_size: int = setting(256, "Images per forward pass.")
+    mean: tuple[float, float, float] | None = setting(
+        None, "Per-channel mean of the normalisation.", shown="the model's own"
+    )
+    std: tuple[float, float, float] | None = setting(
+        None, "Per-channel std of the normalisation.", shown="the model's own"
+    )
+    results_file: Path | None = setting(
+        None, "Write accuracy per class here, as .json or .csv.", shown="not written"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "batch_size")
+        if self.img_size is not None:
+            _at_least(self, 1, "img_size")
+        if self.model is None and self.checkpoint is None:
+            raise ConfigError("give --model, --checkpoint, or both")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("--mean and --std go together")
+        if self.results_file is not None and self.results_file.suffix not in (".json", ".csv"):
+            raise ConfigError(f"--results-file must end in .json or .csv, got {self.results_file}")
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _default(config: type, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(config) if f.name == name)
+
+
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:  # written so that nan fails
+            raise ConfigError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}")
+
+
+def _seed(config: object, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1 << 63:
+        raise ConfigError(f"{flag(name)} must lie in [0, 2**63), got {getattr(config, name)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Turn a JSON value into a field's type: lists to tuples, text to paths."""
+    if isinstance(value, list | tuple):
+        return tuple(value) or (known.default if known.default is not dataclasses.MISSING else ())
+    if value is not None and known.type in (Path, Path | None):
+        return Path(value)
+    return value

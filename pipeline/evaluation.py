@@ -1,0 +1,95 @@
+"""Validate a classifier on a split: centre crops, accuracy, faithfulness to stored labels."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mealv2.errors import ConfigError, DataError
+from mealv2.images import ImageFolder
+from mealv2.label_set import LabelSet
+from mealv2.metrics import Evaluation
+from mealv2.soft_labels import SoftLabels
+from pipeline import logs
+from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
+from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
+from pipeline.runtime import Runtime
+
+
+def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageFolder | None:
+    """Open a validation split; None for ``none``. Raises ConfigError where the classes differ."""
+    if split == NO_SPLIT:
+        return None
+    source = ImageFolder(data_dir, split)
+    if source.classes != classes:
+        odd = sorted(set(source.classes) ^ set(classes))
+        raise ConfigError(
+            f"{source.name} has other classes than the training data: {', '.join(odd[:4])}"
+        )
+    return source
+
+
+class Evaluator:
+    """Evaluates models on one split, again and again, with workers that stay.
+
+    With ``labels``, the set's val role, also against the ensemble; images it skipped are left out.
+    """
+
+    def __init__(
+        self,
+        source: ImageFolder,
+        machine: Runtime,
+        config: TrainConfig | EvaluateConfig,
+        *,
+        img_size: int,
+        labels: LabelSet | None = None,
+    ) -> None:
+        self.source = source
+        self.labels = labels
+        self._machine = machine
+        self._policy = config.on_bad_image
+        keys = source.keys
+        self._positions = [p for p in range(len(source)) if labels is None or keys[p] in labels]
+        self._loader = read_views(
+            ViewReader(source, img_size=img_size),
+            centre_requests(self._positions, config.batch_size),
+            workers=config.workers,
+            pin_memory=machine.device.type == "cuda",
+            keep_workers=True,
+        )
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, *, num_classes: int) -> Evaluation:
+        """Return the figures of a model; raises DataError for a bad image or logits not finite."""
+        figures = Evaluation(num_classes)
+        was_training = model.training
+        model.eval()
+        shown = logs.progress(
+            self._loader,
+            total=len(self._positions),
+            what="validating",
+            unit="images",
+            size=lambda pixels: len(pixels.positions) + len(pixels.failed),
+        )
+        for pixels in shown:
+            refuse_failures(self.source, pixels.failed, self._policy)
+            if not pixels.positions:
+                continue
+            with self._machine.autocast():
+                logits = model(self._machine.images(pixels.images_BCHW)).float()
+            if not bool(torch.isfinite(logits).all()):
+                raise DataError("the model's logits are not finite; lower --lr, or leave out --amp")
+            truth = torch.tensor([self.source.labels[p] for p in pixels.positions])
+            figures.add(logits, truth, self._soft(pixels.positions))
+        model.train(was_training)
+        return figures
+
+    def _soft(self, positions: list[int]) -> SoftLabels | None:
+        if self.labels is None:
+            return None
+        found = self.labels.lookup([self.source.keys[p] for p in positions], [0] * len(positions))
+        return SoftLabels(
+            torch.from_numpy(found.indices_NK),
+            torch.from_numpy(found.probs_NK),
+            self.labels.num_classes,
+        )

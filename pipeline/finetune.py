@@ -1,0 +1,33 @@
+"""Hard-label training with the same loop: teachers on own data, a student's start, the control."""
+
+from typing import Any
+
+from mealv2.images import ImageFolder
+from mealv2.targets import HardLabels
+from mealv2.task import HardLabelTask
+from pipeline import runtime, training
+from pipeline.config import FinetuneConfig
+from pipeline.evaluation import Evaluator, open_split
+
+
+def run(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune; return the report. Raises MealError and OSError, see training.train."""
+    machine = runtime.start(config)
+    source = ImageFolder(config.data_dir, config.split)
+    val = open_split(config.data_dir, config.val_split, classes=source.classes)
+    runtime.seed_everything(config.seed)
+    student = training.make_student(config, classes=source.classes, img_size=config.img_size)
+    work = training.Work(
+        command="finetune",
+        task=HardLabelTask(student),
+        student=student,
+        source=source,
+        positions=list(range(len(source))),
+        targets=HardLabels(source.labels),
+        img_size=config.img_size,
+        view_seed=config.seed,
+        evaluator=None
+        if val is None
+        else Evaluator(val, machine, config, img_size=config.img_size),
+    )
+    return training.train(config, machine, work)

@@ -1,0 +1,138 @@
+"""What a person and a machine see of a run: progress, console lines, metrics.jsonl, summary.csv."""
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from mealv2.errors import ConfigError
+from mealv2.files import canonical_json, write_whole
+from pipeline.runtime import on_terminal
+
+T = TypeVar("T")
+_LINE_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """Print a line of talk to stderr, around a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def progress(
+    items: Iterable[T], *, total: int, what: str, unit: str, size: Any = None
+) -> Iterator[T]:
+    """Yield ``items`` and show how far they are: a bar with rate and ETA on a terminal, else lines.
+
+    ``size(item)`` says how many units an item counts, 1 by default; ``total`` is in units.
+    """
+    if on_terminal():
+        with tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, leave=False) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item) if size else 1)
+        return
+    began = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += size(item) if size else 1
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY_S and done < total:
+            last = now
+            rate = done / (now - began)
+            left = duration((total - done) / rate)
+            say(f"{what}: {done}/{total} {unit}, {rate:.0f}/s, {left} left")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 48 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def size_of(num_bytes: float) -> str:
+    """Return a byte count as a person says it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows as aligned columns, the first row as head, text left and figures right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+class RunFolder:
+    """The folder of one run: config.json, metrics.jsonl (per event), summary.csv (per epoch)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, Any]] = []
+
+    @classmethod
+    def create(cls, path: Path | None, config: dict[str, Any], *, name: str) -> "RunFolder":
+        """Make a run folder, under runs/ if not named; raises ConfigError if a run is there."""
+        if path is None:
+            path = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        if (path / "config.json").exists():
+            raise ConfigError(
+                f"{path} already holds a run; continue it with --resume {path}, "
+                "or give another --output"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        # a repeated run makes a folder of its own
+        config = {**config, "output": None, "resume": None}
+        write_whole(path / "config.json", canonical_json(config).encode())
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path, *, epoch: int) -> "RunFolder":
+        """Open a run folder to continue at ``epoch``: summary rows from there on are dropped."""
+        run = cls(path)
+        if run.summary_path.exists():
+            with run.summary_path.open(newline="", encoding="utf-8") as file:
+                run._rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        return run
+
+    @property
+    def summary_path(self) -> Path:
+        """Where the table of epochs lies."""
+        return self.path / "summary.csv"
+
+    def log(self, event: str, **figures: Any) -> None:
+        """Append one event to metrics.jsonl."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **figures})
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def epoch_row(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch to summary.csv (written whole)."""
+        self._rows.append(dict(row))
+        text = io.StringIO()
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self.summary_path, text.getvalue().encode())

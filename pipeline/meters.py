@@ -1,0 +1,54 @@
+"""Running means of a training log, kept on the device so that no step waits for it."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Image-weighted means of named scalars, and how fast images go by."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0
+        self._waited_s = 0.0
+        self._began = time.perf_counter()
+
+    def timed(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield ``items``, counting the time spent waiting for the next one."""
+        iterator = iter(items)
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._waited_s += time.perf_counter() - asked
+            yield item
+
+    def add(self, num_images: int, parts: dict[str, Tensor]) -> None:
+        """Count a batch; ``parts`` are means over its images, on any device."""
+        self._images += num_images
+        for name, value in parts.items():
+            value = value.detach().double() * num_images
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """Return the means; this waits for the device."""
+        return {name: float(value) / max(1, self._images) for name, value in self._sums.items()}
+
+    def speed(self) -> dict[str, float]:
+        """Return images per second and the share of the time spent waiting for data."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        return {
+            "images_per_second": self._images / seconds,
+            "data_wait_share": self._waited_s / seconds,
+        }

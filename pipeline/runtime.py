@@ -1,0 +1,118 @@
+"""The machine under a stage: device, precision, seeds, signals. The only reader of os.environ."""
+
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+
+import h5py
+import numpy
+import PIL
+import timm
+import torch
+import torchvision
+
+import mealv2
+from mealv2.errors import ConfigError
+from pipeline.config import Machine
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device, and the precision that networks compute in on it."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context for forward passes: autocast with --amp, else nothing."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    @property
+    def precision(self) -> str:
+        """The name of the type that networks compute in."""
+        return str(self.amp_dtype or torch.float32).removeprefix("torch.")
+
+    def images(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return a batch of uint8 pixels on the device."""
+        return pixels_BCHW.to(self.device, non_blocking=True)
+
+
+def start(config: Machine) -> Runtime:
+    """Choose device and precision; raises ConfigError for a device this machine does not have."""
+    if config.device == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            device = torch.device(config.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(f"--device {config.device}: not on this machine ({reason})") from None
+    amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
+    if amp_dtype is torch.float16 and device.type == "cpu":
+        raise ConfigError("--amp-dtype float16 needs a GPU; use bfloat16 on the CPU")
+    return Runtime(device, amp_dtype)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators: new weights and dropout. Views and order have seeds of their own."""
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a number."""
+    return {
+        "mealv2": mealv2.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+        "numpy": numpy.__version__,
+        "h5py": h5py.__version__,
+    }
+
+
+def on_terminal() -> bool:
+    """Return whether a moving progress bar has somewhere to move."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class StopFlag:
+    """Set by the first Ctrl-C or SIGTERM; the loop saves and stops at the next step."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self:
+            os._exit(128 + number)  # the second one quits at once
+        self.signal_name = signal.Signals(number).name
+        os.write(2, b"\nstopping after this step; once more quits at once\n")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopFlag]:
+    """Turn SIGINT and SIGTERM into a flag while the block runs (in the main thread only)."""
+    stop = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop._handle) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""Build the ensemble a command names: --teacher NAME, NAME=CHECKPOINT, or a comma list of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.errors import ConfigError
+from mealv2.models import Classifier, create_classifier, find_checkpoint, weights_sha256
+from pipeline.runtime import Runtime
+
+
+def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
+    """Return (model name, checkpoint or None) of every teacher; comma lists are split."""
+    teachers = []
+    for spec in (part.strip() for text in specs for part in text.split(",")):
+        name, _, checkpoint = spec.partition("=")
+        if not name or spec.endswith("="):
+            raise ConfigError(f"--teacher {spec!r}: write NAME or NAME=CHECKPOINT")
+        teachers.append((name, find_checkpoint(Path(checkpoint)) if checkpoint else None))
+    return teachers
+
+
+def build(
+    specs: Sequence[str], *, classes: Sequence[str], img_size: int, runtime: Runtime
+) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
+    """Return the ensemble on its device, and what the manifest says of each teacher.
+
+    Raises ConfigError when a head does not have the data's class count, or two teachers turn out to
+    be the same weights.
+    """
+    models: list[Classifier] = []
+    described: list[dict[str, Any]] = []
+    for name, checkpoint in parse(specs):
+        model = create_classifier(
+            name,
+            num_classes=len(classes) if checkpoint else None,
+            pretrained=checkpoint is None,
+            checkpoint=checkpoint,
+            img_size=img_size,
+            classes=classes,
+        )
+        if model.num_classes != len(classes):
+            raise ConfigError(
+                f"teacher {name} knows {model.num_classes} classes, the data has {len(classes)}; "
+                f"fine-tune it first (mealv2 finetune --model {name} …) and give {name}=RUN"
+            )
+        models.append(model)
+        described.append(
+            {
+                "model": model.tag,
+                "weights_sha256": weights_sha256(model.backbone),
+                "mean": list(model.preprocessing.mean),
+                "std": list(model.preprocessing.std),
+            }
+        )
+    _refuse_twins(described)
+    return TeacherEnsemble(models).to(runtime.device), described
+
+
+def _refuse_twins(described: list[dict[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for teacher in described:
+        twin = seen.setdefault(teacher["weights_sha256"], teacher["model"])
+        if twin is not teacher["model"]:
+            raise ConfigError(
+                f"teachers {twin} and {teacher['model']} have the same weights; an ensemble of one "
+                "model twice is one model (name the weights by their full tag)"
+            )
