@@ -34,7 +34,7 @@ EXAMPLES = {
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "terminal_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 label set damaged or not "
     "matching, 4 stopped by a signal after saving.",
 )
@@ -69,7 +69,7 @@ def _fail(message: str, code: int) -> typing.NoReturn:
     sys.exit(code)
 
 
-def _add_command(name: str, config: type[configs.Machine]) -> None:
+def _add_command(name: str, config: type[configs.Settings]) -> None:
     """Make `mealv2 NAME` from a config class; the stage is pipeline.NAME."""
 
     def command(config_file: Path | None, **values: Any) -> None:
@@ -89,9 +89,18 @@ def _add_command(name: str, config: type[configs.Machine]) -> None:
         callback=_read_config,
         help="JSON file of settings, such as RUN/config.json; flags go before it.",
     )(command)
-    for field in reversed(dataclasses.fields(config)):
+    for field in reversed(_in_reading_order(config)):
         command = _option(field)(command)
     cli.command(name, help=text)(command)
+
+
+def _in_reading_order(config: type[configs.Settings]) -> "list[dataclasses.Field[Any]]":
+    """Return the fields as a reader wants them: required ones, the stage's own, the machine's."""
+    machine = {field.name for field in dataclasses.fields(configs.Machine)}
+    return sorted(
+        dataclasses.fields(config),
+        key=lambda f: (f.default is not dataclasses.MISSING, f.name in machine),
+    )
 
 
 def _option(field: "dataclasses.Field[Any]") -> Any:
@@ -123,7 +132,7 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _without_none(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
 
@@ -183,6 +192,7 @@ for _name, _config in {
     "distill": configs.DistillConfig,
     "finetune": configs.FinetuneConfig,
     "evaluate": configs.EvaluateConfig,
+    "demo": configs.DemoConfig,
 }.items():
     _add_command(_name, _config)
 

@@ -32,6 +32,10 @@ class ImageSource(Protocol):
         """What to call the source in messages."""
 
     @property
+    def split(self) -> str:
+        """Which part of the data set it is."""
+
+    @property
     def keys(self) -> Sequence[str]:
         """The stable text id of each image, unique, in the source's order."""
 
@@ -44,8 +48,10 @@ class ImageSource(Protocol):
         """The size in bytes of each encoded image."""
 
     @property
-    def classes(self) -> Sequence[str]:
+    def classes(self) -> list[str]:
         """The class names, by class id."""
+
+    def __len__(self) -> int: ...
 
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises OSError where it cannot be read."""
@@ -87,6 +93,14 @@ class ImageFolder:
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises OSError where it cannot be read."""
         return Path(self._paths[position]).read_bytes()
+
+
+def open_source(data_dir: Path, split: str) -> ImageSource:
+    """Open a split of a data set, whatever its form; so far an ImageFolder tree.
+
+    Raises ConfigError where there is none.
+    """
+    return ImageFolder(data_dir, split)
 
 
 def fingerprint(source: ImageSource) -> str:

@@ -41,7 +41,7 @@ class Evaluation:
 
     def add(self, logits_BC: Tensor, labels_B: Tensor, soft: SoftLabels | None = None) -> None:
         """Count a batch: logits, class ids and, where there are any, the ensemble's soft labels."""
-        log_probs_BC = torch.log_softmax(logits_BC.double(), dim=1).cpu()
+        log_probs_BC = torch.log_softmax(logits_BC.cpu().double(), dim=1)
         labels_B = labels_B.cpu()
         best_B = log_probs_BC.argmax(dim=1)
         self.num_images += len(labels_B)
@@ -51,7 +51,7 @@ class Evaluation:
         self._correct5 += int(num_correct(log_probs_BC, labels_B, 5))
         self._cross_entropy -= float(log_probs_BC.gather(1, labels_B[:, None]).sum())
         if soft is not None:
-            probs_BC = soft.dense().double().cpu()
+            probs_BC = soft.dense().cpu().double()
             self._labelled += len(labels_B)
             self._agree += int((probs_BC.argmax(dim=1) == best_B).sum())
             # KL(q || p) = sum_c q_c (log q_c - log p_c), 0 log 0 = 0

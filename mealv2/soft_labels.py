@@ -11,15 +11,17 @@ TAIL_RULE = "uniform over the classes not kept"
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """What an ensemble said about N views: the K most likely classes and their probabilities.
+    """What an ensemble said about N views: the K likeliest classes, their mass, and the rest.
 
     ``indices_NK`` int64 class ids, distinct in a row; ``probs_NK`` float32, the ensemble's own
-    probabilities (not renormalised). The mass they leave is spread evenly over the other classes
-    (FKD: marginal smoothing). K = ``num_classes`` means a dense label.
+    probabilities (not renormalised); ``rest_N`` float32, the mass of the other classes, spread
+    evenly over them (FKD: marginal smoothing). K = ``num_classes`` means a dense label. The rest is
+    kept, not derived: 1 - sum of rounded values is noise where the ensemble was sure.
     """
 
     indices_NK: Tensor
     probs_NK: Tensor
+    rest_N: Tensor
     num_classes: int
 
     def __len__(self) -> int:
@@ -30,26 +32,20 @@ class SoftLabels:
         return SoftLabels(
             self.indices_NK.to(device, non_blocking=True),
             self.probs_NK.to(device, non_blocking=True),
+            self.rest_N.to(device, non_blocking=True),
             self.num_classes,
         )
 
-    def tail(self) -> Tensor:
-        """Return the probability of each class that was not kept, float32 N x 1; never negative.
-
-        tail = max(0, 1 - sum_k p_k) / (C - K): rounded values may sum to more than 1.
-        """
-        rest_N1 = (1.0 - self.probs_NK.sum(dim=1, keepdim=True)).clamp_min(0.0)
-        return rest_N1 / max(1, self.num_classes - self.indices_NK.shape[1])
-
     def dense(self) -> Tensor:
         """Return the recovered distribution, float32 N x C, each row summing to 1."""
-        dense_NC = self.tail().repeat(1, self.num_classes)
+        num_others = self.num_classes - self.indices_NK.shape[1]
+        dense_NC = (self.rest_N / max(1, num_others))[:, None].repeat(1, self.num_classes)
         dense_NC.scatter_(1, self.indices_NK, self.probs_NK)
         return dense_NC / dense_NC.sum(dim=1, keepdim=True)
 
 
-def top_k(probs_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` largest probabilities of each row, largest first: (indices_NK, probs_NK).
+def top_k(probs_NC: Tensor, k: int) -> SoftLabels:
+    """Keep the ``k`` largest probabilities of each row, largest first, and the sum of the others.
 
     With ``k`` equal to the class count nothing is sorted: the indices are 0..C-1. Raises ValueError
     when ``k`` is not in 1..C.
@@ -58,9 +54,11 @@ def top_k(probs_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= num_classes:
         raise ValueError(f"k must lie in 1..{num_classes}, got {k}")
     if k == num_classes:
-        return torch.arange(num_classes, device=probs_NC.device).expand_as(probs_NC), probs_NC
+        indices_NK = torch.arange(num_classes, device=probs_NC.device).expand_as(probs_NC)
+        return SoftLabels(indices_NK, probs_NC, torch.zeros_like(probs_NC[:, 0]), num_classes)
     probs_NK, indices_NK = probs_NC.topk(k, dim=1, sorted=True)
-    return indices_NK, probs_NK
+    rest_N = probs_NC.scatter(1, indices_NK, 0.0).sum(dim=1)
+    return SoftLabels(indices_NK, probs_NK, rest_N, num_classes)
 
 
 def through_top_k(logits_NC: Tensor, indices_NK: Tensor) -> Tensor:

@@ -35,23 +35,28 @@ class StoredLabels:
 
     def answer(self, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
         """Return the stored labels of these views; raises LabelSetError for a row not there."""
-        found = self.label_set.lookup([self._keys[p] for p in positions], views)
-        return SoftLabels(
-            torch.from_numpy(found.indices_NK),
-            torch.from_numpy(found.probs_NK),
-            self.label_set.num_classes,
-        )
+        return self.label_set.soft_labels([self._keys[p] for p in positions], views)
 
 
 class HardLabels:
-    """Answers with the data set's class ids; epoch e uses view e, so that none repeats."""
+    """Answers with the data set's class ids, for any view.
 
-    def __init__(self, labels: Sequence[int]) -> None:
+    Epoch e uses view e, so that none repeats; with ``num_views`` the views, in the order, that a
+    label set of so many views would give under ``seed``.
+    """
+
+    def __init__(
+        self, labels: Sequence[int], *, num_views: int | None = None, seed: int = 0
+    ) -> None:
         self._labels = labels
+        self._num_views = num_views
+        self._seed = seed
 
     def view(self, key: str, epoch: int) -> int:
-        """Return ``epoch``: a fresh view each time."""
-        return epoch
+        """Return the view of ``key`` for ``epoch``."""
+        if self._num_views is None:
+            return epoch
+        return scheduled_view(key, epoch, seed=self._seed, num_views=self._num_views)
 
     def answer(self, positions: Sequence[int], views: Sequence[int]) -> Tensor:
         """Return class ids, int64 B."""

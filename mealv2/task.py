@@ -4,6 +4,7 @@ The dict follows timm.task's contract by shape: ``loss`` to call backward on, ``
 student's logits; ``parts`` are detached scalars for the log.
 """
 
+import math
 from typing import TypedDict
 
 import torch
@@ -14,8 +15,9 @@ from mealv2.discriminator import Discriminator
 from mealv2.losses import discriminator_loss, similarity_loss
 from mealv2.soft_labels import SoftLabels, through_top_k
 
-# The log of a probability that a label's rounding brought to 0 must stay finite.
-MIN_PROBABILITY = 1e-12
+# The smallest float16 above 0: a label cannot say less, so the discriminator is told no more, of
+# either side.
+MIN_LOG_PROBABILITY = math.log(2.0**-24)
 
 
 class Result(TypedDict):
@@ -29,8 +31,8 @@ class Result(TypedDict):
 class DistillTask(nn.Module):
     """Similarity loss plus weighted discriminator loss, no hard labels (paper section 5).
 
-    The discriminator sees log-probabilities, the student's through the same top-k and tail as the
-    stored labels, so that it cannot win by recognising the compression (docs/adr/0004).
+    The discriminator sees log-probabilities, the student's through the same top-k, tail and floor
+    as the stored labels, so that it cannot win by recognising the compression (docs/adr/0004).
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class DistillTask(nn.Module):
         parts = {"similarity_loss": similarity.detach()}
         loss = similarity
         if self.discriminator is not None:
-            student_BC = through_top_k(logits_BC, labels.indices_NK)
-            teacher_BC = probs_BC.clamp_min(MIN_PROBABILITY).log()
+            student_BC = through_top_k(logits_BC, labels.indices_NK).clamp_min(MIN_LOG_PROBABILITY)
+            teacher_BC = probs_BC.log().clamp_min(MIN_LOG_PROBABILITY)
             # full precision: under autocast the loss's plateaus would blur
             with torch.autocast(logits_BC.device.type, enabled=False):
                 adversary, accuracy = discriminator_loss(self.discriminator, student_BC, teacher_BC)

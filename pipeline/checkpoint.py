@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mealv2.errors import ConfigError, MealError
+from mealv2.errors import MealError
 from mealv2.files import write_whole
 
 _FOLDER = "checkpoints"
@@ -25,13 +25,14 @@ def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
     return path
 
 
+def exists(run: Path) -> bool:
+    """Return whether a run folder has a checkpoint."""
+    return bool(_all(run))
+
+
 def load_newest(run: Path) -> dict[str, Any]:
-    """Return the newest checkpoint of a run folder; raises ConfigError where there is none."""
-    if not (run / "config.json").exists():
-        raise ConfigError(f"no run at {run}: it has no config.json")
+    """Return the newest checkpoint of a run folder; raises MealError where it is damaged."""
     paths = _all(run)
-    if not paths:
-        raise ConfigError(f"{run} has no checkpoint yet; start the run again")
     try:
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and runtime errors, as the damage has it

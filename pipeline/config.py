@@ -17,6 +17,8 @@ NO_SPLIT = "none"
 PAPER_EPOCHS = 180
 PAPER_MILESTONE = 100
 
+DEFAULT_TOPK = 10
+
 
 def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
     """A field with its help text; ``shown`` replaces a default that says nothing, such as None."""
@@ -29,16 +31,11 @@ def required(text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where and how a stage computes."""
+class Settings:
+    """What every command has."""
 
     workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
     device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
-    amp: bool = setting(False, "Mixed precision (autocast).")
-    amp_dtype: Literal["bfloat16", "float16"] = setting("bfloat16", "Type that --amp computes in.")
-    on_bad_image: OnBadImage = setting(
-        "fail", "An image that cannot be read: stop there, or leave it out and say so."
-    )
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "workers")
@@ -65,6 +62,24 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Machine(Settings):
+    """How a stage computes."""
+
+    amp: bool = setting(False, "Mixed precision (autocast).")
+    amp_dtype: Literal["bfloat16", "float16"] | None = setting(
+        None, "Type that --amp computes in.", shown="bfloat16"
+    )
+    on_bad_image: OnBadImage = setting(
+        "fail", "An image that cannot be read: stop there, or leave it out and say so."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.amp_dtype is not None and not self.amp:
+            raise ConfigError("--amp-dtype has no effect without --amp")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(Machine):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
@@ -80,7 +95,9 @@ class PrecomputeConfig(Machine):
     num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
     view_seed: int = setting(0, "Seed of the views.")
     img_size: int = setting(224, "Side of a view in pixels.")
-    topk: str = setting("10", "Classes kept per view: a number, or all.")
+    topk: str | None = setting(
+        None, "Classes kept per view: a number, or all.", shown="10, or all of fewer classes"
+    )
     label_dtype: Literal["float16", "float32"] = setting(
         "float16", "Type the probabilities are stored in."
     )
@@ -94,8 +111,19 @@ class PrecomputeConfig(Machine):
         _seed(self, "view_seed")
         if not self.teacher:
             raise ConfigError("--teacher is required")
-        if self.topk != "all" and not (self.topk.isdecimal() and int(self.topk) >= 1):
+        if self.topk not in (None, "all") and not (self.topk.isdecimal() and int(self.topk) > 0):
             raise ConfigError(f"--topk must be a number of classes or 'all', got {self.topk!r}")
+
+    def kept_classes(self, num_classes: int) -> int:
+        """Return how many classes a label keeps; raises ConfigError above the class count."""
+        if self.topk is None:
+            return min(DEFAULT_TOPK, num_classes)
+        k = num_classes if self.topk == "all" else int(self.topk)
+        if k > num_classes:
+            raise ConfigError(
+                f"--topk {k}: the data has only {num_classes} classes; use less, or all"
+            )
+        return k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +164,13 @@ class TrainConfig(Machine):
         None, "Run folder to continue, with the settings it keeps.", shown="a new run"
     )
     log_interval: int = setting(50, "Steps between log lines.")
+    val_interval: int = setting(1, "Epochs between validations; the last epoch always has one.")
     checkpoint_hist: int = setting(2, "Checkpoints kept, the newest.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "epochs", "batch_size", "log_interval", "checkpoint_hist")
+        _at_least(self, 1, "val_interval")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "decay_rate")
         _seed(self, "seed")
         if self.pretrained and self.initial_checkpoint:
@@ -198,6 +228,12 @@ class FinetuneConfig(TrainConfig):
 
     split: str = setting("train", "Folder under --data-dir to train on.")
     img_size: int = setting(224, "Side of a view in pixels.")
+    num_views: int | None = setting(
+        None,
+        "Use the views, in the order, that `distill` uses from a label set of so many.",
+        shown="a new view every epoch",
+    )
+    view_seed: int = setting(0, "Seed of the views.")
     epochs: int = setting(30, "Passes over the images.")
     batch_size: int = setting(128, "Images per step, in total.")
     weight_decay: float = setting(1e-4, "Weight decay of SGD.")
@@ -205,6 +241,9 @@ class FinetuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "img_size")
+        if self.num_views is not None:
+            _at_least(self, 1, "num_views")
+        _seed(self, "view_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +283,21 @@ class EvaluateConfig(Machine):
             raise ConfigError("--mean and --std go together")
         if self.results_file is not None and self.results_file.suffix not in (".json", ".csv"):
             raise ConfigError(f"--results-file must end in .json or .csv, got {self.results_file}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
+    """The whole story on scikit-learn's handwritten digits, a few minutes on a CPU."""
+
+    output: Path = setting(
+        Path("demo"), "Folder for data, labels and runs; finished parts are kept."
+    )
+    seeds: int = setting(1, "Students to train, each against its hard-label control.")
+    workers: int = setting(0, "Processes that read and decode images; 0: none beside the main one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "seeds")
 
 
 def flag(name: str) -> str:

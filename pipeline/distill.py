@@ -7,7 +7,7 @@ from torch import nn
 
 from mealv2.discriminator import Discriminator
 from mealv2.errors import LabelSetError
-from mealv2.images import ImageFolder, fingerprint
+from mealv2.images import ImageSource, fingerprint, open_source
 from mealv2.label_set import LabelSet
 from mealv2.targets import StoredLabels
 from mealv2.task import DistillTask
@@ -21,7 +21,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     machine = runtime.start(config)
     labels = LabelSet.open(config.labels)
     plan = labels.manifest["plan"]["roles"]
-    source = ImageFolder(config.data_dir, plan["train"]["split"])
+    source = open_source(config.data_dir, plan["train"]["split"])
     check_same_data(labels, source)
     val = open_split(config.data_dir, config.val_split, classes=source.classes)
     val_labels = None
@@ -51,7 +51,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     return training.train(config, machine, work)
 
 
-def check_same_data(labels: LabelSet, source: ImageFolder) -> None:
+def check_same_data(labels: LabelSet, source: ImageSource) -> None:
     """Raise LabelSetError, saying what differs, when the labels are of other images."""
     if source.classes != labels.classes:
         odd = sorted(set(source.classes) ^ set(labels.classes))

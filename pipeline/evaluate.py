@@ -6,7 +6,7 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, write_whole
-from mealv2.images import ImageFolder
+from mealv2.images import open_source
 from mealv2.metrics import Evaluation
 from mealv2.models import Preprocessing, create_classifier, find_checkpoint, read_metadata
 from pipeline import runtime
@@ -19,7 +19,7 @@ _DEFAULT_IMG_SIZE = 224
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
     machine = runtime.start(config)
-    source = ImageFolder(config.data_dir, config.val_split)
+    source = open_source(config.data_dir, config.val_split)
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
     stored = read_metadata(checkpoint) if checkpoint else {}
     name = config.model or stored.get("architecture")

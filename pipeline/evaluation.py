@@ -6,21 +6,21 @@ import torch
 from torch import nn
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.images import ImageFolder
+from mealv2.images import ImageSource, open_source
 from mealv2.label_set import LabelSet
 from mealv2.metrics import Evaluation
 from mealv2.soft_labels import SoftLabels
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, StopFlag
 
 
-def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageFolder | None:
+def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource | None:
     """Open a validation split; None for ``none``. Raises ConfigError where the classes differ."""
     if split == NO_SPLIT:
         return None
-    source = ImageFolder(data_dir, split)
+    source = open_source(data_dir, split)
     if source.classes != classes:
         odd = sorted(set(source.classes) ^ set(classes))
         raise ConfigError(
@@ -37,7 +37,7 @@ class Evaluator:
 
     def __init__(
         self,
-        source: ImageFolder,
+        source: ImageSource,
         machine: Runtime,
         config: TrainConfig | EvaluateConfig,
         *,
@@ -59,8 +59,13 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, *, num_classes: int) -> Evaluation:
-        """Return the figures of a model; raises DataError for a bad image or logits not finite."""
+    def __call__(
+        self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None
+    ) -> Evaluation:
+        """Return the figures of a model; raises DataError for a bad image or logits not finite.
+
+        StopRequested passes through when ``stop`` is set.
+        """
         figures = Evaluation(num_classes)
         was_training = model.training
         model.eval()
@@ -72,6 +77,8 @@ class Evaluator:
             size=lambda pixels: len(pixels.positions) + len(pixels.failed),
         )
         for pixels in shown:
+            if stop is not None:
+                stop.check()
             refuse_failures(self.source, pixels.failed, self._policy)
             if not pixels.positions:
                 continue
@@ -87,9 +94,6 @@ class Evaluator:
     def _soft(self, positions: list[int]) -> SoftLabels | None:
         if self.labels is None:
             return None
-        found = self.labels.lookup([self.source.keys[p] for p in positions], [0] * len(positions))
-        return SoftLabels(
-            torch.from_numpy(found.indices_NK),
-            torch.from_numpy(found.probs_NK),
-            self.labels.num_classes,
+        return self.labels.soft_labels(
+            [self.source.keys[p] for p in positions], [0] * len(positions)
         )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mealv2.images import ImageFolder
+from mealv2.images import open_source
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from pipeline import runtime, training
@@ -13,7 +13,7 @@ from pipeline.evaluation import Evaluator, open_split
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; return the report. Raises MealError and OSError, see training.train."""
     machine = runtime.start(config)
-    source = ImageFolder(config.data_dir, config.split)
+    source = open_source(config.data_dir, config.split)
     val = open_split(config.data_dir, config.val_split, classes=source.classes)
     runtime.seed_everything(config.seed)
     student = training.make_student(config, classes=source.classes, img_size=config.img_size)
@@ -23,9 +23,9 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         student=student,
         source=source,
         positions=list(range(len(source))),
-        targets=HardLabels(source.labels),
+        targets=HardLabels(source.labels, num_views=config.num_views, seed=config.seed),
         img_size=config.img_size,
-        view_seed=config.seed,
+        view_seed=config.view_seed,
         evaluator=None
         if val is None
         else Evaluator(val, machine, config, img_size=config.img_size),

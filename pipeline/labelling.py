@@ -19,7 +19,7 @@ from pipeline.runtime import Runtime
 
 @dataclass(frozen=True)
 class Answers:
-    """The labels of N views: ``positions`` in the source, class ids and probabilities N x K.
+    """The labels of N views: ``positions`` in the source; class ids, probabilities, rest (N).
 
     ``correct`` counts the right answers, int64 2 x (T + 1): at top-1 and top-5, of every teacher
     and last of the ensemble. ``failed`` are the images that could not be read, with the reason.
@@ -28,6 +28,7 @@ class Answers:
     positions: list[int]
     indices_NK: np.ndarray
     probs_NK: np.ndarray
+    rest_N: np.ndarray
     correct: np.ndarray
     failed: dict[int, str]
 
@@ -53,7 +54,9 @@ class Labeller:
         failed: dict[int, str] = {}
         positions: list[int] = []
         indices = [np.empty((0, self.topk), class_id_type(self.num_classes))]
-        probs = [np.empty((0, self.topk), np.dtype(self.label_dtype).newbyteorder("<"))]
+        value_type = np.dtype(self.label_dtype).newbyteorder("<")
+        probs = [np.empty((0, self.topk), value_type)]
+        rest = [np.empty(0, value_type)]
         correct = np.zeros((2, len(self.ensemble.teachers) + 1), dtype=np.int64)
         for images_BCHW, batch in self._exact_batches(source, pixels, failed):
             logits_TBC, probs_BC = self._ask(images_BCHW)
@@ -64,11 +67,19 @@ class Labeller:
                 )
             if score:
                 correct += _num_correct(logits_TBC, probs_BC, [source.labels[p] for p in batch])
-            kept, values = top_k(probs_BC, self.topk)
+            kept = top_k(probs_BC, self.topk)
             positions += batch
-            indices.append(kept.cpu().numpy().astype(indices[0].dtype))
-            probs.append(values.cpu().numpy().astype(probs[0].dtype))
-        return Answers(positions, np.concatenate(indices), np.concatenate(probs), correct, failed)
+            indices.append(kept.indices_NK.cpu().numpy().astype(indices[0].dtype))
+            probs.append(kept.probs_NK.cpu().numpy().astype(value_type))
+            rest.append(kept.rest_N.cpu().numpy().astype(value_type))
+        return Answers(
+            positions,
+            np.concatenate(indices),
+            np.concatenate(probs),
+            np.concatenate(rest),
+            correct,
+            failed,
+        )
 
     def _ask(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teachers' logits T x B x C and the ensemble's probabilities B x C, float32."""

@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, write_whole
+from pipeline import checkpoint
 from pipeline.runtime import on_terminal
 
 T = TypeVar("T")
+REPORT_NAME = "report.json"
 _LINE_EVERY_S = 10.0
 
 
@@ -93,10 +95,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, config: dict[str, Any], *, name: str) -> "RunFolder":
-        """Make a run folder, under runs/ if not named; raises ConfigError if a run is there."""
+        """Make a run folder, under runs/ if not named; raises ConfigError if a run is there.
+
+        A run that never came to a checkpoint has nothing to lose: its folder is used again.
+        """
         if path is None:
             path = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        if (path / "config.json").exists():
+        if checkpoint.exists(path):
             raise ConfigError(
                 f"{path} already holds a run; continue it with --resume {path}, "
                 "or give another --output"
@@ -105,7 +110,9 @@ class RunFolder:
         # a repeated run makes a folder of its own
         config = {**config, "output": None, "resume": None}
         write_whole(path / "config.json", canonical_json(config).encode())
-        return cls(path)
+        run = cls(path)
+        run.metrics_path.write_bytes(b"")
+        return run
 
     @classmethod
     def reopen(cls, path: Path, *, epoch: int) -> "RunFolder":
@@ -117,6 +124,11 @@ class RunFolder:
         return run
 
     @property
+    def metrics_path(self) -> Path:
+        """Where the events lie, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def summary_path(self) -> Path:
         """Where the table of epochs lies."""
         return self.path / "summary.csv"
@@ -124,8 +136,12 @@ class RunFolder:
     def log(self, event: str, **figures: Any) -> None:
         """Append one event to metrics.jsonl."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **figures})
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write report.json: the run went to its end."""
+        write_whole(self.path / REPORT_NAME, canonical_json(report).encode())
 
     def epoch_row(self, row: Mapping[str, Any]) -> None:
         """Add an epoch to summary.csv (written whole)."""

@@ -38,7 +38,7 @@ class Meter:
         """Count a batch; ``parts`` are means over its images, on any device."""
         self._images += num_images
         for name, value in parts.items():
-            value = value.detach().double() * num_images
+            value = value.detach().float() * num_images
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self) -> dict[str, float]:

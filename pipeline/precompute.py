@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import ConfigError, LabelSetError
+from mealv2.errors import LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, json_sha256
-from mealv2.images import INTERPOLATION, ImageFolder, fingerprint
+from mealv2.images import INTERPOLATION, ImageSource, fingerprint, open_source
 from mealv2.soft_labels import TAIL_RULE
 from mealv2.views import RECIPE, RESIZE_OVER_CROP
 from pipeline import logs, runtime, teachers
@@ -33,7 +33,7 @@ class Role:
     """A split and the views labelled of it: ``train`` random ones, ``val`` the centre crop."""
 
     name: str
-    source: ImageFolder
+    source: ImageSource
     views: tuple[int, ...]
     shards: list[range]
 
@@ -48,7 +48,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     machine = runtime.start(config)
     roles = _roles(config)
     classes = list(roles[-1].source.classes)
-    topk = _kept_classes(config.topk, len(classes))
+    topk = config.kept_classes(len(classes))
     ensemble, described = teachers.build(
         config.teacher, classes=classes, img_size=config.img_size, runtime=machine
     )
@@ -138,6 +138,7 @@ class _Stage:
             number=number,
             keys=[role.source.keys[p] for p in images],
             indices=None if dense else answers.indices_NK.reshape(shape),
+            rest=None if dense else answers.rest_N.reshape(shape[:2]),
             probs=answers.probs_NK.reshape(shape),
             skipped=name_failures(role.source, answers.failed),
             counts={"top1": top1, "top5": top5} if role.name == "val" else {},
@@ -229,7 +230,7 @@ class _Stage:
 
 def _roles(config: PrecomputeConfig) -> list[Role]:
     """Return what is labelled, validation first."""
-    train = ImageFolder(config.data_dir, config.split)
+    train = open_source(config.data_dir, config.split)
     val = open_split(config.data_dir, config.val_split, classes=list(train.classes))
     sources = [("val", val, (CENTRE,)), ("train", train, tuple(range(config.num_views)))]
     return [
@@ -237,13 +238,6 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
         for name, source, views in sources
         if source is not None
     ]
-
-
-def _kept_classes(topk: str, num_classes: int) -> int:
-    k = num_classes if topk == "all" else int(topk)
-    if k > num_classes:
-        raise ConfigError(f"--topk {k}: the data has only {num_classes} classes; give less, or all")
-    return k
 
 
 def _plan(

@@ -56,7 +56,7 @@ def start(config: Machine) -> Runtime:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(f"--device {config.device}: not on this machine ({reason})") from None
-    amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
+    amp_dtype = getattr(torch, config.amp_dtype or "bfloat16") if config.amp else None
     if amp_dtype is torch.float16 and device.type == "cpu":
         raise ConfigError("--amp-dtype float16 needs a GPU; use bfloat16 on the CPU")
     return Runtime(device, amp_dtype)
@@ -86,20 +86,26 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it
+    """A signal asked the run to save and stop."""
+
+
 class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM; the loop saves and stops at the next step."""
+    """Set by the first Ctrl-C or SIGTERM; the run saves and stops at the next ``check``."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
+    def check(self) -> None:
+        """Raise StopRequested if a signal came."""
+        if self.signal_name is not None:
+            raise StopRequested(self.signal_name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self:
+        if self.signal_name is not None:
             os._exit(128 + number)  # the second one quits at once
         self.signal_name = signal.Signals(number).name
-        os.write(2, b"\nstopping after this step; once more quits at once\n")
+        os.write(2, b"\nsaving and stopping; once more quits at once\n")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mealv2.errors import DataError, StoppedError
-from mealv2.images import ImageFolder
+from mealv2.images import ImageSource
 from mealv2.models import (
     EXPORT_FOLDER,
     Classifier,
@@ -33,7 +33,7 @@ from pipeline.loaders import (
     refuse_failures,
 )
 from pipeline.meters import Meter
-from pipeline.runtime import Runtime, StopFlag, stop_on_signal
+from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Work:
     command: str
     task: nn.Module
     student: Classifier
-    source: ImageFolder
+    source: ImageSource
     positions: list[int]
     targets: Targets
     img_size: int
@@ -104,28 +104,41 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.amp_dtype is torch.float16
         )
-        if config.resume is None:
-            name = f"{work.command}-{config.model}"
-            self.folder = logs.RunFolder.create(config.output, config.as_json(), name=name)
-        else:
+        if config.resume is not None and checkpoint.exists(config.resume):
             self._restore(checkpoint.load_newest(config.resume))
             self.folder = logs.RunFolder.reopen(config.resume, epoch=self.place.epoch)
+        else:
+            name = f"{work.command}-{config.model}"
+            output = config.resume or config.output
+            self.folder = logs.RunFolder.create(output, config.as_json(), name=name)
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
+        try:
+            return self._run()
+        except StopRequested as signal_name:
+            self._save()
+            raise StoppedError(
+                f"stopped by {signal_name} in epoch {self.place.epoch + 1}, saved; "
+                f"continue with: mealv2 {self.work.command} --resume {self.folder.path}"
+            ) from None
+
+    def _run(self) -> dict[str, Any]:
         began = time.monotonic()
         place, last = self.place, self.config.epochs
         figures: dict[str, float] = {}
-        if place.total_steps == 0:
-            figures = self._validate()
+        if place.total_steps == 0 or place.epoch == last:
+            figures = self._validate(place.epoch)
             self._say_start(figures)
         pixels = iter(self._read())
         while place.epoch < last:
             trained = self._train_epoch(pixels)
-            place.epoch, place.step = place.epoch + 1, 0
-            figures = self._validate()
+            epoch = place.epoch + 1
+            due = epoch % self.config.val_interval == 0 or epoch == last
+            figures = self._validate(epoch) if due else {}
+            place.epoch, place.step = epoch, 0
             self._end_epoch(trained, figures)
-        return {
+        report = {
             "run": str(self.folder.path),
             "model": self.work.student.tag,
             "epochs": place.epoch,
@@ -133,6 +146,8 @@ class _Trainer:
             "seconds": round(time.monotonic() - began, 2),
             **figures,
         }
+        self.folder.finish(report)
+        return report
 
     def _train_epoch(self, pixels: Iterator[Pixels]) -> dict[str, float]:
         """Train on what is left of the epoch; return the mean of every part of the loss."""
@@ -166,12 +181,7 @@ class _Trainer:
             # log: the only place where the host waits for the device
             if place.total_steps % config.log_interval == 0:
                 self._log(window)
-            if self.stop:
-                self._save()
-                raise StoppedError(
-                    f"stopped by {self.stop.signal_name} in epoch {place.epoch + 1}, saved; "
-                    f"continue with: mealv2 {work.command} --resume {self.folder.path}"
-                )
+            self.stop.check()
         return self._finite(epoch.means())
 
     def _update(self, batch: Pixels) -> dict[str, Tensor]:
@@ -225,18 +235,19 @@ class _Trainer:
             weight_decay=self.config.weight_decay,
         )
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """Return the student's figures after ``epoch`` epochs; none without a validation split."""
         if self.work.evaluator is None:
             return {}
-        student = self.work.student
-        figures = self.work.evaluator(student, num_classes=student.num_classes).summary()
-        self.folder.log("validation", epoch=self.place.epoch, **figures)
+        student, classes = self.work.student, self.work.student.num_classes
+        figures = self.work.evaluator(student, num_classes=classes, stop=self.stop).summary()
+        self.folder.log("validation", epoch=epoch, **figures)
         return figures
 
     def _say_start(self, figures: dict[str, float]) -> None:
         """Print how good the teachers and the student are before the first step."""
         if figures:
-            known = {**self.work.teachers, "student at step 0": figures}
+            known = {**self.work.teachers, f"student at step {self.place.total_steps}": figures}
             rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known.items()]
             logs.say(logs.table([["before training", "top-1", "top-5"], *rows]))
 

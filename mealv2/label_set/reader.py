@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import read_manifest
 from mealv2.label_set.shard import column_offsets, shard_keys
+from mealv2.soft_labels import SoftLabels
 
 
 class Lookup(NamedTuple):
@@ -37,7 +39,7 @@ class LabelSet:
         self.num_views = int(plan["roles"][role]["num_views"])
         self.img_size = int(plan["img_size"])
         self._names = [entry["name"] for entry in manifest["roles"][role]["shards"]]
-        self._maps: dict[int, tuple[np.ndarray | None, np.ndarray]] = {}
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
         self._rows: dict[str, tuple[int, int]] = {}
         for number, entry in enumerate(manifest["roles"][role]["shards"]):
             for row, key in enumerate(self._open_shard(entry)):
@@ -81,15 +83,30 @@ class LabelSet:
         Raises LabelSetError for an image or a view that the set does not hold, ValueError when the
         two sequences differ in length.
         """
+        labels = self.soft_labels(keys, views)
+        return Lookup(labels.indices_NK.numpy(), labels.probs_NK.numpy())
+
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
+        """Return the same labels as tensors, with the mass that was not kept; raises as lookup."""
         places = [self._place(key, view) for key, view in zip(keys, views, strict=True)]
         k = self.manifest["plan"]["topk"]
         indices_NK = np.empty((len(places), k), dtype=np.int64)
         probs_NK = np.empty((len(places), k), dtype=np.float32)
+        rest_N = np.zeros(len(places), dtype=np.float32)
         for position, (number, row, view) in enumerate(places):
-            indices, probs = self._columns(number)
-            indices_NK[position] = np.arange(k) if indices is None else indices[row, view]
-            probs_NK[position] = probs[row, view]
-        return Lookup(indices_NK, probs_NK)
+            columns = self._columns(number)
+            probs_NK[position] = columns["probs"][row, view]
+            if "indices" in columns:
+                indices_NK[position] = columns["indices"][row, view]
+                rest_N[position] = columns["rest"][row, view]
+            else:
+                indices_NK[position] = np.arange(k)
+        return SoftLabels(
+            torch.from_numpy(indices_NK),
+            torch.from_numpy(probs_NK),
+            torch.from_numpy(rest_N),
+            self.num_classes,
+        )
 
     def _place(self, key: str, view: int) -> tuple[int, int, int]:
         if key not in self._rows:
@@ -117,16 +134,15 @@ class LabelSet:
             )
         return shard_keys(data)
 
-    def _columns(self, number: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Return the memory-mapped (indices, probs) of a shard."""
+    def _columns(self, number: int) -> dict[str, np.ndarray]:
+        """Return the memory-mapped columns of a shard: probs, and unless dense indices and rest."""
         if number not in self._maps:
             path = self.folder / self._names[number]
-            maps = {
+            self._maps[number] = {
                 name: np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
                 for name, (offset, shape, dtype) in column_offsets(path).items()
-                if name in ("indices", "probs") and 0 not in shape
+                if name in ("probs", "indices", "rest") and 0 not in shape
             }
-            self._maps[number] = (maps.get("indices"), maps["probs"])
         return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,17 +23,18 @@ _LIBRARY_VERSION = "v110"  # HDF5 1.10's file format: readable everywhere, and b
 class Shard:
     """The labels of N images x V views, K classes each.
 
-    ``indices`` (N, V, K) uint16 or uint32 class ids, None for dense labels in class order;
-    ``probs`` (N, V, K) float16 or float32; ``skipped`` the images without labels and why;
-    ``counts`` named whole numbers, such as how many answers were right.
+    ``probs`` (N, V, K) float16 or float32; ``indices`` (N, V, K) uint16 or uint32 class ids and
+    ``rest`` (N, V) the mass not kept, both None for dense labels in class order; ``skipped`` the
+    images without labels and why; ``counts`` whole numbers, such as how many answers were right.
     """
 
     plan_sha256: str
     role: str
     number: int
     keys: list[str]
-    indices: np.ndarray | None
     probs: np.ndarray
+    indices: np.ndarray | None = None
+    rest: np.ndarray | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
 
@@ -45,8 +46,10 @@ def class_id_type(num_classes: int) -> np.dtype[Any]:
 
 def num_label_bytes(k: int, num_classes: int, label_dtype: str) -> int:
     """Return how many bytes one view's label takes."""
-    id_bytes = 0 if k == num_classes else class_id_type(num_classes).itemsize
-    return k * (id_bytes + np.dtype(label_dtype).itemsize)
+    value = np.dtype(label_dtype).itemsize
+    if k == num_classes:
+        return k * value
+    return k * (class_id_type(num_classes).itemsize + value) + value
 
 
 def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
@@ -67,7 +70,13 @@ def read_shard(path: Path) -> Shard:
         if digest != _digest(header, columns):
             raise LabelSetError(f"shard {path} is damaged: its contents fail their SHA-256")
         keys = _unpack_keys(columns["keys"], columns["key_ends"])
-        return Shard(keys=keys, indices=columns.get("indices"), probs=columns["probs"], **header)
+        return Shard(
+            keys=keys,
+            probs=columns["probs"],
+            indices=columns.get("indices"),
+            rest=columns.get("rest"),
+            **header,
+        )
     except (LabelSetError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # h5py raises OSError, KeyError, ValueError, RuntimeError on damage
@@ -92,8 +101,8 @@ def column_offsets(path: Path) -> dict[str, tuple[int, tuple[int, ...], np.dtype
 def _to_bytes(shard: Shard) -> bytes:
     packed, ends = _pack_keys(shard.keys)
     columns = {"keys": packed, "key_ends": ends, "probs": shard.probs}
-    if shard.indices is not None:
-        columns["indices"] = shard.indices
+    if shard.indices is not None and shard.rest is not None:
+        columns |= {"indices": shard.indices, "rest": shard.rest}
     header = {
         "plan_sha256": shard.plan_sha256,
         "role": shard.role,

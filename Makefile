@@ -1,0 +1,64 @@
+# One target per stage. `make help` lists them; variables go on the command line:
+#   make precompute DATA=imagenet VIEWS=30 LABELS=labels
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MEALV2 := $(BIN)/mealv2
+
+DATA ?= data
+TEACHERS ?= senet154.gluon_in1k,resnet152s.gluon_in1k
+STUDENT ?= resnet50.ram_in1k
+LABELS ?= labels
+VIEWS ?= 16
+OUT ?= runs/$(STUDENT)
+SEEDS ?= 1
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo precompute distill finetune evaluate test test-slow check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "variables: DATA TEACHERS STUDENT LABELS VIEWS OUT SEEDS ARGS (more flags for the command)"
+
+setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
+
+$(VENV)/.done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.done  ## the whole story on scikit-learn's digits, a few minutes (SEEDS=5 for the interval)
+	$(MEALV2) demo --seeds $(SEEDS) $(ARGS)
+
+precompute: $(VENV)/.done  ## stage one: label DATA with TEACHERS into LABELS
+	$(MEALV2) precompute --data-dir '$(DATA)' --teacher '$(TEACHERS)' --num-views $(VIEWS) --out '$(LABELS)' $(ARGS)
+
+distill: $(VENV)/.done  ## stage two: train STUDENT on DATA from LABELS into OUT
+	$(MEALV2) distill --data-dir '$(DATA)' --labels '$(LABELS)' --model '$(STUDENT)' --output '$(OUT)' $(ARGS)
+
+finetune: $(VENV)/.done  ## hard labels: train STUDENT on DATA into OUT
+	$(MEALV2) finetune --data-dir '$(DATA)' --model '$(STUDENT)' --output '$(OUT)' $(ARGS)
+
+evaluate: $(VENV)/.done  ## accuracy of OUT on DATA
+	$(MEALV2) evaluate --data-dir '$(DATA)' --checkpoint '$(OUT)' $(ARGS)
+
+test: $(VENV)/.done  ## the fast tests
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' $(ARGS)
+
+test-slow: $(VENV)/.done  ## the tests that take longer
+	$(BIN)/python -m pytest -m 'slow and not gpu and not cluster' $(ARGS)
+
+check: $(VENV)/.done  ## style, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.done  ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches, nothing else
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,124 @@
+"""mealv2.metrics: every figure against its definition in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from mealv2.metrics import Evaluation, num_correct
+from mealv2.soft_labels import SoftLabels, top_k
+
+
+def random_batch(num_rows: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor, SoftLabels]:
+    """Return (logits, class ids, the top-k of an ensemble's answer)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num_rows, num_classes, generator=generator)
+    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
+    probs = torch.softmax(2 * torch.randn(num_rows, num_classes, generator=generator), 1)
+    return logits, labels, SoftLabels(*top_k(probs, min(3, num_classes)), num_classes)
+
+
+def expected_figures(logits: Tensor, labels: Tensor, soft: SoftLabels) -> dict[str, float]:
+    log_probs = reference.log_softmax(logits.numpy())
+    order = np.argsort(-log_probs, axis=1)
+    truth = labels.numpy()[:, None]
+    probs = reference.dense(soft.indices_NK.numpy(), soft.probs_NK.numpy(), soft.num_classes)
+    ratio = np.log(np.where(probs > 0, probs, 1.0)) - np.where(probs > 0, log_probs, 0.0)
+    return {
+        "num_images": len(labels),
+        "top1": 100 * (order[:, :1] == truth).any(1).mean(),
+        "top5": 100 * (order[:, :5] == truth).any(1).mean(),
+        "cross_entropy": -np.take_along_axis(log_probs, truth, 1).mean(),
+        "agreement": 100 * (order[:, 0] == probs.argmax(1)).mean(),
+        "kl": (probs * ratio).sum(1).mean(),
+    }
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(2, 300), st.integers(1, 7), st.integers(0, 999))
+def test_every_figure_agrees_with_numpy_however_the_images_are_batched(rows, classes, step, seed):
+    logits, labels, soft = random_batch(rows, classes, seed)
+    evaluation = Evaluation(classes)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        batch = SoftLabels(soft.indices_NK[part], soft.probs_NK[part], classes)
+        evaluation.add(logits[part], labels[part], batch)
+    # float32 tails of the labels
+    assert evaluation.summary() == pytest.approx(
+        expected_figures(logits, labels, soft), rel=1e-5, abs=1e-5
+    )
+
+
+def test_figures_of_four_images_by_hand():
+    logits = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [0, 0, 4.0], [4.0, 0, 0]])
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7], [0.1, 0.1, 0.8], [0.3, 0.6, 0.1]])
+    evaluation = Evaluation(3)
+    evaluation.add(logits, torch.tensor([0, 1, 2, 2]), SoftLabels(*top_k(probs, 3), 3))
+    assert evaluation.top1 == 75.0
+    assert evaluation.top5 == 100.0
+    assert evaluation.agreement == 50.0
+    assert evaluation.per_class() == [(1, 1), (1, 1), (2, 1)]
+
+
+def test_agreement_asks_the_ensemble_and_not_the_label():
+    evaluation = Evaluation(2)
+    says_1 = SoftLabels(torch.tensor([[1]]), torch.tensor([[0.9]]), 2)
+    evaluation.add(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), says_1)
+    assert (evaluation.top1, evaluation.agreement) == (0.0, 100.0)
+
+
+def test_kl_is_that_of_the_ensemble_from_the_student_and_0_when_they_are_equal():
+    probs = torch.tensor([[0.7, 0.2, 0.1]])
+    soft = SoftLabels(*top_k(probs, 3), 3)
+    equal, other = Evaluation(3), Evaluation(3)
+    equal.add(probs.log() + 5.0, torch.tensor([0]), soft)
+    other.add(torch.zeros(1, 3), torch.tensor([0]), soft)
+    assert equal.kl == pytest.approx(0.0, abs=1e-6)
+    # KL(q || uniform) = log 3 - H(q), and not KL(uniform || q)
+    entropy = -float((probs.double() * probs.double().log()).sum())
+    assert other.kl == pytest.approx(np.log(3) - entropy, abs=1e-6)
+
+
+def test_a_class_the_ensemble_rules_out_adds_nothing_to_kl():
+    evaluation = Evaluation(3)
+    certain = SoftLabels(torch.tensor([[0]]), torch.tensor([[1.0]]), 3)
+    evaluation.add(torch.zeros(1, 3), torch.tensor([0]), certain)
+    assert evaluation.kl == pytest.approx(np.log(3))
+
+
+def test_without_soft_labels_there_is_no_agreement_and_no_kl():
+    evaluation = Evaluation(4)
+    logits, labels, _ = random_batch(6, 4, 0)
+    evaluation.add(logits, labels)
+    assert evaluation.agreement is None
+    assert evaluation.kl is None
+    assert set(evaluation.summary()) == {"num_images", "top1", "top5", "cross_entropy"}
+
+
+def test_soft_labels_of_some_batches_count_for_those_images_only():
+    logits, labels, soft = random_batch(6, 4, 0)
+    mixed, alone = Evaluation(4), Evaluation(4)
+    mixed.add(*random_batch(9, 4, 1)[:2])
+    mixed.add(logits, labels, soft)
+    alone.add(logits, labels, soft)
+    assert mixed.num_images == 15
+    assert (mixed.agreement, mixed.kl) == (alone.agreement, alone.kl)
+
+
+def test_an_evaluation_of_nothing_has_figures():
+    assert Evaluation(3).summary() == {
+        "num_images": 0,
+        "top1": 0.0,
+        "top5": 0.0,
+        "cross_entropy": 0.0,
+    }
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 100])
+def test_num_correct_counts_labels_among_the_k_highest(k):
+    logits, labels, _ = random_batch(200, 20, 7)
+    rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert int(num_correct(logits, labels, k)) == int((rank < k).sum())

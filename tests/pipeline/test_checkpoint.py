@@ -1,0 +1,90 @@
+"""pipeline.checkpoint: saved whole, the newest few kept, damage noticed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mealv2.errors import MealError
+from pipeline import checkpoint
+
+STATE = {"epoch": 3, "args": {"lr": 0.1, "out": None}, "state_dict": {"w": torch.arange(5000.0)}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_what_is_saved_comes_back(run: Path) -> None:
+    path = checkpoint.save(run, STATE, step=12, keep=2)
+    assert path == run / "checkpoints" / "step-00000012.pt"
+    state = checkpoint.load_newest(run)
+    assert (state["epoch"], state["args"]) == (3, STATE["args"])
+    assert torch.equal(state["state_dict"]["w"], STATE["state_dict"]["w"])
+
+
+def test_existence_is_said(run: Path) -> None:
+    assert not checkpoint.exists(run)
+    checkpoint.save(run, STATE, step=1, keep=1)
+    assert checkpoint.exists(run)
+
+
+def test_newest_are_kept_and_nothing_else(run: Path) -> None:
+    for step in (1, 2, 10, 9_999_999):
+        checkpoint.save(run, {"step": step}, step=step, keep=2)
+    assert names(run) == ["step-00000010.pt", "step-09999999.pt"]
+    assert checkpoint.load_newest(run) == {"step": 9_999_999}
+
+
+def test_files_it_did_not_make_are_left_alone(run: Path) -> None:
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.pt").write_bytes(b"mine")
+    for step in (1, 2, 3):
+        checkpoint.save(run, {}, step=step, keep=1)
+    assert names(run) == ["best.pt", "step-00000003.pt"]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _text(path: Path) -> None:
+    path.write_text("not a checkpoint\n")
+
+
+def _pickle(path: Path) -> None:
+    torch.save({"state": Path("a pickled object")}, path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _text, _pickle])
+def test_damaged_checkpoint_is_named_in_one_line(run: Path, damage: Callable[[Path], None]) -> None:
+    path = checkpoint.save(run, STATE, step=7, keep=1)
+    damage(path)
+    with pytest.raises(MealError, match=r"step-00000007\.pt is damaged") as caught:
+        checkpoint.load_newest(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(
+    run: Path, flipped_bit: Callable[..., None]
+) -> None:
+    path = checkpoint.save(run, STATE, step=7, keep=1)
+    flipped_bit(path)  # the middle of the file lies in the tensor
+    with pytest.raises(MealError, match=r"step-00000007\.pt is damaged"):
+        checkpoint.load_newest(run)
+
+
+def test_removing_the_damaged_one_continues_from_the_one_before(run: Path) -> None:
+    checkpoint.save(run, {"step": 1}, step=1, keep=2)
+    checkpoint.save(run, {"step": 2}, step=2, keep=2).unlink()
+    assert checkpoint.load_newest(run) == {"step": 1}

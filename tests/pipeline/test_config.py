@@ -1,0 +1,207 @@
+"""pipeline.config: bounds, defaults, schedules, and settings that would have no effect."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mealv2.errors import ConfigError
+from pipeline import config as configs
+from pipeline.config import (
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PrecomputeConfig,
+)
+
+REQUIRED: dict[type[configs.Machine], dict[str, Any]] = {
+    PrecomputeConfig: {"data_dir": Path("/d"), "out": Path("/o"), "teacher": ("a", "b=c")},
+    DistillConfig: {"data_dir": Path("/d"), "labels": Path("/l"), "model": "m"},
+    FinetuneConfig: {"data_dir": Path("/d"), "model": "m"},
+    EvaluateConfig: {"data_dir": Path("/d"), "model": "m"},
+}
+EVERY = pytest.mark.parametrize("kind", REQUIRED, ids=lambda kind: kind.__name__)
+
+
+def make(kind: type[configs.Machine], **values: Any) -> Any:
+    return kind(**REQUIRED[kind] | values)
+
+
+@EVERY
+def test_a_config_is_frozen(kind: type[configs.Machine]) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make(kind).workers = 1
+
+
+@EVERY
+def test_every_field_explains_itself(kind: type[configs.Machine]) -> None:
+    for field in dataclasses.fields(kind):
+        assert field.metadata["help"].endswith("."), field.name
+        if field.default is None:
+            assert field.metadata["shown"], f"{field.name}: what does None mean?"
+
+
+@EVERY
+def test_json_there_and_back_is_the_same_config(kind: type[configs.Machine]) -> None:
+    triple = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
+    extra: dict[type, dict[str, Any]] = {
+        DistillConfig: {"lr_milestones": (3, 5), "resume": Path("/r"), **triple},
+        FinetuneConfig: {"initial_checkpoint": Path("/c"), **triple},
+        EvaluateConfig: {"results_file": Path("/x.csv"), **triple},
+    }
+    config = make(kind, workers=5, **extra.get(kind, {}))
+    assert kind.from_json(json.loads(json.dumps(config.as_json()))) == config
+
+
+def test_paths_are_kept_absolute() -> None:
+    values = make(DistillConfig, labels=Path("labels")).as_json()
+    assert values["labels"] == str(Path.cwd() / "labels")
+
+
+@EVERY
+def test_unknown_setting_is_named(kind: type[configs.Machine]) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        kind.from_json({**make(kind).as_json(), "nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in REQUIRED for name in REQUIRED[kind] if kind is not EvaluateConfig],
+)
+@pytest.mark.parametrize("value", [None, "left out"])
+def test_missing_required_setting_is_named_as_its_flag(
+    kind: type[configs.Machine], name: str, value: str | None
+) -> None:
+    values = make(kind).as_json()
+    if value is None:
+        values[name] = None
+    else:
+        del values[name]
+    with pytest.raises(ConfigError, match=configs.flag(name)):
+        kind.from_json(values)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "flag"),
+    [
+        (PrecomputeConfig, {"workers": -1}, "--workers"),
+        (PrecomputeConfig, {"num_views": 0}, "--num-views"),
+        (PrecomputeConfig, {"img_size": 0}, "--img-size"),
+        (PrecomputeConfig, {"shard_size": 0}, "--shard-size"),
+        (PrecomputeConfig, {"batch_size": 0}, "--batch-size"),
+        (PrecomputeConfig, {"view_seed": -1}, "--view-seed"),
+        (PrecomputeConfig, {"view_seed": 1 << 63}, "--view-seed"),
+        (PrecomputeConfig, {"topk": "0"}, "--topk"),
+        (PrecomputeConfig, {"topk": "-1"}, "--topk"),
+        (PrecomputeConfig, {"topk": "many"}, "--topk"),
+        (PrecomputeConfig, {"teacher": ()}, "--teacher"),
+        (DistillConfig, {"epochs": 0}, "--epochs"),
+        (DistillConfig, {"batch_size": 0}, "--batch-size"),
+        (DistillConfig, {"log_interval": 0}, "--log-interval"),
+        (DistillConfig, {"checkpoint_hist": 0}, "--checkpoint-hist"),
+        (DistillConfig, {"seed": -1}, "--seed"),
+        (DistillConfig, {"lr": NAN}, "--lr"),
+        (DistillConfig, {"lr": -0.1}, "--lr"),
+        (DistillConfig, {"lr": float("inf")}, "--lr"),
+        (DistillConfig, {"momentum": NAN}, "--momentum"),
+        (DistillConfig, {"weight_decay": -1.0}, "--weight-decay"),
+        (DistillConfig, {"decay_rate": NAN}, "--decay-rate"),
+        (DistillConfig, {"discriminator_weight": NAN}, "--discriminator-weight"),
+        (DistillConfig, {"discriminator_lr": NAN}, "--discriminator-lr"),
+        (DistillConfig, {"mean": (0.5, 0.5, 0.5)}, "--std"),
+        (DistillConfig, {"std": (0.5, 0.5, 0.5)}, "--mean"),
+        (DistillConfig, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0.0)}, "--std"),
+        (DistillConfig, {"mean": (NAN,) * 3, "std": (0.5,) * 3}, "--mean"),
+        (DistillConfig, {"mean": (0.5,) * 3, "std": (0.5, NAN, 0.5)}, "--std"),
+        (FinetuneConfig, {"img_size": 0}, "--img-size"),
+        (EvaluateConfig, {"img_size": 0}, "--img-size"),
+        (EvaluateConfig, {"batch_size": 0}, "--batch-size"),
+        (EvaluateConfig, {"model": None}, "--checkpoint"),
+        (EvaluateConfig, {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "--std"),
+        (EvaluateConfig, {"results_file": Path("x.txt")}, "--results-file"),
+    ],
+)
+def test_value_out_of_bounds_names_the_flag(
+    kind: type[configs.Machine], values: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        make(kind, **values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "flag"),
+    [
+        (
+            DistillConfig,
+            {"discriminator": "off", "discriminator_lr": 0.1},
+            "--discriminator-lr",
+        ),
+        (
+            DistillConfig,
+            {"discriminator": "off", "discriminator_weight": 0.5},
+            "--discriminator-weight",
+        ),
+        (FinetuneConfig, {"epochs": 5, "lr_milestones": (5,)}, "--lr-milestones"),
+        (FinetuneConfig, {"epochs": 5, "lr_milestones": (0, 2)}, "--lr-milestones"),
+        (
+            FinetuneConfig,
+            {"pretrained": True, "initial_checkpoint": Path("c")},
+            "--initial-checkpoint",
+        ),
+        (PrecomputeConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
+        (FinetuneConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
+        (EvaluateConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
+    ],
+)
+def test_setting_without_effect_is_refused(
+    kind: type[configs.Machine], values: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        make(kind, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "epoch", "factor"),
+    [
+        ({"epochs": 180}, 0, 1.0),
+        ({"epochs": 180}, 99, 1.0),
+        ({"epochs": 180}, 100, 0.1),
+        ({"epochs": 180}, 179, 0.1),
+        ({"epochs": 18}, 9, 1.0),
+        ({"epochs": 18}, 10, 0.1),
+        ({"epochs": 9, "lr_milestones": (3, 6)}, 2, 1.0),
+        ({"epochs": 9, "lr_milestones": (3, 6)}, 3, 0.1),
+        ({"epochs": 9, "lr_milestones": (6, 3)}, 6, 0.01),
+        ({"epochs": 9, "lr_milestones": (3,), "decay_rate": 0.5}, 8, 0.5),
+    ],
+)
+def test_learning_rate_falls_at_the_milestones(
+    values: dict[str, Any], epoch: int, factor: float
+) -> None:
+    assert make(DistillConfig, **values).lr_factor(epoch) == pytest.approx(factor, rel=1e-12)
+
+
+def test_defaults_of_distill_are_the_papers() -> None:
+    config = make(DistillConfig)
+    assert (config.epochs, config.lr, config.momentum, config.weight_decay) == (180, 0.01, 0.9, 0)
+    assert (config.discriminator, config.discriminator_weight) == ("paper", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, True),
+        ({"pretrained": False}, False),
+        ({"initial_checkpoint": Path("c")}, False),
+        ({"initial_checkpoint": Path("c"), "pretrained": False}, False),
+    ],
+)
+def test_start_is_pretrained_unless_a_checkpoint_is_given(
+    values: dict[str, Any], expected: bool
+) -> None:
+    assert make(FinetuneConfig, **values).from_pretrained is expected

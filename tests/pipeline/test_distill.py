@@ -1,0 +1,438 @@
+"""pipeline.distill: the stored labels train the student, and only on the data they are of."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Result
+from mealv2.discriminator import Discriminator
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.images import ImageFolder, centre_crop, cut, decode
+from mealv2.label_set import LabelSet
+from mealv2.models import create_classifier, find_checkpoint
+from mealv2.soft_labels import SoftLabels
+from mealv2.targets import StoredLabels
+from mealv2.task import DistillTask
+from mealv2.views import scheduled_view, view_of
+from pipeline import runtime, training
+from pipeline.config import DistillConfig
+
+Run = Callable[..., Result]
+Events = Callable[[Path, str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+# --- stored labels and online teachers are the same targets -------------------------------------
+
+
+class OnlineTeachers:
+    """Answers like StoredLabels, by cutting the views itself and asking the teachers now."""
+
+    def __init__(self, source: ImageFolder, ensemble: TeacherEnsemble) -> None:
+        self.source = source
+        self.ensemble = ensemble
+
+    def view(self, key: str, epoch: int) -> int:
+        return scheduled_view(key, epoch, seed=0, num_views=4)
+
+    def answer(self, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
+        rows = []
+        for position, index in zip(positions, views, strict=True):
+            image = decode(self.source.read(position))
+            size = {"width": image.width, "height": image.height}
+            rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
+        images_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+        probs_BC = self.ensemble(images_BCHW).probs_BC
+        return SoftLabels(torch.arange(3).expand_as(probs_BC), probs_BC, 3)
+
+
+def _train_online(
+    config: DistillConfig, source: ImageFolder, teacher_dirs: dict[str, Path]
+) -> dict[str, Any]:
+    """Do what pipeline.distill does, with the teachers in place of the label set."""
+    teachers = [
+        create_classifier(name, num_classes=3, checkpoint=find_checkpoint(path))
+        for name, path in teacher_dirs.items()
+    ]
+    runtime.seed_everything(config.seed)
+    student = training.make_student(config, classes=source.classes, img_size=32)
+    discriminator, extra = None, {}
+    if config.discriminator != "off":
+        discriminator = Discriminator(3, config.discriminator)
+        extra = {"discriminator": (discriminator, config.lr)}
+    work = training.Work(
+        command="distill",
+        task=DistillTask(student, discriminator),
+        student=student,
+        source=source,
+        positions=list(range(len(source))),
+        targets=OnlineTeachers(source, TeacherEnsemble(teachers)),
+        img_size=32,
+        view_seed=7,
+        evaluator=None,
+        extra=extra,
+    )
+    return training.train(config, runtime.start(config), work)
+
+
+@pytest.fixture(scope="module")
+def dense_labels_dir(
+    done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("dense") / "set"
+    done(*precompute_flags, "--topk", "all", "--label-dtype", "float32", "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("discriminator", ["paper", "official", "off"])
+def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
+    done: Run,
+    distill_flags: list[str],
+    dense_labels_dir: Path,
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    events: Events,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    discriminator: str,
+) -> None:
+    stored, online = tmp_path / "stored", tmp_path / "online"
+    # a student without batch normalisation, which over 8 images makes 1e-7 grow to 1e-3 in 20 steps
+    student = ["--model", "test_convnext", "--initial-checkpoint", make_model("test_convnext")]
+    flags = ["--labels", dense_labels_dir, "--discriminator", discriminator, "--epochs", 4]
+    done(*distill_flags, *flags, *student, "--val-split", "none", "--output", stored)
+    settings = json.loads((stored / "config.json").read_text())
+    config = DistillConfig.from_json({**settings, "output": online})
+    _train_online(config, ImageFolder(data_dir, "train"), teacher_dirs)
+
+    parts = ["loss", "similarity_loss"] + ["discriminator_loss"] * (discriminator != "off")
+    losses = [
+        np.array([[event[part] for part in parts] for event in events(path, "train")])
+        for path in (stored, online)
+    ]
+    assert losses[0].shape == (20, len(parts))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5, atol=0)
+    assert np.ptp(losses[0][:, 0]) > 0.1, "constant losses would agree by chance"
+
+
+# --- the schedule of views ----------------------------------------------------------------------
+
+
+def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
+    done: Run, distill_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    answer = StoredLabels.answer
+
+    def recording(self: StoredLabels, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
+        asked.extend(zip(positions, views, strict=True))
+        return answer(self, positions, views)
+
+    monkeypatch.setattr(StoredLabels, "answer", recording)
+    done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)
+    epochs = [asked[start : start + 36] for start in range(0, len(asked), 36)]
+    assert len(epochs) == 8
+    assert all(sorted(position for position, _ in epoch) == list(range(36)) for epoch in epochs)
+    for cycle in (epochs[:4], epochs[4:]):
+        every = sorted(pair for epoch in cycle for pair in epoch)
+        assert every == [(position, view) for position in range(36) for view in range(4)]
+    assert epochs[0] != epochs[4]
+
+
+# --- what a run says ----------------------------------------------------------------------------
+
+
+def test_accuracies_before_training_are_said_before_the_first_epoch(
+    done: Run,
+    distill_flags: list[str],
+    run: Path,
+    labels_dir: Path,
+    student_dir: Path,
+    data_dir: Path,
+) -> None:
+    result = done(*distill_flags, "--output", run)
+    start = result.stderr.split("epoch 1/2")[0].splitlines()
+    said = {" ".join(line.split()[:-2]): line.split()[-2:] for line in start if line.count(".") > 1}
+    accuracy = LabelSet.open(labels_dir).manifest["roles"]["val"]["accuracy"]
+    expected = {
+        **{f"teacher {t['model']}": t for t in accuracy["teachers"]},
+        "ensemble": accuracy["ensemble"],
+        "student at step 0": done(
+            "evaluate", "--data-dir", data_dir, "--checkpoint", student_dir, "--workers", 0
+        ).report,
+    }
+    assert said == {name: [f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in expected.items()}
+
+
+def test_report_and_summary_hold_accuracy_agreement_and_kl(
+    done: Run, distill_flags: list[str], run: Path
+) -> None:
+    result = done(*distill_flags, "--output", run)
+    with (run / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for name in ("top1", "top5", "cross_entropy", "agreement", "kl"):
+        assert float(rows[-1][f"val_{name}"]) == result.report[name]
+    assert 0 <= result.report["agreement"] <= 100
+    assert result.report["kl"] > 0
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_agreement_and_kl_are_those_of_the_saved_student_with_the_stored_labels(
+    done: Run, distill_flags: list[str], run: Path, labels_dir: Path, data_dir: Path
+) -> None:
+    report = done(*distill_flags, "--output", run).report
+    student = create_classifier("test_resnet", num_classes=3, checkpoint=find_checkpoint(run))
+    labels = LabelSet.open(labels_dir, role="val")
+    kl, agree = [], 0
+    for path in sorted((data_dir / "val").glob("*/*")):
+        found = labels.lookup([path.relative_to(data_dir / "val").as_posix()], [0])
+        rest = 1 - found.probs_NK.astype(float).sum()
+        q = np.full(3, max(rest, 0))  # the class not kept
+        q[found.indices_NK[0]] = found.probs_NK[0]
+        q /= q.sum()
+        p = torch.softmax(student.eval()(_centre(path)).double(), dim=1)[0].detach().numpy()
+        kl.append(sum(a * np.log(a / b) for a, b in zip(q, p, strict=True) if a > 0))
+        agree += int(q.argmax() == p.argmax())
+    assert report["agreement"] == pytest.approx(100 * agree / 15)
+    assert report["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+
+
+def _centre(path: Path) -> torch.Tensor:
+    crop = centre_crop(decode(path.read_bytes()), 32).copy()
+    return torch.from_numpy(crop).permute(2, 0, 1)[None]
+
+
+def test_distillation_brings_the_student_nearer_to_the_ensemble(
+    done: Run, distill_flags: list[str], run: Path, events: Events
+) -> None:
+    report = done(*distill_flags, "--epochs", 8, "--lr", 0.05, "--output", run).report
+    first = events(run, "validation")[0]
+    assert first["epoch"] == 0
+    assert report["kl"] < 0.5 * first["kl"]
+    assert report["agreement"] > first["agreement"]
+
+
+def test_labels_without_a_val_role_train_without_agreement(
+    done: Run, precompute_flags: list[str], distill_flags: list[str], tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels"
+    done(*precompute_flags, "--val-split", "none", "--out", labels)
+    result = done(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
+    assert result.report["num_images"] == 15
+    assert {"top1", "top5"} < result.report.keys()
+    assert not {"agreement", "kl"} & result.report.keys()
+    assert "teacher" not in result.stderr
+
+
+def test_val_split_none_trains_without_figures(
+    done: Run, distill_flags: list[str], run: Path
+) -> None:
+    report = done(*distill_flags, "--val-split", "none", "--output", run).report
+    assert not {"top1", "kl"} & report.keys()
+    assert report["steps"] == 10
+
+
+# --- the discriminator --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_discriminator_logs_its_loss_and_accuracy_and_learns(
+    done: Run, distill_flags: list[str], run: Path, events: Events, variant: str
+) -> None:
+    done(*distill_flags, "--discriminator", variant, "--output", run)
+    for event in events(run, "train"):
+        parts = event["similarity_loss"] + event["discriminator_loss"]
+        assert event["loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0 <= event["discriminator_accuracy"] <= 1
+    before, after = (
+        torch.load(path, weights_only=True)["extra"]["discriminator"]
+        for path in sorted((run / "checkpoints").iterdir())
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_a_discriminator_the_loss_is_the_similarity(
+    done: Run, distill_flags: list[str], run: Path, events: Events
+) -> None:
+    done(*distill_flags, "--discriminator", "off", "--output", run)
+    for event in events(run, "train"):
+        assert event["loss"] == event["similarity_loss"]
+        assert not {"discriminator_loss", "discriminator_accuracy"} & event.keys()
+
+
+def test_discriminator_weight_scales_its_term(
+    done: Run, distill_flags: list[str], run: Path, events: Events
+) -> None:
+    done(*distill_flags, "--discriminator-weight", 0.25, "--output", run)
+    for event in events(run, "train"):
+        parts = event["similarity_loss"] + 0.25 * event["discriminator_loss"]
+        assert event["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def _group_rates(run: Path) -> list[float]:
+    newest = max((run / "checkpoints").iterdir())
+    state = torch.load(newest, weights_only=True)
+    return [group["lr"] for group in state["optimizer"]["param_groups"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ([], [0.001, 0.001]),
+        (["--discriminator-lr", 0.5], [0.001, 0.05]),
+        (["--discriminator-lr", 0.0], [0.001, 0.0]),
+        (["--discriminator", "off"], [0.001]),
+    ],
+)
+def test_discriminator_has_a_learning_rate_of_its_own_with_the_same_milestones(
+    done: Run, distill_flags: list[str], run: Path, flags: list[object], rates: list[float]
+) -> None:
+    done(*distill_flags, *flags, "--output", run)  # 2 epochs: the milestone is epoch 1
+    assert _group_rates(run) == pytest.approx(rates, rel=1e-12)
+
+
+# --- labels of other data -----------------------------------------------------------------------
+
+
+def _remove(data: Path) -> str:
+    (data / "train" / "bees" / "03.jpg").unlink()
+    return "1 labelled images missing (bees/03.jpg)"
+
+
+def _add(data: Path) -> str:
+    shutil.copy(data / "train" / "bees" / "03.jpg", data / "train" / "bees" / "99.jpg")
+    return "1 images without labels (bees/99.jpg)"
+
+
+def _grow(data: Path) -> str:
+    path = data / "train" / "bees" / "03.jpg"
+    path.write_bytes(path.read_bytes() + b"\0")
+    return "the same names, but other files"
+
+
+def _rename_class(data: Path) -> str:
+    for split in ("train", "val"):
+        (data / split / "bees").rename(data / split / "wasps")
+    return "only in one of them: bees, wasps"
+
+
+def _add_class(data: Path) -> str:
+    for split in ("train", "val"):
+        shutil.copytree(data / split / "bees", data / split / "wasps")
+    return "only in one of them: wasps"
+
+
+def _change_val(data: Path) -> str:
+    (data / "val" / "bees" / "03.jpg").unlink()
+    return "val: 1 labelled images missing (bees/03.jpg)"
+
+
+@pytest.mark.parametrize("change", [_remove, _add, _grow, _rename_class, _add_class, _change_val])
+def test_labels_of_other_data_are_refused_naming_what_differs(
+    run_cli: Run,
+    distill_flags: list[str],
+    own_data: Path,
+    run: Path,
+    change: Callable[[Path], str],
+) -> None:
+    named = change(own_data)
+    result = run_cli(*distill_flags, "--data-dir", own_data, "--output", run)
+    assert result.code == 3
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "train-00001.h5", "val-00000.h5"])
+@pytest.mark.parametrize("how", ["flipped", "removed"])
+def test_damaged_labels_are_refused_naming_the_file(
+    run_cli: Run,
+    distill_flags: list[str],
+    labels_dir: Path,
+    tmp_path: Path,
+    flipped_bit: Callable[..., None],
+    name: str,
+    how: str,
+) -> None:
+    labels = Path(shutil.copytree(labels_dir, tmp_path / "labels"))
+    if how == "flipped":
+        flipped_bit(labels / name)
+    else:
+        (labels / name).unlink()
+    result = run_cli(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
+    if name == "plan.json":  # the manifest repeats it
+        assert result.code == 0
+    else:
+        assert (result.code, len(result.stderr.splitlines())) == (3, 1)
+        assert name in result.stderr
+
+
+def test_unfinished_labels_are_refused(
+    run_cli: Run, distill_flags: list[str], labels_dir: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    shutil.copy(labels_dir / "plan.json", labels)
+    result = run_cli(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
+    assert result.code == 3
+    assert "not finished" in result.stderr
+
+
+# --- nothing to learn from ----------------------------------------------------------------------
+
+
+def _one_line(result: Result) -> bool:
+    return len(result.stderr.splitlines()) == 1 and result.stderr.startswith("mealv2: ")
+
+
+def test_labels_of_no_image_at_all_are_refused(
+    run_cli: Run,
+    done: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    own_data: Path,
+    tmp_path: Path,
+) -> None:
+    for path in (own_data / "train").glob("*/*"):
+        path.write_bytes(b"")
+    flags = ["--data-dir", own_data, "--on-bad-image", "skip"]
+    result = run_cli(*precompute_flags, *flags, "--out", tmp_path / "labels")
+    if result.code == 0:  # if stage one lets them pass, stage two may not
+        labels = ["--labels", tmp_path / "labels", "--output", tmp_path / "run"]
+        result = run_cli(*distill_flags, *flags, *labels)
+    assert result.code in (1, 2, 3)
+    assert "Traceback" not in result.stderr
+
+
+def test_one_class_is_refused_with_a_discriminator(
+    run_cli: Run,
+    done: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    data_dir: Path,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(data_dir / split / "ants", tmp_path / "data" / split / "ants")
+    teacher, student = (make_model("test_resnet", seed=s, classes=("ants",)) for s in (1, 2))
+    flags = ["--data-dir", tmp_path / "data"]
+    labels = ["--out", tmp_path / "labels", "--topk", 1, "--teacher", f"test_resnet={teacher}"]
+    done(*precompute_flags[:-4], *flags, *labels)
+    start = ["--labels", tmp_path / "labels", "--initial-checkpoint", student]
+    result = run_cli(*distill_flags, *flags, *start, "--output", tmp_path / "run")
+    assert result.code == 2
+    assert _one_line(result)
+    assert "--discriminator" in result.stderr

@@ -1,0 +1,192 @@
+"""pipeline.logs: words for a person, files for a machine."""
+
+import csv
+import itertools
+import json
+import os
+import sys
+import termios
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mealv2.errors import ConfigError
+from pipeline import checkpoint, logs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "0 s"),
+        (0.1234, "0.123 s"),
+        (48, "48 s"),
+        (59.6, "59.6 s"),
+        (185, "3 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+        (273600, "3 d 4 h"),
+    ],
+)
+def test_duration_is_said_as_a_person_does(seconds: float, said: str) -> None:
+    assert logs.duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (61440, "61.4 kB"),
+        (999_600, "1 MB"),
+        (7_300_000_000, "7.3 GB"),
+        (2.5e12, "2.5 TB"),
+    ],
+)
+def test_size_is_said_as_a_person_does(num_bytes: float, said: str) -> None:
+    assert logs.size_of(num_bytes) == said
+
+
+def test_table_aligns_text_left_and_figures_right() -> None:
+    shown = logs.table([["name", "top-1"], ["a long one", "9.00"], ["b", "100.00"]])
+    assert shown.splitlines() == [
+        "name         top-1",
+        "------------------",
+        "a long one    9.00",
+        "b           100.00",
+    ]
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_yields_everything_and_is_quiet_when_quick(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(logs.progress(range(5), total=5, what="x", unit="y")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_off_a_terminal_says_plain_lines_with_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_LINE_EVERY_S", 0.0)
+    list(logs.progress([3, 3, 4], total=10, what="labelling", unit="views", size=int))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(",")[0] for line in err.splitlines()] == [
+        "labelling: 3/10 views",
+        "labelling: 6/10 views",
+    ]
+    assert all("/s, " in line and line.endswith(" left") for line in err.splitlines())
+    assert "\r" not in err
+
+
+def _shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, items: Iterable[int], *, term: str
+) -> str:
+    """Run through ``items`` with a real pseudo-terminal as stderr; return what it got."""
+    monkeypatch.setenv("TERM", term)
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (25, 80))
+    with os.fdopen(slave, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        list(logs.progress(items, total=3, what="validating", unit="images"))
+        stream.write("\x04")  # the end, so that the reader need not guess
+        stream.flush()
+        shown = b""
+        while not shown.endswith(b"\x04"):
+            shown += os.read(master, 65536)
+    os.close(master)
+    return shown.decode()
+
+
+def test_progress_on_a_terminal_is_a_moving_bar_with_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = _shown_on_a_terminal(monkeypatch, range(3), term="xterm")
+    assert "\rvalidating:   0%" in shown
+    assert "images/s" in shown
+    assert "<" in shown  # elapsed<left
+
+
+def test_progress_on_a_dumb_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_LINE_EVERY_S", 0.0)
+    shown = _shown_on_a_terminal(monkeypatch, range(3), term="dumb")
+    assert "validating: 1/3 images" in shown
+    assert "%" not in shown
+
+
+# --- the run folder -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> logs.RunFolder:
+    return logs.RunFolder.create(tmp_path / "run", {"lr": 0.1, "output": "here"}, name="x")
+
+
+def test_run_folder_keeps_the_config_without_its_own_place(run: logs.RunFolder) -> None:
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["lr"] == 0.1
+    assert config["output"] is None
+
+
+def test_folder_with_a_checkpoint_is_not_used_again(run: logs.RunFolder) -> None:
+    checkpoint.save(run.path, {}, step=1, keep=1)
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
+        logs.RunFolder.create(run.path, {}, name="x")
+
+
+def test_unnamed_folders_are_made_under_runs_one_for_each_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [logs.RunFolder.create(None, {}, name="distill-m").path for _ in range(3)]
+    assert len(set(paths)) == 3, "runs that begin in the same second share a folder"
+    assert all(path.parent == Path("runs") and path.is_dir() for path in paths)
+    assert all(path.name.startswith("distill-m-") for path in paths)
+
+
+def test_events_are_json_lines(run: logs.RunFolder) -> None:
+    run.log("train", step=1, loss=0.5)
+    run.log("validation", top1=99.0)
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["train", "validation"]
+    assert (lines[0]["step"], lines[0]["loss"], lines[1]["top1"]) == (1, 0.5, 99.0)
+
+
+def _rows(run: logs.RunFolder) -> list[dict[str, Any]]:
+    with run.summary_path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: logs.RunFolder) -> None:
+    run.epoch_row({"epoch": 1, "loss": 2.0})
+    run.epoch_row({"epoch": 2, "loss": 1.0, "kl": 0.1})
+    assert _rows(run) == [
+        {"epoch": "1", "loss": "2.0", "kl": ""},
+        {"epoch": "2", "loss": "1.0", "kl": "0.1"},
+    ]
+
+
+def test_reopened_folder_forgets_the_rows_that_will_be_made_again(run: logs.RunFolder) -> None:
+    """``epoch`` counts finished epochs: rows 1..epoch stay."""
+    for epoch in (1, 2, 3):
+        run.epoch_row({"epoch": epoch})
+    again = logs.RunFolder.reopen(run.path, epoch=2)
+    again.epoch_row({"epoch": 3})
+    assert [row["epoch"] for row in _rows(again)] == ["1", "2", "3"]
+
+
+def test_report_is_written_when_the_run_ends(run: logs.RunFolder) -> None:
+    assert not (run.path / logs.REPORT_NAME).exists()
+    run.finish({"top1": 50.0})
+    assert json.loads((run.path / logs.REPORT_NAME).read_text()) == {"top1": 50.0}
+
+
+def test_progress_does_not_ask_for_more_than_it_yields() -> None:
+    items = itertools.count()
+    assert list(logs.progress(itertools.islice(items, 3), total=3, what="x", unit="y")) == [0, 1, 2]
+    assert next(items) == 3

@@ -1,0 +1,67 @@
+"""pipeline.meters: image-weighted means, speed, and the time spent waiting."""
+
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipeline import meters
+from pipeline.meters import Meter
+
+
+def test_means_weigh_each_image_alike() -> None:
+    meter = Meter()
+    meter.add(8, {"loss": torch.tensor(1.0)})
+    meter.add(2, {"loss": torch.tensor(6.0)})
+    assert meter.means() == {"loss": pytest.approx(2.0, rel=1e-12)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sum_of_many_batches_keeps_its_digits_whatever_their_type(dtype: torch.dtype) -> None:
+    meter = Meter()
+    for _ in range(2500):  # an epoch of ImageNet
+        meter.add(512, {"loss": torch.tensor(0.1, dtype=dtype)})
+    assert meter.means()["loss"] == pytest.approx(float(torch.tensor(0.1, dtype=dtype)), rel=1e-4)
+
+
+def test_cleared_meter_begins_anew() -> None:
+    meter = Meter()
+    assert meter.means() == {}
+    meter.add(4, {"loss": torch.tensor(1.0)})
+    meter.clear()
+    assert meter.means() == {}
+    meter.add(1, {"loss": torch.tensor(3.0)})
+    assert meter.means() == {"loss": 3.0}
+
+
+def test_no_graph_is_held() -> None:
+    meter = Meter()
+    meter.add(1, {"loss": torch.ones((), requires_grad=True) * 2})
+    assert not any(value.requires_grad for value in meter._sums.values())
+
+
+def test_nan_is_not_hidden() -> None:
+    meter = Meter()
+    meter.add(1, {"loss": torch.tensor(float("nan"))})
+    meter.add(1, {"loss": torch.tensor(1.0)})
+    assert meter.means()["loss"] != meter.means()["loss"]
+
+
+def test_waiting_is_counted_for_the_items_and_not_for_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(meters, "time", types.SimpleNamespace(perf_counter=lambda: now))
+
+    def items() -> Iterator[int]:
+        nonlocal now
+        for item in range(3):
+            now += 3.0  # a wait of 3 s for each item
+            yield item
+
+    meter = Meter()
+    for _ in meter.timed(items()):
+        now += 1.0  # 1 s of work on it
+        meter.add(8, {})
+    assert meter.speed() == {"images_per_second": 24 / 12, "data_wait_share": 9 / 12}

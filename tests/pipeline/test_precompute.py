@@ -1,0 +1,654 @@
+"""pipeline.precompute: the right labels, the same ones every time, whole or not there."""
+
+import collections
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+from conftest import Result, Spawned
+from mealv2.images import ImageFolder
+from mealv2.label_set import LabelSet, read_shard
+from mealv2.label_set.shard import column_offsets
+from mealv2.views import view_of
+
+Run = Callable[..., Result]
+Files = Callable[..., dict[str, bytes]]
+
+# What timm says of the two teachers, written down once more.
+NORMALISATION = {
+    "test_resnet": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "test_efficientnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "labels"
+
+
+def lookup_all(labels: LabelSet) -> np.ndarray:
+    """Return every label of a set as dense rows: (images, views, classes)."""
+    keys = list(labels.keys())
+    dense = np.zeros((len(keys), labels.num_views, labels.num_classes))
+    for view in range(labels.num_views):
+        found = labels.lookup(keys, [view] * len(keys))
+        np.put_along_axis(dense[:, view], found.indices_NK, found.probs_NK.astype(float), axis=1)
+    return dense
+
+
+# --- the labels are right -----------------------------------------------------------------------
+
+
+def _train_view(path: Path, key: str, view: int) -> np.ndarray:
+    """Cut a view with PIL alone."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    box = view_of(key, view, seed=7, width=image.width, height=image.height)
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    small = image.crop(corners).resize((32, 32), Image.Resampling.BILINEAR)
+    if box.flip:
+        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(small)
+
+
+def _val_view(path: Path) -> np.ndarray:
+    """Resize the shorter side to 36 = int(32 * 256 / 224), cut the middle 32 x 32."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    short = min(image.size)
+    width, height = (36 * side // short for side in image.size)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + 32, top + 32)))
+
+
+def _answers(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Ask each teacher by hand; return probabilities teachers x N x classes, float64."""
+    answers = []
+    for name, folder in teacher_dirs.items():
+        model = timm.create_model(name, num_classes=3).eval()
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        mean, std = (np.array(values, dtype=np.float32) for values in NORMALISATION[name])
+        images = torch.from_numpy((pixels_NHWC.astype(np.float32) / 255 - mean) / std)
+        with torch.no_grad():
+            logits = model(images.permute(0, 3, 1, 2)).double().numpy()
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        answers.append(odds / odds.sum(axis=1, keepdims=True))
+    return np.array(answers)
+
+
+def _all_train_views(data_dir: Path, keys: list[str], num_views: int) -> np.ndarray:
+    folder = data_dir / "train"
+    return np.stack([_train_view(folder / k, k, v) for k in keys for v in range(num_views)])
+
+
+def test_dense_labels_are_the_mean_of_the_teachers_softmax(
+    done: Run, precompute_flags: list[str], teacher_dirs: dict[str, Path], data_dir: Path, out: Path
+) -> None:
+    done(*precompute_flags, "--topk", "all", "--label-dtype", "float32", "--out", out)
+    labels = LabelSet.open(out)
+    keys = list(labels.keys())
+    by_hand = _answers(teacher_dirs, _all_train_views(data_dir, keys, 4)).mean(axis=0)
+    assert by_hand.std(axis=0).min() > 0.05, "labels this alike would agree by chance"
+    np.testing.assert_allclose(lookup_all(labels), by_hand.reshape(36, 4, 3), rtol=0, atol=1e-6)
+
+
+def test_top_k_labels_are_the_largest_answers_in_order(
+    labels_dir: Path, teacher_dirs: dict[str, Path], data_dir: Path
+) -> None:
+    labels = LabelSet.open(labels_dir)
+    keys = list(labels.keys())
+    by_hand = _answers(teacher_dirs, _all_train_views(data_dir, keys, 4)).mean(axis=0)
+    found = labels.lookup([k for k in keys for _ in range(4)], list(range(4)) * len(keys))
+    largest_first = -np.sort(-by_hand, axis=1)
+    np.testing.assert_allclose(found.probs_NK, largest_first[:, :2], rtol=0, atol=1e-3)
+    at_indices = np.take_along_axis(by_hand, found.indices_NK, axis=1)
+    np.testing.assert_allclose(found.probs_NK, at_indices, rtol=0, atol=1e-3)
+
+
+def test_accuracies_in_the_manifest_are_those_of_an_independent_evaluation(
+    labels_dir: Path, teacher_dirs: dict[str, Path], data_dir: Path
+) -> None:
+    accuracy = LabelSet.open(labels_dir).manifest["roles"]["val"]["accuracy"]
+    paths = sorted((data_dir / "val").glob("*/*"))
+    truth = np.array([sorted({p.parent.name for p in paths}).index(p.parent.name) for p in paths])
+    answers = _answers(teacher_dirs, np.stack([_val_view(path) for path in paths]))
+    expected = [
+        round(100 * float((probs.argmax(axis=1) == truth).mean()), 4)
+        for probs in (*answers, answers.mean(axis=0))
+    ]
+    assert [t["top1"] for t in accuracy["teachers"]] == expected[:-1]
+    assert accuracy["ensemble"]["top1"] == expected[-1]
+    assert [t["top5"] for t in accuracy["teachers"]] == [100.0, 100.0]
+    assert accuracy["num_images"] == 15
+    assert len(set(expected)) > 1, "teachers this alike would agree by chance"
+
+
+def test_val_labels_are_of_the_centre_crop(
+    labels_dir: Path, teacher_dirs: dict[str, Path], data_dir: Path
+) -> None:
+    labels = LabelSet.open(labels_dir, role="val")
+    keys = list(labels.keys())
+    pixels = np.stack([_val_view(data_dir / "val" / key) for key in keys])
+    by_hand = -np.sort(-_answers(teacher_dirs, pixels).mean(axis=0), axis=1)[:, :2]
+    np.testing.assert_allclose(labels.lookup(keys, [0] * 15).probs_NK, by_hand, rtol=0, atol=1e-3)
+
+
+# --- the same labels, however they are made -----------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_are_byte_equal_for_any_number_of_workers(
+    done: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    out: Path,
+    contents: Files,
+    workers: int,
+) -> None:
+    done(*precompute_flags, "--workers", workers, "--out", out)
+    assert contents(out) == contents(labels_dir)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10_000])
+def test_batch_size_changes_probabilities_by_less_than_a_thousandth(
+    done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, batch_size: int
+) -> None:
+    done(*precompute_flags, "--batch-size", batch_size, "--out", out)
+    made, first = LabelSet.open(out), LabelSet.open(labels_dir)
+    assert list(made.keys()) == list(first.keys())
+    np.testing.assert_allclose(lookup_all(made), lookup_all(first), rtol=0, atol=1e-3)
+
+
+def test_view_seed_changes_the_train_labels_and_not_the_val_labels(
+    done: Run, precompute_flags: list[str], labels_dir: Path, out: Path
+) -> None:
+    done(*precompute_flags, "--view-seed", 8, "--out", out)
+    train = [lookup_all(LabelSet.open(path)) for path in (out, labels_dir)]
+    val = [lookup_all(LabelSet.open(path, role="val")) for path in (out, labels_dir)]
+    assert not np.array_equal(*train)
+    np.testing.assert_array_equal(*val)
+
+
+def test_each_image_is_read_once_for_all_its_views(
+    done: Run,
+    precompute_flags: list[str],
+    data_dir: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: collections.Counter[str] = collections.Counter()
+    read = ImageFolder.read
+
+    def counting(self: ImageFolder, position: int) -> bytes:
+        reads[f"{self.split}/{self.keys[position]}"] += 1
+        return read(self, position)
+
+    monkeypatch.setattr(ImageFolder, "read", counting)
+    done(*precompute_flags, "--batch-size", 3, "--out", out)  # fewer than the 4 views of an image
+    images = {path.relative_to(data_dir).as_posix() for path in data_dir.glob("*/*/*")}
+    assert reads == dict.fromkeys(images, 1)
+
+
+def test_val_split_none_labels_the_train_split_alone(
+    done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, contents: Files
+) -> None:
+    result = done(*precompute_flags, "--val-split", "none", "--out", out)
+    labels = LabelSet.open(out)
+    assert list(labels.manifest["roles"]) == ["train"]
+    assert "accuracy" not in result.report
+    np.testing.assert_array_equal(lookup_all(labels), lookup_all(LabelSet.open(labels_dir)))
+    assert not list(out.glob("val*"))
+
+
+def test_default_keeps_ten_classes_or_all_of_fewer(
+    done: Run, precompute_flags: list[str], out: Path
+) -> None:
+    place = precompute_flags.index("--topk")
+    done(*precompute_flags[:place], *precompute_flags[place + 2 :], "--out", out)
+    assert LabelSet.open(out).manifest["plan"]["topk"] == 3
+
+
+# --- what the set says of itself ----------------------------------------------------------------
+
+
+def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str, Path]) -> None:
+    manifest = json.loads((labels_dir / "manifest.json").read_text())
+    plan = manifest["plan"]
+    assert plan["classes"] == ["ants", "bees", "cats"]
+    assert [t["model"] for t in plan["teachers"]] == list(teacher_dirs)
+    assert all(len(t["weights_sha256"]) == 64 for t in plan["teachers"])
+    assert [tuple(t["mean"]) for t in plan["teachers"]] == [m for m, _ in NORMALISATION.values()]
+    assert (plan["img_size"], plan["topk"], plan["label_dtype"]) == (32, 2, "float16")
+    assert "bilinear" in plan["interpolation"]
+    assert "antialias" in plan["interpolation"]
+    train = plan["roles"]["train"]
+    assert (train["split"], train["num_images"], train["num_views"]) == ("train", 36, 4)
+    assert len(train["data_sha256"]) == 64
+    assert train["views"]["seed"] == 7
+    assert train["views"]["scale"] == [0.08, 1.0]
+    assert {"torch", "torchvision", "timm", "pillow", "numpy", "h5py"} < manifest["versions"].keys()
+    listed = [shard for role in manifest["roles"].values() for shard in role["shards"]]
+    assert sorted(s["name"] for s in listed) == sorted(p.name for p in labels_dir.glob("*.h5"))
+
+
+def test_report_counts_what_was_made(
+    done: Run, precompute_flags: list[str], out: Path, contents: Files
+) -> None:
+    report = done(*precompute_flags, "--out", out).report
+    assert (report["images"], report["views"], report["skipped"]) == (36, 144, 0)
+    assert report["shards_made"] == 6  # 36 and 15 images, ten in a shard
+    assert report["bytes"] == sum(map(len, contents(out, "*.h5").values()))
+
+
+# --- stopped and run again ----------------------------------------------------------------------
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and time of change of every shard."""
+    found = {path.name: path.stat() for path in folder.glob("*.h5")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def _whole_shards(folder: Path) -> set[str]:
+    """Return the names of the shards that are there; a torn one raises."""
+    names = {path.name for path in folder.glob("*.h5")}
+    for name in names:
+        assert len(read_shard(folder / name).keys) > 0
+    return names
+
+
+LONG = ["--num-views", "40", "--shard-size", "2"]  # 8 shards of val, 18 of train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "labels"
+    done(*precompute_flags, *LONG, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_half_way_and_run_again_the_shards_are_byte_equal(
+    spawn: Callable[..., Spawned],
+    done: Run,
+    precompute_flags: list[str],
+    out: Path,
+    uninterrupted: Path,
+    contents: Files,
+    number: signal.Signals,
+) -> None:
+    run = spawn(*precompute_flags, *LONG, "--workers", 1, "--out", out)
+    run.until(lambda: any(name.startswith("train") for name in _whole_shards(out)))
+    run.signal(number)
+    stopped = run.result()
+
+    there = _whole_shards(out)
+    assert not (out / "manifest.json").exists(), "it was stopped too late to show anything"
+    assert {f"val-{n:05d}.h5" for n in range(8)} < there
+    if number is signal.SIGINT:
+        assert stopped.code == 4
+        assert stopped.stderr.splitlines()[-1].startswith("mealv2: stopped; ")
+        assert "Traceback" not in stopped.stderr
+        assert not list(out.glob(".tmp-*"))
+
+    before = _stamps(out)
+    again = done(*precompute_flags, *LONG, "--out", out)
+    assert contents(out, "*.h5") == contents(uninterrupted, "*.h5")
+    assert contents(out, "*.json") == contents(uninterrupted, "*.json")
+    assert again.report["shards_made"] == 8 + 18 - len(there)
+    assert {name: _stamps(out)[name] for name in there} == before
+
+
+def test_finished_set_is_left_as_it_is(
+    done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, contents: Files
+) -> None:
+    shutil.copytree(labels_dir, out)
+    before, stamps = contents(out), _stamps(out)
+    assert done(*precompute_flags, "--out", out).report["shards_made"] == 0
+    assert contents(out) == before
+    assert _stamps(out) == stamps
+
+
+def _flip_a_probability(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    flip(path, column_offsets(path)["probs"][0] + 5)
+
+
+def _truncate(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _empty(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _remove(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    path.unlink()
+
+
+def _take_another(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    shutil.copy(folder / "train-00000.h5", path)
+
+
+@pytest.mark.parametrize("damage", [_flip_a_probability, _truncate, _empty, _remove, _take_another])
+def test_damaged_shard_is_noticed_and_it_alone_made_anew(
+    done: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    out: Path,
+    contents: Files,
+    flipped_bit: Callable[..., None],
+    damage: Callable[..., None],
+) -> None:
+    shutil.copytree(labels_dir, out)
+    damage(out / "train-00002.h5", flipped_bit, out)
+    stamps = _stamps(out)
+    result = done(*precompute_flags, "--out", out)
+    assert result.report["shards_made"] == 1
+    if damage is not _remove:
+        assert "train-00002.h5" in result.stderr
+        assert "making it anew" in result.stderr
+    assert contents(out) == contents(labels_dir)
+    stamps.pop("train-00002.h5", None)
+    assert {name: _stamps(out)[name] for name in stamps} == stamps
+
+
+# --- a second run with something else -----------------------------------------------------------
+
+
+def _refused_untouched(
+    run_cli: Run, contents: Files, folder: Path, flags: list[object], named: str
+) -> None:
+    before, stamps = contents(folder), _stamps(folder)
+    result = run_cli(*flags, "--out", folder)
+    assert result.code == 3
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"mealv2: {folder} holds another label set: ")
+    assert named in last
+    assert contents(folder) == before
+    assert _stamps(folder) == stamps
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--topk", "3"], "topk is 2 there and 3 here"),
+        (["--topk", "all"], "topk is 2 there and 3 here"),
+        (["--view-seed", 8], "roles.train.views.seed is 7 there and 8 here"),
+        (["--num-views", 5], "roles.train.num_views is 4 there and 5 here"),
+        (["--img-size", 40], "img_size is 32 there and 40 here"),
+        (["--label-dtype", "float32"], "label_dtype is float16 there and float32 here"),
+        (["--shard-size", 11], "shard_size is 10 there and 11 here"),
+        (["--amp"], "precision is float32 there and bfloat16 here"),
+        (["--val-split", "none"], "roles.val"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    run_cli: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    contents: Files,
+    flags: list[object],
+    named: str,
+) -> None:
+    _refused_untouched(run_cli, contents, labels_dir, [*precompute_flags, *flags], named)
+
+
+@pytest.mark.parametrize("how", ["one more", "one fewer", "other weights"])
+def test_other_teachers_are_refused_by_name(
+    run_cli: Run,
+    precompute_flags: list[str],
+    teacher_flags: list[str],
+    labels_dir: Path,
+    contents: Files,
+    make_model: Callable[..., Path],
+    how: str,
+) -> None:
+    other = ["--teacher", f"test_efficientnet={make_model('test_efficientnet', seed=6)}"]
+    flags, named = {
+        "one more": ([*precompute_flags, *other], "teachers"),
+        "one fewer": (precompute_flags[:-2], "teachers"),
+        "other weights": ([*precompute_flags[:-2], *other], "teachers[1].weights_sha256"),
+    }[how]
+    assert precompute_flags[-len(teacher_flags) :] == teacher_flags
+    _refused_untouched(run_cli, contents, labels_dir, flags, named)
+
+
+@pytest.mark.parametrize("how", ["grown", "renamed", "removed"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_data_are_refused_by_name(
+    run_cli: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    own_data: Path,
+    contents: Files,
+    how: str,
+    split: str,
+) -> None:
+    path = own_data / split / "bees" / "03.jpg"
+    if how == "grown":
+        path.write_bytes(path.read_bytes() + b"\0")
+    elif how == "renamed":
+        path.rename(path.with_name("another.jpg"))
+    else:
+        path.unlink()
+    flags = [*precompute_flags, "--data-dir", own_data]
+    _refused_untouched(run_cli, contents, labels_dir, flags, f"roles.{split}.data_sha256")
+
+
+def test_folder_that_holds_something_else_is_refused_untouched(
+    run_cli: Run, precompute_flags: list[str], out: Path, contents: Files
+) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    result = run_cli(*precompute_flags, "--out", out)
+    assert result.code == 2
+    assert "thesis.txt" in result.stderr
+    assert contents(out) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("topk", ["4", "1000"])
+def test_topk_above_the_class_count_is_refused_and_nothing_written(
+    run_cli: Run, precompute_flags: list[str], out: Path, topk: str
+) -> None:
+    result = run_cli(*precompute_flags, "--topk", topk, "--out", out)
+    assert result.code == 2
+    assert f"--topk {topk}" in result.stderr
+    assert "3 classes" in result.stderr
+    assert not out.exists()
+
+
+# --- images that cannot be read -----------------------------------------------------------------
+
+BAD = {
+    "train/ants/01.jpg": lambda data: data[: len(data) // 2],
+    "train/bees/04.jpg": lambda data: b"",
+    "train/cats/07.jpg": lambda data: b"this is no image\n",
+    "val/ants/00.jpg": lambda data: b"",
+}
+
+
+@pytest.fixture
+def bad_data(own_data: Path) -> Path:
+    for name, spoil in BAD.items():
+        path = own_data / name
+        path.write_bytes(spoil(path.read_bytes()))
+    return own_data
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_stops_stage_one_and_is_named(
+    run_cli: Run, precompute_flags: list[str], own_data: Path, out: Path, name: str, workers: int
+) -> None:
+    path = own_data / name
+    path.write_bytes(BAD[name](path.read_bytes()))
+    flags = ["--data-dir", own_data, "--workers", workers, "--out", out]
+    result = run_cli(*precompute_flags, *flags)
+    assert result.code == 1
+    assert str(path) in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("shard_size", [10, 1])
+def test_skipped_images_stand_in_the_manifest_with_the_reason(
+    done: Run, precompute_flags: list[str], bad_data: Path, out: Path, shard_size: int
+) -> None:
+    flags = ["--data-dir", bad_data, "--on-bad-image", "skip", "--shard-size", shard_size]
+    report = done(*precompute_flags, *flags, "--out", out).report
+    assert (report["skipped"], report["images"], report["views"]) == (4, 33, 132)
+    roles = LabelSet.open(out).manifest["roles"]
+    named = {f"{role}/{key}" for role in roles for key in roles[role]["skipped"]}
+    assert named == BAD.keys()
+    assert "truncated" in roles["train"]["skipped"]["ants/01.jpg"]
+    assert "empty" in roles["train"]["skipped"]["bees/04.jpg"]
+    assert "not an image" in roles["train"]["skipped"]["cats/07.jpg"]
+    assert (roles["train"]["num_images"], roles["val"]["num_images"]) == (33, 14)
+
+
+def test_skipped_images_change_no_other_label(
+    done: Run, precompute_flags: list[str], bad_data: Path, labels_dir: Path, out: Path
+) -> None:
+    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--out", out)
+    labels, whole = LabelSet.open(out), LabelSet.open(labels_dir)
+    keys = list(labels.keys())
+    assert set(whole.keys()) - set(keys) == {k.split("/", 1)[1] for k in BAD if k[:5] == "train"}
+    found, expected = (s.lookup(keys, [2] * len(keys)).probs_NK for s in (labels, whole))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_stage_two_leaves_out_what_stage_one_skipped(
+    done: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    bad_data: Path,
+    out: Path,
+    tmp_path: Path,
+) -> None:
+    flags = ["--data-dir", bad_data, "--on-bad-image", "skip"]
+    done(*precompute_flags, *flags, "--out", out)
+    run = ["--labels", out, "--output", tmp_path / "run", "--epochs", 1, "--batch-size", 11]
+    report = done(*distill_flags, *flags, *run).report
+    assert (report["steps"], report["num_images"]) == (3, 14)  # 33 and 14 of 36 and 15
+
+
+def test_advice_to_skip_can_be_followed_in_the_same_folder(
+    run_cli: Run, done: Run, precompute_flags: list[str], bad_data: Path, out: Path
+) -> None:
+    flags = [*precompute_flags, "--data-dir", bad_data, "--out", out]
+    first = run_cli(*flags)
+    assert "--on-bad-image skip" in first.stderr
+    there = _whole_shards(out)
+    report = done(*flags, "--on-bad-image", "skip").report
+    assert report["shards_made"] == 6 - len(there)
+
+
+# --- before the work: --dry-run -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_views", "flags"),
+    [(4, []), (4, ["--topk", "all", "--label-dtype", "float32"]), (200, [])],
+)
+def test_dry_run_foretells_the_set_and_writes_nothing(
+    done: Run,
+    precompute_flags: list[str],
+    tmp_path: Path,
+    contents: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    num_views: int,
+) -> None:
+    monkeypatch.setattr("pipeline.precompute._SAMPLE_SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+    settings = [*precompute_flags, *flags, "--num-views", num_views, "--shard-size", 2048]
+    result = done(*settings, "--dry-run", "--out", tmp_path / "labels")
+    assert contents(tmp_path) == {}
+    assert not (tmp_path / "labels").exists()
+    assert "views" in result.stderr
+
+    told = result.report
+    assert told["dry_run"] is True
+    assert told["views"] == 36 * num_views + 15
+    assert told["seconds"] == pytest.approx(told["views"] / told["views_per_second"], abs=0.1)
+    made = done(*settings, "--batch-size", 512, "--out", tmp_path / "labels").report
+    assert told["bytes"] == pytest.approx(made["bytes"], rel=0.2, abs=10_000)
+
+
+def test_dry_run_foretells_the_bytes_of_small_shards(
+    done: Run, precompute_flags: list[str], labels_dir: Path, contents: Files, tmp_path: Path
+) -> None:
+    told = done(*precompute_flags, "--dry-run", "--out", tmp_path / "labels").report
+    real = sum(map(len, contents(labels_dir, "*.h5").values()))
+    assert told["bytes"] == pytest.approx(real, rel=0.2, abs=10_000)
+
+
+# --- disk full: a real, small file system -------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 kB; needs the right to mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(place)]
+    try:
+        made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command here")
+    if made.returncode:
+        pytest.skip(f"may not mount a small file system: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def _grow(place: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=10m", str(place)], check=True)
+
+
+def test_full_disk_is_one_line_and_what_is_there_is_whole_and_counts(
+    run_cli: Run,
+    done: Run,
+    precompute_flags: list[str],
+    small_disk: Path,
+    labels_dir: Path,
+    contents: Files,
+) -> None:
+    out = small_disk / "labels"
+    flags = [*precompute_flags, "--num-views", 40, "--out", out]
+    result = run_cli(*flags)
+    assert result.code == 1
+    assert "No space left on device" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("mealv2: ")
+    assert "Traceback" not in result.stderr
+    there = _whole_shards(out)
+    assert 0 < len(there) < 6
+    assert not list(out.glob(".tmp-*"))
+
+    _grow(small_disk)
+    assert done(*flags).report["shards_made"] == 6 - len(there)
+
+
+def test_full_disk_in_training_is_one_line_and_the_run_goes_on_from_its_checkpoint(
+    run_cli: Run, done: Run, distill_flags: list[str], small_disk: Path
+) -> None:
+    run = small_disk / "run"
+    result = run_cli(*distill_flags, "--output", run)
+    assert result.code == 1
+    assert "No space left on device" in result.stderr.splitlines()[-1]
+    assert not list(run.glob("**/.tmp-*"))
+    _grow(small_disk)
+    assert done(*distill_flags[:1], "--resume", run).report["epochs"] == 2

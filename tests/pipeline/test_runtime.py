@@ -1,0 +1,104 @@
+"""pipeline.runtime: device, precision, versions, and the flag that a signal sets."""
+
+import importlib.metadata
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mealv2.errors import ConfigError
+from pipeline import runtime
+from pipeline.config import EvaluateConfig
+
+
+def config(**values: object) -> EvaluateConfig:
+    return EvaluateConfig(**{"data_dir": Path("d"), "model": "m"} | values)  # type: ignore[arg-type]
+
+
+def test_without_amp_networks_compute_in_float32() -> None:
+    machine = runtime.start(config(device="cpu"))
+    with machine.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.float32
+    assert (machine.device.type, machine.precision) == ("cpu", "float32")
+
+
+def test_amp_computes_in_bfloat16_and_says_so() -> None:
+    machine = runtime.start(config(device="cpu", amp=True))
+    with machine.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.bfloat16
+    assert machine.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "mps"])
+def test_device_that_is_not_there_is_refused_by_name(device: str) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(ConfigError, match=f"--device {device}: not on this machine") as caught:
+        runtime.start(config(device=device))
+    assert "\n" not in str(caught.value)
+
+
+def test_float16_is_refused_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="--amp-dtype float16"):
+        runtime.start(config(device="cpu", amp=True, amp_dtype="float16"))
+
+
+def test_versions_are_those_installed() -> None:
+    versions = runtime.versions()
+    for package in ("torch", "torchvision", "timm", "pillow", "numpy", "h5py"):
+        installed = importlib.metadata.version(package)
+        assert versions[package].split("+")[0] == installed.split("+")[0]
+    assert {"mealv2", "python"} < versions.keys()
+
+
+def test_equal_seeds_give_equal_new_weights() -> None:
+    with torch.random.fork_rng():
+        drawn = []
+        for seed in (1, 1, 2):
+            runtime.seed_everything(seed)
+            drawn.append(torch.nn.Linear(3, 3).weight.detach().clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+# --- signals: real ones, sent to this process ---------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_the_next_check_and_not_before(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with runtime.stop_on_signal() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(runtime.StopRequested, match=number.name):
+            stop.check()
+    assert "once more quits at once" in capfd.readouterr().err
+
+
+def test_handlers_are_put_back() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with runtime.stop_on_signal():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_outside_the_main_thread_handlers_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def body() -> None:
+        with runtime.stop_on_signal() as stop:
+            stop.check()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [before]

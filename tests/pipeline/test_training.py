@@ -1,0 +1,456 @@
+"""pipeline.training: one loop that can be repeated, stopped and continued to the same bit."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Result, Spawned
+from mealv2.images import ImageFolder
+
+Run = Callable[..., Result]
+Events = Callable[[Path, str], list[dict[str, Any]]]
+Weights = Callable[[Path], dict[str, bytes]]
+
+
+def summary(run: Path) -> list[dict[str, str]]:
+    with (run / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(done: Run, distill_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs. Not to be changed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done(*distill_flags, "--output", run)
+    return run
+
+
+# --- what a run leaves behind -------------------------------------------------------------------
+
+
+def test_run_folder_holds_config_metrics_summary_checkpoints_and_student(finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.glob("**/*.*")}
+    assert names == {
+        "checkpoints/step-00000005.pt",
+        "checkpoints/step-00000010.pt",
+        "config.json",
+        "metrics.jsonl",
+        "report.json",
+        "student/config.json",
+        "student/model.safetensors",
+        "summary.csv",
+    }
+
+
+def test_every_step_and_every_validation_is_an_event(finished: Path, events: Events) -> None:
+    train = events(finished, "train")
+    assert [event["step"] for event in train] == list(range(1, 11))
+    assert all(event["images_per_second"] > 0 for event in train)
+    assert [event["epoch"] for event in events(finished, "validation")] == [0, 1, 2]
+
+
+def test_log_interval_thins_the_events_to_means(
+    done: Run, distill_flags: list[str], run: Path, finished: Path, events: Events
+) -> None:
+    done(*distill_flags, "--log-interval", 5, "--output", run)
+    thin, every = events(run, "train"), events(finished, "train")
+    assert [event["step"] for event in thin] == [5, 10]
+    images = [8, 8, 8, 8, 4]
+    for number, event in enumerate(thin):
+        losses = [e["loss"] for e in every[5 * number : 5 * number + 5]]
+        mean = sum(n * loss for n, loss in zip(images, losses, strict=True)) / 36
+        assert event["loss"] == pytest.approx(mean, rel=1e-6)
+        assert float(summary(run)[number]["train_loss"]) == pytest.approx(mean, rel=1e-6)
+
+
+def test_report_on_stdout_is_the_report_in_the_folder(
+    done: Run, distill_flags: list[str], run: Path
+) -> None:
+    result = done(*distill_flags, "--epochs", 1, "--output", run)
+    assert json.loads((run / "report.json").read_text()) == result.report
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3])])
+def test_val_interval_spaces_the_validations_and_keeps_the_last(
+    done: Run,
+    distill_flags: list[str],
+    run: Path,
+    events: Events,
+    interval: int,
+    expected: list[int],
+) -> None:
+    done(*distill_flags, "--epochs", 3, "--val-interval", interval, "--output", run)
+    assert [event["epoch"] for event in events(run, "validation")] == expected
+    assert float(summary(run)[-1]["val_top1"]) >= 0
+    assert [row["epoch"] for row in summary(run)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, ["15"]), (2, ["10", "15"]), (9, ["5", "10", "15"])])
+def test_newest_checkpoints_are_kept(
+    done: Run, distill_flags: list[str], run: Path, keep: int, kept: list[str]
+) -> None:
+    flags = ["--epochs", 3, "--checkpoint-hist", keep, "--val-split", "none", "--output", run]
+    done(*distill_flags, *flags)
+    found = sorted(path.stem for path in (run / "checkpoints").iterdir())
+    assert found == [f"step-{int(step):08d}" for step in kept]
+
+
+# --- the schedule of the learning rate ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (["--lr", 0.5], [0.5, 0.5, 0.05, 0.05]),  # 100/180 of 4 epochs: from epoch 2
+        (["--lr-milestones", 1, "--lr-milestones", 3], [0.01, 0.001, 0.001, 0.0001]),
+        (["--lr-milestones", 3, "--decay-rate", 0.5], [0.01, 0.01, 0.01, 0.005]),
+    ],
+)
+def test_learning_rate_of_every_epoch_is_the_schedules(
+    done: Run,
+    distill_flags: list[str],
+    run: Path,
+    events: Events,
+    flags: list[object],
+    rates: list[float],
+) -> None:
+    done(*distill_flags, *flags, "--epochs", 4, "--val-split", "none", "--output", run)
+    assert [float(row["lr"]) for row in summary(run)] == pytest.approx(rates, rel=1e-12)
+    used = [event["lr"] for event in events(run, "train")]
+    assert used == pytest.approx([rate for rate in rates for _ in range(5)], rel=1e-12)
+    state = torch.load(max((run / "checkpoints").iterdir()), weights_only=True)
+    group = state["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(rates[-1], rel=1e-12)
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 0.0)
+
+
+def test_momentum_and_weight_decay_reach_the_optimizer(
+    done: Run, finetune_flags: list[str], run: Path, finished: Path
+) -> None:
+    flags = ["--momentum", 0.5, "--weight-decay", 0.125, "--epochs", 1, "--output", run]
+    done(*finetune_flags, *flags)
+    state = torch.load(max((run / "checkpoints").iterdir()), weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.125)
+
+
+# --- repeated from its config -------------------------------------------------------------------
+
+
+def test_config_of_a_run_repeats_it_to_the_bit(
+    done: Run, finished: Path, tmp_path: Path, weights: Weights
+) -> None:
+    other = tmp_path / "other"
+    report = done("distill", "--config", finished / "config.json", "--output", other).report
+    assert report["run"] == str(other)
+    assert weights(other) == weights(finished)
+    assert (other / "config.json").read_bytes() == (finished / "config.json").read_bytes()
+
+
+def test_config_without_output_makes_a_new_folder_under_runs(
+    done: Run, finished: Path, tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = done("distill", "--config", finished / "config.json").report
+    (made,) = (tmp_path / "runs").iterdir()
+    assert report["run"] == f"runs/{made.name}"
+    assert made.name.startswith("distill-test_resnet-")
+    assert weights(made) == weights(finished)
+
+
+def test_config_with_triples_and_milestones_repeats_a_finetune(
+    done: Run, finetune_flags: list[str], tmp_path: Path, weights: Weights
+) -> None:
+    special = [
+        *("--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6),
+        *("--lr-milestones", 1, "--lr-milestones", 2, "--epochs", 3),
+    ]
+    done(*finetune_flags, *special, "--output", tmp_path / "first")
+    flags = ["--config", tmp_path / "first" / "config.json", "--output", tmp_path / "second"]
+    done("finetune", *flags)
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+
+
+def test_flags_go_before_the_config(done: Run, finished: Path, run: Path, weights: Weights) -> None:
+    flags = ["--config", finished / "config.json", "--seed", 5, "--epochs", 1]
+    assert done("distill", *flags, "--output", run).report["epochs"] == 1
+    assert json.loads((run / "config.json").read_text())["seed"] == 5
+    assert weights(run) != weights(finished)
+
+
+def test_workers_do_not_change_the_weights(
+    done: Run, distill_flags: list[str], run: Path, finished: Path, weights: Weights
+) -> None:
+    done(*distill_flags, "--workers", 2, "--output", run)
+    assert weights(run) == weights(finished)
+
+
+def test_folder_of_another_run_is_refused_untouched(
+    run_cli: Run, distill_flags: list[str], finished: Path, contents: Callable[..., Any]
+) -> None:
+    before = contents(finished)
+    result = run_cli(*distill_flags, "--output", finished)
+    assert result.code == 2
+    assert f"--resume {finished}" in result.stderr
+    assert contents(finished) == before
+
+
+# --- stopped and continued ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_finished(
+    done: Run, distill_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An uninterrupted run of ten epochs, 50 steps. Not to be changed."""
+    run = tmp_path_factory.mktemp("long") / "run"
+    done(*distill_flags, "--epochs", 10, "--output", run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1)]
+)
+def test_stopped_by_a_signal_and_continued_it_ends_in_the_same_bits(
+    spawn: Callable[..., Spawned],
+    done: Run,
+    distill_flags: list[str],
+    long_finished: Path,
+    run: Path,
+    weights: Weights,
+    events: Events,
+    number: signal.Signals,
+    workers: int,
+) -> None:
+    process = spawn(*distill_flags, "--epochs", 10, "--workers", workers, "--output", run)
+    metrics = run / "metrics.jsonl"
+    process.until(lambda: metrics.exists() and metrics.read_text().count('"train"') >= 7)
+    process.signal(number)
+    stopped = process.result()
+
+    assert stopped.code == 4
+    assert stopped.stdout == ""
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith(f"mealv2: stopped by {number.name} ")
+    assert "Traceback" not in stopped.stderr
+    assert not (run / "report.json").exists(), "it was stopped too late to show anything"
+    steps_done = events(run, "train")[-1]["step"]
+    assert max((run / "checkpoints").iterdir()).name == f"step-{steps_done:08d}.pt"
+    assert 7 <= steps_done < 50
+
+    command = shlex.split(last.split("continue with: ")[1])
+    assert command == ["mealv2", "distill", "--resume", str(run)]
+    resumed = done(*command[1:], "--workers", 0)
+    assert (resumed.report["epochs"], resumed.report["steps"]) == (10, 50)
+    assert weights(run) == weights(long_finished)
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 51))
+    rows, expected = summary(run), summary(long_finished)
+    assert [row["epoch"] for row in rows] == [row["epoch"] for row in expected]
+    assert [row["val_kl"] for row in rows] == [row["val_kl"] for row in expected]
+
+
+@pytest.mark.parametrize("validation", [0, 1, 2], ids=["step 0", "epoch 1", "the last"])
+def test_stopped_while_validating_and_continued_it_ends_in_the_same_bits(
+    run_cli: Run,
+    done: Run,
+    distill_flags: list[str],
+    finished: Path,
+    run: Path,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    validation: int,
+) -> None:
+    reads = 0
+    read = ImageFolder.read
+
+    def interrupted(self: ImageFolder, position: int) -> bytes:
+        nonlocal reads
+        reads += self.split == "val"
+        if reads == 15 * validation + 1:  # the first image of that validation
+            os.kill(os.getpid(), signal.SIGINT)
+            reads += 1
+        return read(self, position)
+
+    monkeypatch.setattr(ImageFolder, "read", interrupted)
+    stopped = run_cli(*distill_flags, "--output", run)
+    assert stopped.code == 4
+    assert "stopped by SIGINT" in stopped.stderr
+    monkeypatch.undo()
+    assert done("distill", "--resume", run).report["steps"] == 10
+    assert weights(run) == weights(finished)
+    assert [row["epoch"] for row in summary(run)] == ["1", "2"]
+
+
+def test_run_continues_from_any_kept_checkpoint_to_the_same_bits(
+    done: Run, finished: Path, run: Path, weights: Weights
+) -> None:
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-00000010.pt").unlink()
+    (run / "report.json").unlink()
+    report = done("distill", "--resume", run).report
+    assert report["steps"] == 10
+    assert weights(run) == weights(finished)
+    assert summary(run) == summary(finished)
+
+
+def test_step_that_is_done_again_stands_in_the_metrics_once(
+    done: Run, finished: Path, run: Path, events: Events
+) -> None:
+    """As after a kill -9: events were written after the newest checkpoint."""
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-00000010.pt").unlink()
+    done("distill", "--resume", run)
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 11))
+
+
+def test_run_without_a_checkpoint_starts_again(
+    done: Run, finished: Path, run: Path, weights: Weights, events: Events
+) -> None:
+    run.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(finished / name, run)
+    done("distill", "--resume", run)
+    assert weights(run) == weights(finished)
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 11))
+
+
+def test_finished_run_is_reported_again(
+    done: Run, finished: Path, run: Path, contents: Callable[..., Any]
+) -> None:
+    shutil.copytree(finished, run)
+    first = json.loads((finished / "report.json").read_text())
+    again = done("distill", "--resume", run).report
+    assert {name: again[name] for name in first if name not in ("run", "seconds")} == {
+        name: first[name] for name in first if name not in ("run", "seconds")
+    }
+    assert contents(run, "summary.csv") == contents(finished, "summary.csv")
+    assert contents(run, "config.json") == contents(finished, "config.json")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", 0.5],
+        ["--epochs", 3],
+        ["--seed", 1],
+        ["--batch-size", 9],
+        ["--discriminator", "official"],
+        ["--model", "test_vit"],
+        ["--amp"],
+        ["--lr-milestones", 1],
+        ["--output", "elsewhere"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flag_that_contradicts_the_resumed_run_is_refused_by_name(
+    run_cli: Run, finished: Path, contents: Callable[..., Any], flags: list[object]
+) -> None:
+    before = contents(finished)
+    result = run_cli("distill", "--resume", finished, *flags)
+    assert result.code == 2
+    assert result.stderr.startswith(f"mealv2: {flags[0]} ")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(finished) == before
+
+
+def test_config_beside_resume_is_refused_as_it_has_no_effect(
+    run_cli: Run, finished: Path, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, run)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"lr": 0.5}))
+    result = run_cli("distill", "--resume", run, "--config", other)
+    assert result.code == 2
+    assert "--config" in result.stderr
+
+
+def test_flags_that_agree_or_concern_the_machine_are_allowed_with_resume(
+    done: Run, finished: Path, run: Path, data_dir: Path
+) -> None:
+    shutil.copytree(finished, run)
+    agreeing = ["--lr", 0.01, "--data-dir", os.path.relpath(data_dir), "--no-amp"]
+    machine = ["--workers", 1, "--log-interval", 2, "--checkpoint-hist", 1, "--device", "cpu"]
+    assert done("distill", "--resume", run, *agreeing, *machine).report["steps"] == 10
+
+
+def test_run_of_another_command_is_not_resumed(
+    run_cli: Run, done: Run, finetune_flags: list[str], run: Path
+) -> None:
+    done(*finetune_flags, "--epochs", 1, "--output", run)
+    result = run_cli("distill", "--resume", run)
+    assert result.code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("mealv2: ")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _other_state(path: Path) -> None:
+    torch.save({"step": 1}, path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _other_state])
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_serves(
+    run_cli: Run,
+    done: Run,
+    finished: Path,
+    run: Path,
+    weights: Weights,
+    damage: Callable[[Path], None],
+) -> None:
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints" / "step-00000010.pt"
+    damage(newest)
+    result = run_cli("distill", "--resume", run)
+    assert result.code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"mealv2: checkpoint {newest} is damaged")
+    newest.unlink()
+    done("distill", "--resume", run)
+    assert weights(run) == weights(finished)
+
+
+def test_second_signal_quits_at_once(
+    spawn: Callable[..., Spawned], finetune_flags: list[str], own_data: Path, run: Path
+) -> None:
+    """A named pipe in place of an image: reading it never ends, nor does the step."""
+    pipe = own_data / "train" / "ants" / "00.jpg"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    process = spawn(*finetune_flags, "--data-dir", own_data, "--output", run)
+    metrics = run / "metrics.jsonl"
+    process.until(lambda: metrics.exists() and '"validation"' in metrics.read_text())
+    process.signal(signal.SIGINT)
+    process.until(lambda: "once more quits at once" in process.stderr)
+    process.signal(signal.SIGINT)
+    assert process.result(deadline_s=10).code == 128 + signal.SIGINT
+
+
+# --- a loss that is lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val_split", ["val", "none"])
+def test_loss_that_is_not_finite_stops_the_run_with_advice(
+    run_cli: Run, finetune_flags: list[str], run: Path, val_split: str
+) -> None:
+    flags = ["--lr", 1e30, "--val-split", val_split, "--log-interval", 1000, "--output", run]
+    result = run_cli(*finetune_flags, *flags)
+    assert result.code == 1
+    assert "lower --lr" in result.stderr.splitlines()[-1]
+    assert not (run / "checkpoints").exists()

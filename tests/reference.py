@@ -1,0 +1,121 @@
+"""The method again in NumPy float64, written from the formulas and not from the package's code.
+
+Every gradient is derived by hand: nothing here differentiates anything.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+Layers = list[tuple[np.ndarray, np.ndarray]]  # (weight out x in, bias) of each linear layer
+
+
+def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
+    shifted = np.asarray(logits_NC, dtype=np.float64)
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def softmax(logits_NC: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(logits_NC))
+
+
+def ensemble(logits_TNC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return q = (1/T) sum_t softmax(z_t) and m = (1/T) sum_t z_t, both N x C."""
+    logits_TNC = np.asarray(logits_TNC, dtype=np.float64)
+    return softmax(logits_TNC).mean(axis=0), logits_TNC.mean(axis=0)
+
+
+def similarity(student_NC: np.ndarray, probs_NC: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return L = -(1/N) sum q log softmax(s), and dL/ds = (softmax(s) sum_c q - q) / N."""
+    probs_NC = np.asarray(probs_NC, dtype=np.float64)
+    num_rows = len(probs_NC)
+    loss = -(probs_NC * log_softmax(student_NC)).sum() / num_rows
+    mass_N1 = probs_NC.sum(axis=1, keepdims=True)
+    return float(loss), (softmax(student_NC) * mass_N1 - probs_NC) / num_rows
+
+
+class Discrimination(NamedTuple):
+    """What telling N student rows from N teacher rows gives."""
+
+    loss: float
+    outputs: np.ndarray
+    accuracy: float
+    grad_student: np.ndarray
+    grad_layers: Layers
+
+
+def discriminator_forward(
+    layers: Layers, rows_NC: np.ndarray, *, last_relu: bool
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Return (outputs, the input of every layer, what every layer gave before its ReLU)."""
+    value = np.asarray(rows_NC, dtype=np.float64)
+    inputs, before = [], []
+    for position, (weight, bias) in enumerate(layers):
+        inputs.append(value)
+        value = value @ weight.astype(np.float64).T + bias.astype(np.float64)
+        before.append(value)
+        if last_relu or position < len(layers) - 1:
+            value = np.maximum(value, 0.0)
+    return value, inputs, before
+
+
+def discriminate(
+    layers: Layers, student_NC: np.ndarray, teacher_NC: np.ndarray, *, variant: str
+) -> Discrimination:
+    """Loss and gradients over [student rows; teacher rows].
+
+    official: two outputs, ReLU last, targets (1, 0) and (0, 1), mean over all 4N entries.
+    paper: one output, no ReLU last, targets 0 and 1, mean over all 2N entries.
+    """
+    num_rows = len(student_NC)
+    rows = np.concatenate([student_NC, teacher_NC]).astype(np.float64)
+    outputs, inputs, before = discriminator_forward(layers, rows, last_relu=variant == "official")
+    of_teacher = np.repeat([0.0, 1.0], num_rows)
+    official = variant == "official"
+    targets = np.stack([1 - of_teacher, of_teacher], 1) if official else of_teacher[:, None]
+    # BCE of a logit x against y: log(1 + e^x) - x y; its derivative: 1 / (1 + e^-x) - y
+    loss = (np.logaddexp(0.0, outputs) - outputs * targets).mean()
+    grad = (1.0 / (1.0 + np.exp(-outputs)) - targets) / outputs.size
+
+    grad_layers: Layers = []
+    for position in reversed(range(len(layers))):
+        if official or position < len(layers) - 1:
+            grad = grad * (before[position] > 0)
+        grad_layers.insert(0, (grad.T @ inputs[position], grad.sum(axis=0)))
+        grad = grad @ layers[position][0].astype(np.float64)
+
+    says_teacher = outputs[:, 1] - outputs[:, 0] if official else outputs[:, 0]
+    right = np.where(of_teacher == 1, says_teacher > 0, says_teacher < 0)
+    accuracy = (right + 0.5 * (says_teacher == 0)).mean()
+    return Discrimination(float(loss), outputs, float(accuracy), grad[:num_rows], grad_layers)
+
+
+def top_k(probs_NC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k largest of every row, largest first: (indices, probabilities)."""
+    indices = np.argsort(-np.asarray(probs_NC), axis=1, kind="stable")[:, :k]
+    return indices, np.take_along_axis(np.asarray(probs_NC), indices, axis=1)
+
+
+def dense(indices_NK: np.ndarray, probs_NK: np.ndarray, num_classes: int) -> np.ndarray:
+    """Recover rows of C: the kept stay, the others share max(0, 1 - sum kept); then sum to 1."""
+    rows = []
+    for indices, probs in zip(indices_NK, np.asarray(probs_NK, dtype=np.float64), strict=True):
+        others = num_classes - len(indices)
+        rest = max(0.0, 1.0 - probs.sum())
+        row = np.full(num_classes, rest / others if others else 0.0)
+        row[indices] = probs
+        rows.append(row / row.sum())
+    return np.array(rows)
+
+
+def through_top_k(logits_NC: np.ndarray, indices_NK: np.ndarray) -> np.ndarray:
+    """Log-probabilities whose not-kept classes all have the mean probability of the not-kept."""
+    rows = []
+    for log_probs, indices in zip(log_softmax(logits_NC), indices_NK, strict=True):
+        others = np.setdiff1d(np.arange(len(log_probs)), indices)
+        row = log_probs.copy()
+        if len(others):
+            row[others] = np.logaddexp.reduce(log_probs[others]) - np.log(len(others))
+        rows.append(row)
+    return np.array(rows)

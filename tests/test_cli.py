@@ -1,0 +1,458 @@
+"""cli: flags, help and one clear line for whatever goes wrong."""
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import huggingface_hub.constants
+import pytest
+
+import cli
+import mealv2
+from conftest import Result
+from pipeline import config as configs
+
+Run = Callable[..., Result]
+ROOT = Path(cli.__file__).resolve().parent
+CONFIGS = {
+    name.removesuffix("Config").lower(): kind
+    for name, kind in vars(configs).items()
+    if name.endswith("Config") and name != "TrainConfig"
+}
+COMMANDS = sorted(cli.cli.commands)
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_there_is_a_command_for_every_config() -> None:
+    assert sorted(CONFIGS) == COMMANDS
+    assert {"precompute", "distill", "finetune", "evaluate"} <= set(COMMANDS)
+
+
+def test_help_comes_in_a_third_of_a_second() -> None:
+    command = [Path(sys.executable).parent / "mealv2", "--help"]
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_neither_torch_nor_numpy(command: list[str]) -> None:
+    code = (
+        "import sys, cli\n"
+        f"sys.argv = ['mealv2', *{command!r}, '--help']\n"
+        "try: cli.main()\n"
+        "finally: print('LOADED', *(m for m in ('torch', 'numpy', 'PIL') if m in sys.modules))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Usage: mealv2" in run.stdout
+    assert run.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_python_cli_py_is_the_same_command() -> None:
+    commands = [[Path(sys.executable).parent / "mealv2"], [sys.executable, ROOT / "cli.py"]]
+    said = [
+        subprocess.run([*command, "distill", "--help"], capture_output=True, text=True, check=True)
+        for command in commands
+    ]
+    assert said[0].stdout.split("Options:")[1] == said[1].stdout.split("Options:")[1]
+
+
+def test_help_names_every_command_and_the_exit_codes(done: Run) -> None:
+    said = " ".join(done("--help").stdout.split())
+    assert all(re.search(rf" {name} +[A-Z]", said) for name in COMMANDS)
+    for code in ("0 done", "1 failed", "2 wrong usage", "3 label set", "4 stopped"):
+        assert code in said
+
+
+def test_version_is_the_packages(done: Run) -> None:
+    assert mealv2.__version__ in done("--version").stdout
+
+
+def _entries(text: str) -> dict[str, str]:
+    """Return what --help says of each option, by its long flag, in one line."""
+    options = text.split("\nOptions:\n")[1].split("\n\n")[0]
+    blocks = re.split(r"\n(?=  (?:-\w, )?--)", "\n" + options)[1:]
+    flat = [re.sub(r"-\n +", "-", block) for block in blocks]
+    return {re.search(r"--[\w-]+", block)[0]: " ".join(block.split()) for block in flat}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run, name: str) -> None:
+    said = _entries(done(name, "--help").stdout)
+    fields = dataclasses.fields(CONFIGS[name])
+    assert said.keys() == {configs.flag(f.name) for f in fields} | {"--config", "--help"}
+    for field in fields:
+        flag, default = configs.flag(field.name), field.default
+        text = said[flag].replace("- ", "-")
+        if default is dataclasses.MISSING:
+            assert text.endswith("[required]"), text
+            continue
+        if isinstance(default, bool):
+            shown = flag[2:] if default else f"no-{flag[2:]}"
+        else:
+            shown = f"({field.metadata['shown']})" if field.metadata["shown"] else str(default)
+        assert text.endswith(f"[default: {shown}]"), text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> None:
+    said = done(name, "--help").stdout
+    assert said.count("Example:") == 1
+    example = said.split("Example:")[1].split("\n\n")[0].replace("\\\n", " ")
+    words = shlex.split(example)
+    assert words[:2] == ["mealv2", name]
+    context = cli.cli.commands[name].make_context(name, words[2:], resilient_parsing=True)
+    given = {
+        key
+        for key in context.params
+        if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE
+    }
+    assert {configs.flag(key) for key in given} == {w for w in words if w.startswith("--")}
+    required = {
+        f.name for f in dataclasses.fields(CONFIGS[name]) if f.default is dataclasses.MISSING
+    }
+    assert required <= given
+
+
+# --- flags and configs --------------------------------------------------------------------------
+
+SAMPLES: dict[str, list[str]] = {"topk": ["3"], "results_file": ["x.csv"], "val_split": ["other"]}
+
+
+def _sample(option: click.Option) -> list[str]:
+    """Return values that an option takes and that are not its default."""
+    if option.name in SAMPLES:
+        return SAMPLES[option.name]
+    if isinstance(option.type, click.Choice):
+        return [next(c for c in option.type.choices if c != option.default)]
+    word = {"integer": "77", "float": "0.125"}.get(option.type.name, "something")
+    return [word] * option.nargs
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        pytest.param(name, field, id=f"{name}-{field.name}")
+        for name, kind in CONFIGS.items()
+        for field in dataclasses.fields(kind)
+    ],
+)
+def test_every_setting_is_reachable_as_a_flag(
+    name: str, field: dataclasses.Field[Any], monkeypatch: pytest.MonkeyPatch, run_cli: Run
+) -> None:
+    """The flag alone changes the value that reaches the config, and no other."""
+    reached: dict[str, Any] = {}
+
+    class ReachedError(Exception):
+        pass
+
+    def catch(values: dict[str, Any]) -> None:
+        reached.update(values)
+        raise ReachedError
+
+    monkeypatch.setattr(CONFIGS[name], "from_json", catch)
+    monkeypatch.setattr(cli, "_resumed", lambda values, context: values)
+    (option,) = (p for p in cli.cli.commands[name].params if p.name == field.name)
+    flag = configs.flag(field.name)
+    is_switch = isinstance(option, click.Option) and option.is_flag
+    given = [option.opts[0]] if is_switch else [flag, *_sample(option)]
+    assert option.opts[0] == flag
+    with pytest.raises(ReachedError):
+        run_cli(name)
+    plain, defaults = dict(reached), {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}
+    assert all(
+        plain[key] == default or plain[key] in ((), None) for key, default in defaults.items()
+    )
+    with pytest.raises(ReachedError):
+        run_cli(name, *given)
+    assert {key for key in reached if reached[key] != plain[key]} == {field.name}
+
+
+def test_defaults_stand_in_config_alone() -> None:
+    """No option is written out in cli.py, and no stage has a default of its own."""
+    tree = ast.parse((ROOT / "cli.py").read_text())
+    flags = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch("--[a-z-]+", node.value)
+    }
+    assert flags <= {"--batch-size", "--workers", "--help", "--config"}  # short names, and its own
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in [ROOT / "cli.py", *(ROOT / "pipeline").glob("*.py")]
+        for line in path.read_text().splitlines()
+        if path.name != "config.py" and re.match(r"_?[A-Z_]*DEFAULT[A-Z_]*\b.*=", line)
+    ]
+    assert found == []
+
+
+def test_config_file_for_stage_one_is_read_and_flags_go_before_it(
+    done: Run,
+    precompute_flags: list[str],
+    teacher_dirs: dict[str, Path],
+    labels_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    contents: Callable[..., dict[str, bytes]],
+) -> None:
+    settings = {
+        "data_dir": str(data_dir),
+        "teacher": [f"{name}={path}" for name, path in teacher_dirs.items()],
+        "img_size": 32,
+        "num_views": 4,
+        "view_seed": 7,
+        "topk": "2",
+        "shard_size": 999,
+        "batch_size": 16,
+        "workers": 0,
+        "val_split": None,
+    }
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    flags = ["--config", tmp_path / "c.json", "--shard-size", 10, "--out", tmp_path / "labels"]
+    done("precompute", *flags)
+    assert contents(tmp_path / "labels") == contents(labels_dir)
+
+
+# --- whatever goes wrong: one line, the documented code, no traceback ----------------------------
+
+
+@pytest.fixture(scope="session")
+def world(
+    data_dir: Path,
+    student_dir: Path,
+    make_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """What wrong commands are made of, by the name that WRONG uses. Nothing may change it."""
+    tmp = tmp_path_factory.mktemp("world")
+    shutil.copytree(data_dir, tmp / "dodos")
+    (tmp / "dodos" / "train" / "dodo").mkdir()
+    for name in ("text", "text.pth", "text.safetensors"):
+        (tmp / name).write_text("hello\n")
+    (tmp / "empty").mkdir()
+    return {
+        "tmp": tmp,
+        "data": data_dir,
+        "student": student_dir,
+        "two": make_model("test_resnet", classes=("ants", "bees")),
+        "four": make_model("test_resnet", classes=("ants", "bees", "cats", "dogs")),
+        "xyz": make_model("test_resnet", classes=("x", "y", "z")),
+    }
+
+
+@pytest.fixture(scope="session")
+def usual(
+    precompute_flags: list[str], distill_flags: list[str], finetune_flags: list[str]
+) -> dict[str, list[str]]:
+    """Commands that work but for where they write, to be spoilt by what is added to them."""
+    evaluate = ["evaluate", "--data-dir", precompute_flags[2], "--workers", "0"]
+    return {
+        "precompute": precompute_flags,
+        "distill": distill_flags,
+        "finetune": finetune_flags,
+        "evaluate": evaluate,
+        "resume": ["distill"],
+    }
+
+
+# exit code, usual command, what is added to it, what the line must name
+WRONG = [
+    # data
+    (2, "precompute", "--data-dir /nowhere", "/nowhere/train"),
+    (2, "precompute", "--data-dir {tmp}/dodos", "dodos/train/dodo"),
+    (2, "finetune", "--data-dir {tmp}/dodos", "dodos/train/dodo"),
+    (2, "finetune", "--data-dir {tmp}/text", "text/train"),
+    (2, "finetune", "--split trian", "train, val"),
+    (2, "finetune", "--split train/ants", "no class folders"),
+    (2, "evaluate", "--checkpoint {student} --val-split vla", "data/vla"),
+    # models
+    (2, "distill", "--model resnet5O", "resnet50"),
+    (2, "finetune", "--model test_resnt", "test_resnet"),
+    (2, "precompute", "--teacher test_vlt", "test_vit"),
+    (2, "evaluate", "--model test_resnet.imagenet", "r160_in1k"),
+    (2, "finetune", "--model qqqqqqqqqqqq", "timm.list_models()"),
+    (2, "evaluate", "", "--checkpoint"),
+    # checkpoints
+    (2, "precompute", "--teacher test_resnet={two}", "class"),
+    (2, "distill", "--initial-checkpoint {two}", "class"),
+    (2, "evaluate", "--checkpoint {four}", "class"),
+    (2, "evaluate", "--checkpoint {xyz}", "'ants'"),
+    (2, "evaluate", "--checkpoint {student} --model test_efficientnet", "another model"),
+    (2, "evaluate", "--checkpoint /nowhere", "/nowhere"),
+    (2, "distill", "--initial-checkpoint /nowhere", "/nowhere"),
+    (2, "precompute", "--teacher test_vit=/nowhere", "/nowhere"),
+    (2, "evaluate", "--checkpoint {tmp}/text.safetensors", "text.safetensors"),
+    (2, "evaluate", "--checkpoint {tmp}/text.pth --model test_resnet", "text.pth"),
+    (2, "evaluate", "--checkpoint {tmp}/text.pth", "give --model"),
+    # label sets
+    (3, "distill", "--labels /nowhere", "/nowhere"),
+    (3, "distill", "--labels {tmp}/text", "text"),
+    (3, "distill", "--labels {tmp}/empty", "no label set"),
+    # places to write to
+    (1, "precompute", "--out {tmp}/text/labels", "text"),
+    (1, "precompute", "--out /proc/labels", "/proc/labels"),
+    (1, "distill", "--output {tmp}/text/run", "text"),
+    (1, "finetune", "--output /proc/run", "/proc/run"),
+    (1, "evaluate", "--checkpoint {student} --results-file {tmp}/text/r.csv", "text"),
+    (2, "evaluate", "--checkpoint {student} --results-file {tmp}/r.xls", "--results-file"),
+    # values
+    (2, "precompute", "--topk 4", "--topk 4"),
+    (2, "precompute", "--topk most", "--topk"),
+    (2, "precompute", "--label-dtype float32 --batch-size 0", "--batch-size"),
+    (2, "distill", "--lr nan", "--lr"),
+    (2, "distill", "--lr inf", "--lr"),
+    (2, "finetune", "--mean nan nan nan --std 1 1 1", "--mean"),
+    (2, "distill", "--workers -1", "--workers"),
+    (2, "distill", "--device abacus", "--device abacus"),
+    # settings without effect
+    (2, "distill", "--discriminator off --discriminator-lr 0.1", "--discriminator-lr"),
+    (2, "distill", "--discriminator off --discriminator-weight 2", "--discriminator-weight"),
+    (2, "distill", "--lr-milestones 2", "--lr-milestones 2"),
+    (2, "finetune", "--mean 0.1 0.2 0.3", "--std"),
+    (2, "distill", "--pretrained", "--initial-checkpoint"),
+    (2, "distill", "--amp-dtype float16", "--amp-dtype"),
+    # runs to continue
+    (2, "resume", "--resume /nowhere", "/nowhere"),
+    (2, "resume", "--resume {tmp}/empty", "config.json"),
+]
+
+
+def _said_in_one_line(result: Result, code: int, named: str) -> None:
+    assert result.code == code, result.stderr
+    lines = [
+        line
+        for line in result.stderr.splitlines()
+        if not line.startswith("run folder")  # what a command may say before it fails
+    ]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("mealv2: ")
+    assert named in lines[0]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("code", "command", "added", "named"), WRONG)
+def test_what_goes_wrong_is_said_in_one_line(
+    run_cli: Run,
+    world: dict[str, Path],
+    usual: dict[str, list[str]],
+    tmp_path: Path,
+    code: int,
+    command: str,
+    added: str,
+    named: str,
+) -> None:
+    place = {"precompute": "--out", "distill": "--output", "finetune": "--output"}.get(command)
+    somewhere = [place, tmp_path / "made"] if place else []
+    result = run_cli(*usual[command], *somewhere, *shlex.split(added.format(**world)))
+    _said_in_one_line(result, code, named)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *(("precompute", flag) for flag in ("--data-dir", "--out", "--teacher")),
+        *(("distill", flag) for flag in ("--data-dir", "--labels", "--model")),
+        *(("finetune", flag) for flag in ("--data-dir", "--model")),
+        ("evaluate", "--data-dir"),
+    ],
+)
+def test_required_flag_left_out_is_named(
+    run_cli: Run, usual: dict[str, list[str]], command: str, flag: str
+) -> None:
+    flags = usual[command]
+    if command == "precompute" and flag != "--out":
+        flags = [*flags, "--out", "/nowhere"]
+    while flag in flags:
+        place = flags.index(flag)
+        flags = [*flags[:place], *flags[place + 2 :]]
+    if command == "evaluate":
+        flags = [*flags, "--model", "test_resnet"]
+    _said_in_one_line(run_cli(*flags), 2, f"{flag} is required")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{'lr': 1}", "c.json"),
+        ("[]", "c.json"),
+        ("", "c.json"),
+        ('{"learning_rate": 1}', "'learning_rate'"),
+        ('{"config_file": "x.json"}', "'config_file'"),
+        ('{"epochs": "many"}', "epochs"),
+        ('{"lr": NaN}', "--lr"),
+        ('{"mean": [0.5]}', "mean"),
+        ('{"data_dir": 3}', "data"),
+    ],
+)
+def test_config_file_that_cannot_be_used_is_said_in_one_line(
+    run_cli: Run, finetune_flags: list[str], tmp_path: Path, text: str, named: str
+) -> None:
+    (tmp_path / "c.json").write_text(text)
+    given = [*finetune_flags, "--output", tmp_path / "made"]
+    for name in ("data-dir", "epochs"):  # a flag would go before the file
+        if name.replace("-", "_") in text:
+            place = given.index(f"--{name}")
+            given = [*given[:place], *given[place + 2 :]]
+    _said_in_one_line(run_cli(*given, "--config", tmp_path / "c.json"), 2, named)
+
+
+@pytest.mark.parametrize(
+    ("flags", "suggested"),
+    [
+        (["distill", "--eopchs", "3"], "--epochs"),
+        (["precompute", "--teachers", "x"], "--teacher"),
+        (["finetune", "--learning-rate", "x"], None),
+        (["distil"], "distill"),
+        (["distill", "--discriminator", "ofical"], "official"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_suggestion(
+    run_cli: Run, flags: list[str], suggested: str | None
+) -> None:
+    result = run_cli(*flags)
+    assert result.code == 2
+    assert flags[-1] in result.stderr or flags[1] in result.stderr
+    if suggested:
+        assert suggested in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_weights_that_cannot_be_had_are_one_line(
+    run_cli: Run, usual: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = run_cli(*usual["evaluate"], "--model", "test_resnet.r160_in1k")
+    _said_in_one_line(result, 1, "cannot load the pretrained weights of test_resnet.r160_in1k")
+
+
+def test_error_of_the_code_itself_keeps_its_traceback(
+    run_cli: Run, usual: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pipeline.evaluate.run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(*usual["evaluate"], "--model", "test_resnet")

@@ -1,0 +1,116 @@
+"""Every example in README.md and docs/ is run, with small models in place of big ones."""
+
+import doctest
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What stands in for a model whose weights cannot be fetched here, or is too big for a test.
+STAND_INS = {
+    "resnet50.a1_in1k": "test_resnet.r160_in1k",
+    "convnext_tiny.in12k_ft_in1k": "test_efficientnet.r160_in1k",
+    "resnet18.tv_in1k": "test_byobnet.r160_in1k",
+    "resnet50": "test_resnet",
+    "convnext_tiny": "test_efficientnet",
+    "resnet18": "test_byobnet",
+}
+# Flags that make an example quick; the rest of the line runs as it is written.
+QUICK = {
+    "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
+    "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
+    "distill": ["--epochs", "1", "--workers", "0"],
+    "evaluate": ["--workers", "0"],
+}
+
+
+def blocks(path: str, language: str) -> list[str]:
+    """Return the fenced blocks of a language in a document."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hugging Face cache with random weights of the stand-ins, laid out as the hub does."""
+    from huggingface_hub import constants
+
+    hub = tmp_path / "hub"
+    for name in (n for n in STAND_INS.values() if "." in n):
+        repository = hub / f"models--timm--{name}"
+        commit = "0" * 40
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        state = timm.create_model(name.split(".")[0]).state_dict()
+        safetensors.torch.save_file(state, snapshot / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def commands(path: str) -> list[list[str]]:
+    """Return the ``mealv2`` commands of a document's sh blocks, stand-ins put in, made quick."""
+    found = []
+    for line in "".join(blocks(path, "sh")).splitlines():
+        words = shlex.split(line)
+        assert words[0] == "mealv2", f"{path}: only mealv2 commands can be tested, not {line!r}"
+        words = ["=".join(STAND_INS.get(p, p) for p in word.split("=")) for word in words[1:]]
+        found.append([*words, *QUICK[words[0]]])
+    return found
+
+
+def test_readme_commands_and_python_run_one_after_another(
+    data_dir: Path,
+    run_cli: Callable[..., Any],
+    hub_cache: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+
+    for words in commands("README.md"):
+        result = run_cli(*words)
+        assert result.code == 0, (words, result.stderr)
+    for code in blocks("README.md", "python"):
+        exec(compile(code, "README.md", "exec"), {})
+
+    assert (tmp_path / "per-class.csv").read_text().startswith("class,")
+
+
+@pytest.mark.parametrize("path", ["docs/views.md", "docs/label-set-format.md"])
+def test_doc_examples_print_what_they_say(
+    path: str, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    code = "\n".join(blocks(path, "python"))
+    assert ">>>" in code
+
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest(code, {}, path, path, 0)
+    doctest.DocTestRunner().run(test, out=said.append)
+
+    assert not said, "".join(said)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_make_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
+    assert targets is not None
+    for name in targets[1].split():
+        assert re.search(rf"^{name}: .*## \S|^{name}:  ## \S", text, flags=re.MULTILINE), name
