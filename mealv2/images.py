@@ -70,11 +70,12 @@ class ImageFolder:
         self.name = str(Path(root) / split)
         self.folder = Path(root) / split
         self.split = split
-        self.classes = _class_names(self.folder)
+        class_folders = _class_folders(self.folder)
+        self.classes = [name for name, _ in class_folders]
         rows = [
             (key, class_id, size, path)
-            for class_id, name in enumerate(self.classes)
-            for key, size, path in _images_of(self.folder, name)
+            for class_id, (_, class_folder) in enumerate(class_folders)
+            for key, size, path in _images_of(self.folder, class_folder)
         ]
         rows.sort(key=lambda row: row[0])
         self.keys = [row[0] for row in rows]
@@ -165,25 +166,28 @@ def centre_crop(image: Image.Image, img_size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + img_size, top + img_size)))
 
 
-def _class_names(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> list[tuple[str, Path]]:
+    """List (class name, its folder), sorted by name; names are in Unicode's composed form."""
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
         raise ConfigError(
             f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE "
             f"(folders in {folder.parent}: {there})"
         )
-    names = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+    found = sorted(
+        (_key_of(path, folder), path)
+        for path in folder.iterdir()
+        if path.is_dir() and path.name[0] != "."
     )
-    if not names:
+    if not found:
         raise ConfigError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE.jpg")
-    return names
+    return found
 
 
-def _images_of(folder: Path, class_name: str) -> list[tuple[str, int, str]]:
+def _images_of(folder: Path, class_folder: Path) -> list[tuple[str, int, str]]:
     """List (key, size in bytes, path) of the images under a class folder, links followed."""
     found = []
-    for where, folders, files in os.walk(folder / class_name, followlinks=True):
+    for where, folders, files in os.walk(class_folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
             if name[0] != "." and name.lower().endswith(EXTENSIONS):
@@ -191,7 +195,7 @@ def _images_of(folder: Path, class_name: str) -> list[tuple[str, int, str]]:
                 found.append((_key_of(path, folder), _size_of(path), str(path)))
     if not found:
         raise ConfigError(
-            f"class folder {folder / class_name} holds no image ({', '.join(EXTENSIONS)}); "
+            f"class folder {class_folder} holds no image ({', '.join(EXTENSIONS)}); "
             "add images or remove the folder"
         )
     return found

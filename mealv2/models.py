@@ -23,6 +23,7 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 EXPORT_FOLDER = "student"  # where a run folder keeps the model it trained
 _METADATA_KEY = "mealv2"
+_KEPT_CONFIG = ("first_conv", "classifier", "fixed_input_size")  # what timm needs to load a model
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
             f"(first: {unknown[:1] or 'none'})"
         )
     for key, tensor in own.items():
+        if not isinstance(state[key], Tensor):
+            raise ConfigError(f"checkpoint {path} holds no tensor under {key}")
         if tensor.shape != state[key].shape:
             raise ConfigError(
                 f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)} there and "
@@ -238,8 +241,10 @@ def save_classifier(
         "std": std,
     }
     state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(stored, sort_keys=True)}
+    # one entry: safetensors writes several in a random order
+    metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
     write_whole(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
+    of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]
     config = {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -253,8 +258,7 @@ def save_classifier(
             "std": std,
             "interpolation": "bilinear",
             "crop_pct": 224 / 256,
-            "first_conv": model.backbone.pretrained_cfg.get("first_conv"),  # type: ignore[union-attr,operator]
-            "classifier": model.backbone.pretrained_cfg.get("classifier"),  # type: ignore[union-attr,operator]
+            **{name: of_timm[name] for name in _KEPT_CONFIG if name in of_timm},
         },
     }
     write_whole(folder / CONFIG_NAME, canonical_json(config).encode())

@@ -21,15 +21,16 @@ from pipeline.config import DemoConfig, DistillConfig, FinetuneConfig, Precomput
 
 # The setting of the story; docs/demo.md says how it was found.
 IMG_SIZE = 32
-NUM_TRAIN = 300
-BATCH_SIZE = 16
+SPLITS = {"teacher-train": 1000, "train": 150}  # disjoint; the rest, 647 scans, is val
 TEACHERS = ("resnet10t", "test_resnet")
-TEACHER_EPOCHS = 120
+TEACHER_EPOCHS = 60
+TEACHER_BATCH_SIZE = 32
 STUDENT = "test_efficientnet"
 START_EPOCHS = 60
 START_LR = 0.05
-EPOCHS = 60
+EPOCHS = 100
 LR = 0.03
+BATCH_SIZE = 16
 
 _PARTS = ("teachers", "labels", "student start", "hard-label control", "distilled")
 
@@ -84,7 +85,6 @@ def run(config: DemoConfig) -> dict[str, Any]:
     machine: dict[str, Any] = {"device": config.device, "workers": config.workers}
     base: dict[str, Any] = {
         "data_dir": story.data,
-        "batch_size": BATCH_SIZE,
         "val_interval": 10,
         "log_interval": 10,
         **machine,
@@ -96,9 +96,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
             FinetuneConfig(
                 **base,
                 model=name,
+                split="teacher-train",
                 pretrained=False,
                 img_size=IMG_SIZE,
                 epochs=TEACHER_EPOCHS,
+                batch_size=TEACHER_BATCH_SIZE,
                 lr=START_LR,
                 weight_decay=5e-4,
                 output=config.output / f"teacher-{name}",
@@ -127,6 +129,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 pretrained=False,
                 img_size=IMG_SIZE,
                 epochs=START_EPOCHS,
+                batch_size=BATCH_SIZE,
                 lr=START_LR,
                 seed=seed,
                 output=folder / "start",
@@ -134,7 +137,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         )
         # the two arms see the same views in the same order and differ in who labels them
         arm = {**base, "model": STUDENT, "initial_checkpoint": start, "epochs": EPOCHS, "lr": LR}
-        arm |= {"seed": seed, "weight_decay": 0.0}
+        arm |= {"seed": seed, "weight_decay": 0.0, "batch_size": BATCH_SIZE}
         story.train(
             "hard-label control",
             FinetuneConfig(
@@ -148,7 +151,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def write_digits(folder: Path) -> Path:
-    """Write the digits as an ImageFolder (300 train, 1,497 val) and return it.
+    """Write the digits as an ImageFolder and return it: 1,000 scans for the teachers, 150 others
+    for the students, 647 for validation.
 
     The 8 x 8 scans are enlarged to 32 x 32 pixels, bicubic, so that a crop of 8 % shows something.
     The split is a fixed permutation. Raises ConfigError without scikit-learn.
@@ -159,8 +163,9 @@ def write_digits(folder: Path) -> Path:
         raise ConfigError("the demo needs scikit-learn: pip install 'mealv2[demo]'") from None
     digits = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.images))
+    splits = [name for name, size in SPLITS.items() for _ in range(size)]
     for rank, number in enumerate(order):
-        split = "train" if rank < NUM_TRAIN else "val"
+        split = splits[rank] if rank < len(splits) else "val"
         path = folder / split / str(digits.target[number]) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         scan = (digits.images[number] * (255 / 16)).round().astype(np.uint8)
@@ -238,7 +243,7 @@ def _table(story: Story, report: dict[str, Any]) -> str:
     lines.append(f"distilled - hard-label control: {report['difference']:+.2f} points ({spread})")
     per_view = report["label_bytes"] / report["label_views"]
     lines.append(
-        f"label set: {report['label_views']} views of {NUM_TRAIN} images in "
+        f"label set: {report['label_views']} views of {SPLITS['train']} images in "
         f"{logs.size_of(report['label_bytes'])}, {per_view:.0f} bytes a view"
     )
     times = [

@@ -8,14 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from types import FrameType
 
-import h5py
-import numpy
-import PIL
-import timm
 import torch
-import torchvision
 
 import mealv2
 from mealv2.errors import ConfigError
@@ -69,16 +65,9 @@ def seed_everything(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that can change a number."""
-    return {
-        "mealv2": mealv2.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "pillow": PIL.__version__,
-        "numpy": numpy.__version__,
-        "h5py": h5py.__version__,
-    }
+    libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
+    found = {name: metadata.version(name) for name in libraries}
+    return {"mealv2": mealv2.__version__, "python": platform.python_version(), **found}
 
 
 def on_terminal() -> bool:

@@ -279,7 +279,8 @@ class Spawned:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # what a killed process leaves in its temporary folder is removed with the test's
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
             )
 
     @property

@@ -97,12 +97,14 @@ def top_k(probs_NC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return indices, np.take_along_axis(np.asarray(probs_NC), indices, axis=1)
 
 
-def dense(indices_NK: np.ndarray, probs_NK: np.ndarray, num_classes: int) -> np.ndarray:
-    """Recover rows of C: the kept stay, the others share max(0, 1 - sum kept); then sum to 1."""
+def dense(
+    indices_NK: np.ndarray, probs_NK: np.ndarray, rest_N: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Recover rows of C: the kept stay, the others share the rest evenly; then sum to 1."""
     rows = []
-    for indices, probs in zip(indices_NK, np.asarray(probs_NK, dtype=np.float64), strict=True):
+    kept = zip(indices_NK, np.asarray(probs_NK, dtype=np.float64), rest_N, strict=True)
+    for indices, probs, rest in kept:
         others = num_classes - len(indices)
-        rest = max(0.0, 1.0 - probs.sum())
         row = np.full(num_classes, rest / others if others else 0.0)
         row[indices] = probs
         rows.append(row / row.sum())

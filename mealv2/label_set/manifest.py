@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         else ("the label set is not finished; run the same `mealv2 precompute` again")
     )
     manifest = _read(folder / MANIFEST_NAME, missing)
-    if not isinstance(manifest.get("plan"), dict) or not isinstance(manifest.get("roles"), dict):
+    if not isinstance(manifest.get("plan"), dict) or not _lists_shards(manifest.get("roles")):
         raise LabelSetError(f"{folder / MANIFEST_NAME} lacks its plan or its shards")
     if manifest.get("plan_sha256") != json_sha256(manifest["plan"]):
         raise LabelSetError(f"{folder / MANIFEST_NAME} was changed: its plan has another SHA-256")
@@ -117,6 +117,25 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
             f"this mealv2 reads {FORMAT_VERSION}; use the version that wrote it"
         )
     return value
+
+
+def _lists_shards(roles: object) -> bool:
+    """Return whether every role lists shard files of the folder itself, with size and hash."""
+    if not isinstance(roles, dict):
+        return False
+    for role in roles.values():
+        if not (isinstance(role, dict) and isinstance(role.get("skipped"), dict)):
+            return False
+        shards = role.get("shards")
+        if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
+            return False
+        for entry in shards:
+            name = entry.get("name")
+            if not isinstance(name, str) or Path(name).name != name:
+                return False
+            if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+                return False
+    return True
 
 
 def _differences(there: object, here: object, name: str = "") -> list[str]:

@@ -52,16 +52,17 @@ def labels_of(
 
 
 def shard_of(
-    keys: list[str], *, number: int = 0, plan_sha256: str = "ab" * 32, **rest: Any
+    keys: list[str], *, number: int = 0, plan_sha256: str = "ab" * 32, **shape: Any
 ) -> Shard:
-    named = {name: rest.pop(name) for name in ("skipped", "counts") if name in rest}
-    indices, probs = labels_of(keys, **{"num_views": 3, "k": 4, "num_classes": 1000, **rest})
-    return Shard(plan_sha256, "train", number, list(keys), indices, probs, **named)
+    named = {name: shape.pop(name) for name in ("skipped", "counts") if name in shape}
+    indices, probs = labels_of(keys, **{"num_views": 3, "k": 4, "num_classes": 1000, **shape})
+    rest = None if indices is None else probs[..., 0] / 8
+    return Shard(plan_sha256, "train", number, list(keys), probs, indices, rest, **named)
 
 
 def same(a: Shard, b: Shard) -> bool:
     """Whether two shards say the same, types of numbers included."""
-    arrays = ((a.indices, b.indices), (a.probs, b.probs))
+    arrays = ((a.indices, b.indices), (a.probs, b.probs), (a.rest, b.rest))
     equal = all(
         x is y is None or (x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes())
         for x, y in arrays
@@ -98,7 +99,7 @@ def test_a_shard_is_read_back_as_it_was_written(tmp_path, name):
 def test_ids_have_the_smallest_type_that_holds_every_class():
     types = {n: class_id_type(n) for n in (2, 65_536, 65_537)}
     assert types == {2: np.dtype("<u2"), 65_536: np.dtype("<u2"), 65_537: np.dtype("<u4")}
-    assert [num_label_bytes(5, n, "float16") for n in (5, 1000, 70_000)] == [10, 20, 30]
+    assert [num_label_bytes(5, n, "float16") for n in (5, 1000, 70_000)] == [10, 22, 32]
 
 
 @pytest.mark.parametrize("name", SHARDS)
@@ -406,7 +407,6 @@ def test_a_changed_manifest_is_refused(folder, changes):
         LabelSet.open(folder)
 
 
-# BUG (reported): KeyError and TypeError instead of LabelSetError
 @pytest.mark.parametrize(
     "roles",
     [{"train": {}}, {"train": {"shards": [{}], "skipped": {}}}, {"train": None}],

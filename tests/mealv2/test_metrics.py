@@ -18,14 +18,16 @@ def random_batch(num_rows: int, num_classes: int, seed: int) -> tuple[Tensor, Te
     logits = 3 * torch.randn(num_rows, num_classes, generator=generator)
     labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
     probs = torch.softmax(2 * torch.randn(num_rows, num_classes, generator=generator), 1)
-    return logits, labels, SoftLabels(*top_k(probs, min(3, num_classes)), num_classes)
+    return logits, labels, top_k(probs, min(3, num_classes))
 
 
 def expected_figures(logits: Tensor, labels: Tensor, soft: SoftLabels) -> dict[str, float]:
     log_probs = reference.log_softmax(logits.numpy())
     order = np.argsort(-log_probs, axis=1)
     truth = labels.numpy()[:, None]
-    probs = reference.dense(soft.indices_NK.numpy(), soft.probs_NK.numpy(), soft.num_classes)
+    probs = reference.dense(
+        soft.indices_NK.numpy(), soft.probs_NK.numpy(), soft.rest_N.numpy(), soft.num_classes
+    )
     ratio = np.log(np.where(probs > 0, probs, 1.0)) - np.where(probs > 0, log_probs, 0.0)
     return {
         "num_images": len(labels),
@@ -44,7 +46,7 @@ def test_every_figure_agrees_with_numpy_however_the_images_are_batched(rows, cla
     evaluation = Evaluation(classes)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        batch = SoftLabels(soft.indices_NK[part], soft.probs_NK[part], classes)
+        batch = SoftLabels(soft.indices_NK[part], soft.probs_NK[part], soft.rest_N[part], classes)
         evaluation.add(logits[part], labels[part], batch)
     # float32 tails of the labels
     assert evaluation.summary() == pytest.approx(
@@ -56,7 +58,7 @@ def test_figures_of_four_images_by_hand():
     logits = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [0, 0, 4.0], [4.0, 0, 0]])
     probs = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7], [0.1, 0.1, 0.8], [0.3, 0.6, 0.1]])
     evaluation = Evaluation(3)
-    evaluation.add(logits, torch.tensor([0, 1, 2, 2]), SoftLabels(*top_k(probs, 3), 3))
+    evaluation.add(logits, torch.tensor([0, 1, 2, 2]), top_k(probs, 3))
     assert evaluation.top1 == 75.0
     assert evaluation.top5 == 100.0
     assert evaluation.agreement == 50.0
@@ -65,14 +67,14 @@ def test_figures_of_four_images_by_hand():
 
 def test_agreement_asks_the_ensemble_and_not_the_label():
     evaluation = Evaluation(2)
-    says_1 = SoftLabels(torch.tensor([[1]]), torch.tensor([[0.9]]), 2)
+    says_1 = SoftLabels(torch.tensor([[1]]), torch.tensor([[0.9]]), torch.tensor([0.1]), 2)
     evaluation.add(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), says_1)
     assert (evaluation.top1, evaluation.agreement) == (0.0, 100.0)
 
 
 def test_kl_is_that_of_the_ensemble_from_the_student_and_0_when_they_are_equal():
     probs = torch.tensor([[0.7, 0.2, 0.1]])
-    soft = SoftLabels(*top_k(probs, 3), 3)
+    soft = top_k(probs, 3)
     equal, other = Evaluation(3), Evaluation(3)
     equal.add(probs.log() + 5.0, torch.tensor([0]), soft)
     other.add(torch.zeros(1, 3), torch.tensor([0]), soft)
@@ -84,7 +86,7 @@ def test_kl_is_that_of_the_ensemble_from_the_student_and_0_when_they_are_equal()
 
 def test_a_class_the_ensemble_rules_out_adds_nothing_to_kl():
     evaluation = Evaluation(3)
-    certain = SoftLabels(torch.tensor([[0]]), torch.tensor([[1.0]]), 3)
+    certain = SoftLabels(torch.tensor([[0]]), torch.tensor([[1.0]]), torch.tensor([0.0]), 3)
     evaluation.add(torch.zeros(1, 3), torch.tensor([0]), certain)
     assert evaluation.kl == pytest.approx(np.log(3))
 

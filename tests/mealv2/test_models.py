@@ -127,8 +127,6 @@ def test_given_preprocessing_goes_before_the_checkpoints_and_that_before_timms(t
     [
         "test_resnet",
         "test_efficientnet",
-        # BUG (reported): config.json does not say that the size is fixed, so timm builds the
-        # model for its own size and resamples the position embedding
         "test_vit",
     ],
 )
@@ -160,7 +158,6 @@ def test_a_saved_folder_loads_again_with_equal_outputs(tmp_path, images, name):
     }
 
 
-# BUG (reported): safetensors writes the two entries of its metadata in a random order
 def test_saving_the_same_model_again_gives_equal_bytes(tmp_path):
     model, files = small_model(), []
     for _ in range(12):
@@ -234,7 +231,6 @@ def test_a_damaged_file_is_refused_by_name_in_one_line(tmp_path, name, data):
     assert "\n" not in str(caught.value)
 
 
-# BUG (reported): the last of these raises AttributeError
 @pytest.mark.parametrize(
     "content",
     [[1, 2], {"state_dict": 3}, dict.fromkeys(small_model().backbone.state_dict(), 1)],

@@ -45,8 +45,9 @@ def label_set(tmp_path_factory) -> LabelSet:
     claim(folder, plan)
     indices = np.array([[indices_of(k, v) for v in range(NUM_VIEWS)] for k in KEYS], dtype="<u2")
     probs = np.broadcast_to(np.array([0.75, 0.125], dtype="<f2"), indices.shape).copy()
+    rest = np.full(indices.shape[:2], 0.125, dtype="<f2")
     path = folder / shard_name("train", 0)
-    write_shard(path, Shard(json_sha256(plan), "train", 0, KEYS, indices, probs))
+    write_shard(path, Shard(json_sha256(plan), "train", 0, KEYS, probs, indices, rest))
     listed = [describe_file(path, num_images=len(KEYS))]
     write_manifest(folder, plan, roles={"train": {"shards": listed, "skipped": {"x": "empty"}}})
     return LabelSet.open(folder)

@@ -31,7 +31,7 @@ def images() -> Tensor:
 
 
 def labels_of(logits: Tensor, k: int) -> SoftLabels:
-    return SoftLabels(*top_k(torch.softmax(logits, 1), k), NUM_CLASSES)
+    return top_k(torch.softmax(logits, 1), k)
 
 
 def distillation(
@@ -40,7 +40,7 @@ def distillation(
     """Return the reference's (similarity loss, discrimination, rows the teachers' side shows)."""
     logits = student(images).detach().numpy()
     indices = labels.indices_NK.numpy()
-    probs = reference.dense(indices, labels.probs_NK.numpy(), NUM_CLASSES)
+    probs = reference.dense(indices, labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES)
     layers = [
         (layer.weight.detach().numpy(), layer.bias.detach().numpy())
         for layer in discriminator.layers
@@ -120,7 +120,9 @@ def test_a_student_that_answers_as_the_labels_leaves_the_discriminator_at_chance
 
 
 def test_a_label_rounded_to_nothing_gives_a_finite_loss(student, images):
-    certain = SoftLabels(torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), NUM_CLASSES)
+    certain = SoftLabels(
+        torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), torch.zeros(6), NUM_CLASSES
+    )
     task = DistillTask(student, Discriminator(NUM_CLASSES))
     loss = task(images, certain)["loss"]
     loss.backward()

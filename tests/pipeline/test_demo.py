@@ -28,10 +28,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_digits_are_the_real_scans_split_without_overlap(digits: Path) -> None:
-    train, val = ImageFolder(digits, "train"), ImageFolder(digits, "val")
-    assert (len(train), len(val)) == (demo.NUM_TRAIN, 1797 - demo.NUM_TRAIN)
-    assert train.classes == val.classes == [str(d) for d in range(10)]
-    assert not {Path(k).name for k in train.keys} & {Path(k).name for k in val.keys}
+    splits = [ImageFolder(digits, name) for name in ("teacher-train", "train", "val")]
+    assert [len(split) for split in splits] == [1000, 150, 647]
+    assert all(split.classes == [str(d) for d in range(10)] for split in splits)
+    assert len({Path(key).name for split in splits for key in split.keys}) == 1797
 
 
 def test_story_ends_with_its_table_and_keeps_what_is_finished(

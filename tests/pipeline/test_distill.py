@@ -17,7 +17,7 @@ from mealv2.ensemble import TeacherEnsemble
 from mealv2.images import ImageFolder, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
 from mealv2.models import create_classifier, find_checkpoint
-from mealv2.soft_labels import SoftLabels
+from mealv2.soft_labels import SoftLabels, top_k
 from mealv2.targets import StoredLabels
 from mealv2.task import DistillTask
 from mealv2.views import scheduled_view, view_of
@@ -54,7 +54,7 @@ class OnlineTeachers:
             rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
         images_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
         probs_BC = self.ensemble(images_BCHW).probs_BC
-        return SoftLabels(torch.arange(3).expand_as(probs_BC), probs_BC, 3)
+        return top_k(probs_BC, 3)
 
 
 def _train_online(
