@@ -47,9 +47,12 @@ def main() -> None:
     """Run the command line and exit with the documented code."""
     try:
         cli.main(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        command = f"mealv2 {name}" if (name := _command_of(error)) else "mealv2"
+        _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except MealError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -64,6 +67,12 @@ def main() -> None:
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
 
 
+def _command_of(error: click.ClickException) -> str | None:
+    """Return the name of the command that was used wrongly."""
+    context = getattr(error, "ctx", None)
+    return context.info_name if context is not None and context.parent is not None else None
+
+
 def _fail(message: str, code: int) -> typing.NoReturn:
     click.echo(f"mealv2: {message}", err=True)
     sys.exit(code)
@@ -74,6 +83,10 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
 
     def command(config_file: Path | None, **values: Any) -> None:
         if values.get("resume") is not None:
+            if config_file is not None:
+                raise ConfigError(
+                    "--config has no effect with --resume: the run keeps its settings"
+                )
             values = _resumed(values, click.get_current_context())
         stage = importlib.import_module(f"pipeline.{name}")
         report = stage.run(config.from_json(values))
@@ -140,12 +153,17 @@ def _without_none(kind: Any) -> Any:
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
     """Make a JSON file's settings the defaults of the other options."""
     if path is not None:
-        known = {parameter.name for parameter in context.command.params}
-        context.default_map = _settings(path, known)
+        # numbers go to click as text, as on the command line
+        context.default_map = {
+            name: str(value) if type(value) in (int, float) else value
+            for name, value in _settings(path, context).items()
+        }
     return path
 
 
-def _settings(path: Path, known: set[str | None]) -> dict[str, Any]:
+def _settings(path: Path, context: click.Context) -> dict[str, Any]:
+    """Return what a settings file says; raises ConfigError where it says what no flag is called."""
+    known = {parameter.name for parameter in context.command.params} - {"config_file"}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -163,24 +181,18 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
     path = values["resume"] / "config.json"
     if not path.is_file():
         raise ConfigError(f"no run at {values['resume']}: it has no config.json")
-    kept = _settings(path, {parameter.name for parameter in context.command.params})
+    kept = _settings(path, context)
     for name, value in values.items():
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if name in RESUMABLE:
             if given:
                 kept[name] = value
-        elif given and _plain(value) != kept.get(name):
+        elif given and configs.plain(value) != kept.get(name):
             raise ConfigError(
                 f"{configs.flag(name)} {value} contradicts the run, which has {kept.get(name)}; "
                 "leave it out, or start a new run"
             )
     return {**kept, "resume": values["resume"]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _folded(example: str) -> str:

@@ -1,6 +1,7 @@
 """Image sources: stable keys and decoded pixels; and how a view becomes pixels."""
 
 import io
+import itertools
 import os
 import stat
 import unicodedata
@@ -82,11 +83,7 @@ class ImageFolder:
         self.labels = [row[1] for row in rows]
         self.sizes = [row[2] for row in rows]
         self._paths = [row[3] for row in rows]
-        for before, after in zip(rows, rows[1:], strict=False):
-            if before[0] == after[0]:
-                raise ConfigError(
-                    f"{before[3]} and {after[3]} differ only in how Unicode spells them; rename one"
-                )
+        _refuse_twins([(row[0], row[3]) for row in rows])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -181,7 +178,17 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     )
     if not found:
         raise ConfigError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE.jpg")
+    _refuse_twins(found)
     return found
+
+
+def _refuse_twins(named: Sequence[tuple[str, Path | str]]) -> None:
+    """Raise ConfigError where two neighbours of a sorted list have the same name."""
+    for (name, path), (other_name, other_path) in itertools.pairwise(named):
+        if name == other_name:
+            raise ConfigError(
+                f"{path} and {other_path} differ only in how Unicode spells them; rename one"
+            )
 
 
 def _images_of(folder: Path, class_folder: Path) -> list[tuple[str, int, str]]:

@@ -4,6 +4,8 @@ The command line is built from these fields; a run folder keeps them as config.j
 """
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,6 +20,7 @@ PAPER_EPOCHS = 180
 PAPER_MILESTONE = 100
 
 DEFAULT_TOPK = 10
+DEFAULT_IMG_SIZE = 224
 
 
 def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
@@ -42,7 +45,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, paths absolute."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -94,7 +97,7 @@ class PrecomputeConfig(Machine):
     )
     num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
     view_seed: int = setting(0, "Seed of the views.")
-    img_size: int = setting(224, "Side of a view in pixels.")
+    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
     topk: str | None = setting(
         None, "Classes kept per view: a number, or all.", shown="10, or all of fewer classes"
     )
@@ -175,10 +178,7 @@ class TrainConfig(Machine):
         _seed(self, "seed")
         if self.pretrained and self.initial_checkpoint:
             raise ConfigError("--pretrained and --initial-checkpoint exclude each other")
-        if (self.mean is None) != (self.std is None):
-            raise ConfigError("--mean and --std go together")
-        if self.std is not None and min(self.std) <= 0:
-            raise ConfigError(f"--std must be positive, got {self.std}")
+        _normalisation(self)
         for milestone in self.lr_milestones or ():
             if not 0 < milestone < self.epochs:
                 raise ConfigError(
@@ -227,7 +227,7 @@ class FinetuneConfig(TrainConfig):
     """Hard-label training: teachers on own data, a student's start, a control run."""
 
     split: str = setting("train", "Folder under --data-dir to train on.")
-    img_size: int = setting(224, "Side of a view in pixels.")
+    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
     num_views: int | None = setting(
         None,
         "Use the views, in the order, that `distill` uses from a label set of so many.",
@@ -259,7 +259,7 @@ class EvaluateConfig(Machine):
     img_size: int | None = setting(
         None,
         "Side of the centre crop in pixels.",
-        shown="what the checkpoint was trained at, or 224",
+        shown=f"what the checkpoint was trained at, or {DEFAULT_IMG_SIZE}",
     )
     batch_size: int = setting(256, "Images per forward pass.")
     mean: tuple[float, float, float] | None = setting(
@@ -279,8 +279,7 @@ class EvaluateConfig(Machine):
             _at_least(self, 1, "img_size")
         if self.model is None and self.checkpoint is None:
             raise ConfigError("give --model, --checkpoint, or both")
-        if (self.mean is None) != (self.std is None):
-            raise ConfigError("--mean and --std go together")
+        _normalisation(self)
         if self.results_file is not None and self.results_file.suffix not in (".json", ".csv"):
             raise ConfigError(f"--results-file must end in .json or .csv, got {self.results_file}")
 
@@ -311,8 +310,19 @@ def _default(config: type, name: str) -> Any:
 
 def _at_least(config: object, least: float, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) >= least:  # written so that nan fails
-            raise ConfigError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not least <= value < math.inf:  # nan is neither
+            raise ConfigError(f"{flag(name)} must be at least {least} and finite, got {value}")
+
+
+def _normalisation(config: "TrainConfig | EvaluateConfig") -> None:
+    """Check --mean and --std."""
+    if (config.mean is None) != (config.std is None):
+        raise ConfigError("--mean and --std go together")
+    if config.mean is not None and not all(map(math.isfinite, config.mean)):
+        raise ConfigError(f"--mean must be finite, got {config.mean}")
+    if config.std is not None and not all(0 < value < math.inf for value in config.std):
+        raise ConfigError(f"--std must be positive and finite, got {config.std}")
 
 
 def _seed(config: object, name: str) -> None:
@@ -320,9 +330,10 @@ def _seed(config: object, name: str) -> None:
         raise ConfigError(f"{flag(name)} must lie in [0, 2**63), got {getattr(config, name)}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a setting as a JSON value: paths absolute, tuples as lists."""
     if isinstance(value, Path):
-        return str(value.absolute())
+        return os.path.abspath(value)  # noqa: PTH100  # without following links
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mealv2.discriminator import Discriminator
-from mealv2.errors import LabelSetError
+from mealv2.errors import ConfigError, LabelSetError
 from mealv2.images import ImageSource, fingerprint, open_source
 from mealv2.label_set import LabelSet
 from mealv2.targets import StoredLabels
@@ -78,6 +78,8 @@ def _discriminator(
     """Return the discriminator, if any, and what the optimizer is to know of it."""
     if config.discriminator == "off":
         return None, {}
+    if num_classes < 2:
+        raise ConfigError("a discriminator needs at least 2 classes; use --discriminator off")
     discriminator = Discriminator(num_classes, config.discriminator)
     lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
     return discriminator, {"discriminator": (discriminator, lr)}

@@ -10,10 +10,8 @@ from mealv2.images import open_source
 from mealv2.metrics import Evaluation
 from mealv2.models import Preprocessing, create_classifier, find_checkpoint, read_metadata
 from pipeline import runtime
-from pipeline.config import EvaluateConfig
+from pipeline.config import DEFAULT_IMG_SIZE, EvaluateConfig
 from pipeline.evaluation import Evaluator
-
-_DEFAULT_IMG_SIZE = 224
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     name = config.model or stored.get("architecture")
     if name is None:
         raise ConfigError(f"{checkpoint} does not say what model it is; give --model")
-    img_size = config.img_size or stored.get("img_size") or _DEFAULT_IMG_SIZE
+    img_size = config.img_size or stored.get("img_size") or DEFAULT_IMG_SIZE
     model = create_classifier(
         name,
         num_classes=len(source.classes) if checkpoint else None,

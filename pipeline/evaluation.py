@@ -89,6 +89,8 @@ class Evaluator:
             truth = torch.tensor([self.source.labels[p] for p in pixels.positions])
             figures.add(logits, truth, self._soft(pixels.positions))
         model.train(was_training)
+        if not figures.num_images:
+            raise DataError(f"no image of {self.source.name} could be read")
         return figures
 
     def _soft(self, positions: list[int]) -> SoftLabels | None:

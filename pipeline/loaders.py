@@ -97,7 +97,7 @@ def read_views(
         batch_size=None,
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: drawing from the global one would change a run
         pin_memory=pin_memory,
     )
@@ -118,11 +118,14 @@ def batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
 
     A last batch of one image joins the one before it: batch normalisation cannot learn from one.
     """
-    cut_at = list(range(0, len(order), batch_size))
-    if len(order) > batch_size > 1 and len(order) % batch_size == 1:
-        cut_at.pop()
-    ends = [*cut_at[1:], len(order)]
-    return [[int(p) for p in order[a:b]] for a, b in zip(cut_at, ends, strict=True)]
+    cut_up = [
+        [int(p) for p in order[start : start + batch_size]]
+        for start in range(0, len(order), batch_size)
+    ]
+    if batch_size > 1 and len(cut_up) > 1 and len(cut_up[-1]) == 1:
+        last = cut_up.pop()
+        cut_up[-1] += last
+    return cut_up
 
 
 def centre_requests(positions: Sequence[int], batch_size: int) -> list[Request]:
@@ -157,6 +160,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers in order."""
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, sent to the whole group, to the main process: it saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import sys
 import time
@@ -67,7 +68,7 @@ def duration(seconds: float) -> str:
 def size_of(num_bytes: float) -> str:
     """Return a byte count as a person says it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:  # what rounds to 1000 is 1 of the next unit
             return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
@@ -100,7 +101,7 @@ class RunFolder:
         A run that never came to a checkpoint has nothing to lose: its folder is used again.
         """
         if path is None:
-            path = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+            path = _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
         if checkpoint.exists(path):
             raise ConfigError(
                 f"{path} already holds a run; continue it with --resume {path}, "
@@ -115,12 +116,20 @@ class RunFolder:
         return run
 
     @classmethod
-    def reopen(cls, path: Path, *, epoch: int) -> "RunFolder":
-        """Open a run folder to continue at ``epoch``: summary rows from there on are dropped."""
+    def reopen(cls, path: Path, *, epoch: int, step: int) -> "RunFolder":
+        """Open a run folder to continue after ``epoch`` whole epochs and ``step`` steps.
+
+        What was logged after that point will be done again and is dropped.
+        """
         run = cls(path)
         if run.summary_path.exists():
             with run.summary_path.open(newline="", encoding="utf-8") as file:
-                run._rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+                rows = [dict(row) for row in csv.DictReader(file)]
+            run._rows = [row for row in rows if int(row["epoch"]) <= epoch]
+        if run.metrics_path.exists():
+            lines = run.metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_before(line, epoch=epoch, step=step)]
+            write_whole(run.metrics_path, "".join(f"{line}\n" for line in kept).encode())
         return run
 
     @property
@@ -152,3 +161,25 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self._rows)
         write_whole(self.summary_path, text.getvalue().encode())
+
+
+def _is_before(line: str, *, epoch: int, step: int) -> bool:
+    """Return whether a line of metrics.jsonl tells of what was done by then (half a line: no)."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return False
+    return int(event["step"]) <= step if "step" in event else int(event["epoch"]) <= epoch
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of this name, or with a number behind it where there is one already."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("count never ends")

@@ -41,6 +41,11 @@ class Meter:
             value = value.detach().float() * num_images
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
+    @property
+    def num_images(self) -> int:
+        """How many images were counted."""
+        return self._images
+
     def means(self) -> dict[str, float]:
         """Return the means; this waits for the device."""
         return {name: float(value) / max(1, self._images) for name, value in self._sums.items()}

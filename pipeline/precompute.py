@@ -261,7 +261,6 @@ def _plan(
         "tail": TAIL_RULE,
         "label_dtype": config.label_dtype,
         "shard_size": config.shard_size,
-        "on_bad_image": config.on_bad_image,
         "roles": {
             role.name: {
                 "split": role.source.split,
@@ -281,7 +280,8 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
     num_bytes = sum(
         role.num_labels
         * label_set.num_label_bytes(labeller.topk, labeller.num_classes, config.label_dtype)
-        + sum(len(key.encode()) for key in role.source.keys)
+        + sum(len(key.encode()) + 8 for key in role.source.keys)
+        + len(role.shards) * label_set.num_header_bytes()
         for role in roles
     )
     rate = _measure(config, labeller, roles[-1])

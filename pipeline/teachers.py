@@ -61,9 +61,10 @@ def build(
 def _refuse_twins(described: list[dict[str, Any]]) -> None:
     seen: dict[str, str] = {}
     for teacher in described:
-        twin = seen.setdefault(teacher["weights_sha256"], teacher["model"])
-        if twin is not teacher["model"]:
+        twin = seen.get(teacher["weights_sha256"])
+        if twin is not None:
             raise ConfigError(
                 f"teachers {twin} and {teacher['model']} have the same weights; an ensemble of one "
                 "model twice is one model (name the weights by their full tag)"
             )
+        seen[teacher["weights_sha256"]] = teacher["model"]

@@ -98,6 +98,8 @@ class _Trainer:
         self.work = work
         self.stop = stop
         self.place = Place()
+        if not work.positions:
+            raise DataError(f"{work.source.name} has no image to train on")
         work.task.to(machine.device)
         self.optimizer = self._make_optimizer()
         # float16 gradients underflow without a scale; bfloat16 and float32 need none
@@ -106,7 +108,10 @@ class _Trainer:
         )
         if config.resume is not None and checkpoint.exists(config.resume):
             self._restore(checkpoint.load_newest(config.resume))
-            self.folder = logs.RunFolder.reopen(config.resume, epoch=self.place.epoch)
+            place = self.place
+            self.folder = logs.RunFolder.reopen(
+                config.resume, epoch=place.epoch, step=place.total_steps
+            )
         else:
             name = f"{work.command}-{config.model}"
             output = config.resume or config.output
@@ -182,6 +187,8 @@ class _Trainer:
             if place.total_steps % config.log_interval == 0:
                 self._log(window)
             self.stop.check()
+        if not epoch.num_images and requests:  # a resumed epoch may have none left
+            raise DataError(f"no image of {work.source.name} could be read")
         return self._finite(epoch.means())
 
     def _update(self, batch: Pixels) -> dict[str, Tensor]:

@@ -12,7 +12,14 @@ from mealv2.label_set.manifest import (
     write_manifest,
 )
 from mealv2.label_set.reader import LabelSet, Lookup
-from mealv2.label_set.shard import Shard, class_id_type, num_label_bytes, read_shard, write_shard
+from mealv2.label_set.shard import (
+    Shard,
+    class_id_type,
+    num_header_bytes,
+    num_label_bytes,
+    read_shard,
+    write_shard,
+)
 
 __all__ = [
     "FORMAT",
@@ -23,6 +30,7 @@ __all__ = [
     "claim",
     "class_id_type",
     "describe_file",
+    "num_header_bytes",
     "num_label_bytes",
     "read_manifest",
     "read_plan",

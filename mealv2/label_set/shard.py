@@ -52,6 +52,12 @@ def num_label_bytes(k: int, num_classes: int, label_dtype: str) -> int:
     return k * (class_id_type(num_classes).itemsize + value) + value
 
 
+def num_header_bytes() -> int:
+    """Return how many bytes a shard takes beside labels and keys."""
+    columns = np.zeros((1, 1, 1), "<f2"), np.zeros((1, 1, 1), "<u2"), np.zeros((1, 1), "<f2")
+    return len(_to_bytes(Shard("0" * 64, "train", 0, ["k"], *columns)))
+
+
 def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
     """Publish a shard whole; return False when another job's was there first. Raises OSError."""
     return write_whole(path, _to_bytes(shard), replace=replace)
@@ -101,6 +107,8 @@ def column_offsets(path: Path) -> dict[str, tuple[int, tuple[int, ...], np.dtype
 def _to_bytes(shard: Shard) -> bytes:
     packed, ends = _pack_keys(shard.keys)
     columns = {"keys": packed, "key_ends": ends, "probs": shard.probs}
+    if (shard.indices is None) != (shard.rest is None):
+        raise ValueError("class ids and the rest go together: a dense label has neither")
     if shard.indices is not None and shard.rest is not None:
         columns |= {"indices": shard.indices, "rest": shard.rest}
     header = {

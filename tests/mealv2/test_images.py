@@ -117,6 +117,13 @@ def test_names_that_differ_only_in_unicode_spelling_are_refused(tmp_path):
         ImageFolder(tmp_path, "train")
 
 
+def test_class_folders_that_differ_only_in_unicode_spelling_are_refused(tmp_path):
+    for number, form in enumerate(("NFC", "NFD")):
+        plant(tmp_path, f"train/{unicodedata.normalize(form, 'é')}/{number}.png")
+    with pytest.raises(ConfigError, match="differ only in how Unicode spells them"):
+        ImageFolder(tmp_path, "train")
+
+
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     plant(tmp_path, "train/a/1.png")
     os.link(tmp_path / "train/a/1.png", os.fsencode(tmp_path / "train/a") + b"/\xff.png")

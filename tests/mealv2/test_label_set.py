@@ -1,6 +1,7 @@
 """mealv2.label_set: round trips, every kind of damage, who may write where."""
 
 import ast
+import dataclasses
 import json
 import multiprocessing
 import pickle
@@ -127,6 +128,15 @@ def test_the_first_whole_shard_stays(tmp_path):
     assert same(read_shard(path), SHARDS["float32"])
 
 
+def test_ids_without_the_rest_are_never_written_as_a_dense_label(tmp_path):
+    torn = dataclasses.replace(SHARDS["uint16 ids"], rest=None)
+    try:
+        write_shard(tmp_path / "a.h5", torn)
+    except ValueError:
+        return
+    assert read_shard(tmp_path / "a.h5").indices is not None
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999])
 def test_a_truncated_shard_is_refused_by_name(tmp_path, kept):
     path = tmp_path / "train-00007.h5"
@@ -216,7 +226,13 @@ def test_every_label_is_found_by_key_and_view(tmp_path, k, num_classes):
 
     places = [(s, row, view) for s in shards for row in range(len(s.keys)) for view in range(4)]
     random.Random(0).shuffle(places)
-    found = opened.lookup([s.keys[row] for s, row, _ in places], [view for _, _, view in places])
+    wanted = [s.keys[row] for s, row, _ in places], [view for _, _, view in places]
+    found, labels = opened.lookup(*wanted), opened.soft_labels(*wanted)
+    assert np.array_equal(labels.indices_NK, found.indices_NK)
+    assert np.array_equal(labels.probs_NK, found.probs_NK)
+    rest = [0 if s.rest is None else s.rest[row, view] for s, row, view in places]
+    assert np.array_equal(labels.rest_N, np.array(rest, dtype=np.float32))
+    assert labels.num_classes == num_classes
     assert found.indices_NK.dtype == np.int64
     assert found.probs_NK.dtype == np.float32
     for (shard, row, view), indices, probs in zip(places, *found, strict=True):
@@ -299,6 +315,7 @@ def columns_of(path: Path) -> dict[str, range]:
         "key_ends": np.cumsum([len(key.encode()) for key in shard.keys], dtype="<u8").tobytes(),
         "indices": shard.indices.tobytes(),
         "probs": shard.probs.tobytes(),
+        "rest": shard.rest.tobytes(),
     }
     assert all(data.count(content) == 1 for content in contents.values())
     starts = {name: data.find(content) for name, content in contents.items()}
@@ -329,7 +346,7 @@ def test_no_flipped_bit_in_a_shard_ever_gives_wrong_labels(tmp_path):
     assert len(LabelSet.open(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("column", ["keys", "key_ends", "indices", "probs"])
+@pytest.mark.parametrize("column", ["keys", "key_ends", "indices", "probs", "rest"])
 def test_a_flipped_bit_in_any_column_is_found_by_the_shards_own_checksum(folder, column):
     path = folder / shard_name("train", 0)
     place, data = columns_of(path)[column], path.read_bytes()

@@ -72,6 +72,7 @@ def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(lab
     assert answer.indices_NK.tolist() == [indices_of(*place) for place in expected]
     assert answer.probs_NK.dtype == torch.float32
     assert answer.probs_NK.tolist() == [[0.75, 0.125]] * 4
+    assert answer.rest_N.tolist() == [0.125] * 4
     assert answer.num_classes == NUM_CLASSES
     assert float(answer.dense()[0].sum()) == pytest.approx(1.0)
 
@@ -94,3 +95,10 @@ def test_hard_labels_answer_with_class_ids_whatever_the_view():
 def test_hard_labels_use_a_fresh_view_every_epoch():
     targets = HardLabels([0])
     assert [targets.view("a.png", epoch) for epoch in range(100)] == list(range(100))
+
+
+def test_hard_labels_use_the_views_of_a_label_set_where_told_how_many_it_holds(label_set):
+    stored = StoredLabels(label_set, KEYS, seed=9)
+    hard = HardLabels([0, 1, 2], num_views=NUM_VIEWS, seed=9)
+    for key in KEYS:
+        assert [hard.view(key, e) for e in range(15)] == [stored.view(key, e) for e in range(15)]
