@@ -11,7 +11,6 @@ from mealv2.errors import MealError
 from mealv2.files import write_whole
 
 _FOLDER = "checkpoints"
-_NEEDED = {"epoch", "step", "total_steps", "state_dict", "extra", "optimizer", "scaler", "rng"}
 
 
 def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -32,20 +31,25 @@ def exists(run: Path) -> bool:
     return bool(_all(run))
 
 
+def newest(run: Path) -> Path:
+    """Return the path of the newest checkpoint of a run folder that has one."""
+    return _all(run)[-1]
+
+
 def load_newest(run: Path) -> dict[str, Any]:
     """Return the newest checkpoint of a run folder; raises MealError where it is damaged."""
-    paths = _all(run)
+    path = newest(run)
     try:
-        with zipfile.ZipFile(paths[-1]) as archive:
+        with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load does not look at the checksums
                 raise ValueError("its contents fail their CRC")
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not state.keys() >= _NEEDED:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
             raise ValueError("it is no checkpoint of a run")
     except Exception as error:  # zip, pickle and runtime errors, as the damage has it
         reason = str(error).strip().split("\n")[0]
         raise MealError(
-            f"checkpoint {paths[-1]} is damaged: {reason}; remove it to use the one before"
+            f"checkpoint {path} is damaged: {reason}; remove it to use the one before"
         ) from error
     return state
 

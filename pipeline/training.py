@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mealv2.errors import DataError, StoppedError
+from mealv2.errors import DataError, MealError, StoppedError
 from mealv2.images import ImageSource
 from mealv2.models import (
     EXPORT_FOLDER,
@@ -107,7 +107,15 @@ class _Trainer:
             machine.device.type, enabled=machine.amp_dtype is torch.float16
         )
         if config.resume is not None and checkpoint.exists(config.resume):
-            self._restore(checkpoint.load_newest(config.resume))
+            state = checkpoint.load_newest(config.resume)
+            try:
+                self._restore(state)
+            except (KeyError, ValueError, RuntimeError, TypeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise MealError(
+                    f"checkpoint {checkpoint.newest(config.resume)} is damaged or of another run: "
+                    f"{reason}; remove it to use the one before"
+                ) from error
             place = self.place
             self.folder = logs.RunFolder.reopen(
                 config.resume, epoch=place.epoch, step=place.total_steps
