@@ -63,6 +63,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def use_one_thread() -> None:
+    """Compute in one thread: networks of the demo's size only lose by more (docs/demo.md)."""
+    torch.set_num_threads(1)
+
+
 def versions() -> dict[str, str]:
     """Return the versions that can change a number."""
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
