@@ -1,6 +1,7 @@
 """pipeline.demo: the whole story, shortened; what is finished is kept; the interval."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,24 @@ from pipeline import demo
 from pipeline.config import DemoConfig
 
 
-@pytest.fixture
-def short_story(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same story with small teachers, one epoch a run."""
-    monkeypatch.setattr(demo, "TEACHERS", ("test_efficientnet", "test_resnet"))
-    for name in ("TEACHER_EPOCHS", "START_EPOCHS"):
-        monkeypatch.setattr(demo, name, 1)
-    monkeypatch.setattr(demo, "EPOCHS", 2)
+@pytest.fixture(scope="module")
+def short_story() -> Iterator[None]:
+    """The same story with small teachers, one or two epochs a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TEACHERS", ("test_efficientnet", "test_resnet"))
+        patch.setattr(demo, "TEACHER_EPOCHS", 1)
+        patch.setattr(demo, "START_EPOCHS", 1)
+        patch.setattr(demo, "EPOCHS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def told(
+    short_story: None, run_cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
+    """Return (folder, result) of the story told once."""
+    out = tmp_path_factory.mktemp("story") / "demo"
+    return out, run_cli("demo", "--output", out)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +46,11 @@ def test_digits_are_the_real_scans_split_without_overlap(digits: Path) -> None:
     assert len({Path(key).name for split in splits for key in split.keys}) == 1797
 
 
+@pytest.mark.slow
 def test_story_ends_with_its_table_and_keeps_what_is_finished(
-    short_story: None, run_cli: Callable[..., Any], tmp_path: Path
+    told: tuple[Path, Any], run_cli: Callable[..., Any]
 ) -> None:
-    out = tmp_path / "demo"
-    first = run_cli("demo", "--output", out)
+    out, first = told
     assert first.code == 0, first.stderr
     for row in ("ensemble", "at start", "hard-label control", "distilled", "label set:", "time:"):
         assert row in first.stderr
@@ -55,30 +67,27 @@ def test_story_ends_with_its_table_and_keeps_what_is_finished(
     assert low <= second.report["difference"] <= high
 
 
-def test_arms_share_start_schedule_and_data(
-    short_story: None, run_cli: Callable[..., Any], tmp_path: Path
-) -> None:
-    import json
-
-    out = tmp_path / "demo"
-    assert run_cli("demo", "--output", out).code == 0
+@pytest.mark.slow
+def test_arms_share_start_schedule_and_data(told: tuple[Path, Any]) -> None:
+    out, _ = told
     control, distilled = (
         json.loads((out / "seed-0" / arm / "config.json").read_text())
         for arm in ("hard-labels", "distilled")
     )
-    differing = {k for k in control.keys() & distilled.keys() if control[k] != distilled[k]}
-    assert differing == set()
+    assert {k for k in control.keys() & distilled.keys() if control[k] != distilled[k]} == set()
+    plan = json.loads((out / "labels" / "plan.json").read_text())["roles"]["train"]
+    assert (control["num_views"], control["view_seed"]) == (2, plan["views"]["seed"])
+    assert plan["num_views"] == 2
 
 
+@pytest.mark.slow
 def test_folder_of_another_story_is_refused(
-    short_story: None, run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: tuple[Path, Any], run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "demo"
-    assert run_cli("demo", "--output", out).code == 0
-    monkeypatch.setattr(demo, "EPOCHS", 3)
-    result = run_cli("demo", "--output", out)
-    assert result.code in (2, 3)
-    assert "another" in result.stderr
+    monkeypatch.setattr(demo, "TEACHER_EPOCHS", 3)
+    result = run_cli("demo", "--output", told[0])
+    assert result.code == 2
+    assert "other settings" in result.stderr
 
 
 def test_interval_is_students_t() -> None:
