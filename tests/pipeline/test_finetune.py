@@ -9,7 +9,7 @@ import torch
 
 from conftest import Result
 from mealv2.models import create_classifier, find_checkpoint, read_metadata
-from mealv2.targets import HardLabels
+from mealv2.targets import HardLabels, StoredLabels
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -39,19 +39,41 @@ def test_step_0_accuracy_of_the_student_is_said_first(
     assert "teacher" not in said
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Every (image, view) that a run trains on, in order."""
+    pairs: list[tuple[int, int]] = []
+    for kind in (HardLabels, StoredLabels):
+
+        def recording(self: Any, positions: Any, views: Any, answer: Any = kind.answer) -> Any:
+            pairs.extend(zip(positions, views, strict=True))
+            return answer(self, positions, views)
+
+        monkeypatch.setattr(kind, "answer", recording)
+    return pairs
+
+
 def test_every_epoch_cuts_a_fresh_view_of_each_image(
-    done: Run, finetune_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+    done: Run, finetune_flags: list[str], run: Path, asked: list[tuple[int, int]]
 ) -> None:
-    asked: list[tuple[int, int]] = []
-    answer = HardLabels.answer
-
-    def recording(self: HardLabels, positions: Any, views: Any) -> torch.Tensor:
-        asked.extend(zip(positions, views, strict=True))
-        return answer(self, positions, views)
-
-    monkeypatch.setattr(HardLabels, "answer", recording)
     done(*finetune_flags, "--epochs", 3, "--val-split", "none", "--output", run)
     assert sorted(asked) == [(position, epoch) for position in range(36) for epoch in range(3)]
+
+
+def test_with_num_views_it_trains_on_the_views_of_distill_in_the_same_order(
+    done: Run,
+    finetune_flags: list[str],
+    distill_flags: list[str],
+    tmp_path: Path,
+    asked: list[tuple[int, int]],
+) -> None:
+    same = ["--epochs", 5, "--batch-size", 8, "--seed", 3, "--val-split", "none"]
+    done(*distill_flags, *same, "--output", tmp_path / "distilled")
+    by_distill = list(asked)
+    asked.clear()
+    done(*finetune_flags, *same, "--num-views", 4, "--output", tmp_path / "control")
+    assert len(asked) == 5 * 36
+    assert asked == by_distill
 
 
 def test_it_starts_from_the_initial_checkpoint(

@@ -315,6 +315,19 @@ def test_step_that_is_done_again_stands_in_the_metrics_once(
     (run / "checkpoints" / "step-00000010.pt").unlink()
     done("distill", "--resume", run)
     assert [event["step"] for event in events(run, "train")] == list(range(1, 11))
+    assert [event["epoch"] for event in events(run, "validation")] == [0, 1, 2]
+
+
+def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(
+    done: Run, finished: Path, run: Path, events: Events
+) -> None:
+    """As after a kill -9 or a full disk."""
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-00000010.pt").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    done("distill", "--resume", run)
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 11))
 
 
 def test_run_without_a_checkpoint_starts_again(
