@@ -60,6 +60,20 @@ def test_every_epoch_cuts_a_fresh_view_of_each_image(
     assert sorted(asked) == [(position, epoch) for position in range(36) for epoch in range(3)]
 
 
+def test_seed_decides_the_order_of_the_images(
+    done: Run, finetune_flags: list[str], tmp_path: Path, asked: list[tuple[int, int]]
+) -> None:
+    orders = []
+    for number, seed in enumerate((3, 3, 4)):
+        flags = ["--epochs", 1, "--seed", seed, "--output", tmp_path / str(number)]
+        done(*finetune_flags, *flags)
+        orders.append([position for position, _ in asked])
+        asked.clear()
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert all(sorted(order) == list(range(36)) for order in orders)
+
+
 def test_with_num_views_it_trains_on_the_views_of_distill_in_the_same_order(
     done: Run,
     finetune_flags: list[str],

@@ -263,36 +263,65 @@ def test_stopped_by_a_signal_and_continued_it_ends_in_the_same_bits(
     assert [row["val_kl"] for row in rows] == [row["val_kl"] for row in expected]
 
 
-@pytest.mark.parametrize("validation", [0, 1, 2], ids=["step 0", "epoch 1", "the last"])
-def test_stopped_while_validating_and_continued_it_ends_in_the_same_bits(
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """A function: send SIGINT to this process when the n-th image of a split is read, once."""
+
+    def arm(split: str, count: int) -> None:
+        reads = 0
+        read = ImageFolder.read
+
+        def interrupted(self: ImageFolder, position: int) -> bytes:
+            nonlocal reads
+            if self.split == split:
+                reads += 1
+                if reads == count:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return read(self, position)
+
+        monkeypatch.setattr(ImageFolder, "read", interrupted)
+
+    return arm
+
+
+# 36 images and 15 of val; batches of 8, so steps begin at images 1, 9, 17, 25, 33, 37, ...
+@pytest.mark.parametrize(
+    ("split", "image", "steps"),
+    [
+        pytest.param("val", 1, 0, id="validation at step 0"),
+        pytest.param("train", 1, 1, id="first step"),
+        pytest.param("train", 20, 3, id="third step"),
+        pytest.param("train", 36, 5, id="last step of an epoch"),
+        pytest.param("val", 16, 5, id="validation of an epoch"),
+        pytest.param("train", 72, 10, id="last step of all"),
+        pytest.param("val", 31, 10, id="last validation"),
+    ],
+)
+def test_stopped_anywhere_and_continued_it_ends_in_the_same_bits(
     run_cli: Run,
     done: Run,
     distill_flags: list[str],
     finished: Path,
     run: Path,
     weights: Weights,
-    monkeypatch: pytest.MonkeyPatch,
-    validation: int,
+    events: Events,
+    interrupt: Callable[[str, int], None],
+    split: str,
+    image: int,
+    steps: int,
 ) -> None:
-    reads = 0
-    read = ImageFolder.read
-
-    def interrupted(self: ImageFolder, position: int) -> bytes:
-        nonlocal reads
-        reads += self.split == "val"
-        if reads == 15 * validation + 1:  # the first image of that validation
-            os.kill(os.getpid(), signal.SIGINT)
-            reads += 1
-        return read(self, position)
-
-    monkeypatch.setattr(ImageFolder, "read", interrupted)
+    interrupt(split, image)
     stopped = run_cli(*distill_flags, "--output", run)
     assert stopped.code == 4
     assert "stopped by SIGINT" in stopped.stderr
-    monkeypatch.undo()
+    assert max((run / "checkpoints").iterdir()).name == f"step-{steps:08d}.pt"
+    assert not (run / "report.json").exists()
     assert done("distill", "--resume", run).report["steps"] == 10
     assert weights(run) == weights(finished)
     assert [row["epoch"] for row in summary(run)] == ["1", "2"]
+    assert [row["val_kl"] for row in summary(run)] == [row["val_kl"] for row in summary(finished)]
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 11))
+    assert [event["epoch"] for event in events(run, "validation")] == [0, 1, 2]
 
 
 def test_run_continues_from_any_kept_checkpoint_to_the_same_bits(
