@@ -1,14 +1,30 @@
 """The discriminator: tells the student's outputs from the ensemble's."""
 
-from typing import Literal, get_args
+import math
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-Variant = Literal["paper", "official"]
+Variant = Literal["paper", "official", "adversarial"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 
 REDUCTION = 8  # official code: each layer is 8 times narrower than the one before
 MIN_WIDTH = 8  # below 512 classes the paper's widths would shrink to a single unit
+
+# Values of the loss to recognise in a log, nats. In the official code no output can be negative,
+# so a dead output keeps its sigmoid at 1/2, and a separated one cannot get below half of ln 2.
+PLATEAUS: dict[str, dict[str, float]] = {
+    "paper": {"chance": math.log(2.0)},
+    "adversarial": {"chance": math.log(2.0)},
+    "official": {
+        "dead": math.log(2.0),
+        "half dead": 0.75 * math.log(2.0),
+        "floor": 0.5 * math.log(2.0),
+    },
+}
+
+_TRIES = 100  # of the official widths about one draw in four has a dead output, so this is plenty
 
 
 class Discriminator(nn.Module):
@@ -16,9 +32,11 @@ class Discriminator(nn.Module):
 
     ``paper`` (eq. 4-5): ReLU between the layers, one logit for a sigmoid; hidden widths not below
     8. ``official`` (models/discriminator.py of the code): widths as they fall (at least 1), two
-    outputs, and a ReLU after the last layer too, so that no output is negative.
-    ``forward`` maps float32 B x C to B x 1 (paper) or B x 2 (official). Initialised as PyTorch
-    initialises linear layers. Raises ValueError for another variant or fewer than 2 classes.
+    outputs, and a ReLU after the last layer too, so that no output is negative. ``adversarial``:
+    the paper's layers behind a gradient reversal, so that the student maximises what the
+    discriminator minimises (MEAL's title; neither paper's results).
+    ``forward`` maps float32 B x C to B x 1, or B x 2 (official). Initialised as PyTorch initialises
+    linear layers. Raises ValueError for another variant or fewer than 2 classes.
     """
 
     def __init__(self, num_classes: int, variant: Variant = "paper") -> None:
@@ -44,5 +62,53 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, rows_BC: Tensor) -> Tensor:
+        if self.variant == "adversarial":
+            rows_BC = reverse_gradient(rows_BC)
         outputs: Tensor = self.layers(rows_BC)
         return outputs
+
+    def redraw(self) -> None:
+        """Draw all weights anew, from torch's generator."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return -grads[0]
+
+
+def reverse_gradient(value: Tensor) -> Tensor:
+    """Return ``value`` unchanged; its gradient comes back with the sign turned round."""
+    reversed_: Tensor = _Reversal.apply(value)
+    return reversed_
+
+
+def num_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
+    """Return how many outputs do not react to any of the rows: no gradient will ever wake them."""
+    with torch.enable_grad():
+        rows_BC = rows_BC.detach().requires_grad_()
+        outputs = discriminator(rows_BC)
+        dead = 0
+        for column in outputs.unbind(dim=1):
+            (grad_BC,) = torch.autograd.grad(column.sum(), rows_BC, retain_graph=True)
+            dead += int(not bool(grad_BC.any()))
+    return dead
+
+
+def wake(discriminator: Discriminator, rows_BC: Tensor) -> int:
+    """Redraw the weights until every output reacts to some row; return how often.
+
+    Raises RuntimeError when 100 draws do not do it: the rows are all zero or not finite.
+    """
+    for redraws in range(_TRIES):
+        if not num_dead_outputs(discriminator, rows_BC):
+            return redraws
+        discriminator.redraw()
+    raise RuntimeError("no initialisation of the discriminator reacts to these rows")

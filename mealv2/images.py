@@ -6,7 +6,7 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -101,13 +101,17 @@ def open_source(data_dir: Path, split: str) -> ImageSource:
     return ImageFolder(data_dir, split)
 
 
-def fingerprint(source: ImageSource) -> str:
-    """Return a SHA-256 (hex) over the class names and every image's key, byte size and class."""
+def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
+    """Return a SHA-256 (hex) over the class names and every image's key, byte size and class.
+
+    ``only`` leaves out images whose key it does not hold.
+    """
     digest = sha256()
     for name in source.classes:
         digest.update(f"class\0{name}\n".encode())
     for key, size, label in zip(source.keys, source.sizes, source.labels, strict=True):
-        digest.update(f"{key}\0{size}\0{label}\n".encode())
+        if only is None or key in only:
+            digest.update(f"{key}\0{size}\0{label}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Soft labels: the top-k of an ensemble distribution, its tail, and dense recovery."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,27 @@ class SoftLabels:
             self.probs_NK.to(device, non_blocking=True),
             self.rest_N.to(device, non_blocking=True),
             self.num_classes,
+        )
+
+    def rows(self, order_N: Tensor | slice) -> "SoftLabels":
+        """Return rows by index, in that order."""
+        return SoftLabels(
+            self.indices_NK[order_N], self.probs_NK[order_N], self.rest_N[order_N], self.num_classes
+        )
+
+    def rounded(self, dtype: torch.dtype) -> "SoftLabels":
+        """Return what is left of the values after storing them in a type such as float16."""
+        probs_NK, rest_N = self.probs_NK.to(dtype).float(), self.rest_N.to(dtype).float()
+        return SoftLabels(self.indices_NK, probs_NK, rest_N, self.num_classes)
+
+    @staticmethod
+    def joined(parts: "Sequence[SoftLabels]") -> "SoftLabels":
+        """Return the rows of several labels of the same K and classes, one after another."""
+        return SoftLabels(
+            torch.cat([part.indices_NK for part in parts]),
+            torch.cat([part.probs_NK for part in parts]),
+            torch.cat([part.rest_N for part in parts]),
+            parts[0].num_classes,
         )
 
     def dense(self) -> Tensor:
@@ -79,3 +101,11 @@ def through_top_k(logits_NC: Tensor, indices_NK: Tensor) -> Tensor:
         torch.tensor(float(num_classes - k), device=logits_NC.device)
     )
     return torch.where(kept_NC, log_probs_NC, tail_N1)
+
+
+def tempered(probs_NC: Tensor, temperature: float) -> Tensor:
+    """Return q^(1/T) renormalised, row by row: softer above 1, sharper below; 1 changes nothing."""
+    if temperature == 1.0:
+        return probs_NC
+    raised_NC = probs_NC ** (1.0 / temperature)
+    return raised_NC / raised_NC.sum(dim=1, keepdim=True)

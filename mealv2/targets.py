@@ -1,44 +1,71 @@
-"""Who answers for a batch of views: the label set, or the data set's own class labels."""
+"""Who answers for a batch of views: the label set, the teachers now, both, or the class labels."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mealv2.label_set import LabelSet
-from mealv2.soft_labels import SoftLabels
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.label_set import Appender, LabelSet
+from mealv2.soft_labels import SoftLabels, top_k
 from mealv2.views import scheduled_view
+
+Missing = Literal["fail", "skip", "teach"]
+
+STORED, TAUGHT = "labels_stored", "labels_taught"  # where answers came from, in the log
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
+
+    ``mean_logits_BC`` is there only when the teachers answered every row just now. ``sources``
+    counts the rows by who answered.
+    """
+
+    soft: SoftLabels | None = None
+    classes_B: Tensor | None = None
+    mean_logits_BC: Tensor | None = None
+    sources: dict[str, int] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Answer":
+        """Return the same answer on a device."""
+        return Answer(
+            None if self.soft is None else self.soft.to(device),
+            None if self.classes_B is None else self.classes_B.to(device, non_blocking=True),
+            None if self.mean_logits_BC is None else self.mean_logits_BC.to(device),
+            self.sources,
+        )
+
+    def rows(self, order_B: Tensor) -> "Answer":
+        """Return the rows in another order."""
+        return Answer(
+            None if self.soft is None else self.soft.rows(order_B),
+            None if self.classes_B is None else self.classes_B[order_B],
+            None if self.mean_logits_BC is None else self.mean_logits_BC[order_B],
+            self.sources,
+        )
 
 
 class Targets(Protocol):
     """Says which view of an image an epoch uses, and what the answer to a batch of views is."""
 
-    def view(self, key: str, epoch: int) -> int:
-        """Return the index of the view of ``key`` that ``epoch`` uses."""
+    def view(self, key: str, epoch: int) -> int | None:
+        """Return the index of the view of ``key`` that ``epoch`` uses; None leaves it out."""
 
-    def answer(self, positions: Sequence[int], views: Sequence[int]) -> SoftLabels | Tensor:
-        """Return the targets of views of the images at ``positions`` of the source."""
+    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+        """Return the targets of views of the images at ``positions`` of the source.
 
+        ``images_BCHW`` are their pixels, uint8, where the networks compute.
+        """
 
-class StoredLabels:
-    """Answers from a label set: one stored view of each image an epoch, all before any repeats."""
-
-    def __init__(self, label_set: LabelSet, keys: Sequence[str], *, seed: int) -> None:
-        self.label_set = label_set
-        self._keys = keys
-        self._seed = seed
-
-    def view(self, key: str, epoch: int) -> int:
-        """Return the stored view of ``key`` for ``epoch`` (views.scheduled_view)."""
-        return scheduled_view(key, epoch, seed=self._seed, num_views=self.label_set.num_views)
-
-    def answer(self, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
-        """Return the stored labels of these views; raises LabelSetError for a row not there."""
-        return self.label_set.soft_labels([self._keys[p] for p in positions], views)
+    def flush(self) -> None:
+        """Put on disk what is to be kept; the loop calls it before every checkpoint."""
 
 
-class HardLabels:
+class HardLabels(Targets):
     """Answers with the data set's class ids, for any view.
 
     Epoch e uses view e, so that none repeats; with ``num_views`` the views, in the order, that a
@@ -46,18 +73,127 @@ class HardLabels:
     """
 
     def __init__(
-        self, labels: Sequence[int], *, num_views: int | None = None, seed: int = 0
+        self, classes: Sequence[int], *, num_views: int | None = None, seed: int = 0
     ) -> None:
-        self._labels = labels
+        self._classes = classes
         self._num_views = num_views
         self._seed = seed
 
     def view(self, key: str, epoch: int) -> int:
-        """Return the view of ``key`` for ``epoch``."""
         if self._num_views is None:
             return epoch
         return scheduled_view(key, epoch, seed=self._seed, num_views=self._num_views)
 
-    def answer(self, positions: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Return class ids, int64 B."""
-        return torch.tensor([self._labels[p] for p in positions], dtype=torch.int64)
+    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+        return Answer(classes_B=_classes_of(self._classes, positions))
+
+    def flush(self) -> None:
+        """Nothing to keep."""
+
+
+class OnlineTeachers(Targets):
+    """Answers by asking the ensemble about the very pixels; epoch e uses view e: none repeats.
+
+    This is the paper's training: fully random crops, dense labels, mean logits for the
+    discriminator (official train.py).
+    """
+
+    def __init__(self, ensemble: TeacherEnsemble, classes: Sequence[int]) -> None:
+        self.ensemble = ensemble
+        self._classes = classes
+
+    def view(self, key: str, epoch: int) -> int:
+        return epoch
+
+    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+        probs_BC, mean_logits_BC = self.ensemble(images_BCHW)
+        return Answer(
+            top_k(probs_BC, probs_BC.shape[1]),
+            _classes_of(self._classes, positions),
+            mean_logits_BC,
+            {TAUGHT: len(positions)},
+        )
+
+    def flush(self) -> None:
+        """Nothing to keep."""
+
+
+class StoredLabels(Targets):
+    """Answers from a label set; rows it lacks are refused, left out, or asked of its teachers.
+
+    With ``reuse`` an epoch uses one of the stored views of each image, all before any repeats;
+    without, the stored views once and then view e in epoch e, which the set lacks unless another
+    job appended it. ``ensemble`` answers what the set lacks (only those rows go through it), in
+    the set's own top-k and type, so that a row is the same whoever answers; ``appender`` keeps
+    these answers for the next job.
+    """
+
+    def __init__(
+        self,
+        label_set: LabelSet,
+        keys: Sequence[str],
+        classes: Sequence[int] = (),
+        *,
+        seed: int,
+        reuse: bool = True,
+        missing: Missing = "fail",
+        ensemble: TeacherEnsemble | None = None,
+        appender: Appender | None = None,
+    ) -> None:
+        if (missing == "teach") != (ensemble is not None):
+            raise ValueError("an ensemble is for missing='teach', and that needs one")
+        self.label_set = label_set
+        self._keys = keys
+        self._classes = classes
+        self._seed = seed
+        self._reuse = reuse
+        self._missing = missing
+        self._ensemble = ensemble
+        self._appender = appender
+
+    def view(self, key: str, epoch: int) -> int | None:
+        num_views = self.label_set.num_views
+        if self._reuse or epoch < num_views:
+            view = scheduled_view(key, epoch, seed=self._seed, num_views=num_views)
+        else:
+            view = epoch
+        if self._missing == "skip" and not self.label_set.holds(key, view):
+            return None
+        return view
+
+    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+        """Return the answers; raises LabelSetError for a row not there with ``missing='fail'``."""
+        keys = [self._keys[p] for p in positions]
+        lacking = []
+        if self._ensemble is not None:
+            there = map(self.label_set.holds, keys, views)
+            lacking = [row for row, holds in enumerate(there) if not holds]
+        is_stored = set(range(len(keys))).difference(lacking)
+        stored = sorted(is_stored)
+        soft = self.label_set.soft_labels([keys[r] for r in stored], [views[r] for r in stored])
+        if lacking:
+            taught = self._teach(images_BCHW[torch.tensor(lacking, device=images_BCHW.device)])
+            if self._appender is not None:
+                self._appender.add([keys[r] for r in lacking], [views[r] for r in lacking], taught)
+            soft = SoftLabels.joined([soft, taught]).rows(torch.tensor(stored + lacking).argsort())
+        sources = {STORED: len(stored)}
+        if self._ensemble is not None:
+            sources[TAUGHT] = len(lacking)
+        return Answer(soft, _classes_of(self._classes, positions), sources=sources)
+
+    def flush(self) -> None:
+        """Append the teachers' new answers to the label set, if they are to be kept."""
+        if self._appender is not None:
+            self._appender.flush()
+
+    def _teach(self, images_BCHW: Tensor) -> SoftLabels:
+        """Ask the ensemble; return its answer as the set would have stored it, on the CPU."""
+        assert self._ensemble is not None
+        plan = self.label_set.manifest["plan"]
+        probs_BC = self._ensemble(images_BCHW).probs_BC
+        dtype: torch.dtype = getattr(torch, plan["label_dtype"])
+        return top_k(probs_BC, plan["topk"]).rounded(dtype).to(torch.device("cpu"))
+
+
+def _classes_of(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+    return torch.tensor([classes[p] for p in positions], dtype=torch.int64) if classes else None

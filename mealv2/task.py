@@ -1,23 +1,29 @@
-"""What one training step computes: (images, targets) -> loss, output, parts.
+"""What one training step computes: (images, what is known of them) -> loss, output, parts.
 
 The dict follows timm.task's contract by shape: ``loss`` to call backward on, ``output`` the
-student's logits; ``parts`` are detached scalars for the log.
+student's logits; ``parts`` are detached scalars for the log, complete after backward.
 """
 
 import math
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mealv2.discriminator import Discriminator
+from mealv2.discriminator import Discriminator, num_dead_outputs, wake
 from mealv2.losses import discriminator_loss, similarity_loss
-from mealv2.soft_labels import SoftLabels, through_top_k
+from mealv2.soft_labels import SoftLabels, tempered, through_top_k
+from mealv2.targets import Answer
 
 # The smallest float16 above 0: a label cannot say less, so the discriminator is told no more, of
 # either side.
 MIN_LOG_PROBABILITY = math.log(2.0**-24)
+
+DiscriminatorInput = Literal["logits", "log-probs", "probs"]
+DISCRIMINATOR_INPUTS: tuple[str, ...] = get_args(DiscriminatorInput)
+
+GRADIENT_RATIO = "discriminator_gradient_ratio"
 
 
 class Result(TypedDict):
@@ -28,11 +34,33 @@ class Result(TypedDict):
     parts: dict[str, Tensor]
 
 
-class DistillTask(nn.Module):
+class Mixture(TypedDict):
+    """The second answer to mixed images, and the weight of the first."""
+
+    partner: Answer
+    own_share: float
+
+
+class Task(nn.Module):
+    """What the training loop asks of a task: a call returns a Result."""
+
+    def prepare(self, images_BCHW: Tensor, answer: Answer) -> str | None:
+        """Look at the first batch before the first step; return what is worth telling."""
+        return None
+
+
+class DistillTask(Task):
     """Similarity loss plus weighted discriminator loss, no hard labels (paper section 5).
 
-    The discriminator sees log-probabilities, the student's through the same top-k, tail and floor
-    as the stored labels, so that it cannot win by recognising the compression (docs/adr/0004).
+    What the discriminator is shown, ``discriminator_input``: ``logits``, the student's and the
+    teachers' mean logits (official train.py); ``log-probs``, the student's through the same top-k,
+    tail and floor as the stored labels, so that it cannot win by recognising the compression
+    (docs/adr/0004); ``probs``, softmax against the recovered label (official FKD_train.py). None:
+    logits where the answer has the teachers', else log-probs.
+
+    Off in the paper: ``label_temperature`` T takes labels to q^(1/T), renormalised, in the
+    similarity loss; ``hard_label_weight`` w makes that (1 - w) similarity + w cross-entropy to the
+    class ids.
     """
 
     def __init__(
@@ -41,38 +69,137 @@ class DistillTask(nn.Module):
         discriminator: Discriminator | None = None,
         *,
         discriminator_weight: float = 1.0,
+        discriminator_input: DiscriminatorInput | None = None,
+        label_temperature: float = 1.0,
+        hard_label_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
         self.discriminator = discriminator
         self.discriminator_weight = discriminator_weight
+        self.discriminator_input = discriminator_input
+        self.label_temperature = label_temperature
+        self.hard_label_weight = hard_label_weight
 
-    def forward(self, images_BCHW: Tensor, labels: SoftLabels) -> Result:
+    def forward(
+        self, images_BCHW: Tensor, answer: Answer, mixture: Mixture | None = None
+    ) -> Result:
+        """Return the loss of a batch; with ``mixture`` that of two answers, weighted by area."""
         logits_BC = self.student(images_BCHW).float()
-        probs_BC = labels.dense()
-        similarity = similarity_loss(logits_BC, probs_BC)
-        parts = {"similarity_loss": similarity.detach()}
-        loss = similarity
+        # two views of the logits, so that each side's gradient can be measured on its way back
+        for_labels_BC, for_discriminator_BC = (
+            logits_BC.view_as(logits_BC),
+            logits_BC.view_as(logits_BC),
+        )
+        terms = self._terms(for_labels_BC, for_discriminator_BC, answer)
+        if mixture is not None:
+            # L = l L(q) + (1 - l) L(q of the partner)   (official FKD_train.py)
+            share = mixture["own_share"]
+            others = self._terms(for_labels_BC, for_discriminator_BC, mixture["partner"])
+            terms = {
+                name: share * term + (1.0 - share) * others[name] for name, term in terms.items()
+            }
+        loss = (1.0 - self.hard_label_weight) * terms["similarity_loss"]
+        if self.hard_label_weight:
+            loss = loss + self.hard_label_weight * terms["hard_label_loss"]
+        parts = {name: term.detach() for name, term in terms.items()}
         if self.discriminator is not None:
-            student_BC = through_top_k(logits_BC, labels.indices_NK).clamp_min(MIN_LOG_PROBABILITY)
-            teacher_BC = probs_BC.log().clamp_min(MIN_LOG_PROBABILITY)
-            # full precision: under autocast the loss's plateaus would blur
-            with torch.autocast(logits_BC.device.type, enabled=False):
-                adversary, accuracy = discriminator_loss(self.discriminator, student_BC, teacher_BC)
-            loss = similarity + self.discriminator_weight * adversary
-            parts["discriminator_loss"] = adversary.detach()
-            parts["discriminator_accuracy"] = accuracy
+            loss = loss + self.discriminator_weight * terms["discriminator_loss"]
+            _measure_ratio(parts, for_labels_BC, for_discriminator_BC)
         return Result(loss=loss, output=logits_BC, parts=parts)
 
+    @torch.no_grad()
+    def prepare(self, images_BCHW: Tensor, answer: Answer) -> str | None:
+        """Redraw a discriminator with outputs that are dead on this batch; return what was done.
 
-class HardLabelTask(nn.Module):
+        The official variant keeps them, as the code does. The student is only looked at.
+        """
+        if self.discriminator is None:
+            return None
+        was_training = self.student.training
+        self.student.eval()
+        logits_BC = self.student(images_BCHW).float()
+        self.student.train(was_training)
+        rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
+        dead = num_dead_outputs(self.discriminator, rows_BC)
+        if not dead:
+            return None
+        what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
+        if self.discriminator.variant == "official":
+            return f"{what}; kept, as the official code does"
+        return f"{what}; redrawn {wake(self.discriminator, rows_BC)} times"
+
+    def _terms(
+        self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer
+    ) -> dict[str, Tensor]:
+        """Return the terms of the loss against one answer, and the discriminator's accuracy."""
+        probs_BC = _soft(answer).dense()
+        labels_BC = tempered(probs_BC, self.label_temperature)
+        terms = {"similarity_loss": similarity_loss(for_labels_BC, labels_BC)}
+        if self.hard_label_weight:
+            assert answer.classes_B is not None, "a hard-label weight needs class ids"
+            terms["hard_label_loss"] = F.cross_entropy(for_labels_BC, answer.classes_B)
+        if self.discriminator is not None:
+            # full precision: under autocast the loss's plateaus would blur
+            with torch.autocast(for_labels_BC.device.type, enabled=False):
+                rows = self._rows(for_discriminator_BC, probs_BC, answer)
+                adversary, accuracy = discriminator_loss(self.discriminator, *rows)
+            terms |= {"discriminator_loss": adversary, "discriminator_accuracy": accuracy}
+        return terms
+
+    def _rows(self, logits_BC: Tensor, probs_BC: Tensor, answer: Answer) -> tuple[Tensor, Tensor]:
+        """Return what the discriminator is shown, B x C each: the student's and the teachers'."""
+        shown = self.discriminator_input
+        if shown == "probs":
+            return torch.softmax(logits_BC, dim=1), probs_BC
+        if shown != "log-probs" and answer.mean_logits_BC is not None:
+            return logits_BC, answer.mean_logits_BC
+        assert shown != "logits", "the answer has no logits to show"
+        student_BC = through_top_k(logits_BC, _soft(answer).indices_NK)
+        return (
+            student_BC.clamp_min(MIN_LOG_PROBABILITY),
+            probs_BC.log().clamp_min(MIN_LOG_PROBABILITY),
+        )
+
+
+class HardLabelTask(Task):
     """Cross-entropy on the data set's own labels: pre-training, own teachers, the control."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, images_BCHW: Tensor, labels_B: Tensor) -> Result:
+    def forward(self, images_BCHW: Tensor, answer: Answer) -> Result:
+        assert answer.classes_B is not None, "this task needs class ids"
         logits_BC = self.student(images_BCHW).float()
-        loss = F.cross_entropy(logits_BC, labels_B)
+        loss = F.cross_entropy(logits_BC, answer.classes_B)
         return Result(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
+
+
+def _soft(answer: Answer) -> SoftLabels:
+    assert answer.soft is not None, "distillation needs soft labels"
+    return answer.soft
+
+
+def _measure_ratio(
+    parts: dict[str, Tensor], for_labels_BC: Tensor, for_discriminator_BC: Tensor
+) -> None:
+    """Add to ``parts``, during backward: |gradient from the discriminator| / |from the labels|.
+
+    Of the loss terms as they are weighted in the loss, on the student's logits; stays on the
+    device.
+    """
+    norms: dict[str, Tensor] = {}
+
+    def note(side: str, grad_BC: Tensor) -> None:
+        norms[side] = grad_BC.norm()
+        if len(norms) == 2:
+            parts[GRADIENT_RATIO] = norms["discriminator"] / norms["labels"].clamp_min(1e-30)
+
+    if for_labels_BC.requires_grad:
+        for_labels_BC.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: note("labels", grad)
+        )
+        for_discriminator_BC.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: note("discriminator", grad)
+        )

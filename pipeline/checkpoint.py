@@ -31,26 +31,27 @@ def exists(run: Path) -> bool:
     return bool(_all(run))
 
 
-def newest(run: Path) -> Path:
-    """Return the path of the newest checkpoint of a run folder that has one."""
-    return _all(run)[-1]
+def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return the newest whole checkpoint of a run folder: its path, its state, and what was wrong
+    with newer ones. Raises MealError where none is whole.
+    """
+    damaged: list[str] = []
+    for path in reversed(_all(run)):
+        try:
+            return path, _load(path), damaged
+        except Exception as error:  # zip, pickle and runtime errors, as the damage has it
+            reason = str(error).strip().split("\n")[0]
+            damaged.append(f"checkpoint {path} is damaged: {reason}")
+    raise MealError(f"{damaged[0]}; no other is whole: start a new run")
 
 
-def load_newest(run: Path) -> dict[str, Any]:
-    """Return the newest checkpoint of a run folder; raises MealError where it is damaged."""
-    path = newest(run)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not look at the checksums
-                raise ValueError("its contents fail their CRC")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError("it is no checkpoint of a run")
-    except Exception as error:  # zip, pickle and runtime errors, as the damage has it
-        reason = str(error).strip().split("\n")[0]
-        raise MealError(
-            f"checkpoint {path} is damaged: {reason}; remove it to use the one before"
-        ) from error
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("its contents fail their CRC")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it is no checkpoint of a run")
     return state
 
 

@@ -21,6 +21,7 @@ PAPER_MILESTONE = 100
 
 DEFAULT_TOPK = 10
 DEFAULT_IMG_SIZE = 224
+DEFAULT_EMA_DECAY = 0.9998  # timm's
 
 
 def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
@@ -153,6 +154,9 @@ class TrainConfig(Machine):
         shown="100/180 of the epochs, the paper's",
     )
     decay_rate: float = setting(0.1, "Factor at each milestone.")
+    sched: Literal["step", "cosine"] = setting(
+        "step", "Learning rate schedule: milestones (the paper's), or half a cosine to zero."
+    )
     momentum: float = setting(0.9, "Momentum of SGD.")
     weight_decay: float = setting(0.0, "Weight decay of SGD; the paper uses none.")
     mean: tuple[float, float, float] | None = setting(
@@ -161,6 +165,16 @@ class TrainConfig(Machine):
     std: tuple[float, float, float] | None = setting(
         None, "Per-channel std the student's input is normalised with.", shown="the model's own"
     )
+    views_per_image: int = setting(
+        1,
+        "Views of an image in a batch, cut from one decode (FKD); each counts as an epoch.",
+    )
+    model_ema: bool = setting(
+        False, "Keep a moving average of the student's weights, and make it the result."
+    )
+    model_ema_decay: float | None = setting(
+        None, "Decay of the average at every step.", shown=str(DEFAULT_EMA_DECAY)
+    )
     seed: int = setting(0, "Seed of the image order, new weights, dropout.")
     output: Path | None = setting(None, "Run folder to make.", shown="runs/COMMAND-MODEL-TIME")
     resume: Path | None = setting(
@@ -168,13 +182,29 @@ class TrainConfig(Machine):
     )
     log_interval: int = setting(50, "Steps between log lines.")
     val_interval: int = setting(1, "Epochs between validations; the last epoch always has one.")
+    checkpoint_every: int | None = setting(
+        None, "Steps between checkpoints; the end of an epoch has one too.", shown="an epoch"
+    )
     checkpoint_hist: int = setting(2, "Checkpoints kept, the newest.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "epochs", "batch_size", "log_interval", "checkpoint_hist")
-        _at_least(self, 1, "val_interval")
+        _at_least(self, 1, "val_interval", "views_per_image")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "decay_rate")
+        if self.checkpoint_every is not None:
+            _at_least(self, 1, "checkpoint_every")
+        if self.views_per_image > self.batch_size:
+            raise ConfigError(
+                f"--views-per-image {self.views_per_image} does not fit into --batch-size "
+                f"{self.batch_size}"
+            )
+        if self.sched == "cosine":
+            _without_effect(self, "with --sched cosine", "lr_milestones", "decay_rate")
+        if not self.model_ema:
+            _without_effect(self, "without --model-ema", "model_ema_decay")
+        elif self.model_ema_decay is not None:
+            _between(self, 0, 1, "model_ema_decay")
         _seed(self, "seed")
         if self.pretrained and self.initial_checkpoint:
             raise ConfigError("--pretrained and --initial-checkpoint exclude each other")
@@ -192,6 +222,8 @@ class TrainConfig(Machine):
 
     def lr_factor(self, epoch: int) -> float:
         """Return what the learning rates are multiplied by in an epoch (counted from 0)."""
+        if self.sched == "cosine":  # official FKD_train.py: lr / 2 (1 + cos(pi e / epochs))
+            return 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
         milestones = self.lr_milestones
         if milestones is None:
             milestones = (round(self.epochs * PAPER_MILESTONE / PAPER_EPOCHS),)
@@ -200,26 +232,125 @@ class TrainConfig(Machine):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainConfig):
-    """Stage two: train a student and a discriminator from a label set. Defaults are the paper's."""
+    """Stage two: train a student and a discriminator from a label set, from teachers online, or
+    both. Defaults are the paper's.
+    """
 
-    labels: Path = required("Label set that `mealv2 precompute` made.")
-    discriminator: Literal["paper", "official", "off"] = setting(
-        "paper", "The paper's (one sigmoid), the official code's (two outputs, last ReLU), or none."
+    labels: Path | None = setting(
+        None, "Label set that `mealv2 precompute` made.", shown="none; then --online"
+    )
+    online: bool = setting(
+        False,
+        "No label set: ask the --teacher models at every step, about views that never repeat.",
+    )
+    teacher: tuple[str, ...] = setting(
+        (),
+        "timm model, NAME or NAME=CHECKPOINT, for --online and --missing teach; repeat it, or "
+        "separate several by commas.",
+        shown="with --missing teach, those the label set names",
+    )
+    missing: Literal["fail", "skip", "teach"] = setting(
+        "fail", "Views the label set lacks: stop, leave them out, or ask its teachers."
+    )
+    reuse_views: bool | None = setting(
+        None,
+        "Stored views come round again; else view e is used in epoch e, stored or not.",
+        shown="yes, unless --missing teach",
+    )
+    write_back: bool = setting(
+        False, "Append what the teachers answered to the label set, for the next job."
+    )
+    split: str | None = setting(
+        None, "With --online: folder under --data-dir to train on.", shown="train"
+    )
+    img_size: int | None = setting(
+        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
+    )
+    view_seed: int | None = setting(None, "With --online: seed of the views.", shown="0")
+    discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
+        "paper",
+        "The paper's (one sigmoid), the official code's (two outputs, last ReLU), the paper's "
+        "behind a gradient reversal, or none.",
     )
     discriminator_lr: float | None = setting(
-        None, "Learning rate of the discriminator, with the same milestones.", shown="--lr"
+        None, "Learning rate of the discriminator, with the same schedule.", shown="--lr"
     )
     discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.")
+    discriminator_input: Literal["logits", "log-probs", "probs"] | None = setting(
+        None,
+        "What the discriminator is shown of both sides.",
+        shown="logits with --online, else log-probs through the set's top-k",
+    )
+    cutmix_target: Literal["teachers", "mixed-labels"] | None = setting(
+        None,
+        "CutMix: the teachers label the mixed image (with --online), or labels mix by area.",
+        shown="no CutMix",
+    )
+    cutmix_beta: float | None = setting(None, "CutMix: lambda is Beta(b, b).", shown="1.0")
+    cutmix_prob: float | None = setting(None, "CutMix: share of batches mixed.", shown="1.0")
+    label_temperature: float = setting(
+        1.0, "Take labels to q^(1/T): softer above 1. The paper has 1."
+    )
+    hard_label_weight: float = setting(
+        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.online == (self.labels is not None):
+            raise ConfigError("give --labels DIR, or --online with --teacher; not both")
+        if self.online:
+            if not self.teacher:
+                raise ConfigError("--online needs --teacher")
+            _without_effect(self, "with --online", "missing", "reuse_views", "write_back")
+        else:
+            _without_effect(self, "with --labels", "split", "img_size", "view_seed")
+        if not self.online and self.missing != "teach":
+            _without_effect(self, "without --online or --missing teach", "teacher", "write_back")
+        self._check_discriminator()
+        self._check_extras()
+
+    def _check_discriminator(self) -> None:
         _at_least(self, 0, "discriminator_weight")
         if self.discriminator_lr is not None:
             _at_least(self, 0, "discriminator_lr")
         if self.discriminator == "off":
-            for name in ("discriminator_lr", "discriminator_weight"):
-                if getattr(self, name) != _default(type(self), name):
-                    raise ConfigError(f"{flag(name)} has no effect with --discriminator off")
+            _without_effect(
+                self,
+                "with --discriminator off",
+                "discriminator_lr",
+                "discriminator_weight",
+                "discriminator_input",
+            )
+        if self.discriminator_input == "logits" and not self.online:
+            raise ConfigError("--discriminator-input logits needs --online: labels hold none")
+
+    def _check_extras(self) -> None:
+        if self.img_size is not None:
+            _at_least(self, 1, "img_size")
+        if self.view_seed is not None:
+            _seed(self, "view_seed")
+        if not 0 < self.label_temperature < math.inf:
+            raise ConfigError(
+                f"--label-temperature must be positive and finite, got {self.label_temperature}"
+            )
+        _between(self, 0, 1, "hard_label_weight")
+        if self.cutmix_target is None:
+            _without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
+        if self.cutmix_beta is not None and not 0 < self.cutmix_beta < math.inf:
+            raise ConfigError(f"--cutmix-beta must be positive and finite, got {self.cutmix_beta}")
+        if self.cutmix_prob is not None:
+            _between(self, 0, 1, "cutmix_prob")
+        if self.cutmix_target == "teachers" and not self.online:
+            raise ConfigError(
+                "--cutmix-target teachers needs --online: stored labels are of unmixed images; "
+                "mixed-labels works from a label set"
+            )
+
+    @property
+    def reuses_views(self) -> bool:
+        """Whether stored views come round again."""
+        return self.missing != "teach" if self.reuse_views is None else self.reuse_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +444,20 @@ def _at_least(config: object, least: float, *names: str) -> None:
         value = getattr(config, name)
         if not least <= value < math.inf:  # nan is neither
             raise ConfigError(f"{flag(name)} must be at least {least} and finite, got {value}")
+
+
+def _between(config: object, least: float, most: float, name: str) -> None:
+    if not least <= getattr(config, name) <= most:
+        raise ConfigError(
+            f"{flag(name)} must lie in [{least}, {most}], got {getattr(config, name)}"
+        )
+
+
+def _without_effect(config: object, mode: str, *names: str) -> None:
+    """Raise ConfigError for a setting that was given but does nothing in this mode."""
+    for name in names:
+        if getattr(config, name) != _default(type(config), name):
+            raise ConfigError(f"{flag(name)} has no effect {mode}")
 
 
 def _normalisation(config: "TrainConfig | EvaluateConfig") -> None:

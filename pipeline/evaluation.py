@@ -1,13 +1,14 @@
 """Validate a classifier on a split: centre crops, accuracy, faithfulness to stored labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource, open_source
-from mealv2.label_set import LabelSet
 from mealv2.metrics import Evaluation
 from mealv2.soft_labels import SoftLabels
 from pipeline import logs
@@ -29,10 +30,19 @@ def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource
     return source
 
 
+class LabelTable(Protocol):
+    """Labels of validation images by key, such as the val role of a label set."""
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
+        """Return the labels of images."""
+
+
 class Evaluator:
     """Evaluates models on one split, again and again, with workers that stay.
 
-    With ``labels``, the set's val role, also against the ensemble; images it skipped are left out.
+    With ``labels`` also against the ensemble; images that have none are left out.
     """
 
     def __init__(
@@ -42,7 +52,7 @@ class Evaluator:
         config: TrainConfig | EvaluateConfig,
         *,
         img_size: int,
-        labels: LabelSet | None = None,
+        labels: LabelTable | None = None,
     ) -> None:
         self.source = source
         self.labels = labels

@@ -8,6 +8,7 @@ from mealv2.task import HardLabelTask
 from pipeline import runtime, training
 from pipeline.config import FinetuneConfig
 from pipeline.evaluation import Evaluator, open_split
+from pipeline.work import Work, make_student
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
@@ -16,8 +17,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     source = open_source(config.data_dir, config.split)
     val = open_split(config.data_dir, config.val_split, classes=source.classes)
     runtime.seed_everything(config.seed)
-    student = training.make_student(config, classes=source.classes, img_size=config.img_size)
-    work = training.Work(
+    student = make_student(config, classes=source.classes, img_size=config.img_size)
+    work = Work(
         command="finetune",
         task=HardLabelTask(student),
         student=student,

@@ -7,6 +7,7 @@ uint8 pixels. Order and batches are pure functions of (seed, epoch), so a run ca
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mealv2.images import ImageSource, centre_crop, cut, decode
 from mealv2.views import view_of
 from pipeline.config import OnBadImage
 
+T = TypeVar("T")
 CENTRE = -1  # the view of an evaluation: the centre crop
 
 # One batch: (position in the source, views to cut of it) for each image.
@@ -113,15 +115,12 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_mix(positions + start), kind="stable").astype(np.int64)
 
 
-def batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+def batches(order: Sequence[T], batch_size: int) -> list[list[T]]:
     """Cut an order into batches; every image is used, the last batch may be smaller.
 
     A last batch of one image joins the one before it: batch normalisation cannot learn from one.
     """
-    cut_up = [
-        [int(p) for p in order[start : start + batch_size]]
-        for start in range(0, len(order), batch_size)
-    ]
+    cut_up = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     if batch_size > 1 and len(cut_up) > 1 and len(cut_up[-1]) == 1:
         last = cut_up.pop()
         cut_up[-1] += last

@@ -20,6 +20,7 @@ from pipeline.runtime import on_terminal
 
 T = TypeVar("T")
 REPORT_NAME = "report.json"
+LABELS_NAME = "labels.json"
 _LINE_EVERY_S = 10.0
 
 
@@ -88,17 +89,28 @@ def table(rows: list[list[str]]) -> str:
 
 
 class RunFolder:
-    """The folder of one run: config.json, metrics.jsonl (per event), summary.csv (per epoch)."""
+    """The folder of one run: config.json, metrics.jsonl (per event), summary.csv (per epoch).
+
+    labels.json says which labels the run is made from.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, path: Path | None, config: dict[str, Any], *, name: str) -> "RunFolder":
+    def create(
+        cls,
+        path: Path | None,
+        config: dict[str, Any],
+        *,
+        name: str,
+        labels: dict[str, Any] | None = None,
+    ) -> "RunFolder":
         """Make a run folder, under runs/ if not named; raises ConfigError if a run is there.
 
-        A run that never came to a checkpoint has nothing to lose: its folder is used again.
+        ``labels`` says which labels it is made from. A run that never came to a checkpoint has
+        nothing to lose: its folder is used again.
         """
         if path is None:
             path = _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -111,6 +123,8 @@ class RunFolder:
         # a repeated run makes a folder of its own
         config = {**config, "output": None, "resume": None}
         write_whole(path / "config.json", canonical_json(config).encode())
+        if labels is not None:
+            write_whole(path / LABELS_NAME, canonical_json(labels).encode())
         run = cls(path)
         run.metrics_path.write_bytes(b"")
         return run

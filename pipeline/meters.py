@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ class Meter:
     def clear(self) -> None:
         """Start anew."""
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._images = 0
         self._waited_s = 0.0
         self._began = time.perf_counter()
@@ -40,6 +42,26 @@ class Meter:
         for name, value in parts.items():
             value = value.detach().float() * num_images
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def count(self, counts: dict[str, int]) -> None:
+        """Add to named counts."""
+        for name, number in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + number
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The sums of what was counted by name."""
+        return dict(self._counts)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; the clock is no part of it."""
+        return {"sums": dict(self._sums), "counts": self.counts, "images": self._images}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take up from a checkpoint's state."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        self._images = state["images"]
 
     @property
     def num_images(self) -> int:

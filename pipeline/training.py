@@ -4,58 +4,25 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor
 
+from mealv2.cutmix import Mix, draw_mix
 from mealv2.errors import DataError, MealError, StoppedError
-from mealv2.images import ImageSource
-from mealv2.models import (
-    EXPORT_FOLDER,
-    Classifier,
-    Preprocessing,
-    create_classifier,
-    save_classifier,
-)
-from mealv2.targets import Targets
+from mealv2.models import EXPORT_FOLDER, Classifier, save_classifier
+from mealv2.targets import Answer
+from mealv2.task import Mixture
 from pipeline import checkpoint, logs
-from pipeline.config import TrainConfig
-from pipeline.evaluation import Evaluator
-from pipeline.loaders import (
-    Pixels,
-    Request,
-    ViewReader,
-    batches,
-    epoch_order,
-    read_views,
-    refuse_failures,
-)
+from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
+from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
 from pipeline.meters import Meter
+from pipeline.passes import Passes
 from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run trains and on what: everything the loop does not decide itself.
-
-    An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
-    names, cut under ``view_seed``. ``extra`` are modules beside the student that learn too, each
-    with its initial learning rate. ``teachers`` are the accuracies to print before the first step.
-    """
-
-    command: str
-    task: nn.Module
-    student: Classifier
-    source: ImageSource
-    positions: list[int]
-    targets: Targets
-    img_size: int
-    view_seed: int
-    evaluator: Evaluator | None
-    extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
-    teachers: dict[str, dict[str, float]] = field(default_factory=dict)
+from pipeline.work import Work
 
 
 @dataclass
@@ -65,20 +32,6 @@ class Place:
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
-
-
-def make_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
-    """Build the student from timm's weights, a checkpoint, or at random."""
-    given = Preprocessing(config.mean, config.std) if config.mean and config.std else None
-    return create_classifier(
-        config.model,
-        num_classes=len(classes),
-        pretrained=config.from_pretrained,
-        checkpoint=config.initial_checkpoint,
-        img_size=img_size,
-        classes=classes,
-        preprocessing=given,
-    )
 
 
 def train(config: TrainConfig, machine: Runtime, work: Work) -> dict[str, Any]:
@@ -98,32 +51,35 @@ class _Trainer:
         self.work = work
         self.stop = stop
         self.place = Place()
+        self.window, self.epoch = Meter(), Meter()
+        self.prepared = False
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
+        self.passes = Passes(config, work.source, work.positions, work.targets)
         work.task.to(machine.device)
         self.optimizer = self._make_optimizer()
+        self.ema = None
+        if config.model_ema:
+            decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
+            self.ema = ModelEmaV3(work.student, decay=decay)
         # float16 gradients underflow without a scale; bfloat16 and float32 need none
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.amp_dtype is torch.float16
         )
         if config.resume is not None and checkpoint.exists(config.resume):
-            state = checkpoint.load_newest(config.resume)
-            try:
-                self._restore(state)
-            except (KeyError, ValueError, RuntimeError, TypeError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise MealError(
-                    f"checkpoint {checkpoint.newest(config.resume)} is damaged or of another run: "
-                    f"{reason}; remove it to use the one before"
-                ) from error
-            place = self.place
-            self.folder = logs.RunFolder.reopen(
-                config.resume, epoch=place.epoch, step=place.total_steps
-            )
+            self.folder = self._resume()
         else:
             name = f"{work.command}-{config.model}"
             output = config.resume or config.output
-            self.folder = logs.RunFolder.create(output, config.as_json(), name=name)
+            self.folder = logs.RunFolder.create(
+                output, config.as_json(), name=name, labels=work.labels
+            )
+
+    @property
+    def result(self) -> Classifier:
+        """The model that the run makes: the student, or its moving average."""
+        model: Classifier = self.work.student if self.ema is None else self.ema.module
+        return model
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
@@ -145,40 +101,41 @@ class _Trainer:
             self._say_start(figures)
         pixels = iter(self._read())
         while place.epoch < last:
-            trained = self._train_epoch(pixels)
-            epoch = place.epoch + 1
-            due = epoch % self.config.val_interval == 0 or epoch == last
+            trained = self._train_pass(pixels)
+            epoch = place.epoch + self.passes.width(place.epoch)
+            interval = self.config.val_interval
+            due = epoch // interval > place.epoch // interval or epoch == last
             figures = self._validate(epoch) if due else {}
             place.epoch, place.step = epoch, 0
-            self._end_epoch(trained, figures)
+            self._end_pass(trained, figures)
         report = {
             "run": str(self.folder.path),
             "model": self.work.student.tag,
             "epochs": place.epoch,
             "steps": place.total_steps,
             "seconds": round(time.monotonic() - began, 2),
+            **({"labels": self.work.labels} if self.work.labels else {}),
             **figures,
         }
         self.folder.finish(report)
         return report
 
-    def _train_epoch(self, pixels: Iterator[Pixels]) -> dict[str, float]:
-        """Train on what is left of the epoch; return the mean of every part of the loss."""
+    def _train_pass(self, pixels: Iterator[Pixels]) -> dict[str, float]:
+        """Train on what is left of the pass; return the mean of every part of the loss."""
         config, work, place = self.config, self.work, self.place
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.lr_factor(place.epoch)
-        requests = self._requests(place.epoch)[place.step :]
-        window, epoch = Meter(), Meter()
+        requests = self.passes.requests(place.epoch)[place.step :]
         work.task.train()
 
         shown = logs.progress(
             itertools.islice(pixels, len(requests)),
-            total=sum(map(len, requests)),
-            what=f"epoch {place.epoch + 1}/{config.epochs}",
+            total=sum(len(views) for request in requests for _, views in request),
+            what=f"epoch {place.epoch + self.passes.width(place.epoch)}/{config.epochs}",
             unit="images",
             size=lambda batch: len(batch.positions) + len(batch.failed),
         )
-        for batch in window.timed(shown):
+        for batch in self.window.timed(shown):
             # leave out what could not be read
             refuse_failures(work.source, batch.failed, config.on_bad_image)
             place.step += 1
@@ -187,39 +144,77 @@ class _Trainer:
                 continue
 
             # forward, backward, update
-            parts = self._update(batch)
-            for meter in (window, epoch):
+            parts, sources = self._update(batch)
+            for meter in (self.window, self.epoch):
                 meter.add(len(batch.positions), parts)
+                meter.count(sources)
 
             # log: the only place where the host waits for the device
             if place.total_steps % config.log_interval == 0:
-                self._log(window)
+                self._log()
+            if config.checkpoint_every and place.total_steps % config.checkpoint_every == 0:
+                self._save()
             self.stop.check()
-        if not epoch.num_images and requests:  # a resumed epoch may have none left
-            raise DataError(f"no image of {work.source.name} could be read")
-        return self._finite(epoch.means())
+        if not self.epoch.num_images:
+            raise DataError(
+                f"epoch {place.epoch + 1}: no image of {work.source.name} could be used"
+            )
+        means = self._finite(self.epoch.means())
+        return {**means, **self.epoch.counts}
 
-    def _update(self, batch: Pixels) -> dict[str, Tensor]:
-        """Do one optimizer update; return the loss and its parts, still on the device."""
-        answers = self.work.targets.answer(batch.positions, batch.views)
-        images_BCHW = self.machine.images(batch.images_BCHW)
+    def _update(self, batch: Pixels) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Do one optimizer update; return the loss and its parts, still on the device, and how
+        many answers came from where.
+        """
+        work, images_BCHW = self.work, self.machine.images(batch.images_BCHW)
+        mix, mixture = self._draw_mix(len(images_BCHW)), {}
+        target = None if work.cutmix is None or mix is None else work.cutmix.target
         with self.machine.autocast():
-            result = self.work.task(images_BCHW, answers.to(self.machine.device))
+            if mix is not None and target == "teachers":
+                images_BCHW = mix.paste(images_BCHW)
+            answer = work.targets.answer(batch.positions, batch.views, images_BCHW)
+            answer = answer.to(self.machine.device)
+            if mix is not None and target == "mixed-labels":
+                images_BCHW = mix.paste(images_BCHW)
+                share = mix.own_share(work.img_size)
+                mixture = {"mixture": Mixture(partner=answer.rows(mix.order_B), own_share=share)}
+            if not self.prepared:
+                self._prepare(images_BCHW, answer)
+            result = work.task(images_BCHW, answer, **mixture)
 
         self.scaler.scale(result["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(work.student)
 
-        return {"loss": result["loss"].detach(), **result["parts"]}
+        return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
+
+    def _draw_mix(self, batch_size: int) -> Mix | None:
+        """Draw how this step's batch is mixed, if it is."""
+        if self.work.cutmix is None:
+            return None
+        return draw_mix(
+            batch_size,
+            self.work.img_size,
+            beta=self.work.cutmix.beta,
+            probability=self.work.cutmix.probability,
+            place=(self.config.seed, self.place.epoch, self.place.step),
+            device=self.machine.device,
+        )
+
+    def _prepare(self, images_BCHW: Tensor, answer: Answer) -> None:
+        """Let the task look at the first batch before the first step."""
+        self.prepared = True
+        said = self.work.task.prepare(images_BCHW, answer)
+        if said is not None:
+            logs.say(said)
+            self.folder.log("prepared", step=self.place.total_steps, text=said)
 
     def _read(self) -> Iterator[Pixels]:
-        """Read the pixels of every batch from here to the end of the run, epochs in a row."""
-        rest = (
-            request
-            for epoch in range(self.place.epoch, self.config.epochs)
-            for request in self._requests(epoch)
-        )
+        """Read the pixels of every batch from here to the end of the run, passes in a row."""
+        rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
             ViewReader(self.work.source, img_size=self.work.img_size, seed=self.work.view_seed),
             itertools.islice(rest, self.place.step, None),
@@ -227,16 +222,6 @@ class _Trainer:
             pin_memory=self.machine.device.type == "cuda",
         )
         return iter(loader)
-
-    def _requests(self, epoch: int) -> list[Request]:
-        """Return an epoch's batches: every image once, with the view that the targets name."""
-        positions, keys, view = self.work.positions, self.work.source.keys, self.work.targets.view
-        order = epoch_order(len(positions), seed=self.config.seed, epoch=epoch)
-        in_order = [positions[i] for i in order]
-        return [
-            [(p, (view(keys[p], epoch),)) for p in batch]
-            for batch in batches(in_order, self.config.batch_size)
-        ]
 
     def _make_optimizer(self) -> torch.optim.SGD:
         """SGD over the student and the extra modules, a group each (paper: one joint optimizer)."""
@@ -251,11 +236,17 @@ class _Trainer:
         )
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        """Return the student's figures after ``epoch`` epochs; none without a validation split."""
+        """Return the result's figures after ``epoch`` epochs; none without a validation split.
+
+        With a moving average they are the average's; the student's own accuracy stands beside.
+        """
         if self.work.evaluator is None:
             return {}
-        student, classes = self.work.student, self.work.student.num_classes
-        figures = self.work.evaluator(student, num_classes=classes, stop=self.stop).summary()
+        classes = self.result.num_classes
+        figures = self.work.evaluator(self.result, num_classes=classes, stop=self.stop).summary()
+        if self.ema is not None:
+            own = self.work.evaluator(self.work.student, num_classes=classes, stop=self.stop)
+            figures["student_top1"] = own.top1
         self.folder.log("validation", epoch=epoch, **figures)
         return figures
 
@@ -266,7 +257,7 @@ class _Trainer:
             rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known.items()]
             logs.say(logs.table([["before training", "top-1", "top-5"], *rows]))
 
-    def _end_epoch(self, trained: dict[str, float], figures: dict[str, float]) -> None:
+    def _end_pass(self, trained: dict[str, float], figures: dict[str, float]) -> None:
         """Write the epoch's row, the model and a checkpoint."""
         row = {
             "epoch": self.place.epoch,
@@ -275,27 +266,33 @@ class _Trainer:
             **{f"val_{name}": value for name, value in figures.items() if name != "num_images"},
         }
         self.folder.epoch_row(row)
-        shown = "  ".join(f"{name} {row[name]:.4g}" for name in row if name != "epoch")
+        shown = "  ".join(
+            f"{name} {value:.4g}{self.work.legend.get(name, '')}"
+            for name, value in row.items()
+            if name != "epoch"
+        )
         logs.say(f"epoch {self.place.epoch}/{self.config.epochs}  {shown}")
         save_classifier(
             self.folder.path / EXPORT_FOLDER,
-            self.work.student,
+            self.result,
             classes=self.work.source.classes,
             img_size=self.work.img_size,
         )
+        self.epoch.clear()
         self._save()
 
-    def _log(self, window: Meter) -> None:
+    def _log(self) -> None:
         """Write the means since the last line to metrics.jsonl."""
         self.folder.log(
             "train",
             epoch=self.place.epoch,
             step=self.place.total_steps,
             lr=self.optimizer.param_groups[0]["lr"],
-            **self._finite(window.means()),
-            **window.speed(),
+            **self._finite(self.window.means()),
+            **self.window.counts,
+            **self.window.speed(),
         )
-        window.clear()
+        self.window.clear()
 
     def _finite(self, means: dict[str, float]) -> dict[str, float]:
         if all(map(math.isfinite, means.values())):
@@ -306,6 +303,8 @@ class _Trainer:
         )
 
     def _save(self) -> None:
+        """Write a checkpoint: all that the rest of the run depends on."""
+        self.work.targets.flush()
         on_cuda = self.machine.device.type == "cuda"
         state = {
             "arch": self.work.student.tag,
@@ -315,19 +314,42 @@ class _Trainer:
             "extra": {name: module.state_dict() for name, (module, _) in self.work.extra.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "meters": [self.window.state(), self.epoch.state()],
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if on_cuda else [],
         }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
         keep = self.config.checkpoint_hist
         checkpoint.save(self.folder.path, state, step=self.place.total_steps, keep=keep)
+
+    def _resume(self) -> logs.RunFolder:
+        """Take up the newest whole checkpoint of the run folder; return the folder."""
+        assert self.config.resume is not None
+        path, state, damaged = checkpoint.load_newest(self.config.resume)
+        for what in damaged:
+            logs.say(f"{what}; going on from the one before, {path.name}")
+        try:
+            self._restore(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise MealError(f"checkpoint {path} is of another run: {reason}") from error
+        self.prepared = self.place.total_steps > 0
+        return logs.RunFolder.reopen(
+            self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.place = Place(state["epoch"], state["step"], state["total_steps"])
         self.work.student.backbone.load_state_dict(state["state_dict"])
         for name, (module, _) in self.work.extra.items():
             module.load_state_dict(state["extra"][name])
+        if self.ema is not None:
+            self.result.backbone.load_state_dict(state["state_dict_ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        for meter, kept in zip((self.window, self.epoch), state["meters"], strict=True):
+            meter.restore(kept, self.machine.device)
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] and self.machine.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["rng_cuda"])

@@ -372,7 +372,7 @@ def test_what_goes_wrong_is_said_in_one_line(
     ("command", "flag"),
     [
         *(("precompute", flag) for flag in ("--data-dir", "--out", "--teacher")),
-        *(("distill", flag) for flag in ("--data-dir", "--labels", "--model")),
+        *(("distill", flag) for flag in ("--data-dir", "--model")),
         *(("finetune", flag) for flag in ("--data-dir", "--model")),
         ("evaluate", "--data-dir"),
     ],

@@ -1,5 +1,6 @@
 """The label set: what an ensemble said about some views of some images, as a verified artifact."""
 
+from mealv2.label_set.appended import Appender
 from mealv2.label_set.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -24,6 +25,7 @@ from mealv2.label_set.shard import (
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "Appender",
     "LabelSet",
     "Lookup",
     "Shard",

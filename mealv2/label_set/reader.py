@@ -11,7 +11,7 @@ import torch
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import read_manifest
-from mealv2.label_set.shard import column_offsets, shard_keys
+from mealv2.label_set.shard import APPENDED_PREFIX, column_offsets, read_shard, shard_keys
 from mealv2.soft_labels import SoftLabels
 
 
@@ -25,11 +25,14 @@ class Lookup(NamedTuple):
 class LabelSet:
     """The labels of one role of a label set: ``train``, many views, or ``val``, the centre crop.
 
-    Length is the number of labelled images. Shards are read through memory maps made at first use,
-    so that an open set can be handed to worker processes.
+    Length is the number of images with all their views labelled. ``appended`` names the files of
+    single rows that later jobs added. Shards are read through memory maps made at first use, so
+    that an open set can be handed to worker processes.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], role: str) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], role: str, appended: Sequence[str]
+    ) -> None:
         plan = manifest["plan"]
         self.folder = folder
         self.manifest = manifest
@@ -44,14 +47,27 @@ class LabelSet:
         for number, entry in enumerate(manifest["roles"][role]["shards"]):
             for row, key in enumerate(self._open_shard(entry)):
                 self._rows[key] = (number, row)
+        self.appended = list(appended)
+        self._appended_rows: dict[tuple[str, int], tuple[int, int]] = {}
+        for name in self.appended:
+            for row, place in enumerate(self._open_appended(folder / name)):
+                self._appended_rows.setdefault(place, (len(self._names), row))
+            self._names.append(name)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, role: str = "train") -> "LabelSet":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        role: str = "train",
+        appended: Sequence[str] | None = None,
+    ) -> "LabelSet":
         """Open the finished label set in a folder.
 
         Checks the manifest, and every shard's presence, size and contents against its hashes (about
-        a second per 2 GB). Raises LabelSetError when the set is unfinished, damaged or has no such
-        role.
+        a second per 2 GB). ``appended`` limits the appended files to those named, so that a run
+        that goes on sees what it saw before; None takes all that are there. Raises LabelSetError
+        when the set is unfinished, damaged or has no such role.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -59,13 +75,21 @@ class LabelSet:
             raise LabelSetError(
                 f"{folder} has no {role} labels (it has {', '.join(manifest['roles'])})"
             )
-        return cls(folder, manifest, role)
+        if appended is None:
+            found = folder.glob(f"{role}-{APPENDED_PREFIX}*.h5")
+            appended = sorted(path.name for path in found)
+        return cls(folder, manifest, role, appended)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
+
+    def holds(self, key: str, view: int) -> bool:
+        """Return whether the label of a view is there, in a shard or appended."""
+        in_shard = key in self._rows and 0 <= view < self.num_views
+        return in_shard or (key, view) in self._appended_rows
 
     def keys(self) -> Iterator[str]:
         """Iterate over the keys of the labelled images, in the order of the data set."""
@@ -109,6 +133,9 @@ class LabelSet:
         )
 
     def _place(self, key: str, view: int) -> tuple[int, int, int]:
+        """Return the file, row and column of a label."""
+        if (key, view) in self._appended_rows:
+            return *self._appended_rows[key, view], 0
         if key not in self._rows:
             reason = self.skipped.get(key)
             why = f"it was skipped: {reason}" if reason else "it is not an image of this set"
@@ -133,6 +160,19 @@ class LabelSet:
                 "again to make it anew"
             )
         return shard_keys(data)
+
+    def _open_appended(self, path: Path) -> list[tuple[str, int]]:
+        """Check a file of appended rows by its own checksum; return the place of every row."""
+        try:
+            shard = read_shard(path)
+        except FileNotFoundError:
+            raise LabelSetError(f"{path} is gone; labels that this run used were in it") from None
+        except LabelSetError as error:
+            raise LabelSetError(f"{error}; remove the file, its rows can be made again") from None
+        of_this_set = (shard.plan_sha256, shard.role) == (self.manifest["plan_sha256"], self.role)
+        if not of_this_set or shard.views is None:
+            raise LabelSetError(f"{path} holds rows of another label set; remove it")
+        return list(zip(shard.keys, shard.views[:, 0].tolist(), strict=True))
 
     def _columns(self, number: int) -> dict[str, np.ndarray]:
         """Return the memory-mapped columns of a shard: probs, and unless dense indices and rest."""

@@ -16,6 +16,8 @@ import numpy as np
 from mealv2.errors import LabelSetError
 from mealv2.files import write_whole
 
+APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
+
 _LIBRARY_VERSION = "v110"  # HDF5 1.10's file format: readable everywhere, and byte-reproducible
 
 
@@ -26,6 +28,8 @@ class Shard:
     ``probs`` (N, V, K) float16 or float32; ``indices`` (N, V, K) uint16 or uint32 class ids and
     ``rest`` (N, V) the mass not kept, both None for dense labels in class order; ``skipped`` the
     images without labels and why; ``counts`` whole numbers, such as how many answers were right.
+    ``views`` (N, V) uint64 names the views where they are not 0..V-1: in appended rows, which may
+    have a key more than once.
     """
 
     plan_sha256: str
@@ -35,6 +39,7 @@ class Shard:
     probs: np.ndarray
     indices: np.ndarray | None = None
     rest: np.ndarray | None = None
+    views: np.ndarray | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
 
@@ -55,12 +60,12 @@ def num_label_bytes(k: int, num_classes: int, label_dtype: str) -> int:
 def num_header_bytes() -> int:
     """Return how many bytes a shard takes beside labels and keys."""
     columns = np.zeros((1, 1, 1), "<f2"), np.zeros((1, 1, 1), "<u2"), np.zeros((1, 1), "<f2")
-    return len(_to_bytes(Shard("0" * 64, "train", 0, ["k"], *columns)))
+    return len(shard_bytes(Shard("0" * 64, "train", 0, ["k"], *columns)))
 
 
 def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
     """Publish a shard whole; return False when another job's was there first. Raises OSError."""
-    return write_whole(path, _to_bytes(shard), replace=replace)
+    return write_whole(path, shard_bytes(shard), replace=replace)
 
 
 def read_shard(path: Path) -> Shard:
@@ -81,6 +86,7 @@ def read_shard(path: Path) -> Shard:
             probs=columns["probs"],
             indices=columns.get("indices"),
             rest=columns.get("rest"),
+            views=columns.get("views"),
             **header,
         )
     except (LabelSetError, FileNotFoundError, PermissionError):
@@ -104,13 +110,16 @@ def column_offsets(path: Path) -> dict[str, tuple[int, tuple[int, ...], np.dtype
         }
 
 
-def _to_bytes(shard: Shard) -> bytes:
+def shard_bytes(shard: Shard) -> bytes:
+    """Return the HDF5 file of a shard; equal shards give equal bytes."""
     packed, ends = _pack_keys(shard.keys)
     columns = {"keys": packed, "key_ends": ends, "probs": shard.probs}
     if (shard.indices is None) != (shard.rest is None):
         raise ValueError("class ids and the rest go together: a dense label has neither")
     if shard.indices is not None and shard.rest is not None:
         columns |= {"indices": shard.indices, "rest": shard.rest}
+    if shard.views is not None:
+        columns["views"] = shard.views
     header = {
         "plan_sha256": shard.plan_sha256,
         "role": shard.role,

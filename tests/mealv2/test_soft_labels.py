@@ -13,6 +13,7 @@ import reference
 from mealv2.discriminator import Discriminator
 from mealv2.losses import discriminator_loss
 from mealv2.soft_labels import SoftLabels, through_top_k, top_k
+from mealv2.targets import Answer
 from mealv2.task import DistillTask
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_mealv2.npz"
@@ -173,7 +174,7 @@ def both_rows(probs: Tensor, label: SoftLabels) -> tuple[Tensor, Tensor]:
     discriminator = Discriminator(label.num_classes)
     discriminator.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs))
     log_probs = probs.double().clamp_min(1e-30).log().float()
-    DistillTask(nn.Identity(), discriminator)(log_probs, label)
+    DistillTask(nn.Identity(), discriminator)(log_probs, Answer(label))
     student, teacher = rows[0].split(len(label))
     return student, teacher
 

@@ -24,6 +24,7 @@ from mealv2.views import scheduled_view
 
 KEYS = ["ant/1.png", "bee/1.png", "猫/1.png"]
 NUM_VIEWS, NUM_CLASSES, K = 5, 6, 2
+NONE = torch.empty(0)  # no pixels: nobody looks at them
 
 
 def indices_of(key: str, view: int) -> list[int]:
@@ -66,7 +67,9 @@ def test_stored_labels_use_the_schedule_of_the_views_the_set_holds(label_set):
 
 def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(label_set):
     source_keys = ["x", "猫/1.png", "ant/1.png", "bee/1.png"]  # another order, one without labels
-    answer = StoredLabels(label_set, source_keys, seed=0).answer([1, 3, 1, 2], [0, 4, 2, 1])
+    answer = StoredLabels(label_set, source_keys, seed=0).answer([1, 3, 1, 2], [0, 4, 2, 1], NONE)
+    assert answer.sources == {"labels_stored": 4}
+    answer = answer.soft
     expected = [("猫/1.png", 0), ("bee/1.png", 4), ("猫/1.png", 2), ("ant/1.png", 1)]
     assert answer.indices_NK.dtype == torch.int64
     assert answer.indices_NK.tolist() == [indices_of(*place) for place in expected]
@@ -80,14 +83,14 @@ def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(lab
 def test_stored_labels_refuse_an_image_or_a_view_without_label(label_set):
     targets = StoredLabels(label_set, ["x", *KEYS], seed=0)
     with pytest.raises(LabelSetError, match="it was skipped: empty"):
-        targets.answer([0], [0])
+        targets.answer([0], [0], NONE)
     with pytest.raises(LabelSetError, match=f"no view {NUM_VIEWS}"):
-        targets.answer([1], [NUM_VIEWS])
+        targets.answer([1], [NUM_VIEWS], NONE)
 
 
 def test_hard_labels_answer_with_class_ids_whatever_the_view():
     targets = HardLabels([2, 0, 1])
-    answer = targets.answer([2, 0, 0], [5, 6, 7])
+    answer = targets.answer([2, 0, 0], [5, 6, 7], NONE).classes_B
     assert answer.dtype == torch.int64
     assert answer.tolist() == [1, 2, 2]
 

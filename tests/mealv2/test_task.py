@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import reference
 from mealv2.discriminator import Discriminator
 from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.targets import Answer
 from mealv2.task import DistillTask, HardLabelTask
 
 NUM_CLASSES = 20
@@ -61,7 +62,9 @@ def distillation(
 def test_loss_is_similarity_plus_weighted_discriminator_loss(student, images, variant, k, weight):
     labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
     discriminator = Discriminator(NUM_CLASSES, variant)
-    result = DistillTask(student, discriminator, discriminator_weight=weight)(images, labels)
+    result = DistillTask(student, discriminator, discriminator_weight=weight)(
+        images, Answer(labels)
+    )
     similarity, seen, logits = distillation(student, images, labels, discriminator)
     assert set(result) == {"loss", "output", "parts"}
     assert float(result["loss"].detach()) == pytest.approx(
@@ -80,7 +83,7 @@ def test_loss_is_similarity_plus_weighted_discriminator_loss(student, images, va
 
 def test_without_a_discriminator_the_loss_is_the_similarity_loss_alone(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
-    result = DistillTask(student)(images, labels)
+    result = DistillTask(student)(images, Answer(labels))
     expected, _, _ = distillation(student, images, labels, Discriminator(NUM_CLASSES))
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
     assert set(result["parts"]) == {"similarity_loss"}
@@ -89,7 +92,7 @@ def test_without_a_discriminator_the_loss_is_the_similarity_loss_alone(student, 
 def test_one_backward_reaches_student_and_discriminator_and_not_the_labels(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
     task = DistillTask(student, Discriminator(NUM_CLASSES))
-    task(images, labels)["loss"].backward()
+    task(images, Answer(labels))["loss"].backward()
     parameters = dict(task.named_parameters())
     assert {name.split(".")[0] for name in parameters} == {"student", "discriminator"}
     assert all(int(parameter.grad.count_nonzero()) > 0 for parameter in parameters.values())
@@ -102,7 +105,7 @@ def test_a_step_makes_the_students_output_more_like_the_labels(student, images):
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     losses = []
     for _ in range(20):
-        result = task(images, labels)
+        result = task(images, Answer(labels))
         losses.append(float(result["parts"]["similarity_loss"]))
         optimizer.zero_grad()
         result["loss"].backward()
@@ -115,7 +118,7 @@ def test_a_step_makes_the_students_output_more_like_the_labels(student, images):
 def test_a_student_that_answers_as_the_labels_leaves_the_discriminator_at_chance(images, k):
     student = nn.Sequential(nn.Flatten(), nn.Linear(12, NUM_CLASSES))
     labels = labels_of(student(images).detach(), k)
-    parts = DistillTask(student, Discriminator(NUM_CLASSES))(images, labels)["parts"]
+    parts = DistillTask(student, Discriminator(NUM_CLASSES))(images, Answer(labels))["parts"]
     assert float(parts["discriminator_accuracy"]) == 0.5
 
 
@@ -124,7 +127,7 @@ def test_a_label_rounded_to_nothing_gives_a_finite_loss(student, images):
         torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), torch.zeros(6), NUM_CLASSES
     )
     task = DistillTask(student, Discriminator(NUM_CLASSES))
-    loss = task(images, certain)["loss"]
+    loss = task(images, Answer(certain))["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in task.parameters())
@@ -136,7 +139,7 @@ def test_the_discriminator_sees_no_probability_below_the_smallest_float16(images
     discriminator.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs))
     logits = torch.zeros(6, NUM_CLASSES)
     logits[:, 0] = 100.0
-    DistillTask(nn.Identity(), discriminator)(logits, labels_of(logits, 3))
+    DistillTask(nn.Identity(), discriminator)(logits, Answer(labels_of(logits, 3)))
     smallest = float(np.log(np.finfo(np.float16).smallest_subnormal.astype(np.float64)))
     assert rows[0].shape == (12, NUM_CLASSES)
     assert float(rows[0][:, 0].min()) == pytest.approx(0.0, abs=1e-6)
@@ -146,8 +149,8 @@ def test_the_discriminator_sees_no_probability_below_the_smallest_float16(images
 def test_parts_are_detached(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
     results = (
-        DistillTask(student, Discriminator(NUM_CLASSES))(images, labels),
-        HardLabelTask(student)(images, torch.zeros(6, dtype=torch.int64)),
+        DistillTask(student, Discriminator(NUM_CLASSES))(images, Answer(labels)),
+        HardLabelTask(student)(images, Answer(classes_B=torch.zeros(6, dtype=torch.int64))),
     )
     assert not any(part.requires_grad for result in results for part in result["parts"].values())
     assert all(result["loss"].requires_grad for result in results)
@@ -161,14 +164,14 @@ def test_the_discriminator_computes_in_float32_under_autocast(student, images):
         lambda _, inputs, out: seen.extend([inputs[0].dtype, out.dtype])
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = DistillTask(student, discriminator)(images, labels)
+        result = DistillTask(student, discriminator)(images, Answer(labels))
     assert seen == [torch.float32] * 2
     assert result["loss"].dtype == result["output"].dtype == torch.float32
 
 
 def test_hard_label_task_is_cross_entropy(student, images):
     labels = torch.tensor([0, 3, 19, 7, 7, 1])
-    result = HardLabelTask(student)(images, labels)
+    result = HardLabelTask(student)(images, Answer(classes_B=labels))
     one_hot = np.eye(NUM_CLASSES)[labels.numpy()]
     expected, _ = reference.similarity(student(images).detach().numpy(), one_hot)
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)

@@ -24,7 +24,8 @@ def names(run: Path) -> list[str]:
 def test_what_is_saved_comes_back(run: Path) -> None:
     path = checkpoint.save(run, STATE, step=12, keep=2)
     assert path == run / "checkpoints" / "step-00000012.pt"
-    state = checkpoint.load_newest(run)
+    newest, state, damaged = checkpoint.load_newest(run)
+    assert (newest, damaged) == (path, [])
     assert (state["epoch"], state["args"]) == (3, STATE["args"])
     assert torch.equal(state["state_dict"]["w"], STATE["state_dict"]["w"])
 
@@ -39,7 +40,7 @@ def test_newest_are_kept_and_nothing_else(run: Path) -> None:
     for step in (1, 2, 10, 9_999_999):
         checkpoint.save(run, {"step": step}, step=step, keep=2)
     assert names(run) == ["step-00000010.pt", "step-09999999.pt"]
-    assert checkpoint.load_newest(run) == {"step": 9_999_999}
+    assert checkpoint.load_newest(run)[1] == {"step": 9_999_999}
 
 
 def test_files_it_did_not_make_are_left_alone(run: Path) -> None:
@@ -84,7 +85,14 @@ def test_a_flipped_bit_in_the_weights_is_noticed(
         checkpoint.load_newest(run)
 
 
-def test_removing_the_damaged_one_continues_from_the_one_before(run: Path) -> None:
-    checkpoint.save(run, {"step": 1}, step=1, keep=2)
-    checkpoint.save(run, {"step": 2}, step=2, keep=2).unlink()
-    assert checkpoint.load_newest(run) == {"step": 1}
+@pytest.mark.parametrize("damage", [_truncate, _empty, _text, _pickle])
+def test_damaged_newest_one_is_told_and_the_one_before_comes_back(
+    run: Path, damage: Callable[[Path], None]
+) -> None:
+    before = checkpoint.save(run, STATE, step=1, keep=2)
+    damage(checkpoint.save(run, STATE, step=2, keep=2))
+    path, state, damaged = checkpoint.load_newest(run)
+    assert (path, state["epoch"]) == (before, 3)
+    assert len(damaged) == 1
+    assert "step-00000002.pt is damaged" in damaged[0]
+    assert "\n" not in damaged[0]

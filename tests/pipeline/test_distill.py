@@ -17,12 +17,13 @@ from mealv2.ensemble import TeacherEnsemble
 from mealv2.images import ImageFolder, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
 from mealv2.models import create_classifier, find_checkpoint
-from mealv2.soft_labels import SoftLabels, top_k
-from mealv2.targets import StoredLabels
+from mealv2.soft_labels import top_k
+from mealv2.targets import Answer, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import scheduled_view, view_of
 from pipeline import runtime, training
 from pipeline.config import DistillConfig
+from pipeline.work import Work, make_student
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -36,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 # --- stored labels and online teachers are the same targets -------------------------------------
 
 
-class OnlineTeachers:
+class CuttingTeachers(Targets):
     """Answers like StoredLabels, by cutting the views itself and asking the teachers now."""
 
     def __init__(self, source: ImageFolder, ensemble: TeacherEnsemble) -> None:
@@ -46,15 +47,19 @@ class OnlineTeachers:
     def view(self, key: str, epoch: int) -> int:
         return scheduled_view(key, epoch, seed=0, num_views=4)
 
-    def answer(self, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
+    def answer(
+        self, positions: Sequence[int], views: Sequence[int], images_BCHW: torch.Tensor
+    ) -> Answer:
         rows = []
         for position, index in zip(positions, views, strict=True):
             image = decode(self.source.read(position))
             size = {"width": image.width, "height": image.height}
             rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
-        images_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
-        probs_BC = self.ensemble(images_BCHW).probs_BC
-        return top_k(probs_BC, 3)
+        cut_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+        return Answer(top_k(self.ensemble(cut_BCHW).probs_BC, 3))
+
+    def flush(self) -> None:
+        """Nothing to keep."""
 
 
 def _train_online(
@@ -66,18 +71,18 @@ def _train_online(
         for name, path in teacher_dirs.items()
     ]
     runtime.seed_everything(config.seed)
-    student = training.make_student(config, classes=source.classes, img_size=32)
+    student = make_student(config, classes=source.classes, img_size=32)
     discriminator, extra = None, {}
     if config.discriminator != "off":
         discriminator = Discriminator(3, config.discriminator)
         extra = {"discriminator": (discriminator, config.lr)}
-    work = training.Work(
+    work = Work(
         command="distill",
         task=DistillTask(student, discriminator),
         student=student,
         source=source,
         positions=list(range(len(source))),
-        targets=OnlineTeachers(source, TeacherEnsemble(teachers)),
+        targets=CuttingTeachers(source, TeacherEnsemble(teachers)),
         img_size=32,
         view_seed=7,
         evaluator=None,
@@ -135,9 +140,14 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
     asked: list[tuple[int, int]] = []
     answer = StoredLabels.answer
 
-    def recording(self: StoredLabels, positions: Sequence[int], views: Sequence[int]) -> SoftLabels:
+    def recording(
+        self: StoredLabels,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: torch.Tensor,
+    ) -> Answer:
         asked.extend(zip(positions, views, strict=True))
-        return answer(self, positions, views)
+        return answer(self, positions, views, images_BCHW)
 
     monkeypatch.setattr(StoredLabels, "answer", recording)
     done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)

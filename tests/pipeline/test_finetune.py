@@ -45,9 +45,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for kind in (HardLabels, StoredLabels):
 
-        def recording(self: Any, positions: Any, views: Any, answer: Any = kind.answer) -> Any:
+        def recording(
+            self: Any, positions: Any, views: Any, images: Any, answer: Any = kind.answer
+        ) -> Any:
             pairs.extend(zip(positions, views, strict=True))
-            return answer(self, positions, views)
+            return answer(self, positions, views, images)
 
         monkeypatch.setattr(kind, "answer", recording)
     return pairs

@@ -48,6 +48,7 @@ def test_run_folder_holds_config_metrics_summary_checkpoints_and_student(finishe
         "checkpoints/step-00000005.pt",
         "checkpoints/step-00000010.pt",
         "config.json",
+        "labels.json",
         "metrics.jsonl",
         "report.json",
         "student/config.json",
@@ -443,29 +444,41 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def _other_state(path: Path) -> None:
-    torch.save({"step": 1}, path)
-
-
-@pytest.mark.parametrize("damage", [_truncate, _other_state])
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_serves(
-    run_cli: Run,
-    done: Run,
-    finished: Path,
-    run: Path,
-    weights: Weights,
-    damage: Callable[[Path], None],
+def test_torn_newest_checkpoint_is_named_and_the_one_before_serves(
+    done: Run, finished: Path, run: Path, weights: Weights
 ) -> None:
     shutil.copytree(finished, run)
     newest = run / "checkpoints" / "step-00000010.pt"
-    damage(newest)
+    _truncate(newest)
+    result = done("distill", "--resume", run)
+    assert f"checkpoint {newest} is damaged" in result.stderr
+    assert "going on from the one before, step-00000005.pt" in result.stderr
+    assert weights(run) == weights(finished)
+    assert result.report["epochs"] == 2
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(
+    run_cli: Run, finished: Path, run: Path, contents: Callable[..., dict[str, bytes]]
+) -> None:
+    shutil.copytree(finished, run)
+    for path in (run / "checkpoints").iterdir():
+        _truncate(path)
+    before = contents(run)
     result = run_cli("distill", "--resume", run)
     assert result.code == 1
     assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"mealv2: checkpoint {newest} is damaged")
-    newest.unlink()
-    done("distill", "--resume", run)
-    assert weights(run) == weights(finished)
+    assert "no other is whole" in result.stderr
+    assert contents(run) == before
+
+
+def test_checkpoint_of_another_run_is_named(run_cli: Run, finished: Path, run: Path) -> None:
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints" / "step-00000010.pt"
+    torch.save({"step": 1}, newest)
+    result = run_cli("distill", "--resume", run)
+    assert result.code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"mealv2: checkpoint {newest} is of another run")
 
 
 def test_second_signal_quits_at_once(

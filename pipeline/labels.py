@@ -1,0 +1,275 @@
+"""Where the answers of a distillation come from: a label set, its teachers for what it lacks, or
+teachers online.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.errors import ConfigError, LabelSetError
+from mealv2.files import read_json
+from mealv2.images import ImageSource, fingerprint, open_source
+from mealv2.label_set import Appender, LabelSet, read_manifest
+from mealv2.soft_labels import SoftLabels
+from mealv2.targets import OnlineTeachers, StoredLabels, Targets
+from pipeline import logs, teachers
+from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
+from pipeline.evaluation import LabelTable
+from pipeline.labelling import Labeller
+from pipeline.loaders import ViewReader, centre_requests, read_views
+from pipeline.runtime import Runtime
+
+_KEPT_OF_VALIDATION = 100  # classes kept in memory of each validation label of online teachers
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Who answers for which images, and what is known of the validation split.
+
+    ``accuracies`` are the teachers' there, by name; ``provenance`` is what the run folder keeps.
+    """
+
+    targets: Targets
+    positions: list[int]
+    img_size: int
+    view_seed: int
+    provenance: dict[str, Any]
+    of_validation: LabelTable | None = None
+    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class CentreLabels:
+    """The labels of a validation split's centre crops, in memory; a LabelTable."""
+
+    def __init__(self, keys: Sequence[str], labels: SoftLabels) -> None:
+        self._rows = {key: row for row, key in enumerate(keys)}
+        self._labels = labels
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
+        """Return the labels of images; there is one view of each."""
+        return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
+
+
+def open_training_images(config: DistillConfig) -> ImageSource:
+    """Open the images to train on: the split that the label set names, or --split."""
+    if config.labels is None:
+        return open_source(config.data_dir, config.split or "train")
+    plan = read_manifest(config.labels)["plan"]
+    return open_source(config.data_dir, plan["roles"]["train"]["split"])
+
+
+def online(
+    config: DistillConfig, machine: Runtime, source: ImageSource, val: ImageSource | None
+) -> Answers:
+    """Let the --teacher models answer at every step; they label the validation split first."""
+    img_size = config.img_size or DEFAULT_IMG_SIZE
+    ensemble, described = teachers.build(
+        config.teacher, classes=list(source.classes), img_size=img_size, runtime=machine
+    )
+    of_validation = None
+    accuracies: dict[str, dict[str, float]] = {}
+    if val is not None:
+        of_validation, figures = _label_validation(config, machine, ensemble, val, img_size)
+        names = [*(f"teacher {teacher['model']}" for teacher in described), "ensemble"]
+        accuracies = dict(zip(names, figures, strict=True))
+    return Answers(
+        OnlineTeachers(ensemble, source.labels),
+        list(range(len(source))),
+        img_size,
+        config.view_seed or 0,
+        {"online": True, "teachers": described},
+        of_validation,
+        accuracies,
+    )
+
+
+def stored(
+    config: DistillConfig, machine: Runtime, source: ImageSource, val: ImageSource | None
+) -> Answers:
+    """Answer from the label set, and from its teachers where --missing says so."""
+    assert config.labels is not None
+    labels = LabelSet.open(config.labels, appended=_appended_before(config))
+    check_same_data(labels, source, may_lack_images=config.missing != "fail")
+    plan = labels.manifest["plan"]["roles"]
+    val_labels = None
+    if val is not None and val.split == plan.get("val", {}).get("split"):
+        val_labels = LabelSet.open(config.labels, role="val")
+        check_same_data(val_labels, val)
+    ensemble = _teachers_of(config, machine, labels) if config.missing == "teach" else None
+    targets = StoredLabels(
+        labels,
+        source.keys,
+        source.labels,
+        seed=config.seed,
+        reuse=config.reuses_views,
+        missing=config.missing,
+        ensemble=ensemble,
+        appender=Appender(labels) if config.write_back else None,
+    )
+    positions = [
+        p
+        for p, key in enumerate(source.keys)
+        if key in labels or (config.missing != "fail" and key not in labels.skipped)
+    ]
+    _check_epochs(config, labels)
+    lacking = sum(key not in labels for key in source.keys) - len(labels.skipped)
+    if lacking:
+        done = "left out" if config.missing == "skip" else "labelled by the teachers"
+        logs.say(
+            f"{lacking} images are not in the label set; they are {done}, but for views "
+            "that were appended"
+        )
+    return Answers(
+        targets,
+        positions,
+        labels.img_size,
+        plan["train"]["views"]["seed"],
+        {
+            "path": str(config.labels.absolute()),
+            "plan_sha256": labels.manifest["plan_sha256"],
+            "appended": labels.appended,
+        },
+        val_labels,
+        _accuracies(val_labels),
+    )
+
+
+def check_same_data(
+    labels: LabelSet, source: ImageSource, *, may_lack_images: bool = False
+) -> None:
+    """Raise LabelSetError, saying what differs, when the labels are of other images.
+
+    With ``may_lack_images`` the source may have images that the set does not.
+    """
+    if list(source.classes) != labels.classes:
+        odd = sorted(set(source.classes) ^ set(labels.classes))
+        raise LabelSetError(
+            f"{labels.folder} labels {labels.num_classes} classes, {source.name} has "
+            f"{len(source.classes)}; only in one of them: {_some(odd)}"
+        )
+    there = set(labels.keys()) | labels.skipped.keys()
+    made_from = labels.manifest["plan"]["roles"][labels.role]["data_sha256"]
+    if fingerprint(source, only=there if may_lack_images else None) == made_from:
+        return
+    new, gone = sorted(set(source.keys) - there), sorted(there - set(source.keys))
+    what = [f"{len(new)} images without labels ({_some(new)})"] if new else []
+    what += [f"{len(gone)} labelled images missing ({_some(gone)})"] if gone else []
+    advice = "give the data it was made from, or precompute labels for this data"
+    if new and not gone and labels.role == "train" and not may_lack_images:
+        advice += ", or say what to do with them: --missing teach or --missing skip"
+    raise LabelSetError(
+        f"{labels.folder} was made from other data than {source.name}: "
+        f"{' and '.join(what) or 'the same names, but other files'}; {advice}"
+    )
+
+
+def _check_epochs(config: DistillConfig, labels: LabelSet) -> None:
+    """Raise ConfigError where the stored views end before the epochs do."""
+    if config.reuses_views or config.missing == "teach" or config.epochs <= labels.num_views:
+        return
+    raise ConfigError(
+        f"--no-reuse-views: {config.epochs} epochs need as many views, {labels.folder} holds "
+        f"{labels.num_views}; let its teachers answer with --missing teach, or use fewer --epochs"
+    )
+
+
+def _teachers_of(config: DistillConfig, machine: Runtime, labels: LabelSet) -> TeacherEnsemble:
+    """Build the teachers that made the set; raises LabelSetError where their weights differ."""
+    made_by = labels.manifest["plan"]["teachers"]
+    specs = list(config.teacher)
+    if not specs:
+        for teacher in made_by:
+            if "." not in teacher["model"]:
+                raise ConfigError(
+                    f"{labels.folder} was made by an own checkpoint of {teacher['model']}; "
+                    f"say where it is: --teacher {teacher['model']}=RUN, for every teacher"
+                )
+        specs = [teacher["model"] for teacher in made_by]
+    ensemble, described = teachers.build(
+        specs, classes=labels.classes, img_size=labels.img_size, runtime=machine
+    )
+    there = [teacher["weights_sha256"] for teacher in made_by]
+    here = [teacher["weights_sha256"] for teacher in described]
+    if sorted(there) != sorted(here):
+        other = next((d["model"] for d in described if d["weights_sha256"] not in there), None)
+        raise LabelSetError(
+            f"{labels.folder} was made by {len(there)} teachers with other weights than "
+            f"{other or 'these ' + str(len(here))}; give those of its manifest: "
+            f"{', '.join(teacher['model'] for teacher in made_by)}"
+        )
+    return ensemble
+
+
+def _label_validation(
+    config: DistillConfig,
+    machine: Runtime,
+    ensemble: TeacherEnsemble,
+    val: ImageSource,
+    img_size: int,
+) -> tuple[CentreLabels, list[dict[str, float]]]:
+    """Ask the ensemble about the validation split once; return its labels, and the accuracy of
+    every teacher and of the ensemble.
+    """
+    num_classes = len(val.classes)
+    labeller = Labeller(
+        ensemble,
+        machine,
+        num_classes=num_classes,
+        topk=min(num_classes, _KEPT_OF_VALIDATION),
+        label_dtype="float32",
+        batch_size=config.batch_size,
+        on_bad_image=config.on_bad_image,
+    )
+    pixels = logs.progress(
+        read_views(
+            ViewReader(val, img_size=img_size),
+            centre_requests(range(len(val)), config.batch_size),
+            workers=config.workers,
+        ),
+        total=len(val),
+        what="teachers on the validation split",
+        unit="images",
+        size=lambda item: len(item.positions) + len(item.failed),
+    )
+    answers = labeller.label(val, pixels, score=True)
+    labels = SoftLabels(
+        torch.from_numpy(answers.indices_NK.astype(np.int64)),
+        torch.from_numpy(answers.probs_NK),
+        torch.from_numpy(answers.rest_N),
+        num_classes,
+    )
+    percent = answers.correct * 100.0 / max(1, len(answers.positions))
+    figures = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
+    return CentreLabels([val.keys[p] for p in answers.positions], labels), figures
+
+
+def _appended_before(config: DistillConfig) -> list[str] | None:
+    """Return the appended files that the run to resume began with; None for a new run."""
+    if config.resume is None or not (path := config.resume / logs.LABELS_NAME).exists():
+        return None
+    try:
+        kept = read_json(path)
+        return [Path(name).name for name in kept["appended"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+
+
+def _accuracies(labels: LabelSet | None) -> dict[str, dict[str, float]]:
+    """Return what stage one measured of the teachers, by name."""
+    if labels is None:
+        return {}
+    accuracy = labels.manifest["roles"]["val"]["accuracy"]
+    named = {f"teacher {t['model']}": t for t in accuracy["teachers"]}
+    return {**named, "ensemble": accuracy["ensemble"]}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

@@ -1,0 +1,45 @@
+"""Which views of which images stand in which batch of a run: a pure function of the settings."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mealv2.images import ImageSource
+from mealv2.targets import Targets
+from pipeline.config import TrainConfig
+from pipeline.loaders import Request, batches, epoch_order
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of a run over the images of ``source`` at ``positions``.
+
+    A pass shows every image once, ``views_per_image`` views of it, and counts as so many epochs
+    (official FKD_train.py); the last one may be narrower. Passes are named by their first epoch.
+    """
+
+    config: TrainConfig
+    source: ImageSource
+    positions: Sequence[int]
+    targets: Targets
+
+    def width(self, epoch: int) -> int:
+        """Return how many epochs the pass that begins at ``epoch`` counts as."""
+        return min(self.config.views_per_image, self.config.epochs - epoch)
+
+    def requests(self, epoch: int) -> list[Request]:
+        """Return the batches of the pass: images in random order, each with its views."""
+        keys, view = self.source.keys, self.targets.view
+        epochs = range(epoch, epoch + self.width(epoch))
+        order = epoch_order(len(self.positions), seed=self.config.seed, epoch=epoch)
+        rows: Request = []
+        for position in (self.positions[i] for i in order):
+            views = [view(keys[position], e) for e in epochs]
+            if shown := tuple(v for v in views if v is not None):
+                rows.append((position, shown))
+        return batches(rows, math.ceil(self.config.batch_size / self.config.views_per_image))
+
+    def requests_from(self, epoch: int) -> Iterator[Request]:
+        """Yield the batches of this pass and all that follow, to the end of the run."""
+        for start in range(epoch, self.config.epochs, self.config.views_per_image):
+            yield from self.requests(start)

@@ -1,0 +1,64 @@
+"""What a run trains and on what: the parts that a stage puts together for the one loop."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mealv2.cutmix import CutMixTarget
+from mealv2.images import ImageSource
+from mealv2.models import Classifier, Preprocessing, create_classifier
+from mealv2.targets import Targets
+from mealv2.task import Task
+from pipeline.config import TrainConfig
+from pipeline.evaluation import Evaluator
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """How batches are mixed: who labels a mixture, lambda ~ Beta(beta, beta), share mixed."""
+
+    target: CutMixTarget
+    beta: float = 1.0
+    probability: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run trains and on what: everything the loop does not decide itself.
+
+    An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
+    names, cut under ``view_seed``. ``extra`` are modules beside the student that learn too, each
+    with its initial learning rate. ``teachers`` are the accuracies to print before the first step,
+    ``legend`` what to print behind a figure of an epoch, ``labels`` what the run folder keeps of
+    the labels it was made from.
+    """
+
+    command: str
+    task: Task
+    student: Classifier
+    source: ImageSource
+    positions: list[int]
+    targets: Targets
+    img_size: int
+    view_seed: int
+    evaluator: Evaluator | None
+    extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
+    cutmix: CutMix | None = None
+    teachers: dict[str, dict[str, float]] = field(default_factory=dict)
+    legend: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, Any] | None = None
+
+
+def make_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
+    """Build the student from timm's weights, a checkpoint, or at random."""
+    given = Preprocessing(config.mean, config.std) if config.mean and config.std else None
+    return create_classifier(
+        config.model,
+        num_classes=len(classes),
+        pretrained=config.from_pretrained,
+        checkpoint=config.initial_checkpoint,
+        img_size=img_size,
+        classes=classes,
+        preprocessing=given,
+    )
