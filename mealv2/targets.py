@@ -14,7 +14,8 @@ from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
 
-STORED, TAUGHT = "labels_stored", "labels_taught"  # where answers came from, in the log
+# Where answers came from, in the log.
+STORED, TAUGHT, SKIPPED = "labels_stored", "labels_taught", "labels_skipped"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ class Passes:
                 rows.append((position, shown))
         return batches(rows, math.ceil(self.config.batch_size / self.config.views_per_image))
 
+    def num_left_out(self, epoch: int, requests: list[Request]) -> int:
+        """Return how many views of the pass the targets left out."""
+        shown = sum(len(views) for request in requests for _, views in request)
+        return len(self.positions) * self.width(epoch) - shown
+
     def requests_from(self, epoch: int) -> Iterator[Request]:
         """Yield the batches of this pass and all that follow, to the end of the run."""
         for start in range(epoch, self.config.epochs, self.config.views_per_image):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mealv2.cutmix import Mix, draw_mix
 from mealv2.errors import DataError, MealError, StoppedError
 from mealv2.models import EXPORT_FOLDER, Classifier, save_classifier
-from mealv2.targets import Answer
+from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture
 from pipeline import checkpoint, logs
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
@@ -125,7 +125,10 @@ class _Trainer:
         config, work, place = self.config, self.work, self.place
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.lr_factor(place.epoch)
-        requests = self.passes.requests(place.epoch)[place.step :]
+        requests = self.passes.requests(place.epoch)
+        if place.step == 0 and (left_out := self.passes.num_left_out(place.epoch, requests)):
+            self.epoch.count({SKIPPED: left_out})
+        requests = requests[place.step :]
         work.task.train()
 
         shown = logs.progress(
