@@ -121,3 +121,120 @@ def through_top_k(logits_NC: np.ndarray, indices_NK: np.ndarray) -> np.ndarray:
             row[others] = np.logaddexp.reduce(log_probs[others]) - np.log(len(others))
         rows.append(row)
     return np.array(rows)
+
+
+# --- one whole step of training -----------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """How a step is computed; the names are DistillTask's."""
+
+    variant: str | None = "paper"  # of the discriminator; None: off
+    shown: str = "log-probs"  # what the discriminator is shown
+    weight: float = 1.0  # of its loss
+    temperature: float = 1.0  # of the labels
+    hard_weight: float = 0.0
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+class State(NamedTuple):
+    """The weights of a linear student and a discriminator, and the momentum of each."""
+
+    student: Layers
+    discriminator: Layers
+    momenta: Layers
+
+
+MIN_LOG = -24 * np.log(2.0)
+
+
+def shown_rows(
+    logits_NC: np.ndarray, indices_NK: np.ndarray, shown: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows N x C of the student for the discriminator, d rows / d logits N x C x C)."""
+    num_rows, num_classes = logits_NC.shape
+    probs = softmax(logits_NC)
+    eye = np.eye(num_classes)
+    if shown == "logits":
+        return logits_NC.astype(np.float64), np.broadcast_to(eye, (num_rows, *eye.shape))
+    if shown == "probs":
+        return probs, probs[:, :, None] * (eye - probs[:, None, :])
+    rows = through_top_k(logits_NC, indices_NK)
+    slopes = np.empty((num_rows, num_classes, num_classes))
+    for i, kept in enumerate(indices_NK):
+        slopes[i] = eye - probs[i]  # d log p_j / d s = e_j - p
+        others = np.setdiff1d(np.arange(num_classes), kept)
+        if len(others):
+            tail = np.zeros(num_classes)
+            tail[others] = probs[i, others] / probs[i, others].sum()
+            slopes[i, others] = tail - probs[i]
+        slopes[i, rows[i] < MIN_LOG] = 0.0  # cut off below, and flat there
+    return np.maximum(rows, MIN_LOG), slopes
+
+
+def whole_step(
+    state: State,
+    images_ND: np.ndarray,
+    teacher_logits_TNC: np.ndarray,
+    classes_N: np.ndarray,
+    k: int,
+    settings: Settings,
+) -> tuple[dict[str, float], State]:
+    """Return (losses by name, the state after one step of SGD) of a linear student.
+
+    Labels: the k likeliest classes of the ensemble and the rest spread evenly.
+    """
+    num_classes = teacher_logits_TNC.shape[2]
+    ((weight, bias),) = state.student
+    logits = images_ND @ weight.T + bias
+    mean_probs, mean_logits = ensemble(teacher_logits_TNC)
+    indices, kept = top_k(mean_probs, k)
+    labels = dense(indices, kept, 1.0 - kept.sum(axis=1), num_classes)
+    softened = labels ** (1.0 / settings.temperature)
+    softened = softened / softened.sum(axis=1, keepdims=True)
+
+    soft_loss, soft_grad = similarity(logits, softened)
+    hard_loss, hard_grad = similarity(logits, np.eye(num_classes)[classes_N])
+    w = settings.hard_weight
+    losses = {"similarity_loss": soft_loss}
+    grad_logits = (1.0 - w) * soft_grad + w * hard_grad
+    if w:
+        losses["hard_label_loss"] = hard_loss
+    loss = (1.0 - w) * soft_loss + w * hard_loss
+    grad_layers: Layers = []
+    if settings.variant is not None:
+        student_rows, slopes = shown_rows(logits, indices, settings.shown)
+        teacher_rows = {
+            "logits": mean_logits,
+            "probs": labels,
+            "log-probs": np.maximum(np.log(labels), MIN_LOG),
+        }[settings.shown]
+        form = "official" if settings.variant == "official" else "paper"
+        seen = discriminate(state.discriminator, student_rows, teacher_rows, variant=form)
+        grad_shown = np.einsum("nj,njc->nc", seen.grad_student, slopes)
+        sign = -1.0 if settings.variant == "adversarial" else 1.0
+        losses["discriminator_loss"] = seen.loss
+        losses["discriminator_gradient_ratio"] = float(
+            settings.weight * np.linalg.norm(grad_shown) / np.linalg.norm(grad_logits)
+        )
+        loss += settings.weight * seen.loss
+        grad_logits = grad_logits + sign * settings.weight * grad_shown
+        grad_layers = [(settings.weight * gw, settings.weight * gb) for gw, gb in seen.grad_layers]
+    losses["loss"] = float(loss)
+
+    grads = [(grad_logits.T @ images_ND, grad_logits.sum(axis=0)), *grad_layers]
+    weights = [*state.student, *state.discriminator]
+    moved, momenta = [], []
+    for layer, grad, momentum in zip(weights, grads, state.momenta, strict=True):
+        # SGD: v <- mu v + g + wd w;  w <- w - lr v
+        velocity = tuple(
+            settings.momentum * v + g + settings.weight_decay * value
+            for value, g, v in zip(layer, grad, momentum, strict=True)
+        )
+        momenta.append(velocity)
+        moved.append(
+            tuple(value - settings.lr * v for value, v in zip(layer, velocity, strict=True))
+        )
+    return losses, State(moved[:1], moved[1:], momenta)
