@@ -67,7 +67,7 @@ def commands(path: str) -> list[list[str]]:
     return found
 
 
-def test_readme_commands_and_python_run_one_after_another(
+def test_commands_and_python_of_the_documents_run_one_after_another(
     data_dir: Path,
     run_cli: Callable[..., Any],
     hub_cache: None,
@@ -77,7 +77,7 @@ def test_readme_commands_and_python_run_one_after_another(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
 
-    for words in commands("README.md"):
+    for words in [*commands("README.md"), *commands("docs/distill.md")]:
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     for code in blocks("README.md", "python"):
