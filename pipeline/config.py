@@ -28,6 +28,13 @@ def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
     return field(default=default, metadata={"help": text, "shown": shown})
 
 
+def recipe_setting() -> Any:
+    """The field of a stage that a published recipe can fill in."""
+    return setting(
+        None, "Published recipe for whatever is not given; see `mealv2 recipes`.", shown="none"
+    )
+
+
 def required(text: str) -> Any:
     """A field that must be given."""
     return field(metadata={"help": text, "shown": None})
@@ -106,6 +113,7 @@ class PrecomputeConfig(Machine):
     )
     shard_size: int = setting(2048, "Images per shard file.")
     batch_size: int = setting(256, "Views per forward pass.")
+    recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
@@ -210,6 +218,7 @@ class DistillConfig(TrainConfig):
         None, "Learning rate of the discriminator, with the same milestones.", shown="--lr"
     )
     discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.")
+    recipe: str | None = recipe_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
