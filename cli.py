@@ -214,7 +214,7 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
     path = values["resume"] / "config.json"
     if not path.is_file():
         raise ConfigError(f"no run at {values['resume']}: it has no config.json")
-    kept = _settings(path, context)
+    kept = {n: value for n, value in _settings(path, context).items() if value is not None}
     for name, value in values.items():
         given = _on_command_line(context, name)
         if name in RESUMABLE:
