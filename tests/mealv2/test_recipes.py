@@ -320,3 +320,17 @@ def test_the_files_are_package_data() -> None:
     setup.read(FOLDER.parent.parent / "setup.cfg", encoding="utf-8")
     patterns = setup["options.package_data"]["mealv2.recipes"].split()
     assert all(any(fnmatch(f"{name}.toml", p) for p in patterns) for name in NAMES)
+
+
+@EVERY
+def test_the_document_has_the_recipes_numbers_and_source(name: str) -> None:
+    text = (FOLDER.parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    recipe = recipes.load(name)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    shown = ["–" if value is None else f"{value:.2f}" for value in (recipe.top1, recipe.top5)]
+    assert cells[-3:] == [*shown, recipe.source]
+    if name in PUBLISHED:
+        teachers = "B4 + B4" if name == "resnet50-380" else "SENet + ResNet"
+        size = str(recipe.teachers["img_size"])
+        assert cells[1:4] == [f"`{recipe.distill['model']}`", teachers, size]
