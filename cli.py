@@ -17,11 +17,22 @@ from typing import Any
 import click
 
 import mealv2
+from mealv2 import recipes
 from mealv2.errors import ConfigError, MealError
 from pipeline import config as configs
 
 # A run that is resumed keeps its settings, but for these.
 RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
+
+IN_CONFIG = "mealv2.in_config"  # where a context keeps the names that --config gives
+
+# A flag that is given sets aside what a recipe says of these: they would have no meaning beside it.
+SET_ASIDE = {
+    "initial_checkpoint": {"pretrained"},
+    "discriminator": {"discriminator_lr", "discriminator_weight"},
+    "epochs": {"lr_milestones"},
+    "sched": {"lr_milestones", "decay_rate"},
+}
 
 EXAMPLES = {
     "precompute": "mealv2 precompute --data-dir imagenet --num-views 30 --out labels "
@@ -51,8 +62,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        command = f"mealv2 {name}" if (name := _command_of(error)) else "mealv2"
-        _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
+        _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
     except MealError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -67,10 +77,13 @@ def main() -> None:
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
 
 
-def _command_of(error: click.ClickException) -> str | None:
-    """Return the name of the command that was used wrongly."""
-    context = getattr(error, "ctx", None)
-    return context.info_name if context is not None and context.parent is not None else None
+def _command_of(error: click.ClickException) -> str:
+    """Return the command that was used wrongly, as it is typed."""
+    context, words = getattr(error, "ctx", None), []
+    while context is not None and context.parent is not None:
+        words.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(["mealv2", *words])
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
@@ -88,6 +101,8 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
                     "--config has no effect with --resume: the run keeps its settings"
                 )
             values = _resumed(values, click.get_current_context())
+        elif values.get("recipe") is not None:
+            values = _with_recipe(values, click.get_current_context())
         stage = importlib.import_module(f"pipeline.{name}")
         report = stage.run(config.from_json(values))
         click.echo(json.dumps(report))
@@ -153,10 +168,13 @@ def _without_none(kind: Any) -> Any:
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
     """Make a JSON file's settings the defaults of the other options."""
     if path is not None:
+        settings = _settings(path, context)
+        context.meta[IN_CONFIG] = set(settings)
         # numbers go to click as text, as on the command line
         context.default_map = {
             name: str(value) if type(value) in (int, float) else value
-            for name, value in _settings(path, context).items()
+            for name, value in settings.items()
+            if value is not None
         }
     return path
 
@@ -173,7 +191,24 @@ def _settings(path: Path, context: click.Context) -> dict[str, Any]:
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ConfigError(f"{path}: unknown setting {unknown[0]!r}")
-    return {name: value for name, value in values.items() if value is not None}
+    return values
+
+
+def _with_recipe(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
+    """Return the values with a recipe's where neither a flag nor --config says anything."""
+    recipe = recipes.load(values["recipe"])
+    settings = recipe.settings(context.info_name, online=values.get("online", False))
+    in_config = context.meta.get(IN_CONFIG, set())
+    given = {name for name in values if _on_command_line(context, name)}
+    if "recipe" in given and in_config >= settings.keys():
+        raise ConfigError("--recipe has no effect with a --config that has all its settings")
+    given |= in_config
+    aside = {name for flag in SET_ASIDE.keys() & given for name in SET_ASIDE[flag]}
+    return values | {n: value for n, value in settings.items() if n not in given | aside}
+
+
+def _on_command_line(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
@@ -181,9 +216,9 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
     path = values["resume"] / "config.json"
     if not path.is_file():
         raise ConfigError(f"no run at {values['resume']}: it has no config.json")
-    kept = _settings(path, context)
+    kept = {n: value for n, value in _settings(path, context).items() if value is not None}
     for name, value in values.items():
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        given = _on_command_line(context, name)
         if name in RESUMABLE:
             if given:
                 kept[name] = value
@@ -193,6 +228,43 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
                 "leave it out, or start a new run"
             )
     return {**kept, "resume": values["resume"]}
+
+
+@cli.group("recipes", invoke_without_command=True)
+@click.pass_context
+def _recipes(context: click.Context) -> None:
+    """List the published trainings that --recipe of precompute and distill knows."""
+    if context.invoked_subcommand is None:
+        listed = [_line_of(recipes.load(name)) for name in recipes.names()]
+        rows = [list(listed[0]), *([_cell(value) for value in r.values()] for r in listed)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            click.echo("  ".join(cells).rstrip())
+        click.echo(json.dumps({"recipes": listed}))
+
+
+def _line_of(recipe: recipes.Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "student": recipe.distill["model"],
+        "top1": recipe.top1,
+        "top5": recipe.top5,
+        "title": recipe.title,
+        "source": recipe.source,
+    }
+
+
+def _cell(value: str | float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
+
+
+@_recipes.command("show")
+@click.argument("name")
+def _show(name: str) -> None:
+    """Print the recipe NAME: its file, then the same as one line of JSON."""
+    click.echo(recipes.text(name))
+    click.echo(json.dumps(dataclasses.asdict(recipes.load(name))))
 
 
 def _folded(example: str) -> str:

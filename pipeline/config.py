@@ -29,6 +29,13 @@ def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
     return field(default=default, metadata={"help": text, "shown": shown})
 
 
+def recipe_setting() -> Any:
+    """The field of a stage that a published recipe can fill in."""
+    return setting(
+        None, "Published recipe for whatever is not given; see `mealv2 recipes`.", shown="none"
+    )
+
+
 def required(text: str) -> Any:
     """A field that must be given."""
     return field(metadata={"help": text, "shown": None})
@@ -107,6 +114,7 @@ class PrecomputeConfig(Machine):
     )
     shard_size: int = setting(2048, "Images per shard file.")
     batch_size: int = setting(256, "Views per forward pass.")
+    recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
@@ -294,6 +302,7 @@ class DistillConfig(TrainConfig):
     hard_label_weight: float = setting(
         0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0."
     )
+    recipe: str | None = recipe_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -203,6 +203,20 @@ def done() -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture
+def config_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function: the config that ``mealv2 ARGS`` hands to its stage, which does not run."""
+
+    def run(*args: object) -> Any:
+        caught: list[Any] = []
+        monkeypatch.setattr(f"pipeline.{args[0]}.run", caught.append)
+        result = _run_cli(*args)
+        assert result.code == 0, result.stderr
+        return caught[0]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str]:
     """Stage one on the tree, all but --out; flags given after these win."""

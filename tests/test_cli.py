@@ -21,6 +21,7 @@ import pytest
 import cli
 import mealv2
 from conftest import Result
+from mealv2 import recipes
 from pipeline import config as configs
 
 Run = Callable[..., Result]
@@ -30,14 +31,15 @@ CONFIGS = {
     for name, kind in vars(configs).items()
     if name.endswith("Config") and name != "TrainConfig"
 }
-COMMANDS = sorted(cli.cli.commands)
+COMMANDS = sorted(CONFIGS)
+OTHERS = ["recipes"]  # commands that are no stage
 
 
 # --- help ---------------------------------------------------------------------------------------
 
 
 def test_there_is_a_command_for_every_config() -> None:
-    assert sorted(CONFIGS) == COMMANDS
+    assert sorted(cli.cli.commands) == sorted([*COMMANDS, *OTHERS])
     assert {"precompute", "distill", "finetune", "evaluate"} <= set(COMMANDS)
 
 
@@ -51,7 +53,11 @@ def test_help_comes_in_a_third_of_a_second() -> None:
     assert statistics.median(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in [*COMMANDS, *OTHERS]), ["recipes", "show"]],
+    ids=" ".join,
+)
 def test_help_imports_neither_torch_nor_numpy(command: list[str]) -> None:
     code = (
         "import sys, cli\n"
@@ -77,7 +83,7 @@ def test_python_cli_py_is_the_same_command() -> None:
 
 def test_help_names_every_command_and_the_exit_codes(done: Run) -> None:
     said = " ".join(done("--help").stdout.split())
-    assert all(re.search(rf" {name} +[A-Z]", said) for name in COMMANDS)
+    assert all(re.search(rf" {name} +[A-Z]", said) for name in [*COMMANDS, *OTHERS])
     for code in ("0 done", "1 failed", "2 wrong usage", "3 label set", "4 stopped"):
         assert code in said
 
@@ -169,7 +175,8 @@ def test_every_setting_is_reachable_as_a_flag(
         raise ReachedError
 
     monkeypatch.setattr(CONFIGS[name], "from_json", catch)
-    monkeypatch.setattr(cli, "_resumed", lambda values, context: values)
+    for name_of in ("_resumed", "_with_recipe"):
+        monkeypatch.setattr(cli, name_of, lambda values, context: values)
     (option,) = (p for p in cli.cli.commands[name].params if p.name == field.name)
     flag = configs.flag(field.name)
     is_switch = isinstance(option, click.Option) and option.is_flag
@@ -231,6 +238,148 @@ def test_config_file_for_stage_one_is_read_and_flags_go_before_it(
     flags = ["--config", tmp_path / "c.json", "--shard-size", 10, "--out", tmp_path / "labels"]
     done("precompute", *flags)
     assert contents(tmp_path / "labels") == contents(labels_dir)
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_and_the_last_line_is_json(done: Run) -> None:
+    result = done("recipes")
+    lines = result.stdout.splitlines()[:-1]
+    assert lines[0].split() == ["name", "student", "top1", "top5", "title", "source"]
+    assert [line.split()[0] for line in lines[1:]] == recipes.names()
+    assert [listed["name"] for listed in result.report["recipes"]] == recipes.names()
+    (cutmix,) = (line for line in lines if line.startswith("resnet50-cutmix"))
+    assert re.search(r" resnet50\.ram_in1k +80\.98 +95\.35 .*CutMix +paper, Table 3", cutmix)
+    (unpublished,) = (line for line in lines if line.startswith("ablation-weight-decay"))
+    assert re.search(r" resnet50\.ram_in1k +- +- ", unpublished)
+    assert result.stderr == ""
+
+
+def test_a_recipe_is_shown_as_its_file_and_as_json(done: Run) -> None:
+    result = done("recipes", "show", "efficientnet-b0")
+    assert result.stdout.startswith(recipes.text("efficientnet-b0"))
+    assert result.report == dataclasses.asdict(recipes.load("efficientnet-b0"))
+
+
+@pytest.mark.parametrize(
+    "command", ["recipes show {}", "precompute --recipe {}", "distill --recipe {}"]
+)
+def test_unknown_recipe_is_one_line_with_the_nearest(run_cli: Run, command: str) -> None:
+    result = run_cli(*command.format("resnet50-22").split())
+    _said_in_one_line(result, 2, "resnet50-224")
+    assert "unknown recipe 'resnet50-22'" in result.stderr
+
+
+def test_wrong_usage_of_a_command_in_a_group_names_all_its_words(run_cli: Run) -> None:
+    _said_in_one_line(run_cli("recipes", "show"), 2, "(see mealv2 recipes show --help)")
+
+
+def test_flags_go_before_config_before_recipe_before_default(
+    config_of: Run, tmp_path: Path
+) -> None:
+    settings = {"lr": 0.5, "momentum": 0.5, "data_dir": "elsewhere", "recipe": "resnet18"}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    flags = ["--config", tmp_path / "c.json", "--lr", 0.25, "--labels", "labels"]
+    found = config_of("distill", *flags)
+    assert found.recipe == "resnet18"
+    assert found.lr == 0.25  # the flag's, against both
+    assert (found.momentum, found.data_dir) == (0.5, Path("elsewhere"))  # the file's
+    assert (found.model, found.discriminator) == ("resnet18.tv_in1k", "official")  # the recipe's
+    assert found.lr_milestones == (100,)
+    assert found.workers == configs.DistillConfig.workers  # nobody's
+
+
+def test_recipe_flag_goes_before_the_recipe_of_a_config(config_of: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"recipe": "resnet18", "data_dir": "d", "labels": "l"}')
+    found = config_of("distill", "--config", tmp_path / "c.json", "--recipe", "efficientnet-b0")
+    assert (found.recipe, found.model) == ("efficientnet-b0", "tf_efficientnet_b0.aa_in1k")
+
+
+def test_flag_given_at_its_default_value_goes_before_the_recipe(config_of: Run) -> None:
+    paper = configs.DistillConfig.discriminator
+    given = ["--recipe", "resnet18", "--data-dir", "d", "--labels", "l", "--discriminator", paper]
+    assert config_of("distill", *given).discriminator == paper
+
+
+def test_teachers_of_a_recipe_are_for_precompute_and_for_distill_online(config_of: Run) -> None:
+    given = ["--recipe", "resnet50-380", "--data-dir", "imagenet"]
+    teachers = ("tf_efficientnet_b4.ns_jft_in1k", "tf_efficientnet_b4.aa_in1k")
+
+    cached = config_of("distill", *given, "--labels", "labels")
+    online = config_of("distill", *given, "--online")
+    label = config_of("precompute", *given, "--out", "labels")
+    other = config_of("precompute", *given, "--out", "labels", "--teacher", "resnet18.tv_in1k")
+
+    assert (cached.teacher, cached.img_size) == ((), None)
+    assert (online.teacher, online.img_size) == (teachers, 380)
+    assert (label.teacher, label.img_size) == (teachers, 380)
+    assert (other.teacher, other.img_size) == (("resnet18.tv_in1k",), 380)
+
+
+@pytest.mark.parametrize("command", ["precompute", "distill"])
+def test_without_a_recipe_nothing_is_filled_in(config_of: Run, command: str) -> None:
+    rest = {
+        "precompute": ["--teacher", "resnet18.tv_in1k", "--out", "o"],
+        "distill": ["--model", "resnet18.tv_in1k", "--labels", "l"],
+    }[command]
+    found = config_of(command, "--data-dir", "d", *rest)
+    kind = CONFIGS[command]
+    fields = [f for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING]
+    changed = {f.name for f in fields if getattr(found, f.name) != f.default}
+    assert changed <= {"labels"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [
+        (["--initial-checkpoint", "c"], ["pretrained"]),
+        (["--discriminator", "off"], ["discriminator_lr", "discriminator_weight"]),
+    ],
+)
+def test_flag_sets_aside_what_has_no_meaning_beside_it(
+    config_of: Run, flags: list[str], left_out: list[str]
+) -> None:
+    found = config_of("distill", "--recipe", "resnet18", "--data-dir", "d", "--labels", "l", *flags)
+    defaults = {f.name: f.default for f in dataclasses.fields(found)}
+    recipe = recipes.load("resnet18").distill
+    assert {name: getattr(found, name) for name in left_out} == {n: defaults[n] for n in left_out}
+    kept = recipe.keys() - {*left_out, "discriminator"}
+    assert {n: found.as_json()[n] for n in kept} == {n: recipe[n] for n in kept}
+
+
+def test_what_a_recipe_can_be_set_aside_for_exists() -> None:
+    fields = {field.name for field in dataclasses.fields(configs.DistillConfig)}
+    assert fields >= {*cli.SET_ASIDE, *(name for names in cli.SET_ASIDE.values() for name in names)}
+
+
+def test_a_run_of_a_recipe_keeps_its_name_and_repeats_from_its_config(
+    done: Run, config_of: Run, run_cli: Run, distill_flags: list[str], tmp_path: Path
+) -> None:
+    done(*distill_flags, "--recipe", "resnet18", "--lr-milestones", 1, "--output", tmp_path / "r")
+    kept = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert kept["recipe"] == "resnet18"
+    assert (kept["discriminator"], kept["mean"]) == ("official", [0.485, 0.456, 0.406])
+    assert (kept["model"], kept["pretrained"], kept["epochs"]) == ("test_resnet", None, 2)
+
+    config = ["--config", tmp_path / "r" / "config.json"]
+    assert config_of("distill", *config).as_json() == kept
+    no_effect = run_cli("distill", *config, "--recipe", "efficientnet-b0")
+    _said_in_one_line(no_effect, 2, "--recipe has no effect")
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("resnet18", True), ("resnet50-224", False)])
+def test_a_resumed_run_keeps_its_settings_whatever_the_recipe_says_today(
+    config_of: Run, run_cli: Run, tmp_path: Path, name: str, accepted: bool
+) -> None:
+    settings = {"recipe": "resnet18", "lr": 0.125, "model": "m", "data_dir": "/d", "labels": "/l"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    given = ["distill", "--resume", tmp_path, "--recipe", name]
+    if accepted:
+        found = config_of(*given)
+        assert (found.lr, found.model, found.lr_milestones) == (0.125, "m", None)
+    else:
+        _said_in_one_line(run_cli(*given), 2, f"--recipe {name} contradicts the run")
 
 
 # --- whatever goes wrong: one line, the documented code, no traceback ----------------------------

@@ -194,6 +194,8 @@ def test_the_command_line_is_imported_without_torch_or_numpy() -> None:
     assert not {"torch", "numpy", "timm", "h5py", "PIL"} & imported
 
 
-@pytest.mark.parametrize("module", ["mealv2.views", "mealv2.errors", "mealv2.files"])
+@pytest.mark.parametrize(
+    "module", ["mealv2.views", "mealv2.errors", "mealv2.files", "mealv2.recipes"]
+)
 def test_rooms_without_tensors_are_imported_without_torch(module: str) -> None:
     assert "torch" not in _imported_by(f"import {module}")
