@@ -1,7 +1,6 @@
 """Reading weights: where a checkpoint lies, and its tensors by plain keys."""
 
 import argparse
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError
@@ -44,11 +44,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = _load(path)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"cannot read checkpoint {path}: {_why(error)}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # torch, zip and pickle raise every kind for a damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"cannot read checkpoint {path}: {reason}") from error
+        raise ConfigError(f"cannot read checkpoint {path}: {_why(error)}") from error
     while inner := next((name for name in _WRAPPERS if _is_wrapped(state, name)), None):
         state = state[inner]
     if not isinstance(state, Mapping):
@@ -65,11 +64,12 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _why(error: pickle.UnpicklingError) -> str:
-    """Say in a line what torch says in ten."""
-    if found := re.search(r"GLOBAL (\S+)|\b[Ii]nstance of (\S+)|`(\S+)` was not", str(error)):
-        what = next(filter(None, found.groups()))
-        return f"it holds {what}, not weights alone, and is not run; save only its state_dict"
+def _why(error: Exception) -> str:
+    """Say in a line what torch says in ten, or as a number."""
+    if isinstance(error, PermissionError | SafetensorError):
+        return str(error).strip().split("\n")[0]
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]}, which is never loaded; save its state_dict alone"
     return "it is damaged, or no weights at all"
 
 
