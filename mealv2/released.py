@@ -19,7 +19,10 @@ BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
 # official code: all eight, also the MobileNets, whose timm weights want 0.5
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-NUM_CLASSES = 1000
+
+
+# what a connection may raise; a full disk or a missing permission is none of it
+_NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,10 @@ def download(model: Released, *, progress: bool = True) -> Path:
         torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)
         read_state(temporary)  # torch takes a connection that was cut for the end of the file
         temporary.replace(path)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
-        raise _not_to_be_had(model, folder, " ".join(str(e).split())) from e
+    except _NETWORK as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise _not_to_be_had(model, folder, " ".join(str(error).split())) from error
     except ConfigError as error:
         raise _not_to_be_had(model, folder, "what came is damaged or no weights") from error
     finally:

@@ -1,9 +1,36 @@
-"""A web server on this machine alone: what tests download comes from here."""
+"""What stands in for the authors' files: drawn weights, and a web server on this machine alone."""
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import timm
+import torch
+from torch import nn
+
+
+def drawn(architecture: str) -> nn.Module:
+    """Return a timm model in eval mode whose weights all matter: no branch is zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = timm.create_model(architecture)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
+                nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.1)
+    return model.eval()
+
+
+def as_published(model: nn.Module) -> bytes:
+    """Return the bytes of the authors' kind of file: a state dict saved under DataParallel."""
+    file = io.BytesIO()
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, file)
+    return file.getvalue()
 
 
 class Server(ThreadingHTTPServer):
