@@ -30,8 +30,8 @@ class Released:
     """A published model: ImageNet, 256/224 evaluation, accuracies (percent) as its authors say.
 
     ``names`` are the published hub name (some say resnest for resnet), its right spelling, which
-    may be the same, and one with the size. The tag of ``architecture`` is that of the weights the
-    authors started from.
+    may be the same, and one with the size. ``architecture`` has the tag of timm's nearest relative;
+    its weights are not used.
     """
 
     names: tuple[str, str, str]

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def drawn(architecture: str) -> nn.Module:
-    """Return a timm model in eval mode whose weights all matter: no branch is zero."""
+    """Return a timm model in eval mode whose weights all matter and whose classes differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = timm.create_model(architecture)
@@ -21,9 +21,10 @@ def drawn(architecture: str) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
                 nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.1)
-    return model.eval()
+        with torch.no_grad():
+            spread = model.eval()(torch.rand(4, 3, 64, 64)).std()
+            model.get_classifier().weight *= 3 / spread  # type: ignore[operator]
+    return model
 
 
 def as_published(model: nn.Module) -> bytes:

@@ -56,6 +56,7 @@ ROWS = [list(row) for row in zip(*[iter(TABLE.split())] * 8, strict=True)]
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[published.Server]:
     """The place the files are published at, on this machine; torch.hub's folder is empty."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with published.serving() as server:
         monkeypatch.setattr(released, "BASE_URL", server.url)
         yield server
