@@ -1,6 +1,7 @@
 """mealv2.released: the table, the download; released models to evaluate, as student, as teacher."""
 
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import cli
 import published
 from conftest import Result
 from mealv2 import released
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import read_json
 from mealv2.models import Preprocessing, create_classifier, read_metadata
-from pipeline import teachers
+from pipeline import config, teachers
 from pipeline.runtime import Runtime
 
 Run = Callable[..., Result]
+
+ROOT = Path(cli.__file__).resolve().parent
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = "mealv2_mobilenetv3_small_075"
@@ -132,6 +136,44 @@ def test_every_architecture_takes_imagenet_statistics_here_and_for_timm(name: st
     size = 380 if "380" in name else 224
     assert (config["input_size"], config["crop_pct"]) == ((3, size, size), 224 / 256)
     assert config["interpolation"] == "bilinear"
+
+
+# --- docs/released-models.md ----------------------------------------------------------------------
+
+DOCS = (ROOT / "docs" / "released-models.md").read_text(encoding="utf-8")
+
+
+def test_the_documents_table_is_this_one() -> None:
+    rows = [re.split(r"[`| ]+", line)[1:-1] for line in DOCS.splitlines() if line.startswith("| `")]
+    assert rows == [[right, hub, *rest] for hub, right, _, _, *rest in ROWS]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^mealv2 .*$", DOCS, flags=re.MULTILINE))
+def test_the_documents_commands_are_accepted(line: str, tmp_path: Path) -> None:
+    _, name, *flags = shlex.split(line)
+    command = cli.cli.commands[name]
+    values = command.make_context(name, flags).params
+    values.pop("config_file")
+    settings = getattr(config, f"{name.title()}Config").from_json(values)
+    for word in re.findall(r"\bmealv\d\w+", line.removeprefix("mealv2")):
+        assert released.find(word)
+    assert settings.data_dir
+
+
+def test_the_documents_python_runs(
+    server: published.Server, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    expected = published.drawn("resnet50")
+    server.files["MEALV2_ResNet50_224.pth"] = published.as_published(expected)
+    monkeypatch.chdir(ROOT)
+    models = []
+    for code in re.findall(r"^```python\n(.*?)^```$", DOCS, flags=re.MULTILINE | re.DOTALL):
+        names: dict[str, nn.Module] = {}
+        exec(compile(code, "released-models.md", "exec"), names)
+        models.append(names["model"])
+    hub, plain = models
+    assert torch.equal(logits(hub, normalised(images)), logits(expected, normalised(images)))
+    assert torch.equal(logits(plain, images), logits(expected, normalised(images)))
 
 
 # --- building one ---------------------------------------------------------------------------------
