@@ -20,7 +20,6 @@ BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-
 # what a connection may raise; a full disk or a missing permission is none of it
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 

@@ -202,6 +202,16 @@ def test_a_file_known_by_its_name_takes_imagenet_statistics(
     assert loaded.preprocessing == given
 
 
+@pytest.mark.parametrize("row", ROWS, ids=[row[2] for row in ROWS])
+def test_a_files_name_says_what_it_is(tmp_path: Path, row: list[str]) -> None:
+    (tmp_path / row[4]).touch()
+    stored = read_metadata(tmp_path / row[4])
+    architecture = stored.pop("architecture")
+    assert architecture.split(".")[0] == row[3]
+    mean, std = map(list, (IMAGENET.mean, IMAGENET.std))
+    assert stored == {"img_size": int(row[5]), "mean": mean, "std": std}
+
+
 def test_the_same_file_by_another_name_is_any_file(small_file: Path) -> None:
     other = small_file.rename(small_file.with_name("other.pth"))
     assert read_metadata(other) == {}
