@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import canonical_json, write_whole
+from mealv2.released import MEAN, NAMES, STD, by_file, download, find
+from mealv2.weights import EXPORT_FOLDER as EXPORT_FOLDER  # for those who import it from here
+from mealv2.weights import WEIGHTS_NAME, load_weights
+from mealv2.weights import find_checkpoint as find_checkpoint
 
-WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-EXPORT_FOLDER = "student"  # where a run folder keeps the model it trained
 _METADATA_KEY = "mealv2"
 _KEPT_CONFIG = ("first_conv", "classifier", "fixed_input_size")  # what timm needs to load a model
 
@@ -73,25 +76,56 @@ def create_classifier(
     img_size: int | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    new_head: bool = False,
 ) -> Classifier:
-    """Build a timm model with timm's weights, a checkpoint's, or random ones.
+    """Build a timm model, or a released one, with its own weights, a checkpoint's, or random ones.
 
     ``num_classes`` None keeps the model's own head. ``classes`` are compared with those the
-    checkpoint was trained on. ``preprocessing`` goes before the checkpoint's, that before timm's.
-    Raises ConfigError for an unknown name (with the nearest ones), for weights that do not fit, and
-    MealError when pretrained weights cannot be had.
+    checkpoint was trained on. ``preprocessing`` goes before the checkpoint's, that before the
+    model's own. ``new_head``: a checkpoint that is a released file may get a new head, as
+    pretrained weights do. Raises ConfigError for an unknown name (with the nearest ones), for
+    weights that do not fit, and MealError when pretrained weights cannot be had.
     """
+    known = find(name)
+    if known is not None:
+        name = known.architecture
+        if pretrained and checkpoint is None:
+            checkpoint, new_head = download(known, progress=sys.stderr.isatty()), True
+    published = by_file(find_checkpoint(checkpoint).name) if checkpoint else None
+    known = published or known
     config = _timm_config(name)
     extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size and config.get("fixed_input_size"):
         extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    if known is not None:
+        extra["pretrained_cfg_overlay"] = known.timm_config
+        config |= {"mean": MEAN, "std": STD}
+    backbone = _create(name, pretrained=pretrained and checkpoint is None, **extra)
     stored = read_metadata(checkpoint) if checkpoint else {}
+    if checkpoint:
+        load_weights(backbone, checkpoint, new_head=new_head and published is not None)
+        _check_classes(checkpoint, stored.get("classes"), classes)
+    tag = config["architecture"] if checkpoint or not pretrained else _full_tag(config)
+    found = Preprocessing(
+        tuple(stored.get("mean") or config["mean"]), tuple(stored.get("std") or config["std"])
+    )
+    return Classifier(
+        backbone,
+        tag=published.tag if published else tag,
+        preprocessing=preprocessing or found,
+    )
+
+
+def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
+    """Call timm, quietly; raises MealError when pretrained weights cannot be had."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # what libraries deprecate inside timm is not the user's
-            backbone = timm.create_model(_current_name(name), pretrained=pretrained, **extra)
+            backbone: nn.Module = timm.create_model(
+                _current_name(name), pretrained=pretrained, **extra
+            )
     except Exception as error:
         if not pretrained:
             raise
@@ -101,17 +135,7 @@ def create_classifier(
             "Hugging Face cache, give a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
             "or start from random weights with --no-pretrained"
         ) from error
-    if checkpoint:
-        load_weights(backbone, checkpoint)
-        _check_classes(checkpoint, stored.get("classes"), classes)
-    found = Preprocessing(
-        tuple(stored.get("mean") or config["mean"]), tuple(stored.get("std") or config["std"])
-    )
-    return Classifier(
-        backbone,
-        tag=config["architecture"] if checkpoint or not pretrained else _full_tag(config),
-        preprocessing=preprocessing or found,
-    )
+    return backbone
 
 
 def _timm_config(name: str) -> dict[str, Any]:
@@ -125,7 +149,8 @@ def _timm_config(name: str) -> dict[str, Any]:
             architecture = name.split(".")[0]
             tags = ", ".join(_tags(architecture)) or "none"
             raise ConfigError(f"{architecture} has no weights {name!r}; tags: {tags}") from None
-    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4)
+    every = [*timm.list_models(), *timm.list_pretrained(), *NAMES]
+    near = difflib.get_close_matches(name, every, n=4)
     hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
     raise ConfigError(f"unknown model {name!r}; {hint}")
 
@@ -146,24 +171,20 @@ def _tags(architecture: str) -> list[str]:
     return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the weights file that a path means: itself, or the model of a run or model folder."""
-    candidates = (
-        [path / EXPORT_FOLDER / WEIGHTS_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path]
-    )
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    looked = " or ".join(str(candidate) for candidate in candidates)
-    raise ConfigError(f"no checkpoint at {path} (looked for {looked})")
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint that we wrote says of itself; empty for others' files.
 
-    Keys: architecture, classes, img_size, mean, std.
+    Keys: architecture, classes, img_size, mean, std; all but the classes for a released file, which
+    is known by its exact name.
     """
     path = find_checkpoint(path)
+    if known := by_file(path.name):
+        return {
+            "architecture": known.architecture,
+            "img_size": known.img_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+        }
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -173,33 +194,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (SafetensorError, ValueError, OSError) as error:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from None
     return stored if isinstance(stored, dict) else {}
-
-
-def load_weights(backbone: nn.Module, path: Path) -> None:
-    """Load a safetensors, timm or state-dict file; raises ConfigError where it does not fit."""
-    path = find_checkpoint(path)
-    try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"cannot read checkpoint {path}: {reason}") from error
-    own = backbone.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        raise ConfigError(
-            f"checkpoint {path} is of another model: it lacks {len(missing)} tensors "
-            f"(first: {missing[:1] or 'none'}) and has {len(unknown)} unknown ones "
-            f"(first: {unknown[:1] or 'none'})"
-        )
-    for key, tensor in own.items():
-        if not isinstance(state[key], Tensor):
-            raise ConfigError(f"checkpoint {path} holds no tensor under {key}")
-        if tensor.shape != state[key].shape:
-            raise ConfigError(
-                f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)} there and "
-                f"{tuple(tensor.shape)} here (is its class count another?)"
-            )
-    backbone.load_state_dict(state)
 
 
 def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[str] | None) -> None:

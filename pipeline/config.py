@@ -391,9 +391,11 @@ class EvaluateConfig(Machine):
     """Accuracy of a checkpoint or a timm model on a split."""
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
-    model: str | None = setting(None, "timm model name.", shown="what the checkpoint says it is")
+    model: str | None = setting(
+        None, "timm or released model name.", shown="what the checkpoint says it is"
+    )
     checkpoint: Path | None = setting(
-        None, "Weights: a file, a run folder or a model folder.", shown="timm's weights"
+        None, "Weights: a file, a run folder or a model folder.", shown="the model's own"
     )
     val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
     img_size: int | None = setting(

@@ -9,6 +9,7 @@ from mealv2.files import canonical_json, write_whole
 from mealv2.images import open_source
 from mealv2.metrics import Evaluation
 from mealv2.models import Preprocessing, create_classifier, find_checkpoint, read_metadata
+from mealv2.released import find
 from pipeline import runtime
 from pipeline.config import DEFAULT_IMG_SIZE, EvaluateConfig
 from pipeline.evaluation import Evaluator
@@ -23,7 +24,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     name = config.model or stored.get("architecture")
     if name is None:
         raise ConfigError(f"{checkpoint} does not say what model it is; give --model")
-    img_size = config.img_size or stored.get("img_size") or DEFAULT_IMG_SIZE
+    released = find(name)
+    own_size = stored.get("img_size") or (released.img_size if released else DEFAULT_IMG_SIZE)
+    img_size = config.img_size or own_size
     model = create_classifier(
         name,
         num_classes=len(source.classes) if checkpoint else None,

@@ -61,4 +61,5 @@ def make_student(config: TrainConfig, *, classes: list[str], img_size: int) -> C
         img_size=img_size,
         classes=classes,
         preprocessing=given,
+        new_head=True,
     )
