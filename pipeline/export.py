@@ -78,9 +78,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](subject)
         if difference is not None:
             report["max_difference"] = difference
-            logs.say(
-                f"greatest difference to the checkpoint's logits: {difference:.2g} of their size"
-            )
+            logs.say(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
         if not write_whole(out, data, replace=False):
             _refuse_existing(out)
     else:

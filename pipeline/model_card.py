@@ -21,7 +21,7 @@ SHOWN_CLASSES = 20
 # Settings that stand elsewhere in the card, or change nothing about the model.
 _LEFT_OUT = {
     *("model", "data_dir", "labels", "split", "val_split", "teacher", "recipe", "output", "resume"),
-    *("workers", "device", "log_interval", "checkpoint_hist"),
+    *("workers", "device", "log_interval", "checkpoint_hist", "checkpoint_every"),
 }
 # What report.json may say, with its unit.
 _FIGURES = {
@@ -54,6 +54,7 @@ class History:
     measured_on: str | None = None
     plan: dict[str, Any] = field(default_factory=dict)
     labels_sha256: str | None = None
+    online_teachers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def history_of(run: Path | None) -> History:
@@ -64,7 +65,7 @@ def history_of(run: Path | None) -> History:
     if run is None:
         return History()
     settings, report = _object(run / "config.json"), _object(run / REPORT_NAME)
-    noted = report.get("labels")
+    noted = report.get("labels") or _object(run / "labels.json")
     known = noted.get("plan_sha256") if isinstance(noted, dict) else noted
     manifest: dict[str, Any] = {}
     if isinstance(settings.get("labels"), str):
@@ -80,6 +81,7 @@ def history_of(run: Path | None) -> History:
         _date_of(run, report),
         manifest.get("plan", {}),
         known or manifest.get("plan_sha256"),
+        noted.get("teachers", []) if isinstance(noted, dict) else [],
     )
 
 
@@ -133,8 +135,8 @@ def _facts(stored: dict[str, Any], history: History) -> list[tuple[str, str]]:
 
 def _teachers(history: History) -> list[str]:
     """Return the teachers' names, from the label set or from the command; never a path."""
-    if history.plan:
-        return [str(teacher["model"]) for teacher in history.plan["teachers"]]
+    if known := history.plan.get("teachers") or history.online_teachers:
+        return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
     return [part.split("=")[0].strip() for text in given for part in text.split(",")]
 

@@ -414,6 +414,13 @@ def test_teachers_and_recipe_are_named_without_their_folders(
     assert "| recipe | r.toml |" in text
     assert "secret" not in text
 
+    online = {"labels": {"online": True, "teachers": [{"model": "four"}]}}
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | online))
+    text = card(run)
+    assert "| teachers | four |" in text
+    assert "plan" not in text
+
 
 def test_strange_class_names_are_text_wherever_they_stand(
     make_model: Callable[..., Path], card: Callable[[Path], str], tmp_path: Path
