@@ -68,19 +68,20 @@ class Subject:
 def run(config: ExportConfig) -> dict[str, Any]:
     """Export; return the report. Raises MealError and OSError."""
     out = config.out or _usual_place(config)
-    _refuse_existing(out)
+    as_file = config.to in TOLERANCES
+    _refuse_existing(out, as_file=as_file)
     if config.to == "onnx":
         _require_onnx()
     subject = _load(config.run)
     report: dict[str, Any] = {"path": str(out), "kind": config.to}
     out.parent.mkdir(parents=True, exist_ok=True)
-    if config.to in TOLERANCES:
+    if as_file:
         data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](subject)
         if difference is not None:
             report["max_difference"] = difference
             logs.say(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
         if not write_whole(out, data, replace=False):
-            _refuse_existing(out)
+            _refuse_existing(out, as_file=True)
     else:
         _write_folder(out, subject, hub=config.to == "hub-folder")
     files = sorted(out.iterdir()) if out.is_dir() else [out]
@@ -96,8 +97,9 @@ def _usual_place(config: ExportConfig) -> Path:
     return folder / "export" / names.get(config.to, config.to)
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+def _refuse_existing(out: Path, *, as_file: bool) -> None:
+    """Raise ConfigError for what is there already; an empty folder may become the new one."""
+    if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is already there; remove it, or give another --out")
 
 
@@ -129,7 +131,7 @@ def _write_folder(out: Path, subject: Subject, *, hub: bool) -> None:
     """Write a timm folder with a model card, and with a hubconf.py for torch.hub."""
     stored = subject.stored
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY_PREFIX) as temporary:
-        folder = Path(temporary) / out.name
+        folder = Path(temporary) / "folder"
         save_classifier(
             folder, subject.model, classes=stored["classes"], img_size=stored["img_size"]
         )

@@ -267,6 +267,17 @@ def test_what_is_there_is_never_overwritten(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
+@pytest.mark.parametrize("kind", ["timm", "onnx"])
+def test_an_empty_folder_may_become_a_folder_but_no_file(
+    run_cli: Run, folder_of: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out.onnx"
+    out.mkdir()
+    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--out", out)
+    assert result.code == {"timm": 0, "onnx": 2}[kind]
+    assert (out / "model.safetensors").exists() == (kind == "timm")
+
+
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 def test_file_that_would_answer_otherwise_is_not_written(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

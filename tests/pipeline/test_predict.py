@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import Result
 from mealv2.images import ImageFolder, centre_crop, decode
 
 Run = Callable[..., Result]
+MEAN_AND_STD = ["--mean", 0.4, 0.5, 0.6, "--std", 0.25, 0.25, 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,9 @@ def best(report: dict[str, Any]) -> dict[str, str]:
     return {answer["image"]: answer["best"][0]["class"] for answer in report["predictions"]}
 
 
-@pytest.mark.parametrize("flags", [[], ["--batch-size", 4], ["--img-size", 48]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--batch-size", 4], ["--img-size", 48], MEAN_AND_STD], ids=str
+)
 def test_right_answers_are_as_many_as_evaluate_counts(
     done: Run, predict: list[object], data_dir: Path, flags: list[object]
 ) -> None:
@@ -46,20 +50,31 @@ def test_right_answers_are_as_many_as_evaluate_counts(
     assert len(right) == found["num_images"] == evaluated["num_images"] == 15
     assert 100 * sum(right) / 15 == evaluated["top1"]
     assert 0 < sum(right) < 15
+    of_truth = [
+        row["prob"]
+        for answer in found["predictions"]
+        for row in answer["best"]
+        if row["class"] == Path(answer["image"]).parent.name
+    ]
+    cross_entropy = -sum(map(math.log, of_truth)) / len(right)
+    assert cross_entropy == pytest.approx(evaluated["cross_entropy"], rel=1e-5)
     assert found["img_size"] == evaluated["img_size"]
 
 
+@pytest.mark.parametrize("flags", [[], MEAN_AND_STD], ids=str)
 def test_probabilities_are_the_models_on_the_centre_crop(
-    done: Run, predict: list[object], model: Path, data_dir: Path
+    done: Run, predict: list[object], model: Path, data_dir: Path, flags: list[object]
 ) -> None:
     """Computed again with timm alone, its normalisation written out."""
     backbone = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
     source = ImageFolder(data_dir, "val")
-    answers = done(*predict, data_dir / "val").report["predictions"]
+    answers = done(*predict, data_dir / "val", *flags).report["predictions"]
     assert [answer["image"] for answer in answers] == [
         str(data_dir / "val" / key) for key in source.keys
     ]
-    mean, std = (torch.tensor(backbone.pretrained_cfg[n]).view(3, 1, 1) for n in ("mean", "std"))
+    own = [backbone.pretrained_cfg[n] for n in ("mean", "std")]
+    given = [flags[1:4], flags[5:]] if flags else own
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in given)
     for position, answer in enumerate(answers):
         crop = torch.from_numpy(centre_crop(decode(source.read(position)), 32).copy())
         image_BCHW = ((crop.permute(2, 0, 1) / 255 - mean) / std)[None]
