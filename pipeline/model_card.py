@@ -13,7 +13,7 @@ from mealv2.errors import LabelSetError
 from mealv2.files import read_json
 from mealv2.label_set import read_manifest
 from pipeline.config import NO_SPLIT, DistillConfig, FinetuneConfig, TrainConfig, plain
-from pipeline.logs import REPORT_NAME
+from pipeline.logs import LABELS_NAME, REPORT_NAME
 from pipeline.runtime import versions
 
 SHOWN_CLASSES = 20
@@ -65,7 +65,7 @@ def history_of(run: Path | None) -> History:
     if run is None:
         return History()
     settings, report = _object(run / "config.json"), _object(run / REPORT_NAME)
-    noted = report.get("labels") or _object(run / "labels.json")
+    noted = report.get("labels") or _object(run / LABELS_NAME)
     known = noted.get("plan_sha256") if isinstance(noted, dict) else noted
     manifest: dict[str, Any] = {}
     if isinstance(settings.get("labels"), str):

@@ -409,6 +409,12 @@ def test_labels_of_another_plan_are_not_named(
     settings["labels"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(settings))
     (run / "report.json").write_text(json.dumps(report))
+    text = card(run)
+    assert f"`{there}`" in text  # the run noted it
+    assert "| teachers |" not in text
+    (run / "report.json").write_text(json.dumps({**report, "labels": None}))
+    assert f"`{there}`" in card(run)
+    (run / "labels.json").unlink()
     assert "plan" not in card(run)
 
 
