@@ -13,14 +13,16 @@ LABELS ?= labels
 VIEWS ?= 16
 OUT ?= runs/$(STUDENT)
 SEEDS ?= 1
+IMAGES ?= $(DATA)/val
+TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute distill finetune evaluate test test-slow check format clean
+.PHONY: help setup demo precompute distill finetune evaluate predict export test test-slow check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "variables: DATA TEACHERS STUDENT LABELS VIEWS OUT SEEDS ARGS (more flags for the command)"
+	@echo "variables: DATA TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO ARGS (more flags for the command)"
 
 setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
 
@@ -44,6 +46,12 @@ finetune: $(VENV)/.done  ## hard labels: train STUDENT on DATA into OUT
 
 evaluate: $(VENV)/.done  ## accuracy of OUT on DATA
 	$(MEALV2) evaluate --data-dir '$(DATA)' --checkpoint '$(OUT)' $(ARGS)
+
+predict: $(VENV)/.done  ## what OUT says of IMAGES (files or folders)
+	$(MEALV2) predict $(IMAGES) --checkpoint '$(OUT)' $(ARGS)
+
+export: $(VENV)/.done  ## hand OUT on: TO=timm, onnx, torchscript or hub-folder
+	$(MEALV2) export '$(OUT)' --to '$(TO)' $(ARGS)
 
 test: $(VENV)/.done  ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' $(ARGS)

@@ -40,6 +40,8 @@ EXAMPLES = {
     "distill": "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k",
     "finetune": "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20",
     "evaluate": "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student",
+    "predict": "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student",
+    "export": "mealv2 export runs/my-student --to onnx",
     "demo": "mealv2 demo --seeds 5",
 }
 
@@ -107,7 +109,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         report = stage.run(config.from_json(values))
         click.echo(json.dumps(report))
 
-    text = f"{config.__doc__}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
+    text = f"{config.__doc__}{_arguments(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
     command = click.option(
         "--config",
         "config_file",
@@ -118,7 +120,8 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         help="JSON file of settings, such as RUN/config.json; flags go before it.",
     )(command)
     for field in reversed(_in_reading_order(config)):
-        command = _option(field)(command)
+        make = _argument if field.metadata.get("positional") else _option
+        command = make(field)(command)
     cli.command(name, help=text)(command)
 
 
@@ -128,6 +131,28 @@ def _in_reading_order(config: type[configs.Settings]) -> "list[dataclasses.Field
     return sorted(
         dataclasses.fields(config),
         key=lambda f: (f.default is not dataclasses.MISSING, f.name in machine),
+    )
+
+
+def _arguments(config: type[configs.Settings]) -> str:
+    """Return what --help says of the positional settings, which click leaves out."""
+    lines = [
+        f"  {configs.spelling(field)}  {field.metadata['help']}"
+        for field in dataclasses.fields(config)
+        if field.metadata.get("positional")
+    ]
+    return "\n".join(["\n\n\b\nArguments:", *lines]) if lines else ""
+
+
+def _argument(field: "dataclasses.Field[Any]") -> Any:
+    """Return the click argument of a positional config field; the config says if it is missing."""
+    several = typing.get_origin(field.type) is tuple
+    return click.argument(
+        field.name,
+        type=click.Path(path_type=Path),
+        nargs=-1 if several else 1,
+        required=False,
+        metavar=configs.spelling(field) + ("..." if several else ""),
     )
 
 
@@ -276,6 +301,8 @@ for _name, _config in {
     "distill": configs.DistillConfig,
     "finetune": configs.FinetuneConfig,
     "evaluate": configs.EvaluateConfig,
+    "predict": configs.PredictConfig,
+    "export": configs.ExportConfig,
     "demo": configs.DemoConfig,
 }.items():
     _add_command(_name, _config)

@@ -41,15 +41,14 @@ def required(text: str) -> Any:
     return field(metadata={"help": text, "shown": None})
 
 
+def positional(text: str) -> Any:
+    """A field that must be given, without a flag: the words of the command line say it."""
+    return field(metadata={"help": text, "shown": None, "positional": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every command has."""
-
-    workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
-    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "workers")
+    """What every command can do with its settings."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, paths absolute."""
@@ -68,12 +67,23 @@ class Settings:
             if f.default is dataclasses.MISSING and values.get(f.name) in (None, [], ())
         ]
         if missing:
-            raise ConfigError(f"{flag(missing[0])} is required")
+            raise ConfigError(f"{spelling(known[missing[0]])} is required")
         return cls(**{name: _typed(known[name], value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Settings):
+class Reading(Settings):
+    """What every command has that reads images."""
+
+    workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
+    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Reading):
     """How a stage computes."""
 
     amp: bool = setting(False, "Mixed precision (autocast).")
@@ -387,17 +397,15 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Machine):
-    """Accuracy of a checkpoint or a timm model on a split."""
+class ReadyModel(Machine):
+    """A model that only answers, and how its input is cut and normalised."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
     model: str | None = setting(
         None, "timm or released model name.", shown="what the checkpoint says it is"
     )
     checkpoint: Path | None = setting(
         None, "Weights: a file, a run folder or a model folder.", shown="the model's own"
     )
-    val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
     img_size: int | None = setting(
         None,
         "Side of the centre crop in pixels.",
@@ -411,7 +419,7 @@ class EvaluateConfig(Machine):
         None, "Per-channel std of the normalisation.", shown="the model's own"
     )
     results_file: Path | None = setting(
-        None, "Write accuracy per class here, as .json or .csv.", shown="not written"
+        None, "Write the results here, as .json or .csv.", shown="not written"
     )
 
     def __post_init__(self) -> None:
@@ -427,7 +435,18 @@ class EvaluateConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(Settings):
+class EvaluateConfig(ReadyModel):
+    """Accuracy of a checkpoint or a timm model on a split."""
+
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
+    results_file: Path | None = setting(
+        None, "Write accuracy per class here, as .json or .csv.", shown="not written"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Reading):
     """The whole story on scikit-learn's handwritten digits, a few minutes on a CPU."""
 
     output: Path = setting(
@@ -441,9 +460,47 @@ class DemoConfig(Settings):
         _at_least(self, 1, "seeds")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ReadyModel):
+    """What a checkpoint or a timm model says of pictures: the best classes of each."""
+
+    image: tuple[Path, ...] = positional("Picture, or folder of pictures; several are fine.")
+    topk: int = setting(5, "Classes to name, the most probable ones.")
+    results_file: Path | None = setting(
+        None, "Write the answers here, as .json or .csv.", shown="not written"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "topk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Settings):
+    """Hand a trained model to others: timm or torch.hub folder, ONNX or TorchScript file."""
+
+    run: Path = positional("Run folder, or the model folder in it.")
+    to: Literal["timm", "onnx", "torchscript", "hub-folder"] = required("What to make of it.")
+    out: Path | None = setting(
+        None,
+        "Folder to make, or file (.onnx, .pt); it must not be there yet.",
+        shown="RUN/export/…",
+    )
+
+    def __post_init__(self) -> None:
+        suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(self.to)
+        if self.out is not None and suffix is not None and self.out.suffix != suffix:
+            raise ConfigError(f"--out must end in {suffix} with --to {self.to}, got {self.out}")
+
+
 def flag(name: str) -> str:
     """Return the command-line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def spelling(known: "dataclasses.Field[Any]") -> str:
+    """Return what the command line calls a field: its flag, or its word in capitals."""
+    return known.name.upper() if known.metadata.get("positional") else flag(known.name)
 
 
 def _default(config: type, name: str) -> Any:
@@ -471,7 +528,7 @@ def _without_effect(config: object, mode: str, *names: str) -> None:
             raise ConfigError(f"{flag(name)} has no effect {mode}")
 
 
-def _normalisation(config: "TrainConfig | EvaluateConfig") -> None:
+def _normalisation(config: "TrainConfig | ReadyModel") -> None:
     """Check --mean and --std."""
     if (config.mean is None) != (config.std is None):
         raise ConfigError("--mean and --std go together")
@@ -490,12 +547,14 @@ def plain(value: Any) -> Any:
     """Return a setting as a JSON value: paths absolute, tuples as lists."""
     if isinstance(value, Path):
         return os.path.abspath(value)  # noqa: PTH100  # without following links
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
     """Turn a JSON value into a field's type: lists to tuples, text to paths."""
     if isinstance(value, list | tuple):
+        if known.type == tuple[Path, ...]:
+            value = map(Path, value)
         return tuple(value) or (known.default if known.default is not dataclasses.MISSING else ())
     if value is not None and known.type in (Path, Path | None):
         return Path(value)

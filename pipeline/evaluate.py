@@ -8,10 +8,8 @@ from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, write_whole
 from mealv2.images import open_source
 from mealv2.metrics import Evaluation
-from mealv2.models import Preprocessing, create_classifier, find_checkpoint, read_metadata
-from mealv2.released import find
-from pipeline import runtime
-from pipeline.config import DEFAULT_IMG_SIZE, EvaluateConfig
+from pipeline import ready, runtime
+from pipeline.config import EvaluateConfig
 from pipeline.evaluation import Evaluator
 
 
@@ -19,32 +17,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
     machine = runtime.start(config)
     source = open_source(config.data_dir, config.val_split)
-    checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
-    stored = read_metadata(checkpoint) if checkpoint else {}
-    name = config.model or stored.get("architecture")
-    if name is None:
-        raise ConfigError(f"{checkpoint} does not say what model it is; give --model")
-    released = find(name)
-    own_size = stored.get("img_size") or (released.img_size if released else DEFAULT_IMG_SIZE)
-    img_size = config.img_size or own_size
-    model = create_classifier(
-        name,
-        num_classes=len(source.classes) if checkpoint else None,
-        pretrained=checkpoint is None,
-        checkpoint=checkpoint,
-        img_size=img_size,
-        classes=source.classes,
-        preprocessing=Preprocessing(config.mean, config.std)
-        if config.mean and config.std
-        else None,
-    )
+    found = ready.load(config, classes=source.classes)
+    model = found.model
     if model.num_classes != len(source.classes):
         raise ConfigError(
-            f"{name} knows {model.num_classes} classes, {source.name} has {len(source.classes)}"
+            f"{found.name} knows {model.num_classes} classes, {source.name} has "
+            f"{len(source.classes)}"
         )
-    evaluator = Evaluator(source, machine, config, img_size=img_size)
+    evaluator = Evaluator(source, machine, config, img_size=found.img_size)
     figures = evaluator(model.to(machine.device), num_classes=model.num_classes)
-    report = {"model": model.tag, "img_size": img_size, **figures.summary()}
+    report = {"model": model.tag, "img_size": found.img_size, **figures.summary()}
     if config.results_file is not None:
         _write_per_class(config, source.classes, figures, report)
     return report

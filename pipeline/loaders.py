@@ -7,6 +7,7 @@ uint8 pixels. Order and batches are pure functions of (seed, epoch), so a run ca
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -145,7 +146,7 @@ def refuse_failures(source: ImageSource, failed: dict[int, str], policy: OnBadIm
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
         raise DataError(
-            f"cannot read image {source.name}/{source.keys[position]}: {reason}; "
+            f"cannot read image {Path(source.name) / source.keys[position]}: {reason}; "
             "replace it, or leave such images out with --on-bad-image skip"
         )
 

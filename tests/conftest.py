@@ -118,7 +118,7 @@ def make_model(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     ) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = create_classifier(name, num_classes=len(classes), pretrained=False)
+            model = create_classifier(name, num_classes=len(classes), img_size=IMG_SIZE)
             if steps:
                 _fit(model, ImageFolder(data_dir, "train"), steps=steps)
         folder = tmp_path_factory.mktemp("model") / name

@@ -102,8 +102,13 @@ def _entries(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run, name: str) -> None:
-    said = _entries(done(name, "--help").stdout)
-    fields = dataclasses.fields(CONFIGS[name])
+    text = done(name, "--help").stdout
+    said = _entries(text)
+    words = [f for f in dataclasses.fields(CONFIGS[name]) if f.metadata.get("positional")]
+    for field in words:
+        assert re.search(rf"^Usage: .* {field.name.upper()}\b", text)
+        assert f"{field.name.upper()}  {field.metadata['help']}" in text
+    fields = [f for f in dataclasses.fields(CONFIGS[name]) if f not in words]
     assert said.keys() == {configs.flag(f.name) for f in fields} | {"--config", "--help"}
     for field in fields:
         flag, default = configs.flag(field.name), field.default
@@ -131,7 +136,8 @@ def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> Non
         for key in context.params
         if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE
     }
-    assert {configs.flag(key) for key in given} == {w for w in words if w.startswith("--")}
+    flags = {p.opts[0] for p in context.command.params if p.name in given} - given
+    assert flags == {w for w in words if w.startswith("--")}
     required = {
         f.name for f in dataclasses.fields(CONFIGS[name]) if f.default is dataclasses.MISSING
     }
@@ -181,7 +187,10 @@ def test_every_setting_is_reachable_as_a_flag(
     flag = configs.flag(field.name)
     is_switch = isinstance(option, click.Option) and option.is_flag
     given = [option.opts[0]] if is_switch else [flag, *_sample(option)]
-    assert option.opts[0] == flag
+    if field.metadata.get("positional"):
+        given = ["something"]
+    else:
+        assert option.opts[0] == flag
     with pytest.raises(ReachedError):
         run_cli(name)
     plain, defaults = dict(reached), {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}

@@ -3,6 +3,8 @@
 import doctest
 import re
 import shlex
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ QUICK = {
     "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
     "distill": ["--epochs", "1", "--workers", "0"],
     "evaluate": ["--workers", "0"],
+    "predict": ["--workers", "0"],
+    "export": [],
 }
 
 
@@ -84,6 +88,31 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
         exec(compile(code, "README.md", "exec"), {})
 
     assert (tmp_path / "per-class.csv").read_text().startswith("class,")
+
+
+def test_export_doc_runs_on_a_run_folder(
+    data_dir: Path,
+    make_model: Callable[..., Path],
+    run_cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    shutil.copytree(make_model("test_byobnet"), tmp_path / "runs" / "student" / "student")
+
+    for words in commands("docs/export.md"):
+        result = run_cli(*words)
+        assert result.code == 0, (words, result.stderr)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load. is deprecated")
+        for code in blocks("docs/export.md", "python"):
+            exec(compile(code, "docs/export.md", "exec"), names)
+
+    assert (tmp_path / "answers.csv").read_text().startswith("image,")
+    assert names["same"].num_classes == names["model"].num_classes == len(names["classes"]) == 3
+    assert len(names["names"]) == 2
 
 
 @pytest.mark.parametrize("path", ["docs/views.md", "docs/label-set-format.md"])

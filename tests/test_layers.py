@@ -14,7 +14,7 @@ import cli
 ROOT = Path(cli.__file__).resolve().parent
 
 # Every other module of pipeline/ is support.
-STAGES = {"precompute", "distill", "finetune", "evaluate"}
+STAGES = {"precompute", "distill", "finetune", "evaluate", "predict", "export"}
 DRIVERS = {"demo"}  # run stages one after the other
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

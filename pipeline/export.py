@@ -1,0 +1,258 @@
+"""Hand a trained model to others: timm folder, torch.hub folder, ONNX or TorchScript file.
+
+What is written is built beside its final place, checked there, and then appears whole.
+"""
+
+import importlib.util
+import io
+import json
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mealv2
+from mealv2.errors import ConfigError, MealError
+from mealv2.files import TEMPORARY_PREFIX, canonical_json, file_sha256, write_whole
+from mealv2.models import (
+    CONFIG_NAME,
+    EXPORT_FOLDER,
+    Classifier,
+    create_classifier,
+    find_checkpoint,
+    read_metadata,
+    save_classifier,
+)
+from pipeline import logs, model_card
+from pipeline.config import ExportConfig
+
+# How far a file may be from the model it was made from, relative to its greatest logit.
+TOLERANCES = {"onnx": 1e-4, "torchscript": 1e-6}
+
+_MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph
+
+_HUBCONF = '''"""torch.hub's door to the model in this folder; needs torch and timm."""
+
+from pathlib import Path
+
+dependencies = ["torch", "timm"]
+
+
+def {entry}(pretrained=True, **kwargs):
+    """Return the timm model of this folder, with its weights unless pretrained is false.
+
+    It takes images in [0, 1] after (image - mean) / std; README.md has the numbers.
+    """
+    import timm
+
+    folder = Path(__file__).parent
+    return timm.create_model(f"local-dir:{{folder}}", pretrained=pretrained, **kwargs)
+'''
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to export, what its checkpoint says of itself, and its run folder if it has one."""
+
+    model: Classifier
+    stored: dict[str, Any]
+    run: Path | None
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Export; return the report. Raises MealError and OSError."""
+    out = config.out or _usual_place(config)
+    as_file = config.to in TOLERANCES
+    _refuse_existing(out, as_file=as_file)
+    if config.to == "onnx":
+        _require_onnx()
+    subject = _load(config.run)
+    report: dict[str, Any] = {"path": str(out), "kind": config.to}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if as_file:
+        data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](subject)
+        if difference is not None:
+            report["max_difference"] = difference
+            logs.say(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
+        if not write_whole(out, data, replace=False):
+            _refuse_existing(out, as_file=True)
+    else:
+        _write_folder(out, subject, hub=config.to == "hub-folder")
+    files = sorted(out.iterdir()) if out.is_dir() else [out]
+    report["bytes"] = sum(path.stat().st_size for path in files)
+    report["sha256"] = {path.name: file_sha256(path) for path in files}
+    logs.say(f"wrote {out}, {logs.size_of(report['bytes'])}")
+    return report
+
+
+def _usual_place(config: ExportConfig) -> Path:
+    folder = config.run if config.run.is_dir() else config.run.parent
+    names = {"onnx": "model.onnx", "torchscript": "model.pt"}
+    return folder / "export" / names.get(config.to, config.to)
+
+
+def _refuse_existing(out: Path, *, as_file: bool) -> None:
+    """Raise ConfigError for what is there already; an empty folder may become the new one."""
+    if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is already there; remove it, or give another --out")
+
+
+def _load(path: Path) -> Subject:
+    """Load a model that mealv2 saved; raises ConfigError for what is none."""
+    checkpoint = find_checkpoint(path)
+    stored = read_metadata(checkpoint)
+    missing = {"architecture", "classes", "img_size", "mean", "std"} - stored.keys()
+    if missing:
+        raise ConfigError(
+            f"{checkpoint} is no model that mealv2 saved (it does not say its {min(missing)}); "
+            "give a run folder or the model folder in it"
+        )
+    model = create_classifier(
+        stored["architecture"],
+        num_classes=len(stored["classes"]),
+        checkpoint=checkpoint,
+        img_size=stored["img_size"],
+    )
+    folder = checkpoint.absolute().parent
+    in_run = folder.name == EXPORT_FOLDER and (folder.parent / CONFIG_NAME).is_file()
+    return Subject(model.eval().requires_grad_(False), stored, folder.parent if in_run else None)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def _write_folder(out: Path, subject: Subject, *, hub: bool) -> None:
+    """Write a timm folder with a model card, and with a hubconf.py for torch.hub."""
+    stored = subject.stored
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY_PREFIX) as temporary:
+        folder = Path(temporary) / "folder"
+        save_classifier(
+            folder, subject.model, classes=stored["classes"], img_size=stored["img_size"]
+        )
+        card = model_card.model_card(stored, model_card.history_of(subject.run))
+        write_whole(folder / "README.md", card.encode())
+        if hub:
+            entry = re.sub(r"\W", "_", stored["architecture"])
+            write_whole(folder / "hubconf.py", _HUBCONF.format(entry=entry).encode())
+            logs.say(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
+        folder.rename(out)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--to onnx needs {' and '.join(missing)}: pip install 'mealv2[export]'")
+
+
+def _onnx(subject: Subject) -> tuple[bytes, float | None]:
+    """Return the ONNX file and its difference to the model, None without onnxruntime."""
+    weights = sum(t.numel() * t.element_size() for t in subject.model.state_dict().values())
+    if weights > _MAX_ONNX_BYTES:
+        raise ConfigError(
+            f"{logs.size_of(weights)} of weights do not fit into one ONNX file; use another --to"
+        )
+    import onnx
+
+    program = torch.onnx.export(
+        subject.model,
+        (_images(subject, 2),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    _forget_the_machine(proto)
+    proto.producer_name, proto.producer_version = "mealv2", mealv2.__version__
+    onnx.helper.set_model_props(proto, _properties(subject))
+    onnx.checker.check_model(proto)
+    data: bytes = proto.SerializeToString()
+    if importlib.util.find_spec("onnxruntime") is None:
+        logs.say("not compared with the checkpoint: pip install onnxruntime to have that done")
+        return data, None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    def answer(images_BCHW: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(["logits"], {"images": images_BCHW.numpy()})
+        return torch.from_numpy(logits)
+
+    return data, _checked("onnx", subject, answer)
+
+
+def _forget_the_machine(proto: Any) -> None:
+    """Remove what torch notes for debugging: stack traces with the paths of this machine."""
+    graph = proto.graph
+    noted = [proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info]
+    for part in [*noted, *graph.initializer, *proto.functions]:
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _torchscript(subject: Subject) -> tuple[bytes, float | None]:
+    """Return the TorchScript file, traced, and its difference to the model."""
+    buffer, extra = io.BytesIO(), {"mealv2.json": canonical_json(_properties(subject))}
+    with warnings.catch_warnings():
+        # torch: TorchScript is no longer developed; what can load it stays
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is deprecated")
+        # the shapes that a vision transformer looks at are those of the one input size
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        traced = torch.jit.trace(subject.model, _images(subject, 2))  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, buffer, _extra_files=extra)
+        data = _without_debug_records(buffer)
+        loaded = torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
+    return data, _checked("torchscript", subject, loaded)
+
+
+def _without_debug_records(archive: io.BytesIO) -> bytes:
+    """Return a TorchScript archive without the source lines, which name paths of this machine."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(buffer, "w") as new:
+        for entry in old.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                new.writestr(zipfile.ZipInfo(entry.filename), old.read(entry))
+    return buffer.getvalue()
+
+
+def _properties(subject: Subject) -> dict[str, str]:
+    """Return what a file says of the model in it, each value as JSON."""
+    stored = subject.stored
+    values = {name: stored[name] for name in ("architecture", "classes", "img_size", "mean", "std")}
+    return {name: json.dumps(v) for name, v in values.items()} | {"mealv2": mealv2.__version__}
+
+
+def _images(subject: Subject, num_images: int) -> torch.Tensor:
+    size = subject.stored["img_size"]
+    generator = torch.Generator().manual_seed(num_images)
+    return torch.rand(num_images, 3, size, size, generator=generator)
+
+
+def _checked(kind: str, subject: Subject, answer: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Return the greatest difference to the model's logits, relative to the greatest of them.
+
+    Raises MealError above the tolerance. The batch sizes are others than the one that was traced.
+    """
+    greatest = 0.0
+    for num_images in (1, 3):
+        images_BCHW = _images(subject, num_images)
+        expected, found = subject.model(images_BCHW), answer(images_BCHW)
+        scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
+        greatest = max(greatest, float((found - expected).abs().max()) / scale)
+    if not greatest <= TOLERANCES[kind]:  # nan is not
+        raise MealError(
+            f"the {kind} file would answer otherwise than the checkpoint: difference "
+            f"{greatest:.2g} of the greatest logit, allowed {TOLERANCES[kind]:.0g}; not written"
+        )
+    return greatest

@@ -1,0 +1,188 @@
+"""What a model says of pictures that nobody labelled: the best classes, by name, of each."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.imagenet_info import ImageNetInfo
+
+from mealv2.errors import ConfigError, DataError
+from mealv2.files import canonical_json, write_whole
+from mealv2.images import EXTENSIONS
+from mealv2.released import find
+from pipeline import logs, ready, runtime
+from pipeline.config import PredictConfig
+from pipeline.loaders import (
+    ViewReader,
+    centre_requests,
+    name_failures,
+    read_views,
+    refuse_failures,
+)
+
+IMAGENET_CLASSES = 1000
+
+
+class Pictures:
+    """An image source of files by path, without classes: keys are paths as they were given.
+
+    Folders stand for the pictures under them, sorted; names that begin with a dot are left out, and
+    a picture that is named twice is one. Raises ConfigError for a path that is not there, a folder
+    without pictures, or a name that is not UTF-8.
+    """
+
+    name = ""
+    split = ""
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        found = [str(picture) for path in paths for picture in _pictures(path)]
+        self.keys = list(dict.fromkeys(found))
+        self.labels: list[int] = []
+        self.classes: list[str] = []
+
+    @property
+    def sizes(self) -> list[int]:
+        """The size in bytes of each file."""
+        return [Path(key).stat().st_size for key in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+        return Path(self.keys[position]).read_bytes()
+
+
+def run(config: PredictConfig) -> dict[str, Any]:
+    """Predict; return the report. Raises MealError and OSError."""
+    machine = runtime.start(config)
+    source = Pictures(config.image)
+    found = ready.load(config)
+    names = _class_names(config, found)
+    skipped: dict[str, str] = {}
+    answers = []
+    for answer in _answers(config, machine, source, found, skipped):
+        best = [{"class": names[c], "class_id": c, "prob": prob} for c, prob in answer["best"]]
+        answers.append({"image": answer["image"], "best": best})
+        logs.say(_shown(answers[-1]))
+    if not answers:
+        raise DataError("no image could be read")
+    for key, reason in skipped.items():
+        logs.say(f"left out {key}: {reason}")
+    report = {
+        "model": found.model.tag,
+        "img_size": found.img_size,
+        "num_images": len(answers),
+        "skipped": skipped,
+        "predictions": answers,
+    }
+    if config.results_file is not None:
+        _write_results(config.results_file, report)
+    return report
+
+
+@torch.no_grad()
+def _answers(
+    config: PredictConfig,
+    machine: runtime.Runtime,
+    source: Pictures,
+    found: ready.Ready,
+    skipped: dict[str, str],
+) -> Iterator[dict[str, Any]]:
+    """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
+    model = found.model.to(machine.device).eval()
+    loader = read_views(
+        ViewReader(source, img_size=found.img_size),
+        centre_requests(range(len(source)), config.batch_size),
+        workers=config.workers,
+        pin_memory=machine.device.type == "cuda",
+    )
+    shown = logs.progress(
+        loader,
+        total=len(source),
+        what="predicting",
+        unit="images",
+        size=lambda pixels: len(pixels.positions) + len(pixels.failed),
+    )
+    for pixels in shown:
+        refuse_failures(source, pixels.failed, config.on_bad_image)
+        skipped.update(name_failures(source, pixels.failed))
+        if not pixels.positions:
+            continue
+        with machine.autocast():
+            logits = model(machine.images(pixels.images_BCHW)).float()
+        if not bool(torch.isfinite(logits).all()):
+            raise DataError("the model's logits are not finite; leave out --amp")
+        probs, classes = logits.softmax(1).topk(min(config.topk, logits.shape[1]))
+        rows = zip(pixels.positions, classes.tolist(), probs.tolist(), strict=True)
+        for position, ids, values in rows:
+            best = list(zip(ids, values, strict=True))
+            yield {"image": source.keys[position], "best": best}
+
+
+def _pictures(path: Path) -> Iterator[Path]:
+    """Yield a picture, or those under a folder, links followed, in order."""
+    _check_name(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise ConfigError(f"no picture or folder at {path}")
+        yield path
+        return
+    found = []
+    for where, folders, files in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [
+            Path(where, name)
+            for name in files
+            if name[0] != "." and name.lower().endswith(EXTENSIONS)
+        ]
+    if not found:
+        raise ConfigError(f"folder {path} holds no picture ({', '.join(EXTENSIONS)})")
+    for picture in sorted(found):
+        _check_name(picture)
+        yield picture
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"the file name {str(path)!a} is not valid UTF-8; rename it") from None
+
+
+def _class_names(config: PredictConfig, found: ready.Ready) -> list[str]:
+    """Return the names that the checkpoint keeps, ImageNet's for its models, else the class ids."""
+    if found.classes is not None:
+        return found.classes
+    num_classes = found.model.num_classes
+    # timm: a tag that ends in in1k names weights with ImageNet-1k's head
+    tag = found.model.tag
+    of_imagenet = "in1k" in f"{tag} {config.model}" or find(tag.partition(".")[2]) is not None
+    if num_classes == IMAGENET_CLASSES and of_imagenet:
+        return list(ImageNetInfo("imagenet-1k").label_descriptions())
+    return [str(number) for number in range(num_classes)]
+
+
+def _shown(answer: dict[str, Any]) -> str:
+    rows = [f"{100 * best['prob']:6.2f} %  {best['class']}" for best in answer["best"]]
+    return "\n".join([answer["image"], *rows])
+
+
+def _write_results(path: Path, report: dict[str, Any]) -> None:
+    """Write the report as JSON, or a CSV row for every class named of every image."""
+    if path.suffix == ".json":
+        data = canonical_json(report)
+    else:
+        text = io.StringIO()
+        names = ["image", "rank", "class_id", "class", "prob"]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        for answer in report["predictions"]:
+            for rank, best in enumerate(answer["best"], start=1):
+                writer.writerow({"image": answer["image"], "rank": rank, **best})
+        data = text.getvalue()
+    write_whole(path, data.encode())

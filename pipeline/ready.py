@@ -1,0 +1,53 @@
+"""A model that only answers, as --model and --checkpoint name it: one way for every stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mealv2.errors import ConfigError
+from mealv2.models import (
+    Classifier,
+    Preprocessing,
+    create_classifier,
+    find_checkpoint,
+    read_metadata,
+)
+from mealv2.released import find
+from pipeline.config import DEFAULT_IMG_SIZE, ReadyModel
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model, the side of its centre crop, and the class names its checkpoint keeps, if any."""
+
+    name: str
+    model: Classifier
+    img_size: int
+    classes: list[str] | None
+
+
+def load(config: ReadyModel, *, classes: Sequence[str] | None = None) -> Ready:
+    """Build the model; with ``classes``, refuse a checkpoint that was trained on others.
+
+    Raises ConfigError and MealError as mealv2.models.create_classifier does.
+    """
+    checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
+    stored = read_metadata(checkpoint) if checkpoint else {}
+    name = config.model or stored.get("architecture")
+    if name is None:
+        raise ConfigError(f"{checkpoint} does not say what model it is; give --model")
+    released = find(name)
+    own_size = stored.get("img_size") or (released.img_size if released else DEFAULT_IMG_SIZE)
+    img_size = config.img_size or own_size
+    known = stored.get("classes") if classes is None else classes
+    model = create_classifier(
+        name,
+        num_classes=len(known) if checkpoint and known else None,
+        pretrained=checkpoint is None,
+        checkpoint=checkpoint,
+        img_size=img_size,
+        classes=classes,
+        preprocessing=Preprocessing(config.mean, config.std)
+        if config.mean and config.std
+        else None,
+    )
+    return Ready(name, model, img_size, stored.get("classes"))
