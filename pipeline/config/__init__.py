@@ -1,0 +1,47 @@
+"""Every setting of every stage: frozen dataclasses, the only place with defaults and help texts.
+
+The command line is built from these fields; a run folder keeps them as config.json. No torch here.
+"""
+
+from pipeline.config.base import (
+    DEFAULT_EMA_DECAY,
+    DEFAULT_IMG_SIZE,
+    DEFAULT_TOPK,
+    NO_SPLIT,
+    PAPER_EPOCHS,
+    PAPER_MILESTONE,
+    Machine,
+    OnBadImage,
+    Reading,
+    Settings,
+)
+from pipeline.config.distill import DistillConfig
+from pipeline.config.fields import flag, plain, spelling
+from pipeline.config.labels import PrecomputeConfig
+from pipeline.config.training import FinetuneConfig, TrainConfig
+from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
+
+__all__ = [
+    "DEFAULT_EMA_DECAY",
+    "DEFAULT_IMG_SIZE",
+    "DEFAULT_TOPK",
+    "NO_SPLIT",
+    "PAPER_EPOCHS",
+    "PAPER_MILESTONE",
+    "DemoConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "Machine",
+    "OnBadImage",
+    "PrecomputeConfig",
+    "PredictConfig",
+    "Reading",
+    "ReadyModel",
+    "Settings",
+    "TrainConfig",
+    "flag",
+    "plain",
+    "spelling",
+]

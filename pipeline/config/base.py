@@ -1,0 +1,73 @@
+"""What several commands have in common, and the numbers that are the paper's."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from mealv2.errors import ConfigError
+from pipeline.config.fields import at_least, plain, setting, spelling, typed
+
+OnBadImage = Literal["fail", "skip"]
+NO_SPLIT = "none"
+
+# The paper: the learning rate falls to a tenth at epoch 100 of 180.
+PAPER_EPOCHS = 180
+PAPER_MILESTONE = 100
+
+DEFAULT_TOPK = 10
+DEFAULT_IMG_SIZE = 224
+DEFAULT_EMA_DECAY = 0.9998  # timm's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every command can do with its settings."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values, paths absolute."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Build a config from JSON values; raises ConfigError for an unknown or missing name."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known.keys())
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        missing = [
+            f.name
+            for f in known.values()
+            if f.default is dataclasses.MISSING and values.get(f.name) in (None, [], ())
+        ]
+        if missing:
+            raise ConfigError(f"{spelling(known[missing[0]])} is required")
+        return cls(**{name: typed(known[name], value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Settings):
+    """What every command has that reads images."""
+
+    workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
+    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Reading):
+    """How a stage computes."""
+
+    amp: bool = setting(False, "Mixed precision (autocast).")
+    amp_dtype: Literal["bfloat16", "float16"] | None = setting(
+        None, "Type that --amp computes in.", shown="bfloat16"
+    )
+    on_bad_image: OnBadImage = setting(
+        "fail", "An image that cannot be read: stop there, or leave it out and say so."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.amp_dtype is not None and not self.amp:
+            raise ConfigError("--amp-dtype has no effect without --amp")

@@ -1,0 +1,142 @@
+"""Settings of stage two."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mealv2.errors import ConfigError
+from pipeline.config.base import DEFAULT_IMG_SIZE
+from pipeline.config.fields import (
+    at_least,
+    between,
+    check_seed,
+    recipe_setting,
+    setting,
+    without_effect,
+)
+from pipeline.config.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Stage two: train a student and a discriminator from a label set, from teachers online, or
+    both. Defaults are the paper's.
+    """
+
+    labels: Path | None = setting(
+        None, "Label set that `mealv2 precompute` made.", shown="none; then --online"
+    )
+    online: bool = setting(
+        False,
+        "No label set: ask the --teacher models at every step, about views that never repeat.",
+    )
+    teacher: tuple[str, ...] = setting(
+        (),
+        "timm model, NAME or NAME=CHECKPOINT, for --online and --missing teach; repeat it, or "
+        "separate several by commas.",
+        shown="with --missing teach, those the label set names",
+    )
+    missing: Literal["fail", "skip", "teach"] = setting(
+        "fail", "Views the label set lacks: stop, leave them out, or ask its teachers."
+    )
+    reuse_views: bool | None = setting(
+        None,
+        "Stored views come round again; else view e is used in epoch e, stored or not.",
+        shown="yes, unless --missing teach",
+    )
+    write_back: bool = setting(
+        False, "Append what the teachers answered to the label set, for the next job."
+    )
+    split: str | None = setting(
+        None, "With --online: folder under --data-dir to train on.", shown="train"
+    )
+    img_size: int | None = setting(
+        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
+    )
+    view_seed: int | None = setting(None, "With --online: seed of the views.", shown="0")
+    discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
+        "paper",
+        "The paper's (one sigmoid), the official code's (two outputs, last ReLU), the paper's "
+        "behind a gradient reversal, or none.",
+    )
+    discriminator_lr: float | None = setting(
+        None, "Learning rate of the discriminator, with the same schedule.", shown="--lr"
+    )
+    discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.")
+    discriminator_input: Literal["logits", "log-probs", "probs"] | None = setting(
+        None,
+        "What the discriminator is shown of both sides.",
+        shown="logits with --online, else log-probs through the set's top-k",
+    )
+    cutmix_target: Literal["teachers", "mixed-labels"] | None = setting(
+        None,
+        "CutMix: the teachers label the mixed image (with --online), or labels mix by area.",
+        shown="no CutMix",
+    )
+    cutmix_beta: float | None = setting(None, "CutMix: lambda is Beta(b, b).", shown="1.0")
+    cutmix_prob: float | None = setting(None, "CutMix: share of batches mixed.", shown="1.0")
+    label_temperature: float = setting(
+        1.0, "Take labels to q^(1/T): softer above 1. The paper has 1."
+    )
+    hard_label_weight: float = setting(
+        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0."
+    )
+    recipe: str | None = recipe_setting()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.online == (self.labels is not None):
+            raise ConfigError("give --labels DIR, or --online with --teacher; not both")
+        if self.online:
+            if not self.teacher:
+                raise ConfigError("--online needs --teacher")
+            without_effect(self, "with --online", "missing", "reuse_views", "write_back")
+        else:
+            without_effect(self, "with --labels", "split", "img_size", "view_seed")
+        if not self.online and self.missing != "teach":
+            without_effect(self, "without --online or --missing teach", "teacher", "write_back")
+        self._check_discriminator()
+        self._check_extras()
+
+    def _check_discriminator(self) -> None:
+        at_least(self, 0, "discriminator_weight")
+        if self.discriminator_lr is not None:
+            at_least(self, 0, "discriminator_lr")
+        if self.discriminator == "off":
+            without_effect(
+                self,
+                "with --discriminator off",
+                "discriminator_lr",
+                "discriminator_weight",
+                "discriminator_input",
+            )
+        if self.discriminator_input == "logits" and not self.online:
+            raise ConfigError("--discriminator-input logits needs --online: labels hold none")
+
+    def _check_extras(self) -> None:
+        if self.img_size is not None:
+            at_least(self, 1, "img_size")
+        if self.view_seed is not None:
+            check_seed(self, "view_seed")
+        if not 0 < self.label_temperature < math.inf:
+            raise ConfigError(
+                f"--label-temperature must be positive and finite, got {self.label_temperature}"
+            )
+        between(self, 0, 1, "hard_label_weight")
+        if self.cutmix_target is None:
+            without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
+        if self.cutmix_beta is not None and not 0 < self.cutmix_beta < math.inf:
+            raise ConfigError(f"--cutmix-beta must be positive and finite, got {self.cutmix_beta}")
+        if self.cutmix_prob is not None:
+            between(self, 0, 1, "cutmix_prob")
+        if self.cutmix_target == "teachers" and not self.online:
+            raise ConfigError(
+                "--cutmix-target teachers needs --online: stored labels are of unmixed images; "
+                "mixed-labels works from a label set"
+            )
+
+    @property
+    def reuses_views(self) -> bool:
+        """Whether stored views come round again."""
+        return self.missing != "teach" if self.reuse_views is None else self.reuse_views

@@ -1,0 +1,100 @@
+"""What a setting is: a dataclass field with a help text, its spelling, the checks of its value."""
+
+import dataclasses
+import math
+import os
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from mealv2.errors import ConfigError
+
+
+def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
+    """A field with its help text; ``shown`` replaces a default that says nothing, such as None."""
+    return field(default=default, metadata={"help": text, "shown": shown})
+
+
+def recipe_setting() -> Any:
+    """The field of a stage that a published recipe can fill in."""
+    return setting(
+        None, "Published recipe for whatever is not given; see `mealv2 recipes`.", shown="none"
+    )
+
+
+def required(text: str) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": text, "shown": None})
+
+
+def positional(text: str) -> Any:
+    """A field that must be given, without a flag: the words of the command line say it."""
+    return field(metadata={"help": text, "shown": None, "positional": True})
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def spelling(known: "dataclasses.Field[Any]") -> str:
+    """Return what the command line calls a field: its flag, or its word in capitals."""
+    return known.name.upper() if known.metadata.get("positional") else flag(known.name)
+
+
+def default_of(config: type, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(config) if f.name == name)
+
+
+def at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value < math.inf:  # nan is neither
+            raise ConfigError(f"{flag(name)} must be at least {least} and finite, got {value}")
+
+
+def between(config: object, least: float, most: float, name: str) -> None:
+    if not least <= getattr(config, name) <= most:
+        raise ConfigError(
+            f"{flag(name)} must lie in [{least}, {most}], got {getattr(config, name)}"
+        )
+
+
+def without_effect(config: object, mode: str, *names: str) -> None:
+    """Raise ConfigError for a setting that was given but does nothing in this mode."""
+    for name in names:
+        if getattr(config, name) != default_of(type(config), name):
+            raise ConfigError(f"{flag(name)} has no effect {mode}")
+
+
+def check_normalisation(config: Any) -> None:
+    """Check --mean and --std."""
+    if (config.mean is None) != (config.std is None):
+        raise ConfigError("--mean and --std go together")
+    if config.mean is not None and not all(map(math.isfinite, config.mean)):
+        raise ConfigError(f"--mean must be finite, got {config.mean}")
+    if config.std is not None and not all(0 < value < math.inf for value in config.std):
+        raise ConfigError(f"--std must be positive and finite, got {config.std}")
+
+
+def check_seed(config: object, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1 << 63:
+        raise ConfigError(f"{flag(name)} must lie in [0, 2**63), got {getattr(config, name)}")
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as a JSON value: paths absolute, tuples as lists."""
+    if isinstance(value, Path):
+        return os.path.abspath(value)  # noqa: PTH100  # without following links
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Turn a JSON value into a field's type: lists to tuples, text to paths."""
+    if isinstance(value, list | tuple):
+        if known.type == tuple[Path, ...]:
+            value = map(Path, value)
+        return tuple(value) or (known.default if known.default is not dataclasses.MISSING else ())
+    if value is not None and known.type in (Path, Path | None):
+        return Path(value)
+    return value
