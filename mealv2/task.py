@@ -120,14 +120,15 @@ class DistillTask(Task):
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
-        dead = num_dead_outputs(self.discriminator, rows_BC)
-        if not dead:
-            return None
-        what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
-        if self.discriminator.variant == "official":
-            return f"{what}; kept, as the official code does"
-        return f"{what}; redrawn {wake(self.discriminator, rows_BC)} times"
+        with torch.autocast(logits_BC.device.type, enabled=False):
+            rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
+            dead = num_dead_outputs(self.discriminator, rows_BC)
+            if not dead:
+                return None
+            what = f"{dead} of the discriminator's outputs react to nothing (dead from the start)"
+            if self.discriminator.variant == "official":
+                return f"{what}; kept, as the official code does"
+            return f"{what}; redrawn {wake(self.discriminator, rows_BC)} times"
 
     def _terms(
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer

@@ -61,7 +61,8 @@ class _Trainer:
         self.ema = None
         if config.model_ema:
             decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
-            self.ema = ModelEmaV3(work.student, decay=decay)
+            # the decay grows from 0, so that the start does not weigh on a short run (timm)
+            self.ema = ModelEmaV3(work.student, decay=decay, use_warmup=True)
         # float16 gradients underflow without a scale; bfloat16 and float32 need none
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.amp_dtype is torch.float16
@@ -190,7 +191,7 @@ class _Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(work.student)
+            self.ema.update(work.student, step=self.place.total_steps)
 
         return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
 

@@ -67,7 +67,9 @@ class TrainConfig(Machine):
         False, "Keep a moving average of the student's weights, and make it the result."
     )
     model_ema_decay: float | None = setting(
-        None, "Decay of the average at every step.", shown=str(DEFAULT_EMA_DECAY)
+        None,
+        "Decay of the average at every step; it grows towards this from 0.",
+        shown=str(DEFAULT_EMA_DECAY),
     )
     seed: int = setting(0, "Seed of the image order, new weights, dropout.")
     output: Path | None = setting(None, "Run folder to make.", shown="runs/COMMAND-MODEL-TIME")
