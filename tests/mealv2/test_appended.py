@@ -313,7 +313,9 @@ def test_a_damaged_file_is_named_with_what_to_do(
 ) -> None:
     path = append(make_set(tmp_path), PLACES)
     damage(path)
-    with pytest.raises(LabelSetError, match=rf"{path.name} is damaged.*; remove the file") as caught:
+    with pytest.raises(
+        LabelSetError, match=rf"{path.name} is damaged.*; remove the file"
+    ) as caught:
         LabelSet.open(tmp_path)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3

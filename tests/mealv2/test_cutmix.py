@@ -169,11 +169,11 @@ def test_centres_are_uniform_over_the_image():
     size = 512
     rows, columns = [], []
     for step in range(6000):
-        box = drawn(step, beta=1.0, img_size=size).box
-        if box.top > 0 and box.bottom < size and box.left > 0 and box.right < size:
-            if box.bottom - box.top <= size // 2:
-                rows.append((box.top + box.bottom) / 2)
-                columns.append((box.left + box.right) / 2)
+        box = drawn(step, img_size=size).box
+        whole = box.top > 0 and box.bottom < size and box.left > 0 and box.right < size
+        if whole and box.bottom - box.top <= size // 2:
+            rows.append((box.top + box.bottom) / 2)
+            columns.append((box.left + box.right) / 2)
     inner = [
         (row, column)
         for row, column in zip(rows, columns, strict=True)
