@@ -248,7 +248,7 @@ def test_jobs_that_append_at_the_same_time_lose_no_row(tmp_path):
         try:
             rows = torch.tensor([view for _, view in places])
             append(label_set, places, labels.rows(rows))
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failed.append(error)
 
     threads = [threading.Thread(target=job, args=(places,)) for places in jobs]
