@@ -160,10 +160,12 @@ def check_same_data(
     if fingerprint(source, only=there if may_lack_images else None) == made_from:
         return
     new, gone = sorted(set(source.keys) - there), sorted(there - set(source.keys))
+    if may_lack_images:  # then these are not what is wrong
+        new = []
     what = [f"{len(new)} images without labels ({_some(new)})"] if new else []
     what += [f"{len(gone)} labelled images missing ({_some(gone)})"] if gone else []
     advice = "give the data it was made from, or precompute labels for this data"
-    if new and not gone and labels.role == "train" and not may_lack_images:
+    if new and not gone and labels.role == "train":
         advice += ", or say what to do with them: --missing teach or --missing skip"
     raise LabelSetError(
         f"{labels.folder} was made from other data than {source.name}: "
