@@ -14,7 +14,10 @@ _FOLDER = "checkpoints"
 
 
 def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
-    """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep``. Raises OSError."""
+    """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep``. Raises OSError.
+
+    The one written stays even where later ones are there: a run goes on from before a torn one.
+    """
     folder = run / _FOLDER
     folder.mkdir(exist_ok=True)
     data = io.BytesIO()
@@ -22,7 +25,8 @@ def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
     path = folder / f"step-{step:08d}.pt"
     write_whole(path, data.getvalue())
     for old in _all(run)[:-keep]:
-        old.unlink()
+        if old != path:
+            old.unlink()
     return path
 
 

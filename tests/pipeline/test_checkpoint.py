@@ -51,6 +51,18 @@ def test_files_it_did_not_make_are_left_alone(run: Path) -> None:
     assert names(run) == ["best.pt", "step-00000003.pt"]
 
 
+def test_what_was_just_saved_stays_beside_a_torn_one_of_a_later_step(run: Path) -> None:
+    """A run that went on from the one before the torn one, told to keep one."""
+    later = checkpoint.save(run, STATE, step=10, keep=1)
+    later.write_bytes(b"torn")
+    for step in (5, 6):
+        saved = checkpoint.save(run, {"step": step}, step=step, keep=1)
+        path, state, damaged = checkpoint.load_newest(run)
+        assert (path, state) == (saved, {"step": step})
+        assert len(damaged) == 1
+    assert names(run) == ["step-00000006.pt", "step-00000010.pt"]
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
