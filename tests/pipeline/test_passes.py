@@ -97,7 +97,8 @@ def test_passes_cover_the_epochs_and_the_last_may_be_narrower(data_dir: Path) ->
     assert list(made.requests_from(2)) == [r for one in requests[1:] for r in one]
     shown = [{len(views) for request in one for _, views in request} for one in requests]
     assert shown == [{2}, {2}, {1}]
-    assert [len(request) for request in requests[0]] == [6] * 6
+    rows = [[sum(len(views) for _, views in request) for request in one] for one in requests]
+    assert rows == [[12] * 6, [12] * 6, [12] * 3], "a batch has as many rows in every pass"
 
 
 def test_views_that_the_targets_leave_out_are_in_no_batch_and_are_counted(data_dir: Path) -> None:
@@ -160,6 +161,14 @@ def test_a_last_narrower_pass_shows_no_view_too_many(
     assert report["epochs"] == 3
     assert all(sum(position == p for position, _ in rows) == 3 for p in range(36))
     assert len(set(rows)) == len(rows)
+
+
+def test_a_batch_of_one_image_with_all_its_views_is_enough_for_every_pass(
+    done: Run, distill_flags: list[str], run: Path
+) -> None:
+    """A last pass of one view with one image in a batch would be too little to normalise."""
+    flags = ["--views-per-image", 2, "--batch-size", 2, "--epochs", 3, "--val-split", "none"]
+    assert done(*distill_flags, *flags, "--output", run).report["steps"] == 36 + 18
 
 
 @pytest.mark.parametrize("epochs", [3, 4])
