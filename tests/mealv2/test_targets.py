@@ -10,7 +10,7 @@ from torch import nn
 
 import reference
 from mealv2.ensemble import TeacherEnsemble
-from mealv2.errors import LabelSetError
+from mealv2.errors import DataError, LabelSetError
 from mealv2.files import json_sha256
 from mealv2.label_set import (
     FORMAT,
@@ -185,7 +185,14 @@ KINDS = {  # topk, type
 }
 
 
-def made_by(folder: Path, teachers: list[Recording], images: torch.Tensor, kind: str) -> LabelSet:
+def made_by(
+    folder: Path,
+    teachers: list[Recording],
+    images: torch.Tensor,
+    kind: str,
+    *,
+    precision: str = "float32",
+) -> LabelSet:
     """Write a set as stage one does: image i of KEYS, view v, is ``images[i * NUM_VIEWS + v]``."""
     k, dtype = KINDS[kind]
     plan = {
@@ -195,10 +202,12 @@ def made_by(folder: Path, teachers: list[Recording], images: torch.Tensor, kind:
         "img_size": 4,
         "topk": k,
         "label_dtype": dtype,
+        "precision": precision,
         "roles": {"train": {"num_views": NUM_VIEWS}},
     }
     claim(folder, plan)
-    labels = top_k(TeacherEnsemble(teachers)(images).probs_BC, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        labels = top_k(TeacherEnsemble(teachers)(images).probs_BC, k)
     shape = (len(KEYS), NUM_VIEWS)
     ids = labels.indices_NK.numpy().reshape(*shape, k).astype("<u2")
     probs = labels.probs_NK.numpy().reshape(*shape, k).astype(dtype)
@@ -247,6 +256,37 @@ def test_a_taught_row_equals_what_the_set_would_hold(tmp_path, teachers, kind):
         label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
     )
     assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+
+
+@pytest.mark.parametrize("student", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_taught_row_is_in_the_precision_of_the_set_and_not_of_the_student(
+    tmp_path, teachers, precision, student
+):
+    images = pixels(15)
+    label_set = made_by(tmp_path, teachers, images, "dense float32", precision=precision)
+    keys = [key for key in KEYS for _ in range(NUM_VIEWS)]
+    stored = label_set.soft_labels(keys, list(range(NUM_VIEWS)) * len(KEYS))
+    targets = StoredLabels(
+        label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=student == "bfloat16"):
+        assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+
+
+def test_an_answer_that_is_not_finite_is_never_kept(tmp_path, teachers, contents):
+    label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
+    before = contents(tmp_path)
+    with torch.no_grad():
+        teachers[1].weight[0, 0] = torch.inf
+    ensemble, appender = TeacherEnsemble(teachers), Appender(label_set)
+    targets = StoredLabels(
+        label_set, ["new"], seed=0, missing="teach", ensemble=ensemble, appender=appender
+    )
+    with pytest.raises(DataError, match="not finite"):
+        targets.answer([0], [0], pixels(1))
+    targets.flush()
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
