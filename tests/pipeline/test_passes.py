@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import Result
+from mealv2.cutmix import draw_mix
 from mealv2.images import ImageFolder
 from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask
@@ -251,6 +252,23 @@ def test_with_target_mixed_labels_the_unmixed_images_are_labelled_and_weighed_by
         assert float(kept.min()) >= mixture["own_share"] - 1e-6
         assert float(kept.min()) == pytest.approx(mixture["own_share"], abs=0.02)
     assert weights(tmp_path / "mixed") != weights(tmp_path / "plain")
+
+
+def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
+    done: Run, distill_flags: list[str], run: Path, learned: list[tuple[torch.Tensor, Any]]
+) -> None:
+    flags = ["--cutmix-target", "mixed-labels", "--cutmix-beta", 0.5, "--cutmix-prob", 0.6]
+    done(*distill_flags, *flags, "--seed", 3, "--val-split", "none", "--output", run)
+    settings = {"beta": 0.5, "probability": 0.6, "device": torch.device("cpu")}
+    expected = [
+        draw_mix(8 if step < 5 else 4, 32, place=(3, epoch, step), **settings)
+        for epoch in (0, 1)
+        for step in (1, 2, 3, 4, 5)
+    ]
+    shares = [mixture and mixture["own_share"] for _, mixture in learned]
+    assert shares == [mix and mix.own_share(32) for mix in expected]
+    assert None in shares
+    assert len(set(shares)) > 4
 
 
 def test_cutmix_of_no_batch_changes_nothing(
