@@ -536,6 +536,20 @@ def test_the_student_is_only_looked_at(classifier, training):
     assert any("running_mean" in name for name in before)
 
 
+def test_preparation_is_in_float32_under_autocast_and_the_first_step_learns(classifier):
+    discriminator = Discriminator(NUM_CLASSES)
+    task, answer = DistillTask(classifier, discriminator), online_answer()
+    seen: list[torch.dtype] = []
+    for module in (classifier, discriminator):
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        task.prepare(PICTURES, answer)
+        assert set(seen) == {torch.float32}
+        loss = task(PICTURES, answer)["loss"]
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in classifier.parameters())
+
+
 def test_without_a_discriminator_there_is_nothing_to_prepare(student, images):
     assert DistillTask(student).prepare(images, online_answer()) is None
     assert HardLabelTask(student).prepare(images, online_answer()) is None
