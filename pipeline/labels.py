@@ -2,6 +2,7 @@
 teachers online.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,10 @@ def stored(
 ) -> Answers:
     """Answer from the label set, and from its teachers where --missing says so."""
     assert config.labels is not None
+    if config.write_back and not os.access(config.labels, os.W_OK):  # now, not an epoch later
+        raise LabelSetError(
+            f"cannot append to {config.labels}: no permission; leave out --write-back"
+        )
     labels = LabelSet.open(config.labels, appended=_appended_before(config))
     check_same_data(labels, source, may_lack_images=config.missing != "fail")
     plan = labels.manifest["plan"]["roles"]

@@ -522,6 +522,24 @@ def test_damaged_labels_json_is_named(
     assert f"{run / 'labels.json'} is damaged" in result.stderr
 
 
+def test_label_set_that_cannot_be_appended_to_is_refused_before_the_teachers_work(
+    run_cli: Run,
+    distill_flags: list[str],
+    teacher_flags: list[str],
+    labels_dir: Path,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Root may write anywhere, so that the answer of the system is put in its mouth."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != labels_dir and may(path, mode))
+    flags = ["--missing", "teach", *teacher_flags, "--output", run]
+    result = run_cli(*distill_flags, *flags, "--write-back")
+    assert (result.code, one_line(result)) == (3, True)
+    assert "leave out --write-back" in result.stderr
+    assert not run.exists()
+
+
 def test_damaged_appended_file_is_named(
     run_cli: Run, distill_flags: list[str], own_labels: Path, run: Path
 ) -> None:
