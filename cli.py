@@ -31,6 +31,7 @@ SET_ASIDE = {
     "initial_checkpoint": {"pretrained"},
     "discriminator": {"discriminator_lr", "discriminator_weight"},
     "epochs": {"lr_milestones"},
+    "lr": {"discriminator_lr"},
     "sched": {"lr_milestones", "decay_rate"},
 }
 
@@ -180,6 +181,8 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
         settings["type"] = click.Choice(typing.get_args(kind))
     else:
         settings["type"] = click.Path(path_type=Path) if kind is Path else kind
+    if (convert := field.metadata.get("convert")) is not None:
+        settings["callback"] = lambda context, option, value: convert(value)
     names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
     return click.option(flag, *names, help=text, **settings)
 

@@ -78,6 +78,6 @@ def draw_mix(
     if rng.random() >= probability:
         return None
     own_share = rng.beta(beta, beta)
-    order_B = torch.from_numpy(rng.permutation(batch_size)).to(device)
+    order_B = torch.from_numpy(rng.permutation(batch_size)).to(device, non_blocking=True)
     row, column = rng.integers(img_size, size=2).tolist()
     return Mix(order_B, cutmix_box(own_share, row, column, img_size))

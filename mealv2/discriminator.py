@@ -105,7 +105,7 @@ def num_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
 def wake(discriminator: Discriminator, rows_BC: Tensor) -> int:
     """Redraw the weights until every output reacts to some row; return how often.
 
-    Raises RuntimeError when 100 draws do not do it: the rows are all zero or not finite.
+    Raises RuntimeError when 100 draws do not do it.
     """
     for redraws in range(_TRIES):
         if not num_dead_outputs(discriminator, rows_BC):

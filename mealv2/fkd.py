@@ -3,8 +3,6 @@
 Each view's label is one small array; these functions tell what distribution it stands for.
 """
 
-import re
-
 import numpy as np
 import torch
 
@@ -23,13 +21,15 @@ def labels_of(packed: np.ndarray, label_type: str, num_classes: int) -> SoftLabe
     elsewhere (recover_soft_label of the FKD code; its number K may be left out of the name). Raises
     LabelSetError for another type, another shape, or an id that is no class.
     """
-    kind = re.sub(r"_k\d+$", "", label_type)
+    kind, _, given_k = label_type.partition("_k")
     if kind not in ("ori", "hard", "smoothing", "marginal_smoothing", "marginal_renorm"):
         raise LabelSetError(
             f"unknown FKD label type {label_type!r}; known: {', '.join(LABEL_TYPES)}"
         )
     try:
         ids_NK, probs_NK = _columns(packed, kind, num_classes)
+        if given_k and ids_NK.shape[1] != int(given_k):
+            raise ValueError(f"{ids_NK.shape[1]} classes a label")
     except ValueError:
         raise LabelSetError(
             f"FKD labels of type {label_type} cannot have the shape {packed.shape}"
@@ -49,13 +49,17 @@ def labels_of(packed: np.ndarray, label_type: str, num_classes: int) -> SoftLabe
 def _columns(packed: np.ndarray, kind: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return class ids int64 N x K and probabilities float64 N x K; raises ValueError."""
     if kind == "ori":
-        probs_NK = packed.reshape(-1, num_classes).astype(np.float64)
-        return np.broadcast_to(np.arange(num_classes), probs_NK.shape).copy(), probs_NK
+        num_labels, width = packed.shape
+        if width != num_classes:
+            raise ValueError(f"{num_labels} labels of {width} classes")
+        ids_NK = np.broadcast_to(np.arange(num_classes), packed.shape).copy()
+        return ids_NK, packed.astype(np.float64)
     if kind == "hard":
-        ids_NK = packed.reshape(-1, 1).astype(np.int64)
+        (num_labels,) = packed.shape
+        ids_NK = packed.reshape(num_labels, 1).astype(np.int64)
         return ids_NK, np.ones(ids_NK.shape)
     if kind == "smoothing":
-        packed = packed.reshape(-1, 2, 1)
+        packed = packed[..., None]
     num_labels, two, _ = packed.shape
     if two != 2:
         raise ValueError(f"{num_labels} labels of {two} rows")

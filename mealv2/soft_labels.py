@@ -1,5 +1,6 @@
 """Soft labels: the top-k of an ensemble distribution, its tail, and dense recovery."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,15 +30,16 @@ class SoftLabels:
         return len(self.indices_NK)
 
     def to(self, device: torch.device) -> "SoftLabels":
-        """Return the same labels on a device."""
+        """Return the same labels on a device; on the CPU they are there when this returns."""
+        wait_not = device.type != "cpu"  # a copy to the CPU that nobody waits for is read too early
         return SoftLabels(
-            self.indices_NK.to(device, non_blocking=True),
-            self.probs_NK.to(device, non_blocking=True),
-            self.rest_N.to(device, non_blocking=True),
+            self.indices_NK.to(device, non_blocking=wait_not),
+            self.probs_NK.to(device, non_blocking=wait_not),
+            self.rest_N.to(device, non_blocking=wait_not),
             self.num_classes,
         )
 
-    def rows(self, order_N: Tensor | slice) -> "SoftLabels":
+    def rows(self, order_N: Tensor) -> "SoftLabels":
         """Return rows by index, in that order."""
         return SoftLabels(
             self.indices_NK[order_N], self.probs_NK[order_N], self.rest_N[order_N], self.num_classes
@@ -97,9 +99,7 @@ def through_top_k(logits_NC: Tensor, indices_NK: Tensor) -> Tensor:
         return log_probs_NC
     kept_NC = torch.zeros_like(log_probs_NC, dtype=torch.bool).scatter_(1, indices_NK, True)
     rest_NC = log_probs_NC.masked_fill(kept_NC, -torch.inf)
-    tail_N1 = rest_NC.logsumexp(dim=1, keepdim=True) - torch.log(
-        torch.tensor(float(num_classes - k), device=logits_NC.device)
-    )
+    tail_N1 = rest_NC.logsumexp(dim=1, keepdim=True) - math.log(num_classes - k)
     return torch.where(kept_NC, log_probs_NC, tail_N1)
 
 
@@ -107,5 +107,4 @@ def tempered(probs_NC: Tensor, temperature: float) -> Tensor:
     """Return q^(1/T) renormalised, row by row: softer above 1, sharper below; 1 changes nothing."""
     if temperature == 1.0:
         return probs_NC
-    raised_NC = probs_NC ** (1.0 / temperature)
-    return raised_NC / raised_NC.sum(dim=1, keepdim=True)
+    return torch.softmax(probs_NC.log() / temperature, dim=1)  # in log space: q^100 underflows

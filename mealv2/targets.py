@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mealv2.ensemble import TeacherEnsemble
+from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet
 from mealv2.soft_labels import SoftLabels, top_k
 from mealv2.views import scheduled_view
@@ -188,12 +189,25 @@ class StoredLabels(Targets):
             self._appender.flush()
 
     def _teach(self, images_BCHW: Tensor) -> SoftLabels:
-        """Ask the ensemble; return its answer as the set would have stored it, on the CPU."""
+        """Ask the ensemble; return its answer as the set would have stored it, on the CPU.
+
+        In the precision that the set was made in, whatever the student computes in. Raises
+        DataError for an answer that is not finite: it would never be noticed in a label set.
+        """
         assert self._ensemble is not None
         plan = self.label_set.manifest["plan"]
-        probs_BC = self._ensemble(images_BCHW).probs_BC
+        precision: torch.dtype = getattr(torch, plan["precision"])
+        lower = None if precision is torch.float32 else precision
+        with torch.autocast(images_BCHW.device.type, dtype=lower, enabled=lower is not None):
+            probs_BC = self._ensemble(images_BCHW).probs_BC
         dtype: torch.dtype = getattr(torch, plan["label_dtype"])
-        return top_k(probs_BC, plan["topk"]).rounded(dtype).to(torch.device("cpu"))
+        labels = top_k(probs_BC, plan["topk"]).rounded(dtype).to(torch.device("cpu"))
+        if not bool(torch.isfinite(labels.probs_NK).all()):
+            raise DataError(
+                "the teachers' answers are not finite; check their weights, or the label set's "
+                f"precision ({plan['precision']})"
+            )
+        return labels
 
 
 def _classes_of(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:

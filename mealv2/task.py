@@ -116,19 +116,26 @@ class DistillTask(Task):
         """
         if self.discriminator is None:
             return None
+        # full precision, as in the step; and autocast may keep weights that it casts without
+        # gradient for the step that follows
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            return self._revive(self.discriminator, images_BCHW, answer)
+
+    def _revive(
+        self, discriminator: Discriminator, images_BCHW: Tensor, answer: Answer
+    ) -> str | None:
         was_training = self.student.training
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        with torch.autocast(logits_BC.device.type, enabled=False):
-            rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
-            dead = num_dead_outputs(self.discriminator, rows_BC)
-            if not dead:
-                return None
-            what = f"{dead} of the discriminator's outputs react to nothing (dead from the start)"
-            if self.discriminator.variant == "official":
-                return f"{what}; kept, as the official code does"
-            return f"{what}; redrawn {wake(self.discriminator, rows_BC)} times"
+        rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
+        dead = num_dead_outputs(discriminator, rows_BC)
+        if not dead:
+            return None
+        what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
+        if discriminator.variant == "official":
+            return f"{what}; kept, as the official code does"
+        return f"{what}; redrawn {wake(discriminator, rows_BC)} times"
 
     def _terms(
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer

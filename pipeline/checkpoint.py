@@ -14,14 +14,18 @@ _FOLDER = "checkpoints"
 
 
 def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
-    """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep``. Raises OSError."""
+    """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep`` up to it.
+
+    Raises OSError.
+    """
     folder = run / _FOLDER
     folder.mkdir(exist_ok=True)
     data = io.BytesIO()
     torch.save(state, data)
     path = folder / f"step-{step:08d}.pt"
     write_whole(path, data.getvalue())
-    for old in _all(run)[:-keep]:
+    until_now = [other for other in _all(run) if other.name <= path.name]
+    for old in until_now[:-keep]:
         old.unlink()
     return path
 
@@ -33,16 +37,22 @@ def exists(run: Path) -> bool:
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """Return the newest whole checkpoint of a run folder: its path, its state, and what was wrong
-    with newer ones. Raises MealError where none is whole.
+    with newer ones. These are set aside under another name, so that they count no more.
+
+    Raises MealError where none is whole; then nothing is renamed.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in reversed(_all(run)):
         try:
-            return path, _load(path), damaged
+            state = _load(path)
         except Exception as error:  # zip, pickle and runtime errors, as the damage has it
             reason = str(error).strip().split("\n")[0]
-            damaged.append(f"checkpoint {path} is damaged: {reason}")
-    raise MealError(f"{damaged[0]}; no other is whole: start a new run")
+            damaged[path] = f"checkpoint {path} is damaged: {reason}"
+            continue
+        for other in damaged:
+            other.rename(other.with_name(f"{other.name}.damaged"))
+        return path, state, list(damaged.values())
+    raise MealError(f"{next(iter(damaged.values()))}; no other is whole: start a new run")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 teachers online.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,10 @@ def stored(
 ) -> Answers:
     """Answer from the label set, and from its teachers where --missing says so."""
     assert config.labels is not None
+    if config.write_back and not os.access(config.labels, os.W_OK):  # now, not an epoch later
+        raise LabelSetError(
+            f"cannot append to {config.labels}: no permission; leave out --write-back"
+        )
     labels = LabelSet.open(config.labels, appended=_appended_before(config))
     check_same_data(labels, source, may_lack_images=config.missing != "fail")
     plan = labels.manifest["plan"]["roles"]
@@ -160,10 +165,12 @@ def check_same_data(
     if fingerprint(source, only=there if may_lack_images else None) == made_from:
         return
     new, gone = sorted(set(source.keys) - there), sorted(there - set(source.keys))
+    if may_lack_images:  # then these are not what is wrong
+        new = []
     what = [f"{len(new)} images without labels ({_some(new)})"] if new else []
     what += [f"{len(gone)} labelled images missing ({_some(gone)})"] if gone else []
     advice = "give the data it was made from, or precompute labels for this data"
-    if new and not gone and labels.role == "train" and not may_lack_images:
+    if new and not gone and labels.role == "train":
         advice += ", or say what to do with them: --missing teach or --missing skip"
     raise LabelSetError(
         f"{labels.folder} was made from other data than {source.name}: "
@@ -196,14 +203,16 @@ def _teachers_of(config: DistillConfig, machine: Runtime, labels: LabelSet) -> T
     ensemble, described = teachers.build(
         specs, classes=labels.classes, img_size=labels.img_size, runtime=machine
     )
-    there = [teacher["weights_sha256"] for teacher in made_by]
-    here = [teacher["weights_sha256"] for teacher in described]
+    there, here = (
+        [(teacher["weights_sha256"], teacher["mean"], teacher["std"]) for teacher in group]
+        for group in (made_by, described)
+    )
     if sorted(there) != sorted(here):
-        other = next((d["model"] for d in described if d["weights_sha256"] not in there), None)
+        new = [d["model"] for d, what in zip(described, here, strict=True) if what not in there]
         raise LabelSetError(
-            f"{labels.folder} was made by {len(there)} teachers with other weights than "
-            f"{other or 'these ' + str(len(here))}; give those of its manifest: "
-            f"{', '.join(teacher['model'] for teacher in made_by)}"
+            f"{labels.folder} was made by {len(there)} teachers with other weights or "
+            f"normalisation than {new[0] if new else f'these {len(here)}'}; give those of its "
+            f"manifest: {', '.join(teacher['model'] for teacher in made_by)}"
         )
     return ensemble
 

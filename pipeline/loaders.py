@@ -6,7 +6,7 @@ uint8 pixels. Order and batches are pure functions of (seed, epoch), so a run ca
 
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +38,10 @@ class Pixels:
     positions: list[int] = field(default_factory=list)
     views: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> "Pixels":
+        """Return the same in page-locked memory; DataLoader calls it, and leaves others alone."""
+        return replace(self, images_BCHW=self.images_BCHW.pin_memory())
 
 
 class ViewReader(Dataset[Pixels]):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, write_whole
+from mealv2.files import canonical_json, read_json, write_whole
 from pipeline import checkpoint
 from pipeline.runtime import on_terminal
 
@@ -161,6 +161,11 @@ class RunFolder:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **figures})
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def report(self) -> dict[str, Any] | None:
+        """Return report.json of a run that went to its end; None before."""
+        path = self.path / REPORT_NAME
+        return dict(read_json(path)) if path.exists() else None
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write report.json: the run went to its end."""

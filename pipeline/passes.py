@@ -37,7 +37,7 @@ class Passes:
             views = [view(keys[position], e) for e in epochs]
             if shown := tuple(v for v in views if v is not None):
                 rows.append((position, shown))
-        return batches(rows, math.ceil(self.config.batch_size / self.config.views_per_image))
+        return batches(rows, math.ceil(self.config.batch_size / self.width(epoch)))
 
     def num_left_out(self, epoch: int, requests: list[Request]) -> int:
         """Return how many views of the pass the targets left out."""

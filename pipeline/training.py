@@ -12,10 +12,11 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from mealv2.cutmix import Mix, draw_mix
-from mealv2.errors import DataError, MealError, StoppedError
+from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
+from mealv2.images import fingerprint
 from mealv2.models import EXPORT_FOLDER, Classifier, save_classifier
 from mealv2.targets import SKIPPED, Answer
-from mealv2.task import Mixture
+from mealv2.task import Mixture, Result
 from pipeline import checkpoint, logs
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
@@ -52,9 +53,10 @@ class _Trainer:
         self.stop = stop
         self.place = Place()
         self.window, self.epoch = Meter(), Meter()
-        self.prepared = False
+        self.prepared = self.finished = False
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
+        self.data_sha256 = fingerprint(work.source)
         self.passes = Passes(config, work.source, work.positions, work.targets)
         work.task.to(machine.device)
         self.optimizer = self._make_optimizer()
@@ -97,6 +99,8 @@ class _Trainer:
         began = time.monotonic()
         place, last = self.place, self.config.epochs
         figures: dict[str, float] = {}
+        if place.epoch == last and (report := self.folder.report()) is not None:
+            return report
         if place.total_steps == 0 or place.epoch == last:
             figures = self._validate(place.epoch)
             self._say_start(figures)
@@ -184,9 +188,9 @@ class _Trainer:
                 mixture = {"mixture": Mixture(partner=answer.rows(mix.order_B), own_share=share)}
             if not self.prepared:
                 self._prepare(images_BCHW, answer)
-            result = work.task(images_BCHW, answer, **mixture)
+            result = self._compute(images_BCHW, answer, mixture)
 
-        self.scaler.scale(result["loss"]).backward()
+        self.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -194,6 +198,19 @@ class _Trainer:
             self.ema.update(work.student, step=self.place.total_steps)
 
         return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
+
+    def _compute(self, images_BCHW: Tensor, answer: Answer, mixture: dict[str, Mixture]) -> Result:
+        """Return the task's result; raises DataError for a batch too small to learn from."""
+        try:
+            result: Result = self.work.task(images_BCHW, answer, **mixture)
+        except ValueError as error:
+            if len(images_BCHW) > 1 or "per channel" not in str(error):
+                raise
+            raise DataError(
+                f"step {self.place.total_steps} has one image, and batch normalisation cannot "
+                "learn from one: use a larger --batch-size"
+            ) from error
+        return result
 
     def _draw_mix(self, batch_size: int) -> Mix | None:
         """Draw how this step's batch is mixed, if it is."""
@@ -251,7 +268,8 @@ class _Trainer:
         if self.ema is not None:
             own = self.work.evaluator(self.work.student, num_classes=classes, stop=self.stop)
             figures["student_top1"] = own.top1
-        self.folder.log("validation", epoch=epoch, **figures)
+        if not self.finished:  # what a finished run is asked again, it has logged
+            self.folder.log("validation", epoch=epoch, **figures)
         return figures
 
     def _say_start(self, figures: dict[str, float]) -> None:
@@ -307,8 +325,19 @@ class _Trainer:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint: all that the rest of the run depends on."""
-        self.work.targets.flush()
+        """Write a checkpoint: all that the rest of the run depends on.
+
+        Raises DataError rather than keep weights that a loss which is not finite has spoilt.
+        """
+        self._finite(self.epoch.means())
+        try:
+            self.work.targets.flush()
+        except (OSError, LabelSetError):
+            self._save_state()  # the run can go on from here once there is room
+            raise
+        self._save_state()
+
+    def _save_state(self) -> None:
         on_cuda = self.machine.device.type == "cuda"
         state = {
             "arch": self.work.student.tag,
@@ -320,7 +349,9 @@ class _Trainer:
             "scaler": self.scaler.state_dict(),
             "meters": [self.window.state(), self.epoch.state()],
             "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if on_cuda else [],
+            "rng_cuda": torch.cuda.get_rng_state(self.machine.device) if on_cuda else None,
+            "data_sha256": self.data_sha256,
+            "labels": self.work.labels,
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
@@ -331,6 +362,7 @@ class _Trainer:
         """Take up the newest whole checkpoint of the run folder; return the folder."""
         assert self.config.resume is not None
         path, state, damaged = checkpoint.load_newest(self.config.resume)
+        self._check_same_work(state)
         for what in damaged:
             logs.say(f"{what}; going on from the one before, {path.name}")
         try:
@@ -339,9 +371,24 @@ class _Trainer:
             reason = str(error).strip().split("\n")[0]
             raise MealError(f"checkpoint {path} is of another run: {reason}") from error
         self.prepared = self.place.total_steps > 0
+        self.finished = self.place.epoch == self.config.epochs
         return logs.RunFolder.reopen(
             self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
         )
+
+    def _check_same_work(self, state: dict[str, Any]) -> None:
+        """Raise where images, labels or teachers are not those that the run began with."""
+        advice = "bring them back, or start a new run"
+        if state.get("data_sha256", self.data_sha256) != self.data_sha256:
+            raise DataError(
+                f"the images of {self.work.source.name} are not those this run began with; {advice}"
+            )
+        if "labels" not in state:  # of another run, as restoring it will say
+            return
+        before, now = state["labels"] or {}, self.work.labels or {}
+        for name, what in (("plan_sha256", "labels"), ("teachers", "teachers' weights")):
+            if before.get(name) != now.get(name):
+                raise LabelSetError(f"the {what} are not those this run began with; {advice}")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.place = Place(state["epoch"], state["step"], state["total_steps"])
@@ -355,5 +402,5 @@ class _Trainer:
         for meter, kept in zip((self.window, self.epoch), state["meters"], strict=True):
             meter.restore(kept, self.machine.device)
         torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] and self.machine.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if state["rng_cuda"] is not None and self.machine.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.machine.device)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mealv2.errors import LabelSetError
 from mealv2.files import write_whole
@@ -22,21 +23,30 @@ class Appender:
 
     def __init__(self, label_set: LabelSet) -> None:
         self._label_set = label_set
-        self._rows: dict[tuple[str, int], tuple[SoftLabels, int]] = {}
+        self._places: set[tuple[str, int]] = set()  # also of what is written: no row twice
+        self._waiting: list[tuple[list[tuple[str, int]], SoftLabels]] = []
 
     def add(self, keys: Sequence[str], views: Sequence[int], labels: SoftLabels) -> None:
         """Keep rows for the next flush; ``labels`` on the CPU, in the set's top-k and type."""
-        for row, place in enumerate(zip(keys, views, strict=True)):
-            self._rows.setdefault(place, (labels, row))
+        new = {
+            place: row
+            for row, place in enumerate(zip(keys, views, strict=True))
+            if place not in self._places
+        }
+        if new:
+            self._places.update(new)
+            self._waiting.append((list(new), labels.rows(torch.tensor(list(new.values())))))
 
     def flush(self) -> Path | None:
         """Write the rows kept as one file; return its path, None without rows. Raises OSError."""
-        if not self._rows:
+        if not self._waiting:
             return None
         manifest = self._label_set.manifest
-        places = sorted(self._rows)
-        found = [self._rows[place] for place in places]
-        labels = SoftLabels.joined([labels.rows(slice(row, row + 1)) for labels, row in found])
+        unsorted = [place for places, _ in self._waiting for place in places]
+        order = sorted(range(len(unsorted)), key=unsorted.__getitem__)
+        places = [unsorted[row] for row in order]
+        joined = SoftLabels.joined([labels for _, labels in self._waiting])
+        labels = joined.rows(torch.tensor(order))
         plan = manifest["plan"]
         value = np.dtype(plan["label_dtype"]).newbyteorder("<")
         dense = plan["topk"] == self._label_set.num_classes
@@ -64,5 +74,5 @@ class Appender:
             raise LabelSetError(
                 f"cannot append to {self._label_set.folder}: no permission; leave out --write-back"
             ) from None
-        self._rows.clear()
+        self._waiting.clear()
         return path

@@ -178,8 +178,11 @@ class LabelSet:
         """Return the memory-mapped columns of a shard: probs, and unless dense indices and rest."""
         if number not in self._maps:
             path = self.folder / self._names[number]
+            size = path.stat().st_size
+            # torch maps the file and closes it; np.memmap would keep a descriptor of each column
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
             self._maps[number] = {
-                name: np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+                name: np.ndarray(shape, dtype, buffer=mapped, offset=offset)
                 for name, (offset, shape, dtype) in column_offsets(path).items()
                 if name in ("probs", "indices", "rest") and 0 not in shape
             }

@@ -5,6 +5,7 @@ Written in memory and published whole; see docs/label-set-format.md for the byte
 
 import io
 import json
+import secrets
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -128,7 +129,11 @@ def shard_bytes(shard: Shard) -> bytes:
         "counts": shard.counts,
     }
     with h5py.File(
-        "shard", "w", driver="core", backing_store=False, libver=("earliest", _LIBRARY_VERSION)
+        f"shard-{secrets.token_hex(8)}",  # in memory; of one name HDF5 opens only one at a time
+        "w",
+        driver="core",
+        backing_store=False,
+        libver=("earliest", _LIBRARY_VERSION),
     ) as file:
         for name, column in columns.items():
             file.create_dataset(name, data=column, track_times=False)

@@ -13,6 +13,7 @@ from pipeline.config.fields import (
     check_seed,
     recipe_setting,
     setting,
+    teachers_setting,
     without_effect,
 )
 from pipeline.config.training import TrainConfig
@@ -31,7 +32,7 @@ class DistillConfig(TrainConfig):
         False,
         "No label set: ask the --teacher models at every step, about views that never repeat.",
     )
-    teacher: tuple[str, ...] = setting(
+    teacher: tuple[str, ...] = teachers_setting(
         (),
         "timm model, NAME or NAME=CHECKPOINT, for --online and --missing teach; repeat it, or "
         "separate several by commas.",
@@ -124,6 +125,8 @@ class DistillConfig(TrainConfig):
                 f"--label-temperature must be positive and finite, got {self.label_temperature}"
             )
         between(self, 0, 1, "hard_label_weight")
+        if self.hard_label_weight == 1:
+            without_effect(self, "with --hard-label-weight 1", "label_temperature")
         if self.cutmix_target is None:
             without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
         if self.cutmix_beta is not None and not 0 < self.cutmix_beta < math.inf:

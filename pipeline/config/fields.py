@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import os
+import types
+import typing
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,14 @@ from mealv2.errors import ConfigError
 def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
     """A field with its help text; ``shown`` replaces a default that says nothing, such as None."""
     return field(default=default, metadata={"help": text, "shown": shown})
+
+
+def teachers_setting(default: Any, text: str, *, shown: str | None = None) -> Any:
+    """A field that names teachers; paths become absolute as they are read from the command line."""
+    metadata = {"help": text, "shown": shown, "convert": absolute_teachers}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def recipe_setting() -> Any:
@@ -30,6 +41,15 @@ def required(text: str) -> Any:
 def positional(text: str) -> Any:
     """A field that must be given, without a flag: the words of the command line say it."""
     return field(metadata={"help": text, "shown": None, "positional": True})
+
+
+def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return one spec a teacher, NAME or NAME=CHECKPOINT, comma lists split, paths absolute."""
+    found = []
+    for spec in (part.strip() for text in specs for part in text.split(",")):
+        name, equals, path = spec.partition("=")
+        found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
+    return tuple(found)
 
 
 def flag(name: str) -> str:
@@ -91,6 +111,8 @@ def plain(value: Any) -> Any:
 
 def typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
     """Turn a JSON value into a field's type: lists to tuples, text to paths."""
+    if not _fits(known.type, value):
+        raise ConfigError(f"{spelling(known)} cannot be {value!r}")
     if isinstance(value, list | tuple):
         if known.type == tuple[Path, ...]:
             value = map(Path, value)
@@ -98,3 +120,25 @@ def typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
     if value is not None and known.type in (Path, Path | None):
         return Path(value)
     return value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Return whether a JSON value, or one from the command line, can be of a field's type."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_fits(part, value) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            return False
+        if items[-1] is not Ellipsis and len(items) != len(value) and value:
+            return False
+        return all(_fits(items[0], item) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is Path:
+        return isinstance(value, str | Path)
+    return value is None if kind is type(None) else isinstance(value, kind)

@@ -1,12 +1,20 @@
 """Settings of stage one."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
 from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_TOPK, Machine
-from pipeline.config.fields import at_least, check_seed, recipe_setting, required, setting
+from pipeline.config.fields import (
+    at_least,
+    check_seed,
+    recipe_setting,
+    required,
+    setting,
+    teachers_setting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +23,9 @@ class PrecomputeConfig(Machine):
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
     out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
-    teacher: tuple[str, ...] = required(
-        "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas."
+    teacher: tuple[str, ...] = teachers_setting(
+        dataclasses.MISSING,
+        "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
     )
     split: str = setting("train", "Folder under --data-dir whose images get --num-views labels.")
     val_split: str = setting(

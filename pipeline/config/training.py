@@ -9,6 +9,7 @@ from mealv2.errors import ConfigError
 from pipeline.config.base import (
     DEFAULT_EMA_DECAY,
     DEFAULT_IMG_SIZE,
+    NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
     Machine,
@@ -87,6 +88,8 @@ class TrainConfig(Machine):
         super().__post_init__()
         at_least(self, 1, "epochs", "batch_size", "log_interval", "checkpoint_hist")
         at_least(self, 1, "val_interval", "views_per_image")
+        if self.val_split == NO_SPLIT:
+            without_effect(self, "with --val-split none", "val_interval")
         at_least(self, 0, "lr", "momentum", "weight_decay", "decay_rate")
         if self.checkpoint_every is not None:
             at_least(self, 1, "checkpoint_every")

@@ -533,3 +533,19 @@ def test_only_the_label_sets_room_imports_h5py():
         path for path in files if any(n.split(".")[0] == "h5py" for n in imported_names(path))
     }
     assert {path.parent for path in importers} == {package / "label_set"}
+
+
+def test_a_set_of_many_shards_needs_no_descriptor_for_each(done, precompute_flags, tmp_path):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "set"
+    done(*precompute_flags, "--shard-size", 1, "--out", out)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    labels = LabelSet.open(out)
+    keys = list(labels.keys())
+    assert len(keys) == 36
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 8, before[1]))
+    try:
+        labels.soft_labels(keys, [0] * len(keys))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

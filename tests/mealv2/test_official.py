@@ -297,6 +297,9 @@ def test_top_k_keeps_what_the_official_code_keeps(k: int) -> None:
         ((6, 3, 5), "marginal_smoothing_k5", "cannot have the shape"),
         ((6, 10), "marginal_smoothing_k5", "cannot have the shape"),
         ((6, 7), "ori", "cannot have the shape"),
+        ((6, 10), "ori", "cannot have the shape"),
+        ((6, 5), "hard", "cannot have the shape"),
+        ((6, 2, 4), "marginal_smoothing_k5", "cannot have the shape"),
         ((6, 2, 5), "marginal_renorm_k5", "name class 5 of 5"),
     ],
 )

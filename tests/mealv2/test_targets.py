@@ -1,16 +1,21 @@
 """mealv2.targets: which view an epoch uses, and who answers for it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from mealv2.errors import LabelSetError
+import reference
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.errors import DataError, LabelSetError
 from mealv2.files import json_sha256
 from mealv2.label_set import (
     FORMAT,
     FORMAT_VERSION,
+    Appender,
     LabelSet,
     Shard,
     claim,
@@ -19,7 +24,8 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
-from mealv2.targets import HardLabels, StoredLabels
+from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels
 from mealv2.views import scheduled_view
 
 KEYS = ["ant/1.png", "bee/1.png", "猫/1.png"]
@@ -105,3 +111,309 @@ def test_hard_labels_use_the_views_of_a_label_set_where_told_how_many_it_holds(l
     hard = HardLabels([0, 1, 2], num_views=NUM_VIEWS, seed=9)
     for key in KEYS:
         assert [hard.view(key, e) for e in range(15)] == [stored.view(key, e) for e in range(15)]
+
+
+# --- teachers online ----------------------------------------------------------------------------
+
+
+class Recording(nn.Module):
+    """A linear teacher of 3 x 4 x 4 pixels that notes which images it is shown."""
+
+    def __init__(self, num_classes: int = NUM_CLASSES, *, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(num_classes, 48, generator=generator))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.seen.extend(images_BCHW)
+        return (images_BCHW.float() / 255).flatten(1) @ self.weight.T
+
+    def logits(self, images_BCHW: torch.Tensor) -> np.ndarray:
+        """Return what it answers, in float64 and by NumPy."""
+        pixels = images_BCHW.numpy().astype(np.float64).reshape(len(images_BCHW), -1) / 255
+        return pixels @ self.weight.detach().numpy().astype(np.float64).T
+
+
+def pixels(num_images: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num_images, 3, 4, 4), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture
+def teachers() -> list[Recording]:
+    return [Recording(seed=seed) for seed in (1, 2)]
+
+
+def test_online_teachers_use_a_view_that_never_repeats(teachers):
+    targets = OnlineTeachers(TeacherEnsemble(teachers), [0] * 3)
+    assert [targets.view("a", epoch) for epoch in range(300)] == list(range(300))
+
+
+def test_online_teachers_answer_with_the_mean_of_softmax_and_the_mean_of_logits(teachers):
+    images = pixels(5)
+    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).answer(
+        [2, 0, 0, 1, 2], [9] * 5, images
+    )
+    probs, mean_logits = reference.ensemble([teacher.logits(images) for teacher in teachers])
+    np.testing.assert_allclose(answer.soft.dense().numpy(), probs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(answer.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
+    assert answer.soft.probs_NK.shape == (5, NUM_CLASSES), "every class is kept"
+    assert not np.allclose(reference.softmax(mean_logits), probs, atol=1e-3), "they differ"
+    assert answer.classes_B.tolist() == [5, 4, 4, 0, 5]
+    assert answer.sources == {"labels_taught": 5}
+    assert not answer.mean_logits_BC.requires_grad
+
+
+def test_rows_of_an_answer_in_another_order_are_those_rows(teachers):
+    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).answer(
+        [0, 1, 2], [0] * 3, pixels(3)
+    )
+    turned = answer.rows(torch.tensor([2, 0, 0]))
+    assert torch.equal(turned.soft.probs_NK, answer.soft.probs_NK[[2, 0, 0]])
+    assert torch.equal(turned.mean_logits_BC, answer.mean_logits_BC[[2, 0, 0]])
+    assert turned.classes_B.tolist() == [5, 4, 4]
+
+
+# --- a label set, and its teachers for what it lacks --------------------------------------------
+
+KINDS = {  # topk, type
+    "top-k float16": (K, "float16"),
+    "top-k float32": (K, "float32"),
+    "dense float16": (NUM_CLASSES, "float16"),
+    "dense float32": (NUM_CLASSES, "float32"),
+}
+
+
+def made_by(
+    folder: Path,
+    teachers: list[Recording],
+    images: torch.Tensor,
+    kind: str,
+    *,
+    precision: str = "float32",
+) -> LabelSet:
+    """Write a set as stage one does: image i of KEYS, view v, is ``images[i * NUM_VIEWS + v]``."""
+    k, dtype = KINDS[kind]
+    plan = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "classes": [str(n) for n in range(NUM_CLASSES)],
+        "img_size": 4,
+        "topk": k,
+        "label_dtype": dtype,
+        "precision": precision,
+        "roles": {"train": {"num_views": NUM_VIEWS}},
+    }
+    claim(folder, plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        labels = top_k(TeacherEnsemble(teachers)(images).probs_BC, k)
+    shape = (len(KEYS), NUM_VIEWS)
+    ids = labels.indices_NK.numpy().reshape(*shape, k).astype("<u2")
+    probs = labels.probs_NK.numpy().reshape(*shape, k).astype(dtype)
+    rest = labels.rest_N.numpy().reshape(shape).astype(dtype)
+    columns = (probs,) if k == NUM_CLASSES else (probs, ids, rest)
+    path = folder / shard_name("train", 0)
+    write_shard(path, Shard(json_sha256(plan), "train", 0, KEYS, *columns))
+    listed = [describe_file(path, num_images=len(KEYS))]
+    write_manifest(folder, plan, roles={"train": {"shards": listed, "skipped": {}}})
+    for teacher in teachers:
+        teacher.seen.clear()
+    return LabelSet.open(folder)
+
+
+def same(a: SoftLabels, b: SoftLabels) -> bool:
+    """Whether labels are equal to the bit."""
+    pairs = ((a.indices_NK, b.indices_NK), (a.probs_NK, b.probs_NK), (a.rest_N, b.rest_N))
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_only_rows_that_the_set_lacks_go_through_the_teachers(tmp_path, teachers):
+    label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
+    source_keys = ["new.png", *KEYS]
+    targets = StoredLabels(
+        label_set, source_keys, seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
+    )
+    images = pixels(6, seed=1)
+    # lacking: a new image, a view beyond the stored ones, the new image again
+    answer = targets.answer([1, 0, 2, 3, 1, 0], [0, 0, 7, 4, 1, 3], images)
+    assert answer.sources == {"labels_stored": 3, "labels_taught": 3}
+    for teacher in teachers:
+        assert len(teacher.seen) == 3
+        assert all(
+            torch.equal(a, images[row]) for a, row in zip(teacher.seen, (1, 2, 5), strict=True)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_taught_row_equals_what_the_set_would_hold(tmp_path, teachers, kind):
+    """Of the very images whose labels the set holds: asked for as views that it lacks."""
+    images = pixels(len(KEYS) * NUM_VIEWS)
+    label_set = made_by(tmp_path, teachers, images, kind)
+    keys = [key for key in KEYS for _ in range(NUM_VIEWS)]
+    stored = label_set.soft_labels(keys, list(range(NUM_VIEWS)) * len(KEYS))
+    targets = StoredLabels(
+        label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
+    )
+    assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+
+
+@pytest.mark.parametrize("student", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_taught_row_is_in_the_precision_of_the_set_and_not_of_the_student(
+    tmp_path, teachers, precision, student
+):
+    images = pixels(15)
+    label_set = made_by(tmp_path, teachers, images, "dense float32", precision=precision)
+    keys = [key for key in KEYS for _ in range(NUM_VIEWS)]
+    stored = label_set.soft_labels(keys, list(range(NUM_VIEWS)) * len(KEYS))
+    targets = StoredLabels(
+        label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=student == "bfloat16"):
+        assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+
+
+def test_an_answer_that_is_not_finite_is_never_kept(tmp_path, teachers, contents):
+    label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
+    before = contents(tmp_path)
+    with torch.no_grad():
+        teachers[1].weight[0, 0] = torch.inf
+    ensemble, appender = TeacherEnsemble(teachers), Appender(label_set)
+    targets = StoredLabels(
+        label_set, ["new"], seed=0, missing="teach", ensemble=ensemble, appender=appender
+    )
+    with pytest.raises(DataError, match="not finite"):
+        targets.answer([0], [0], pixels(1))
+    targets.flush()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lacking", [(), (0,), (3,), (0, 2, 3), (0, 1, 2, 3)])
+def test_rows_stay_in_their_order_whoever_answers(tmp_path, teachers, kind, lacking):
+    images = pixels(len(KEYS) * NUM_VIEWS)
+    label_set = made_by(tmp_path, teachers, images, kind)
+    targets = StoredLabels(
+        label_set,
+        ["new.png", *KEYS],
+        [9, 8, 7, 6],
+        seed=0,
+        missing="teach",
+        ensemble=TeacherEnsemble(teachers),
+    )
+    rows = [(2, 1), (3, 4), (1, 0), (2, 2)]  # positions and views that the set holds
+    shown = images[[(p - 1) * NUM_VIEWS + v for p, v in rows]]
+    expected = targets.answer(*map(list, zip(*rows, strict=True)), shown).soft
+    asked = [(0, v) if row in lacking else (p, v) for row, (p, v) in enumerate(rows)]
+    answer = targets.answer(*map(list, zip(*asked, strict=True)), shown)
+    assert torch.equal(answer.soft.indices_NK, expected.indices_NK)
+    # a batch of one row is multiplied in another order than a batch of fifteen
+    within = 1e-3 if "float16" in kind else 1e-6
+    torch.testing.assert_close(answer.soft.probs_NK, expected.probs_NK, rtol=within, atol=0)
+    torch.testing.assert_close(answer.soft.rest_N, expected.rest_N, rtol=within, atol=0)
+    assert answer.classes_B.tolist() == [9 - p for p, _ in asked]
+    assert answer.mean_logits_BC is None
+    taught = len(lacking)
+    assert answer.sources == {"labels_stored": 4 - taught, "labels_taught": taught}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taught_rows_that_were_appended_are_stored_rows_for_the_next_job(tmp_path, teachers, kind):
+    label_set = made_by(tmp_path, teachers, pixels(15), kind)
+
+    def job(opened: LabelSet) -> Answer:
+        targets = StoredLabels(
+            opened,
+            ["new.png", *KEYS],
+            seed=0,
+            missing="teach",
+            ensemble=TeacherEnsemble(teachers),
+            appender=Appender(opened),
+        )
+        answer = targets.answer([0, 1, 2], [3, 99, 0], pixels(3, seed=1))
+        targets.flush()
+        return answer
+
+    first = job(label_set)
+    second = job(LabelSet.open(tmp_path))
+    assert first.sources == {"labels_stored": 1, "labels_taught": 2}
+    assert second.sources == {"labels_stored": 3, "labels_taught": 0}
+    assert same(first.soft, second.soft)
+    assert len(list(tmp_path.glob("*more*"))) == 1, "the second job had nothing to append"
+
+
+# --- views that the set lacks ---------------------------------------------------------------------
+
+
+def teaching(label_set: LabelSet, **given: Any) -> StoredLabels:
+    ensemble = TeacherEnsemble([Recording(seed=0)])
+    return StoredLabels(label_set, KEYS, seed=9, missing="teach", ensemble=ensemble, **given)
+
+
+def test_without_reuse_the_stored_views_come_once_and_then_view_e_in_epoch_e(label_set):
+    targets = teaching(label_set, reuse=False)
+    for key in [*KEYS, "new.png"]:
+        used = [targets.view(key, epoch) for epoch in range(12)]
+        expected = [scheduled_view(key, e, seed=9, num_views=NUM_VIEWS) for e in range(NUM_VIEWS)]
+        assert used == [*expected, *range(NUM_VIEWS, 12)]
+        assert sorted(used) == list(range(12)), "none repeats"
+
+
+def test_with_reuse_the_teachers_are_asked_for_the_images_that_the_set_lacks_alone(label_set):
+    targets = teaching(label_set)
+    for key in [*KEYS, "new.png"]:
+        used = [targets.view(key, epoch) for epoch in range(2 * NUM_VIEWS)]
+        assert sorted(used) == sorted([*range(NUM_VIEWS)] * 2)
+
+
+def test_skip_leaves_out_what_the_set_lacks_and_nothing_else(label_set):
+    targets = StoredLabels(label_set, KEYS, seed=9, reuse=False, missing="skip")
+    for key in KEYS:
+        used = [targets.view(key, epoch) for epoch in range(8)]
+        assert sorted(used[:NUM_VIEWS]) == list(range(NUM_VIEWS))
+        assert used[NUM_VIEWS:] == [None] * 3
+    assert [targets.view("new.png", epoch) for epoch in range(8)] == [None] * 8
+
+
+def test_skip_uses_a_view_that_another_job_appended(tmp_path, teachers):
+    label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
+    appender = Appender(label_set)
+    rows = top_k(torch.softmax(torch.randn(2, NUM_CLASSES), 1), K).rounded(torch.float16)
+    appender.add(["new.png", KEYS[0]], [1, 6], rows)
+    appender.flush()
+    opened = LabelSet.open(tmp_path)
+    targets = StoredLabels(opened, [*KEYS, "new.png"], seed=9, reuse=False, missing="skip")
+    assert [targets.view(KEYS[0], e) for e in range(NUM_VIEWS, 8)] == [None, 6, None]
+    assert {targets.view("new.png", e) for e in range(NUM_VIEWS)} == {None, 1}
+    assert same(targets.answer([3, 0], [1, 6], NONE).soft, rows)
+
+
+def test_fail_names_a_view_beyond_the_stored_ones(label_set):
+    targets = StoredLabels(label_set, KEYS, seed=9, reuse=False)
+    view = targets.view(KEYS[0], NUM_VIEWS)
+    assert view == NUM_VIEWS
+    with pytest.raises(LabelSetError, match=f"no view {NUM_VIEWS} of 'ant/1.png'"):
+        targets.answer([0], [view], NONE)
+
+
+@pytest.mark.parametrize("missing", ["fail", "skip"])
+def test_teachers_that_would_never_be_asked_raise_value_error(label_set, teachers, missing):
+    with pytest.raises(ValueError, match="ensemble"):
+        StoredLabels(label_set, KEYS, seed=0, missing=missing, ensemble=TeacherEnsemble(teachers))
+
+
+def test_teaching_without_teachers_raises_value_error(label_set):
+    with pytest.raises(ValueError, match="ensemble"):
+        StoredLabels(label_set, KEYS, seed=0, missing="teach")
+
+
+def test_flushing_targets_that_keep_nothing_writes_nothing(tmp_path, teachers, contents):
+    label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
+    before = contents(tmp_path)
+    ensemble = TeacherEnsemble(teachers)
+    taught = StoredLabels(label_set, ["new"], seed=0, missing="teach", ensemble=ensemble)
+    for targets in (taught, OnlineTeachers(ensemble, [0])):
+        targets.answer([0], [0], pixels(1))
+        targets.flush()
+    assert contents(tmp_path) == before

@@ -1,15 +1,22 @@
 """mealv2.task: what a step computes, and where its gradients go."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import reference
-from mealv2.discriminator import Discriminator
-from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.discriminator import VARIANTS, Discriminator, Variant, num_dead_outputs, wake
+from mealv2.ensemble import combine
+from mealv2.losses import discriminator_loss
+from mealv2.models import Classifier, create_classifier
+from mealv2.soft_labels import SoftLabels, tempered, top_k
 from mealv2.targets import Answer
-from mealv2.task import DistillTask, HardLabelTask
+from mealv2.task import GRADIENT_RATIO, DistillTask, HardLabelTask, Mixture
 
 NUM_CLASSES = 20
 
@@ -177,3 +184,379 @@ def test_hard_label_task_is_cross_entropy(student, images):
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
     assert float(result["parts"]["cross_entropy"]) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(result["output"], student(images))
+
+
+# --- what the discriminator is shown ------------------------------------------------------------
+
+
+def online_answer(*, num_classes: int = NUM_CLASSES, num_rows: int = 6) -> Answer:
+    """Return an answer as OnlineTeachers gives it: dense, with the mean logits of two teachers."""
+    logits_TBC = 2 * torch.randn(2, num_rows, num_classes)
+    probs_BC, mean_logits_BC = combine(logits_TBC)
+    classes_B = torch.arange(num_rows) % num_classes
+    return Answer(top_k(probs_BC, num_classes), classes_B, mean_logits_BC)
+
+
+def shown_rows(task: DistillTask, images: Tensor, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (student's, teachers') rows that the task shows its discriminator, float64."""
+    rows: list[Tensor] = []
+    hook = task.discriminator.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs))
+    task(images, *args)
+    hook.remove()
+    student, teacher = (side.detach().double().numpy() for side in rows[0].chunk(2))
+    return student, teacher
+
+
+@pytest.mark.parametrize("shown", ["logits", None])
+def test_logits_are_the_students_and_the_teachers_mean_logits(student, images, shown):
+    answer = online_answer()
+    task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
+    rows = shown_rows(task, images, answer)
+    np.testing.assert_array_equal(rows[0], student(images).detach().numpy())
+    np.testing.assert_array_equal(rows[1], answer.mean_logits_BC.numpy())
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_log_probs_are_both_sides_through_the_labels_top_k(student, images, online):
+    answer = online_answer() if online else Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    shown = "log-probs" if online else None
+    task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
+    rows = shown_rows(task, images, answer)
+    labels, logits = answer.soft, student(images).detach().numpy()
+    probs = reference.dense(
+        labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
+    )
+    expected = reference.through_top_k(logits, labels.indices_NK.numpy())
+    np.testing.assert_allclose(rows[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(rows[1], np.log(probs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_probs_are_the_students_softmax_and_the_recovered_label(student, images, online):
+    answer = online_answer() if online else Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input="probs")
+    rows = shown_rows(task, images, answer)
+    labels, logits = answer.soft, student(images).detach().numpy()
+    probs = reference.dense(
+        labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
+    )
+    np.testing.assert_allclose(rows[0], reference.softmax(logits), rtol=1e-5)
+    np.testing.assert_allclose(rows[1], probs, rtol=1e-5)
+
+
+# --- the channel, and what the discriminator would learn without it -----------------------------
+
+
+def learned_accuracy(show: Callable[[Tensor, SoftLabels], tuple[Tensor, Tensor]]) -> float:
+    """Train a discriminator 300 steps on a student that equals its only teacher; return how often
+    it is right about rows that it has not seen.
+    """
+    num_classes, k = 50, 5
+    discriminator = Discriminator(num_classes)
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(num_rows: int) -> tuple[Tensor, Tensor]:
+        logits = 3 * torch.randn(num_rows, num_classes, generator=generator)
+        labels = top_k(torch.softmax(logits, 1), k).rounded(torch.float16)
+        return discriminator_loss(discriminator, *show(logits, labels))
+
+    for _ in range(300):
+        loss, _ = step(64)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(step(1000)[1])
+
+
+def test_through_the_channel_nothing_tells_a_student_from_the_teacher_it_equals():
+    def through_the_task(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
+        task = DistillTask(nn.Identity(), Discriminator(labels.num_classes))
+        student, teacher = shown_rows(task, logits, Answer(labels))
+        return torch.from_numpy(student).float(), torch.from_numpy(teacher).float()
+
+    assert learned_accuracy(through_the_task) == pytest.approx(0.5, abs=0.03)
+
+
+def test_without_the_channel_the_compression_gives_the_student_away():
+    def plain(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
+        return torch.log_softmax(logits, 1), labels.dense().log()
+
+    assert learned_accuracy(plain) > 0.7
+
+
+# --- the ratio of the gradients -----------------------------------------------------------------
+
+
+def on_logits(shown: str, logits: np.ndarray, indices: np.ndarray, grad: np.ndarray) -> np.ndarray:
+    """Take a gradient on the rows that the discriminator is shown back to the student's logits."""
+    probs = reference.softmax(logits)
+    if shown == "logits":
+        return grad
+    if shown == "probs":  # ds = p (g - sum p g)
+        return probs * (grad - (probs * grad).sum(1, keepdims=True))
+    # kept: ds = g - p sum g; others share the sum of their g by their share of the rest
+    kept = np.zeros_like(probs, dtype=bool)
+    np.put_along_axis(kept, indices, True, axis=1)
+    rest = np.where(kept, 0.0, probs)
+    share = rest / np.maximum(rest.sum(1, keepdims=True), 1e-300)
+    spread = share * np.where(kept, 0.0, grad).sum(1, keepdims=True)
+    return np.where(kept, grad, spread) - probs * grad.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("shown", "k", "weight", "hard"),
+    [
+        ("logits", NUM_CLASSES, 1.0, 0.0),
+        ("log-probs", NUM_CLASSES, 0.25, 0.0),
+        ("log-probs", 5, 1.0, 0.0),
+        ("probs", 5, 8.0, 0.0),
+        ("logits", NUM_CLASSES, 1.0, 0.5),
+    ],
+)
+def test_gradient_ratio_is_that_of_the_two_terms_as_they_are_weighted(
+    student, images, variant, shown, k, weight, hard
+):
+    answer = online_answer()
+    if k < NUM_CLASSES:
+        answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), k), answer.classes_B)
+    discriminator = Discriminator(NUM_CLASSES, variant)
+    task = DistillTask(
+        student,
+        discriminator,
+        discriminator_weight=weight,
+        discriminator_input=shown,
+        hard_label_weight=hard,
+    )
+    rows = shown_rows(task, images, answer)
+    wake(discriminator, torch.from_numpy(rows[0]).float())  # to the student: no gradient otherwise
+    result = task(images, answer)
+    assert GRADIENT_RATIO not in result["parts"], "it is measured on the way back"
+    result["loss"].backward()
+
+    layers = [
+        (layer.weight.detach().numpy(), layer.bias.detach().numpy())
+        for layer in discriminator.layers
+        if isinstance(layer, nn.Linear)
+    ]
+    kind = "official" if variant == "official" else "paper"
+    grad_rows = reference.discriminate(layers, *rows, variant=kind).grad_student
+    logits, labels = student(images).detach().numpy(), answer.soft
+    probs = reference.dense(
+        labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
+    )
+    one_hot = np.eye(NUM_CLASSES)[answer.classes_B.numpy()]
+    of_labels = (1 - hard) * reference.similarity(logits, probs)[1]
+    of_labels += hard * reference.similarity(logits, one_hot)[1]
+    back = weight * on_logits(shown, logits, labels.indices_NK.numpy(), grad_rows)
+    expected = np.linalg.norm(back) / np.linalg.norm(of_labels)
+    assert expected > 1e-6
+    assert float(result["parts"][GRADIENT_RATIO]) == pytest.approx(expected, rel=1e-3)
+    assert not result["parts"][GRADIENT_RATIO].requires_grad
+
+
+def dead(variant: Variant) -> Discriminator:
+    """Return a discriminator with a hidden layer that no row wakes."""
+    discriminator = Discriminator(NUM_CLASSES, variant)
+    with torch.no_grad():
+        discriminator.layers[2].bias.fill_(-1e4)
+    return discriminator
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_ratio_of_a_dead_discriminator_is_0(student, images, variant):
+    result = DistillTask(student, dead(variant))(images, online_answer())
+    result["loss"].backward()
+    assert float(result["parts"][GRADIENT_RATIO]) == 0.0
+
+
+def test_gradient_ratio_of_a_weight_of_0_is_0(student, images):
+    task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_weight=0.0)
+    result = task(images, online_answer())
+    result["loss"].backward()
+    assert float(result["parts"][GRADIENT_RATIO]) == 0.0
+
+
+def test_gradient_ratio_of_a_perfect_student_is_finite(images):
+    """Its similarity gradient is 0 to the last bit: even logits and even labels."""
+    student = nn.Sequential(nn.Flatten(), nn.Linear(12, 16))
+    nn.init.zeros_(student[1].weight)
+    nn.init.zeros_(student[1].bias)
+    even = top_k(torch.full((6, 16), 1 / 16), 16)
+    task = DistillTask(student, Discriminator(16))
+    result = task(images, Answer(even, mean_logits_BC=torch.randn(6, 16)))
+    result["loss"].backward()
+    assert torch.isfinite(result["parts"][GRADIENT_RATIO])
+    assert float(result["parts"][GRADIENT_RATIO]) > 1e3
+
+
+def test_a_step_without_gradients_has_no_ratio_and_no_error(student, images):
+    task = DistillTask(student, Discriminator(NUM_CLASSES))
+    with torch.no_grad():
+        result = task(images, online_answer())
+    assert GRADIENT_RATIO not in result["parts"]
+
+
+# --- label temperature, hard labels, mixtures ---------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("k", [5, NUM_CLASSES])
+def test_temperature_softens_the_labels_of_the_similarity_and_not_of_the_discriminator(
+    student, images, temperature, k
+):
+    labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
+    answer, discriminator = Answer(labels), Discriminator(NUM_CLASSES)
+    task = DistillTask(student, discriminator, label_temperature=temperature)
+    similarity = float(task(images, answer)["parts"]["similarity_loss"])
+    probs = reference.dense(
+        labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
+    )
+    raised = probs ** (1 / temperature)
+    raised /= raised.sum(axis=1, keepdims=True)
+    logits = student(images).detach().numpy()
+    expected, plain = (reference.similarity(logits, q)[0] for q in (raised, probs))
+    assert similarity == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - plain) > 1e-3
+    np.testing.assert_array_equal(
+        shown_rows(task, images, answer),
+        shown_rows(DistillTask(student, discriminator), images, answer),
+    )
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_hard_label_weight_takes_so_much_from_the_soft_labels(student, images, weight):
+    answer, discriminator = online_answer(), Discriminator(NUM_CLASSES)
+    plain = DistillTask(student, discriminator)(images, answer)["parts"]
+    result = DistillTask(student, discriminator, hard_label_weight=weight)(images, answer)
+    one_hot = np.eye(NUM_CLASSES)[answer.classes_B.numpy()]
+    hard, _ = reference.similarity(student(images).detach().numpy(), one_hot)
+    assert float(result["parts"]["hard_label_loss"]) == pytest.approx(hard, rel=1e-5)
+    expected = (
+        (1 - weight) * float(plain["similarity_loss"])
+        + weight * hard
+        + float(plain["discriminator_loss"])
+    )
+    assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(result["parts"]["similarity_loss"]) == float(plain["similarity_loss"])
+    assert "hard_label_loss" not in plain
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixture_weighs_every_term_of_both_answers_by_area(student, images, share, variant):
+    answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5), torch.arange(6))
+    partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
+    task = DistillTask(
+        student,
+        Discriminator(NUM_CLASSES, variant),
+        discriminator_weight=0.5,
+        hard_label_weight=0.2,
+    )
+    own, other = (task(images, a) for a in (answer, partner))
+    mixed = task(images, answer, Mixture(partner=partner, own_share=share))
+    assert abs(float((own["loss"] - other["loss"]).detach())) > 1e-3
+    for name, part in mixed["parts"].items():
+        expected = share * own["parts"][name] + (1 - share) * other["parts"][name]
+        assert float(part) == pytest.approx(float(expected), rel=1e-5), name
+    expected = share * own["loss"] + (1 - share) * other["loss"]
+    assert float(mixed["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert set(mixed["parts"]) == set(own["parts"])
+
+
+def test_gradient_of_a_mixture_is_that_of_both_answers_by_area(student, images):
+    answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
+    task = DistillTask(student, Discriminator(NUM_CLASSES))
+
+    def gradient(*args: Any) -> Tensor:
+        task.zero_grad()
+        task(images, *args)["loss"].backward()
+        return student[1].weight.grad.clone()
+
+    expected = 0.3 * gradient(answer) + 0.7 * gradient(partner)
+    torch.testing.assert_close(gradient(answer, Mixture(partner=partner, own_share=0.3)), expected)
+
+
+# --- before the first step ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    """A student with batch normalisation, in train mode as the loop has it."""
+    return create_classifier("test_resnet", num_classes=NUM_CLASSES, pretrained=False).train()
+
+
+PICTURES = torch.randint(
+    0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+)
+
+
+@pytest.mark.parametrize("variant", ["paper", "adversarial"])
+@pytest.mark.parametrize("online", [True, False])
+def test_a_dead_discriminator_is_redrawn_and_that_is_said(classifier, variant, online):
+    answer = online_answer() if online else Answer(labels_of(torch.randn(6, NUM_CLASSES), 5))
+    task = DistillTask(classifier, dead(variant))
+    said = task.prepare(PICTURES, answer)
+    assert re.fullmatch(r"1 of the discriminator's outputs .*; redrawn \d+ times", said)
+    rows = shown_rows(task, PICTURES, answer)
+    both = torch.from_numpy(np.concatenate(rows)).float()
+    assert num_dead_outputs(task.discriminator, both) == 0
+    assert task.prepare(PICTURES, answer) is None
+
+
+def test_the_official_discriminators_dead_outputs_are_kept_and_that_is_said(classifier):
+    discriminator = dead("official")
+    before = [parameter.clone() for parameter in discriminator.parameters()]
+    said = DistillTask(classifier, discriminator).prepare(PICTURES, online_answer())
+    assert said.startswith("2 of the discriminator's outputs")
+    assert said.endswith("kept, as the official code does")
+    assert all(map(torch.equal, before, discriminator.parameters()))
+
+
+def test_a_discriminator_that_is_alive_is_left_as_it_is_and_nothing_is_said(classifier):
+    discriminator, answer = Discriminator(NUM_CLASSES), online_answer()
+    wake(discriminator, torch.cat([classifier.eval()(PICTURES).detach(), answer.mean_logits_BC]))
+    before = [parameter.clone() for parameter in discriminator.parameters()]
+    assert DistillTask(classifier, discriminator).prepare(PICTURES, answer) is None
+    assert all(map(torch.equal, before, discriminator.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_student_is_only_looked_at(classifier, training):
+    """Weights, batch-norm statistics, gradients, mode: all as before."""
+    classifier.train(training)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    DistillTask(classifier, dead("paper")).prepare(PICTURES, online_answer())
+    assert all(torch.equal(before[n], value) for n, value in classifier.state_dict().items())
+    assert all(module.training is training for module in classifier.modules())
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    assert any("running_mean" in name for name in before)
+
+
+def test_preparation_is_in_float32_under_autocast_and_the_first_step_learns(classifier):
+    discriminator = Discriminator(NUM_CLASSES)
+    task, answer = DistillTask(classifier, discriminator), online_answer()
+    seen: list[torch.dtype] = []
+    for module in (classifier, discriminator):
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        task.prepare(PICTURES, answer)
+        assert set(seen) == {torch.float32}
+        loss = task(PICTURES, answer)["loss"]
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in classifier.parameters())
+
+
+def test_without_a_discriminator_there_is_nothing_to_prepare(student, images):
+    assert DistillTask(student).prepare(images, online_answer()) is None
+    assert HardLabelTask(student).prepare(images, online_answer()) is None
+
+
+def test_a_very_low_temperature_leaves_the_likeliest_class_and_no_nan() -> None:
+    even = torch.full((1, 1000), 1e-3)
+    np.testing.assert_allclose(tempered(even, 0.05).numpy(), 1e-3, rtol=1e-5)
+    sharp = tempered(torch.tensor([[0.3, 0.2, 0.5, 0.0]]), 0.01)
+    np.testing.assert_allclose(sharp.numpy(), [[0.0, 0.0, 1.0, 0.0]], atol=1e-6)

@@ -51,6 +51,18 @@ def test_files_it_did_not_make_are_left_alone(run: Path) -> None:
     assert names(run) == ["best.pt", "step-00000003.pt"]
 
 
+def test_what_was_just_saved_stays_beside_a_torn_one_of_a_later_step(run: Path) -> None:
+    """A run that went on from the one before the torn one, told to keep one."""
+    later = checkpoint.save(run, STATE, step=10, keep=1)
+    later.write_bytes(b"torn")
+    for step in (5, 6):
+        saved = checkpoint.save(run, {"step": step}, step=step, keep=1)
+        path, state, damaged = checkpoint.load_newest(run)
+        assert (path, state) == (saved, {"step": step})
+        assert len(damaged) == (step == 5), "what is damaged is set aside once"
+    assert names(run) == ["step-00000006.pt", "step-00000010.pt.damaged"]
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -96,3 +108,17 @@ def test_damaged_newest_one_is_told_and_the_one_before_comes_back(
     assert len(damaged) == 1
     assert "step-00000002.pt is damaged" in damaged[0]
     assert "\n" not in damaged[0]
+
+
+def test_torn_ones_do_not_push_the_whole_ones_out(run: Path) -> None:
+    for step in (5, 10, 20, 25):
+        path = checkpoint.save(run, {"step": step}, step=step, keep=4)
+        if step > 10:
+            _truncate(path)
+    assert checkpoint.load_newest(run)[1] == {"step": 10}
+    checkpoint.save(run, {"step": 15}, step=15, keep=2)
+    assert checkpoint.load_newest(run)[1] == {"step": 15}
+    assert [name for name in names(run) if name.endswith(".pt")] == [
+        "step-00000010.pt",
+        "step-00000015.pt",
+    ]

@@ -95,6 +95,8 @@ def test_missing_required_setting_is_named_as_its_flag(
 
 
 NAN = float("nan")
+ONLINE: dict[str, Any] = {"labels": None, "online": True, "teacher": ("a",)}
+MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,23 @@ NAN = float("nan")
         (DistillConfig, {"decay_rate": NAN}, "--decay-rate"),
         (DistillConfig, {"discriminator_weight": NAN}, "--discriminator-weight"),
         (DistillConfig, {"discriminator_lr": NAN}, "--discriminator-lr"),
+        (DistillConfig, {"val_interval": 0}, "--val-interval"),
+        (DistillConfig, {"checkpoint_every": 0}, "--checkpoint-every"),
+        (DistillConfig, {"views_per_image": 0}, "--views-per-image"),
+        (DistillConfig, {"views_per_image": 9, "batch_size": 8}, "--views-per-image"),
+        (DistillConfig, {"model_ema": True, "model_ema_decay": 1.5}, "--model-ema-decay"),
+        (DistillConfig, {"model_ema": True, "model_ema_decay": NAN}, "--model-ema-decay"),
+        (DistillConfig, {"label_temperature": 0.0}, "--label-temperature"),
+        (DistillConfig, {"label_temperature": NAN}, "--label-temperature"),
+        (DistillConfig, {"label_temperature": float("inf")}, "--label-temperature"),
+        (DistillConfig, {"hard_label_weight": 1.5}, "--hard-label-weight"),
+        (DistillConfig, {"hard_label_weight": NAN}, "--hard-label-weight"),
+        (DistillConfig, MIXED | {"cutmix_beta": 0.0}, "--cutmix-beta"),
+        (DistillConfig, MIXED | {"cutmix_beta": NAN}, "--cutmix-beta"),
+        (DistillConfig, MIXED | {"cutmix_prob": 1.5}, "--cutmix-prob"),
+        (DistillConfig, MIXED | {"cutmix_prob": NAN}, "--cutmix-prob"),
+        (DistillConfig, ONLINE | {"img_size": 0}, "--img-size"),
+        (DistillConfig, ONLINE | {"view_seed": -1}, "--view-seed"),
         (DistillConfig, {"mean": (0.5, 0.5, 0.5)}, "--std"),
         (DistillConfig, {"std": (0.5, 0.5, 0.5)}, "--mean"),
         (DistillConfig, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0.0)}, "--std"),
@@ -157,6 +176,33 @@ def test_value_out_of_bounds_names_the_flag(
             {"discriminator": "off", "discriminator_weight": 0.5},
             "--discriminator-weight",
         ),
+        (
+            DistillConfig,
+            {"discriminator": "off", "discriminator_input": "probs"},
+            "--discriminator-input",
+        ),
+        (DistillConfig, {"teacher": ("a",)}, "--teacher"),
+        (DistillConfig, {"teacher": ("a",), "missing": "skip"}, "--teacher"),
+        (DistillConfig, {"write_back": True}, "--write-back"),
+        (DistillConfig, {"write_back": True, "missing": "skip"}, "--write-back"),
+        (DistillConfig, {"split": "train"}, "--split"),
+        (DistillConfig, {"img_size": 224}, "--img-size"),
+        (DistillConfig, {"view_seed": 0}, "--view-seed"),
+        (DistillConfig, ONLINE | {"missing": "teach"}, "--missing"),
+        (DistillConfig, ONLINE | {"reuse_views": True}, "--reuse-views"),
+        (DistillConfig, ONLINE | {"reuse_views": False}, "--reuse-views"),
+        (DistillConfig, ONLINE | {"write_back": True}, "--write-back"),
+        (DistillConfig, {"cutmix_beta": 1.0}, "--cutmix-beta"),
+        (DistillConfig, {"cutmix_prob": 0.5}, "--cutmix-prob"),
+        (DistillConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
+        (
+            DistillConfig,
+            {"sched": "cosine", "epochs": 9, "lr_milestones": (3,)},
+            "--lr-milestones",
+        ),
+        (DistillConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
+        (FinetuneConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
+        (FinetuneConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
         (FinetuneConfig, {"epochs": 5, "lr_milestones": (5,)}, "--lr-milestones"),
         (FinetuneConfig, {"epochs": 5, "lr_milestones": (0, 2)}, "--lr-milestones"),
         (
@@ -174,6 +220,62 @@ def test_setting_without_effect_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=flag):
         make(kind, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"labels": None}, "--labels DIR, or --online"),
+        ({"online": True, "teacher": ("a",)}, "not both"),
+        ({"labels": None, "online": True}, "--online needs --teacher"),
+        ({"discriminator_input": "logits"}, "--discriminator-input logits needs --online"),
+        ({"cutmix_target": "teachers"}, "--cutmix-target teachers needs --online"),
+    ],
+)
+def test_settings_that_exclude_or_need_each_other_are_named(
+    values: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(DistillConfig, **values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"missing": "teach", "write_back": True, "teacher": ("a",)},
+        {"missing": "teach", "reuse_views": True},
+        {"missing": "skip", "reuse_views": False},
+        MIXED | {"cutmix_beta": 1.0, "cutmix_prob": 0.0},
+        {"model_ema": True, "model_ema_decay": 0.0},
+        ONLINE | {"cutmix_target": "teachers", "discriminator_input": "logits"},
+        ONLINE | {"split": "train", "img_size": 224, "view_seed": 0},
+    ],
+)
+def test_settings_that_have_an_effect_are_taken(values: dict[str, Any]) -> None:
+    config = make(DistillConfig, **values)
+    assert DistillConfig.from_json(json.loads(json.dumps(config.as_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "reuses"),
+    [
+        ({}, True),
+        ({"missing": "skip"}, True),
+        ({"missing": "teach"}, False),
+        ({"missing": "teach", "reuse_views": True}, True),
+        ({"reuse_views": False}, False),
+    ],
+)
+def test_views_come_round_again_unless_the_teachers_are_there(
+    values: dict[str, Any], reuses: bool
+) -> None:
+    assert make(DistillConfig, **values).reuses_views is reuses
+
+
+def test_cosine_falls_from_the_whole_rate_to_nothing_by_half_a_cosine() -> None:
+    config = make(DistillConfig, sched="cosine", epochs=300)
+    factors = [config.lr_factor(epoch) for epoch in (0, 100, 150, 200, 300)]
+    assert factors == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,40 @@ def test_waiting_is_counted_for_the_items_and_not_for_the_work(
         now += 1.0  # 1 s of work on it
         meter.add(8, {})
     assert meter.speed() == {"images_per_second": 24 / 12, "data_wait_share": 9 / 12}
+
+
+def test_counts_are_sums_and_are_cleared() -> None:
+    meter = Meter()
+    meter.count({"stored": 8, "taught": 0})
+    meter.count({"stored": 3})
+    assert meter.counts == {"stored": 11, "taught": 0}
+    meter.counts["stored"] = 99
+    assert meter.counts["stored"] == 11, "what is returned is the caller's"
+    meter.clear()
+    assert meter.counts == {}
+
+
+def test_restored_meter_goes_on_as_if_it_had_never_stopped() -> None:
+    def fill(meter: Meter, values: list[float]) -> None:
+        for value in values:
+            meter.add(3, {"loss": torch.tensor(value)})
+            meter.count({"stored": 3})
+
+    whole, first, second = Meter(), Meter(), Meter()
+    fill(whole, [0.1, 0.7, 0.3])
+    fill(first, [0.1, 0.7])
+    state = first.state()
+    fill(first, [5.0])  # what is kept does not change any more
+    second.restore(state, torch.device("cpu"))
+    fill(second, [0.3])
+    assert second.means() == whole.means()
+    assert (second.counts, second.num_images) == (whole.counts, whole.num_images)
+
+
+def test_state_of_a_meter_is_what_a_checkpoint_may_hold(tmp_path: Path) -> None:
+    meter = Meter()
+    meter.add(3, {"loss": torch.tensor(0.5)})
+    meter.count({"stored": 3})
+    torch.save(meter.state(), tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert kept == {"sums": {"loss": torch.tensor(1.5)}, "counts": {"stored": 3}, "images": 3}

@@ -481,6 +481,94 @@ def test_checkpoint_of_another_run_is_named(run_cli: Run, finished: Path, run: P
     assert result.stderr.startswith(f"mealv2: checkpoint {newest} is of another run")
 
 
+def test_run_is_not_continued_on_other_images(
+    done: Run, run_cli: Run, finetune_flags: list[str], own_data: Path, run: Path
+) -> None:
+    done(*finetune_flags, "--data-dir", own_data, "--output", run)
+    (run / "report.json").unlink()
+    next((own_data / "train" / "ants").iterdir()).unlink()
+    result = run_cli("finetune", "--resume", run)
+    assert (result.code, len(result.stderr.splitlines())) == (1, 1)
+    assert "are not those this run began with" in result.stderr
+
+
+def test_run_is_not_continued_on_labels_made_anew(
+    done: Run, run_cli: Run, precompute_flags: list[str], distill_flags: list[str], tmp_path: Path
+) -> None:
+    labels, run = tmp_path / "labels", tmp_path / "run"
+    done(*precompute_flags, "--out", labels)
+    done(*distill_flags, "--labels", labels, "--output", run)
+    (run / "report.json").unlink()
+    shutil.rmtree(labels)
+    done(*precompute_flags, "--view-seed", 99, "--out", labels)
+    result = run_cli("distill", "--resume", run)
+    assert (result.code, len(result.stderr.splitlines())) == (3, 1)
+    assert "the labels are not those this run began with" in result.stderr
+
+
+def test_finished_run_keeps_its_report_and_its_metrics(
+    done: Run, finished: Path, run: Path, contents: Callable[..., dict[str, bytes]]
+) -> None:
+    shutil.copytree(finished, run)
+    before = contents(run)
+    assert done("distill", "--resume", run).report == json.loads(before["report.json"])
+    assert contents(run) == before
+
+
+def test_teachers_given_by_a_relative_path_are_found_from_another_folder(
+    done: Run,
+    distill_flags: list[str],
+    teacher_dirs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, folder = next(iter(teacher_dirs.items()))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    place = distill_flags.index("--labels")
+    flags = [*distill_flags[:place], *distill_flags[place + 2 :], "--online", "--img-size", 32]
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a" / "mine").symlink_to(folder)
+    done(*flags, "--teacher", f"{name}=mine", "--output", tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    done("distill", "--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", "ten"), ("cutmix_target", "zzz"), ("amp", 3), ("teacher", "x")]
+)
+def test_settings_of_a_run_that_were_changed_by_hand_are_named(
+    run_cli: Run, finished: Path, run: Path, name: str, value: object
+) -> None:
+    shutil.copytree(finished, run)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, name: value}))
+    result = run_cli("distill", "--resume", run)
+    assert (result.code, len(result.stderr.splitlines())) == (2, 1)
+    assert f"--{name.replace('_', '-')} cannot be {value!r}" in result.stderr
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(
+    run_cli: Run, finetune_flags: list[str], run: Path
+) -> None:
+    flags = ["--lr", 1e30, "--checkpoint-every", 1, "--log-interval", 50, "--val-split", "none"]
+    result = run_cli(*finetune_flags, *flags, "--output", run)
+    assert result.code == 1
+    assert "lower --lr" in result.stderr
+    for path in (run / "checkpoints").glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        assert all(torch.isfinite(t).all() for t in state["meters"][1]["sums"].values())
+
+
+def test_batch_of_one_image_is_refused_where_it_cannot_learn(
+    run_cli: Run, finetune_flags: list[str], run: Path
+) -> None:
+    result = run_cli(*finetune_flags, "--batch-size", 1, "--output", run)
+    assert result.code == 1
+    assert "Traceback" not in result.stderr
+    assert "use a larger --batch-size" in result.stderr.splitlines()[-1]
+
+
 def test_second_signal_quits_at_once(
     spawn: Callable[..., Spawned], finetune_flags: list[str], own_data: Path, run: Path
 ) -> None:

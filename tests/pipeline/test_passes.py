@@ -1,0 +1,294 @@
+"""pipeline.passes and the loop over them: several views of an image in a batch, mixed batches."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Result
+from mealv2.cutmix import draw_mix
+from mealv2.images import ImageFolder
+from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels, Targets
+from mealv2.task import DistillTask
+from pipeline.config import FinetuneConfig
+from pipeline.passes import Passes
+
+Run = Callable[..., Result]
+Events = Callable[[Path, str], list[dict[str, Any]]]
+Weights = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, int]], torch.Tensor]]:
+    """What answers were asked for, batch by batch: ((position, view) of every row, pixels)."""
+    seen: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
+
+    def record(kind: type) -> None:
+        answer = kind.answer
+
+        def recording(
+            self: Any, positions: Sequence[int], views: Sequence[int], images: torch.Tensor
+        ) -> Answer:
+            seen.append((list(zip(positions, views, strict=True)), images.clone()))
+            return answer(self, positions, views, images)
+
+        monkeypatch.setattr(kind, "answer", recording)
+
+    record(StoredLabels)
+    record(OnlineTeachers)
+    return seen
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, Any]]:
+    """What the task was given, batch by batch: (pixels, the mixture or None)."""
+    seen: list[tuple[torch.Tensor, Any]] = []
+    forward = DistillTask.forward
+
+    def recording(
+        self: DistillTask, images: torch.Tensor, answer: Answer, mixture: Any = None
+    ) -> Any:
+        seen.append((images.clone(), mixture))
+        return forward(self, images, answer, mixture)
+
+    monkeypatch.setattr(DistillTask, "forward", recording)
+    return seen
+
+
+# --- the requests of a pass ---------------------------------------------------------------------
+
+
+class Leaving(Targets):
+    """View e in epoch e, but every third image has none in odd epochs."""
+
+    def view(self, key: str, epoch: int) -> int | None:
+        return None if epoch % 2 and int(key[-6:-4]) % 3 == 0 else epoch
+
+
+def passes(data_dir: Path, targets: Targets, **values: Any) -> Passes:
+    source = ImageFolder(data_dir, "train")
+    config = FinetuneConfig(data_dir=data_dir, model="m", **values)
+    return Passes(config, source, range(len(source)), targets)
+
+
+@pytest.mark.parametrize(("views", "epochs"), [(1, 5), (2, 5), (3, 5), (4, 4), (4, 3)])
+def test_every_image_is_shown_as_many_views_as_there_are_epochs(
+    data_dir: Path, views: int, epochs: int
+) -> None:
+    made = passes(
+        data_dir, HardLabels([0] * 36), epochs=epochs, batch_size=12, views_per_image=views
+    )
+    rows = [(p, v) for request in made.requests_from(0) for p, shown in request for v in shown]
+    assert sorted(rows) == [(p, e) for p in range(36) for e in range(epochs)]
+
+
+def test_passes_cover_the_epochs_and_the_last_may_be_narrower(data_dir: Path) -> None:
+    made = passes(data_dir, HardLabels([0] * 36), epochs=5, batch_size=12, views_per_image=2)
+    assert [made.width(epoch) for epoch in (0, 2, 4)] == [2, 2, 1]
+    requests = [made.requests(epoch) for epoch in (0, 2, 4)]
+    assert list(made.requests_from(0)) == [r for one in requests for r in one]
+    assert list(made.requests_from(2)) == [r for one in requests[1:] for r in one]
+    shown = [{len(views) for request in one for _, views in request} for one in requests]
+    assert shown == [{2}, {2}, {1}]
+    rows = [[sum(len(views) for _, views in request) for request in one] for one in requests]
+    assert rows == [[12] * 6, [12] * 6, [12] * 3], "a batch has as many rows in every pass"
+
+
+def test_views_that_the_targets_leave_out_are_in_no_batch_and_are_counted(data_dir: Path) -> None:
+    made = passes(data_dir, Leaving(), epochs=2, batch_size=8)
+    even, odd = made.requests(0), made.requests(1)
+    assert sum(map(len, even)) == 36
+    assert sum(map(len, odd)) == 24
+    assert [made.num_left_out(e, r) for e, r in enumerate((even, odd))] == [0, 12]
+    both = passes(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2)
+    requests = both.requests(0)
+    assert sum(len(views) for request in requests for _, views in request) == 60
+    assert both.num_left_out(0, requests) == 12
+
+
+def test_order_of_a_pass_is_new_every_pass_and_the_same_every_time(data_dir: Path) -> None:
+    first, again = (
+        passes(data_dir, HardLabels([0] * 36), epochs=2, batch_size=8) for _ in range(2)
+    )
+    assert first.requests(1) == again.requests(1)
+    positions = [[p for request in first.requests(e) for p, _ in request] for e in (0, 1)]
+    assert positions[0] != positions[1]
+
+
+# --- --views-per-image --------------------------------------------------------------------------
+
+
+def test_two_views_of_each_image_stand_in_a_batch_and_count_as_two_epochs(
+    done: Run,
+    distill_flags: list[str],
+    run: Path,
+    answered: list[tuple[list[tuple[int, int]], torch.Tensor]],
+    events: Events,
+) -> None:
+    flags = ["--views-per-image", 2, "--epochs", 4, "--output", run]
+    report = done(*distill_flags, *flags).report
+    assert (report["epochs"], report["steps"]) == (4, 18)
+    for rows, images in answered:
+        assert len(rows) == len(images) == 8
+        positions = [position for position, _ in rows]
+        assert positions[::2] == positions[1::2]
+        assert len(set(positions)) == 4
+        assert all(rows[i][1] != rows[i + 1][1] for i in range(0, 8, 2))
+    rows = [row for batch, _ in answered for row in batch]
+    assert sorted(rows) == [(position, view) for position in range(36) for view in range(4)]
+    with (run / "summary.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "4"]
+    assert [event["epoch"] for event in events(run, "validation")] == [0, 2, 4]
+
+
+def test_a_last_narrower_pass_shows_no_view_too_many(
+    done: Run,
+    distill_flags: list[str],
+    run: Path,
+    answered: list[tuple[list[tuple[int, int]], torch.Tensor]],
+) -> None:
+    flags = ["--views-per-image", 2, "--epochs", 3, "--val-split", "none", "--output", run]
+    report = done(*distill_flags, *flags).report
+    rows = [row for batch, _ in answered for row in batch]
+    assert len(rows) == 3 * 36
+    assert report["epochs"] == 3
+    assert all(sum(position == p for position, _ in rows) == 3 for p in range(36))
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_batch_of_one_image_with_all_its_views_is_enough_for_every_pass(
+    done: Run, distill_flags: list[str], run: Path
+) -> None:
+    """A last pass of one view with one image in a batch would be too little to normalise."""
+    flags = ["--views-per-image", 2, "--batch-size", 2, "--epochs", 3, "--val-split", "none"]
+    assert done(*distill_flags, *flags, "--output", run).report["steps"] == 36 + 18
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_two_views_stopped_in_the_middle_end_in_the_same_bits(
+    done: Run, distill_flags: list[str], tmp_path: Path, weights: Weights, epochs: int
+) -> None:
+    flags = ["--views-per-image", 2, "--epochs", epochs, "--val-split", "none"]
+    flags += ["--checkpoint-every", 4, "--checkpoint-hist", 99, "--output", tmp_path / "run"]
+    done(*distill_flags, *flags)
+    whole = weights(tmp_path / "run")
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    done("distill", "--resume", tmp_path / "run")
+    assert weights(tmp_path / "run") == whole
+
+
+# --- CutMix -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def online(data_dir: Path, student_dir: Path, teacher_flags: list[str]) -> list[str]:
+    flags = [
+        *("--data-dir", str(data_dir), "--model", "test_resnet"),
+        *("--initial-checkpoint", str(student_dir), "--img-size", "32", "--view-seed", "7"),
+        *("--epochs", "1", "--batch-size", "8", "--workers", "0", "--log-interval", "1"),
+    ]
+    return ["distill", "--online", *flags, *teacher_flags, "--val-split", "none"]
+
+
+def test_with_target_teachers_they_see_what_the_student_sees(
+    done: Run,
+    online: list[str],
+    run: Path,
+    tmp_path: Path,
+    answered: list[tuple[list[tuple[int, int]], torch.Tensor]],
+    learned: list[tuple[torch.Tensor, Any]],
+    weights: Weights,
+) -> None:
+    done(*online, "--output", tmp_path / "plain")
+    plain = list(answered)
+    answered.clear()
+    learned.clear()
+    done(*online, "--cutmix-target", "teachers", "--output", run)
+    assert [rows for rows, _ in answered] == [rows for rows, _ in plain], "the same views"
+    assert all(torch.equal(a, b) for (_, a), (b, _) in zip(answered, learned, strict=True))
+    assert all(mixture is None for _, mixture in learned)
+    differ = [not torch.equal(a, b) for (_, a), (_, b) in zip(answered, plain, strict=True)]
+    assert sum(differ) >= len(differ) - 1, "all but an empty box"
+    # outside the box an image is its own; inside it is another of the batch
+    for (_, mixed), (_, own) in zip(answered, plain, strict=True):
+        taken = (mixed[:, None] == own[None]).all(2).any(1)  # some image of the batch has it
+        assert bool(taken.all())
+    assert weights(run) != weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("source", ["labels", "online"])
+def test_with_target_mixed_labels_the_unmixed_images_are_labelled_and_weighed_by_area(
+    done: Run,
+    online: list[str],
+    distill_flags: list[str],
+    tmp_path: Path,
+    answered: list[tuple[list[tuple[int, int]], torch.Tensor]],
+    learned: list[tuple[torch.Tensor, Any]],
+    weights: Weights,
+    source: str,
+) -> None:
+    flags = online if source == "online" else [*distill_flags, "--epochs", 1]
+    flags = [*flags, "--val-split", "none"]
+    done(*flags, "--output", tmp_path / "plain")
+    plain = [images for _, images in answered]
+    answered.clear()
+    learned.clear()
+    done(*flags, "--cutmix-target", "mixed-labels", "--output", tmp_path / "mixed")
+    own = [images for _, images in answered]
+    assert all(torch.equal(a, b) for a, b in zip(own, plain, strict=True))
+    for (mixed, mixture), images in zip(learned, own, strict=True):
+        kept = (mixed == images).all(1).float().mean((1, 2))
+        assert mixture is not None
+        # a pasted pixel may by chance, or as its own partner, be equal
+        assert float(kept.min()) >= mixture["own_share"] - 1e-6
+        assert float(kept.min()) == pytest.approx(mixture["own_share"], abs=0.02)
+    assert weights(tmp_path / "mixed") != weights(tmp_path / "plain")
+
+
+def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
+    done: Run, distill_flags: list[str], run: Path, learned: list[tuple[torch.Tensor, Any]]
+) -> None:
+    flags = ["--cutmix-target", "mixed-labels", "--cutmix-beta", 0.5, "--cutmix-prob", 0.6]
+    done(*distill_flags, *flags, "--seed", 3, "--val-split", "none", "--output", run)
+    settings = {"beta": 0.5, "probability": 0.6, "device": torch.device("cpu")}
+    expected = [
+        draw_mix(8 if step < 5 else 4, 32, place=(3, epoch, step), **settings)
+        for epoch in (0, 1)
+        for step in (1, 2, 3, 4, 5)
+    ]
+    shares = [mixture and mixture["own_share"] for _, mixture in learned]
+    assert shares == [mix and mix.own_share(32) for mix in expected]
+    assert None in shares
+    assert len(set(shares)) > 4
+
+
+def test_cutmix_of_no_batch_changes_nothing(
+    done: Run, distill_flags: list[str], tmp_path: Path, weights: Weights
+) -> None:
+    flags = [*distill_flags, "--epochs", 1, "--val-split", "none"]
+    done(*flags, "--output", tmp_path / "plain")
+    cutmix = ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.0]
+    done(*flags, *cutmix, "--output", tmp_path / "never")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "never")
+
+
+def test_cutmix_stopped_in_the_middle_ends_in_the_same_bits(
+    done: Run, distill_flags: list[str], run: Path, weights: Weights
+) -> None:
+    flags = ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.7, "--val-split", "none"]
+    flags += ["--checkpoint-every", 3, "--checkpoint-hist", 99, "--output", run]
+    done(*distill_flags, *flags)
+    whole = weights(run)
+    for path in sorted((run / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    done("distill", "--resume", run)
+    assert weights(run) == whole
