@@ -73,9 +73,11 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        hint = {errno.ENOSPC: "; free some room and run the same command again"}.get(
-            error.errno, ""
-        )
+        hint = {
+            errno.ENOSPC: "; free some room and run the same command again",
+            errno.EEXIST: "; a folder is needed there, and it is a file",
+            errno.ENOTDIR: "; a folder is needed there, and a part of it is a file",
+        }.get(error.errno, "")
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
 
@@ -118,7 +120,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         is_eager=True,
         expose_value=True,
         callback=_read_config,
-        help="JSON file of settings, such as RUN/config.json; flags go before it.",
+        help="JSON file of settings of this command, as RUN/config.json is; flags go before it.",
     )(command)
     for field in reversed(_in_reading_order(config)):
         make = _argument if field.metadata.get("positional") else _option
@@ -244,7 +246,12 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
     path = values["resume"] / "config.json"
     if not path.is_file():
         raise ConfigError(f"no run at {values['resume']}: it has no config.json")
-    kept = {n: value for n, value in _settings(path, context).items() if value is not None}
+    try:
+        kept = {n: value for n, value in _settings(path, context).items() if value is not None}
+    except ConfigError as error:
+        raise ConfigError(
+            f"{values['resume']} is no run of `mealv2 {context.info_name}`, or damaged ({error})"
+        ) from None
     for name, value in values.items():
         given = _on_command_line(context, name)
         if name in RESUMABLE:

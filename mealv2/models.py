@@ -104,6 +104,11 @@ def create_classifier(
     stored = read_metadata(checkpoint) if checkpoint else {}
     if checkpoint:
         load_weights(backbone, checkpoint, new_head=new_head and published is not None)
+        if stored.get("weights_sha256") not in (None, weights_sha256(backbone)):
+            raise ConfigError(
+                f"checkpoint {find_checkpoint(checkpoint)} is damaged: its weights fail their "
+                "SHA-256; copy it again, or export it anew"
+            )
         _check_classes(checkpoint, stored.get("classes"), classes)
     tag = config["architecture"] if checkpoint or not pretrained else _full_tag(config)
     found = Preprocessing(
@@ -152,6 +157,12 @@ def _timm_config(name: str) -> dict[str, Any]:
     every = [*timm.list_models(), *timm.list_pretrained(), *NAMES]
     near = difflib.get_close_matches(name, every, n=4)
     hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+    if Path(name).exists():
+        own = read_metadata(Path(name)).get("architecture") if Path(name).is_dir() else None
+        hint = (
+            f"it is a path: as a teacher write {own or 'MODEL'}={name}, as a start "
+            f"--model {own or 'MODEL'} --initial-checkpoint {name}"
+        )
     raise ConfigError(f"unknown model {name!r}; {hint}")
 
 
@@ -174,8 +185,8 @@ def _tags(architecture: str) -> list[str]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint that we wrote says of itself; empty for others' files.
 
-    Keys: architecture, classes, img_size, mean, std; all but the classes for a released file, which
-    is known by its exact name.
+    Keys: architecture, classes, img_size, mean, std, weights_sha256; without the classes and the
+    hash for a released file, which is known by its exact name.
     """
     path = find_checkpoint(path)
     if known := by_file(path.name):
@@ -233,6 +244,7 @@ def save_classifier(
         "img_size": img_size,
         "mean": mean,
         "std": std,
+        "weights_sha256": weights_sha256(model.backbone),
     }
     state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
     # one entry: safetensors writes several in a random order

@@ -157,8 +157,8 @@ def check_same_data(
     if list(source.classes) != labels.classes:
         odd = sorted(set(source.classes) ^ set(labels.classes))
         raise LabelSetError(
-            f"{labels.folder} labels {labels.num_classes} classes, {source.name} has "
-            f"{len(source.classes)}; only in one of them: {_some(odd)}"
+            f"{labels.folder} is a label set of {labels.num_classes} classes, {source.name} has "
+            f"{len(source.classes)} (only in one of them: {_some(odd)}); give its own --data-dir"
         )
     there = set(labels.keys()) | labels.skipped.keys()
     made_from = labels.manifest["plan"]["roles"][labels.role]["data_sha256"]
@@ -167,8 +167,8 @@ def check_same_data(
     new, gone = sorted(set(source.keys) - there), sorted(there - set(source.keys))
     if may_lack_images:  # then these are not what is wrong
         new = []
-    what = [f"{len(new)} images without labels ({_some(new)})"] if new else []
-    what += [f"{len(gone)} labelled images missing ({_some(gone)})"] if gone else []
+    what = [f"images without labels: {len(new)} ({_some(new)})"] if new else []
+    what += [f"labelled images that are gone: {len(gone)} ({_some(gone)})"] if gone else []
     advice = "give the data it was made from, or precompute labels for this data"
     if new and not gone and labels.role == "train":
         advice += ", or say what to do with them: --missing teach or --missing skip"
@@ -179,7 +179,12 @@ def check_same_data(
 
 
 def _check_epochs(config: DistillConfig, labels: LabelSet) -> None:
-    """Raise ConfigError where the stored views end before the epochs do."""
+    """Raise ConfigError where the stored views end before the epochs do, or within one batch."""
+    if config.reuses_views and config.views_per_image > labels.num_views:
+        raise ConfigError(
+            f"--views-per-image {config.views_per_image}: {labels.folder} holds only "
+            f"{labels.num_views} views of an image"
+        )
     if config.reuses_views or config.missing == "teach" or config.epochs <= labels.num_views:
         return
     raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, read_json, write_whole
+from mealv2.files import TEMPORARY_PREFIX, canonical_json, read_json, write_whole
 from pipeline import checkpoint
 from pipeline.runtime import on_terminal
 
@@ -119,6 +119,7 @@ class RunFolder:
                 f"{path} already holds a run; continue it with --resume {path}, "
                 "or give another --output"
             )
+        _refuse_what_is_no_begun_run(path)
         path.mkdir(parents=True, exist_ok=True)
         # a repeated run makes a folder of its own
         config = {**config, "output": None, "resume": None}
@@ -180,6 +181,24 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self._rows)
         write_whole(self.summary_path, text.getvalue().encode())
+
+
+def _refuse_what_is_no_begun_run(path: Path) -> None:
+    """Raise ConfigError for a folder of something else, or of a run without its checkpoints."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file; --output is a folder to make")
+    there = sorted(p.name for p in path.iterdir() if not p.name.startswith(TEMPORARY_PREFIX))
+    if there and not ("config.json" in there and "metrics.jsonl" in there):
+        raise ConfigError(
+            f"{path} is not empty and holds no run ({there[0]}, …); give another --output"
+        )
+    # a first epoch may have ended without room for its checkpoint, a second one not
+    summary = path / "summary.csv"
+    epochs = len(summary.read_bytes().splitlines()) - 1 if summary.exists() else 0
+    if REPORT_NAME in there or epochs > 1:
+        raise ConfigError(f"the run in {path} has lost its checkpoints; give another --output")
 
 
 def _is_before(line: str, *, epoch: int, step: int) -> bool:

@@ -30,6 +30,8 @@ def load(config: ReadyModel, *, classes: Sequence[str] | None = None) -> Ready:
 
     Raises ConfigError and MealError as mealv2.models.create_classifier does.
     """
+    if config.results_file is not None and not config.results_file.parent.is_dir():
+        raise ConfigError(f"--results-file: there is no folder {config.results_file.parent}")
     checkpoint = find_checkpoint(config.checkpoint) if config.checkpoint else None
     stored = read_metadata(checkpoint) if checkpoint else {}
     name = config.model or stored.get("architecture")

@@ -50,8 +50,12 @@ def start(config: Machine) -> Runtime:
             device = torch.device(config.device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ConfigError(f"--device {config.device}: not on this machine ({reason})") from None
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            reason = reason if len(reason) < 100 else "unknown, or not built into this torch"
+            raise ConfigError(
+                f"--device {config.device}: not on this machine ({reason}); use auto, cpu, cuda, "
+                "cuda:N or mps"
+            ) from None
     amp_dtype = getattr(torch, config.amp_dtype or "bfloat16") if config.amp else None
     if amp_dtype is torch.float16 and device.type == "cpu":
         raise ConfigError("--amp-dtype float16 needs a GPU; use bfloat16 on the CPU")

@@ -6,7 +6,14 @@ from typing import Any
 
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError
-from mealv2.models import Classifier, create_classifier, find_checkpoint, weights_sha256
+from mealv2.models import (
+    Classifier,
+    create_classifier,
+    find_checkpoint,
+    read_metadata,
+    weights_sha256,
+)
+from pipeline import logs
 from pipeline.runtime import Runtime
 
 
@@ -44,6 +51,12 @@ def build(
             raise ConfigError(
                 f"teacher {name} knows {model.num_classes} classes, the data has {len(classes)}; "
                 f"fine-tune it first (mealv2 finetune --model {name} …) and give {name}=RUN"
+            )
+        own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
+        if own_size not in (None, img_size):
+            logs.say(
+                f"teacher {name} was trained at {own_size} pixels and is asked at {img_size} "
+                f"(--img-size {own_size}?)"
             )
         models.append(model)
         described.append(

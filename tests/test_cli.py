@@ -471,7 +471,7 @@ WRONG = [
     (1, "precompute", "--out /proc/labels", "/proc/labels"),
     (1, "distill", "--output {tmp}/text/run", "text"),
     (1, "finetune", "--output /proc/run", "/proc/run"),
-    (1, "evaluate", "--checkpoint {student} --results-file {tmp}/text/r.csv", "text"),
+    (2, "evaluate", "--checkpoint {student} --results-file {tmp}/text/r.csv", "text"),
     (2, "evaluate", "--checkpoint {student} --results-file {tmp}/r.xls", "--results-file"),
     # values
     (2, "precompute", "--topk 4", "--topk 4"),

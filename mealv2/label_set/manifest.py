@@ -70,7 +70,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json; raises LabelSetError where it is missing, damaged or changed."""
     missing = (
-        "no label set there"
+        "no label set there; give the --out of `mealv2 precompute`"
         if not (folder / PLAN_NAME).exists()
         else ("the label set is not finished; run the same `mealv2 precompute` again")
     )

@@ -152,11 +152,14 @@ class LabelSet:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise LabelSetError(f"cannot read shard {path}: {error.strerror}") from None
+            raise LabelSetError(
+                f"cannot read shard {path}: {error.strerror}; run the same `mealv2 precompute` "
+                "again to make it anew"
+            ) from None
         if len(data) != entry["bytes"] or sha256(data).hexdigest() != entry["sha256"]:
             raise LabelSetError(
-                f"shard {path} is not the one in the manifest ({len(data)} bytes there, "
-                f"{entry['bytes']} expected, or other contents); run the same `mealv2 precompute` "
+                f"shard {path} is not the one in the manifest (its size or its "
+                "contents are others); run the same `mealv2 precompute` "
                 "again to make it anew"
             )
         return shard_keys(data)

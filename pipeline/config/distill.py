@@ -39,7 +39,9 @@ class DistillConfig(TrainConfig):
         shown="with --missing teach, those the label set names",
     )
     missing: Literal["fail", "skip", "teach"] = setting(
-        "fail", "Views the label set lacks: stop, leave them out, or ask its teachers."
+        "fail",
+        "Views the label set lacks, as of images added since: stop, leave them out, or ask its "
+        "teachers.",
     )
     reuse_views: bool | None = setting(
         None,

@@ -91,6 +91,11 @@ class TrainConfig(Machine):
         if self.val_split == NO_SPLIT:
             without_effect(self, "with --val-split none", "val_interval")
         at_least(self, 0, "lr", "momentum", "weight_decay", "decay_rate")
+        if self.views_per_image > self.epochs:
+            raise ConfigError(
+                f"--views-per-image {self.views_per_image} counts as so many epochs; there are "
+                f"only {self.epochs}"
+            )
         if self.checkpoint_every is not None:
             at_least(self, 1, "checkpoint_every")
         if self.views_per_image > self.batch_size:

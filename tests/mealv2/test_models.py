@@ -155,7 +155,15 @@ def test_a_saved_folder_loads_again_with_equal_outputs(tmp_path, images, name):
         "img_size": 64,
         "mean": list(model.preprocessing.mean),
         "std": list(model.preprocessing.std),
+        "weights_sha256": weights_sha256(model.backbone),
     }
+
+
+def test_a_flipped_bit_in_saved_weights_is_noticed(tmp_path, flipped_bit):
+    save_classifier(tmp_path, small_model(), classes=CLASSES, img_size=64)
+    flipped_bit(tmp_path / "model.safetensors")  # the middle of the file lies in a tensor
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        small_model(img_size=64, checkpoint=tmp_path, classes=CLASSES)
 
 
 def test_saving_the_same_model_again_gives_equal_bytes(tmp_path):

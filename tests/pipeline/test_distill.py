@@ -318,12 +318,12 @@ def test_discriminator_has_a_learning_rate_of_its_own_with_the_same_milestones(
 
 def _remove(data: Path) -> str:
     (data / "train" / "bees" / "03.jpg").unlink()
-    return "1 labelled images missing (bees/03.jpg)"
+    return "labelled images that are gone: 1 (bees/03.jpg)"
 
 
 def _add(data: Path) -> str:
     shutil.copy(data / "train" / "bees" / "03.jpg", data / "train" / "bees" / "99.jpg")
-    return "1 images without labels (bees/99.jpg)"
+    return "images without labels: 1 (bees/99.jpg)"
 
 
 def _grow(data: Path) -> str:
@@ -346,7 +346,7 @@ def _add_class(data: Path) -> str:
 
 def _change_val(data: Path) -> str:
     (data / "val" / "bees" / "03.jpg").unlink()
-    return "val: 1 labelled images missing (bees/03.jpg)"
+    return "val: labelled images that are gone: 1 (bees/03.jpg)"
 
 
 @pytest.mark.parametrize("change", [_remove, _add, _grow, _rename_class, _add_class, _change_val])

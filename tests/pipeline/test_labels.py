@@ -305,7 +305,7 @@ def test_images_added_since_are_refused_naming_both_ways_out(
     result = run_cli(*distill_flags, "--data-dir", own_data, "--output", run)
     assert result.code == 3
     assert one_line(result)
-    assert "3 images without labels (bees/90.jpg, bees/91.jpg, …)" in result.stderr
+    assert "images without labels: 3 (bees/90.jpg, bees/91.jpg, …)" in result.stderr
     assert "--missing teach" in result.stderr
     assert "--missing skip" in result.stderr
 
@@ -328,7 +328,7 @@ def test_removed_and_changed_images_are_refused_all_the_same(
         add_images(own_data)
     if change == "removed":
         path.unlink()
-        named = "1 labelled images missing (bees/03.jpg)"
+        named = "labelled images that are gone: 1 (bees/03.jpg)"
     else:
         path.write_bytes(path.read_bytes() + b"\0")
         named = "the same names, but other files"

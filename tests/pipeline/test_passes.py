@@ -79,7 +79,7 @@ def passes(data_dir: Path, targets: Targets, **values: Any) -> Passes:
     return Passes(config, source, range(len(source)), targets)
 
 
-@pytest.mark.parametrize(("views", "epochs"), [(1, 5), (2, 5), (3, 5), (4, 4), (4, 3)])
+@pytest.mark.parametrize(("views", "epochs"), [(1, 5), (2, 5), (3, 5), (4, 4), (4, 7)])
 def test_every_image_is_shown_as_many_views_as_there_are_epochs(
     data_dir: Path, views: int, epochs: int
 ) -> None:

@@ -569,6 +569,33 @@ def test_batch_of_one_image_is_refused_where_it_cannot_learn(
     assert "use a larger --batch-size" in result.stderr.splitlines()[-1]
 
 
+def test_finished_run_that_lost_its_checkpoints_is_not_trained_over(
+    run_cli: Run, finished: Path, run: Path, contents: Callable[..., dict[str, bytes]]
+) -> None:
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints")
+    for gone in ("", "report.json"):
+        (run / (gone or "nothing")).unlink(missing_ok=True)
+        before = contents(run)
+        result = run_cli("distill", "--resume", run)
+        assert (result.code, len(result.stderr.splitlines())) == (2, 1)
+        assert "has lost its checkpoints" in result.stderr
+        assert contents(run) == before
+
+
+def test_folder_of_something_else_is_no_place_for_a_run(
+    run_cli: Run, distill_flags: list[str], labels_dir: Path, own_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (labels_dir, own_data / "train", file):
+        before = sorted(place.glob("**/*"))
+        result = run_cli(*distill_flags, "--output", place)
+        assert (result.code, len(result.stderr.splitlines())) == (2, 1)
+        assert str(place) in result.stderr
+        assert sorted(place.glob("**/*")) == before
+
+
 def test_second_signal_quits_at_once(
     spawn: Callable[..., Spawned], finetune_flags: list[str], own_data: Path, run: Path
 ) -> None:
