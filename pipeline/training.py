@@ -4,35 +4,22 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from mealv2.cutmix import Mix, draw_mix
 from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
-from mealv2.images import fingerprint
-from mealv2.models import EXPORT_FOLDER, Classifier, save_classifier
+from mealv2.models import EXPORT_FOLDER, save_classifier
 from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture, Result
 from pipeline import checkpoint, logs
-from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
-from pipeline.meters import Meter
 from pipeline.passes import Passes
+from pipeline.run_state import Place, RunState
 from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
 from pipeline.work import Work
-
-
-@dataclass
-class Place:
-    """Where a run stands: ``step`` batches of ``epoch`` are done, ``total_steps`` in all."""
-
-    epoch: int = 0
-    step: int = 0
-    total_steps: int = 0
 
 
 def train(config: TrainConfig, machine: Runtime, work: Work) -> dict[str, Any]:
@@ -51,24 +38,12 @@ class _Trainer:
         self.machine = machine
         self.work = work
         self.stop = stop
-        self.place = Place()
-        self.window, self.epoch = Meter(), Meter()
         self.prepared = self.finished = False
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
-        self.data_sha256 = fingerprint(work.source)
         self.passes = Passes(config, work.source, work.positions, work.targets)
         work.task.to(machine.device)
-        self.optimizer = self._make_optimizer()
-        self.ema = None
-        if config.model_ema:
-            decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
-            # the decay grows from 0, so that the start does not weigh on a short run (timm)
-            self.ema = ModelEmaV3(work.student, decay=decay, use_warmup=True)
-        # float16 gradients underflow without a scale; bfloat16 and float32 need none
-        self.scaler = torch.amp.GradScaler(
-            machine.device.type, enabled=machine.amp_dtype is torch.float16
-        )
+        self.state = RunState(config, machine, work)
         if config.resume is not None and checkpoint.exists(config.resume):
             self.folder = self._resume()
         else:
@@ -79,10 +54,8 @@ class _Trainer:
             )
 
     @property
-    def result(self) -> Classifier:
-        """The model that the run makes: the student, or its moving average."""
-        model: Classifier = self.work.student if self.ema is None else self.ema.module
-        return model
+    def place(self) -> Place:
+        return self.state.place
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
@@ -128,11 +101,10 @@ class _Trainer:
     def _train_pass(self, pixels: Iterator[Pixels]) -> dict[str, float]:
         """Train on what is left of the pass; return the mean of every part of the loss."""
         config, work, place = self.config, self.work, self.place
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * config.lr_factor(place.epoch)
+        self.state.set_lr(config.lr_factor(place.epoch))
         requests = self.passes.requests(place.epoch)
         if place.step == 0 and (left_out := self.passes.num_left_out(place.epoch, requests)):
-            self.epoch.count({SKIPPED: left_out})
+            self.state.pass_means.count({SKIPPED: left_out})
         requests = requests[place.step :]
         work.task.train()
 
@@ -143,7 +115,7 @@ class _Trainer:
             unit="images",
             size=lambda batch: len(batch.positions) + len(batch.failed),
         )
-        for batch in self.window.timed(shown):
+        for batch in self.state.window.timed(shown):
             # leave out what could not be read
             refuse_failures(work.source, batch.failed, config.on_bad_image)
             place.step += 1
@@ -153,7 +125,7 @@ class _Trainer:
 
             # forward, backward, update
             parts, sources = self._update(batch)
-            for meter in (self.window, self.epoch):
+            for meter in (self.state.window, self.state.pass_means):
                 meter.add(len(batch.positions), parts)
                 meter.count(sources)
 
@@ -163,12 +135,12 @@ class _Trainer:
             if config.checkpoint_every and place.total_steps % config.checkpoint_every == 0:
                 self._save()
             self.stop.check()
-        if not self.epoch.num_images:
+        if not self.state.pass_means.num_images:
             raise DataError(
                 f"epoch {place.epoch + 1}: no image of {work.source.name} could be used"
             )
-        means = self._finite(self.epoch.means())
-        return {**means, **self.epoch.counts}
+        means = self._finite(self.state.pass_means.means())
+        return {**means, **self.state.pass_means.counts}
 
     def _update(self, batch: Pixels) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Do one optimizer update; return the loss and its parts, still on the device, and how
@@ -190,12 +162,12 @@ class _Trainer:
                 self._prepare(images_BCHW, answer)
             result = self._compute(images_BCHW, answer, mixture)
 
-        self.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(work.student, step=self.place.total_steps)
+        self.state.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
+        self.state.optimizer.zero_grad()
+        if self.state.ema is not None:
+            self.state.ema.update(work.student, step=self.place.total_steps)
 
         return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
 
@@ -244,18 +216,6 @@ class _Trainer:
         )
         return iter(loader)
 
-    def _make_optimizer(self) -> torch.optim.SGD:
-        """SGD over the student and the extra modules, a group each (paper: one joint optimizer)."""
-        learners = [(self.work.student, self.config.lr), *self.work.extra.values()]
-        return torch.optim.SGD(
-            [
-                {"params": list(module.parameters()), "lr": lr, "initial_lr": lr}
-                for module, lr in learners
-            ],
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
-        )
-
     def _validate(self, epoch: int) -> dict[str, float]:
         """Return the result's figures after ``epoch`` epochs; none without a validation split.
 
@@ -263,9 +223,11 @@ class _Trainer:
         """
         if self.work.evaluator is None:
             return {}
-        classes = self.result.num_classes
-        figures = self.work.evaluator(self.result, num_classes=classes, stop=self.stop).summary()
-        if self.ema is not None:
+        classes = self.state.result.num_classes
+        figures = self.work.evaluator(
+            self.state.result, num_classes=classes, stop=self.stop
+        ).summary()
+        if self.state.ema is not None:
             own = self.work.evaluator(self.work.student, num_classes=classes, stop=self.stop)
             figures["student_top1"] = own.top1
         if not self.finished:  # what a finished run is asked again, it has logged
@@ -283,7 +245,7 @@ class _Trainer:
         """Write the epoch's row, the model and a checkpoint."""
         row = {
             "epoch": self.place.epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.state.lr,
             **{f"train_{name}": value for name, value in trained.items()},
             **{f"val_{name}": value for name, value in figures.items() if name != "num_images"},
         }
@@ -296,11 +258,11 @@ class _Trainer:
         logs.say(f"epoch {self.place.epoch}/{self.config.epochs}  {shown}")
         save_classifier(
             self.folder.path / EXPORT_FOLDER,
-            self.result,
+            self.state.result,
             classes=self.work.source.classes,
             img_size=self.work.img_size,
         )
-        self.epoch.clear()
+        self.state.pass_means.clear()
         self._save()
 
     def _log(self) -> None:
@@ -309,12 +271,12 @@ class _Trainer:
             "train",
             epoch=self.place.epoch,
             step=self.place.total_steps,
-            lr=self.optimizer.param_groups[0]["lr"],
-            **self._finite(self.window.means()),
-            **self.window.counts,
-            **self.window.speed(),
+            lr=self.state.lr,
+            **self._finite(self.state.window.means()),
+            **self.state.window.counts,
+            **self.state.window.speed(),
         )
-        self.window.clear()
+        self.state.window.clear()
 
     def _finite(self, means: dict[str, float]) -> dict[str, float]:
         if all(map(math.isfinite, means.values())):
@@ -329,7 +291,7 @@ class _Trainer:
 
         Raises DataError rather than keep weights that a loss which is not finite has spoilt.
         """
-        self._finite(self.epoch.means())
+        self._finite(self.state.pass_means.means())
         try:
             self.work.targets.flush()
         except (OSError, LabelSetError):
@@ -338,35 +300,17 @@ class _Trainer:
         self._save_state()
 
     def _save_state(self) -> None:
-        on_cuda = self.machine.device.type == "cuda"
-        state = {
-            "arch": self.work.student.tag,
-            "args": self.config.as_json(),
-            **vars(self.place),
-            "state_dict": self.work.student.backbone.state_dict(),
-            "extra": {name: module.state_dict() for name, (module, _) in self.work.extra.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "meters": [self.window.state(), self.epoch.state()],
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.machine.device) if on_cuda else None,
-            "data_sha256": self.data_sha256,
-            "labels": self.work.labels,
-        }
-        if self.ema is not None:
-            state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
-        keep = self.config.checkpoint_hist
-        checkpoint.save(self.folder.path, state, step=self.place.total_steps, keep=keep)
+        keep, step = self.config.checkpoint_hist, self.place.total_steps
+        checkpoint.save(self.folder.path, self.state.as_dict(), step=step, keep=keep)
 
     def _resume(self) -> logs.RunFolder:
         """Take up the newest whole checkpoint of the run folder; return the folder."""
         assert self.config.resume is not None
         path, state, damaged = checkpoint.load_newest(self.config.resume)
-        self._check_same_work(state)
         for what in damaged:
             logs.say(f"{what}; going on from the one before, {path.name}")
         try:
-            self._restore(state)
+            self.state.restore(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise MealError(f"checkpoint {path} is of another run: {reason}") from error
@@ -375,32 +319,3 @@ class _Trainer:
         return logs.RunFolder.reopen(
             self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
         )
-
-    def _check_same_work(self, state: dict[str, Any]) -> None:
-        """Raise where images, labels or teachers are not those that the run began with."""
-        advice = "bring them back, or start a new run"
-        if state.get("data_sha256", self.data_sha256) != self.data_sha256:
-            raise DataError(
-                f"the images of {self.work.source.name} are not those this run began with; {advice}"
-            )
-        if "labels" not in state:  # of another run, as restoring it will say
-            return
-        before, now = state["labels"] or {}, self.work.labels or {}
-        for name, what in (("plan_sha256", "labels"), ("teachers", "teachers' weights")):
-            if before.get(name) != now.get(name):
-                raise LabelSetError(f"the {what} are not those this run began with; {advice}")
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.place = Place(state["epoch"], state["step"], state["total_steps"])
-        self.work.student.backbone.load_state_dict(state["state_dict"])
-        for name, (module, _) in self.work.extra.items():
-            module.load_state_dict(state["extra"][name])
-        if self.ema is not None:
-            self.result.backbone.load_state_dict(state["state_dict_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        for meter, kept in zip((self.window, self.epoch), state["meters"], strict=True):
-            meter.restore(kept, self.machine.device)
-        torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] is not None and self.machine.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self.machine.device)

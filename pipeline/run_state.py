@@ -1,0 +1,131 @@
+"""The state of a run: everything that the rest of it depends on, into a checkpoint and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+
+from mealv2.errors import DataError, LabelSetError
+from mealv2.images import fingerprint
+from mealv2.models import Classifier
+from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
+from pipeline.meters import Meter
+from pipeline.runtime import Runtime
+from pipeline.work import Work
+
+
+@dataclass
+class Place:
+    """Where a run stands: ``step`` batches of ``epoch`` are done, ``total_steps`` in all."""
+
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+
+
+class RunState:
+    """Student, average, optimizer, scale, place and meters of a run; torch's generators go along.
+
+    ``window`` means are those since the last log line, ``pass_means`` since the pass began.
+    """
+
+    def __init__(self, config: TrainConfig, machine: Runtime, work: Work) -> None:
+        self._config = config
+        self._device = machine.device
+        self._work = work
+        self._data_sha256 = fingerprint(work.source)
+        self.place = Place()
+        self.window, self.pass_means = Meter(), Meter()
+        self.optimizer = _make_optimizer(config, work)
+        self.ema = None
+        if config.model_ema:
+            decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
+            # the decay grows from 0, so that the start does not weigh on a short run (timm)
+            self.ema = ModelEmaV3(work.student, decay=decay, use_warmup=True)
+        # float16 gradients underflow without a scale; bfloat16 and float32 need none
+        self.scaler = torch.amp.GradScaler(
+            machine.device.type, enabled=machine.amp_dtype is torch.float16
+        )
+
+    @property
+    def result(self) -> Classifier:
+        """The model that the run makes: the student, or its moving average."""
+        model: Classifier = self._work.student if self.ema is None else self.ema.module
+        return model
+
+    @property
+    def lr(self) -> float:
+        """The student's learning rate now."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_lr(self, factor: float) -> None:
+        """Set every group's learning rate to its initial one times ``factor``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: tensors and plain values."""
+        on_cuda = self._device.type == "cuda"
+        state = {
+            "arch": self._work.student.tag,
+            "args": self._config.as_json(),
+            **vars(self.place),
+            "state_dict": self._work.student.backbone.state_dict(),
+            "extra": {name: module.state_dict() for name, (module, _) in self._work.extra.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meters": [self.window.state(), self.pass_means.state()],
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "data_sha256": self._data_sha256,
+            "labels": self._work.labels,
+        }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state.
+
+        Raises DataError or LabelSetError where images, labels or teachers are not those that the
+        run began with; KeyError, ValueError, TypeError or RuntimeError for the state of another
+        kind of run.
+        """
+        self._check_same_work(state)
+        self.place = Place(state["epoch"], state["step"], state["total_steps"])
+        self._work.student.backbone.load_state_dict(state["state_dict"])
+        for name, (module, _) in self._work.extra.items():
+            module.load_state_dict(state["extra"][name])
+        if self.ema is not None:
+            self.result.backbone.load_state_dict(state["state_dict_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
+            meter.restore(kept, self._device)
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self._device)
+
+    def _check_same_work(self, state: dict[str, Any]) -> None:
+        advice = "bring them back, or start a new run"
+        if state["data_sha256"] != self._data_sha256:
+            name = self._work.source.name
+            raise DataError(f"the images of {name} are not those this run began with; {advice}")
+        before, now = state["labels"] or {}, self._work.labels or {}
+        for name, what in (("plan_sha256", "labels"), ("teachers", "teachers' weights")):
+            if before.get(name) != now.get(name):
+                raise LabelSetError(f"the {what} are not those this run began with; {advice}")
+
+
+def _make_optimizer(config: TrainConfig, work: Work) -> torch.optim.SGD:
+    """SGD over the student and the extra modules, a group each (paper: one joint optimizer)."""
+    learners = [(work.student, config.lr), *work.extra.values()]
+    return torch.optim.SGD(
+        [
+            {"params": list(module.parameters()), "lr": lr, "initial_lr": lr}
+            for module, lr in learners
+        ],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
