@@ -4,6 +4,7 @@ The validation split is labelled first, one centre crop an image; it says how go
 """
 
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import LabelSetError
+from mealv2.errors import LabelSetError, StoppedError
 from mealv2.files import TEMPORARY_PREFIX, json_sha256
 from mealv2.images import INTERPOLATION, ImageSource, fingerprint, open_source
 from mealv2.soft_labels import TAIL_RULE
@@ -80,6 +81,19 @@ class _Stage:
         self.plan_sha256 = json_sha256(plan)
 
     def run(self) -> dict[str, Any]:
+        """Make what is missing; raises StoppedError on Ctrl-C, between two batches.
+
+        SIGTERM ends the process as it does any other: schedulers requeue what a signal killed.
+        """
+        with runtime.stop_on_signal(signal.SIGINT) as self.stop:
+            try:
+                return self._run()
+            except runtime.StopRequested:
+                raise StoppedError(
+                    "stopped; what was finished is kept: run the same command again to go on"
+                ) from None
+
+    def _run(self) -> dict[str, Any]:
         label_set.claim(self.config.out, self.plan)
         began = time.monotonic()
         made = 0
@@ -113,7 +127,9 @@ class _Stage:
         requests = {n: _requests(role, role.shards[n], self.config.batch_size) for n in missing}
         num_views = len(role.views)
         pixels = logs.progress(
-            _read(self.config, role, [r for part in requests.values() for r in part]),
+            self._until_stopped(
+                _read(self.config, role, [r for part in requests.values() for r in part])
+            ),
             total=sum(len(role.shards[n]) for n in missing) * num_views,
             what=f"labelling {role.name}",
             unit="views",
@@ -126,6 +142,11 @@ class _Stage:
             # the first whole shard wins; one that is damaged is replaced
             label_set.write_shard(path, self._shard(role, number, answers), replace=path.exists())
         return len(missing)
+
+    def _until_stopped(self, pixels: Iterator[Pixels]) -> Iterator[Pixels]:
+        for item in pixels:
+            self.stop.check()
+            yield item
 
     def _shard(self, role: Role, number: int, answers: Answers) -> label_set.Shard:
         images = answers.positions[:: len(role.views)]

@@ -103,17 +103,16 @@ class StopFlag:
         if self.signal_name is not None:
             os._exit(128 + number)  # the second one quits at once
         self.signal_name = signal.Signals(number).name
-        os.write(2, b"\nsaving and stopping; once more quits at once\n")
+        os.write(2, b"\nstopping in good order; once more quits at once\n")
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopFlag]:
-    """Turn SIGINT and SIGTERM into a flag while the block runs (in the main thread only)."""
+def stop_on_signal(*numbers: signal.Signals) -> Iterator[StopFlag]:
+    """Turn signals into a flag while the block runs (in the main thread only)."""
     stop = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop._handle) for number in numbers]
     try:
         yield stop

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ def train(config: TrainConfig, machine: Runtime, work: Work) -> dict[str, Any]:
     Raises StoppedError when a signal came (everything is saved), DataError for an unreadable image
     or a loss that is not finite, OSError where the run folder cannot be written.
     """
-    with stop_on_signal() as stop:
+    with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
         return _Trainer(config, machine, work, stop).run()
 
 

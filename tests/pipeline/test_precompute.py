@@ -268,7 +268,7 @@ def _whole_shards(folder: Path) -> set[str]:
     return names
 
 
-LONG = ["--num-views", "120", "--shard-size", "2"]  # 8 shards of val, 18 of train
+LONG = ["--num-views", "240", "--shard-size", "2"]  # 8 shards of val, 18 of train
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_equal_seeds_give_equal_new_weights() -> None:
 def test_a_signal_stops_at_the_next_check_and_not_before(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with runtime.stop_on_signal() as stop:
+    with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
         stop.check()
         os.kill(os.getpid(), number)
         with pytest.raises(runtime.StopRequested, match=number.name):
@@ -84,7 +84,7 @@ def test_a_signal_stops_at_the_next_check_and_not_before(
 def test_handlers_are_put_back() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    with runtime.stop_on_signal():
+    with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM):
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
 
@@ -94,7 +94,7 @@ def test_outside_the_main_thread_handlers_are_left_alone() -> None:
     seen: list[object] = []
 
     def body() -> None:
-        with runtime.stop_on_signal() as stop:
+        with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
             stop.check()
             seen.append(signal.getsignal(signal.SIGINT))
 
