@@ -103,16 +103,12 @@ def _encode_chunk(
     counts_N, is_best_N = _best_counts(head.probs_NK, num_classes, rate)
     if first == most or bool(is_best_N.all()):
         return _write(head._replace(counts_N=counts_N), num_classes, count_size)
-    (wide_W,) = (~is_best_N).nonzero(as_tuple=True)
+    (wide_W,), (rest_R,) = (~is_best_N).nonzero(as_tuple=True), is_best_N.nonzero(as_tuple=True)
     wide = _largest(probs_NC[wide_W], total_N[wide_W], most)
-    counts_W, _ = _best_counts(wide.probs_NK, num_classes, rate)
-    (rest_R,) = is_best_N.nonzero(as_tuple=True)
-    narrow = _Head(head.indices_NK[rest_R], head.probs_NK[rest_R], counts_N[rest_R])
-    both = [
-        _write(narrow, num_classes, count_size),
-        _write(wide._replace(counts_N=counts_W), num_classes, count_size),
-    ]
-    return EncodedLabels.joined(both)[torch.cat([rest_R, wide_W]).argsort()]
+    wide = wide._replace(counts_N=_best_counts(wide.probs_NK, num_classes, rate)[0])
+    rest = _Head(head.indices_NK[rest_R], head.probs_NK[rest_R], counts_N[rest_R])
+    parts = [_write(part, num_classes, count_size) for part in (rest, wide) if len(part.counts_N)]
+    return EncodedLabels.joined(parts)[torch.cat([rest_R, wide_W]).argsort()]
 
 
 def _largest(probs_NC: Tensor, total_N: Tensor, k: int) -> _Head:

@@ -40,7 +40,8 @@ class EncodedLabels:
         elif isinstance(rows, slice):
             order_R = order_R[rows]
         else:
-            order_R = order_R[torch.as_tensor(rows, device=order_R.device)]
+            picked = torch.as_tensor(rows, device=order_R.device)
+            order_R = order_R[picked if len(picked) else picked.long()]  # [] is float to torch
         ends_N = self.ends()
         sizes_R = self.sizes()[order_R]
         # byte b of the result is byte b + shift of the payload, with one shift for each row
