@@ -130,7 +130,7 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
     # KL_k = sum_all p ln p + score_k, and the first does not depend on k
     num_kept = probs_NK.shape[1]
     k_K = torch.arange(1, num_kept + 1, device=probs_NK.device)
-    rest_NK = _rest(probs_NK, num_classes)
+    rest_NK = _rest(probs_NK)
     others_K = (num_classes - k_K).clamp_min(1)
     score_NK = -torch.xlogy(probs_NK, probs_NK).cumsum(1) - torch.xlogy(rest_NK, rest_NK / others_K)
     cost_NK = score_NK + rate * k_K
@@ -144,12 +144,9 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
     return counts_N, best_N < rate * (num_kept + 1)
 
 
-def _rest(probs_NK: Tensor, num_classes: int) -> Tensor:
-    """Return the mass beyond each rank; none beyond the last class."""
-    rest_NK = (1.0 - probs_NK.cumsum(1)).clamp_min(0.0)
-    if probs_NK.shape[1] == num_classes:
-        rest_NK[:, -1] = 0.0
-    return rest_NK
+def _rest(probs_NK: Tensor) -> Tensor:
+    """Return the mass beyond each rank."""
+    return (1.0 - probs_NK.cumsum(1)).clamp_min(0.0)
 
 
 def _row_sum(values_NC: Tensor) -> Tensor:
@@ -234,7 +231,7 @@ def _fit_tail(
     """Return the tail's codes, for which the recovered mass of the classes not kept is right."""
     # (C - k) w_tail / (W + (C - k) w_tail) = R, with W the weights of the kept as a reader has them
     kept_N = _row_sum(weights(levels_NA.double(), counts_N, is_kept_NK))
-    rest_NK = _rest(probs_NK, num_classes)
+    rest_NK = _rest(probs_NK)
     rest_N = rest_NK.gather(1, counts_N[:, None] - 1)[:, 0].clamp(1e-30, 1.0 - 1e-9)
     others_N = (num_classes - counts_N).clamp_min(1)
     level_N = -LEVELS_PER_NAT * (rest_N / (1.0 - rest_N) * kept_N / others_N).log()

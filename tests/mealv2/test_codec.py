@@ -124,6 +124,11 @@ def test_the_kept_classes_are_the_likeliest_in_order_equal_ones_by_id(case):
         assert ids[:count].tolist() == order[row, :count].tolist()
 
 
+def test_minus_zero_is_zero():
+    labels = encode(torch.tensor([[0.6, -0.0, 0.4, 0.0]]), topk=4)
+    assert labels.kept().indices_NK.tolist() == [[0, 2, 1, 3]]
+
+
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("num_classes", [2, 3, 255, 1000, 1_000_000])
 @pytest.mark.parametrize("how", [{"rate": 1e-3}, {"topk": 1}, {"topk": 2}])
