@@ -31,7 +31,7 @@ def _encoded_similarity_loss(logits_BC: Tensor, labels: EncodedLabels) -> Tensor
     kept = labels.kept()
     # any constant cancels; without the largest logit nothing big is subtracted from anything big
     logits_BC = logits_BC - logits_BC.detach().amax(dim=1, keepdim=True)
-    kept_logits_BK = logits_BC.gather(1, kept.indices_NK).masked_fill(~kept.is_kept_NK, 0.0)
+    kept_logits_BK = logits_BC.gather(1, kept.indices_NK)
     above_tail_BK = (kept.probs_NK - kept.tail_N[:, None]) * kept.is_kept_NK
     loss_B = logits_BC.logsumexp(dim=1) - (above_tail_BK * kept_logits_BK).sum(dim=1)
     return (loss_B - kept.tail_N * logits_BC.sum(dim=1)).mean()

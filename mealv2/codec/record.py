@@ -47,7 +47,7 @@ CURVE_STEPS = np.array([0, 1, 3, 5, 8, 11, 14, 18, 23, 29, 36, 44, 54, 66, 84, 1
 ANCHORS = np.array([2] + [rank for i in range(15) for rank in (3 << i, 4 << i)])
 
 _Array = np.ndarray[Any, Any]
-_CHUNK_BYTES = 1 << 20  # of records checked in one go
+_CHUNK_BYTES = 1 << 18  # of records checked in one go
 
 
 class KeptRows(NamedTuple):
@@ -167,7 +167,7 @@ def _check_fields(counts_N: _Array, payload_P: _Array, num_classes: int) -> None
 
 
 def _chunks(ends_N: _Array) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows of about a megabyte each."""
+    """Yield ranges of rows of at most ``_CHUNK_BYTES`` each, or one."""
     first = 0
     while first < len(ends_N):
         begin = int(ends_N[first - 1]) if first else 0
