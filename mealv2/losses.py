@@ -4,18 +4,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mealv2.codec import EncodedLabels
 from mealv2.discriminator import Discriminator
 
 
-def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor) -> Tensor:
+def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | EncodedLabels) -> Tensor:
     """Return the cross-entropy of the student to the ensemble's probabilities, a float32 scalar.
 
     Equal to the KL divergence up to the ensemble's entropy, hence with the same gradient (paper
     eq. 2-3; official loss.py). Any float logits; ``probs_BC`` rows sum to 1 and carry no gradient.
+    Encoded labels, on the logits' device, are never expanded to B x C.
     """
+    if isinstance(probs_BC, EncodedLabels):
+        return _encoded_similarity_loss(student_logits_BC.float(), probs_BC)
     # L = -(1/B) sum_i sum_c q_ic log softmax(s_i)_c
     log_probs_BC = torch.log_softmax(student_logits_BC.float(), dim=1)
     return -(probs_BC.float() * log_probs_BC).sum(dim=1).mean()
+
+
+def _encoded_similarity_loss(logits_BC: Tensor, labels: EncodedLabels) -> Tensor:
+    # With q_c = t for every class not kept and sum_c q_c = 1:
+    # L_i = log sum_c e^s_c - sum_{c kept} (q_c - t) s_c - t sum_c s_c
+    if logits_BC.shape != (len(labels), labels.num_classes):
+        expected = f"{len(labels)} x {labels.num_classes}"
+        raise ValueError(f"labels of {expected} and logits of {tuple(logits_BC.shape)}")
+    kept = labels.kept()
+    # any constant cancels; without the largest logit nothing big is subtracted from anything big
+    logits_BC = logits_BC - logits_BC.detach().amax(dim=1, keepdim=True)
+    kept_logits_BK = logits_BC.gather(1, kept.indices_NK)
+    above_tail_BK = (kept.probs_NK - kept.tail_N[:, None]) * kept.is_kept_NK
+    loss_B = logits_BC.logsumexp(dim=1) - (above_tail_BK * kept_logits_BK).sum(dim=1)
+    return (loss_B - kept.tail_N * logits_BC.sum(dim=1)).mean()
 
 
 def discriminator_loss(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mealv2.codec import EncodedLabels as EncodedLabels  # the public names, used from here
+from mealv2.codec import encode as encode
+
 # What a manifest says about the mass that top-k does not keep.
 TAIL_RULE = "uniform over the classes not kept"
 

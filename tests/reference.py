@@ -238,3 +238,53 @@ def whole_step(
             tuple(value - settings.lr * v for value, v in zip(layer, velocity, strict=True))
         )
     return losses, State(moved[:1], moved[1:], momenta)
+
+
+# --- the record of an encoded label, from its description -----------------------------------------
+
+_FIRST = (
+    "0 2 4 6 8 10 13 15 18 21 25 28 32 36 41 45 51 56 62 68 75 82 90 99 108 117 128 139 151 163 "
+    "177 192"
+)
+_CURVE = "0 1 3 5 8 11 14 18 23 29 36 44 54 66 84 112"
+
+
+def decode_record(record: bytes, k: int, num_classes: int) -> np.ndarray:
+    """Return the distribution that a record of k classes stands for, float64, bit after bit."""
+    bits = "".join(f"{byte:08b}"[::-1] for byte in record)
+    position = 0
+
+    def number(width: int) -> int:
+        nonlocal position
+        position += width
+        return int(bits[position - width : position][::-1], 2)
+
+    tail_step = 6 * number(6) if k < num_classes else 0
+    anchors = {rank for i in range(16) for rank in (2**i, 3 * 2**i)} - {1}
+    ranks = [1, *sorted(rank for rank in anchors | {k} if rank <= k and rank > 1)]
+    levels = [0]
+    for i in range(1, len(ranks)):
+        table, width = (_FIRST, 5) if i == 1 else (_CURVE, 4)
+        levels.append(levels[-1] + int(table.split()[number(width)]))
+    levels = [min(level, 1024) for level in levels]
+    ids = [number((num_classes - 1).bit_length()) for _ in range(k)]
+    assert len(bits) - position < 8
+    assert "1" not in bits[position:]
+
+    row = np.full(num_classes, np.exp(-min(levels[-1] + tail_step, 1024) / 16))
+    row[ids] = np.exp(-np.interp(np.log(np.arange(1, k + 1)), np.log(ranks), levels) / 16)
+    return row / row.sum()
+
+
+def best_count(probs_C: np.ndarray, rate: float) -> tuple[int, np.ndarray]:
+    """Return (argmin_k KL(p || recovered_k) + rate k, the costs of k = 1..C), by trying them."""
+    probs_C = probs_C.astype(np.float64) / probs_C.astype(np.float64).sum()
+    order = np.argsort(-probs_C, kind="stable")
+    costs = []
+    for k in range(1, len(probs_C) + 1):
+        recovered = np.full(len(probs_C), probs_C[order[k:]].sum() / max(1, len(probs_C) - k))
+        recovered[order[:k]] = probs_C[order[:k]]
+        some = probs_C > 0
+        divergence = (probs_C[some] * np.log(probs_C[some] / recovered[some])).sum()
+        costs.append(divergence + rate * k)
+    return int(np.argmin(costs)) + 1, np.array(costs)

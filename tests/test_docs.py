@@ -115,7 +115,9 @@ def test_export_doc_runs_on_a_run_folder(
     assert len(names["names"]) == 2
 
 
-@pytest.mark.parametrize("path", ["docs/views.md", "docs/label-set-format.md"])
+@pytest.mark.parametrize(
+    "path", ["docs/views.md", "docs/label-set-format.md", "docs/label-codec.md"]
+)
 def test_doc_examples_print_what_they_say(
     path: str, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

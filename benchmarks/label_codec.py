@@ -1,0 +1,322 @@
+"""Bytes per view against what is lost: the label codec, fixed top-k, FKD's and TinyViT's layouts.
+
+    python benchmarks/label_codec.py
+
+Simulated 1,000-class ensembles of two teachers, four populations; prints Markdown tables.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mealv2.codec import EncodedLabels, dense_rows, encode
+from mealv2.codec.record import (
+    ANCHORS,
+    CURVE_BITS,
+    FIRST_BITS,
+    TAIL_BITS,
+    anchors_of,
+    id_bits,
+    num_bits,
+)
+from mealv2.losses import similarity_loss
+
+NUM_CLASSES, NUM_DOMAINS, NUM_GROUPS, WIDTH = 1000, 12, 90, 96
+RATES = (0.005, 0.002, 0.001, 0.0009, 0.0003, 0.0001)
+IMAGES_AT_ONCE = 50
+
+# Tuned to the means of docs/benchmarks/label-codec.md: scale of the logits, weight of the noise per
+# class, spread of the views' log temperature, clutter in small crops, noise of an image, smoothing.
+POPULATIONS = {
+    "base": (20.7, 0.93, 0.343, 0.969, 0.355, 0.0),
+    "ls": (26.8, 1.01, 0.436, 0.935, 0.36, 0.09),
+    "sharp": (34.3, 1.21, 0.379, 0.818, 0.445, 0.0),
+    "soft": (14.4, 0.92, 0.389, 1.198, 0.281, 0.0),
+}
+
+
+def population(name: str, num_images: int, num_views: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return (ensemble probabilities N x 1000, true classes N) of crops of images.
+
+    Class prototypes lie in a hierarchy of domains, groups and leaves; each teacher has its own
+    perturbed copy. An image is a prototype, noise, and in 3 of 10 a second object; a view sees the
+    less of it, and the more of another class, the smaller its crop (area uniform in 0.08..1).
+    Student-t noise per class is half the image's and half the view's. The label is the mean of the
+    two softmaxes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def direction(*shape: int) -> Tensor:
+        return torch.nn.functional.normalize(normal(*shape), dim=-1)
+
+    def student_t(*shape: int) -> Tensor:  # 4 degrees of freedom
+        return normal(*shape) / (sum(normal(*shape).square() for _ in range(4)) / 4.0) ** 0.5
+
+    scale, noise_weight, spread, clutter, image_noise, smoothing = POPULATIONS[name]
+    group_C = torch.arange(NUM_CLASSES) % NUM_GROUPS
+    domains, groups = direction(NUM_DOMAINS, WIDTH), direction(NUM_GROUPS, WIDTH)
+    tree = 0.7 * domains[group_C % NUM_DOMAINS] + 0.8 * groups[group_C]
+    classes_CD = torch.nn.functional.normalize(tree + 0.8 * direction(NUM_CLASSES, WIDTH), dim=-1)
+    teachers = [
+        torch.nn.functional.normalize(classes_CD + 0.35 * direction(NUM_CLASSES, WIDTH), dim=-1)
+        for _ in range(2)
+    ]
+    parts, truths = [], []
+    for _ in range(0, num_images, IMAGES_AT_ONCE):
+        n, m = IMAGES_AT_ONCE, num_views
+        truth, second = torch.randint(0, NUM_CLASSES, (2, n), generator=generator)
+        other = torch.randint(0, NUM_CLASSES, (n, m), generator=generator)
+        has_second = 0.6 * (torch.rand(n, 1, generator=generator) < 0.3)
+        image = (
+            classes_CD[truth] + image_noise * direction(n, WIDTH) + has_second * classes_CD[second]
+        )
+        area = 0.08 + 0.92 * torch.rand(n, m, 1, generator=generator)
+        seen = area**0.3 * image[:, None]
+        seen = seen + clutter * (1.0 - area) * torch.exp(0.8 * normal(n, m, 1)) * classes_CD[other]
+        seen = seen + 0.6 * image_noise * direction(n, m, WIDTH)
+        seen = torch.nn.functional.normalize(seen, dim=-1)
+        sharpness = torch.exp(spread * normal(n, m, 1))
+        of_image = student_t(n, 1, NUM_CLASSES)
+        probs = torch.zeros(n, m, NUM_CLASSES)
+        for teacher_CD in teachers:
+            noise = 0.7 * of_image + 0.7 * student_t(n, m, NUM_CLASSES)
+            logits = sharpness * (scale * seen @ teacher_CD.T + noise_weight * noise)
+            probs += 0.5 * torch.softmax(logits, dim=-1)
+        parts.append(probs.flatten(0, 1) * (1.0 - smoothing) + smoothing / NUM_CLASSES)
+        truths.append(truth.repeat_interleave(m))
+    return torch.cat(parts)[: num_images * num_views], torch.cat(truths)[: num_images * num_views]
+
+
+def describe(probs_NC: Tensor, truth_N: Tensor) -> list[str]:
+    """Return the population's means as cells: top-1, median, top-5, 10, 50, 100, …"""
+    mass_NK = probs_NC.topk(100, dim=1).values
+    top = mass_NK.cumsum(1).mean(0)
+    entropy = -torch.xlogy(probs_NC, probs_NC).sum(1).mean()
+    right = (probs_NC.argmax(1) == truth_N).float().mean()
+    figures = [top[0], mass_NK[:, 0].median(), top[4], top[9], top[49], top[99]]
+    figures += [probs_NC.gather(1, truth_N[:, None]).mean(), right]
+    cells = [f"{float(figure):.3f}" for figure in figures]
+    return [*cells, f"{float(entropy):.2f}", f"{float(mass_NK[:, 99].median()):.0e}"]
+
+
+# --- what is lost ---------------------------------------------------------------------------------
+
+
+def divergence(probs_NC: Tensor, recovered: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return KL(p || recovered) of each row, N, float64; ``recovered(chunk, first row)``."""
+    found = []
+    for first in range(0, len(probs_NC), 1000):
+        exact = probs_NC[first : first + 1000].double()
+        other = recovered(probs_NC[first : first + 1000], first).double().clamp_min(1e-30)
+        found.append((torch.xlogy(exact, exact) - torch.xlogy(exact, other)).sum(1))
+    return torch.cat(found)
+
+
+def fixed(probs_NC: Tensor, k: int, dtype: torch.dtype, *, own_rest: bool) -> Tensor:
+    """Return what top-k recovers; the rest stored too, or 1 - sum(stored) as the peers have it."""
+    kept_NK, indices_NK = probs_NC.topk(k, dim=1)
+    rest_N = probs_NC.scatter(1, indices_NK, 0.0).sum(1).to(dtype).float()
+    kept_NK = kept_NK.to(dtype).float()
+    if not own_rest:
+        rest_N = 1.0 - kept_NK.sum(1)
+    dense_NC = (rest_N / (probs_NC.shape[1] - k))[:, None].repeat(1, probs_NC.shape[1])
+    dense_NC.scatter_(1, indices_NK, kept_NK)
+    return dense_NC / dense_NC.sum(1, keepdim=True) if own_rest else dense_NC
+
+
+LAYOUTS: list[tuple[str, int, int, torch.dtype, bool]] = [
+    *[(f"top-{k}, uint16 + float16", k, 4 * k + 2, torch.float16, True) for k in (5, 10, 20, 100)],
+    ("FKD k5, float32", 5, 40, torch.float32, False),
+    ("FKD k5, float16", 5, 20, torch.float16, False),
+    ("FKD k10, float32", 10, 80, torch.float32, False),
+    ("FKD k10, float16", 10, 40, torch.float16, False),
+    ("TinyViT K=100", 100, 404, torch.float16, False),
+]
+
+
+def layout_rows(name: str, probs_NC: Tensor) -> list[list[str]]:
+    rows = []
+    for title, k, num_bytes, dtype, own_rest in LAYOUTS:
+
+        def recovered(
+            part: Tensor, _: int, k: int = k, dtype: torch.dtype = dtype, own: bool = own_rest
+        ) -> Tensor:
+            return fixed(part, k, dtype, own_rest=own)
+
+        lost = divergence(probs_NC, recovered)
+        rows.append([name, title, str(k), f"{num_bytes:.1f}", *losses(lost), "", "", "", ""])
+    return rows
+
+
+def codec_rows(name: str, probs_NC: Tensor, num_views: int) -> list[list[str]]:
+    rows = []
+    for rate in RATES:
+        labels = encode(probs_NC, rate=rate)
+        lost = divergence(
+            probs_NC, lambda part, n, labels=labels: labels[n : n + len(part)].to_dense()
+        )
+        size = labels.nbytes / len(labels)
+        counts = labels.counts_N.float()
+        shannon = [uniform_ids(labels), ids_by_likeliest(labels, num_views)]
+        ratios = [cell for s in shannon for cell in (f"{s:.1f}", f"{size / s:.2f}")]
+        cells = [name, f"**codec, rate {rate:g}**", f"{float(counts.mean()):.1f}", f"{size:.1f}"]
+        rows.append([*cells, *losses(lost), *ratios])
+    return rows
+
+
+def losses(lost_N: Tensor) -> list[str]:
+    return [f"{float(lost_N.mean()):.4f}", f"{float(lost_N.quantile(0.99)):.3f}"]
+
+
+# --- the Shannon estimate -------------------------------------------------------------------------
+
+
+def entropy_bits(*columns: np.ndarray) -> float:
+    """Return the empirical entropy of the last column given the others, in bits per row."""
+    bits = []
+    for known in (columns, columns[:-1]):
+        if known:
+            count = np.unique(np.stack(known, 1), axis=0, return_counts=True)[1]
+            bits.append(-(count / count.sum() * np.log2(count / count.sum())).sum())
+    return float(bits[0] - sum(bits[1:]))
+
+
+def side_bits(labels: EncodedLabels) -> float:
+    """Return the bits per view of k, the tail and the curve by their entropies over the views.
+
+    k by itself, every code given the octave of k, each anchor for itself.
+    """
+    counts_N = labels.counts_N.numpy().astype(np.int64)
+    octave_N = np.log2(counts_N).astype(int)
+    bits_N = num_bits(counts_N, labels.num_classes)
+    sizes_N = (bits_N + 7) >> 3
+    begin_N = 8 * (np.cumsum(sizes_N) - sizes_N)
+    bit_P = np.unpackbits(labels.payload_P.numpy(), bitorder="little")
+
+    def codes(at: np.ndarray, width: int) -> np.ndarray:
+        return sum(bit_P[at + i].astype(np.int64) << i for i in range(width))
+
+    bits = entropy_bits(counts_N) + entropy_bits(octave_N, codes(begin_N, TAIL_BITS))
+    at_N = begin_N + TAIL_BITS
+    for slot in range(int(anchors_of(counts_N).max())):
+        has_N = anchors_of(counts_N) > slot
+        width = CURVE_BITS if slot else FIRST_BITS
+        last_N = counts_N[has_N] <= ANCHORS[slot]  # an anchor at k has another spacing
+        bits += has_N.mean() * entropy_bits(octave_N[has_N], last_N, codes(at_N[has_N], width))
+        at_N = at_N + width
+    return bits
+
+
+def uniform_ids(labels: EncodedLabels) -> float:
+    """Return the bytes per view of an ideal coder: side information, ordered ids, all as likely."""
+    position = np.arange(labels.num_classes)
+    left = np.cumsum(np.log2(labels.num_classes - position))  # log2 C (C - 1) ... (C - k + 1)
+    return (side_bits(labels) + float(left[labels.counts_N.numpy() - 1].mean())) / 8.0
+
+
+def ids_by_likeliest(labels: EncodedLabels, num_views: int) -> float:
+    """Return the same with ids by how often views with the same likeliest class keep them.
+
+    Counted on one half of the images, measured on the other, and the other way round; mixed with a
+    uniform share that suits best.
+    """
+    kept = labels.kept()
+    row_E, rank_E = kept.is_kept_NK.nonzero(as_tuple=True)
+    ids_E = kept.indices_NK[row_E, rank_E]
+    likeliest_E = kept.indices_NK[row_E, 0]
+    half_E = (row_E // num_views) % 2
+    later_E = rank_E > 0
+    best = np.inf
+    for prior in (0.03, 0.1, 0.3, 1.0, 3.0):
+        bits = 0.0
+        for half in (0, 1):
+            counts_CC = torch.full((labels.num_classes,) * 2, prior)
+            seen = later_E & (half_E != half)
+            counts_CC.index_put_((likeliest_E[seen], ids_E[seen]), torch.ones(()), accumulate=True)
+            counts_CC /= counts_CC.sum(1, keepdim=True)
+            told = later_E & (half_E == half)
+            bits -= float(counts_CC[likeliest_E[told], ids_E[told]].double().log2().sum())
+        best = min(best, bits / len(labels))
+    first = float(np.log2(labels.num_classes))
+    return (side_bits(labels) + first + best) / 8.0
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def speed_rows(probs_NC: Tensor) -> list[list[str]]:
+    """Return views per second on one thread, and a batch of 512 to a loss; medians of 5."""
+    labels = encode(probs_NC, rate=0.001)
+    counts, payload = labels.counts_N.numpy(), labels.payload_P.numpy()
+    batch = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512]]
+    logits = torch.randn(len(batch), labels.num_classes)
+    dense = batch.to_dense()
+    tasks: dict[str, tuple[int, Callable[[], object]]] = {
+        "encode, float32 probabilities to records": (
+            len(labels),
+            lambda: encode(probs_NC, rate=0.001),
+        ),
+        "records to dense rows, NumPy": (
+            len(labels),
+            lambda: dense_rows(counts, payload, labels.num_classes),
+        ),
+        "records to dense rows, torch": (len(labels), labels.to_dense),
+        "512 records to the loss": (512, lambda: similarity_loss(logits, batch)),
+        "512 dense rows to the loss": (512, lambda: similarity_loss(logits, dense)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(5):
+        for name, (_, task) in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        [name, f"{n / median(seconds[name]):,.0f}", f"{1e3 * median(seconds[name]):.1f}"]
+        for name, (n, _) in tasks.items()
+    ]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--views", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    described, rows, speeds = [], [], []
+    for name in POPULATIONS:
+        probs_NC, truth_N = population(name, options.images, options.views)
+        described.append([name, *describe(probs_NC, truth_N)])
+        rows += codec_rows(name, probs_NC, options.views) + layout_rows(name, probs_NC)
+        if name == "base":
+            speeds = speed_rows(probs_NC[:8192])
+    masses = ["top-1", "median top-1", "top-5", "top-10", "top-50", "top-100", "true class"]
+    print(table(["population", *masses, "right", "entropy", "p at rank 100"], described))
+    estimates = ["Shannon, ids uniform", "ratio", "Shannon, ids by likeliest", "ratio"]
+    print(table(["population", "labels", "k", "bytes a view", "KL", "p99", *estimates], rows))
+    print(table(["base, rate 0.001, one thread", "views/s", "ms"], speeds))
+    print(
+        f"{options.images} images x {options.views} views, ids of {id_bits(NUM_CLASSES)} bits; "
+        f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Encoding: which classes a view keeps, and the curve and the tail that fit them best."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mealv2.codec.labels import EncodedLabels
+from mealv2.codec.record import (
+    ANCHORS,
+    CURVE_STEPS,
+    FIRST_STEPS,
+    LEVELS_PER_NAT,
+    LOWEST,
+    MAX_CLASSES,
+    MAX_KEPT,
+    MIN_CLASSES,
+    TAIL_BITS,
+    TAIL_STEPS,
+    id_bits,
+)
+from mealv2.codec.tensors import (
+    curve_offsets,
+    num_anchors,
+    num_bits,
+    pack,
+    weights,
+)
+
+RATE_MAX_KEPT = 255  # classes that ``rate`` may keep: their number fits a byte
+
+_KEY_ID_BITS = 20  # of a sort key: the class id below the probability's 32 bits
+_FIRST_LOOK = 64  # classes that the best k nearly always lies among
+_CHUNK = 1 << 22  # probabilities encoded in one go
+
+
+def encode(
+    probs_NC: Tensor, *, rate: float | None = None, topk: int | None = None
+) -> EncodedLabels:
+    """Encode probabilities, any float type, where they are.
+
+    ``rate``: each view keeps the k classes (1 to 255) with the least KL(p || recovered) + rate * k,
+    in nats, where recovered is exact in the kept classes and even in the others. ``topk``: each
+    keeps so many (up to 65,535). Of equal probabilities the lower id goes first. Rows are
+    normalised. Raises ValueError for neither or both, a value out of range, and rows that are no
+    distribution: not finite, negative, or without mass.
+    """
+    if probs_NC.ndim != 2 or not probs_NC.is_floating_point():
+        raise ValueError(f"probabilities must be float, N x C, got {tuple(probs_NC.shape)}")
+    num_classes = probs_NC.shape[1]
+    if not MIN_CLASSES <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"classes must be {MIN_CLASSES} to {MAX_CLASSES}, got {num_classes}")
+    if (rate is None) == (topk is None):
+        raise ValueError("give either rate or topk")
+    if rate is not None and not 0.0 < rate < math.inf:
+        raise ValueError(f"rate must be above 0 and finite, got {rate}")
+    if topk is not None and not 1 <= topk <= min(num_classes, MAX_KEPT):
+        raise ValueError(f"topk must lie in 1..{min(num_classes, MAX_KEPT)}, got {topk}")
+    count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
+    empty = EncodedLabels(
+        torch.zeros(0, dtype=torch.int32, device=probs_NC.device),
+        torch.zeros(0, dtype=torch.uint8, device=probs_NC.device),
+        num_classes,
+        count_size,
+    )
+    rows = max(1, _CHUNK // num_classes)
+    parts = [
+        _encode_chunk(chunk_NC, rate, topk, count_size)
+        for chunk_NC in (probs_NC[n : n + rows].detach() for n in range(0, len(probs_NC), rows))
+    ]
+    return EncodedLabels.joined([empty, *parts])
+
+
+# --- which classes a view keeps -------------------------------------------------------------------
+
+
+class _Head(NamedTuple):
+    """The likeliest classes of each row: ids, probabilities (float64), and k."""
+
+    indices_NK: Tensor
+    probs_NK: Tensor
+    counts_N: Tensor
+
+
+def _encode_chunk(
+    probs_NC: Tensor, rate: float | None, topk: int | None, count_size: int
+) -> EncodedLabels:
+    probs_NC = probs_NC.to(torch.float32) + 0.0  # -0.0 becomes 0.0: its bits sort right
+    total_N = _row_sum(probs_NC.double())
+    if not bool((torch.isfinite(total_N) & (total_N > 0) & (probs_NC >= 0).all(dim=1)).all()):
+        raise ValueError("a row is no distribution: not finite, negative, or without mass")
+    num_classes = probs_NC.shape[1]
+    if topk is not None:
+        head = _largest(probs_NC, total_N, topk)
+        return _write(head, num_classes, count_size)
+
+    assert rate is not None
+    most = min(num_classes, RATE_MAX_KEPT)
+    first = min(most, _FIRST_LOOK)
+    head = _largest(probs_NC, total_N, first)
+    counts_N, is_best_N = _best_counts(head.probs_NK, num_classes, rate)
+    if first == most or bool(is_best_N.all()):
+        return _write(head._replace(counts_N=counts_N), num_classes, count_size)
+    (wide_W,), (rest_R,) = (~is_best_N).nonzero(as_tuple=True), is_best_N.nonzero(as_tuple=True)
+    wide = _largest(probs_NC[wide_W], total_N[wide_W], most)
+    wide = wide._replace(counts_N=_best_counts(wide.probs_NK, num_classes, rate)[0])
+    rest = _Head(head.indices_NK[rest_R], head.probs_NK[rest_R], counts_N[rest_R])
+    parts = [_write(part, num_classes, count_size) for part in (rest, wide) if len(part.counts_N)]
+    return EncodedLabels.joined(parts)[torch.cat([rest_R, wide_W]).argsort()]
+
+
+def _largest(probs_NC: Tensor, total_N: Tensor, k: int) -> _Head:
+    """Return the k largest of each row; equal ones by rising id, whatever the device."""
+    # probabilities >= 0 sort as their bits do: no two keys are equal, so top-k has one answer
+    lowest = (1 << _KEY_ID_BITS) - 1
+    ids_C = torch.arange(probs_NC.shape[1], device=probs_NC.device)
+    keys_NC = (probs_NC.view(torch.int32).long() << _KEY_ID_BITS) | (lowest - ids_C)
+    keys_NK = keys_NC.topk(k, dim=1, sorted=True).values
+    indices_NK = lowest - (keys_NK & lowest)
+    probs_NK = (keys_NK >> _KEY_ID_BITS).to(torch.int32).view(torch.float32).double()
+    counts_N = torch.full_like(indices_NK[:, 0], k)
+    return _Head(indices_NK, probs_NK / total_N[:, None], counts_N)
+
+
+def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tensor, Tensor]:
+    """Return (the best k among 1..K, whether none above K can be better)."""
+    # KL_k = sum_{j > k} p ln p - R_k ln(R_k / (C - k)),  R_k = 1 - sum_{j <= k} p;
+    # KL_k = sum_all p ln p + score_k, and the first does not depend on k
+    num_kept = probs_NK.shape[1]
+    k_K = torch.arange(1, num_kept + 1, device=probs_NK.device)
+    rest_NK = _rest(probs_NK)
+    others_K = (num_classes - k_K).clamp_min(1)
+    score_NK = -torch.xlogy(probs_NK, probs_NK).cumsum(1) - torch.xlogy(rest_NK, rest_NK / others_K)
+    cost_NK = score_NK + rate * k_K
+    cost_N = cost_NK.amin(dim=1)
+    counts_N = torch.where(cost_NK <= cost_N[:, None], k_K, num_kept).amin(dim=1)
+    # no class beyond K has more than p_K, so KL_K <= R ln(p_K (C - K) / R); a larger k costs at
+    # least rate * (K + 1), and its KL is not negative
+    rest_N, last_N = rest_NK[:, -1], probs_NK[:, -1]
+    kl_N = torch.xlogy(rest_N, last_N * others_K[-1]) - torch.xlogy(rest_N, rest_N)
+    best_N = kl_N.clamp_min(0.0) - score_NK[:, -1] + cost_N
+    return counts_N, best_N < rate * (num_kept + 1)
+
+
+def _rest(probs_NK: Tensor) -> Tensor:
+    """Return the mass beyond each rank."""
+    return (1.0 - probs_NK.cumsum(1)).clamp_min(0.0)
+
+
+def _row_sum(values_NC: Tensor) -> Tensor:
+    """Return sums of rows by halving: the same number for a row in any batch, on any device."""
+    while (size := values_NC.shape[1]) > 1:
+        half = size // 2
+        sums_NC = values_NC[:, :half] + values_NC[:, half : 2 * half]
+        values_NC = torch.cat([sums_NC, values_NC[:, -1:]], dim=1) if size % 2 else sums_NC
+    return values_NC[:, 0]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _write(head: _Head, num_classes: int, count_size: int) -> EncodedLabels:
+    """Return the records of rows whose k is decided."""
+    device = head.counts_N.device
+    longest = int(head.counts_N.max())
+    indices_NK, probs_NK = head.indices_NK[:, :longest], head.probs_NK[:, :longest]
+    counts_N = head.counts_N
+    rank_K = torch.arange(1, longest + 1, device=device)
+    is_kept_NK = rank_K <= counts_N[:, None]
+    curve_NA, levels_NA = _fit_curve(probs_NK, counts_N)
+    tail_N = _fit_tail(probs_NK, counts_N, is_kept_NK, levels_NA, num_classes)
+
+    bits_N = num_bits(counts_N, num_classes)
+    sizes_N = (bits_N + 7) >> 3
+    begin_N = 8 * (sizes_N.cumsum(0) - sizes_N)
+    width = id_bits(num_classes)
+    has_tail_N = counts_N < num_classes
+    curve_at_N = begin_N + TAIL_BITS * has_tail_N
+    has_NA = torch.arange(curve_NA.shape[1], device=device) < num_anchors(counts_N)[:, None]
+    ids_at_NK = (begin_N + bits_N - width * counts_N)[:, None] + width * (rank_K - 1)
+    at_F = torch.cat(
+        [
+            begin_N[has_tail_N],
+            (curve_at_N[:, None] + curve_offsets(curve_NA.shape[1], device))[has_NA],
+            ids_at_NK[is_kept_NK],
+        ]
+    )
+    values_F = torch.cat([tail_N[has_tail_N], curve_NA[has_NA], indices_NK[is_kept_NK]])
+    payload_P = pack(at_F, values_F, int(sizes_N.sum()))
+    return EncodedLabels(counts_N.int(), payload_P, num_classes, count_size)
+
+
+def _fit_curve(probs_NK: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes N x A, levels of rank 1 and the anchors N x (1 + A)), anchor after anchor.
+
+    Each step is the weighted least-squares line through its ranks, from the level that a reader
+    has reached, so errors do not add up: min over d of sum p (level(p) - low - t d)^2.
+    """
+    probs_NK = probs_NK.clamp_min(probs_NK[:, :1] * math.exp(-LOWEST / LEVELS_PER_NAT))
+    exact_NK = LEVELS_PER_NAT * (probs_NK[:, :1].log() - probs_NK.log())
+    levels = [torch.zeros_like(counts_N)]
+    codes: list[Tensor] = []
+    low = 1
+    for slot in range(int(num_anchors(counts_N).max())):
+        high = min(int(ANCHORS[slot]), probs_NK.shape[1])
+        rank_S = torch.arange(low + 1, high + 1, device=probs_NK.device)
+        to_N = counts_N.clamp(low + 1, high)
+        part_NS = (rank_S.double() / low).log() / (to_N.double() / low).log()[:, None]
+        weight_NS = probs_NK[:, low:high] * (rank_S <= to_N[:, None]) * part_NS
+        off_NS = exact_NK[:, low:high] - levels[-1][:, None]
+        step_N = _row_sum(weight_NS * off_NS) / _row_sum(weight_NS * part_NS)
+        table = FIRST_STEPS if slot == 0 else CURVE_STEPS
+        code_N, step_N = _nearest(step_N, table)
+        reached_N = (levels[-1] + step_N).clamp_max(LOWEST)
+        levels.append(torch.where(counts_N > low, reached_N, levels[-1]))
+        codes.append(code_N)
+        low = high
+    codes_NA = torch.stack(codes, 1) if codes else counts_N.new_zeros((len(counts_N), 0))
+    return codes_NA, torch.stack(levels, 1)
+
+
+def _fit_tail(
+    probs_NK: Tensor,
+    counts_N: Tensor,
+    is_kept_NK: Tensor,
+    levels_NA: Tensor,
+    num_classes: int,
+) -> Tensor:
+    """Return the tail's codes, for which the recovered mass of the classes not kept is right."""
+    # (C - k) w_tail / (W + (C - k) w_tail) = R, with W the weights of the kept as a reader has them
+    kept_N = _row_sum(weights(levels_NA.double(), counts_N, is_kept_NK))
+    rest_NK = _rest(probs_NK)
+    rest_N = rest_NK.gather(1, counts_N[:, None] - 1)[:, 0].clamp(1e-30, 1.0 - 1e-9)
+    others_N = (num_classes - counts_N).clamp_min(1)
+    level_N = -LEVELS_PER_NAT * (rest_N / (1.0 - rest_N) * kept_N / others_N).log()
+    code_N, _ = _nearest(level_N - levels_NA[:, -1], TAIL_STEPS)
+    return code_N
+
+
+def _nearest(steps_N: Tensor, table: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return (codes, steps) of a table's entries nearest to these."""
+    table_S = torch.from_numpy(table).to(steps_N.device)
+    borders = (table_S[1:] + table_S[:-1]).double() / 2.0
+    codes_N = torch.bucketize(steps_N.contiguous(), borders)
+    return codes_N, table_S[codes_N]
