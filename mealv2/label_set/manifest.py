@@ -40,18 +40,24 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
 def claim(folder: Path, plan: dict[str, Any]) -> None:
     """Make ``folder`` the place of the label set that ``plan`` describes.
 
-    Writes plan.json when there is none. Raises ConfigError for a folder that holds something else,
-    LabelSetError naming what differs when it belongs to another plan, OSError where it cannot be
-    written.
+    Writes plan.json when there is none, and anew when a finished set of this plan has lost it or
+    had it damaged: the manifest repeats it, under its hash. Raises ConfigError for a folder that
+    holds something else, LabelSetError naming what differs when it belongs to another plan, OSError
+    where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    data = canonical_json(plan).encode()
+    if _is_finished_set_of(folder, plan):
+        if not (folder / PLAN_NAME).exists() or (folder / PLAN_NAME).read_bytes() != data:
+            write_whole(folder / PLAN_NAME, data)
+        return
     if not (folder / PLAN_NAME).exists():
         strange = sorted(
             p.name for p in folder.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
         )
         if strange:
             raise ConfigError(f"{folder} is no label set and not empty ({strange[0]}, …)")
-    write_whole(folder / PLAN_NAME, canonical_json(plan).encode(), replace=False)
+    write_whole(folder / PLAN_NAME, data, replace=False)
     differing = _differences(read_plan(folder), plan)
     if differing:
         shown = "; ".join(differing[:_MAX_DIFFERENCES])
@@ -60,6 +66,13 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
             f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
             "Give another --out, or the settings it was made with"
         )
+
+
+def _is_finished_set_of(folder: Path, plan: dict[str, Any]) -> bool:
+    try:
+        return bool(read_manifest(folder)["plan"] == plan)
+    except LabelSetError:
+        return False
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

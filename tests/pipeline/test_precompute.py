@@ -312,6 +312,22 @@ def test_stopped_half_way_and_run_again_the_shards_are_byte_equal(
     assert {name: _stamps(out)[name] for name in there} == before
 
 
+@pytest.mark.parametrize("harm", ["removed", "damaged", "altered"])
+def test_plan_of_a_finished_set_is_written_anew_from_what_the_manifest_repeats(
+    done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, contents: Files, harm: str
+) -> None:
+    shutil.copytree(labels_dir, out)
+    before, plan = contents(out), out / "plan.json"
+    if harm == "removed":
+        plan.unlink()
+    else:
+        text = plan.read_text()
+        plan.write_text(text[:100] if harm == "damaged" else text.replace('"topk": 2', '"topk": 3'))
+    report = done(*precompute_flags, "--out", out).report
+    assert report["shards_made"] == 0
+    assert contents(out) == before
+
+
 def test_finished_set_is_left_as_it_is(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, contents: Files
 ) -> None:
