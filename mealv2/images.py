@@ -6,7 +6,7 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -167,6 +167,15 @@ def centre_crop(image: Image.Image, img_size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + img_size, top + img_size)))
 
 
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Yield the image files under a folder, links followed, in no order; no hidden names."""
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            if name[0] != "." and name.lower().endswith(EXTENSIONS):
+                yield Path(where, name)
+
+
 def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     """List (class name, its folder), sorted by name; names are in Unicode's composed form."""
     if not folder.is_dir():
@@ -197,13 +206,8 @@ def _refuse_twins(named: Sequence[tuple[str, Path | str]]) -> None:
 
 def _images_of(folder: Path, class_folder: Path) -> list[tuple[str, int, str]]:
     """List (key, size in bytes, path) of the images under a class folder, links followed."""
-    found = []
-    for where, folders, files in os.walk(class_folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in files:
-            if name[0] != "." and name.lower().endswith(EXTENSIONS):
-                path = Path(where) / name
-                found.append((_key_of(path, folder), _size_of(path), str(path)))
+    paths = walk_images(class_folder)
+    found = [(_key_of(path, folder), _size_of(path), str(path)) for path in paths]
     if not found:
         raise ConfigError(
             f"class folder {class_folder} holds no image ({', '.join(EXTENSIONS)}); "

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import canonical_json, write_whole
 from mealv2.released import MEAN, NAMES, STD, by_file, download, find
-from mealv2.weights import EXPORT_FOLDER as EXPORT_FOLDER  # for those who import it from here
-from mealv2.weights import WEIGHTS_NAME, load_weights
-from mealv2.weights import find_checkpoint as find_checkpoint
+from mealv2.weights import WEIGHTS_NAME, find_checkpoint, load_weights
 
 CONFIG_NAME = "config.json"
 _METADATA_KEY = "mealv2"

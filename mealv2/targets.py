@@ -64,7 +64,8 @@ class Targets(Protocol):
         """
 
     def flush(self) -> None:
-        """Put on disk what is to be kept; the loop calls it before every checkpoint."""
+        """Put on disk what is to be kept, by default nothing; called before every checkpoint."""
+        return
 
 
 class HardLabels(Targets):
@@ -89,9 +90,6 @@ class HardLabels(Targets):
     def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
         return Answer(classes_B=_classes_of(self._classes, positions))
 
-    def flush(self) -> None:
-        """Nothing to keep."""
-
 
 class OnlineTeachers(Targets):
     """Answers by asking the ensemble about the very pixels; epoch e uses view e: none repeats.
@@ -115,9 +113,6 @@ class OnlineTeachers(Targets):
             mean_logits_BC,
             {TAUGHT: len(positions)},
         )
-
-    def flush(self) -> None:
-        """Nothing to keep."""
 
 
 class StoredLabels(Targets):
@@ -170,8 +165,7 @@ class StoredLabels(Targets):
         if self._ensemble is not None:
             there = map(self.label_set.holds, keys, views)
             lacking = [row for row, holds in enumerate(there) if not holds]
-        is_stored = set(range(len(keys))).difference(lacking)
-        stored = sorted(is_stored)
+        stored = sorted(set(range(len(keys))).difference(lacking))
         soft = self.label_set.soft_labels([keys[r] for r in stored], [views[r] for r in stored])
         if lacking:
             taught = self._teach(images_BCHW[torch.tensor(lacking, device=images_BCHW.device)])

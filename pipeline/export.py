@@ -20,15 +20,8 @@ import torch
 import mealv2
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import TEMPORARY_PREFIX, canonical_json, file_sha256, write_whole
-from mealv2.models import (
-    CONFIG_NAME,
-    EXPORT_FOLDER,
-    Classifier,
-    create_classifier,
-    find_checkpoint,
-    read_metadata,
-    save_classifier,
-)
+from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
+from mealv2.weights import EXPORT_FOLDER, find_checkpoint
 from pipeline import logs, model_card
 from pipeline.config import ExportConfig
 

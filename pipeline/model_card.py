@@ -12,7 +12,14 @@ from typing import Any
 from mealv2.errors import LabelSetError
 from mealv2.files import read_json
 from mealv2.label_set import read_manifest
-from pipeline.config import NO_SPLIT, DistillConfig, FinetuneConfig, TrainConfig, plain
+from pipeline.config import (
+    NO_SPLIT,
+    DistillConfig,
+    FinetuneConfig,
+    TrainConfig,
+    plain,
+    split_teachers,
+)
 from pipeline.logs import LABELS_NAME, REPORT_NAME
 from pipeline.runtime import versions
 
@@ -138,7 +145,7 @@ def _teachers(history: History) -> list[str]:
     if known := history.plan.get("teachers") or history.online_teachers:
         return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
-    return [part.split("=")[0].strip() for text in given for part in text.split(",")]
+    return [spec.partition("=")[0].strip() for spec in split_teachers(given)]
 
 
 def _data(history: History) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.files import canonical_json, write_whole
-from mealv2.images import EXTENSIONS
+from mealv2.images import EXTENSIONS, walk_images
 from mealv2.released import find
 from pipeline import logs, ready, runtime
 from pipeline.config import PredictConfig
@@ -132,17 +131,10 @@ def _pictures(path: Path) -> Iterator[Path]:
             raise ConfigError(f"no picture or folder at {path}")
         yield path
         return
-    found = []
-    for where, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [
-            Path(where, name)
-            for name in files
-            if name[0] != "." and name.lower().endswith(EXTENSIONS)
-        ]
+    found = sorted(walk_images(path))
     if not found:
         raise ConfigError(f"folder {path} holds no picture ({', '.join(EXTENSIONS)})")
-    for picture in sorted(found):
+    for picture in found:
         _check_name(picture)
         yield picture
 

@@ -6,21 +6,17 @@ from typing import Any
 
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError
-from mealv2.models import (
-    Classifier,
-    create_classifier,
-    find_checkpoint,
-    read_metadata,
-    weights_sha256,
-)
+from mealv2.models import Classifier, create_classifier, read_metadata, weights_sha256
+from mealv2.weights import find_checkpoint
 from pipeline import logs
+from pipeline.config import split_teachers
 from pipeline.runtime import Runtime
 
 
 def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
     """Return (model name, checkpoint or None) of every teacher; comma lists are split."""
     teachers = []
-    for spec in (part.strip() for text in specs for part in text.split(",")):
+    for spec in split_teachers(specs):
         name, _, checkpoint = spec.partition("=")
         if not name or spec.endswith("="):
             raise ConfigError(f"--teacher {spec!r}: write NAME or NAME=CHECKPOINT")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mealv2.cutmix import Mix, draw_mix
 from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
-from mealv2.models import EXPORT_FOLDER, save_classifier
+from mealv2.models import save_classifier
 from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture, Result
+from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
 from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
@@ -39,7 +40,7 @@ class _Trainer:
         self.machine = machine
         self.work = work
         self.stop = stop
-        self.prepared = self.finished = False
+        self.prepared = False
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
         self.passes = Passes(config, work.source, work.positions, work.targets)
@@ -231,7 +232,9 @@ class _Trainer:
         if self.state.ema is not None:
             own = self.work.evaluator(self.work.student, num_classes=classes, stop=self.stop)
             figures["student_top1"] = own.top1
-        if not self.finished:  # what a finished run is asked again, it has logged
+        if (
+            self.place.epoch < self.config.epochs
+        ):  # a finished run that is asked again has logged it
             self.folder.log("validation", epoch=epoch, **figures)
         return figures
 
@@ -316,7 +319,6 @@ class _Trainer:
             reason = str(error).strip().split("\n")[0]
             raise MealError(f"checkpoint {path} is of another run: {reason}") from error
         self.prepared = self.place.total_steps > 0
-        self.finished = self.place.epoch == self.config.epochs
         return logs.RunFolder.reopen(
             self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
         )

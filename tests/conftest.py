@@ -20,8 +20,12 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import nn
 
 import cli
+import published
+from mealv2 import released
+from mealv2.discriminator import Discriminator
 from mealv2.images import ImageFolder, centre_crop, decode
 from mealv2.models import Classifier, create_classifier, save_classifier
 
@@ -126,6 +130,29 @@ def make_model(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         return folder
 
     return make
+
+
+@pytest.fixture
+def seeded_weights() -> Iterator[None]:
+    """New weights are the same in every run of a test, and leave torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def linear_layers(discriminator: Discriminator) -> list[nn.Linear]:
+    """The layers with weights of a discriminator, in order."""
+    return [layer for layer in discriminator.layers if isinstance(layer, nn.Linear)]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[published.Server]:
+    """The place the files are published at, on this machine; torch.hub's folder is empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with published.serving() as server:
+        monkeypatch.setattr(released, "BASE_URL", server.url)
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -335,6 +362,12 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sp
         with contextlib.suppress(ProcessLookupError):
             spawned.signal(signal.SIGKILL)
         spawned.process.wait()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder that is not there yet."""
+    return tmp_path / "run"
 
 
 # --- looking at files ---------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -189,15 +188,6 @@ def load(name: str, **settings: object) -> torch.nn.Module:
     model = torch.hub.load(str(ROOT), "meal_v2", name, source="local", **settings)
     assert isinstance(model, torch.nn.Module)
     return model
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[published.Server]:
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with published.serving() as server:
-        monkeypatch.setattr(released, "BASE_URL", server.url)
-        yield server
 
 
 @pytest.mark.parametrize("name", HUB_NAMES)

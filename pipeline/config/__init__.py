@@ -16,7 +16,7 @@ from pipeline.config.base import (
     Settings,
 )
 from pipeline.config.distill import DistillConfig
-from pipeline.config.fields import flag, plain, spelling
+from pipeline.config.fields import flag, plain, spelling, split_teachers
 from pipeline.config.labels import PrecomputeConfig
 from pipeline.config.training import FinetuneConfig, TrainConfig
 from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
@@ -44,4 +44,5 @@ __all__ = [
     "flag",
     "plain",
     "spelling",
+    "split_teachers",
 ]

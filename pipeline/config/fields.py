@@ -43,10 +43,15 @@ def positional(text: str) -> Any:
     return field(metadata={"help": text, "shown": None, "positional": True})
 
 
+def split_teachers(specs: Iterable[str]) -> list[str]:
+    """Return one spec a teacher, NAME or NAME=CHECKPOINT, of texts that may be comma lists."""
+    return [part.strip() for text in specs for part in text.split(",")]
+
+
 def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
-    """Return one spec a teacher, NAME or NAME=CHECKPOINT, comma lists split, paths absolute."""
+    """Return one spec a teacher, with absolute paths."""
     found = []
-    for spec in (part.strip() for text in specs for part in text.split(",")):
+    for spec in split_teachers(specs):
         name, equals, path = spec.partition("=")
         found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
     return tuple(found)

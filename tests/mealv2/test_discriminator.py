@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import reference
+from conftest import linear_layers
 from mealv2.discriminator import (
     PLATEAUS,
     VARIANTS,
@@ -19,16 +20,7 @@ from mealv2.discriminator import (
 )
 from mealv2.losses import discriminator_loss
 
-
-@pytest.fixture(autouse=True)
-def _seeded_weights():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def linear_layers(discriminator: Discriminator) -> list[nn.Linear]:
-    return [layer for layer in discriminator.layers if isinstance(layer, nn.Linear)]
+pytestmark = pytest.mark.usefixtures("seeded_weights")
 
 
 def widths(discriminator: Discriminator) -> list[int]:

@@ -5,23 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import reference
+from conftest import linear_layers
 from mealv2.discriminator import Discriminator
 from mealv2.ensemble import combine
 from mealv2.losses import discriminator_loss, similarity_loss
 
-
-@pytest.fixture(autouse=True)
-def _seeded_weights():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def linear_layers(discriminator: Discriminator) -> list[nn.Linear]:
-    return [layer for layer in discriminator.layers if isinstance(layer, nn.Linear)]
+pytestmark = pytest.mark.usefixtures("seeded_weights")
 
 
 # --- against the float64 reference ----------------------------------------------------------------

@@ -18,12 +18,11 @@ from mealv2.models import (
     Preprocessing,
     _current_name,
     create_classifier,
-    find_checkpoint,
-    load_weights,
     read_metadata,
     save_classifier,
     weights_sha256,
 )
+from mealv2.weights import find_checkpoint, load_weights
 
 CLASSES = ["ant", "bee", "größer Bär", "猫"]
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from conftest import linear_layers
 from mealv2.cutmix import Mix, cutmix_box
 from mealv2.discriminator import REDUCTION, Discriminator
 from mealv2.ensemble import TeacherEnsemble, combine
@@ -40,10 +41,6 @@ def tensor(name: str) -> Tensor:
 def close(actual: Tensor | float, expected: np.ndarray) -> None:
     value = actual.detach().numpy() if isinstance(actual, Tensor) else actual
     np.testing.assert_allclose(value, expected, **TOLERANCE)
-
-
-def linear_layers(discriminator: Discriminator) -> list[nn.Linear]:
-    return [layer for layer in discriminator.layers if isinstance(layer, nn.Linear)]
 
 
 def official_discriminator(prefix: str) -> Discriminator:

@@ -3,7 +3,7 @@
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,16 +54,6 @@ mealv2_efficientnet_b0 mealv2_efficientnet_b0 mealv2_efficientnet_b0_224
     tf_efficientnet_b0 MEALV2_EfficientNet_B0_224.pth 224 78.29 93.95
 """
 ROWS = [list(row) for row in zip(*[iter(TABLE.split())] * 8, strict=True)]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[published.Server]:
-    """The place the files are published at, on this machine; torch.hub's folder is empty."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with published.serving() as server:
-        monkeypatch.setattr(released, "BASE_URL", server.url)
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,7 @@ from mealv2.task import GRADIENT_RATIO, DistillTask, HardLabelTask, Mixture
 NUM_CLASSES = 20
 
 
-@pytest.fixture(autouse=True)
-def _seeded_weights():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded_weights")
 
 
 @pytest.fixture

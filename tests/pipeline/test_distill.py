@@ -16,22 +16,18 @@ from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.images import ImageFolder, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
-from mealv2.models import create_classifier, find_checkpoint
+from mealv2.models import create_classifier
 from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import scheduled_view, view_of
+from mealv2.weights import find_checkpoint
 from pipeline import runtime, training
 from pipeline.config import DistillConfig
 from pipeline.work import Work, make_student
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 # --- stored labels and online teachers are the same targets -------------------------------------

@@ -8,16 +8,12 @@ import pytest
 import torch
 
 from conftest import Result
-from mealv2.models import create_classifier, find_checkpoint, read_metadata
+from mealv2.models import create_classifier, read_metadata
 from mealv2.targets import HardLabels, StoredLabels
+from mealv2.weights import find_checkpoint
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def test_fine_tuning_learns(

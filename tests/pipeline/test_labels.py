@@ -20,10 +20,11 @@ from mealv2.ensemble import TeacherEnsemble
 from mealv2.images import ImageFolder, centre_crop, cut, decode
 from mealv2.label_set import Appender, LabelSet
 from mealv2.losses import discriminator_loss
-from mealv2.models import Classifier, create_classifier, find_checkpoint
+from mealv2.models import Classifier, create_classifier
 from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
+from mealv2.weights import find_checkpoint
 from pipeline import runtime
 from pipeline.config import DistillConfig
 from pipeline.loaders import batches, epoch_order
@@ -35,11 +36,6 @@ Weights = Callable[[Path], dict[str, bytes]]
 
 # What differs between two runs that do the same.
 TIMING = {"time", "images_per_second", "data_wait_share"}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 @pytest.fixture

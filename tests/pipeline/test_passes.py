@@ -22,11 +22,6 @@ Weights = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, int]], torch.Tensor]]:
     """What answers were asked for, batch by batch: ((position, view) of every row, pixels)."""
     seen: list[tuple[list[tuple[int, int]], torch.Tensor]] = []

@@ -26,11 +26,6 @@ def summary(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 @pytest.fixture(scope="module")
 def finished(done: Run, distill_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs. Not to be changed."""

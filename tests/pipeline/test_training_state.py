@@ -17,7 +17,8 @@ import torch
 
 from conftest import Result, Spawned
 from mealv2.images import ImageFolder
-from mealv2.models import create_classifier, find_checkpoint
+from mealv2.models import create_classifier
+from mealv2.weights import find_checkpoint
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -25,11 +26,6 @@ Weights = Callable[[Path], dict[str, bytes]]
 
 # What differs between two runs that do the same.
 TIMING = {"time", "images_per_second", "data_wait_share"}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def summary(run: Path) -> list[dict[str, str]]:
