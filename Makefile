@@ -18,7 +18,7 @@ TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute distill finetune evaluate predict export test test-slow check format clean
+.PHONY: help setup demo precompute distill finetune evaluate predict export info verify test test-slow check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ predict: $(VENV)/.done  ## what OUT says of IMAGES (files or folders)
 
 export: $(VENV)/.done  ## hand OUT on: TO=timm, onnx, torchscript or hub-folder
 	$(MEALV2) export '$(OUT)' --to '$(TO)' $(ARGS)
+
+info: $(VENV)/.done  ## what the label set LABELS is, finished or not
+	$(MEALV2) labels info '$(LABELS)' $(ARGS)
+
+verify: $(VENV)/.done  ## every byte of LABELS (ARGS='--data-dir DATA --relabel 1000' for its images and teachers)
+	$(MEALV2) labels verify '$(LABELS)' $(ARGS)
 
 test: $(VENV)/.done  ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' $(ARGS)

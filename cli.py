@@ -44,6 +44,14 @@ EXAMPLES = {
     "predict": "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student",
     "export": "mealv2 export runs/my-student --to onnx",
     "demo": "mealv2 demo --seeds 5",
+    "labels info": "mealv2 labels info labels",
+    "labels verify": "mealv2 labels verify labels --data-dir imagenet --relabel 1000",
+    "labels merge": "mealv2 labels merge labels-a labels-b --out labels",
+    "labels add-views": "mealv2 labels add-views labels --data-dir imagenet --num-views 60",
+    "labels split": "mealv2 labels split labels --parts 4 --out parts",
+    "labels import": "mealv2 labels import soft_labels --from fkd --data-dir imagenet --out labels",
+    "labels export": "mealv2 labels export labels --to parquet --out tables",
+    "labels convert": "mealv2 labels convert labels --rate 0.005 --out smaller",
 }
 
 
@@ -75,6 +83,9 @@ def main() -> None:
             raise
         hint = {
             errno.ENOSPC: "; free some room and run the same command again",
+            errno.EDQUOT: "; free some room and run the same command again",
+            errno.EISDIR: "; a file is needed there: move the folder away and run it again",
+            errno.EROFS: "; it may not be written to: give a folder elsewhere",
             errno.EEXIST: "; a folder is needed there, and it is a file",
             errno.ENOTDIR: "; a folder is needed there, and a part of it is a file",
         }.get(error.errno, "")
@@ -97,7 +108,11 @@ def _fail(message: str, code: int) -> typing.NoReturn:
 
 
 def _add_command(name: str, config: type[configs.Settings]) -> None:
-    """Make `mealv2 NAME` from a config class; the stage is pipeline.NAME."""
+    """Make `mealv2 NAME` from a config class; the stage is pipeline.NAME.
+
+    The stage of `labels NAME` is pipeline.label_sets.NAME.
+    """
+    group, _, word = name.rpartition(" ")
 
     def command(config_file: Path | None, **values: Any) -> None:
         if values.get("resume") is not None:
@@ -108,7 +123,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
             values = _resumed(values, click.get_current_context())
         elif values.get("recipe") is not None:
             values = _with_recipe(values, click.get_current_context())
-        stage = importlib.import_module(f"pipeline.{name}")
+        stage = importlib.import_module(module_of(name))
         report = stage.run(config.from_json(values))
         click.echo(json.dumps(report))
 
@@ -125,7 +140,13 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     for field in reversed(_in_reading_order(config)):
         make = _argument if field.metadata.get("positional") else _option
         command = make(field)(command)
-    cli.command(name, help=text)(command)
+    (_labels if group else cli).command(word, help=text)(command)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a command's stage."""
+    module = name.replace("labels ", "label_sets.").replace("-", "_")
+    return f"pipeline.{module.replace('.import', '.import_')}"
 
 
 def _in_reading_order(config: type[configs.Settings]) -> "list[dataclasses.Field[Any]]":
@@ -169,7 +190,7 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
     settings: dict[str, Any] = {"default": default, "show_default": shown or has_default}
     kind = _without_none(field.type)
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", help=text, **settings)
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, help=text, **settings)
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if items[-1] is Ellipsis:
@@ -186,7 +207,7 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
     if (convert := field.metadata.get("convert")) is not None:
         settings["callback"] = lambda context, option, value: convert(value)
     names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
-    return click.option(flag, *names, help=text, **settings)
+    return click.option(flag, field.name, *names, help=text, **settings)
 
 
 def _without_none(kind: Any) -> Any:
@@ -306,6 +327,11 @@ def _folded(example: str) -> str:
     return example.replace(" --out", " \\\n      --out")
 
 
+@cli.group("labels")
+def _labels() -> None:
+    """Look at label sets, check them, and make new ones of them."""
+
+
 for _name, _config in {
     "precompute": configs.PrecomputeConfig,
     "distill": configs.DistillConfig,
@@ -314,6 +340,14 @@ for _name, _config in {
     "predict": configs.PredictConfig,
     "export": configs.ExportConfig,
     "demo": configs.DemoConfig,
+    "labels info": configs.LabelsInfoConfig,
+    "labels verify": configs.LabelsVerifyConfig,
+    "labels merge": configs.LabelsMergeConfig,
+    "labels add-views": configs.LabelsAddViewsConfig,
+    "labels split": configs.LabelsSplitConfig,
+    "labels import": configs.LabelsImportConfig,
+    "labels export": configs.LabelsExportConfig,
+    "labels convert": configs.LabelsConvertConfig,
 }.items():
     _add_command(_name, _config)
 

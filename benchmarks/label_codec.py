@@ -9,15 +9,13 @@ import argparse
 import datetime
 import os
 import platform
-import time
 from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec import EncodedLabels, dense_rows, encode
+from mealv2.codec import EncodedLabels, encode
 from mealv2.codec.record import (
     ANCHORS,
     CURVE_BITS,
@@ -27,7 +25,6 @@ from mealv2.codec.record import (
     id_bits,
     num_bits,
 )
-from mealv2.losses import similarity_loss
 
 NUM_CLASSES, NUM_DOMAINS, NUM_GROUPS, WIDTH = 1000, 12, 90, 96
 RATES = (0.005, 0.002, 0.001, 0.0009, 0.0003, 0.0001)
@@ -252,41 +249,6 @@ def ids_by_likeliest(labels: EncodedLabels, num_views: int) -> float:
     return (side_bits(labels) + first + best) / 8.0
 
 
-# --- speed ----------------------------------------------------------------------------------------
-
-
-def speed_rows(probs_NC: Tensor) -> list[list[str]]:
-    """Return views per second on one thread, and a batch of 512 to a loss; medians of 5."""
-    labels = encode(probs_NC, rate=0.001)
-    counts, payload = labels.counts_N.numpy(), labels.payload_P.numpy()
-    batch = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512]]
-    logits = torch.randn(len(batch), labels.num_classes)
-    dense = batch.to_dense()
-    tasks: dict[str, tuple[int, Callable[[], object]]] = {
-        "encode, float32 probabilities to records": (
-            len(labels),
-            lambda: encode(probs_NC, rate=0.001),
-        ),
-        "records to dense rows, NumPy": (
-            len(labels),
-            lambda: dense_rows(counts, payload, labels.num_classes),
-        ),
-        "records to dense rows, torch": (len(labels), labels.to_dense),
-        "512 records to the loss": (512, lambda: similarity_loss(logits, batch)),
-        "512 dense rows to the loss": (512, lambda: similarity_loss(logits, dense)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(5):
-        for name, (_, task) in tasks.items():
-            start = time.perf_counter()
-            task()
-            seconds[name].append(time.perf_counter() - start)
-    return [
-        [name, f"{n / median(seconds[name]):,.0f}", f"{1e3 * median(seconds[name]):.1f}"]
-        for name, (n, _) in tasks.items()
-    ]
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -299,18 +261,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    described, rows, speeds = [], [], []
+    described, rows = [], []
     for name in POPULATIONS:
         probs_NC, truth_N = population(name, options.images, options.views)
         described.append([name, *describe(probs_NC, truth_N)])
         rows += codec_rows(name, probs_NC, options.views) + layout_rows(name, probs_NC)
-        if name == "base":
-            speeds = speed_rows(probs_NC[:8192])
     masses = ["top-1", "median top-1", "top-5", "top-10", "top-50", "top-100", "true class"]
     print(table(["population", *masses, "right", "entropy", "p at rank 100"], described))
     estimates = ["Shannon, ids uniform", "ratio", "Shannon, ids by likeliest", "ratio"]
     print(table(["population", "labels", "k", "bytes a view", "KL", "p99", *estimates], rows))
-    print(table(["base, rate 0.001, one thread", "views/s", "ms"], speeds))
     print(
         f"{options.images} images x {options.views} views, ids of {id_bits(NUM_CLASSES)} bits; "
         f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "

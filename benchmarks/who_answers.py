@@ -33,8 +33,8 @@ from pipeline.demo import (
 
 SETS: dict[str, dict[str, Any]] = {
     "dense": {"num_views": EPOCHS, "topk": "all", "label_dtype": "float32"},
-    "top-3": {"num_views": EPOCHS, "topk": "3"},
-    "half": {"num_views": EPOCHS // 2, "topk": "3"},
+    "top-3": {"num_views": EPOCHS, "topk": "3", "label_dtype": "float16"},
+    "half": {"num_views": EPOCHS // 2, "topk": "3", "label_dtype": "float16"},
 }
 FIGURES = ("train_similarity_loss", "val_kl", "val_agreement", "val_top1")
 

@@ -3,13 +3,17 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+_SURROGATE = re.compile(r"\\u[dD]")
 
 
 def canonical_json(value: object) -> str:
@@ -30,7 +34,29 @@ def file_sha256(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; raises OSError, or ValueError where it is not JSON in UTF-8."""
-    return json.loads(path.read_bytes().decode("utf-8"))
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8; raises ValueError for all that ``canonical_json`` could not write.
+
+    Such are texts nested too deep, numbers that are not finite, strings that are no Unicode.
+    """
+    text = data.decode("utf-8")
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"it has the number {number[:20]}")
+    return value
 
 
 def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
@@ -38,10 +64,10 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
 
     A unique temporary file in the same folder, flush, fsync, then os.replace; with
     ``replace=False`` a hard link instead, so that the first whole file wins and False says another
-    was there. Raises OSError (disk full, no permission) and leaves nothing behind.
+    was there. Raises OSError (disk full, no permission), which names ``path``, and leaves nothing
+    behind.
     """
-    unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -53,9 +79,35 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
             return False
         _sync_folder(path.parent)
         return True
+    except OSError as error:  # a full disk names no file, a failed rename the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if temporary.exists():
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; it becomes ``path`` at the end, or is removed.
+
+    For what is too large for the memory, or written by a library. Raises as write_whole.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
 
 
 def _link(temporary: Path, path: Path) -> bool:

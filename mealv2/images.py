@@ -6,7 +6,7 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -102,16 +102,21 @@ def open_source(data_dir: Path, split: str) -> ImageSource:
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
-    """Return a SHA-256 (hex) over the class names and every image's key, byte size and class.
+    """Return the fingerprint of a source's images; ``only`` leaves out keys that it lacks."""
+    images = zip(source.labels, source.keys, source.sizes, strict=True)
+    return fingerprint_of(source.classes, (i for i in images if only is None or i[1] in only))
 
-    ``only`` leaves out images whose key it does not hold.
+
+def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]]) -> str:
+    """Return a SHA-256 (hex) over the class names and (class, key, bytes of the file) of images.
+
+    In the order of these, so that a set of images has one fingerprint, whatever its order.
     """
     digest = sha256()
-    for name in source.classes:
+    for name in classes:
         digest.update(f"class\0{name}\n".encode())
-    for key, size, label in zip(source.keys, source.sizes, source.labels, strict=True):
-        if only is None or key in only:
-            digest.update(f"{key}\0{size}\0{label}\n".encode())
+    for label, key, size in sorted(images):
+        digest.update(f"{key}\0{size}\0{label}\n".encode())
     return digest.hexdigest()
 
 

@@ -23,18 +23,16 @@ def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | EncodedLabels)
 
 
 def _encoded_similarity_loss(logits_BC: Tensor, labels: EncodedLabels) -> Tensor:
-    # With q_c = t for every class not kept and sum_c q_c = 1:
-    # L_i = log sum_c e^s_c - sum_{c kept} (q_c - t) s_c - t sum_c s_c
+    # L = -sum_c q_c l_c with l = log softmax(s) and q_c = t for every class not kept:
+    # L = -sum_{c kept} (q_c - t) l_c - t sum_c l_c
     if logits_BC.shape != (len(labels), labels.num_classes):
         expected = f"{len(labels)} x {labels.num_classes}"
         raise ValueError(f"labels of {expected} and logits of {tuple(logits_BC.shape)}")
     kept = labels.kept()
-    # any constant cancels; without the largest logit nothing big is subtracted from anything big
-    logits_BC = logits_BC - logits_BC.detach().amax(dim=1, keepdim=True)
-    kept_logits_BK = logits_BC.gather(1, kept.indices_NK)
+    log_probs_BC = torch.log_softmax(logits_BC, dim=1)
     above_tail_BK = (kept.probs_NK - kept.tail_N[:, None]) * kept.is_kept_NK
-    loss_B = logits_BC.logsumexp(dim=1) - (above_tail_BK * kept_logits_BK).sum(dim=1)
-    return (loss_B - kept.tail_N * logits_BC.sum(dim=1)).mean()
+    of_kept_B = (above_tail_BK * log_probs_BC.gather(1, kept.indices_NK)).sum(dim=1)
+    return -(of_kept_B + kept.tail_N * log_probs_BC.sum(dim=1)).mean()
 
 
 def discriminator_loss(

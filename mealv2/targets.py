@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError
-from mealv2.label_set import Appender, LabelSet
-from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.label_set import Appender, LabelSet, Rows
+from mealv2.soft_labels import KeptLogits, Labels, SoftLabels
 from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
@@ -23,13 +23,14 @@ STORED, TAUGHT, SKIPPED = "labels_stored", "labels_taught", "labels_skipped"
 class Answer:
     """What is known of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
 
-    ``mean_logits_BC`` is there only when the teachers answered every row just now. ``sources``
-    counts the rows by who answered.
+    ``mean_logits_BC`` is there only when the teachers answered every row just now, ``kept_logits``
+    when the labels come from a set that keeps them. ``sources`` counts the rows by who answered.
     """
 
-    soft: SoftLabels | None = None
+    soft: Labels | None = None
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
+    kept_logits: KeptLogits | None = None
     sources: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Answer":
@@ -38,6 +39,7 @@ class Answer:
             None if self.soft is None else self.soft.to(device),
             None if self.classes_B is None else self.classes_B.to(device, non_blocking=True),
             None if self.mean_logits_BC is None else self.mean_logits_BC.to(device),
+            None if self.kept_logits is None else self.kept_logits.to(device),
             self.sources,
         )
 
@@ -47,6 +49,7 @@ class Answer:
             None if self.soft is None else self.soft.rows(order_B),
             None if self.classes_B is None else self.classes_B[order_B],
             None if self.mean_logits_BC is None else self.mean_logits_BC[order_B],
+            None if self.kept_logits is None else self.kept_logits.rows(order_B),
             self.sources,
         )
 
@@ -108,10 +111,10 @@ class OnlineTeachers(Targets):
     def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
         probs_BC, mean_logits_BC = self.ensemble(images_BCHW)
         return Answer(
-            top_k(probs_BC, probs_BC.shape[1]),
+            SoftLabels.of_all(probs_BC),
             _classes_of(self._classes, positions),
             mean_logits_BC,
-            {TAUGHT: len(positions)},
+            sources={TAUGHT: len(positions)},
         )
 
 
@@ -121,8 +124,8 @@ class StoredLabels(Targets):
     With ``reuse`` an epoch uses one of the stored views of each image, all before any repeats;
     without, the stored views once and then view e in epoch e, which the set lacks unless another
     job appended it. ``ensemble`` answers what the set lacks (only those rows go through it), in
-    the set's own top-k and type, so that a row is the same whoever answers; ``appender`` keeps
-    these answers for the next job.
+    the set's own encoding, so that a row is the same whoever answers; ``appender`` keeps these
+    answers for the next job.
     """
 
     def __init__(
@@ -166,23 +169,28 @@ class StoredLabels(Targets):
             there = map(self.label_set.holds, keys, views)
             lacking = [row for row, holds in enumerate(there) if not holds]
         stored = sorted(set(range(len(keys))).difference(lacking))
-        soft = self.label_set.soft_labels([keys[r] for r in stored], [views[r] for r in stored])
+        rows = self.label_set.rows([keys[r] for r in stored], [views[r] for r in stored])
         if lacking:
             taught = self._teach(images_BCHW[torch.tensor(lacking, device=images_BCHW.device)])
             if self._appender is not None:
                 self._appender.add([keys[r] for r in lacking], [views[r] for r in lacking], taught)
-            soft = SoftLabels.joined([soft, taught]).rows(torch.tensor(stored + lacking).argsort())
+            rows = Rows.joined([rows, taught]).rows(torch.tensor(stored + lacking).argsort())
         sources = {STORED: len(stored)}
         if self._ensemble is not None:
             sources[TAUGHT] = len(lacking)
-        return Answer(soft, _classes_of(self._classes, positions), sources=sources)
+        return Answer(
+            rows.labels,
+            _classes_of(self._classes, positions),
+            kept_logits=rows.logits,
+            sources=sources,
+        )
 
     def flush(self) -> None:
         """Append the teachers' new answers to the label set, if they are to be kept."""
         if self._appender is not None:
             self._appender.flush()
 
-    def _teach(self, images_BCHW: Tensor) -> SoftLabels:
+    def _teach(self, images_BCHW: Tensor) -> Rows:
         """Ask the ensemble; return its answer as the set would have stored it, on the CPU.
 
         In the precision that the set was made in, whatever the student computes in. Raises
@@ -193,15 +201,14 @@ class StoredLabels(Targets):
         precision: torch.dtype = getattr(torch, plan["precision"])
         lower = None if precision is torch.float32 else precision
         with torch.autocast(images_BCHW.device.type, dtype=lower, enabled=lower is not None):
-            probs_BC = self._ensemble(images_BCHW).probs_BC
-        dtype: torch.dtype = getattr(torch, plan["label_dtype"])
-        labels = top_k(probs_BC, plan["topk"]).rounded(dtype).to(torch.device("cpu"))
-        if not bool(torch.isfinite(labels.probs_NK).all()):
+            probs_BC, mean_logits_BC = self._ensemble(images_BCHW)
+        if not bool(torch.isfinite(probs_BC).all()):
             raise DataError(
                 "the teachers' answers are not finite; check their weights, or the label set's "
                 f"precision ({plan['precision']})"
             )
-        return labels
+        rows = self.label_set.encoding.encode(probs_BC, mean_logits_BC)
+        return rows.to(torch.device("cpu"))
 
 
 def _classes_of(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mealv2.discriminator import Discriminator, num_dead_outputs, wake
 from mealv2.losses import discriminator_loss, similarity_loss
-from mealv2.soft_labels import SoftLabels, tempered, through_top_k
+from mealv2.soft_labels import EncodedLabels, Labels, logits_through, tempered, through_kept
 from mealv2.targets import Answer
 
 # The smallest float16 above 0: a label cannot say less, so the discriminator is told no more, of
@@ -53,10 +53,11 @@ class DistillTask(Task):
     """Similarity loss plus weighted discriminator loss, no hard labels (paper section 5).
 
     What the discriminator is shown, ``discriminator_input``: ``logits``, the student's and the
-    teachers' mean logits (official train.py); ``log-probs``, the student's through the same top-k,
-    tail and floor as the stored labels, so that it cannot win by recognising the compression
-    (docs/adr/0004); ``probs``, softmax against the recovered label (official FKD_train.py). None:
-    logits where the answer has the teachers', else log-probs.
+    teachers' mean logits (official train.py), through the same loss where a label set kept them;
+    ``log-probs``, the student's through the same choice of classes, tail and floor as the stored
+    labels, so that it cannot win by recognising the compression (docs/adr/0004); ``probs``, softmax
+    against the recovered label (official FKD_train.py). None: logits where the answer has the
+    teachers', else log-probs.
 
     Off in the paper: ``label_temperature`` T takes labels to q^(1/T), renormalised, in the
     similarity loss; ``hard_label_weight`` w makes that (1 - w) similarity + w cross-entropy to the
@@ -128,7 +129,7 @@ class DistillTask(Task):
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        rows_BC = torch.cat(self._rows(logits_BC, _soft(answer).dense(), answer))
+        rows_BC = torch.cat(self._rows(logits_BC, answer))
         dead = num_dead_outputs(discriminator, rows_BC)
         if not dead:
             return None
@@ -141,32 +142,40 @@ class DistillTask(Task):
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer
     ) -> dict[str, Tensor]:
         """Return the terms of the loss against one answer, and the discriminator's accuracy."""
-        probs_BC = _soft(answer).dense()
-        labels_BC = tempered(probs_BC, self.label_temperature)
-        terms = {"similarity_loss": similarity_loss(for_labels_BC, labels_BC)}
+        soft = _soft(answer)
+        labels: Tensor | EncodedLabels
+        if isinstance(soft, EncodedLabels) and self.label_temperature == 1.0:
+            labels = soft  # never expanded
+        else:
+            labels = tempered(soft.to_dense(), self.label_temperature)
+        terms = {"similarity_loss": similarity_loss(for_labels_BC, labels)}
         if self.hard_label_weight:
             assert answer.classes_B is not None, "a hard-label weight needs class ids"
             terms["hard_label_loss"] = F.cross_entropy(for_labels_BC, answer.classes_B)
         if self.discriminator is not None:
             # full precision: under autocast the loss's plateaus would blur
             with torch.autocast(for_labels_BC.device.type, enabled=False):
-                rows = self._rows(for_discriminator_BC, probs_BC, answer)
+                rows = self._rows(for_discriminator_BC, answer)
                 adversary, accuracy = discriminator_loss(self.discriminator, *rows)
             terms |= {"discriminator_loss": adversary, "discriminator_accuracy": accuracy}
         return terms
 
-    def _rows(self, logits_BC: Tensor, probs_BC: Tensor, answer: Answer) -> tuple[Tensor, Tensor]:
+    def _rows(self, logits_BC: Tensor, answer: Answer) -> tuple[Tensor, Tensor]:
         """Return what the discriminator is shown, B x C each: the student's and the teachers'."""
         shown = self.discriminator_input
+        soft = _soft(answer)
         if shown == "probs":
-            return torch.softmax(logits_BC, dim=1), probs_BC
+            return torch.softmax(logits_BC, dim=1), soft.to_dense()
         if shown != "log-probs" and answer.mean_logits_BC is not None:
             return logits_BC, answer.mean_logits_BC
+        kept = soft.kept()
+        if shown != "log-probs" and answer.kept_logits is not None:
+            teacher_BC = answer.kept_logits.to_dense(kept, soft.num_classes)
+            return logits_through(logits_BC, kept), teacher_BC
         assert shown != "logits", "the answer has no logits to show"
-        student_BC = through_top_k(logits_BC, _soft(answer).indices_NK)
         return (
-            student_BC.clamp_min(MIN_LOG_PROBABILITY),
-            probs_BC.log().clamp_min(MIN_LOG_PROBABILITY),
+            through_kept(logits_BC, kept).clamp_min(MIN_LOG_PROBABILITY),
+            soft.to_dense().log().clamp_min(MIN_LOG_PROBABILITY),
         )
 
 
@@ -184,7 +193,7 @@ class HardLabelTask(Task):
         return Result(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
 
 
-def _soft(answer: Answer) -> SoftLabels:
+def _soft(answer: Answer) -> Labels:
     assert answer.soft is not None, "distillation needs soft labels"
     return answer.soft
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
 
 SCALE = (0.08, 1.0)  # torchvision: area of the box over the area of the image
 RATIO = (3 / 4, 4 / 3)  # torchvision: width over height of the box
@@ -29,6 +32,11 @@ RECIPE = {
     "flip_probability": FLIP_PROBABILITY,
 }
 
+BOX_UNIT = 65_535  # a packed box counts in this fraction of the image's height and width
+
+# What a manifest says about views that no arithmetic gives: the shards hold packed boxes.
+STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
+
 _LOG_RATIO = 0.28768207245178090  # ln(4/3), the nearest double; ln(3/4) is its negative
 _TWO_64 = 1 << 64
 
@@ -42,6 +50,27 @@ class View:
     height: int
     width: int
     flip: bool
+
+    def box(self) -> tuple[int, int, int, int, int]:
+        """Return top, left, height, width, and 1 for a flip."""
+        return self.top, self.left, self.height, self.width, int(self.flip)
+
+
+class Views(Protocol):
+    """Says what a view is, given its image."""
+
+    def view(self, key: str, index: int, *, width: int, height: int) -> View:
+        """Return view ``index`` of an image of ``width`` x ``height`` pixels."""
+
+
+@dataclass(frozen=True)
+class DrawnViews(Views):
+    """The views of a seed, by arithmetic."""
+
+    seed: int
+
+    def view(self, key: str, index: int, *, width: int, height: int) -> View:
+        return view_of(key, index, seed=self.seed, width=width, height=height)
 
 
 def view_of(key: str, index: int, *, seed: int, width: int, height: int) -> View:
@@ -88,6 +117,38 @@ def evaluation_resize(img_size: int) -> int:
     """Return the length of the shorter side before the centre crop (paper: 256 for 224)."""
     numerator, denominator = RESIZE_OVER_CROP
     return img_size * numerator // denominator
+
+
+def fractions(view: View, *, width: int, height: int) -> tuple[float, float, float, float]:
+    """Return a view's box as (top, left, height, width), fractions of the image's sides."""
+    return view.top / height, view.left / width, view.height / height, view.width / width
+
+
+def packed_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes given as fractions of an image, in [0, 1], as whole 65,535ths: uint16.
+
+    A box is (top, left, height, width), the last axis; 8 bytes instead of 16. unpacked_view finds
+    the box in pixels again, exactly when the image has up to 65,000 pixels a side and the fractions
+    are float32 or wider; up to 2,000 pixels a side when they are float16.
+    """
+    return np.rint(boxes.astype(np.float64) * BOX_UNIT).astype(np.uint16)
+
+
+def unpacked_view(box: np.ndarray, flip: bool, *, width: int, height: int) -> View:
+    """Return the view that a packed box means in an image of ``width`` x ``height`` pixels.
+
+    To the nearest whole pixel, at least one pixel, inside the image.
+    """
+    top, left, box_height, box_width = (int(number) for number in box)
+    rows = min(max(1, _part(box_height, height)), height)
+    columns = min(max(1, _part(box_width, width)), width)
+    top, left = min(_part(top, height), height - rows), min(_part(left, width), width - columns)
+    return View(top, left, rows, columns, bool(flip))
+
+
+def _part(number: int, length: int) -> int:
+    """Return number / 65,535 of a length, rounded to the nearest whole number, a half up."""
+    return (2 * number * length + BOX_UNIT) // (2 * BOX_UNIT)
 
 
 def _draws(purpose: str, key: str, seed: int, index: int) -> Iterator[int]:

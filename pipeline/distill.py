@@ -47,7 +47,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         positions=answers.positions,
         targets=answers.targets,
         img_size=answers.img_size,
-        view_seed=answers.view_seed,
+        views=answers.views,
         evaluator=evaluator,
         extra=extra,
         cutmix=_cutmix(config),

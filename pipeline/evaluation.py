@@ -10,7 +10,7 @@ from torch import nn
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource, open_source
 from mealv2.metrics import Evaluation
-from mealv2.soft_labels import SoftLabels
+from mealv2.soft_labels import Labels
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
@@ -35,7 +35,7 @@ class LabelTable(Protocol):
 
     def __contains__(self, key: object) -> bool: ...
 
-    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
         """Return the labels of images."""
 
 
@@ -103,7 +103,7 @@ class Evaluator:
             raise DataError(f"no image of {self.source.name} could be read")
         return figures
 
-    def _soft(self, positions: list[int]) -> SoftLabels | None:
+    def _soft(self, positions: list[int]) -> Labels | None:
         if self.labels is None:
             return None
         return self.labels.soft_labels(

@@ -5,6 +5,7 @@ from typing import Any
 from mealv2.images import open_source
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
+from mealv2.views import DrawnViews
 from pipeline import runtime, training
 from pipeline.config import FinetuneConfig
 from pipeline.evaluation import Evaluator, open_split
@@ -26,7 +27,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         positions=list(range(len(source))),
         targets=HardLabels(source.labels, num_views=config.num_views, seed=config.seed),
         img_size=config.img_size,
-        view_seed=config.view_seed,
+        views=DrawnViews(config.view_seed),
         evaluator=None
         if val is None
         else Evaluator(val, machine, config, img_size=config.img_size),

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import read_json
 from mealv2.images import ImageSource, fingerprint, open_source
-from mealv2.label_set import Appender, LabelSet, read_manifest
-from mealv2.soft_labels import SoftLabels
+from mealv2.label_set import UNKNOWN, Appender, Encoding, LabelSet, read_manifest, refuse_drift
+from mealv2.soft_labels import Labels
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
+from mealv2.views import DrawnViews, Views
 from pipeline import logs, teachers
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
 from pipeline.evaluation import LabelTable
@@ -38,7 +38,7 @@ class Answers:
     targets: Targets
     positions: list[int]
     img_size: int
-    view_seed: int
+    views: Views
     provenance: dict[str, Any]
     of_validation: LabelTable | None = None
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class Answers:
 class CentreLabels:
     """The labels of a validation split's centre crops, in memory; a LabelTable."""
 
-    def __init__(self, keys: Sequence[str], labels: SoftLabels) -> None:
+    def __init__(self, keys: Sequence[str], labels: Labels) -> None:
         self._rows = {key: row for row, key in enumerate(keys)}
         self._labels = labels
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
 
-    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
         """Return the labels of images; there is one view of each."""
         return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
 
@@ -85,7 +85,7 @@ def online(
         OnlineTeachers(ensemble, source.labels),
         list(range(len(source))),
         img_size,
-        config.view_seed or 0,
+        DrawnViews(config.view_seed or 0),
         {"online": True, "teachers": described},
         of_validation,
         accuracies,
@@ -101,14 +101,23 @@ def stored(
         raise LabelSetError(
             f"cannot append to {config.labels}: no permission; leave out --write-back"
         )
-    labels = LabelSet.open(config.labels, appended=_appended_before(config))
-    check_same_data(labels, source, may_lack_images=config.missing != "fail")
+    labels = LabelSet.open(config.labels, **_pinned(config))
+    _check_logits(config, labels)
+    _check_boxes(labels)
+    check_same_data(
+        labels,
+        source,
+        may_lack_images=config.missing != "fail",
+        choice=", or say what to do with them: --missing teach or --missing skip",
+    )
     plan = labels.manifest["plan"]["roles"]
     val_labels = None
     if val is not None and val.split == plan.get("val", {}).get("split"):
         val_labels = LabelSet.open(config.labels, role="val")
         check_same_data(val_labels, val)
-    ensemble = _teachers_of(config, machine, labels) if config.missing == "teach" else None
+    ensemble = None
+    if config.missing == "teach":
+        ensemble = teachers_of(config.labels, config.teacher, labels.manifest["plan"], machine)
     targets = StoredLabels(
         labels,
         source.keys,
@@ -119,13 +128,14 @@ def stored(
         ensemble=ensemble,
         appender=Appender(labels) if config.write_back else None,
     )
+    has_labels = labels.has_labels(source.keys)
     positions = [
         p
-        for p, key in enumerate(source.keys)
-        if key in labels or (config.missing != "fail" and key not in labels.skipped)
+        for p, (key, there) in enumerate(zip(source.keys, has_labels.tolist(), strict=True))
+        if there or (config.missing != "fail" and key not in labels.skipped)
     ]
     _check_epochs(config, labels)
-    lacking = sum(key not in labels for key in source.keys) - len(labels.skipped)
+    lacking = int((~has_labels).sum()) - len(labels.skipped)
     if lacking:
         done = "left out" if config.missing == "skip" else "labelled by the teachers"
         logs.say(
@@ -136,11 +146,12 @@ def stored(
         targets,
         positions,
         labels.img_size,
-        plan["train"]["views"]["seed"],
+        labels.views(),
         {
             "path": str(config.labels.absolute()),
             "plan_sha256": labels.manifest["plan_sha256"],
             "appended": labels.appended,
+            "num_views": labels.num_views,
         },
         val_labels,
         _accuracies(val_labels),
@@ -148,11 +159,12 @@ def stored(
 
 
 def check_same_data(
-    labels: LabelSet, source: ImageSource, *, may_lack_images: bool = False
+    labels: LabelSet, source: ImageSource, *, may_lack_images: bool = False, choice: str = ""
 ) -> None:
     """Raise LabelSetError, saying what differs, when the labels are of other images.
 
-    With ``may_lack_images`` the source may have images that the set does not.
+    With ``may_lack_images`` the source may have images that the set does not. ``choice`` is what
+    else could be done where that is all that differs.
     """
     if list(source.classes) != labels.classes:
         odd = sorted(set(source.classes) ^ set(labels.classes))
@@ -170,8 +182,8 @@ def check_same_data(
     what = [f"images without labels: {len(new)} ({_some(new)})"] if new else []
     what += [f"labelled images that are gone: {len(gone)} ({_some(gone)})"] if gone else []
     advice = "give the data it was made from, or precompute labels for this data"
-    if new and not gone and labels.role == "train":
-        advice += ", or say what to do with them: --missing teach or --missing skip"
+    if new and not gone:
+        advice += choice
     raise LabelSetError(
         f"{labels.folder} was made from other data than {source.name}: "
         f"{' and '.join(what) or 'the same names, but other files'}; {advice}"
@@ -193,20 +205,26 @@ def _check_epochs(config: DistillConfig, labels: LabelSet) -> None:
     )
 
 
-def _teachers_of(config: DistillConfig, machine: Runtime, labels: LabelSet) -> TeacherEnsemble:
-    """Build the teachers that made the set; raises LabelSetError where their weights differ."""
-    made_by = labels.manifest["plan"]["teachers"]
-    specs = list(config.teacher)
+def teachers_of(
+    folder: Path, given: Sequence[str], plan: dict[str, Any], machine: Runtime
+) -> TeacherEnsemble:
+    """Build the teachers that made the set in a folder, from its plan or from --teacher.
+
+    Raises LabelSetError where the weights differ, or nobody knows which they were.
+    """
+    _refuse_imported(folder, plan)
+    made_by = plan["teachers"]
+    specs = list(given)
     if not specs:
         for teacher in made_by:
             if "." not in teacher["model"]:
                 raise ConfigError(
-                    f"{labels.folder} was made by an own checkpoint of {teacher['model']}; "
+                    f"{folder} was made by an own checkpoint of {teacher['model']}; "
                     f"say where it is: --teacher {teacher['model']}=RUN, for every teacher"
                 )
         specs = [teacher["model"] for teacher in made_by]
     ensemble, described = teachers.build(
-        specs, classes=labels.classes, img_size=labels.img_size, runtime=machine
+        specs, classes=plan["classes"], img_size=plan["img_size"], runtime=machine
     )
     there, here = (
         [(teacher["weights_sha256"], teacher["mean"], teacher["std"]) for teacher in group]
@@ -215,11 +233,29 @@ def _teachers_of(config: DistillConfig, machine: Runtime, labels: LabelSet) -> T
     if sorted(there) != sorted(here):
         new = [d["model"] for d, what in zip(described, here, strict=True) if what not in there]
         raise LabelSetError(
-            f"{labels.folder} was made by {len(there)} teachers with other weights or "
+            f"{folder} was made by {len(there)} teachers with other weights or "
             f"normalisation than {new[0] if new else f'these {len(here)}'}; give those of its "
             f"manifest: {', '.join(teacher['model'] for teacher in made_by)}"
         )
     return ensemble
+
+
+def check_precision(folder: Path, plan: dict[str, Any], machine: Runtime) -> None:
+    """Raise ConfigError where teachers would answer in another precision than the set's."""
+    _refuse_imported(folder, plan)
+    if machine.precision != plan["precision"]:
+        raise ConfigError(
+            f"{folder} was computed in {plan['precision']}, this is {machine.precision}; give or "
+            "leave out --amp and --amp-dtype as when it was made"
+        )
+
+
+def _refuse_imported(folder: Path, plan: dict[str, Any]) -> None:
+    if any(teacher["weights_sha256"] == UNKNOWN for teacher in plan["teachers"]):
+        raise LabelSetError(
+            f"the labels of {folder} were imported: nobody knows the weights of the teachers that "
+            "made them, so that no teacher can add to them or be compared with them"
+        )
 
 
 def _label_validation(
@@ -236,9 +272,7 @@ def _label_validation(
     labeller = Labeller(
         ensemble,
         machine,
-        num_classes=num_classes,
-        topk=min(num_classes, _KEPT_OF_VALIDATION),
-        label_dtype="float32",
+        Encoding(num_classes, "float32", topk=min(num_classes, _KEPT_OF_VALIDATION)),
         batch_size=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
@@ -254,33 +288,50 @@ def _label_validation(
         size=lambda item: len(item.positions) + len(item.failed),
     )
     answers = labeller.label(val, pixels, score=True)
-    labels = SoftLabels(
-        torch.from_numpy(answers.indices_NK.astype(np.int64)),
-        torch.from_numpy(answers.probs_NK),
-        torch.from_numpy(answers.rest_N),
-        num_classes,
-    )
     percent = answers.correct * 100.0 / max(1, len(answers.positions))
     figures = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
-    return CentreLabels([val.keys[p] for p in answers.positions], labels), figures
+    return CentreLabels([val.keys[p] for p in answers.positions], answers.rows.labels), figures
 
 
-def _appended_before(config: DistillConfig) -> list[str] | None:
-    """Return the appended files that the run to resume began with; None for a new run."""
+def _check_boxes(labels: LabelSet) -> None:
+    """Raise LabelSetError where this machine cuts other boxes than those that were labelled.
+
+    Looks at the smallest shard: arithmetic that has drifted, drifts everywhere.
+    """
+    files = [file for file in labels.blocks[0][1] if file.num_images]
+    if not files:
+        raise LabelSetError(f"{labels.folder} has labels of no image")
+    refuse_drift(min(files, key=lambda file: file.num_images), labels.views())
+
+
+def _check_logits(config: DistillConfig, labels: LabelSet) -> None:
+    """Raise ConfigError where the discriminator is to see logits that the set does not have."""
+    if config.discriminator_input == "logits" and not labels.encoding.logits:
+        raise ConfigError(
+            f"--discriminator-input logits: {labels.folder} holds none; precompute with "
+            "--store-logits, use --online, or show it log-probs"
+        )
+
+
+def _pinned(config: DistillConfig) -> dict[str, Any]:
+    """Return what of the label set the run to resume began with; nothing for a new run."""
     if config.resume is None or not (path := config.resume / logs.LABELS_NAME).exists():
-        return None
+        return {}
     try:
         kept = read_json(path)
-        return [Path(name).name for name in kept["appended"]]
-    except (ValueError, KeyError, TypeError) as error:
+        num_views = kept.get("num_views")  # runs before views could be added do not say
+        if not isinstance(num_views, int | None):
+            raise TypeError("num_views is no number")
+        return {"appended": [Path(name).name for name in kept["appended"]], "num_views": num_views}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
 
 
 def _accuracies(labels: LabelSet | None) -> dict[str, dict[str, float]]:
     """Return what stage one measured of the teachers, by name."""
-    if labels is None:
+    accuracy = None if labels is None else labels.manifest["roles"]["val"].get("accuracy")
+    if accuracy is None:
         return {}
-    accuracy = labels.manifest["roles"]["val"]["accuracy"]
     named = {f"teacher {t['model']}": t for t in accuracy["teachers"]}
     return {**named, "ensemble": accuracy["ensemble"]}
 

@@ -5,18 +5,19 @@ uint8 pixels. Order and batches are pure functions of (seed, epoch), so a run ca
 """
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mealv2.errors import DataError
 from mealv2.images import ImageSource, centre_crop, cut, decode
-from mealv2.views import view_of
+from mealv2.views import Views
 from pipeline.config import OnBadImage
 
 T = TypeVar("T")
@@ -30,11 +31,14 @@ Request = list[tuple[int, tuple[int, ...]]]
 class Pixels:
     """The views of one request: ``images_BCHW`` uint8 (channels-last in memory), row by row.
 
-    ``positions`` and ``views`` name each row; ``failed`` are the images that could not be read,
-    with the reason: none of their rows are here.
+    ``positions`` and ``views`` name each row; ``sizes_B2`` are the width and height of its image,
+    ``boxes_B5`` top, left, height, width and flip of what was cut (0 of a centre crop). ``failed``
+    are the images that could not be read, with the reason: none of their rows are here.
     """
 
     images_BCHW: torch.Tensor
+    sizes_B2: np.ndarray
+    boxes_B5: np.ndarray
     positions: list[int] = field(default_factory=list)
     views: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
@@ -45,45 +49,55 @@ class Pixels:
 
 
 class ViewReader(Dataset[Pixels]):
-    """Cuts the requested views, in a worker process: a bad image is reported, not raised."""
+    """Cuts the requested views, in a worker process: a bad image is reported, not raised.
 
-    def __init__(self, source: ImageSource, *, img_size: int, seed: int = 0) -> None:
+    ``views`` says what the views are; centre crops need none.
+    """
+
+    def __init__(self, source: ImageSource, *, img_size: int, views: Views | None = None) -> None:
         self._source = source
         self._img_size = img_size
-        self._seed = seed
+        self._views = views
 
     def __getitem__(self, request: Request) -> Pixels:
         rows: list[np.ndarray] = []
+        boxes: list[tuple[int, ...]] = []
+        sizes: list[tuple[int, int]] = []
         positions: list[int] = []
         indices: list[int] = []
         failed: dict[int, str] = {}
         for position, views in request:
             try:
-                rows.extend(self._views_of(position, views))
+                image = decode(self._source.read(position))
+                of_image = list(self._views_of(image, position, views))  # all of them or none
             except (DataError, OSError) as error:
                 failed[position] = getattr(error, "strerror", None) or str(error)
                 continue
+            rows.extend(pixels for pixels, _ in of_image)
+            boxes.extend(box for _, box in of_image)
+            sizes.extend([image.size] * len(views))
             positions.extend([position] * len(views))
             indices.extend(views)
         size = self._img_size
         images_BHWC = np.stack(rows) if rows else np.empty((0, size, size, 3), dtype=np.uint8)
         images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
-        return Pixels(images_BCHW, positions, indices, failed)
+        sizes_B2 = np.array(sizes, dtype=np.uint32).reshape(-1, 2)
+        boxes_B5 = np.array(boxes, dtype=np.uint32).reshape(-1, 5)
+        return Pixels(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed)
 
-    def _views_of(self, position: int, views: Iterable[int]) -> list[np.ndarray]:
-        image = decode(self._source.read(position))
+    def _views_of(
+        self, image: Image.Image, position: int, views: Iterable[int]
+    ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        """Yield pixels and box of each view of an image."""
         width, height = image.size
         key = self._source.keys[position]
-        return [
-            centre_crop(image, self._img_size)
-            if index == CENTRE
-            else cut(
-                image,
-                view_of(key, index, seed=self._seed, width=width, height=height),
-                self._img_size,
-            )
-            for index in views
-        ]
+        for index in views:
+            if index == CENTRE:
+                yield centre_crop(image, self._img_size), (0, 0, 0, 0, 0)
+            else:
+                assert self._views is not None, "only centre crops can be cut without views"
+                view = self._views.view(key, index, width=width, height=height)
+                yield cut(image, view, self._img_size), view.box()
 
 
 def read_views(

@@ -10,6 +10,7 @@ from mealv2.images import ImageSource
 from mealv2.models import Classifier, Preprocessing, create_classifier
 from mealv2.targets import Targets
 from mealv2.task import Task
+from mealv2.views import Views
 from pipeline.config import TrainConfig
 from pipeline.evaluation import Evaluator
 
@@ -28,7 +29,7 @@ class Work:
     """What a run trains and on what: everything the loop does not decide itself.
 
     An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
-    names, cut under ``view_seed``. ``extra`` are modules beside the student that learn too, each
+    names, cut as ``views`` say. ``extra`` are modules beside the student that learn too, each
     with its initial learning rate. ``teachers`` are the accuracies to print before the first step,
     ``legend`` what to print behind a figure of an epoch, ``labels`` what the run folder keeps of
     the labels it was made from.
@@ -41,7 +42,7 @@ class Work:
     positions: list[int]
     targets: Targets
     img_size: int
-    view_seed: int
+    views: Views
     evaluator: Evaluator | None
     extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
     cutmix: CutMix | None = None

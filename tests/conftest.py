@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +28,27 @@ import published
 from mealv2 import released
 from mealv2.discriminator import Discriminator
 from mealv2.images import ImageFolder, centre_crop, decode
+from mealv2.label_set import Encoding, read_plan, shard_ranges
 from mealv2.models import Classifier, create_classifier, save_classifier
+from mealv2.views import DrawnViews
+from pipeline import teachers
+from pipeline.labelling import Labeller
+from pipeline.loaders import CENTRE
+from pipeline.runtime import Runtime
+from pipeline.stage_one import ReadSettings, Role, StageOne
 
 ROOT = Path(cli.__file__).resolve().parent
 CLASSES = ("ants", "bees", "cats")
 IMG_SIZE = 32
+# Every way to keep labels, by the flags that ask for it.
+FORMS: dict[str, list[str]] = {
+    "rate": ["--rate", "0.02"],
+    "curve": ["--topk", "2"],
+    "float16": ["--topk", "2", "--label-dtype", "float16"],
+    "float32": ["--topk", "2", "--label-dtype", "float32"],
+    "all": ["--topk", "all"],
+    "all float32": ["--topk", "all", "--label-dtype", "float32"],
+}
 TEACHERS = {"test_resnet": 8, "test_efficientnet": 28}  # steps of training: good, not perfect
 
 # Networks this small gain nothing from threads, and lose 50-fold where the cores are shared.
@@ -236,7 +253,8 @@ def config_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(*args: object) -> Any:
         caught: list[Any] = []
-        monkeypatch.setattr(f"pipeline.{args[0]}.run", caught.append)
+        name = " ".join(map(str, args[: 2 if args[0] == "labels" else 1]))
+        monkeypatch.setattr(f"{cli.module_of(name)}.run", caught.append)
         result = _run_cli(*args)
         assert result.code == 0, result.stderr
         return caught[0]
@@ -245,14 +263,13 @@ def config_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str]:
-    """Stage one on the tree, all but --out; flags given after these win."""
+def plain_precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str]:
+    """Stage one on the tree, all but --out and how labels are kept."""
     settings = {
         "--data-dir": data_dir,
         "--img-size": IMG_SIZE,
         "--num-views": 4,
         "--view-seed": 7,
-        "--topk": 2,
         "--shard-size": 10,
         "--batch-size": 16,
         "--workers": 0,
@@ -262,15 +279,69 @@ def precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def precompute_flags(plain_precompute_flags: list[str], teacher_flags: list[str]) -> list[str]:
+    """The same with values kept as they are, all but --out; flags given after these win."""
+    place = len(plain_precompute_flags) - len(teacher_flags)
+    return [*plain_precompute_flags[:place], *FORMS["float16"], *teacher_flags]
+
+
+@pytest.fixture(scope="session")
 def labels_dir(
     done: Callable[..., Result],
     precompute_flags: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A finished label set of the tree: 4 views, top 2 of 3 classes. Not to be changed."""
+    """A finished label set of the tree: 4 views, top 2 of 3 classes, float16. Not to be changed."""
     out = tmp_path_factory.mktemp("labels") / "set"
     done(*precompute_flags, "--out", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def labels_of(
+    done: Callable[..., Result],
+    plain_precompute_flags: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """A function: the finished set of the tree in one of FORMS. Not to be changed."""
+
+    @functools.cache
+    def make(form: str, *, logits: bool = False) -> Path:
+        out = tmp_path_factory.mktemp("labels") / "set"
+        flags = [*FORMS[form], *(["--store-logits"] if logits else [])]
+        done(*plain_precompute_flags, *flags, "--out", out)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def add_views(teacher_flags: list[str], data_dir: Path) -> Callable[..., dict[str, Any]]:
+    """A function that labels more views of the training split of a set; returns the manifest."""
+
+    def add(labels: Path, views: Sequence[int]) -> dict[str, Any]:
+        plan = read_plan(labels)
+        machine = Runtime(torch.device("cpu"), None)
+        ensemble, _ = teachers.build(
+            teacher_flags[1::2], classes=plan["classes"], img_size=IMG_SIZE, runtime=machine
+        )
+        labeller = Labeller(
+            ensemble, machine, Encoding.of_plan(plan), batch_size=16, on_bad_image="fail"
+        )
+        first, more = [], []
+        for name, kept in plan["roles"].items():
+            source = ImageFolder(data_dir, kept["split"])
+            shards = shard_ranges(len(source), plan["shard_size"])
+            stored = tuple(range(kept["num_views"])) if name == "train" else (CENTRE,)
+            first.append(Role(name, source, stored, list(shards)))
+            if name == "train":
+                more.append(Role(name, source, tuple(views), list(shards)))
+        reading = ReadSettings(0, IMG_SIZE, DrawnViews(plan["roles"]["train"]["views"]["seed"]))
+        stage = StageOne(labels, plan, labeller, reading)
+        stage.label(more)
+        return stage.finish(first)
+
+    return add
 
 
 @pytest.fixture(scope="session")

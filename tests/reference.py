@@ -3,6 +3,7 @@
 Every gradient is derived by hand: nothing here differentiates anything.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,8 +112,33 @@ def dense(
     return np.array(rows)
 
 
-def through_top_k(logits_NC: np.ndarray, indices_NK: np.ndarray) -> np.ndarray:
-    """Log-probabilities whose not-kept classes all have the mean probability of the not-kept."""
+def fkd_recovery(packed: np.ndarray, kind: str, num_classes: int) -> np.ndarray:
+    """Return the rows that FKD's stored arrays stand for, row by row from its paper's formulas."""
+    rows = []
+    for stored in np.asarray(packed, dtype=np.float64):
+        if kind == "ori":
+            row = stored
+        elif kind == "hard":
+            row = np.eye(num_classes)[int(stored)]
+        else:
+            ids, values = stored.reshape(2, -1)
+            if kind == "marginal_renorm":
+                row = np.zeros(num_classes)
+                values = values / values.sum()
+            else:
+                row = np.full(num_classes, (1.0 - values.sum()) / (num_classes - len(ids)))
+            row[ids.astype(int)] = values
+        rows.append(row)
+    return np.array(rows)
+
+
+def through_top_k(
+    logits_NC: np.ndarray, indices_NK: np.ndarray | Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Log-probabilities whose not-kept classes all have the mean probability of the not-kept.
+
+    A row may keep more classes than another.
+    """
     rows = []
     for log_probs, indices in zip(log_softmax(logits_NC), indices_NK, strict=True):
         others = np.setdiff1d(np.arange(len(log_probs)), indices)
@@ -157,8 +183,12 @@ def shown_rows(
     num_rows, num_classes = logits_NC.shape
     probs = softmax(logits_NC)
     eye = np.eye(num_classes)
-    if shown == "logits":
-        return logits_NC.astype(np.float64), np.broadcast_to(eye, (num_rows, *eye.shape))
+    if shown == "logits":  # of classes not kept, their mean
+        slopes = np.repeat(eye[None], num_rows, axis=0)
+        for slope, kept in zip(slopes, indices_NK, strict=True):
+            others = np.setdiff1d(np.arange(num_classes), kept)
+            slope[np.ix_(others, others)] = 1.0 / max(1, len(others))
+        return logits_through(logits_NC, indices_NK), slopes
     if shown == "probs":
         return probs, probs[:, :, None] * (eye - probs[:, None, :])
     rows = through_top_k(logits_NC, indices_NK)
@@ -207,7 +237,7 @@ def whole_step(
     if settings.variant is not None:
         student_rows, slopes = shown_rows(logits, indices, settings.shown)
         teacher_rows = {
-            "logits": mean_logits,
+            "logits": logits_through(mean_logits, indices),
             "probs": labels,
             "log-probs": np.maximum(np.log(labels), MIN_LOG),
         }[settings.shown]
@@ -288,3 +318,110 @@ def best_count(probs_C: np.ndarray, rate: float) -> tuple[int, np.ndarray]:
         divergence = (probs_C[some] * np.log(probs_C[some] / recovered[some])).sum()
         costs.append(divergence + rate * k)
     return int(np.argmin(costs)) + 1, np.array(costs)
+
+
+# --- the block of an image in a label set, from its description -----------------------------------
+
+
+class BlockView(NamedTuple):
+    """What a block says of one view: all probabilities, and logits of all classes if it has any."""
+
+    probs_C: np.ndarray
+    logits_C: np.ndarray | None
+
+
+def record_size(k: int, num_classes: int) -> int:
+    """Return the bytes of a record of k classes: tail, curve, ids, and zeros up to a whole byte."""
+    anchors = {rank for i in range(17) for rank in (2**i, 3 * 2**i) if 1 < rank < k} | {k} - {1}
+    curve = 5 + 4 * (len(anchors) - 1) if anchors else 0
+    bits = 6 * (k < num_classes) + curve + k * (num_classes - 1).bit_length()
+    return -(-bits // 8)
+
+
+def read_block(
+    block: bytes,
+    *,
+    form: str,
+    num_classes: int,
+    num_views: int,
+    topk: int | None = None,
+    logits: bool = False,
+) -> list[BlockView]:
+    """Read the views of a block, byte after byte: counts, records, logits."""
+    position = 0
+
+    def take(num_bytes: int) -> bytes:
+        nonlocal position
+        position += num_bytes
+        assert position <= len(block)
+        return block[position - num_bytes : position]
+
+    counts = [topk] * num_views
+    if form == "curve":  # a count takes a byte, or two where topk exceeds 255
+        size = 1 if topk is None or topk < 256 else 2
+        counts = [int.from_bytes(take(size), "little") for _ in range(num_views)]
+
+    ids_of, probs = [], []
+    for k in counts:
+        if form == "curve":
+            record = take(record_size(k, num_classes))
+            row = decode_record(record, k, num_classes)
+            ids_of.append(record_ids(record, k, num_classes))
+        else:
+            ids, row = _float_record(take, form, num_classes, k)
+            ids_of.append(ids)
+        probs.append(row)
+
+    views = []
+    for k, ids, row in zip(counts, ids_of, probs, strict=True):
+        logits_C = None
+        if logits:
+            values = np.frombuffer(take(2 * k), "<f2").astype(np.float64)
+            rest = np.frombuffer(take(2), "<f2")[0] if k < num_classes else 0.0
+            logits_C = np.full(num_classes, np.float64(rest))
+            logits_C[ids] = values
+        views.append(BlockView(row, logits_C))
+    assert position == len(block)
+    return views
+
+
+def record_ids(record: bytes, k: int, num_classes: int) -> list[int]:
+    """Return the classes of a curve's record; they are its last field but for the filling."""
+    width = (num_classes - 1).bit_length()
+    anchors = {rank for i in range(17) for rank in (2**i, 3 * 2**i) if 1 < rank < k} | {k} - {1}
+    at = 6 * (k < num_classes) + (5 + 4 * (len(anchors) - 1) if anchors else 0)
+    return _ids(record, at, k, width)
+
+
+def _ids(data: bytes, at: int, k: int, width: int) -> list[int]:
+    """Return k numbers of ``width`` bits each from a bit on, lowest bit first."""
+    number = int.from_bytes(data, "little") >> at
+    return [number >> width * i & (1 << width) - 1 for i in range(k)]
+
+
+def _float_record(
+    take: Callable[[int], bytes], form: str, num_classes: int, k: int
+) -> tuple[list[int], np.ndarray]:
+    """Return (ids, distribution) of a record of values: ids, values, the others' mass."""
+    kind = {"float16": "<f2", "float32": "<f4"}[form]
+    size = int(kind[-1])
+    if k == num_classes:  # all values in class order, nothing else
+        values = np.frombuffer(take(k * size), kind).astype(np.float64)
+        return list(range(k)), values / values.sum()
+    width = (num_classes - 1).bit_length()
+    ids = _ids(take(-(-k * width // 8)), 0, k, width)
+    values = np.frombuffer(take(k * size), kind).astype(np.float64)
+    (rest,) = np.frombuffer(take(size), kind).astype(np.float64)
+    row = np.full(num_classes, rest / (num_classes - k))
+    row[ids] = values
+    return ids, row / row.sum()
+
+
+def logits_through(logits_NC: np.ndarray, kept: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
+    """Return logits whose classes not kept all have the mean logit of those."""
+    rows = np.array(logits_NC, dtype=np.float64)
+    for row, ids in zip(rows, kept, strict=True):
+        others = np.setdiff1d(np.arange(len(row)), ids)
+        if len(others):
+            row[others] = row[others].mean()
+    return rows

@@ -26,8 +26,16 @@ from pipeline import config as configs
 
 Run = Callable[..., Result]
 ROOT = Path(cli.__file__).resolve().parent
+
+
+def _words(config: str) -> str:
+    """Return the command of a config's name: ``labels add-views`` of LabelsAddViewsConfig."""
+    first, *others = re.findall("[A-Z][a-z]+", config.removesuffix("Config"))
+    return f"{first} {'-'.join(others)}".strip().lower()
+
+
 CONFIGS = {
-    name.removesuffix("Config").lower(): kind
+    _words(name): kind
     for name, kind in vars(configs).items()
     if name.endswith("Config") and name != "TrainConfig"
 }
@@ -38,8 +46,20 @@ OTHERS = ["recipes"]  # commands that are no stage
 # --- help ---------------------------------------------------------------------------------------
 
 
+def _command(name: str) -> click.Command:
+    command: click.Command = cli.cli
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    return command
+
+
 def test_there_is_a_command_for_every_config() -> None:
-    assert sorted(cli.cli.commands) == sorted([*COMMANDS, *OTHERS])
+    labels = cli.cli.commands["labels"]
+    assert isinstance(labels, click.Group)
+    there = [*cli.cli.commands, *(f"labels {name}" for name in labels.commands)]
+    assert sorted(there) == sorted([*COMMANDS, *OTHERS, "labels"])
+    assert len(labels.commands) == 8
     assert {"precompute", "distill", "finetune", "evaluate"} <= set(COMMANDS)
 
 
@@ -55,7 +75,7 @@ def test_help_comes_in_a_third_of_a_second() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], *([name] for name in [*COMMANDS, *OTHERS]), ["recipes", "show"]],
+    [[], *(name.split() for name in [*COMMANDS, *OTHERS]), ["labels"], ["recipes", "show"]],
     ids=" ".join,
 )
 def test_help_imports_neither_torch_nor_numpy(command: list[str]) -> None:
@@ -83,7 +103,11 @@ def test_python_cli_py_is_the_same_command() -> None:
 
 def test_help_names_every_command_and_the_exit_codes(done: Run) -> None:
     said = " ".join(done("--help").stdout.split())
-    assert all(re.search(rf" {name} +[A-Z]", said) for name in [*COMMANDS, *OTHERS])
+    first_words = {name.split()[0] for name in [*COMMANDS, *OTHERS]}
+    assert all(re.search(rf" {name} +[A-Z]", said) for name in first_words)
+    group = " ".join(done("labels", "--help").stdout.split())
+    names = [name.split()[1] for name in COMMANDS if " " in name]
+    assert all(re.search(rf" {name} +[A-Z]", group) for name in names)
     for code in ("0 done", "1 failed", "2 wrong usage", "3 label set", "4 stopped"):
         assert code in said
 
@@ -102,7 +126,7 @@ def _entries(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run, name: str) -> None:
-    text = done(name, "--help").stdout
+    text = done(*name.split(), "--help").stdout
     said = _entries(text)
     words = [f for f in dataclasses.fields(CONFIGS[name]) if f.metadata.get("positional")]
     for field in words:
@@ -125,12 +149,13 @@ def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run,
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> None:
-    said = done(name, "--help").stdout
+    said = done(*name.split(), "--help").stdout
     assert said.count("Example:") == 1
     example = said.split("Example:")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(example)
-    assert words[:2] == ["mealv2", name]
-    context = cli.cli.commands[name].make_context(name, words[2:], resilient_parsing=True)
+    path = ["mealv2", *name.split()]
+    assert words[: len(path)] == path
+    context = _command(name).make_context(name, words[len(path) :], resilient_parsing=True)
     given = {
         key
         for key in context.params
@@ -165,6 +190,7 @@ def _sample(option: click.Option) -> list[str]:
         pytest.param(name, field, id=f"{name}-{field.name}")
         for name, kind in CONFIGS.items()
         for field in dataclasses.fields(kind)
+        if len(getattr(field.type, "__args__", "several")) > 1  # --from has one choice so far
     ],
 )
 def test_every_setting_is_reachable_as_a_flag(
@@ -183,7 +209,7 @@ def test_every_setting_is_reachable_as_a_flag(
     monkeypatch.setattr(CONFIGS[name], "from_json", catch)
     for name_of in ("_resumed", "_with_recipe"):
         monkeypatch.setattr(cli, name_of, lambda values, context: values)
-    (option,) = (p for p in cli.cli.commands[name].params if p.name == field.name)
+    (option,) = (p for p in _command(name).params if p.name == field.name)
     flag = configs.flag(field.name)
     is_switch = isinstance(option, click.Option) and option.is_flag
     given = [option.opts[0]] if is_switch else [flag, *_sample(option)]
@@ -192,13 +218,13 @@ def test_every_setting_is_reachable_as_a_flag(
     else:
         assert option.opts[0] == flag
     with pytest.raises(ReachedError):
-        run_cli(name)
+        run_cli(*name.split())
     plain, defaults = dict(reached), {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}
     assert all(
         plain[key] == default or plain[key] in ((), None) for key, default in defaults.items()
     )
     with pytest.raises(ReachedError):
-        run_cli(name, *given)
+        run_cli(*name.split(), *given)
     assert {key for key in reached if reached[key] != plain[key]} == {field.name}
 
 
@@ -215,7 +241,11 @@ def test_defaults_stand_in_config_alone() -> None:
     assert flags <= {"--batch-size", "--workers", "--help", "--config"}  # short names, and its own
     found = [
         f"{path.name}: {line.strip()}"
-        for path in [ROOT / "cli.py", *(ROOT / "pipeline").glob("*.py")]
+        for path in [
+            ROOT / "cli.py",
+            *(ROOT / "pipeline").glob("*.py"),
+            *(ROOT / "pipeline" / "label_sets").glob("*.py"),
+        ]
         for line in path.read_text().splitlines()
         if re.match(r"_?[A-Z_]*DEFAULT[A-Z_]*\b.*=", line)
     ]
@@ -238,6 +268,7 @@ def test_config_file_for_stage_one_is_read_and_flags_go_before_it(
         "num_views": 4,
         "view_seed": 7,
         "topk": "2",
+        "label_dtype": "float16",
         "shard_size": 999,
         "batch_size": 16,
         "workers": 0,
@@ -397,6 +428,7 @@ def test_a_resumed_run_keeps_its_settings_whatever_the_recipe_says_today(
 @pytest.fixture(scope="session")
 def world(
     data_dir: Path,
+    labels_dir: Path,
     student_dir: Path,
     make_model: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -411,6 +443,7 @@ def world(
     return {
         "tmp": tmp,
         "data": data_dir,
+        "labels": labels_dir,
         "student": student_dir,
         "two": make_model("test_resnet", classes=("ants", "bees")),
         "four": make_model("test_resnet", classes=("ants", "bees", "cats", "dogs")),
@@ -473,6 +506,27 @@ WRONG = [
     (1, "finetune", "--output /proc/run", "/proc/run"),
     (2, "evaluate", "--checkpoint {student} --results-file {tmp}/text/r.csv", "text"),
     (2, "evaluate", "--checkpoint {student} --results-file {tmp}/r.xls", "--results-file"),
+    # label sets looked at, checked and made of others
+    (3, "labels info", "{tmp}/text", "text"),
+    (3, "labels verify", "/nowhere", "no label set there"),
+    (3, "labels verify", "{tmp}/empty", "no label set there"),
+    (2, "labels info", "", "LABELS is required"),
+    (3, "labels merge", "{tmp}/empty {labels} --out {made}", "empty"),
+    (3, "labels convert", "{tmp}/empty --out {made}", "no label set there"),
+    (2, "labels convert", "{labels}", "--out is required"),
+    (2, "labels convert", "{labels} --rate 0.1 --out {labels}", "is the label set itself"),
+    (2, "labels convert", "{labels} --out {data}", "is no label set and not empty"),
+    (1, "labels convert", "{labels} --out {tmp}/text", "text"),
+    (1, "labels convert", "{labels} --out {tmp}/text/set", "text"),
+    (1, "labels convert", "{labels} --out /proc/set", "/proc/set"),
+    (1, "labels split", "{labels} --out {tmp}/text", "text"),
+    (1, "labels export", "{labels} --out {tmp}/text", "text"),
+    (2, "labels export", "{labels} --out {data}", "not empty"),
+    (3, "labels export", "{tmp}/empty --out {made}", "no label set there"),
+    (3, "labels import", "{tmp}/empty --data-dir {data} --out {made}", "no label files"),
+    (2, "labels import", "{tmp}/empty --data-dir /nowhere --out {made}", "/nowhere"),
+    (2, "labels import", "{tmp}/empty --out {made}", "--data-dir is required"),
+    (2, "labels add-views", "{labels} --num-views 9", "--data-dir is required"),
     # values
     (2, "precompute", "--topk 4", "--topk 4"),
     (2, "precompute", "--topk most", "--topk"),
@@ -520,8 +574,11 @@ def test_what_goes_wrong_is_said_in_one_line(
     named: str,
 ) -> None:
     place = {"precompute": "--out", "distill": "--output", "finetune": "--output"}.get(command)
-    somewhere = [place, tmp_path / "made"] if place else []
-    result = run_cli(*usual[command], *somewhere, *shlex.split(added.format(**world)))
+    made = tmp_path / "made"
+    words = shlex.split(added.format(**world, made=made))
+    result = run_cli(
+        *usual.get(command, command.split()), *([place, made] if place else []), *words
+    )
     _said_in_one_line(result, code, named)
     assert not (tmp_path / "made").exists()
 
@@ -583,6 +640,12 @@ def test_config_file_that_cannot_be_used_is_said_in_one_line(
         (["finetune", "--learning-rate", "x"], None),
         (["distil"], "distill"),
         (["distill", "--discriminator", "ofical"], "official"),
+        (["lables", "info"], "labels"),
+        (["labels", "mrege"], "merge"),
+        (["labels", "addviews"], "add-views"),
+        (["labels", "verify", "l", "--datadir", "x"], "--data-dir"),
+        (["labels", "export", "l", "--to", "parkuet"], "parquet"),
+        (["labels", "import", "l", "--label_type", "x"], "--label-type"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_suggestion(
@@ -590,7 +653,7 @@ def test_wrong_usage_ends_with_2_and_a_suggestion(
 ) -> None:
     result = run_cli(*flags)
     assert result.code == 2
-    assert flags[-1] in result.stderr or flags[1] in result.stderr
+    assert any(word in result.stderr for word in (flags[-1], *flags[:2]))
     if suggested:
         assert suggested in result.stderr
     assert "Traceback" not in result.stderr

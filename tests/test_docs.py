@@ -23,6 +23,7 @@ STAND_INS = {
     "resnet50": "test_resnet",
     "convnext_tiny": "test_efficientnet",
     "resnet18": "test_byobnet",
+    "marginal_smoothing_k5": "marginal_smoothing_k2",  # of 3 classes
 }
 # Flags that make an example quick; the rest of the line runs as it is written.
 QUICK = {
@@ -32,6 +33,14 @@ QUICK = {
     "evaluate": ["--workers", "0"],
     "predict": ["--workers", "0"],
     "export": [],
+    "labels info": [],
+    "labels verify": ["--workers", "0"],
+    "labels merge": [],
+    "labels split": [],
+    "labels convert": [],
+    "labels add-views": ["--num-views", "3", "--workers", "0"],
+    "labels import": ["--img-size", "32"],
+    "labels export": [],
 }
 
 
@@ -67,7 +76,7 @@ def commands(path: str) -> list[list[str]]:
         words = shlex.split(line)
         assert words[0] == "mealv2", f"{path}: only mealv2 commands can be tested, not {line!r}"
         words = ["=".join(STAND_INS.get(p, p) for p in word.split("=")) for word in words[1:]]
-        found.append([*words, *QUICK[words[0]]])
+        found.append([*words, *QUICK[" ".join(words[: 2 if words[0] == "labels" else 1])]])
     return found
 
 
@@ -115,8 +124,49 @@ def test_export_doc_runs_on_a_run_folder(
     assert len(names["names"]) == 2
 
 
+def test_labels_doc_runs_on_a_small_set(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    precompute_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    for number, path in enumerate(sorted(data_dir.glob("*/*/*"))):
+        for part in ("a", "b") if "val" in path.parts else ("ab"[number % 2],):
+            copy = tmp_path / f"pictures-{part}" / path.relative_to(data_dir)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+    models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
+    for name, folder in zip(("teacher-1", "teacher-2", "start"), models, strict=True):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+    done(*precompute_flags, "--topk", "all", "--out", "before")
+    flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--out", "soft_labels"]
+    done("labels", "export", "before", *flags)
+
+    said = {}
+    for words in commands("docs/labels.md"):
+        said[" ".join(words)] = done(*words).report
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
+        for code in blocks("docs/labels.md", "python"):
+            exec(compile(code, "docs/labels.md", "exec"), names)
+
+    relabelled = next(report for words, report in said.items() if "--relabel" in words)
+    assert relabelled["relabelled"]["views"] == 72
+    assert names["table"].num_rows == 72
+    assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
+    assert {words.split()[1] for words in said if words.startswith("labels ")} == {
+        name.split()[1] for name in QUICK if " " in name
+    }
+
+
 @pytest.mark.parametrize(
-    "path", ["docs/views.md", "docs/label-set-format.md", "docs/label-codec.md"]
+    "path", ["docs/views.md", "docs/label-set-format.md", "docs/label-codec.md", "docs/fkd.md"]
 )
 def test_doc_examples_print_what_they_say(
     path: str, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ ROOT = Path(cli.__file__).resolve().parent
 
 # Every other module of pipeline/ is support.
 STAGES = {"precompute", "distill", "finetune", "evaluate", "predict", "export"}
+GROUP = "pipeline.label_sets"  # its modules are stages too, but for what they share
+SHARED = {"writing", "relabel"}
 DRIVERS = {"demo"}  # run stages one after the other
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
@@ -55,16 +57,28 @@ def _may_not_import(module: str, target: str) -> str | None:
         return "the library knows no command line"
     if package == "pipeline" and other[0] == "cli":
         return "nothing is above the command line"
+    if reason := _between_stages_of_the_group(module, target):
+        return reason
     if package == "pipeline" and other[0] == "pipeline" and len(other) > 1:
         if other[1] in DRIVERS:
             return "a driver is called by the command line alone"
-        if other[1] in STAGES and name in STAGES:
+        in_group = module.startswith(f"{GROUP}.")
+        if other[1] in STAGES and (module.split(".")[1] in STAGES or in_group):
             return "stages never import each other"
         if other[1] in STAGES and name not in DRIVERS:
             return "support never imports a stage"
     if other[0] == "h5py" and not module.startswith("mealv2.label_set"):
         return "only mealv2.label_set knows the file format"
     return None
+
+
+def _between_stages_of_the_group(module: str, target: str) -> str | None:
+    """Return why a module may not import one of the stages in the group."""
+    if not target.startswith(f"{GROUP}.") or target.split(".")[2] in SHARED:
+        return None
+    if module.startswith(f"{GROUP}.") or module.split(".")[1:2] in [[name] for name in STAGES]:
+        return "stages never import each other"
+    return "support never imports a stage" if module.startswith("pipeline.") else None
 
 
 def _imports(node: ast.AST, name: str, root: Path) -> list[str]:
@@ -138,6 +152,36 @@ def test_the_import_rule_holds() -> None:
         ("pipeline/logs.py", "import os\nos.environ.get('TERM')", "reads the environment"),
         ("pipeline/precompute.py", "from h5py import File", "imports h5py"),
         ("pipeline/precompute.py", "from pipeline import demo", "imports pipeline.demo"),
+        (
+            "pipeline/label_sets/merge.py",
+            "from pipeline.label_sets import convert",
+            "imports pipeline.label_sets.convert: stages never",
+        ),
+        (
+            "pipeline/label_sets/split.py",
+            "from pipeline.label_sets.merge import run",
+            "imports pipeline.label_sets.merge: stages never",
+        ),
+        (
+            "pipeline/label_sets/export.py",
+            "from pipeline import distill",
+            "imports pipeline.distill: stages never",
+        ),
+        (
+            "pipeline/label_sets/writing.py",
+            "from pipeline.label_sets.info import run",
+            "imports pipeline.label_sets.info: stages never",
+        ),
+        (
+            "pipeline/distill.py",
+            "from pipeline.label_sets.info import run",
+            "imports pipeline.label_sets.info: stages never",
+        ),
+        (
+            "pipeline/labels.py",
+            "from pipeline.label_sets.info import run",
+            "imports pipeline.label_sets.info: support never",
+        ),
         ("cli.py", "import os\nos.getenv('HOME')", "reads the environment"),
     ],
 )
@@ -162,6 +206,8 @@ def test_a_planted_breach_is_found(tmp_path: Path, name: str, line: str, named: 
         ("pipeline/distill.py", "from pipeline import evaluation, training"),
         ("pipeline/runtime.py", "import os\nos.environ['HOME']"),
         ("pipeline/demo.py", "from pipeline import distill, precompute"),
+        ("pipeline/label_sets/merge.py", "from pipeline.label_sets.writing import Writer"),
+        ("pipeline/label_sets/verify.py", "from pipeline.label_sets.relabel import relabel"),
         ("cli.py", "from pipeline import config"),
     ],
 )
@@ -177,6 +223,10 @@ def test_what_the_rule_allows_is_not_found(tmp_path: Path, name: str, line: str)
 
 def test_stages_and_drivers_named_here_exist() -> None:
     assert {name for name in STAGES if not (ROOT / "pipeline" / f"{name}.py").exists()} == set()
+    group = {path.stem for path in (ROOT / GROUP.replace(".", "/")).glob("*.py")}
+    assert {cli.module_of(name).rpartition(".")[2] for name in cli.EXAMPLES if " " in name} == (
+        group - SHARED - {"__init__"}
+    )
 
 
 def _imported_by(statement: str) -> set[str]:

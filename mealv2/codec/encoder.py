@@ -1,7 +1,6 @@
 """Encoding: which classes a view keeps, and the curve and the tail that fit them best."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,11 @@ from mealv2.codec.tensors import (
 RATE_MAX_KEPT = 255  # classes that ``rate`` may keep: their number fits a byte
 
 _KEY_ID_BITS = 20  # of a sort key: the class id below the probability's 32 bits
-_FIRST_LOOK = 64  # classes that the best k nearly always lies among
+_LOWEST_KEY = (1 << _KEY_ID_BITS) - 1
+_FIRST_LOOK = 64  # classes that the best k mostly lies among
+_WIDTHS = (32, 64)  # rows are padded to one of these, or to the longest
 _CHUNK = 1 << 22  # probabilities encoded in one go
+_BLOCK = 1 << 18  # probabilities sorted in one go: their keys stay in a cache
 
 
 def encode(
@@ -76,52 +78,80 @@ def encode(
 # --- which classes a view keeps -------------------------------------------------------------------
 
 
-class _Head(NamedTuple):
-    """The likeliest classes of each row: ids, probabilities (float64), and k."""
-
-    indices_NK: Tensor
-    probs_NK: Tensor
-    counts_N: Tensor
-
-
 def _encode_chunk(
     probs_NC: Tensor, rate: float | None, topk: int | None, count_size: int
 ) -> EncodedLabels:
-    probs_NC = probs_NC.to(torch.float32) + 0.0  # -0.0 becomes 0.0: its bits sort right
+    num_rows, num_classes = probs_NC.shape
+    most = min(num_classes, RATE_MAX_KEPT) if topk is None else topk
+    keys_NK = torch.empty((num_rows, most), dtype=torch.int64, device=probs_NC.device)
+    total_N = torch.empty(num_rows, dtype=torch.float64, device=probs_NC.device)
+    counts_N = torch.full_like(total_N, most, dtype=torch.int64)
+    block_rows = max(1, _BLOCK // num_classes) if probs_NC.device.type == "cpu" else num_rows
+    for block in (slice(n, n + block_rows) for n in range(0, num_rows, block_rows)):
+        keys_BC, total_N[block] = _keys(probs_NC[block])
+        if rate is None:
+            keys_NK[block] = _largest(keys_BC, most)
+        else:
+            counts_N[block] = _choose(keys_BC, total_N[block], rate, keys_NK[block])
+
+    # rows of about the same k together: each is padded to the longest
+    group_N = torch.bucketize(counts_N, torch.tensor(_WIDTHS, device=counts_N.device))
+    order_N = group_N.argsort()
+    parts = []
+    for rows_W in torch.split_with_sizes(order_N, group_N.bincount().tolist()):
+        if len(rows_W):
+            counts_W = counts_N[rows_W]
+            keys_WK = keys_NK[:, : int(counts_W.max())].index_select(0, rows_W)
+            parts.append(_write(keys_WK, total_N[rows_W], counts_W, num_classes, count_size))
+    return EncodedLabels.joined(parts)[order_N.argsort()]
+
+
+def _keys(probs_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (keys that sort as the probabilities do, equal ones by falling id; sums of rows)."""
+    probs_NC = (probs_NC.to(torch.float32) + 0.0).contiguous()  # -0.0 becomes 0.0
     total_N = _row_sum(probs_NC.double())
-    if not bool((torch.isfinite(total_N) & (total_N > 0) & (probs_NC >= 0).all(dim=1)).all()):
+    if not bool((torch.isfinite(total_N) & (total_N > 0) & (probs_NC.amin(dim=1) >= 0)).all()):
         raise ValueError("a row is no distribution: not finite, negative, or without mass")
-    num_classes = probs_NC.shape[1]
-    if topk is not None:
-        head = _largest(probs_NC, total_N, topk)
-        return _write(head, num_classes, count_size)
-
-    assert rate is not None
-    most = min(num_classes, RATE_MAX_KEPT)
-    first = min(most, _FIRST_LOOK)
-    head = _largest(probs_NC, total_N, first)
-    counts_N, is_best_N = _best_counts(head.probs_NK, num_classes, rate)
-    if first == most or bool(is_best_N.all()):
-        return _write(head._replace(counts_N=counts_N), num_classes, count_size)
-    (wide_W,), (rest_R,) = (~is_best_N).nonzero(as_tuple=True), is_best_N.nonzero(as_tuple=True)
-    wide = _largest(probs_NC[wide_W], total_N[wide_W], most)
-    wide = wide._replace(counts_N=_best_counts(wide.probs_NK, num_classes, rate)[0])
-    rest = _Head(head.indices_NK[rest_R], head.probs_NK[rest_R], counts_N[rest_R])
-    parts = [_write(part, num_classes, count_size) for part in (rest, wide) if len(part.counts_N)]
-    return EncodedLabels.joined(parts)[torch.cat([rest_R, wide_W]).argsort()]
-
-
-def _largest(probs_NC: Tensor, total_N: Tensor, k: int) -> _Head:
-    """Return the k largest of each row; equal ones by rising id, whatever the device."""
     # probabilities >= 0 sort as their bits do: no two keys are equal, so top-k has one answer
-    lowest = (1 << _KEY_ID_BITS) - 1
     ids_C = torch.arange(probs_NC.shape[1], device=probs_NC.device)
-    keys_NC = (probs_NC.view(torch.int32).long() << _KEY_ID_BITS) | (lowest - ids_C)
-    keys_NK = keys_NC.topk(k, dim=1, sorted=True).values
-    indices_NK = lowest - (keys_NK & lowest)
-    probs_NK = (keys_NK >> _KEY_ID_BITS).to(torch.int32).view(torch.float32).double()
-    counts_N = torch.full_like(indices_NK[:, 0], k)
-    return _Head(indices_NK, probs_NK / total_N[:, None], counts_N)
+    keys_NC = probs_NC.view(torch.int32).long()
+    keys_NC <<= _KEY_ID_BITS
+    keys_NC |= _LOWEST_KEY - ids_C
+    return keys_NC, total_N
+
+
+def _ids(keys_NK: Tensor) -> Tensor:
+    return _LOWEST_KEY - (keys_NK & _LOWEST_KEY)
+
+
+def _probs(keys_NK: Tensor, total_N: Tensor) -> Tensor:
+    """Return the probabilities of sort keys, float64, over the rows' sums."""
+    bits_NK = (keys_NK >> _KEY_ID_BITS).to(torch.int32)
+    return bits_NK.view(torch.float32) / total_N[:, None]
+
+
+def _largest(keys_NC: Tensor, k: int) -> Tensor:
+    """Return the k largest keys of each row, falling; reorders rows on a CPU."""
+    if keys_NC.device.type != "cpu":
+        return keys_NC.topk(k, dim=1, sorted=True).values
+    keys, first = keys_NC.numpy(), keys_NC.shape[1] - k  # several times as fast as torch's topk
+    if first:
+        keys.partition(first, axis=1)
+    return torch.from_numpy(np.sort(keys[:, first:], axis=1)).flip(1)
+
+
+def _choose(keys_NC: Tensor, total_N: Tensor, rate: float, keys_NK: Tensor) -> Tensor:
+    """Return the best k of each row; its k largest keys, or more, go into ``keys_NK``."""
+    num_classes, most = keys_NC.shape[1], keys_NK.shape[1]
+    first = min(most, _FIRST_LOOK)
+    keys_NK[:, :first] = _largest(keys_NC, first)
+    counts_N, is_best_N = _best_counts(_probs(keys_NK[:, :first], total_N), num_classes, rate)
+    if first < most:
+        (wide_W,) = (~is_best_N).nonzero(as_tuple=True)
+        keys_WK = _largest(keys_NC[wide_W], most)
+        keys_NK[wide_W] = keys_WK
+        counts_N[wide_W] = _best_counts(_probs(keys_WK, total_N[wide_W]), num_classes, rate)[0]
+    return counts_N
 
 
 def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +162,7 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
     k_K = torch.arange(1, num_kept + 1, device=probs_NK.device)
     rest_NK = _rest(probs_NK)
     others_K = (num_classes - k_K).clamp_min(1)
-    score_NK = -torch.xlogy(probs_NK, probs_NK).cumsum(1) - torch.xlogy(rest_NK, rest_NK / others_K)
+    score_NK = -_times_log(probs_NK, probs_NK).cumsum(1) - _times_log(rest_NK, rest_NK / others_K)
     cost_NK = score_NK + rate * k_K
     cost_N = cost_NK.amin(dim=1)
     counts_N = torch.where(cost_NK <= cost_N[:, None], k_K, num_kept).amin(dim=1)
@@ -142,6 +172,11 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
     kl_N = torch.xlogy(rest_N, last_N * others_K[-1]) - torch.xlogy(rest_N, rest_N)
     best_N = kl_N.clamp_min(0.0) - score_NK[:, -1] + cost_N
     return counts_N, best_N < rate * (num_kept + 1)
+
+
+def _times_log(values: Tensor, of: Tensor) -> Tensor:
+    """Return values * ln(of), 0 for 0; xlogy takes twice as long on a CPU."""
+    return of.clamp_min(1e-300).log_().mul_(values)
 
 
 def _rest(probs_NK: Tensor) -> Tensor:
@@ -161,13 +196,13 @@ def _row_sum(values_NC: Tensor) -> Tensor:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _write(head: _Head, num_classes: int, count_size: int) -> EncodedLabels:
-    """Return the records of rows whose k is decided."""
-    device = head.counts_N.device
-    longest = int(head.counts_N.max())
-    indices_NK, probs_NK = head.indices_NK[:, :longest], head.probs_NK[:, :longest]
-    counts_N = head.counts_N
-    rank_K = torch.arange(1, longest + 1, device=device)
+def _write(
+    keys_NK: Tensor, total_N: Tensor, counts_N: Tensor, num_classes: int, count_size: int
+) -> EncodedLabels:
+    """Return the records of rows whose k is decided; the longest takes the whole width."""
+    indices_NK, probs_NK = _ids(keys_NK), _probs(keys_NK, total_N)
+    device = counts_N.device
+    rank_K = torch.arange(1, probs_NK.shape[1] + 1, device=device)
     is_kept_NK = rank_K <= counts_N[:, None]
     curve_NA, levels_NA = _fit_curve(probs_NK, counts_N)
     tail_N = _fit_tail(probs_NK, counts_N, is_kept_NK, levels_NA, num_classes)

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ class EncodedLabels:
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "EncodedLabels":
         """Return rows by index, slice, or indices in any order; an int gives one row."""
         order_R = torch.arange(len(self), device=self.counts_N.device)
-        if isinstance(rows, int):
-            order_R = order_R[rows][None]
+        if isinstance(rows, int | np.integer):
+            order_R = order_R[int(rows)][None]
         elif isinstance(rows, slice):
             order_R = order_R[rows]
         else:
@@ -51,6 +52,10 @@ class EncodedLabels:
         return EncodedLabels(
             self.counts_N[order_R], self.payload_P[source_P], self.num_classes, self.count_size
         )
+
+    def rows(self, order_N: Tensor) -> "EncodedLabels":
+        """Return rows by index, in that order."""
+        return self[order_N]
 
     @property
     def nbytes(self) -> int:
@@ -84,18 +89,25 @@ class EncodedLabels:
             parts[0].count_size,
         )
 
+    def likeliest(self) -> Tensor:
+        """Return the likeliest class of each row, int64 N; its step may be 0 to the next."""
+        return self.kept().indices_NK[:, 0]
+
     def kept(self) -> Kept:
-        """Decode: the classes kept and their probabilities, where the labels are."""
+        """Decode, once: the classes kept and their probabilities, where the labels are."""
+        return self._kept
+
+    @cached_property
+    def _kept(self) -> Kept:
         return decode(self.counts_N, self.payload_P, self.num_classes)
 
     def to_dense(self) -> Tensor:
         """Return the recovered distributions, float32 N x C, each > 0 and summing to 1."""
         kept = self.kept()
-        dense_NC = kept.tail_N[:, None].repeat(1, self.num_classes)
-        row_NK = torch.arange(len(self), device=dense_NC.device)[:, None].expand_as(kept.indices_NK)
-        is_kept = kept.is_kept_NK
-        dense_NC[row_NK[is_kept], kept.indices_NK[is_kept]] = kept.probs_NK[is_kept]
-        return dense_NC
+        # what is not kept goes to a column behind the last: no mask to wait for
+        dense_NC = kept.tail_N[:, None].repeat(1, self.num_classes + 1)
+        places_NK = torch.where(kept.is_kept_NK, kept.indices_NK, self.num_classes)
+        return dense_NC.scatter_(1, places_NK, kept.probs_NK)[:, : self.num_classes]
 
     def to_bytes(self) -> bytes:
         """Return a header of 24 bytes, the counts, and the records."""

@@ -23,6 +23,7 @@ that over all C classes: so every p > 0, and the row sums to 1. docs/label-codec
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,18 +44,20 @@ FIRST_STEPS = np.array([
 ])
 # fmt: on
 CURVE_STEPS = np.array([0, 1, 3, 5, 8, 11, 14, 18, 23, 29, 36, 44, 54, 66, 84, 112])
+# the tables one after another, as floats
+STEPS = np.concatenate([FIRST_STEPS, CURVE_STEPS, TAIL_STEPS]).astype(np.float32)
 # 2, 3, 4, 6, 8, 12, …, 65536
 ANCHORS = np.array([2] + [rank for i in range(15) for rank in (3 << i, 4 << i)])
 
 _Array = np.ndarray[Any, Any]
-_CHUNK_BYTES = 1 << 18  # of records checked in one go
+_CHUNK_BYTES = 1 << 22  # of records read in one go: rows of one k are many, yet stay in a cache
 
 
 class KeptRows(NamedTuple):
     """Decoded rows, one after another: the classes kept and what every other class has.
 
-    ``indices_E`` and ``probs_E`` (float32) hold the kept classes of all rows; row n's begin at
-    ``starts_N[n]``. ``tail_N`` (float32) is the probability of each single class not kept.
+    ``indices_E`` (int32) and ``probs_E`` (float32) hold the kept classes of all rows; row n's begin
+    at ``starts_N[n]``. ``tail_N`` (float32) is the probability of each single class not kept.
     """
 
     indices_E: _Array
@@ -90,38 +93,19 @@ def anchors_of(counts_N: _Array) -> _Array:
 def decode_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> KeptRows:
     """Decode records that lie one after another; sizes must be right (see ``check_rows``)."""
     counts_N = counts_N.astype(np.int64)
-    ends_N = np.cumsum(counts_N)
-    starts_N = ends_N - counts_N
-    row_E = np.repeat(np.arange(len(counts_N)), counts_N)
-    rank_E = np.arange(len(row_E)) - starts_N[row_E] + 1
-
-    bits_N = num_bits(counts_N, num_classes)
-    bytes_N = (bits_N + 7) >> 3
-    begin_N = 8 * (np.cumsum(bytes_N) - bytes_N)
-    data = np.concatenate([payload_P, np.zeros(4, np.uint8)])
-    width = id_bits(num_classes)
-    ids_at_N = begin_N + bits_N - width * counts_N
-    indices_E = _fields(data, ids_at_N[row_E] + width * (rank_E - 1), width)
-
-    levels_NA, tail_level_N = _levels(data, begin_N, counts_N, num_classes)
-    # level = low + (high - low) ln(rank / from) / ln(to / from), between the anchors around a rank
-    slot_E = np.searchsorted(ANCHORS, rank_E)
-    ranks = np.concatenate([[1], ANCHORS]).astype(np.float32)
-    to_E = np.minimum(ranks[slot_E + 1], counts_N[row_E]).astype(np.float32)
-    log_from_E = np.log(ranks[slot_E])
-    span_E = np.where(rank_E > 1, np.log(to_E) - log_from_E, np.float32(1.0))
-    part_E = np.where(rank_E > 1, np.log(rank_E.astype(np.float32)) - log_from_E, 0.0) / span_E
-    high_E = levels_NA[row_E, np.minimum(slot_E + 1, levels_NA.shape[1] - 1)]
-    low_E = levels_NA[row_E, slot_E]
-    weight_E = _weight(low_E + (high_E - low_E) * part_E)
-    weight_N = _weight(tail_level_N)
-
-    others_N = num_classes - counts_N
-    total_N = np.add.reduceat(weight_E, starts_N, dtype=np.float64) if len(counts_N) else weight_N
-    total_N = total_N + others_N * weight_N.astype(np.float64)
-    probs_E = (weight_E / total_N[row_E]).astype(np.float32)
-    tail_N = np.where(others_N > 0, weight_N / total_N, 0.0).astype(np.float32)
-    return KeptRows(indices_E, probs_E, starts_N, tail_N)
+    starts_N = np.cumsum(counts_N) - counts_N
+    indices_E = np.empty(int(counts_N.sum()), np.uint32)
+    probs_E = np.empty(len(indices_E), np.float32)
+    tail_N = np.zeros(len(counts_N), np.float32)
+    for k, rows_G, layout, words_GS in _groups(counts_N, payload_P, num_classes):
+        weights_GK = _weights(words_GS, layout)
+        total_G = weights_GK[:, :k].sum(axis=1)
+        total_G += np.float32(num_classes - k) * weights_GK[:, k]
+        _put(indices_E, starts_N[rows_G], _ids(words_GS, layout))
+        _put(probs_E, starts_N[rows_G], weights_GK[:, :k] / total_G[:, None])
+        if k < num_classes:
+            tail_N[rows_G] = weights_GK[:, k] / total_G
+    return KeptRows(indices_E.view(np.int32), probs_E, starts_N, tail_N)
 
 
 def dense_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> _Array:
@@ -146,24 +130,124 @@ def check_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
     expected = int(ends_N[-1]) if len(ends_N) else 0
     if expected != len(payload_P):
         raise LabelSetError(f"encoded labels need {expected} bytes and have {len(payload_P)}")
+    for k, _, layout, words_GS in _groups(counts_N, payload_P, num_classes):
+        if ((words_GS[:, -1] & 255) >> layout.last_bits).any():
+            raise LabelSetError("an encoded label has bits behind its end")
+        ids_GK = _ids(words_GS, layout)
+        if ids_GK.max() >= num_classes:
+            raise LabelSetError(f"an encoded label names a class above {num_classes - 1}")
+        ids_GK.sort(axis=1)
+        if k > 1 and (ids_GK[:, 1:] == ids_GK[:, :-1]).any():
+            raise LabelSetError("an encoded label names a class twice")
+
+
+# --- records of the same k, whose fields lie at the same places -----------------------------------
+
+
+class _Layout(NamedTuple):
+    """What all records that keep k of C classes have in common: fields F are the curve, the tail.
+
+    A field is ``words >> shift & mask`` of the 32 bits from its first byte on.
+    """
+
+    size: int  # bytes
+    last_bits: int  # used bits of the last byte
+    step_bytes_F: _Array
+    step_shifts_F: _Array
+    step_masks_F: _Array
+    step_tables_F: _Array  # where the table of each begins in STEPS
+    exponents_FK: _Array  # steps @ exponents: logs of the weights of the ranks, and of the tail
+    id_bytes_K: _Array
+    id_shifts_K: _Array
+    id_mask: np.uint32
+
+
+def _layout(k: int, num_classes: int) -> _Layout:
+    num_anchors, has_tail = int(anchors_of(np.array(k))), int(k < num_classes)
+    curve = [FIRST_BITS, *[CURVE_BITS] * num_anchors][:num_anchors]
+    widths_F = np.array(curve + [TAIL_BITS] * has_tail)
+    curve_at = TAIL_BITS * has_tail + np.cumsum(curve, dtype=np.int64) - curve
+    at_F = np.concatenate([curve_at, [0] * has_tail]).astype(np.int64)
+    tables = [0, *[len(FIRST_STEPS)] * num_anchors][:num_anchors]
+    tables += [len(FIRST_STEPS) + len(CURVE_STEPS)] * has_tail
+    bits, width = int(num_bits(np.array(k), num_classes)), id_bits(num_classes)
+    ids_at_K = bits - width * np.arange(k, 0, -1)
+    # level = low + step ln(rank / from) / ln(to / from) between the anchors around a rank: of a
+    # step nothing counts up to ``from``, and all of it beyond ``to``
+    ends = np.log(np.array([1, *ANCHORS[: max(0, num_anchors - 1)], k], np.float64))
+    from_A, to_A = ends[:num_anchors, None], ends[1 : num_anchors + 1, None]
+    share_FK = np.ones((len(at_F), k + 1))
+    share_FK[num_anchors:, :k] = 0.0
+    ranks_AK = (np.log(np.arange(1, k + 1)) - from_A) / (to_A - from_A)
+    share_FK[:num_anchors, :k] = ranks_AK.clip(0.0, 1.0)
+    return _Layout(
+        size=(bits + 7) >> 3,
+        last_bits=(bits - 1) % 8 + 1,
+        step_bytes_F=at_F >> 3,
+        step_shifts_F=(at_F & 7).astype(np.uint32),
+        step_masks_F=((1 << widths_F) - 1).astype(np.uint32),
+        step_tables_F=np.array(tables, np.uint32),
+        exponents_FK=(share_FK / -LEVELS_PER_NAT).astype(np.float32),
+        id_bytes_K=ids_at_K >> 3,
+        id_shifts_K=(ids_at_K & 7).astype(np.uint32),
+        id_mask=np.uint32((1 << width) - 1),
+    )
+
+
+_cached_layout = lru_cache(maxsize=1024)(_layout)
+
+
+def _groups(
+    counts_N: _Array, payload_P: _Array, num_classes: int
+) -> Iterator[tuple[int, _Array, _Layout, _Array]]:
+    """Yield (k, rows that keep k, their layout, the 32 bits from each of their bytes on)."""
+    sizes = num_bytes(np.arange(1 + int(counts_N.max(initial=0))), num_classes)
+    ends_N = np.cumsum(sizes[counts_N])
     for first, last in _chunks(ends_N):
-        begin = int(ends_N[first - 1]) if first else 0
-        _check_fields(counts_N[first:last], payload_P[begin : ends_N[last - 1]], num_classes)
+        begin_N = np.concatenate([[ends_N[first - 1] if first else 0], ends_N[first : last - 1]])
+        data = np.concatenate([payload_P[begin_N[0] : ends_N[last - 1]], np.zeros(3, np.uint8)])
+        begin_N -= begin_N[0]
+        keys = counts_N[first:last].astype(np.uint16)  # NumPy's sort of 16 bits takes linear time
+        order = np.argsort(keys, kind="stable")
+        for rows_G in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            k = int(keys[rows_G[0]])
+            layout = (_cached_layout if k <= 255 else _layout)(k, num_classes)
+            bytes_GS = _runs(data, layout.size + 3)[begin_N[rows_G]]
+            shape, strides = (len(rows_G), layout.size), (layout.size + 3, 1)
+            words_GS = np.ndarray(shape, "<u4", bytes_GS, strides=strides).copy()
+            yield k, first + rows_G, layout, words_GS
 
 
-def _check_fields(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
-    bits_N = num_bits(counts_N, num_classes)
-    last_N = np.cumsum((bits_N + 7) >> 3) - 1
-    used_N = (bits_N - 1) % 8 + 1  # bits of the last byte
-    if (payload_P[last_N] >> used_N).any():
-        raise LabelSetError("an encoded label has bits behind its end")
-    indices_E = decode_rows(counts_N, payload_P, num_classes).indices_E
-    if (indices_E >= num_classes).any():
-        raise LabelSetError(f"an encoded label names a class above {num_classes - 1}")
-    row_E = np.repeat(np.arange(len(counts_N)), counts_N)
-    names_E = np.sort(row_E * num_classes + indices_E)
-    if (names_E[1:] == names_E[:-1]).any():
-        raise LabelSetError("an encoded label names a class twice")
+def _runs(flat: _Array, num: int) -> _Array:
+    """Return a view of so many entries from each on, as one item: copied and set as a whole."""
+    shape = (len(flat) - num + 1,)
+    return np.ndarray(shape, f"V{num * flat.itemsize}", flat, strides=flat.strides)
+
+
+def _put(flat_E: _Array, starts_G: _Array, rows_GK: _Array) -> None:
+    runs = _runs(flat_E, rows_GK.shape[1])
+    runs[starts_G] = rows_GK.view(runs.dtype)[:, 0]
+
+
+def _ids(words_GS: _Array, layout: _Layout) -> _Array:
+    ids_GK = words_GS.take(layout.id_bytes_K, axis=1)
+    ids_GK >>= layout.id_shifts_K
+    ids_GK &= layout.id_mask
+    return ids_GK
+
+
+def _weights(words_GS: _Array, layout: _Layout) -> _Array:
+    """Return p / p_1 of the kept ranks, and last of each class not kept."""
+    codes_GF = words_GS.take(layout.step_bytes_F, axis=1)
+    codes_GF >>= layout.step_shifts_F
+    codes_GF &= layout.step_masks_F
+    codes_GF += layout.step_tables_F
+    steps_GF = STEPS.take(codes_GF)
+    if steps_GF.sum(axis=1).max() > LOWEST:
+        levels_GF = np.minimum(steps_GF.cumsum(axis=1), np.float32(LOWEST))
+        steps_GF = np.diff(levels_GF, axis=1, prepend=np.float32(0.0))
+    weights_GK: _Array = steps_GF @ layout.exponents_FK
+    return np.exp(weights_GK, out=weights_GK)
 
 
 def _chunks(ends_N: _Array) -> Iterator[tuple[int, int]]:
@@ -174,38 +258,3 @@ def _chunks(ends_N: _Array) -> Iterator[tuple[int, int]]:
         last = max(first + 1, int(np.searchsorted(ends_N, begin + _CHUNK_BYTES, side="right")))
         yield first, last
         first = last
-
-
-def _levels(
-    data: _Array, begin_N: _Array, counts_N: _Array, num_classes: int
-) -> tuple[_Array, _Array]:
-    """Return (levels of rank 1 and every anchor N x (1 + A), level of the tail N)."""
-    num_anchors_N = anchors_of(counts_N)
-    has_tail_N = counts_N < num_classes
-    tail_N = np.where(has_tail_N, TAIL_STEPS[_fields(data, begin_N, TAIL_BITS)], 0)
-    at_N = begin_N + TAIL_BITS * has_tail_N
-    steps_NA = np.zeros((len(counts_N), 1 + max(1, int(num_anchors_N.max(initial=0)))), np.int64)
-    for slot in range(1, steps_NA.shape[1]):
-        table = FIRST_STEPS if slot == 1 else CURVE_STEPS
-        width = FIRST_BITS if slot == 1 else CURVE_BITS
-        has_N = num_anchors_N >= slot
-        codes_N = _fields(data, np.where(has_N, at_N, 0), width)
-        steps_NA[:, slot] = np.where(has_N, table[codes_N], 0)
-        at_N = at_N + width
-    levels_NA = np.minimum(np.cumsum(steps_NA, axis=1), LOWEST)
-    return levels_NA, np.minimum(levels_NA[:, -1] + tail_N, LOWEST)
-
-
-def _weight(levels: _Array) -> _Array:
-    weights: _Array = np.exp(levels.astype(np.float32) / np.float32(-LEVELS_PER_NAT))
-    return weights
-
-
-def _fields(data: _Array, at_F: _Array, width: int) -> _Array:
-    """Return fields of up to 20 bits that begin at these bits of padded bytes."""
-    byte_F = at_F >> 3
-    word_F = data[byte_F].astype(np.int64)
-    for i in range(1, (width + 14) // 8):
-        word_F |= data[byte_F + i].astype(np.int64) << (8 * i)
-    fields_F: _Array = (word_F >> (at_F & 7)) & ((1 << width) - 1)
-    return fields_F

@@ -1,11 +1,17 @@
 """The label set: what an ensemble said about some views of some images, as a verified artifact."""
 
-from mealv2.label_set.appended import Appender
+from mealv2.label_set.appended import Appender, write_rows
+from mealv2.label_set.boxes import boxes_of, boxes_sha256, refuse_drift
+from mealv2.label_set.claiming import claim
+from mealv2.label_set.encoding import Encoding, Form, Rows
 from mealv2.label_set.manifest import (
     FORMAT,
-    FORMAT_VERSION,
-    claim,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    UNKNOWN,
     describe_file,
+    listed_sha256,
+    maker_of,
     read_manifest,
     read_plan,
     shard_name,
@@ -14,31 +20,49 @@ from mealv2.label_set.manifest import (
 )
 from mealv2.label_set.reader import LabelSet, Lookup
 from mealv2.label_set.shard import (
+    FORMAT_VERSION,
+    Images,
     Shard,
-    class_id_type,
-    num_header_bytes,
-    num_label_bytes,
-    read_shard,
+    StoredViews,
+    block_of_member,
+    member_bytes,
     write_shard,
 )
+from mealv2.label_set.shard_file import ShardFile, read_shard
+from mealv2.label_set.shard_head import read_header
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "PLAN_NAME",
+    "UNKNOWN",
     "Appender",
+    "Encoding",
+    "Form",
+    "Images",
     "LabelSet",
     "Lookup",
+    "Rows",
     "Shard",
+    "ShardFile",
+    "StoredViews",
+    "block_of_member",
+    "boxes_of",
+    "boxes_sha256",
     "claim",
-    "class_id_type",
     "describe_file",
-    "num_header_bytes",
-    "num_label_bytes",
+    "listed_sha256",
+    "maker_of",
+    "member_bytes",
+    "read_header",
     "read_manifest",
     "read_plan",
     "read_shard",
+    "refuse_drift",
     "shard_name",
     "shard_ranges",
     "write_manifest",
+    "write_rows",
     "write_shard",
 ]

@@ -4,29 +4,36 @@ plan.json holds everything that determines the labels; a folder has one plan for
 repeats it, lists the shards that were found whole, with their hashes, and is the only "done".
 """
 
+import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mealv2.errors import ConfigError, LabelSetError
+from mealv2.errors import LabelSetError
 from mealv2.files import (
-    TEMPORARY_PREFIX,
     canonical_json,
-    file_sha256,
     json_sha256,
-    read_json,
+    parse_json,
     write_whole,
 )
+from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
 
 FORMAT = "mealv2 label set"
-FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
-_MAX_DIFFERENCES = 3
+UNKNOWN = "unknown"  # of imported labels: the hash of a teacher's weights, for one
+_MAKE_ANEW = "the command that made the set writes it anew from the shards"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
+_OWN_SHA256 = re.compile(rb'^  "manifest_sha256": "([0-9a-f]{64})"', re.MULTILINE)
 
 
-def shard_name(role: str, number: int) -> str:
-    """Return the file name of a shard; ``role`` is ``train`` or ``val``."""
-    return f"{role}-{number:05d}.h5"
+def shard_name(role: str, number: int, views: range | None = None) -> str:
+    """Return the file name of a shard; ``role`` is ``train`` or ``val``.
+
+    ``views`` are those of a block that was added to the set's first views.
+    """
+    block = "" if views is None else f"-views-{views.start}-{views.stop - 1}"
+    return f"{role}-{number:05d}{block}.h5"
 
 
 def shard_ranges(num_images: int, shard_size: int) -> list[range]:
@@ -37,137 +44,200 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
     ]
 
 
-def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Make ``folder`` the place of the label set that ``plan`` describes.
-
-    Writes plan.json when there is none, and anew when a finished set of this plan has lost it or
-    had it damaged: the manifest repeats it, under its hash. Raises ConfigError for a folder that
-    holds something else, LabelSetError naming what differs when it belongs to another plan, OSError
-    where it cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    data = canonical_json(plan).encode()
-    if _is_finished_set_of(folder, plan):
-        if not (folder / PLAN_NAME).exists() or (folder / PLAN_NAME).read_bytes() != data:
-            write_whole(folder / PLAN_NAME, data)
-        return
-    if not (folder / PLAN_NAME).exists():
-        strange = sorted(
-            p.name for p in folder.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
-        )
-        if strange:
-            raise ConfigError(f"{folder} is no label set and not empty ({strange[0]}, …)")
-    write_whole(folder / PLAN_NAME, data, replace=False)
-    differing = _differences(read_plan(folder), plan)
-    if differing:
-        shown = "; ".join(differing[:_MAX_DIFFERENCES])
-        more = len(differing) - _MAX_DIFFERENCES
-        raise LabelSetError(
-            f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
-            "Give another --out, or the settings it was made with"
-        )
-
-
-def _is_finished_set_of(folder: Path, plan: dict[str, Any]) -> bool:
-    try:
-        return bool(read_manifest(folder)["plan"] == plan)
-    except LabelSetError:
-        return False
-
-
 def read_plan(folder: Path) -> dict[str, Any]:
     """Return plan.json; raises LabelSetError where it is missing or damaged."""
     return _read(folder / PLAN_NAME, "it is no label set folder, or its plan was removed")
 
 
+def maker_of(plan: dict[str, Any]) -> str:
+    """Return the command that makes a set of this plan, as a person writes it."""
+    return f"`mealv2 {plan.get('derived', {}).get('command', 'precompute')}`"
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json; raises LabelSetError where it is missing, damaged or changed."""
-    missing = (
-        "no label set there; give the --out of `mealv2 precompute`"
-        if not (folder / PLAN_NAME).exists()
-        else ("the label set is not finished; run the same `mealv2 precompute` again")
-    )
-    manifest = _read(folder / MANIFEST_NAME, missing)
-    if not isinstance(manifest.get("plan"), dict) or not _lists_shards(manifest.get("roles")):
-        raise LabelSetError(f"{folder / MANIFEST_NAME} lacks its plan or its shards")
-    if manifest.get("plan_sha256") != json_sha256(manifest["plan"]):
-        raise LabelSetError(f"{folder / MANIFEST_NAME} was changed: its plan has another SHA-256")
+    path = folder / MANIFEST_NAME
+    missing = "no label set there; give the --out of `mealv2 precompute`"
+    if not path.exists() and (folder / PLAN_NAME).exists():
+        again = maker_of(read_plan(folder))
+        missing = f"the label set is not finished; run the same {again} again"
+    data = _read_bytes(path, missing)
+    own = _OWN_SHA256.search(data)
+    if own is not None and sha256(_blanked(data)).hexdigest().encode() != own[1]:
+        raise LabelSetError(f"{path} is damaged: it fails its own SHA-256; {_MAKE_ANEW}")
+    manifest = _parsed(path, data)
+    version = manifest.get("plan", {}).get("format_version")
+    if own is None and version != 1:
+        raise LabelSetError(f"{path} is damaged: it lacks its own SHA-256; {_MAKE_ANEW}")
+    if not isinstance(manifest.get("plan"), dict) or not _is_plan(manifest["plan"]):
+        raise LabelSetError(f"{path} lacks its plan")
+    try:
+        plan_sha256 = json_sha256(manifest["plan"])
+    except RecursionError:
+        raise LabelSetError(f"{path} is damaged: it is nested too deep") from None
+    if manifest.get("plan_sha256") != plan_sha256:
+        raise LabelSetError(f"{path} was changed: its plan has another SHA-256; {_MAKE_ANEW}")
+    if not _lists_shards(manifest.get("roles"), version):
+        raise LabelSetError(f"{path} lacks its shards")
     return manifest
 
 
 def write_manifest(folder: Path, plan: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """Write and return manifest.json: the plan, its hash, and ``parts`` (roles, versions)."""
-    manifest = {"plan": plan, "plan_sha256": json_sha256(plan), **parts}
+    manifest = {
+        "manifest_sha256": "0" * 64,
+        "plan": plan,
+        "plan_sha256": json_sha256(plan),
+        **parts,
+    }
+    own = sha256(canonical_json(manifest).encode()).hexdigest()
+    manifest["manifest_sha256"] = own
     write_whole(folder / MANIFEST_NAME, canonical_json(manifest).encode())
     return manifest
 
 
+def listed_sha256(folder: Path, plan_sha256: str) -> dict[str, str]:
+    """Return the SHA-256 of every shard that a manifest of this plan lists; {} without one."""
+    try:
+        manifest = read_manifest(folder)
+    except LabelSetError:
+        return {}
+    if manifest["plan_sha256"] != plan_sha256:
+        return {}
+    roles = manifest["roles"].values()
+    blocks = [block for role in roles for block in role.get("blocks", [role])]
+    return {shard["name"]: shard["sha256"] for block in blocks for shard in block["shards"]}
+
+
 def describe_file(path: Path, *, num_images: int) -> dict[str, Any]:
     """Return what the manifest says of a shard file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_SIZE)
+        digest = sha256(head)
+        while part := file.read(1 << 20):
+            digest.update(part)
+        size = file.tell()
     return {
         "name": path.name,
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "images": num_images,
-        "sha256": file_sha256(path),
+        "sha256": digest.hexdigest(),
+        "head_sha256": sha256(head).hexdigest(),
     }
 
 
+def _blanked(data: bytes) -> bytes:
+    """Return a manifest's bytes with zeros for the digits of its own hash."""
+    return _OWN_SHA256.sub(lambda found: found[0].replace(found[1], b"0" * 64), data, count=1)
+
+
 def _read(path: Path, missing: str) -> dict[str, Any]:
+    return _parsed(path, _read_bytes(path, missing))
+
+
+def _read_bytes(path: Path, missing: str) -> bytes:
     try:
-        value = read_json(path)
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise LabelSetError(f"no {path}: {missing}") from None
+    except IsADirectoryError:
+        raise LabelSetError(f"{path} is a folder, not a file of a label set") from None
+    except OSError as error:
+        raise LabelSetError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parsed(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse plan or manifest; raises LabelSetError for another format or version."""
+    try:
+        value = parse_json(data)
     except ValueError as error:
-        raise LabelSetError(f"{path} is damaged: {error}") from None
+        raise LabelSetError(
+            f"{path} is damaged: {error}; the command that made the set writes it anew"
+        ) from None
     if not isinstance(value, dict):
         raise LabelSetError(f"{path} is damaged: not a JSON object")
     plan = value.get("plan", value)
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise LabelSetError(f"{path} does not describe a {FORMAT}")
-    if plan.get("format_version") != FORMAT_VERSION:
+    if plan.get("format_version") not in (1, FORMAT_VERSION):
         raise LabelSetError(
             f"{path} has format version {plan.get('format_version')}; "
-            f"this mealv2 reads {FORMAT_VERSION}; use the version that wrote it"
+            f"this mealv2 reads 1 and {FORMAT_VERSION}; use the version that wrote it"
         )
     return value
 
 
-def _lists_shards(roles: object) -> bool:
-    """Return whether every role lists shard files of the folder itself, with size and hash."""
-    if not isinstance(roles, dict):
+def _is_plan(plan: dict[str, Any]) -> bool:
+    """Return whether a plan has what every reader asks it for."""
+    classes, roles = plan.get("classes"), plan.get("roles")
+    teachers, derived = plan.get("teachers", []), plan.get("derived", {"how": "", "from": []})
+    if not (isinstance(teachers, list) and isinstance(derived, dict)):
+        return False
+    if not (isinstance(derived.get("how"), str) and isinstance(derived.get("from"), list)):
+        return False
+    if not all(isinstance(t, dict) and isinstance(t.get("model"), str) for t in teachers):
+        return False
+    return (
+        isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and _is_count(plan.get("img_size"))
+        and isinstance(roles, dict)
+        and all(
+            isinstance(role, dict)
+            and _is_count(role.get("num_views"))
+            and isinstance(role.get("views", {}), dict)
+            for role in roles.values()
+        )
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 62
+
+
+def _lists_shards(roles: object, version: int) -> bool:
+    """Return whether every role lists shard files of the folder itself, with size and hashes."""
+    if not isinstance(roles, dict) or not roles:
         return False
     for role in roles.values():
         if not (isinstance(role, dict) and isinstance(role.get("skipped"), dict)):
             return False
-        shards = role.get("shards")
-        if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
+        if not all(isinstance(reason, str) for reason in role["skipped"].values()):
             return False
-        for entry in shards:
-            name = entry.get("name")
-            if not isinstance(name, str) or Path(name).name != name:
-                return False
-            if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
-                return False
+        if "accuracy" in role and not _is_accuracy(role["accuracy"]):
+            return False
+        blocks = role.get("blocks") if version > 1 else [{"views": [0, 1], **role}]
+        if not (isinstance(blocks, list) and blocks and all(map(_is_block, blocks))):
+            return False
+        begins = [0, *(block["views"][1] for block in blocks[:-1])]
+        if begins != [block["views"][0] for block in blocks]:
+            return False
     return True
 
 
-def _differences(there: object, here: object, name: str = "") -> list[str]:
-    """List in words where two JSON values differ, by dotted name."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            line
-            for key in sorted(there.keys() | here.keys())
-            for line in _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        return [
-            line
-            for position, (a, b) in enumerate(zip(there, here, strict=True))
-            for line in _differences(a, b, f"{name}[{position}]")
-        ]
-    return [] if there == here else [f"{name} is {_short(there)} there and {_short(here)} here"]
+def _is_accuracy(accuracy: object) -> bool:
+    if not isinstance(accuracy, dict) or not isinstance(accuracy.get("teachers"), list):
+        return False
+    return all(
+        isinstance(figures, dict)
+        and all(isinstance(figures.get(name), int | float) for name in ("top1", "top5"))
+        for figures in (*accuracy["teachers"], accuracy.get("ensemble"))
+    )
 
 
-def _short(value: object) -> str:
-    text = f"{len(value)} entries" if isinstance(value, list | dict) else str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+def _is_block(block: object) -> bool:
+    if not isinstance(block, dict):
+        return False
+    views, shards = block.get("views"), block.get("shards")
+    if not (isinstance(views, list) and len(views) == 2 and isinstance(shards, list)):
+        return False
+    if not (all(isinstance(view, int) for view in views) and 0 <= views[0] < views[1] < 1 << 62):
+        return False
+    return all(
+        isinstance(entry, dict)
+        and isinstance(name := entry.get("name"), str)
+        and _FILE_NAME.fullmatch(name)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for entry in shards
+    )

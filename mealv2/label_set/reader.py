@@ -2,21 +2,31 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
-from mealv2.label_set.manifest import read_manifest
-from mealv2.label_set.shard import APPENDED_PREFIX, column_offsets, read_shard, shard_keys
-from mealv2.soft_labels import SoftLabels
+from mealv2.label_set import version1
+from mealv2.label_set.encoding import Encoding, Rows
+from mealv2.label_set.label_reader import most_open
+from mealv2.label_set.manifest import maker_of, read_manifest
+from mealv2.label_set.shard import APPENDED_PREFIX
+from mealv2.label_set.shard_file import ShardFile
+from mealv2.label_set.table import StoredBoxes, Table, encoded
+from mealv2.soft_labels import Labels
+from mealv2.views import RECIPE, STORED_BOXES, DrawnViews, Views
 
 
 class Lookup(NamedTuple):
-    """Labels of N views: class ids int64, probabilities float32, most likely first unless dense."""
+    """Labels of N views: class ids int64, probabilities float32, most likely first unless dense.
+
+    Where a view keeps fewer classes than another, id -1 and probability 0 fill its row.
+    """
 
     indices_NK: np.ndarray
     probs_NK: np.ndarray
@@ -25,13 +35,19 @@ class Lookup(NamedTuple):
 class LabelSet:
     """The labels of one role of a label set: ``train``, many views, or ``val``, the centre crop.
 
-    Length is the number of images with all their views labelled. ``appended`` names the files of
-    single rows that later jobs added. Shards are read through memory maps made at first use, so
-    that an open set can be handed to worker processes.
+    Length is the number of images with labels. ``appended`` names the files of single rows that
+    later jobs added. What finds a label is in memory; the labels are read from the shards, of which
+    some stay open, at most a quarter of what the process may have open. An open set works in forked
+    workers; a spawned one opens it again by its path.
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], role: str, appended: Sequence[str]
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        role: str,
+        appended: Sequence[str],
+        num_views: int | None = None,
     ) -> None:
         plan = manifest["plan"]
         self.folder = folder
@@ -39,20 +55,34 @@ class LabelSet:
         self.role = role
         self.classes: list[str] = plan["classes"]
         self.num_classes = len(self.classes)
-        self.num_views = int(plan["roles"][role]["num_views"])
         self.img_size = int(plan["img_size"])
-        self._names = [entry["name"] for entry in manifest["roles"][role]["shards"]]
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
-        self._rows: dict[str, tuple[int, int]] = {}
-        for number, entry in enumerate(manifest["roles"][role]["shards"]):
-            for row, key in enumerate(self._open_shard(entry)):
-                self._rows[key] = (number, row)
+        is_old = plan["format_version"] == 1
+        self.encoding = version1.encoding_of(plan) if is_old else Encoding.of_plan(plan)
+        entry = manifest["roles"][role]
+        views = [range(plan["roles"][role]["num_views"])]
+        if not is_old:
+            views = [range(*block["views"]) for block in entry["blocks"]]
+        self.num_views = views[-1].stop if num_views is None else num_views
+        if self.num_views not in {block.stop for block in views}:
+            raise LabelSetError(
+                f"{folder} holds {' or '.join(str(block.stop) for block in views)} views of each "
+                f"image, {num_views} are needed"
+            )
+        views = [block for block in views if block.stop <= self.num_views]
+        if is_old:
+            files = [version1.shard_files(folder, manifest, role)]
+        else:
+            listed = zip(views, entry["blocks"], strict=False)
+            files = [[self._open_shard(s, v) for s in block["shards"]] for v, block in listed]
+        self._tables = [Table(*table) for table in zip(files, views, strict=True)]
         self.appended = list(appended)
-        self._appended_rows: dict[tuple[str, int], tuple[int, int]] = {}
-        for name in self.appended:
-            for row, place in enumerate(self._open_appended(folder / name)):
-                self._appended_rows.setdefault(place, (len(self._names), row))
-            self._names.append(name)
+        more = [_open_appended(folder / name, manifest, role) for name in self.appended]
+        self._more = Table(more, range(0, 1))
+        self._more_rows: dict[tuple[str, int], int] = {}
+        for row, place in enumerate(self._more.places()):
+            self._more_rows.setdefault(place, row)
+        for file in islice((file for table in self._tables for file in table.files), most_open()):
+            file.stays_open = True
 
     @classmethod
     def open(
@@ -61,39 +91,64 @@ class LabelSet:
         *,
         role: str = "train",
         appended: Sequence[str] | None = None,
+        num_views: int | None = None,
     ) -> "LabelSet":
         """Open the finished label set in a folder.
 
-        Checks the manifest, and every shard's presence, size and contents against its hashes (about
-        a second per 2 GB). ``appended`` limits the appended files to those named, so that a run
-        that goes on sees what it saw before; None takes all that are there. Raises LabelSetError
-        when the set is unfinished, damaged or has no such role.
+        Checks the manifest, every shard's presence and size, and everything by which labels are
+        found; the labels themselves are checked whenever they are read. ``appended`` limits the
+        appended files to those named, ``num_views`` the views to the first ones, so that a run that
+        goes on sees what it saw before; None takes all that are there. Raises LabelSetError when
+        the set is unfinished, damaged, or has no such role.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        if role not in manifest["roles"]:
+        if role not in manifest["roles"] or role not in manifest["plan"]["roles"]:
             raise LabelSetError(
                 f"{folder} has no {role} labels (it has {', '.join(manifest['roles'])})"
             )
         if appended is None:
             found = folder.glob(f"{role}-{APPENDED_PREFIX}*.h5")
             appended = sorted(path.name for path in found)
-        return cls(folder, manifest, role, appended)
+        return cls(folder, manifest, role, appended, num_views)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.folder, self.role, self.appended, self.num_views)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._tables[0].num_rows
 
     def __contains__(self, key: object) -> bool:
-        return key in self._rows
+        return isinstance(key, str) and self._tables[0].row(key) is not None
 
     def holds(self, key: str, view: int) -> bool:
         """Return whether the label of a view is there, in a shard or appended."""
-        in_shard = key in self._rows and 0 <= view < self.num_views
-        return in_shard or (key, view) in self._appended_rows
+        if (key, view) in self._more_rows:
+            return True
+        return any(view in table.views and table.row(key) is not None for table in self._tables)
+
+    def has_labels(self, keys: Sequence[str]) -> np.ndarray:
+        """Return of each image whether it has labels, bool."""
+        has_labels_N: np.ndarray = self._tables[0].rows(encoded(keys)) >= 0
+        return has_labels_N
+
+    def views(self) -> Views:
+        """Return what the labelled views are; raises LabelSetError for those of another recipe."""
+        recipe = dict(self.manifest["plan"]["roles"][self.role].get("views", {}))
+        if recipe == STORED_BOXES:
+            return StoredBoxes(self._tables)
+        seed = recipe.pop("seed", None)
+        if recipe == RECIPE and isinstance(seed, int) and 0 <= seed < 1 << 64:
+            return DrawnViews(seed)
+        raise LabelSetError(
+            f"{self.folder} labels views of another recipe than this mealv2 cuts "
+            f"({recipe.get('name')}, version {recipe.get('version')})"
+        )
 
     def keys(self) -> Iterator[str]:
         """Iterate over the keys of the labelled images, in the order of the data set."""
-        return iter(self._rows)
+        for file in self._tables[0].files:
+            yield from file.keys()
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -101,95 +156,145 @@ class LabelSet:
         skipped: dict[str, str] = self.manifest["roles"][self.role]["skipped"]
         return skipped
 
+    @property
+    def appended_files(self) -> list[ShardFile]:
+        """The files of rows that were appended."""
+        return self._more.files
+
+    @property
+    def num_appended(self) -> int:
+        """How many rows were appended."""
+        return self._more.num_rows
+
+    @property
+    def blocks(self) -> list[tuple[range, list[ShardFile]]]:
+        """The views of each block, and its shards."""
+        return [(table.views, table.files) for table in self._tables]
+
     def lookup(self, keys: Sequence[str], views: Sequence[int]) -> Lookup:
         """Return the labels of view ``views[i]`` of image ``keys[i]``, row by row.
 
-        Raises LabelSetError for an image or a view that the set does not hold, ValueError when the
-        two sequences differ in length.
+        Raises LabelSetError for an image or a view that the set does not hold, or whose labels are
+        damaged, ValueError when the two sequences differ in length.
         """
         labels = self.soft_labels(keys, views)
-        return Lookup(labels.indices_NK.numpy(), labels.probs_NK.numpy())
+        if isinstance(labels, EncodedLabels):
+            kept = labels.kept()
+            indices_NK = torch.where(kept.is_kept_NK, kept.indices_NK, -1)
+            return Lookup(indices_NK.numpy(), kept.probs_NK.numpy())
+        indices_NK = labels.indices_NK.contiguous()  # of dense labels it is one row, repeated
+        return Lookup(indices_NK.numpy(), labels.probs_NK.float().numpy())
 
-    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> SoftLabels:
-        """Return the same labels as tensors, with the mass that was not kept; raises as lookup."""
-        places = [self._place(key, view) for key, view in zip(keys, views, strict=True)]
-        k = self.manifest["plan"]["topk"]
-        indices_NK = np.empty((len(places), k), dtype=np.int64)
-        probs_NK = np.empty((len(places), k), dtype=np.float32)
-        rest_N = np.zeros(len(places), dtype=np.float32)
-        for position, (number, row, view) in enumerate(places):
-            columns = self._columns(number)
-            probs_NK[position] = columns["probs"][row, view]
-            if "indices" in columns:
-                indices_NK[position] = columns["indices"][row, view]
-                rest_N[position] = columns["rest"][row, view]
-            else:
-                indices_NK[position] = np.arange(k)
-        return SoftLabels(
-            torch.from_numpy(indices_NK),
-            torch.from_numpy(probs_NK),
-            torch.from_numpy(rest_N),
-            self.num_classes,
-        )
+    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
+        """Return the same labels in the set's own form; raises as lookup."""
+        return self.rows(keys, views).labels
 
-    def _place(self, key: str, view: int) -> tuple[int, int, int]:
-        """Return the file, row and column of a label."""
-        if (key, view) in self._appended_rows:
-            return *self._appended_rows[key, view], 0
-        if key not in self._rows:
+    def rows(self, keys: Sequence[str], views: Sequence[int]) -> Rows:
+        """Return the same with the ensemble's mean logits, if the set keeps them."""
+        if len(keys) != len(views):
+            raise ValueError(f"{len(keys)} keys and {len(views)} views")
+        all_names = encoded(keys)
+        views_N = _whole_numbers(views)
+        more_N = np.full(len(keys), -1)
+        if self._more_rows:
+            places = zip(keys, map(int, views), strict=True)
+            more_N = np.array([self._more_rows.get(place, -1) for place in places], dtype=np.int64)
+        found = []
+        where = np.flatnonzero(more_N >= 0)
+        if len(where):
+            names, first_N = [all_names[i] for i in where.tolist()], np.zeros_like(where)
+            found.append((where, self._more.read(names, more_N[where], first_N, self.encoding)))
+        for table in self._tables:
+            first, stop = table.views.start, table.views.stop
+            where = np.flatnonzero((more_N < 0) & (views_N >= first) & (views_N < stop))
+            if len(where) or not len(keys):
+                is_all = len(where) == len(keys)
+                names = all_names if is_all else [all_names[i] for i in where.tolist()]
+                rows_N = table.rows(names)
+                if (rows_N < 0).any():
+                    missing = int(where[np.argmin(rows_N)])
+                    raise self._lacks(keys[missing], int(views[missing]))
+                read = table.read(names, rows_N, views_N[where] - first, self.encoding)
+                found.append((where, read))
+        told = np.concatenate([where for where, _ in found]) if found else np.empty(0, np.int64)
+        if len(told) < len(keys):
+            missing = int(np.setdiff1d(np.arange(len(keys)), told)[0])
+            raise self._lacks(keys[missing], int(views[missing]))
+        return _in_order(found)
+
+    def _lacks(self, key: str, view: int) -> LabelSetError:
+        """Return the error for a row that is not there."""
+        if key not in self:
             reason = self.skipped.get(key)
             why = f"it was skipped: {reason}" if reason else "it is not an image of this set"
-            raise LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
-        if not 0 <= view < self.num_views:
-            raise LabelSetError(
-                f"{self.folder} has no view {view} of {key!r}; it holds {self.num_views}, from 0"
-            )
-        return *self._rows[key], view
+            return LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
+        held = [table.views for table in self._tables if table.row(key) is not None]
+        why = f"it holds {sum(map(len, held))}, from 0"
+        if view < self.num_views:
+            why += "; the image could not be read when the others were added"
+        return LabelSetError(f"{self.folder} has no view {view} of {key!r}; {why}")
 
-    def _open_shard(self, entry: dict[str, Any]) -> list[str]:
-        """Check a shard against the manifest; return its keys."""
+    def _open_shard(self, entry: dict[str, Any], views: range) -> ShardFile:
+        """Check a shard's index against the manifest, and return it."""
         path = self.folder / entry["name"]
+        again = f"run the same {maker_of(self.manifest['plan'])} again to make it anew"
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise LabelSetError(
-                f"cannot read shard {path}: {error.strerror}; run the same `mealv2 precompute` "
-                "again to make it anew"
-            ) from None
-        if len(data) != entry["bytes"] or sha256(data).hexdigest() != entry["sha256"]:
-            raise LabelSetError(
-                f"shard {path} is not the one in the manifest (its size or its "
-                "contents are others); run the same `mealv2 precompute` "
-                "again to make it anew"
-            )
-        return shard_keys(data)
-
-    def _open_appended(self, path: Path) -> list[tuple[str, int]]:
-        """Check a file of appended rows by its own checksum; return the place of every row."""
-        try:
-            shard = read_shard(path)
-        except FileNotFoundError:
-            raise LabelSetError(f"{path} is gone; labels that this run used were in it") from None
+            file = ShardFile(path)
         except LabelSetError as error:
-            raise LabelSetError(f"{error}; remove the file, its rows can be made again") from None
-        of_this_set = (shard.plan_sha256, shard.role) == (self.manifest["plan_sha256"], self.role)
-        if not of_this_set or shard.views is None:
-            raise LabelSetError(f"{path} holds rows of another label set; remove it")
-        return list(zip(shard.keys, shard.views[:, 0].tolist(), strict=True))
+            raise LabelSetError(f"{error}; {again}") from None
+        except OSError as error:
+            raise LabelSetError(f"cannot read shard {path}: {error.strerror}; {again}") from None
+        header = file.header
+        of_these = (header["plan_sha256"], header["role"], file.first_view, file.num_views) == (
+            self.manifest["plan_sha256"],
+            self.role,
+            views.start,
+            len(views),
+        )
+        if file.head_sha256 != entry.get("head_sha256") or not of_these:
+            raise LabelSetError(f"shard {path} is not the one in the manifest; {again}")
+        return file
 
-    def _columns(self, number: int) -> dict[str, np.ndarray]:
-        """Return the memory-mapped columns of a shard: probs, and unless dense indices and rest."""
-        if number not in self._maps:
-            path = self.folder / self._names[number]
-            size = path.stat().st_size
-            # torch maps the file and closes it; np.memmap would keep a descriptor of each column
-            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-            self._maps[number] = {
-                name: np.ndarray(shape, dtype, buffer=mapped, offset=offset)
-                for name, (offset, shape, dtype) in column_offsets(path).items()
-                if name in ("probs", "indices", "rest") and 0 not in shape
-            }
-        return self._maps[number]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+_BEYOND = 1 << 62
+
+
+def _whole_numbers(views: Sequence[int]) -> np.ndarray:
+    """Return views as int64; one that has more bits is in no block, and becomes _BEYOND."""
+    try:
+        return np.asarray(views, dtype=np.int64).reshape(-1)
+    except OverflowError:
+        return np.array([max(-1, min(int(view), _BEYOND)) for view in views], dtype=np.int64)
+
+
+def _open_appended(path: Path, manifest: dict[str, Any], role: str) -> ShardFile:
+    """Check a file of appended rows; raises LabelSetError where it is none of this set."""
+    if manifest["plan"]["format_version"] == 1 and version1.is_old(path):
+        return version1.appended_file(path, manifest, role)
+    try:
+        file = ShardFile(path)
+    except FileNotFoundError:
+        raise LabelSetError(f"{path} is gone; labels that this run used were in it") from None
+    except LabelSetError as error:
+        raise LabelSetError(f"{error}; remove the file, its rows can be made again") from None
+    except OSError as error:
+        raise LabelSetError(f"cannot read {path}: {error.strerror}") from None
+    of_this_set = (file.header["plan_sha256"], file.header["role"]) == (
+        manifest["plan_sha256"],
+        role,
+    )
+    if not of_this_set or not file.has_column("views") or file.num_views != 1:
+        raise LabelSetError(f"{path} holds rows of another label set; remove it")
+    return file
+
+
+def _reopen(folder: Path, role: str, appended: Sequence[str], num_views: int) -> LabelSet:
+    return LabelSet.open(folder, role=role, appended=appended, num_views=num_views)
+
+
+def _in_order(found: list[tuple[np.ndarray, Rows]]) -> Rows:
+    """Put rows that were read in groups where they belong."""
+    if len(found) == 1:
+        return found[0][1]
+    order = torch.from_numpy(np.concatenate([where for where, _ in found]).argsort())
+    return Rows.joined([rows for _, rows in found]).rows(order)

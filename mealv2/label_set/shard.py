@@ -1,15 +1,19 @@
-"""One shard of a label set: HDF5 in contiguous columns, with a checksum of its own.
+"""One shard of a label set: an HDF5 file in contiguous columns, behind a head of our own.
 
-Written in memory and published whole; see docs/label-set-format.md for the bytes.
+The head, 512 bytes that HDF5 leaves to its users, says where everything is and its SHA-256, so
+that reading needs no HDF5 library and nothing unchecked is ever parsed. Written in memory and
+published whole; docs/label-set-format.md has every byte.
 """
 
-import io
 import json
 import secrets
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import h5py
 import numpy as np
@@ -18,50 +22,93 @@ from mealv2.errors import LabelSetError
 from mealv2.files import write_whole
 
 APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
+FORMAT_VERSION = 2
 
+MAGIC = b"MEALV2\x1a\n"
+# magic, format version, 0, bytes of the file, offset and bytes of the header, its SHA-256
+HEAD = struct.Struct("<8sII QQQ 32s")
+HEAD_SIZE = 512  # of HDF5's user block; 72 bytes of it, their SHA-256, zeros
 _LIBRARY_VERSION = "v110"  # HDF5 1.10's file format: readable everywhere, and byte-reproducible
+LABELS = "labels"  # the one column that is not checked as a whole when a set is opened
+
+# Every column: its type and its number of dimensions, the first of them the images.
+COLUMNS: dict[str, tuple[str, int]] = {
+    LABELS: ("|u1", 1),
+    "keys": ("|u1", 1),
+    "key_ends": ("<u8", 1),
+    "key_hashes": ("<u8", 1),
+    "label_ends": ("<u8", 1),
+    "crc32": ("<u4", 1),
+    "image_sizes": ("<u4", 2),
+    "file_bytes": ("<u8", 1),
+    "classes": ("<u4", 1),
+    "boxes": ("<u2", 3),
+    "flips": ("|u1", 2),
+    "views": ("<u8", 1),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a label set knows of N images beside their labels.
+
+    ``sizes_N2`` width and height in pixels, ``file_bytes_N`` the size of the file, ``classes_N``
+    the data set's own class id; all whole numbers.
+    """
+
+    sizes_N2: np.ndarray
+    file_bytes_N: np.ndarray
+    classes_N: np.ndarray
+
+    def rows(self, order: Sequence[int] | np.ndarray) -> "Images":
+        """Return images by index."""
+        order = np.asarray(order, dtype=np.int64)
+        return Images(self.sizes_N2[order], self.file_bytes_N[order], self.classes_N[order])
+
+    @staticmethod
+    def joined(parts: "Sequence[Images]") -> "Images":
+        """Return the images of several, one after another."""
+        return Images(
+            np.concatenate([part.sizes_N2 for part in parts]),
+            np.concatenate([part.file_bytes_N for part in parts]),
+            np.concatenate([part.classes_N for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Boxes of N images x V views that no arithmetic gives again, as fractions of 65535.
+
+    ``boxes_NV4`` uint16 top, left, height, width of the image's; ``flips_NV`` 0 or 1.
+    """
+
+    boxes_NV4: np.ndarray
+    flips_NV: np.ndarray
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The labels of N images x V views, K classes each.
+    """The labels of N images x V views, from ``first_view`` on; ``blocks`` has one per image.
 
-    ``probs`` (N, V, K) float16 or float32; ``indices`` (N, V, K) uint16 or uint32 class ids and
-    ``rest`` (N, V) the mass not kept, both None for dense labels in class order; ``skipped`` the
-    images without labels and why; ``counts`` whole numbers, such as how many answers were right.
-    ``views`` (N, V) uint64 names the views where they are not 0..V-1: in appended rows, which may
-    have a key more than once.
+    ``skipped`` the images of this shard without labels, by key: their ``position`` among all the
+    images of the shard, ``reason``, ``bytes`` and ``class``. ``boxes_sha256`` covers the boxes that
+    were cut (see ``boxes_sha256``); ``counts`` are whole numbers, such as how many answers were
+    right. In appended rows V is 1, and ``views_N`` names each row's view: a key may come twice.
     """
 
     plan_sha256: str
     role: str
     number: int
+    first_view: int
+    num_views: int
     keys: list[str]
-    probs: np.ndarray
-    indices: np.ndarray | None = None
-    rest: np.ndarray | None = None
-    views: np.ndarray | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
+    blocks: list[bytes]
+    images: Images | None = None
+    stored_views: StoredViews | None = None
+    views_N: np.ndarray | None = None
+    boxes_sha256: str | None = None
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
-
-
-def class_id_type(num_classes: int) -> np.dtype[Any]:
-    """Return the smallest stored type that holds every class id."""
-    return np.dtype("<u2" if num_classes <= 1 << 16 else "<u4")
-
-
-def num_label_bytes(k: int, num_classes: int, label_dtype: str) -> int:
-    """Return how many bytes one view's label takes."""
-    value = np.dtype(label_dtype).itemsize
-    if k == num_classes:
-        return k * value
-    return k * (class_id_type(num_classes).itemsize + value) + value
-
-
-def num_header_bytes() -> int:
-    """Return how many bytes a shard takes beside labels and keys."""
-    columns = np.zeros((1, 1, 1), "<f2"), np.zeros((1, 1, 1), "<u2"), np.zeros((1, 1), "<f2")
-    return len(shard_bytes(Shard("0" * 64, "train", 0, ["k"], *columns)))
 
 
 def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
@@ -69,64 +116,49 @@ def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
     return write_whole(path, shard_bytes(shard), replace=replace)
 
 
-def read_shard(path: Path) -> Shard:
-    """Read a shard and check every byte of it; raises LabelSetError with the reason.
-
-    A missing file raises FileNotFoundError.
-    """
-    try:
-        with h5py.File(io.BytesIO(path.read_bytes()), "r") as file:
-            columns = {name: file[name][()] for name in file}
-            header = json.loads(str(file.attrs["header"]))
-            digest = str(file.attrs["payload_sha256"])
-        if digest != _digest(header, columns):
-            raise LabelSetError(f"shard {path} is damaged: its contents fail their SHA-256")
-        keys = _unpack_keys(columns["keys"], columns["key_ends"])
-        return Shard(
-            keys=keys,
-            probs=columns["probs"],
-            indices=columns.get("indices"),
-            rest=columns.get("rest"),
-            views=columns.get("views"),
-            **header,
-        )
-    except (LabelSetError, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # h5py raises OSError, KeyError, ValueError, RuntimeError on damage
-        raise LabelSetError(f"shard {path} is damaged: {type(error).__name__}: {error}") from error
+def key_hash(key: bytes) -> bytes:
+    """Return the 8 bytes under which an image is found: BLAKE2b-64 of its key in UTF-8."""
+    return blake2b(key, digest_size=8).digest()
 
 
-def shard_keys(data: bytes) -> list[str]:
-    """Return the keys of a shard whose bytes are known to be whole (their hash was checked)."""
-    with h5py.File(io.BytesIO(data), "r") as file:
-        return _unpack_keys(file["keys"][()], file["key_ends"][()])
+def block_crc(key: bytes, block: bytes | memoryview) -> int:
+    """Return the CRC-32 (zlib's) of a key in UTF-8 followed by the image's block."""
+    return crc32(block, crc32(key))
 
 
-def column_offsets(path: Path) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
-    """Return where each column lies in the file: name -> (byte offset, shape, type)."""
-    with h5py.File(path, "r") as file:
-        return {
-            name: (column.id.get_offset() or 0, column.shape, column.dtype)
-            for name, column in file.items()
-        }
+def member_bytes(key: str, block: bytes) -> bytes:
+    """Return an image's block as it stands alone, in a tar shard: with its CRC-32 behind it."""
+    return block + block_crc(key.encode(), block).to_bytes(4, "little")
+
+
+def block_of_member(key: str, data: bytes) -> bytes:
+    """Return the block that member_bytes was given; raises LabelSetError where it is damaged."""
+    block = data[:-4]
+    if len(data) < 4 or block_crc(key.encode(), block) != int.from_bytes(data[-4:], "little"):
+        raise LabelSetError(f"the labels of {key!r} are damaged (CRC-32)")
+    return block
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 def shard_bytes(shard: Shard) -> bytes:
-    """Return the HDF5 file of a shard; equal shards give equal bytes."""
-    packed, ends = _pack_keys(shard.keys)
-    columns = {"keys": packed, "key_ends": ends, "probs": shard.probs}
-    if (shard.indices is None) != (shard.rest is None):
-        raise ValueError("class ids and the rest go together: a dense label has neither")
-    if shard.indices is not None and shard.rest is not None:
-        columns |= {"indices": shard.indices, "rest": shard.rest}
-    if shard.views is not None:
-        columns["views"] = shard.views
-    header = {
+    """Return the file of a shard; equal shards give equal bytes."""
+    columns = _columns(shard)
+    header: dict[str, Any] = {
         "plan_sha256": shard.plan_sha256,
         "role": shard.role,
         "number": shard.number,
+        "first_view": shard.first_view,
+        "num_views": shard.num_views,
+        "boxes_sha256": shard.boxes_sha256,
         "skipped": shard.skipped,
         "counts": shard.counts,
+        "columns": {
+            name: {"offset": 0, "type": column.dtype.str, "shape": list(column.shape)}
+            | ({} if name == LABELS else {"sha256": sha256(column.tobytes()).hexdigest()})
+            for name, column in columns.items()
+        },
     }
     with h5py.File(
         f"shard-{secrets.token_hex(8)}",  # in memory; of one name HDF5 opens only one at a time
@@ -134,33 +166,49 @@ def shard_bytes(shard: Shard) -> bytes:
         driver="core",
         backing_store=False,
         libver=("earliest", _LIBRARY_VERSION),
+        userblock_size=HEAD_SIZE,
     ) as file:
         for name, column in columns.items():
-            file.create_dataset(name, data=column, track_times=False)
-        text = json.dumps(header, sort_keys=True, ensure_ascii=False)
-        file.attrs["header"] = text
-        file.attrs["payload_sha256"] = _digest(header, columns)
+            dataset = file.create_dataset(name, data=column, track_times=False)
+            # an empty column lies nowhere
+            header["columns"][name]["offset"] = dataset.id.get_offset() or HEAD_SIZE
+        text = np.frombuffer(
+            json.dumps(header, sort_keys=True, ensure_ascii=False).encode(), dtype="|u1"
+        )
+        header_at = file.create_dataset("header", data=text, track_times=False).id.get_offset()
         file.flush()
         image: bytes = file.id.get_file_image()
-    return image
+    head = HEAD.pack(
+        MAGIC,
+        FORMAT_VERSION,
+        0,
+        HEAD_SIZE + len(image),
+        header_at,
+        len(text),
+        sha256(text.tobytes()).digest(),
+    )
+    return (head + sha256(head).digest()).ljust(HEAD_SIZE, b"\0") + image
 
 
-def _digest(header: dict[str, Any], columns: dict[str, np.ndarray]) -> str:
-    digest = sha256(json.dumps(header, sort_keys=True, ensure_ascii=False).encode())
-    for name, column in sorted(columns.items()):
-        digest.update(f"{name}\0{column.dtype.str}\0{column.shape}\n".encode())
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
-
-
-def _pack_keys(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all keys as UTF-8 bytes in a row, and where each ends."""
-    encoded = [key.encode() for key in keys]
-    ends = np.cumsum([len(key) for key in encoded], dtype="<u8")
-    return np.frombuffer(b"".join(encoded), dtype="u1"), ends
-
-
-def _unpack_keys(packed: np.ndarray, ends: np.ndarray) -> list[str]:
-    data = packed.tobytes()
-    starts = [0, *ends.tolist()[:-1]]
-    return [data[a:b].decode() for a, b in zip(starts, ends.tolist(), strict=False)]
+def _columns(shard: Shard) -> dict[str, np.ndarray]:
+    """Return the columns of a shard by name, the labels first."""
+    keys = [key.encode() for key in shard.keys]
+    blocks = shard.blocks
+    columns: dict[str, np.ndarray] = {
+        LABELS: np.frombuffer(b"".join(blocks), dtype="|u1"),
+        "keys": np.frombuffer(b"".join(keys), dtype="|u1"),
+        "key_ends": np.cumsum([len(key) for key in keys], dtype="<u8"),
+        "key_hashes": np.frombuffer(b"".join(map(key_hash, keys)), dtype="<u8"),
+        "label_ends": np.cumsum([len(block) for block in blocks], dtype="<u8"),
+        "crc32": np.array([*map(block_crc, keys, blocks)], dtype="<u4"),
+    }
+    if shard.images is not None:
+        columns["image_sizes"] = shard.images.sizes_N2.astype("<u4")
+        columns["file_bytes"] = shard.images.file_bytes_N.astype("<u8")
+        columns["classes"] = shard.images.classes_N.astype("<u4")
+    if shard.stored_views is not None:
+        columns["boxes"] = shard.stored_views.boxes_NV4.astype("<u2")
+        columns["flips"] = shard.stored_views.flips_NV.astype("|u1")
+    if shard.views_N is not None:
+        columns["views"] = shard.views_N.astype("<u8")
+    return columns

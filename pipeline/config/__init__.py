@@ -6,7 +6,7 @@ The command line is built from these fields; a run folder keeps them as config.j
 from pipeline.config.base import (
     DEFAULT_EMA_DECAY,
     DEFAULT_IMG_SIZE,
-    DEFAULT_TOPK,
+    DEFAULT_RATE,
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
@@ -17,6 +17,17 @@ from pipeline.config.base import (
 )
 from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import flag, plain, spelling, split_teachers
+from pipeline.config.label_sets import (
+    LabelsAddViewsConfig,
+    LabelsConvertConfig,
+    LabelsExportConfig,
+    LabelsImportConfig,
+    LabelsInfoConfig,
+    LabelsMergeConfig,
+    LabelsSplitConfig,
+    LabelsVerifyConfig,
+    NewEncoding,
+)
 from pipeline.config.labels import PrecomputeConfig
 from pipeline.config.training import FinetuneConfig, TrainConfig
 from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
@@ -24,7 +35,7 @@ from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, Predic
 __all__ = [
     "DEFAULT_EMA_DECAY",
     "DEFAULT_IMG_SIZE",
-    "DEFAULT_TOPK",
+    "DEFAULT_RATE",
     "NO_SPLIT",
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
@@ -33,7 +44,16 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
+    "LabelsAddViewsConfig",
+    "LabelsConvertConfig",
+    "LabelsExportConfig",
+    "LabelsImportConfig",
+    "LabelsInfoConfig",
+    "LabelsMergeConfig",
+    "LabelsSplitConfig",
+    "LabelsVerifyConfig",
     "Machine",
+    "NewEncoding",
     "OnBadImage",
     "PrecomputeConfig",
     "PredictConfig",

@@ -14,8 +14,9 @@ NO_SPLIT = "none"
 PAPER_EPOCHS = 180
 PAPER_MILESTONE = 100
 
-DEFAULT_TOPK = 10
+DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes a view of 1,000 classes
 DEFAULT_IMG_SIZE = 224
+MOST_VIEWS = 1_000_000  # of an image, in a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
 

@@ -70,7 +70,7 @@ class DistillConfig(TrainConfig):
     discriminator_input: Literal["logits", "log-probs", "probs"] | None = setting(
         None,
         "What the discriminator is shown of both sides.",
-        shown="logits with --online, else log-probs through the set's top-k",
+        shown="logits with --online or stored logits, else log-probs through the set's top-k",
     )
     cutmix_target: Literal["teachers", "mixed-labels"] | None = setting(
         None,
@@ -114,8 +114,6 @@ class DistillConfig(TrainConfig):
                 "discriminator_weight",
                 "discriminator_input",
             )
-        if self.discriminator_input == "logits" and not self.online:
-            raise ConfigError("--discriminator-input logits needs --online: labels hold none")
 
     def _check_extras(self) -> None:
         if self.img_size is not None:

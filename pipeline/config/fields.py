@@ -59,7 +59,7 @@ def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
 
 def flag(name: str) -> str:
     """Return the command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # from_ is --from
 
 
 def spelling(known: "dataclasses.Field[Any]") -> str:

@@ -1,19 +1,22 @@
 """Settings of stage one."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_TOPK, Machine
+from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine
 from pipeline.config.fields import (
     at_least,
+    between,
     check_seed,
     recipe_setting,
     required,
     setting,
     teachers_setting,
+    without_effect,
 )
 
 
@@ -34,11 +37,22 @@ class PrecomputeConfig(Machine):
     num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
     view_seed: int = setting(0, "Seed of the views.")
     img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
-    topk: str | None = setting(
-        None, "Classes kept per view: a number, or all.", shown="10, or all of fewer classes"
+    rate: float | None = setting(
+        None,
+        "Classes kept per view: as many as bring KL + RATE * classes to its least; a smaller rate "
+        "keeps more.",
+        shown=f"{DEFAULT_RATE}, without --topk",
     )
-    label_dtype: Literal["float16", "float32"] = setting(
-        "float16", "Type the probabilities are stored in."
+    topk: str | None = setting(
+        None, "Classes kept per view: so many of each, or all.", shown="what --rate gives"
+    )
+    label_dtype: Literal["float16", "float32"] | None = setting(
+        None,
+        "With --topk: store probabilities in this type.",
+        shown="a curve of a few bits, float16 with all",
+    )
+    store_logits: bool = setting(
+        False, "Store the mean logits of the kept classes too, for the discriminator."
     )
     shard_size: int = setting(2048, "Images per shard file.")
     batch_size: int = setting(256, "Views per forward pass.")
@@ -47,20 +61,24 @@ class PrecomputeConfig(Machine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "num_views", "img_size", "shard_size", "batch_size")
+        at_least(self, 1, "img_size", "shard_size", "batch_size")
+        between(self, 1, MOST_VIEWS, "num_views")
         check_seed(self, "view_seed")
         if not self.teacher:
             raise ConfigError("--teacher is required")
-        if self.topk not in (None, "all") and not (self.topk.isdecimal() and int(self.topk) > 0):
-            raise ConfigError(f"--topk must be a number of classes or 'all', got {self.topk!r}")
+        check_encoding(self)
 
-    def kept_classes(self, num_classes: int) -> int:
-        """Return how many classes a label keeps; raises ConfigError above the class count."""
-        if self.topk is None:
-            return min(DEFAULT_TOPK, num_classes)
-        k = num_classes if self.topk == "all" else int(self.topk)
-        if k > num_classes:
-            raise ConfigError(
-                f"--topk {k}: the data has only {num_classes} classes; use less, or all"
-            )
-        return k
+
+def check_encoding(config: Any) -> None:
+    """Check --rate, --topk and --label-dtype."""
+    topk = config.topk
+    if config.rate is not None and topk is not None:
+        raise ConfigError(
+            "--rate and --topk exclude each other: the one varies what the other fixes"
+        )
+    if config.rate is not None and not 0 < config.rate < math.inf:
+        raise ConfigError(f"--rate must be positive and finite, got {config.rate}")
+    if topk not in (None, "all") and not (topk.isdecimal() and int(topk) > 0):
+        raise ConfigError(f"--topk must be a number of classes or 'all', got {topk!r}")
+    if topk is None:
+        without_effect(config, "without --topk", "label_dtype")

@@ -1,5 +1,6 @@
 """mealv2.codec: the record and its readers, what a view keeps, damage, and the loss on records."""
 
+import hashlib
 import struct
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mealv2.codec.record import decode_rows
+from mealv2.codec.encoder import _keys, _largest
+from mealv2.codec.record import anchors_of, check_rows, decode_rows, id_bits, num_bytes
 from mealv2.errors import LabelSetError
 from mealv2.losses import similarity_loss
 from mealv2.soft_labels import EncodedLabels, encode
@@ -186,7 +188,86 @@ def test_a_record_written_by_hand():
     np.testing.assert_allclose(labels.to_dense()[0].numpy(), weights / weights.sum(), rtol=1e-6)
 
 
+def records(
+    counts: list[int], num_classes: int, seed: int, twice: int | None = None
+) -> EncodedLabels:
+    """Random codes and classes; row ``twice`` names its first class a second time."""
+    random = np.random.default_rng(seed)
+    payload = b""
+    for row, k in enumerate(counts):
+        ids = random.permutation(num_classes)[:k]
+        ids[k - 1] = ids[0] if row == twice else ids[k - 1]
+        number = sum(int(c) << id_bits(num_classes) * i for i, c in enumerate(ids))
+        num_anchors = int(anchors_of(np.array(k)))
+        widths = [6] * (k < num_classes) + [5, *[4] * num_anchors][:num_anchors]
+        for width in reversed(widths):
+            number = number << width | int(random.integers(1 << width))
+        payload += number.to_bytes(int(num_bytes(np.array(k), num_classes)), "little")
+    records = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    return EncodedLabels(torch.tensor(counts, dtype=torch.int32), records, num_classes)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 300, 5000])
+def test_any_bits_of_a_record_mean_the_same_to_all_readers(num_classes):
+    random = np.random.default_rng(num_classes)
+    counts = random.integers(1, min(num_classes, 400) + 1, 100).tolist()
+    labels = records([*counts, *counts[:20], 1, min(num_classes, 255)], num_classes, 1)
+    check_rows(labels.counts_N.numpy(), labels.payload_P.numpy(), num_classes)
+    expected = reference_dense(labels)
+    np.testing.assert_allclose(numpy_dense(labels), expected, rtol=2e-5, atol=0)
+    np.testing.assert_allclose(labels.to_dense().numpy(), expected, rtol=2e-5, atol=0)
+
+
+def test_levels_beyond_the_lowest_are_the_lowest_in_every_row():
+    # k = 40, 10 anchors: 192 + 9 * 112 levels, cut at 1024; the other row with this k has 0
+    ids = sum(i << 10 * i for i in range(40)) << 6 + 5 + 4 * 9
+    rows = [number.to_bytes(56, "little") for number in (ids, ids | (1 << 47) - 1)]
+    payload = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+    labels = EncodedLabels(torch.tensor([40, 40], dtype=torch.int32), payload, 1000)
+    expected = reference_dense(labels)
+    assert expected[1, 39] / expected[1, 0] == pytest.approx(np.exp(-64))
+    np.testing.assert_allclose(numpy_dense(labels), expected, rtol=2e-5, atol=0)
+    np.testing.assert_allclose(labels.to_dense().numpy(), expected, rtol=2e-5, atol=0)
+
+
+def test_rows_are_read_the_same_in_chunks_of_any_size(monkeypatch):
+    labels = records(np.random.default_rng(0).integers(1, 60, 200).tolist(), 1000, 2)
+    counts, payload = labels.counts_N.numpy(), labels.payload_P.numpy()
+    whole = decode_rows(counts, payload, 1000)
+    for size in (1, 100, 1000):
+        monkeypatch.setattr("mealv2.codec.record._CHUNK_BYTES", size)
+        parts = decode_rows(counts, payload, 1000)
+        np.testing.assert_array_equal(parts.indices_E, whole.indices_E)
+        np.testing.assert_allclose(parts.probs_E, whole.probs_E, rtol=2e-5)
+        np.testing.assert_allclose(parts.tail_N, whole.tail_N, rtol=2e-5)
+
+
 # --- which classes are kept -----------------------------------------------------------------------
+
+
+def test_the_encoder_writes_the_bytes_it_always_wrote():
+    # whole numbers with many ties, so that no library's softmax has a say
+    values = torch.arange(600 * 300).reshape(600, 300) * 7919 % 104729 % 97
+    steep = torch.arange(600)[:, None] % 12
+    probs = torch.ldexp(torch.ones(600, 300), -(values * steep) // 40) * (1 + values % 3)
+    for how, digest in DIGESTS.items():
+        labels = encode(probs, **dict([how]))
+        assert hashlib.sha256(labels.to_bytes()).hexdigest()[:16] == digest
+
+
+DIGESTS = {
+    ("rate", 1e-2): "4e9c10223fb9760b",
+    ("rate", 1e-4): "546482f9c19b51fc",
+    ("topk", 1): "751388080c020299",
+    ("topk", 300): "b05a2b78650799ab",
+}
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_numpy_and_torch_find_the_same_largest(k):
+    keys, _ = _keys((distributions(50, 300) * 1000).round() + 1)
+    expected = keys.topk(k, dim=1).values
+    assert torch.equal(_largest(keys.clone(), k), expected)
 
 
 @quickly
@@ -258,6 +339,8 @@ def test_a_large_batch_is_the_same_row_by_row(monkeypatch):
     rows = [encode(row[None], rate=2e-4) for row in probs]
     assert EncodedLabels.joined(rows).to_bytes() == whole.to_bytes()
     monkeypatch.setattr("mealv2.codec.encoder._CHUNK", 7 * 300)
+    assert encode(probs, rate=2e-4).to_bytes() == whole.to_bytes()
+    monkeypatch.setattr("mealv2.codec.encoder._BLOCK", 3 * 300)
     assert encode(probs, rate=2e-4).to_bytes() == whole.to_bytes()
     assert encode(probs.T.contiguous().T, rate=2e-4).to_bytes() == whole.to_bytes()
 
@@ -402,6 +485,14 @@ def test_a_fault_is_found_in_any_chunk_of_rows(monkeypatch):
         records[3 * row + 2] |= 128
         with pytest.raises(LabelSetError, match="behind its end"):
             EncodedLabels.from_bytes(by_hand(b"\2" * 20, bytes(records)))
+
+
+def test_a_class_named_twice_is_found_in_any_row():
+    counts = [2, 30, 5, 5, 30, 100, 2, 300]
+    for row in range(len(counts)):
+        labels = records(counts, 1000, 3, twice=row)
+        with pytest.raises(LabelSetError, match="twice"):
+            check_rows(labels.counts_N.numpy(), labels.payload_P.numpy(), 1000)
 
 
 def test_10000_mutations_are_refused_or_give_valid_labels():

@@ -1,259 +1,190 @@
-"""mealv2.label_set: round trips, every kind of damage, who may write where."""
+"""mealv2.label_set: a whole set there and back, every kind of damage, who may write where."""
 
-import ast
-import dataclasses
 import json
 import multiprocessing
 import pickle
 import random
 import shutil
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
+import torch
 
-import mealv2
+from label_sets import ENCODINGS, KEYS, Made, flip, look_up, make_set, plan_of, same
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import canonical_json, json_sha256
+from mealv2.files import canonical_json
 from mealv2.label_set import (
-    FORMAT,
     FORMAT_VERSION,
+    Encoding,
+    Images,
     LabelSet,
-    Shard,
+    ShardFile,
     claim,
-    class_id_type,
-    describe_file,
-    num_label_bytes,
     read_manifest,
     read_plan,
     read_shard,
     shard_name,
-    shard_ranges,
     write_manifest,
-    write_shard,
 )
+from mealv2.views import RECIPE, DrawnViews
 
-KEYS = ["ant/1.jpg", "größe/ü ñ.png", "猫/写真🐈.webp", "z/with\nnewline.png", "zz/" + "x" * 300]
-
-
-def labels_of(
-    keys: list[str], *, num_views: int, k: int, num_classes: int, dtype: str = "<f2", seed: int = 0
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return (indices or None when dense, probs): random labels of every view of every key."""
-    rng = np.random.default_rng(seed)
-    shape = (len(keys), num_views, k)
-    probs = np.sort(rng.random(shape))[..., ::-1].astype(dtype)
-    if k == num_classes:
-        return None, probs
-    rows = [rng.permutation(num_classes)[:k] for _ in range(len(keys) * num_views)]
-    ids = np.array(rows, dtype=np.int64).reshape(shape)
-    return ids.astype(class_id_type(num_classes)), probs
-
-
-def shard_of(
-    keys: list[str], *, number: int = 0, plan_sha256: str = "ab" * 32, **shape: Any
-) -> Shard:
-    named = {name: shape.pop(name) for name in ("skipped", "counts") if name in shape}
-    indices, probs = labels_of(keys, **{"num_views": 3, "k": 4, "num_classes": 1000, **shape})
-    rest = None if indices is None else probs[..., 0] / 8
-    return Shard(plan_sha256, "train", number, list(keys), probs, indices, rest, **named)
-
-
-def same(a: Shard, b: Shard) -> bool:
-    """Whether two shards say the same, types of numbers included."""
-    arrays = ((a.indices, b.indices), (a.probs, b.probs), (a.rest, b.rest))
-    equal = all(
-        x is y is None or (x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes())
-        for x, y in arrays
-    )
-    names = ("plan_sha256", "role", "number", "keys", "skipped", "counts")
-    return equal and all(getattr(a, name) == getattr(b, name) for name in names)
-
-
-# --- one shard ------------------------------------------------------------------------------------
-
-SHARDS = {
-    "uint16 ids": shard_of(KEYS),
-    "uint32 ids": shard_of(KEYS, num_classes=70_000),
-    "float32": shard_of(KEYS, dtype="<f4"),
-    "dense": shard_of(KEYS, k=7, num_classes=7, dtype="<f4"),
-    "skipped and counted": shard_of(
-        KEYS[:2],
-        skipped={"猫/broken.jpg": "OSError: truncated “file”"},
-        counts={"top1": [1, 2, 2], "top5": [2, 2, 2]},
-    ),
-    "no images": shard_of([], skipped={"a.jpg": "the file is empty"}),
-    "no images, dense": shard_of([], k=7, num_classes=7),
-    "one label": shard_of(["a"], num_views=1, k=1),
-}
-
-
-@pytest.mark.parametrize("name", SHARDS)
-def test_a_shard_is_read_back_as_it_was_written(tmp_path, name):
-    path = tmp_path / "train-00000.h5"
-    assert write_shard(path, SHARDS[name]) is True
-    assert same(read_shard(path), SHARDS[name])
-
-
-def test_ids_have_the_smallest_type_that_holds_every_class():
-    types = {n: class_id_type(n) for n in (2, 65_536, 65_537)}
-    assert types == {2: np.dtype("<u2"), 65_536: np.dtype("<u2"), 65_537: np.dtype("<u4")}
-    assert [num_label_bytes(5, n, "float16") for n in (5, 1000, 70_000)] == [10, 22, 32]
-
-
-@pytest.mark.parametrize("name", SHARDS)
-def test_a_shard_written_twice_has_equal_bytes(tmp_path, name):
-    for file in "ab":
-        write_shard(tmp_path / file, SHARDS[name])
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-@pytest.mark.parametrize("name", SHARDS)
-def test_a_shard_bears_no_time_that_would_make_the_next_one_differ(tmp_path, name):
-    write_shard(tmp_path / "a.h5", SHARDS[name])
-    with h5py.File(tmp_path / "a.h5") as file:
-        for thing in (file, *file.values()):
-            info = h5py.h5o.get_info(thing.id)
-            assert (info.atime, info.btime, info.ctime, info.mtime) == (0, 0, 0, 0)
-
-
-def test_the_first_whole_shard_stays(tmp_path):
-    path = tmp_path / "train-00000.h5"
-    assert write_shard(path, SHARDS["uint16 ids"]) is True
-    assert write_shard(path, SHARDS["float32"]) is False
-    assert same(read_shard(path), SHARDS["uint16 ids"])
-    assert write_shard(path, SHARDS["float32"], replace=True) is True
-    assert same(read_shard(path), SHARDS["float32"])
-
-
-def test_ids_without_the_rest_are_never_written_as_a_dense_label(tmp_path):
-    torn = dataclasses.replace(SHARDS["uint16 ids"], rest=None)
-    try:
-        write_shard(tmp_path / "a.h5", torn)
-    except ValueError:
-        return
-    assert read_shard(tmp_path / "a.h5").indices is not None
-
-
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999])
-def test_a_truncated_shard_is_refused_by_name(tmp_path, kept):
-    path = tmp_path / "train-00007.h5"
-    write_shard(path, SHARDS["uint16 ids"])
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
-    with pytest.raises(LabelSetError, match=r"train-00007\.h5 is damaged") as caught:
-        read_shard(path)
-    assert caught.value.exit_code == 3
-
-
-def test_a_missing_shard_raises_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_shard(tmp_path / "train-00000.h5")
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "a.h5").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(LabelSetError, match=r"a\.h5 is damaged"):
-        read_shard(tmp_path / "a.h5")
-
-
-@pytest.mark.parametrize(
-    ("num_images", "shard_size", "expected"),
-    [(0, 4, []), (3, 4, [(0, 3)]), (4, 4, [(0, 4)]), (9, 4, [(0, 4), (4, 8), (8, 9)])],
-)
-def test_shards_hold_every_image_once_and_in_order(num_images, shard_size, expected):
-    assert [(r.start, r.stop) for r in shard_ranges(num_images, shard_size)] == expected
-
-
-# --- a whole set ----------------------------------------------------------------------------------
-
-
-def plan_of(
-    *, k: int = 3, num_classes: int = 50, num_views: int = 4, **changes: Any
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "classes": [f"class {n}" for n in range(num_classes)],
-        "teachers": [{"model": "resnet50.a1_in1k", "weights_sha256": "00" * 32}],
-        "img_size": 64,
-        "topk": k,
-        "roles": {"train": {"num_views": num_views, "views": {"seed": 0}}},
-        **changes,
-    }
-
-
-def make_set(folder: Path, plan: dict[str, Any], *, seed: int = 0) -> list[Shard]:
-    """Write a finished set of three shards, one of them without images; return the shards."""
-    claim(folder, plan)
-    shape = {
-        "num_views": plan["roles"]["train"]["num_views"],
-        "k": plan["topk"],
-        "num_classes": len(plan["classes"]),
-    }
-    skipped = {"bad/1.jpg": "the file is empty"}
-    shards = [
-        shard_of(keys, number=n, plan_sha256=json_sha256(plan), seed=seed + n, skipped=why, **shape)
-        for n, (keys, why) in enumerate([(KEYS[:3], {}), ([], skipped), (KEYS[3:], {})])
-    ]
-    for n, shard in enumerate(shards):
-        write_shard(folder / shard_name("train", n), shard)
-    listed = [
-        describe_file(folder / shard_name("train", n), num_images=len(shard.keys))
-        for n, shard in enumerate(shards)
-    ]
-    write_manifest(folder, plan, roles={"train": {"shards": listed, "skipped": skipped}})
-    return shards
+RATE = ENCODINGS["rate"]
+FLOAT16 = ENCODINGS["float16"]
+SKIPPED = {"bad/1.jpg": "the file is empty"}
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    make_set(tmp_path / "set", plan_of())
-    return tmp_path / "set"
+def made(tmp_path) -> Made:
+    """A set of three shards, one of them without images."""
+    return make_set(tmp_path / "set", RATE, skipped=SKIPPED)
 
 
-@pytest.mark.parametrize(("k", "num_classes"), [(3, 50), (3, 70_000), (6, 6)])
-def test_every_label_is_found_by_key_and_view(tmp_path, k, num_classes):
-    shards = make_set(tmp_path, plan_of(k=k, num_classes=num_classes))
+@pytest.fixture
+def folder(made) -> Path:
+    return made.folder
+
+
+# --- lookups --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_label_is_found_by_key_and_view(tmp_path, name):
+    encoding = ENCODINGS[name]
+    made = make_set(tmp_path, encoding, skipped=SKIPPED)
     opened = LabelSet.open(tmp_path)
+    assert opened.encoding == encoding
     assert list(opened.keys()) == KEYS
     assert len(opened) == 5
     assert KEYS[1] in opened
     assert "other" not in opened
-    assert (opened.num_classes, opened.num_views, opened.img_size) == (num_classes, 4, 64)
+    assert 3 not in opened
+    shape = (opened.num_classes, opened.num_views, opened.img_size)
+    assert shape == (encoding.num_classes, 4, 64)
 
-    places = [(s, row, view) for s in shards for row in range(len(s.keys)) for view in range(4)]
+    places = made.places() * 2
     random.Random(0).shuffle(places)
-    wanted = [s.keys[row] for s, row, _ in places], [view for _, _, view in places]
-    found, labels = opened.lookup(*wanted), opened.soft_labels(*wanted)
-    assert np.array_equal(labels.indices_NK, found.indices_NK)
-    assert np.array_equal(labels.probs_NK, found.probs_NK)
-    rest = [0 if s.rest is None else s.rest[row, view] for s, row, view in places]
-    assert np.array_equal(labels.rest_N, np.array(rest, dtype=np.float32))
-    assert labels.num_classes == num_classes
+    assert same(look_up(opened, places), made.of(places))
+    for place in places[:5]:  # and one at a time
+        assert same(look_up(opened, [place]), made.of([place]))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_soft_labels_and_lookup_say_the_same_as_rows(tmp_path, name):
+    made = make_set(tmp_path, ENCODINGS[name])
+    opened = LabelSet.open(tmp_path)
+    wanted = [KEYS[2], KEYS[0], KEYS[2]], [1, 3, 0]
+    labels = opened.soft_labels(*wanted)
+    dense = [made.dense_NVC[2, 1], made.dense_NVC[0, 3], made.dense_NVC[2, 0]]
+    assert np.array_equal(labels.to_dense().numpy(), dense)
+    found = opened.lookup(*wanted)
     assert found.indices_NK.dtype == np.int64
     assert found.probs_NK.dtype == np.float32
-    for (shard, row, view), indices, probs in zip(places, *found, strict=True):
-        expected = np.arange(k) if shard.indices is None else shard.indices[row, view]
-        assert np.array_equal(indices, expected)
-        assert np.array_equal(probs, shard.probs[row, view].astype(np.float32))
+    for ids, probs, row in zip(*found, dense, strict=True):
+        kept = ids[ids >= 0]
+        assert len(set(kept.tolist())) == len(kept)
+        assert not probs[ids < 0].any(), "what fills a row has no mass"
+        np.testing.assert_allclose(probs[ids >= 0], row[kept], rtol=2e-3)
+        if opened.encoding.is_dense:
+            assert kept.tolist() == list(range(6))
+        else:
+            assert (np.diff(probs) <= 0).all(), "most likely first"
 
 
-def test_what_lookup_returns_is_the_callers_to_change(folder):
-    opened = LabelSet.open(folder)
-    before = opened.lookup(KEYS[:1], [0])
+@pytest.mark.parametrize("name", ["rate", "float16", "dense float16"])
+def test_what_lookup_returns_is_the_callers_to_change(tmp_path, name):
+    make_set(tmp_path, ENCODINGS[name])
+    opened = LabelSet.open(tmp_path)
+    wanted = [KEYS[0], KEYS[3]], [0, 1]
+    before = opened.lookup(*wanted)
+    rest = before.indices_NK[1].copy()
     before.probs_NK[:] = 7
-    before.indices_NK[:] = 7
-    after = opened.lookup(KEYS[:1], [0])
+    before.indices_NK[0] = 7
+    assert np.array_equal(before.indices_NK[1], rest), "rows are apart"
+    after = opened.lookup(*wanted)
     assert not np.array_equal(after.probs_NK, before.probs_NK)
     assert not np.array_equal(after.indices_NK, before.indices_NK)
 
 
-def test_a_lookup_of_nothing_is_empty(folder):
-    found = LabelSet.open(folder).lookup([], [])
-    assert found.indices_NK.shape == found.probs_NK.shape == (0, 3)
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_lookup_of_nothing_is_empty(tmp_path, name):
+    encoding = ENCODINGS[name]
+    for folder, keys, ends in (("some", KEYS, ()), ("none", [], ()), ("blocks", KEYS, (2, 4))):
+        make_set(tmp_path / folder, encoding, keys, block_ends=ends, skipped=SKIPPED)
+        opened = LabelSet.open(tmp_path / folder)
+        assert opened.soft_labels([], []).to_dense().shape == (0, encoding.num_classes)
+        assert (opened.rows([], []).logits is None) == (not encoding.logits)
+        found = opened.lookup([], [])
+        assert len(found.indices_NK) == len(found.probs_NK) == 0
+        assert opened.has_labels([]).shape == (0,)
+
+
+def test_a_set_without_any_image_knows_none(tmp_path):
+    make_set(tmp_path, RATE, [], skipped=SKIPPED)
+    opened = LabelSet.open(tmp_path)
+    assert (len(opened), list(opened.keys())) == (0, [])
+    assert KEYS[0] not in opened
+    with pytest.raises(LabelSetError, match="it is not an image of this set"):
+        opened.lookup(KEYS[:1], [0])
+
+
+def test_has_labels_says_which_of_many_keys_are_there(tmp_path):
+    keys = [f"n{n:05d}/ü{n}.jpg" for n in range(3000)]
+    make_set(tmp_path, Encoding(2, topk=1), keys, 1, shard_size=700)
+    opened = LabelSet.open(tmp_path)
+    order = random.Random(0).sample(range(6000), 6000)
+    asked = [keys[n] if n < 3000 else f"other/{n}.jpg" for n in order]
+    found = opened.has_labels(asked)
+    assert found.dtype == np.bool_
+    assert found.tolist() == [n < 3000 for n in order]
+    there = [key for key, has in zip(asked, found, strict=True) if has]
+    assert len(opened.soft_labels(there, [0] * 3000)) == 3000
+
+
+ODD = [
+    "e\u0301", "\u00e9",  # one letter to a reader, two keys
+    "A", "a", " a", "a ", "", "\0", "a\0", "../a", "/a", "a//b",
+    "\u202egpj.a", "\U0010ffff", "\ufeffa", "\n",
+]  # fmt: skip
+
+
+def test_odd_keys_are_told_apart(tmp_path):
+    made = make_set(tmp_path, FLOAT16, ODD, 2)
+    opened = LabelSet.open(tmp_path)
+    assert list(opened.keys()) == ODD
+    assert same(look_up(opened, made.places()), made.rows)
+    for near in ("e", "b", "\0\0", "a/b", "ﬀ"):
+        assert near not in opened
+
+
+def test_a_key_that_is_no_utf8_is_not_there(made):
+    opened = LabelSet.open(made.folder)
+    for key in ("\udcff", "\ud800", "ant/1.jpg\udc80"):
+        assert key not in opened
+        assert opened.has_labels([key, KEYS[0]]).tolist() == [False, True]
+        assert not opened.holds(key, 0)
+        with pytest.raises(LabelSetError, match="it is not an image of this set"):
+            opened.lookup([key], [0])
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3])
+def test_keys_with_the_same_hash_are_told_apart(tmp_path, monkeypatch, bits):
+    def few(key: bytes) -> bytes:
+        return (sum(key) & ((1 << bits) - 1)).to_bytes(8, "little")
+
+    for module in ("table", "shard"):
+        monkeypatch.setattr(f"mealv2.label_set.{module}.key_hash", few)
+    keys = [f"{n}.jpg" for n in range(40)]
+    made = make_set(tmp_path, RATE, keys, 2, shard_size=7)
+    hashes = ShardFile(tmp_path / shard_name("train", 0)).column("key_hashes")
+    assert len(set(hashes.tolist())) <= 1 << bits, "they do collide"
+    opened = LabelSet.open(tmp_path)
+    places = random.Random(0).sample(made.places(), 80)
+    assert same(look_up(opened, places), made.of(places))
+    assert not opened.has_labels([f"{n}.png" for n in range(40)]).any()
 
 
 def test_lookup_names_the_key_that_is_not_there(folder):
@@ -263,20 +194,36 @@ def test_lookup_names_the_key_that_is_not_there(folder):
 
 def test_lookup_of_a_skipped_image_says_why_it_was_skipped(folder):
     opened = LabelSet.open(folder)
-    assert opened.skipped == {"bad/1.jpg": "the file is empty"}
+    assert opened.skipped == SKIPPED
     assert "bad/1.jpg" not in opened
     with pytest.raises(LabelSetError, match=r"'bad/1\.jpg'; it was skipped: the file is empty"):
         opened.lookup(["bad/1.jpg"], [0])
 
 
-@pytest.mark.parametrize("view", [-1, 4, 2**40])
+@pytest.mark.parametrize("view", [-1, 4, 2**40, 2**63, 2**64 - 1, -(2**70)])
 def test_lookup_of_a_view_out_of_range_says_how_many_there_are(folder, view):
-    with pytest.raises(LabelSetError, match=rf"no view {view} of 'ant/1.jpg'; it holds 4, from 0"):
-        LabelSet.open(folder).lookup([KEYS[0]], [view])
+    opened = LabelSet.open(folder)
+    assert not opened.holds(KEYS[0], view)
+    for wanted in ([view], [0, view]):
+        keys = KEYS[1:2] * (len(wanted) - 1) + KEYS[:1]
+        with pytest.raises(
+            LabelSetError, match=rf"no view {view} of 'ant/1.jpg'; it holds 4, from 0"
+        ):
+            opened.lookup(keys, wanted)
+
+
+def test_holds_says_which_views_are_there(folder):
+    opened = LabelSet.open(folder)
+    assert [opened.holds(KEYS[2], view) for view in range(-1, 6)] == [
+        False,
+        *[True] * 4,
+        *[False] * 2,
+    ]
+    assert not opened.holds("bad/1.jpg", 0)
 
 
 def test_keys_and_views_of_different_number_raise_value_error(folder):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 keys and 1 views"):
         LabelSet.open(folder).lookup(KEYS[:2], [0])
 
 
@@ -285,95 +232,128 @@ def test_a_role_that_is_not_there_is_named(folder):
         LabelSet.open(folder, role="val")
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_an_open_set_answers_in_another_process(folder, method):
-    opened = LabelSet.open(folder)
-    here = opened.lookup(KEYS, [0, 1, 2, 3, 0])  # its memory maps are open now
+def test_the_views_are_those_of_the_plans_recipe_and_seed(folder, tmp_path):
+    assert LabelSet.open(folder).views() == DrawnViews(0)
+    recipe = plan_of(RATE)["roles"]["train"]["views"]
+    for n, other in enumerate([{**recipe, "version": 2}, {**recipe, "seed": None}, {}]):
+        roles = {"train": {"num_views": 4, "views": other}}
+        make_set(tmp_path / str(n), RATE, roles=roles)
+        with pytest.raises(LabelSetError, match="views of another recipe than this mealv2 cuts"):
+            LabelSet.open(tmp_path / str(n)).views()
+
+
+def test_what_is_known_of_images_is_in_the_shards(tmp_path):
+    images = Images(np.arange(10).reshape(5, 2) + 70_000, np.arange(5) + 2**33, np.arange(5) % 3)
+    make_set(tmp_path, RATE, images=images)
+    ((views, files),) = LabelSet.open(tmp_path).blocks
+    found = Images.joined([file.images for file in files])
+    assert views == range(4)
+    assert np.array_equal(found.sizes_N2, images.sizes_N2)
+    assert np.array_equal(found.file_bytes_N, images.file_bytes_N)
+    assert np.array_equal(found.classes_N, images.classes_N)
+
+
+# --- other processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_an_open_set_answers_in_another_process(made, method):
+    opened = LabelSet.open(made.folder)
+    wanted = KEYS, [0, 1, 2, 3, 0]
+    here = opened.lookup(*wanted)  # its memory maps are open now
     with multiprocessing.get_context(method).Pool(1) as pool:
-        there = pool.apply(opened.lookup, (KEYS, [0, 1, 2, 3, 0]))
+        there = pool.apply(opened.lookup, wanted)
     assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def test_a_pickled_set_holds_no_labels_and_answers_the_same(folder):
-    opened = LabelSet.open(folder)
+def test_a_pickled_set_holds_no_labels_and_answers_the_same(made):
+    opened = LabelSet.open(made.folder)
     before = len(pickle.dumps(opened))
-    expected = opened.lookup(KEYS, [3] * 5)
+    expected = look_up(opened, made.places())
     data = pickle.dumps(opened)
-    assert len(data) == before
-    found = pickle.loads(data).lookup(KEYS, [3] * 5)  # noqa: S301
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(data) == before < 1000
+    assert same(look_up(pickle.loads(data), made.places()), expected)  # noqa: S301
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_looked_up_rows_can_be_pickled_and_moved(tmp_path, name):
+    made = make_set(tmp_path, ENCODINGS[name])
+    rows = look_up(LabelSet.open(tmp_path), made.places())
+    again = pickle.loads(pickle.dumps(rows))  # noqa: S301
+    assert same(again, rows)
+    assert same(rows.to(torch.device("cpu")), rows)
+    assert same(again.rows(torch.arange(20)), rows)
+    for tensor in vars(rows.to(torch.device("meta")).labels).values():
+        assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta"
 
 
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def columns_of(path: Path) -> dict[str, range]:
-    """Return where the bytes of each column lie in a shard file, found by what they must be."""
-    shard, data = read_shard(path), path.read_bytes()
-    contents = {
-        "keys": "".join(shard.keys).encode(),
-        "key_ends": np.cumsum([len(key.encode()) for key in shard.keys], dtype="<u8").tobytes(),
-        "indices": shard.indices.tobytes(),
-        "probs": shard.probs.tobytes(),
-        "rest": shard.rest.tobytes(),
-    }
-    assert all(data.count(content) == 1 for content in contents.values())
-    starts = {name: data.find(content) for name, content in contents.items()}
-    return {name: range(starts[name], starts[name] + len(contents[name])) for name in contents}
-
-
-def flip(path: Path, data: bytes, bit: int) -> None:
-    flipped = bytearray(data)
-    flipped[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(flipped)
-
-
 def test_no_flipped_bit_in_a_shard_ever_gives_wrong_labels(tmp_path):
-    make_set(tmp_path, plan_of(num_views=300))  # most of the file is labels
+    made = make_set(tmp_path, RATE, num_views=100)  # most of the file is labels
     path = tmp_path / shard_name("train", 0)
-    whole, shard, columns = path.read_bytes(), read_shard(path), columns_of(path)
+    whole, shard = path.read_bytes(), read_shard(path)
+    begin = whole.index(b"".join(shard.blocks))
+    of_block = np.repeat(np.arange(3), [*map(len, shard.blocks)])
+    elsewhere, views = made.keys[3:], [0] * 2
+    expected = made.of([(key, 0) for key in elsewhere])
+    outcomes = {"open": 0, "lookup": 0, "HDF5's own": 0}
     for bit in random.Random(20200923).sample(range(8 * len(whole)), 300):
         flip(path, whole, bit)
-        with pytest.raises(LabelSetError, match=r"shard .*train-00000\.h5"):
-            LabelSet.open(tmp_path)
-        try:  # alone, a shard may miss only bits of HDF5's own that change nothing
-            read = read_shard(path)
-        except LabelSetError:
-            continue
-        assert same(read, shard)
-        assert not any(bit // 8 in column for column in columns.values())
+        try:
+            opened = LabelSet.open(tmp_path)
+        except LabelSetError as error:
+            outcome, reason = "open", str(error)
+        else:
+            outcome, reason = "HDF5's own", path.name
+            at = bit // 8 - begin
+            if 0 <= at < len(of_block):  # a label: named by its key, and the others are read
+                outcome, key = "lookup", shard.keys[of_block[at]]
+                with pytest.raises(LabelSetError, match="CRC-32") as caught:
+                    opened.lookup([key], [random.Random(bit).randrange(100)])
+                reason = str(caught.value)
+                assert f"the labels of {key!r} in {path} are damaged" in reason
+            rest = [place for place in made.places() if outcome != "lookup" or place[0] != key]
+            assert same(look_up(opened, rest), made.of(rest))
+            assert same(opened.rows(elsewhere, views), expected)
+        outcomes[outcome] += 1
+        assert path.name in reason
+        assert "\n" not in reason
+    assert all(outcomes.values()), outcomes
     path.write_bytes(whole)
-    assert len(LabelSet.open(tmp_path)) == 5
+    assert same(look_up(LabelSet.open(tmp_path), made.places()), made.rows)
 
 
-@pytest.mark.parametrize("column", ["keys", "key_ends", "indices", "probs", "rest"])
-def test_a_flipped_bit_in_any_column_is_found_by_the_shards_own_checksum(folder, column):
+def test_labels_in_each_others_place_are_found(folder):
+    """The CRC of a block is of its key too."""
     path = folder / shard_name("train", 0)
-    place, data = columns_of(path)[column], path.read_bytes()
-    for byte in (place[0], place[len(place) // 2], place[-1]):
-        flip(path, data, 8 * byte)
-        with pytest.raises(LabelSetError, match=r"train-00000\.h5 is damaged"):
-            read_shard(path)
-
-
-def test_a_changed_header_is_found_by_the_shards_own_checksum(folder):
-    path = folder / shard_name("train", 1)
-    data = path.read_bytes()
-    assert b"the file is empty" in data
-    path.write_bytes(data.replace(b"the file is empty", b"the file is EMPTY"))
-    with pytest.raises(LabelSetError, match="fail their SHA-256"):
-        read_shard(path)
+    shard, data = read_shard(path), path.read_bytes()
+    sizes = [*map(len, shard.blocks)]
+    begin = data.index(b"".join(shard.blocks))
+    path.write_bytes(data[:begin] + shard.blocks[1] + data[begin + sizes[1] :])
+    with pytest.raises(LabelSetError, match=r"labels of 'ant/1\.jpg' in .* \(CRC-32\)"):
+        LabelSet.open(folder).lookup(KEYS[:1], [0])
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_missing_or_truncated_shard_is_named_when_the_set_is_opened(folder, number):
     path = folder / shard_name("train", number)
     data = path.read_bytes()
+    again = "; run the same `mealv2 precompute` again"
     path.write_bytes(data[:-1])
-    with pytest.raises(LabelSetError, match=rf"{path.name} is not the one in the manifest"):
+    with pytest.raises(
+        LabelSetError, match=rf"{path.name} is damaged: it has .* bytes of.*{again}"
+    ):
         LabelSet.open(folder)
     path.unlink()
-    with pytest.raises(LabelSetError, match=rf"cannot read shard .*{path.name}: No such file"):
+    with pytest.raises(
+        LabelSetError, match=rf"cannot read shard .*{path.name}: No such file.*{again}"
+    ):
+        LabelSet.open(folder)
+    path.mkdir()
+    with pytest.raises(LabelSetError, match=rf"cannot read shard .*{path.name}: Is a dir"):
         LabelSet.open(folder)
 
 
@@ -387,14 +367,21 @@ def test_shards_in_each_others_place_are_refused(folder):
 
 
 def test_the_manifest_of_another_set_is_refused(folder, tmp_path):
-    make_set(tmp_path / "other", plan_of(), seed=100)
+    make_set(tmp_path / "other", RATE, seed=100)
     shutil.copy(tmp_path / "other" / "manifest.json", folder)
     with pytest.raises(LabelSetError, match="is not the one in the manifest"):
         LabelSet.open(folder)
 
 
+def test_shards_of_another_plan_are_refused_though_the_manifest_lists_them(folder):
+    manifest = read_manifest(folder)
+    write_manifest(folder, plan_of(RATE, img_size=65), roles=manifest["roles"])
+    with pytest.raises(LabelSetError, match="is not the one in the manifest"):
+        LabelSet.open(folder)
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null", b'{"plan": 3}', b"{}"]
+    "data", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null", b'{"plan": 3}', b"{}", b"[" * 100_000]
 )
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
 def test_a_damaged_json_file_is_refused_by_name(folder, name, data):
@@ -403,41 +390,140 @@ def test_a_damaged_json_file_is_refused_by_name(folder, name, data):
         (LabelSet.open if name == "manifest.json" else read_plan)(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_folder_in_the_place_of_a_json_file_is_named(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(LabelSetError, match=rf"{name} is a folder"):
+        (LabelSet.open if name == "manifest.json" else read_plan)(folder)
+
+
+def test_no_flipped_bit_in_a_manifest_goes_unseen(folder):
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for bit in random.Random(1).sample(range(8 * len(whole)), 300):
+        flip(path, whole, bit)
+        with pytest.raises(LabelSetError, match=r"manifest\.json"):
+            read_manifest(folder)
+
+
+def test_the_plan_in_the_place_of_the_manifest_is_refused(folder):
+    shutil.copy(folder / "plan.json", folder / "manifest.json")
+    with pytest.raises(LabelSetError, match=r"manifest\.json is damaged"):
+        LabelSet.open(folder)
+
+
 def change_manifest(folder: Path, **changes: Any) -> None:
+    """Change a manifest by hand: its own hash is not right any more."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     (folder / "manifest.json").write_text(canonical_json({**manifest, **changes}), encoding="utf-8")
+
+
+def forge_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, all of its hashes right."""
+    manifest = read_manifest(folder)
+    del manifest["manifest_sha256"], manifest["plan_sha256"]
+    change(manifest)
+    write_manifest(folder, manifest.pop("plan"), **manifest)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"plan": plan_of(img_size=65)},
+        {"plan": plan_of(RATE, img_size=65)},
         {"plan_sha256": "00" * 32},
         {"roles": None},
         {"plan_sha256": None},
+        {"manifest_sha256": "00" * 32},
+        {"manifest_sha256": None},
+        {"manifest_sha256": ""},
+        {"more": 1},
     ],
-    ids=["another plan", "another hash", "no roles", "no hash"],
 )
-def test_a_changed_manifest_is_refused(folder, changes):
+def test_a_manifest_changed_by_hand_is_refused(folder, changes):
     change_manifest(folder, **changes)
-    with pytest.raises(LabelSetError, match=r"manifest\.json (was changed|lacks)"):
+    with pytest.raises(LabelSetError, match=r"manifest\.json is damaged: .* own SHA-256"):
         LabelSet.open(folder)
 
 
-@pytest.mark.parametrize(
-    "roles",
-    [{"train": {}}, {"train": {"shards": [{}], "skipped": {}}}, {"train": None}],
-    ids=["no shards", "shard without a name", "null"],
-)
-def test_a_manifest_whose_roles_are_damaged_is_refused(folder, roles):
-    change_manifest(folder, roles=roles)
-    with pytest.raises(LabelSetError, match=r"manifest\.json"):
+def _block(folder: dict[str, Any]) -> dict[str, Any]:
+    return folder["roles"]["train"]["blocks"][0]
+
+
+def _shard(folder: dict[str, Any]) -> dict[str, Any]:
+    return _block(folder)["shards"][0]
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no roles": lambda m: m.pop("roles"),
+    "roles null": lambda m: m.update(roles=None),
+    "role null": lambda m: m["roles"].update(train=None),
+    "role empty": lambda m: m["roles"].update(train={}),
+    "role of format 1": lambda m: m["roles"]["train"].update(m["roles"]["train"].pop("blocks")[0]),
+    "no blocks": lambda m: m["roles"]["train"].update(blocks=[]),
+    "blocks null": lambda m: m["roles"]["train"].update(blocks=None),
+    "block null": lambda m: m["roles"]["train"].update(blocks=[None]),
+    "no skipped": lambda m: m["roles"]["train"].pop("skipped"),
+    "no views": lambda m: _block(m).pop("views"),
+    "one view": lambda m: _block(m).update(views=[0]),
+    "text for views": lambda m: _block(m).update(views=["0", "4"]),
+    "negative views": lambda m: _block(m).update(views=[-4, 0]),
+    "views backwards": lambda m: _block(m).update(views=[4, 0]),
+    "views from 1": lambda m: _block(m).update(views=[1, 4]),
+    "no view": lambda m: _block(m).update(views=[0, 0]),
+    "views beyond all": lambda m: _block(m).update(views=[0, 10**40]),
+    "no shards": lambda m: _block(m).pop("shards"),
+    "shard empty": lambda m: _block(m).update(shards=[{}]),
+    "shard without a name": lambda m: _shard(m).pop("name"),
+    "a name that is a number": lambda m: _shard(m).update(name=7),
+    "a path": lambda m: _shard(m).update(name="../other/train-00000.h5"),
+    "an absolute path": lambda m: _shard(m).update(name="/etc/passwd"),
+    "text for bytes": lambda m: _shard(m).update(bytes="10"),
+    "no sha256": lambda m: _shard(m).pop("sha256"),
+    "no classes": lambda m: m["plan"].pop("classes"),
+    "numbers for classes": lambda m: m["plan"].update(classes=[1, 2]),
+    "no img_size": lambda m: m["plan"].pop("img_size"),
+    "no roles in the plan": lambda m: m["plan"].pop("roles"),
+    "no num_views": lambda m: m["plan"]["roles"]["train"].pop("num_views"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_manifest_that_no_writer_writes_is_refused(folder, what):
+    forge_manifest(folder, BROKEN[what])
+    with pytest.raises(LabelSetError, match=r"manifest\.json lacks its (plan|shards)"):
+        LabelSet.open(folder)
+
+
+UNLIKE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no head_sha256": lambda m: _shard(m).pop("head_sha256"),
+    "another head_sha256": lambda m: _shard(m).update(head_sha256="00" * 32),
+    "null for head_sha256": lambda m: _shard(m).update(head_sha256=None),
+    "more views": lambda m: _block(m).update(views=[0, 5]),
+    "fewer views": lambda m: _block(m).update(views=[0, 3]),
+    "no name": lambda m: _shard(m).update(name=""),
+    "the folder above": lambda m: _shard(m).update(name=".."),
+    "a name with a null": lambda m: _shard(m).update(name="a\0b"),
+    "the plan": lambda m: _shard(m).update(name="plan.json"),
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_a_manifest_that_is_unlike_the_shards_is_refused(folder, what):
+    forge_manifest(folder, UNLIKE[what])
+    with pytest.raises(LabelSetError, match="shard"):
         LabelSet.open(folder)
 
 
 def test_a_newer_format_is_refused_with_both_versions(folder):
-    change_manifest(folder, plan=plan_of(format_version=FORMAT_VERSION + 1))
-    with pytest.raises(LabelSetError, match=rf"format version {FORMAT_VERSION + 1}; .* reads 1"):
+    change_manifest(folder, plan=plan_of(RATE, format_version=FORMAT_VERSION + 1))
+    with pytest.raises(LabelSetError, match="own SHA-256"):
+        read_manifest(folder)
+    write_manifest(folder, plan_of(RATE, format_version=FORMAT_VERSION + 1), roles={})
+    with pytest.raises(
+        LabelSetError,
+        match=rf"format version {FORMAT_VERSION + 1}; .* reads 1 and {FORMAT_VERSION}",
+    ):
         read_manifest(folder)
 
 
@@ -450,11 +536,22 @@ def test_an_unfinished_set_and_no_set_are_told_apart(folder, tmp_path):
             LabelSet.open(nowhere)
 
 
+def test_two_manifests_of_the_same_set_have_equal_bytes_and_a_hash_of_their_own(folder):
+    path = folder / "manifest.json"
+    before = path.read_bytes()
+    forge_manifest(folder, lambda manifest: None)
+    assert path.read_bytes() == before
+    own = json.loads(before)["manifest_sha256"]
+    blank = before.replace(own.encode(), b"0" * 64)
+    assert before.count(own.encode()) == 1
+    assert sha256(blank).hexdigest() == own
+
+
 # --- claiming a folder ----------------------------------------------------------------------------
 
 
 def test_a_folder_is_claimed_once_and_again_by_the_same_plan(tmp_path):
-    plan = plan_of()
+    plan = plan_of(RATE)
     claim(tmp_path / "deep" / "set", plan)
     before = (tmp_path / "deep" / "set" / "plan.json").read_bytes()
     claim(tmp_path / "deep" / "set", plan)
@@ -462,16 +559,16 @@ def test_a_folder_is_claimed_once_and_again_by_the_same_plan(tmp_path):
     assert read_plan(tmp_path / "deep" / "set") == plan
 
 
-TEACHERS = plan_of()["teachers"]
+TEACHERS = plan_of(RATE)["teachers"]
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"img_size": 96}, "img_size is 64 there and 96 here"),
-        ({"topk": 5}, "topk is 3 there and 5 here"),
+        ({"labels": FLOAT16.plan()}, "labels.form is curve there and float16 here"),
         (
-            {"roles": {"train": {"num_views": 4, "views": {"seed": 1}}}},
+            {"roles": {"train": {"num_views": 4, "views": {**RECIPE, "seed": 1}}}},
             "roles.train.views.seed is 0",
         ),
         ({"teachers": TEACHERS * 2}, "teachers is 1 entries there and 2 entries here"),
@@ -483,69 +580,55 @@ TEACHERS = plan_of()["teachers"]
     ],
 )
 def test_another_plan_is_refused_naming_the_difference(tmp_path, changes, named):
-    claim(tmp_path, plan_of())
+    claim(tmp_path, plan_of(RATE))
     before = (tmp_path / "plan.json").read_bytes()
     with pytest.raises(LabelSetError, match=f"another label set: {named}") as caught:
-        claim(tmp_path, plan_of(**changes))
+        claim(tmp_path, plan_of(RATE, **changes))
     assert caught.value.exit_code == 3
     assert (tmp_path / "plan.json").read_bytes() == before
 
 
 def test_many_differences_are_counted(tmp_path):
-    claim(tmp_path, plan_of())
+    claim(tmp_path, plan_of(RATE))
     changes = dict.fromkeys("abcde", 1)
     with pytest.raises(
         LabelSetError, match=r"a is None .*b is .*c is .*; and 2 more\. Give another"
     ):
-        claim(tmp_path, plan_of(**changes))
+        claim(tmp_path, plan_of(RATE, **changes))
 
 
 def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
     with pytest.raises(ConfigError, match=r"no label set and not empty \(thesis\.tex"):
-        claim(tmp_path, plan_of())
+        claim(tmp_path, plan_of(RATE))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_temporary_file_left_by_a_killed_run_does_not_hinder_a_claim(tmp_path):
     (tmp_path / ".tmp-plan.json-host-1-00").write_bytes(b"{")
-    claim(tmp_path, plan_of())
-    assert read_plan(tmp_path) == plan_of()
+    claim(tmp_path, plan_of(RATE))
+    assert read_plan(tmp_path) == plan_of(RATE)
 
 
-# --- rooms ----------------------------------------------------------------------------------------
+def test_a_damaged_plan_that_is_all_there_is_is_written_anew(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"{")
+    claim(tmp_path, plan_of(RATE))
+    assert read_plan(tmp_path) == plan_of(RATE)
 
 
-def imported_names(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+# --- many shards ----------------------------------------------------------------------------------
 
 
-def test_only_the_label_sets_room_imports_h5py():
-    package = Path(mealv2.__file__).parent
-    files = [
-        *package.rglob("*.py"),
-        *package.parent.glob("pipeline/**/*.py"),
-        package.parent / "cli.py",
-    ]
-    importers = {
-        path for path in files if any(n.split(".")[0] == "h5py" for n in imported_names(path))
-    }
-    assert {path.parent for path in importers} == {package / "label_set"}
-
-
-def test_a_set_of_many_shards_needs_no_descriptor_for_each(done, precompute_flags, tmp_path):
+def test_a_set_of_many_shards_needs_no_descriptor_for_each(tmp_path):
     resource = pytest.importorskip("resource")
-    out = tmp_path / "set"
-    done(*precompute_flags, "--shard-size", 1, "--out", out)
+    keys = [f"{n}.jpg" for n in range(36)]
+    made = make_set(tmp_path, FLOAT16, keys, 2, shard_size=1)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    labels = LabelSet.open(out)
-    keys = list(labels.keys())
-    assert len(keys) == 36
     in_use = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 8, before[1]))
     try:
-        labels.soft_labels(keys, [0] * len(keys))
+        labels = LabelSet.open(tmp_path)
+        assert same(look_up(labels, made.places()), made.rows)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(labels.blocks[0][1]) == 36

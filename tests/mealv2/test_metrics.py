@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reference
 from mealv2.metrics import Evaluation, num_correct
-from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.soft_labels import SoftLabels, encode, top_k
 
 
 def random_batch(num_rows: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor, SoftLabels]:
@@ -70,6 +70,22 @@ def test_agreement_asks_the_ensemble_and_not_the_label():
     says_1 = SoftLabels(torch.tensor([[1]]), torch.tensor([[0.9]]), torch.tensor([0.1]), 2)
     evaluation.add(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), says_1)
     assert (evaluation.top1, evaluation.agreement) == (0.0, 100.0)
+
+
+@pytest.mark.parametrize("how", [{"rate": 1e-2}, {"topk": 3}])
+def test_encoded_labels_count_as_what_they_recover_to(how):
+    logits, labels, _ = random_batch(40, 30, 3)
+    probs = torch.softmax(3 * torch.randn(40, 30, generator=torch.Generator().manual_seed(4)), 1)
+    soft = encode(probs, **how)
+    encoded, dense = Evaluation(30), Evaluation(30)
+    encoded.add(logits, labels, soft)
+    dense.add(logits, labels, SoftLabels.of_all(soft.to_dense()))
+    assert encoded.kl == pytest.approx(dense.kl, rel=1e-6)
+    best = soft.likeliest()
+    assert torch.equal(best, probs.argmax(1))
+    assert encoded.agreement == pytest.approx(
+        100 * float((best == logits.argmax(1)).float().mean())
+    )
 
 
 def test_kl_is_that_of_the_ensemble_from_the_student_and_0_when_they_are_equal():

@@ -215,7 +215,7 @@ def test_teachers_that_label_the_mixed_image_are_the_official_cutmix() -> None:
         answer = targets.answer(range(6), [step] * 6, mixed)
         if step == 0:
             assert answer.soft is not None
-            close(answer.soft.dense(), GOLDEN["EC_soft_labels_step0"])
+            close(answer.soft.to_dense(), GOLDEN["EC_soft_labels_step0"])
         similarity, adversary = training.step(mixed, answer)
         close(similarity, GOLDEN["EC_g_losses"][step])
         close(adversary, GOLDEN["EC_d_losses"][step])
@@ -269,12 +269,12 @@ def test_labels_mixed_by_area_are_the_official_fkd_cutmix() -> None:
 )
 def test_labels_recover_what_the_official_code_recovers(label_type: str, packed: str) -> None:
     labels = labels_of(GOLDEN[f"R_packed_{packed}"], label_type, 1000)
-    close(labels.dense(), GOLDEN[f"R_dense_{packed.removesuffix('_int')}"])
+    close(labels.to_dense(), GOLDEN[f"R_dense_{packed.removesuffix('_int')}"])
 
 
 def test_dense_labels_are_the_probabilities_themselves() -> None:
     probs = GOLDEN["R_probs"]
-    close(labels_of(probs, "ori", 1000).dense(), probs)
+    close(labels_of(probs, "ori", 1000).to_dense(), probs)
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])

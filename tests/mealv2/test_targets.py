@@ -1,5 +1,6 @@
 """mealv2.targets: which view an epoch uses, and who answers for it."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,10 @@ import torch
 from torch import nn
 
 import reference
+from label_sets import encoded, make_set, same
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError, LabelSetError
-from mealv2.files import json_sha256
-from mealv2.label_set import (
-    FORMAT,
-    FORMAT_VERSION,
-    Appender,
-    LabelSet,
-    Shard,
-    claim,
-    describe_file,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
-from mealv2.soft_labels import SoftLabels, top_k
+from mealv2.label_set import Appender, Encoding, LabelSet, Rows
 from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels
 from mealv2.views import scheduled_view
 
@@ -40,24 +29,18 @@ def indices_of(key: str, view: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def label_set(tmp_path_factory) -> LabelSet:
-    folder: Path = tmp_path_factory.mktemp("labels")
-    plan = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "classes": [str(n) for n in range(NUM_CLASSES)],
-        "img_size": 32,
-        "topk": K,
-        "roles": {"train": {"num_views": NUM_VIEWS}},
-    }
-    claim(folder, plan)
-    indices = np.array([[indices_of(k, v) for v in range(NUM_VIEWS)] for k in KEYS], dtype="<u2")
-    probs = np.broadcast_to(np.array([0.75, 0.125], dtype="<f2"), indices.shape).copy()
-    rest = np.full(indices.shape[:2], 0.125, dtype="<f2")
-    path = folder / shard_name("train", 0)
-    write_shard(path, Shard(json_sha256(plan), "train", 0, KEYS, probs, indices, rest))
-    listed = [describe_file(path, num_images=len(KEYS))]
-    write_manifest(folder, plan, roles={"train": {"shards": listed, "skipped": {"x": "empty"}}})
-    return LabelSet.open(folder)
+    probs = torch.full((len(KEYS) * NUM_VIEWS, NUM_CLASSES), 0.125 / (NUM_CLASSES - K))
+    for row, (key, view) in enumerate((key, view) for key in KEYS for view in range(NUM_VIEWS)):
+        probs[row, indices_of(key, view)] = torch.tensor([0.75, 0.125])
+    made = make_set(
+        tmp_path_factory.mktemp("labels"),
+        Encoding(NUM_CLASSES, "float16", topk=K),
+        KEYS,
+        NUM_VIEWS,
+        answers_N=(probs, None),
+        skipped={"x": "empty"},
+    )
+    return LabelSet.open(made.folder)
 
 
 def test_stored_labels_use_the_schedule_of_the_views_the_set_holds(label_set):
@@ -79,11 +62,23 @@ def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(lab
     expected = [("猫/1.png", 0), ("bee/1.png", 4), ("猫/1.png", 2), ("ant/1.png", 1)]
     assert answer.indices_NK.dtype == torch.int64
     assert answer.indices_NK.tolist() == [indices_of(*place) for place in expected]
-    assert answer.probs_NK.dtype == torch.float32
+    assert answer.probs_NK.dtype == torch.float16, "as the set keeps them"
     assert answer.probs_NK.tolist() == [[0.75, 0.125]] * 4
     assert answer.rest_N.tolist() == [0.125] * 4
     assert answer.num_classes == NUM_CLASSES
-    assert float(answer.dense()[0].sum()) == pytest.approx(1.0)
+    assert float(answer.to_dense()[0].sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["rate, logits", "top-k float32, logits"])
+def test_answers_move_and_turn_with_their_logits(tmp_path, teachers, kind):
+    label_set = made_by(tmp_path, teachers, pixels(15), kind)
+    answer = StoredLabels(label_set, KEYS, [4, 5, 6], seed=0).answer([0, 2, 1], [1, 0, 4], NONE)
+    for turned in (answer.rows(torch.tensor([2, 0])), pickle.loads(pickle.dumps(answer))):  # noqa: S301
+        order = torch.tensor([2, 0]) if len(turned.soft) == 2 else torch.arange(3)
+        assert same(rows_of(turned), rows_of(answer).rows(order))
+        assert torch.equal(turned.classes_B, answer.classes_B[order])
+    assert same(rows_of(answer.to(torch.device("cpu"))), rows_of(answer))
+    assert answer.to(torch.device("meta")).kept_logits.rest_N.device.type == "meta"
 
 
 def test_stored_labels_refuse_an_image_or_a_view_without_label(label_set):
@@ -156,7 +151,7 @@ def test_online_teachers_answer_with_the_mean_of_softmax_and_the_mean_of_logits(
         [2, 0, 0, 1, 2], [9] * 5, images
     )
     probs, mean_logits = reference.ensemble([teacher.logits(images) for teacher in teachers])
-    np.testing.assert_allclose(answer.soft.dense().numpy(), probs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(answer.soft.to_dense().numpy(), probs, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(answer.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
     assert answer.soft.probs_NK.shape == (5, NUM_CLASSES), "every class is kept"
     assert not np.allclose(reference.softmax(mean_logits), probs, atol=1e-3), "they differ"
@@ -177,11 +172,14 @@ def test_rows_of_an_answer_in_another_order_are_those_rows(teachers):
 
 # --- a label set, and its teachers for what it lacks --------------------------------------------
 
-KINDS = {  # topk, type
-    "top-k float16": (K, "float16"),
-    "top-k float32": (K, "float32"),
-    "dense float16": (NUM_CLASSES, "float16"),
-    "dense float32": (NUM_CLASSES, "float32"),
+KINDS = {
+    "rate": Encoding(NUM_CLASSES, rate=1e-2),
+    "rate, logits": Encoding(NUM_CLASSES, rate=1e-2, logits=True),
+    "curve": Encoding(NUM_CLASSES, topk=3),
+    "top-k float16": Encoding(NUM_CLASSES, "float16", topk=K),
+    "top-k float32, logits": Encoding(NUM_CLASSES, "float32", topk=K, logits=True),
+    "dense float16": Encoding(NUM_CLASSES, "float16", topk=NUM_CLASSES),
+    "dense float32": Encoding(NUM_CLASSES, "float32", topk=NUM_CLASSES),
 }
 
 
@@ -194,38 +192,17 @@ def made_by(
     precision: str = "float32",
 ) -> LabelSet:
     """Write a set as stage one does: image i of KEYS, view v, is ``images[i * NUM_VIEWS + v]``."""
-    k, dtype = KINDS[kind]
-    plan = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "classes": [str(n) for n in range(NUM_CLASSES)],
-        "img_size": 4,
-        "topk": k,
-        "label_dtype": dtype,
-        "precision": precision,
-        "roles": {"train": {"num_views": NUM_VIEWS}},
-    }
-    claim(folder, plan)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        labels = top_k(TeacherEnsemble(teachers)(images).probs_BC, k)
-    shape = (len(KEYS), NUM_VIEWS)
-    ids = labels.indices_NK.numpy().reshape(*shape, k).astype("<u2")
-    probs = labels.probs_NK.numpy().reshape(*shape, k).astype(dtype)
-    rest = labels.rest_N.numpy().reshape(shape).astype(dtype)
-    columns = (probs,) if k == NUM_CLASSES else (probs, ids, rest)
-    path = folder / shard_name("train", 0)
-    write_shard(path, Shard(json_sha256(plan), "train", 0, KEYS, *columns))
-    listed = [describe_file(path, num_images=len(KEYS))]
-    write_manifest(folder, plan, roles={"train": {"shards": listed, "skipped": {}}})
+        said = TeacherEnsemble(teachers)(images)
+    make_set(folder, KINDS[kind], KEYS, NUM_VIEWS, answers_N=tuple(said), precision=precision)
     for teacher in teachers:
         teacher.seen.clear()
     return LabelSet.open(folder)
 
 
-def same(a: SoftLabels, b: SoftLabels) -> bool:
-    """Whether labels are equal to the bit."""
-    pairs = ((a.indices_NK, b.indices_NK), (a.probs_NK, b.probs_NK), (a.rest_N, b.rest_N))
-    return all(torch.equal(x, y) for x, y in pairs)
+def rows_of(answer: Answer) -> Rows:
+    assert answer.soft is not None
+    return Rows(answer.soft, answer.kept_logits)
 
 
 def test_only_rows_that_the_set_lacks_go_through_the_teachers(tmp_path, teachers):
@@ -251,11 +228,11 @@ def test_a_taught_row_equals_what_the_set_would_hold(tmp_path, teachers, kind):
     images = pixels(len(KEYS) * NUM_VIEWS)
     label_set = made_by(tmp_path, teachers, images, kind)
     keys = [key for key in KEYS for _ in range(NUM_VIEWS)]
-    stored = label_set.soft_labels(keys, list(range(NUM_VIEWS)) * len(KEYS))
+    stored = label_set.rows(keys, list(range(NUM_VIEWS)) * len(KEYS))
     targets = StoredLabels(
         label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
     )
-    assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+    assert same(rows_of(targets.answer([0] * 15, list(range(15)), images)), stored)
 
 
 @pytest.mark.parametrize("student", ["float32", "bfloat16"])
@@ -266,12 +243,12 @@ def test_a_taught_row_is_in_the_precision_of_the_set_and_not_of_the_student(
     images = pixels(15)
     label_set = made_by(tmp_path, teachers, images, "dense float32", precision=precision)
     keys = [key for key in KEYS for _ in range(NUM_VIEWS)]
-    stored = label_set.soft_labels(keys, list(range(NUM_VIEWS)) * len(KEYS))
+    stored = label_set.rows(keys, list(range(NUM_VIEWS)) * len(KEYS))
     targets = StoredLabels(
         label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=student == "bfloat16"):
-        assert same(targets.answer([0] * 15, list(range(15)), images).soft, stored)
+        assert same(rows_of(targets.answer([0] * 15, list(range(15)), images)), stored)
 
 
 def test_an_answer_that_is_not_finite_is_never_kept(tmp_path, teachers, contents):
@@ -304,14 +281,20 @@ def test_rows_stay_in_their_order_whoever_answers(tmp_path, teachers, kind, lack
     )
     rows = [(2, 1), (3, 4), (1, 0), (2, 2)]  # positions and views that the set holds
     shown = images[[(p - 1) * NUM_VIEWS + v for p, v in rows]]
-    expected = targets.answer(*map(list, zip(*rows, strict=True)), shown).soft
+    expected = targets.answer(*map(list, zip(*rows, strict=True)), shown)
     asked = [(0, v) if row in lacking else (p, v) for row, (p, v) in enumerate(rows)]
     answer = targets.answer(*map(list, zip(*asked, strict=True)), shown)
-    assert torch.equal(answer.soft.indices_NK, expected.indices_NK)
     # a batch of one row is multiplied in another order than a batch of fifteen
-    within = 1e-3 if "float16" in kind else 1e-6
-    torch.testing.assert_close(answer.soft.probs_NK, expected.probs_NK, rtol=within, atol=0)
-    torch.testing.assert_close(answer.soft.rest_N, expected.rest_N, rtol=within, atol=0)
+    within = {"float32": 1e-6, "float16": 1e-3, "curve": 0.05}[KINDS[kind].form]
+    dense = answer.soft.to_dense()
+    torch.testing.assert_close(dense, expected.soft.to_dense(), rtol=0, atol=within)
+    assert answer.soft.likeliest().tolist() == expected.soft.likeliest().tolist()
+    assert (answer.kept_logits is None) == (not KINDS[kind].logits)
+    if answer.kept_logits is not None:
+        said, before = (
+            a.kept_logits.to_dense(a.soft.kept(), NUM_CLASSES) for a in (answer, expected)
+        )
+        torch.testing.assert_close(said, before, rtol=2e-3, atol=2e-3)
     assert answer.classes_B.tolist() == [9 - p for p, _ in asked]
     assert answer.mean_logits_BC is None
     taught = len(lacking)
@@ -339,7 +322,7 @@ def test_taught_rows_that_were_appended_are_stored_rows_for_the_next_job(tmp_pat
     second = job(LabelSet.open(tmp_path))
     assert first.sources == {"labels_stored": 1, "labels_taught": 2}
     assert second.sources == {"labels_stored": 3, "labels_taught": 0}
-    assert same(first.soft, second.soft)
+    assert same(rows_of(first), rows_of(second))
     assert len(list(tmp_path.glob("*more*"))) == 1, "the second job had nothing to append"
 
 
@@ -379,14 +362,14 @@ def test_skip_leaves_out_what_the_set_lacks_and_nothing_else(label_set):
 def test_skip_uses_a_view_that_another_job_appended(tmp_path, teachers):
     label_set = made_by(tmp_path, teachers, pixels(15), "top-k float16")
     appender = Appender(label_set)
-    rows = top_k(torch.softmax(torch.randn(2, NUM_CLASSES), 1), K).rounded(torch.float16)
+    rows = encoded(KINDS["top-k float16"], 2)
     appender.add(["new.png", KEYS[0]], [1, 6], rows)
     appender.flush()
     opened = LabelSet.open(tmp_path)
     targets = StoredLabels(opened, [*KEYS, "new.png"], seed=9, reuse=False, missing="skip")
     assert [targets.view(KEYS[0], e) for e in range(NUM_VIEWS, 8)] == [None, 6, None]
     assert {targets.view("new.png", e) for e in range(NUM_VIEWS)} == {None, 1}
-    assert same(targets.answer([3, 0], [1, 6], NONE).soft, rows)
+    assert same(rows_of(targets.answer([3, 0], [1, 6], NONE)), rows)
 
 
 def test_fail_names_a_view_beyond_the_stored_ones(label_set):

@@ -1,5 +1,6 @@
 """mealv2.task: what a step computes, and where its gradients go."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from label_sets import Made, answers, make_set
 from mealv2.discriminator import VARIANTS, Discriminator, Variant, num_dead_outputs, wake
 from mealv2.ensemble import combine
+from mealv2.label_set import Encoding, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
 from mealv2.soft_labels import SoftLabels, tempered, top_k
-from mealv2.targets import Answer
+from mealv2.targets import Answer, StoredLabels
 from mealv2.task import GRADIENT_RATIO, DistillTask, HardLabelTask, Mixture
 
 NUM_CLASSES = 20
@@ -240,6 +243,104 @@ def test_probs_are_the_students_softmax_and_the_recovered_label(student, images,
     np.testing.assert_allclose(rows[1], probs, rtol=1e-5)
 
 
+# --- stored logits --------------------------------------------------------------------------------
+
+ENCODINGS = {
+    "rate": Encoding(NUM_CLASSES, rate=1e-2, logits=True),
+    "curve": Encoding(NUM_CLASSES, topk=5, logits=True),
+    "float16": Encoding(NUM_CLASSES, "float16", topk=5, logits=True),
+    "dense": Encoding(NUM_CLASSES, "float32", topk=NUM_CLASSES, logits=True),
+}
+
+
+def stored_answer(made: Made, *, with_logits: bool = True) -> Answer:
+    """Return the answer for six images of a set, as a run gets it."""
+    source = ["an image of no label", *made.keys]
+    targets = StoredLabels(LabelSet.open(made.folder), source, [0] * 6, seed=0)
+    answer = targets.answer([2, 1, 5, 3, 4, 2], [0, 1, 0, 1, 1, 1], torch.empty(0))
+    return answer if with_logits else dataclasses.replace(answer, kept_logits=None)
+
+
+def ids_of(answer: Answer) -> list[list[int]]:
+    kept = answer.soft.kept()
+    pairs = zip(kept.indices_NK, kept.is_kept_NK, strict=True)
+    return [ids[is_kept].tolist() for ids, is_kept in pairs]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("shown", ["logits", None])
+def test_the_discriminator_is_shown_the_logits_that_a_set_keeps(
+    tmp_path, student, images, name, shown
+):
+    made = make_set(tmp_path, ENCODINGS[name], num_views=2)
+    answer = stored_answer(made)
+    task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
+    of_student, of_teachers = shown_rows(task, images, answer)
+    logits = student(images).detach().numpy()
+    np.testing.assert_allclose(
+        of_student, reference.logits_through(logits, ids_of(answer)), rtol=1e-5, atol=1e-6
+    )
+    # the teachers' rows are those of the set: what is kept to the bit, all others at one number
+    dense = made.rows.logits.to_dense(made.rows.labels.kept(), NUM_CLASSES).numpy()
+    order = [2, 1, 8, 5, 7, 3]  # positions and views in the order of the set
+    np.testing.assert_array_equal(of_teachers, dense[order])
+    _, mean_logits = answers(10, NUM_CLASSES)
+    expected = reference.logits_through(mean_logits.numpy()[order], ids_of(answer))
+    np.testing.assert_allclose(of_teachers, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_log_probs_are_shown_where_asked_for_though_the_set_keeps_logits(
+    tmp_path, student, images, name
+):
+    made = make_set(tmp_path, ENCODINGS[name], num_views=2)
+    asked = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input="log-probs")
+    left = DistillTask(student, Discriminator(NUM_CLASSES))
+    answer = stored_answer(made)
+    rows = shown_rows(asked, images, answer)
+    logits = student(images).detach().numpy()
+    floor = reference.MIN_LOG
+    expected = reference.through_top_k(logits, ids_of(answer))
+    np.testing.assert_allclose(rows[0], np.maximum(expected, floor), rtol=1e-4, atol=1e-5)
+    with np.errstate(divide="ignore"):
+        of_labels = np.log(answer.soft.to_dense().double().numpy())
+    np.testing.assert_allclose(rows[1], np.maximum(of_labels, floor), rtol=1e-5, atol=1e-6)
+    without = shown_rows(left, images, stored_answer(made, with_logits=False))
+    assert all(np.array_equal(a, b) for a, b in zip(rows, without, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_everything_kept_a_set_teaches_as_the_teachers_themselves(
+    tmp_path, student, images, variant
+):
+    probs_BC, mean_logits_BC = answers(10, NUM_CLASSES)
+    mean_logits_BC = mean_logits_BC.half().float()  # what float16 keeps is then the same
+    made = make_set(tmp_path, ENCODINGS["dense"], num_views=2, answers_N=(probs_BC, mean_logits_BC))
+    stored, order = stored_answer(made), [2, 1, 8, 5, 7, 3]
+    online = Answer(SoftLabels.of_all(probs_BC[order]), stored.classes_B, mean_logits_BC[order])
+    task = DistillTask(student, Discriminator(NUM_CLASSES, variant))
+    seen = []
+    for answer in (stored, online):
+        task.zero_grad()
+        rows = shown_rows(task, images, answer)
+        result = task(images, answer)
+        result["loss"].backward()
+        grads = [parameter.grad.clone() for parameter in task.parameters()]
+        seen.append((rows, [result["loss"].detach(), *result["parts"].values(), *grads]))
+    (rows, numbers), (online_rows, online_numbers) = seen
+    assert all(np.array_equal(a, b) for a, b in zip(rows, online_rows, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(numbers, online_numbers, strict=True))
+
+
+def test_a_student_that_equals_its_teacher_shows_the_rows_that_a_set_keeps(images):
+    logits = images.flatten(1)  # twelve classes
+    encoding = Encoding(12, rate=1e-2, logits=True)
+    rows = encoding.encode(torch.softmax(logits, 1), logits)
+    task = DistillTask(nn.Flatten(), Discriminator(12))
+    of_student, of_teachers = shown_rows(task, images, Answer(rows.labels, kept_logits=rows.logits))
+    np.testing.assert_allclose(of_student, of_teachers, rtol=1e-3, atol=2e-3)
+
+
 # --- the channel, and what the discriminator would learn without it -----------------------------
 
 
@@ -277,7 +378,7 @@ def test_through_the_channel_nothing_tells_a_student_from_the_teacher_it_equals(
 
 def test_without_the_channel_the_compression_gives_the_student_away():
     def plain(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
-        return torch.log_softmax(logits, 1), labels.dense().log()
+        return torch.log_softmax(logits, 1), labels.to_dense().log()
 
     assert learned_accuracy(plain) > 0.7
 

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from mealv2.views import View, evaluation_resize, scheduled_view, view_of
+from mealv2.views import (
+    View,
+    evaluation_resize,
+    fractions,
+    packed_boxes,
+    scheduled_view,
+    unpacked_view,
+    view_of,
+)
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "views.json").read_text(encoding="utf-8")
@@ -276,3 +284,66 @@ def test_evaluation_resize_is_the_papers_truncated_product():
     sizes = range(1, 2001)
     assert [evaluation_resize(s) for s in sizes] == [int(256 / 224 * s) for s in sizes]
     assert [evaluation_resize(s) for s in (224, 380, 160, 288)] == [256, 434, 182, 329]
+
+
+# --- boxes of others ----------------------------------------------------------------------------
+
+
+@st.composite
+def boxes_in_images(draw: st.DrawFn) -> tuple[View, int, int]:
+    """Draw a box with whole pixels in an image of up to 30,000 a side: (view, width, height)."""
+    height, width = draw(st.integers(1, 30_000)), draw(st.integers(1, 30_000))
+    rows, columns = draw(st.integers(1, height)), draw(st.integers(1, width))
+    top, left = draw(st.integers(0, height - rows)), draw(st.integers(0, width - columns))
+    return View(top, left, rows, columns, draw(st.booleans())), width, height
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@given(boxes_in_images())
+def test_a_box_survives_float32_fractions_and_packing(drawn: tuple[View, int, int]) -> None:
+    view, width, height = drawn
+    boxes = np.array([fractions(view, width=width, height=height)], dtype=np.float32)
+    (packed,) = packed_boxes(boxes)
+    assert packed.dtype == np.uint16
+    assert unpacked_view(packed, view.flip, width=width, height=height) == view
+
+
+def survives(side: int, dtype: type) -> bool:
+    """Return whether every length up to ``side`` comes back from its packed fraction of it."""
+    lengths = np.arange(side + 1)
+    packed = packed_boxes((lengths / side).astype(dtype)).astype(np.int64)
+    return np.array_equal((2 * packed * side + 65_535) // (2 * 65_535), lengths)
+
+
+def test_packing_is_exact_up_to_the_sides_that_its_docstring_says() -> None:
+    assert all(survives(side, np.float32) for side in [*range(1, 300), 29_999, 30_000])
+    assert all(survives(side, np.float32) for side in range(64_000, 65_001, 50))
+    assert all(survives(side, np.float16) for side in range(1, 2001))
+    assert not survives(2001, np.float16)
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ([0, 0, 65_535, 65_535], View(0, 0, 20, 50, False)),
+        ([65_535, 65_535, 65_535, 65_535], View(0, 0, 20, 50, False)),
+        ([65_535, 65_535, 0, 0], View(19, 49, 1, 1, False)),
+        ([0, 0, 1, 1], View(0, 0, 1, 1, False)),
+        ([32_768, 32_768, 32_768, 32_768], View(10, 25, 10, 25, False)),
+    ],
+)
+def test_an_unpacked_box_is_inside_the_image_and_has_a_pixel(
+    box: list[int], expected: View
+) -> None:
+    assert unpacked_view(np.array(box, np.uint16), False, width=50, height=20) == expected
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 65_535), min_size=4, max_size=4), st.tuples(WORDS, WORDS))
+def test_any_packed_box_is_inside_any_image(box: list[int], sides: tuple[int, int]) -> None:
+    width, height = (1 + side % 70_000 for side in sides)
+    view = unpacked_view(np.array(box, np.uint16), True, width=width, height=height)
+    assert view.top >= 0 <= view.left
+    assert 0 < view.height <= height - view.top
+    assert 0 < view.width <= width - view.left
+    assert view.flip is True

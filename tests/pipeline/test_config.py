@@ -104,6 +104,7 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
     [
         (PrecomputeConfig, {"workers": -1}, "--workers"),
         (PrecomputeConfig, {"num_views": 0}, "--num-views"),
+        (PrecomputeConfig, {"num_views": 99_999_999_999}, "--num-views"),
         (PrecomputeConfig, {"img_size": 0}, "--img-size"),
         (PrecomputeConfig, {"shard_size": 0}, "--shard-size"),
         (PrecomputeConfig, {"batch_size": 0}, "--batch-size"),
@@ -112,6 +113,9 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (PrecomputeConfig, {"topk": "0"}, "--topk"),
         (PrecomputeConfig, {"topk": "-1"}, "--topk"),
         (PrecomputeConfig, {"topk": "many"}, "--topk"),
+        (PrecomputeConfig, {"rate": 0.0}, "--rate"),
+        (PrecomputeConfig, {"rate": NAN}, "--rate"),
+        (PrecomputeConfig, {"rate": float("inf")}, "--rate"),
         (PrecomputeConfig, {"teacher": ()}, "--teacher"),
         (DistillConfig, {"epochs": 0}, "--epochs"),
         (DistillConfig, {"batch_size": 0}, "--batch-size"),
@@ -211,6 +215,8 @@ def test_value_out_of_bounds_names_the_flag(
             "--initial-checkpoint",
         ),
         (PrecomputeConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
+        (PrecomputeConfig, {"label_dtype": "float16"}, "--label-dtype"),
+        (PrecomputeConfig, {"label_dtype": "float32", "rate": 0.1}, "--label-dtype"),
         (FinetuneConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
         (EvaluateConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
     ],
@@ -228,7 +234,6 @@ def test_setting_without_effect_is_refused(
         ({"labels": None}, "--labels DIR, or --online"),
         ({"online": True, "teacher": ("a",)}, "not both"),
         ({"labels": None, "online": True}, "--online needs --teacher"),
-        ({"discriminator_input": "logits"}, "--discriminator-input logits needs --online"),
         ({"cutmix_target": "teachers"}, "--cutmix-target teachers needs --online"),
     ],
 )
@@ -237,6 +242,11 @@ def test_settings_that_exclude_or_need_each_other_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         make(DistillConfig, **values)
+
+
+def test_rate_and_topk_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="--rate and --topk exclude each other"):
+        make(PrecomputeConfig, rate=0.01, topk="10")
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Result
+from conftest import FORMS, Result
 from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.images import ImageFolder, centre_crop, cut, decode
-from mealv2.label_set import LabelSet
+from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier
 from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, StoredLabels, Targets
 from mealv2.task import DistillTask
-from mealv2.views import scheduled_view, view_of
+from mealv2.views import DrawnViews, scheduled_view, view_of
 from mealv2.weights import find_checkpoint
 from pipeline import runtime, training
 from pipeline.config import DistillConfig
@@ -36,9 +36,10 @@ Events = Callable[[Path, str], list[dict[str, Any]]]
 class CuttingTeachers(Targets):
     """Answers like StoredLabels, by cutting the views itself and asking the teachers now."""
 
-    def __init__(self, source: ImageFolder, ensemble: TeacherEnsemble) -> None:
+    def __init__(self, source: ImageFolder, ensemble: TeacherEnsemble, *, logits: bool) -> None:
         self.source = source
         self.ensemble = ensemble
+        self.logits = logits
 
     def view(self, key: str, epoch: int) -> int:
         return scheduled_view(key, epoch, seed=0, num_views=4)
@@ -52,7 +53,8 @@ class CuttingTeachers(Targets):
             size = {"width": image.width, "height": image.height}
             rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
         cut_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
-        return Answer(top_k(self.ensemble(cut_BCHW).probs_BC, 3))
+        probs_BC, mean_logits_BC = self.ensemble(cut_BCHW)
+        return Answer(top_k(probs_BC, 3), mean_logits_BC=mean_logits_BC if self.logits else None)
 
     def flush(self) -> None:
         """Nothing to keep."""
@@ -74,44 +76,49 @@ def _train_online(
         extra = {"discriminator": (discriminator, config.lr)}
     work = Work(
         command="distill",
-        task=DistillTask(student, discriminator),
+        task=DistillTask(student, discriminator, discriminator_input=config.discriminator_input),
         student=student,
         source=source,
         positions=list(range(len(source))),
-        targets=CuttingTeachers(source, TeacherEnsemble(teachers)),
+        targets=CuttingTeachers(
+            source, TeacherEnsemble(teachers), logits=config.discriminator_input == "logits"
+        ),
         img_size=32,
-        view_seed=7,
+        views=DrawnViews(7),
         evaluator=None,
         extra=extra,
     )
     return training.train(config, runtime.start(config), work)
 
 
-@pytest.fixture(scope="module")
-def dense_labels_dir(
-    done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("dense") / "set"
-    done(*precompute_flags, "--topk", "all", "--label-dtype", "float32", "--out", out)
-    return out
-
-
-@pytest.mark.parametrize("discriminator", ["paper", "official", "off"])
+@pytest.mark.parametrize(
+    ("discriminator", "shown", "tolerance"),
+    [
+        ("paper", None, 1e-5),
+        ("official", None, 1e-5),
+        ("off", None, 1e-5),
+        ("paper", "logits", 1e-4),  # stored in float16
+    ],
+)
 def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
     done: Run,
     distill_flags: list[str],
-    dense_labels_dir: Path,
+    labels_of: Callable[..., Path],
     data_dir: Path,
     teacher_dirs: dict[str, Path],
     events: Events,
     make_model: Callable[..., Path],
     tmp_path: Path,
     discriminator: str,
+    shown: str | None,
+    tolerance: float,
 ) -> None:
     stored, online = tmp_path / "stored", tmp_path / "online"
     # a student without batch normalisation, which over 8 images makes 1e-7 grow to 1e-3 in 20 steps
     student = ["--model", "test_convnext", "--initial-checkpoint", make_model("test_convnext")]
-    flags = ["--labels", dense_labels_dir, "--discriminator", discriminator, "--epochs", 4]
+    labels = labels_of("all float32", logits=shown == "logits")
+    flags = ["--labels", labels, "--discriminator", discriminator, "--epochs", 4]
+    flags += ["--discriminator-input", shown] if shown else []
     done(*distill_flags, *flags, *student, "--val-split", "none", "--output", stored)
     settings = json.loads((stored / "config.json").read_text())
     config = DistillConfig.from_json({**settings, "output": online})
@@ -123,8 +130,46 @@ def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
         for path in (stored, online)
     ]
     assert losses[0].shape == (20, len(parts))
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5, atol=0)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance, atol=0)
     assert np.ptp(losses[0][:, 0]) > 0.1, "constant losses would agree by chance"
+
+
+# --- every form of labels -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains_with_every_input_of_the_discriminator_that_it_has(
+    done: Run,
+    distill_flags: list[str],
+    labels_of: Callable[..., Path],
+    events: Events,
+    tmp_path: Path,
+    form: str,
+    logits: bool,
+) -> None:
+    """Each shows it something else, and what is shown unasked is logits where there are any."""
+    flags = ["--labels", labels_of(form, logits=logits), "--val-split", "none"]
+    flags += ["--epochs", 1, "--batch-size", 18]
+    losses = {}
+    for shown in (None, "log-probs", "probs", *(["logits"] if logits else [])):
+        run = tmp_path / f"run-{shown}"
+        asked = ["--discriminator-input", shown] if shown else []
+        assert done(*distill_flags, *flags, *asked, "--output", run).report["steps"] == 2
+        losses[shown] = [event["discriminator_loss"] for event in events(run, "train")]
+        assert np.isfinite(losses[shown]).all()
+    assert losses[None] == losses["logits" if logits else "log-probs"]
+    assert len({tuple(value) for value in losses.values()}) == len(losses) - 1
+
+
+def test_logits_that_the_set_lacks_are_refused_naming_the_ways_out(
+    run_cli: Run, distill_flags: list[str], run: Path
+) -> None:
+    result = run_cli(*distill_flags, "--discriminator-input", "logits", "--output", run)
+    assert (result.code, _one_line(result)) == (2, True)
+    assert "--store-logits" in result.stderr
+    assert "--online" in result.stderr
+    assert not run.exists()
 
 
 # --- the schedule of views ----------------------------------------------------------------------
@@ -362,7 +407,7 @@ def test_labels_of_other_data_are_refused_naming_what_differs(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "train-00001.h5", "val-00000.h5"])
-@pytest.mark.parametrize("how", ["flipped", "removed"])
+@pytest.mark.parametrize("how", ["flipped", "removed", "no longer whole"])
 def test_damaged_labels_are_refused_naming_the_file(
     run_cli: Run,
     distill_flags: list[str],
@@ -374,7 +419,9 @@ def test_damaged_labels_are_refused_naming_the_file(
 ) -> None:
     labels = Path(shutil.copytree(labels_dir, tmp_path / "labels"))
     if how == "flipped":
-        flipped_bit(labels / name)
+        flipped_bit(labels / name, 100 if name.endswith("json") else 20)
+    elif how == "no longer whole":
+        (labels / name).write_bytes((labels / name).read_bytes()[:-1])
     else:
         (labels / name).unlink()
     result = run_cli(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
@@ -383,6 +430,27 @@ def test_damaged_labels_are_refused_naming_the_file(
     else:
         assert (result.code, len(result.stderr.splitlines())) == (3, 1)
         assert name in result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_damaged_labels_of_an_image_are_refused_when_they_are_read_naming_file_and_image(
+    run_cli: Run,
+    distill_flags: list[str],
+    labels_dir: Path,
+    tmp_path: Path,
+    flipped_bit: Callable[..., None],
+    role: str,
+) -> None:
+    labels = Path(shutil.copytree(labels_dir, tmp_path / "labels"))
+    file = ShardFile(labels / f"{role}-00001.h5")
+    flipped_bit(file.path, file.header["columns"]["labels"]["offset"] + 3)
+    result = run_cli(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
+    assert result.code == 3
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("mealv2: ")
+    assert str(file.path) in last
+    assert repr(file.keys()[0]) in last
 
 
 def test_unfinished_labels_are_refused(

@@ -21,7 +21,6 @@ from mealv2.images import ImageFolder, centre_crop, cut, decode
 from mealv2.label_set import Appender, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
-from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weights import find_checkpoint
@@ -441,7 +440,7 @@ def _lie(labels: Path) -> None:
     keys = list(opened.keys())
     appender = Appender(opened)
     for view in (4, 5):
-        wrong = top_k(torch.full((len(keys), 3), 1 / 3), 2).rounded(torch.float16)
+        wrong = opened.encoding.encode(torch.full((len(keys), 3), 1 / 3))
         appender.add(keys, [view] * len(keys), wrong)
     assert appender.flush() is not None
 
@@ -489,6 +488,66 @@ def test_stopped_and_continued_with_write_back_it_ends_in_the_same_bits(
         for path in (parts, whole)
     ]
     assert told[0] == told[1]
+
+
+def test_continued_run_uses_the_first_views_though_more_were_labelled_meanwhile(
+    run_cli: Run,
+    done: Run,
+    distill_flags: list[str],
+    own_labels: Path,
+    labels_dir: Path,
+    add_views: Callable[..., Any],
+    tmp_path: Path,
+    weights: Weights,
+    asked: list[list[tuple[int, int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--epochs", 6, "--val-split", "none"]
+    whole, parts, later = tmp_path / "whole", tmp_path / "parts", tmp_path / "later"
+    done(*distill_flags, *flags, "--labels", labels_dir, "--output", whole)
+
+    reads, read = 0, ImageFolder.read
+
+    def interrupted(self: ImageFolder, position: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads == 2 * 36 + 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(self, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFolder, "read", interrupted)
+        result = run_cli(*distill_flags, *flags, "--labels", own_labels, "--output", parts)
+    assert result.code == 4
+    add_views(own_labels, (4, 5))
+    assert LabelSet.open(own_labels).num_views == 6
+    asked.clear()
+    done("distill", "--resume", parts)
+    assert {view for batch in asked for _, view in batch} == {0, 1, 2, 3}
+    assert json.loads((parts / "labels.json").read_text())["num_views"] == 4
+    assert weights(parts) == weights(whole)
+    assert summary(parts) == summary(whole)
+
+    asked.clear()
+    done(*distill_flags, *flags, "--labels", own_labels, "--output", later)
+    assert {view for batch in asked for _, view in batch} == {0, 1, 2, 3, 4, 5}
+
+
+def test_run_whose_added_views_vanished_is_not_continued_without_them(
+    run_cli: Run,
+    done: Run,
+    distill_flags: list[str],
+    own_labels: Path,
+    labels_dir: Path,
+    add_views: Callable[..., Any],
+    run: Path,
+) -> None:
+    add_views(own_labels, (4, 5))
+    done(*distill_flags, "--labels", own_labels, "--epochs", 1, "--output", run)
+    shutil.copy(labels_dir / "manifest.json", own_labels)
+    result = run_cli("distill", "--resume", run)
+    assert (result.code, one_line(result)) == (3, True)
+    assert "holds 4 views of each image, 6 are needed" in result.stderr
 
 
 def test_run_whose_appended_labels_vanished_is_not_continued_without_them(

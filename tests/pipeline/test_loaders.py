@@ -10,7 +10,7 @@ import torch
 
 from mealv2.errors import DataError
 from mealv2.images import ImageFolder, centre_crop, cut, decode
-from mealv2.views import view_of
+from mealv2.views import DrawnViews, view_of
 from pipeline.loaders import (
     CENTRE,
     ViewReader,
@@ -99,6 +99,7 @@ def test_centre_requests_ask_each_image_once() -> None:
 
 # --- pixels -------------------------------------------------------------------------------------
 
+VIEWS = DrawnViews(7)
 REQUESTS = [[(0, (0, 3)), (7, (1,))], [(5, (CENTRE,))], [(9, (2, 2, CENTRE)), (1, (0,))]]
 
 
@@ -124,7 +125,7 @@ class Counting:
 
 
 def test_rows_are_the_views_asked_for_in_order(source: ImageFolder) -> None:
-    pixels = ViewReader(source, img_size=24, seed=7)[REQUESTS[2]]
+    pixels = ViewReader(source, img_size=24, views=VIEWS)[REQUESTS[2]]
     image, other = decode(source.read(9)), decode(source.read(1))
     box = view_of(source.keys[9], 2, seed=7, width=image.width, height=image.height)
     first = view_of(source.keys[1], 0, seed=7, width=other.width, height=other.height)
@@ -137,21 +138,32 @@ def test_rows_are_the_views_asked_for_in_order(source: ImageFolder) -> None:
     assert (pixels.positions, pixels.views) == ([9, 9, 9, 1], [2, 2, CENTRE, 0])
     assert pixels.images_BCHW.dtype == torch.uint8
     np.testing.assert_array_equal(pixels.images_BCHW.permute(0, 2, 3, 1).numpy(), by_hand)
+    assert pixels.sizes_B2.tolist() == [list(image.size)] * 3 + [list(other.size)]
+    boxes = [[b.top, b.left, b.height, b.width, int(b.flip)] for b in (box, first)]
+    assert pixels.boxes_B5.tolist() == [boxes[0], boxes[0], [0] * 5, boxes[1]]
 
 
 def test_an_image_is_decoded_once_for_all_its_views(source: ImageFolder) -> None:
     counting = Counting(source)
     requests = [[(position, (0, 1, 2, 3)) for position in part] for part in ([0, 1], [2, 3])]
-    rows = sum(
-        len(p.positions) for p in read_views(ViewReader(counting, img_size=16), requests, workers=0)
-    )
+    reader = ViewReader(counting, img_size=16, views=VIEWS)
+    rows = sum(len(p.positions) for p in read_views(reader, requests, workers=0))
     assert rows == 16
     assert counting.reads == {0: 1, 1: 1, 2: 1, 3: 1}
 
 
-def _rows(source: ImageFolder, workers: int) -> list[tuple[bytes, list[int], list[int]]]:
-    loader = read_views(ViewReader(source, img_size=24, seed=7), REQUESTS, workers=workers)
-    return [(p.images_BCHW.numpy().tobytes(), p.positions, p.views) for p in loader]
+def _rows(source: ImageFolder, workers: int) -> list[tuple[object, ...]]:
+    loader = read_views(ViewReader(source, img_size=24, views=VIEWS), REQUESTS, workers=workers)
+    return [
+        (
+            p.images_BCHW.numpy().tobytes(),
+            p.sizes_B2.tolist(),
+            p.boxes_B5.tolist(),
+            p.positions,
+            p.views,
+        )
+        for p in loader
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -168,7 +180,8 @@ def test_reading_leaves_the_global_generators_alone(source: ImageFolder, workers
 
 
 def test_kept_workers_read_the_same_again(source: ImageFolder) -> None:
-    loader = read_views(ViewReader(source, img_size=24), REQUESTS, workers=1, keep_workers=True)
+    reader = ViewReader(source, img_size=24, views=VIEWS)
+    loader = read_views(reader, REQUESTS, workers=1, keep_workers=True)
     first = [p.images_BCHW.clone() for p in loader]
     assert all(map(torch.equal, first, (p.images_BCHW for p in loader)))
 
@@ -194,9 +207,10 @@ def test_bad_image_is_reported_and_its_neighbours_are_read(
     source = ImageFolder(own_data, "train")
     _spoil(own_data, source.keys[1], how)
     requests: Sequence[list[tuple[int, tuple[int, ...]]]] = [[(0, (0, 1)), (1, (0, 1)), (2, (0,))]]
-    (pixels,) = read_views(ViewReader(source, img_size=16), requests, workers=workers)
+    reader = ViewReader(source, img_size=16, views=VIEWS)
+    (pixels,) = read_views(reader, requests, workers=workers)
     assert (pixels.positions, pixels.views) == ([0, 0, 2], [0, 1, 0])
-    assert len(pixels.images_BCHW) == 3
+    assert len(pixels.images_BCHW) == len(pixels.sizes_B2) == len(pixels.boxes_B5) == 3
     assert list(pixels.failed) == [1]
     assert pixels.failed[1]
     assert name_failures(source, pixels.failed) == {source.keys[1]: pixels.failed[1]}
@@ -205,8 +219,9 @@ def test_bad_image_is_reported_and_its_neighbours_are_read(
 def test_batch_of_bad_images_only_is_empty(own_data: Path) -> None:
     source = ImageFolder(own_data, "train")
     _spoil(own_data, source.keys[0], "empty")
-    pixels = ViewReader(source, img_size=16)[[(0, (0, 1))]]
+    pixels = ViewReader(source, img_size=16, views=VIEWS)[[(0, (0, 1))]]
     assert pixels.images_BCHW.shape == (0, 3, 16, 16)
+    assert (pixels.sizes_B2.shape, pixels.boxes_B5.shape) == ((0, 2), (0, 5))
     assert pixels.failed == {0: "the file is empty"}
 
 

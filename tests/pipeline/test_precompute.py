@@ -4,8 +4,10 @@ import collections
 import json
 import shutil
 import signal
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,17 @@ import timm
 import torch
 from PIL import Image
 
-from conftest import Result, Spawned
+from conftest import FORMS, Result, Spawned
 from mealv2.images import ImageFolder
-from mealv2.label_set import LabelSet, read_shard
-from mealv2.label_set.shard import column_offsets
+from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
+from mealv2.soft_labels import (
+    EncodedLabels,
+    Labels,
+    SoftLabels,
+    encode,
+    logits_through,
+    top_k,
+)
 from mealv2.views import view_of
 
 Run = Callable[..., Result]
@@ -72,8 +81,8 @@ def _val_view(path: Path) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + 32, top + 32)))
 
 
-def _answers(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
-    """Ask each teacher by hand; return probabilities teachers x N x classes, float64."""
+def _logits(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Ask each teacher by hand; return logits teachers x N x classes, float64."""
     answers = []
     for name, folder in teacher_dirs.items():
         model = timm.create_model(name, num_classes=3).eval()
@@ -81,10 +90,15 @@ def _answers(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarr
         mean, std = (np.array(values, dtype=np.float32) for values in NORMALISATION[name])
         images = torch.from_numpy((pixels_NHWC.astype(np.float32) / 255 - mean) / std)
         with torch.no_grad():
-            logits = model(images.permute(0, 3, 1, 2)).double().numpy()
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        answers.append(odds / odds.sum(axis=1, keepdims=True))
+            answers.append(model(images.permute(0, 3, 1, 2)).double().numpy())
     return np.array(answers)
+
+
+def _answers(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Ask each teacher by hand; return probabilities teachers x N x classes, float64."""
+    logits = _logits(teacher_dirs, pixels_NHWC)
+    odds = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return odds / odds.sum(axis=2, keepdims=True)
 
 
 def _all_train_views(data_dir: Path, keys: list[str], num_views: int) -> np.ndarray:
@@ -144,6 +158,116 @@ def test_val_labels_are_of_the_centre_crop(
     np.testing.assert_allclose(labels.lookup(keys, [0] * 15).probs_NK, by_hand, rtol=0, atol=1e-3)
 
 
+# --- every way to keep labels -------------------------------------------------------------------
+
+
+def _places(labels: LabelSet) -> tuple[list[str], list[int]]:
+    """Return key and view of every row."""
+    keys = list(labels.keys())
+    num_views = labels.num_views
+    return [k for k in keys for _ in range(num_views)], list(range(num_views)) * len(keys)
+
+
+def _kept_by_hand(form: str, probs_NC: torch.Tensor) -> Labels:
+    if form == "rate":
+        return encode(probs_NC, rate=0.02)
+    if form == "curve":
+        return encode(probs_NC, topk=2)
+    dtype = torch.float32 if form.endswith("float32") else torch.float16
+    return top_k(probs_NC, 3 if form.startswith("all") else 2).rounded(dtype)
+
+
+def _bits(labels: Labels) -> list[list[object]]:
+    """Return all numbers of labels."""
+    if isinstance(labels, EncodedLabels):
+        return [labels.counts_N.tolist(), labels.payload_P.tolist()]
+    parts = (labels.indices_NK, labels.probs_NK, labels.rest_N)
+    return [[str(part.dtype), *part.tolist()] for part in parts]
+
+
+def _pixels(data_dir: Path, role: str, keys: list[str], views: list[int]) -> np.ndarray:
+    folder = data_dir / role
+    if role == "val":
+        return np.stack([_val_view(folder / key) for key in keys])
+    return np.stack([_train_view(folder / k, k, v) for k, v in zip(keys, views, strict=True)])
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_what_each_form_makes_of_the_teachers_answers(
+    labels_of: Callable[..., Path],
+    teacher_dirs: dict[str, Path],
+    data_dir: Path,
+    form: str,
+    logits: bool,
+    role: str,
+) -> None:
+    """The answers of a set of exact values are those asked for by hand; the forms start there."""
+    exact = LabelSet.open(labels_of("all float32"), role=role)
+    keys, views = _places(exact)
+    of_teachers = _logits(teacher_dirs, _pixels(data_dir, role, keys, views))
+    answers = exact.soft_labels(keys, views)
+    assert isinstance(answers, SoftLabels)
+    by_hand = torch.softmax(torch.from_numpy(of_teachers), dim=2).mean(dim=0)
+    np.testing.assert_allclose(answers.probs_NK, by_hand, rtol=0, atol=1e-6)
+
+    labels = LabelSet.open(labels_of(form, logits=logits), role=role)
+    rows = labels.rows(keys, views)
+    assert _bits(rows.labels) == _bits(_kept_by_hand(form, answers.probs_NK))
+    assert (rows.logits is not None) == logits
+    if form == "rate" and role == "train":
+        assert len(set(rows.labels.kept().is_kept_NK.sum(dim=1).tolist())) > 1, "or it varies not"
+    if rows.logits is not None:
+        kept = rows.labels.kept()
+        expected = logits_through(torch.from_numpy(of_teachers.mean(axis=0)), kept)
+        np.testing.assert_allclose(rows.logits.to_dense(kept, 3), expected, rtol=1e-3, atol=1e-3)
+
+
+def _size(path: Path) -> list[int]:
+    with Image.open(path) as image:
+        return list(image.size)
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_set_knows_the_size_the_bytes_and_the_class_of_its_images(
+    labels_dir: Path, data_dir: Path, role: str
+) -> None:
+    found = 0
+    for path in sorted(labels_dir.glob(f"{role}-*.h5")):
+        file = ShardFile(path)
+        images = file.images
+        assert images is not None
+        keys = file.keys()
+        paths = [data_dir / role / key for key in keys]
+        found += len(paths)
+        assert images.sizes_N2.tolist() == [_size(p) for p in paths]
+        assert images.file_bytes_N.tolist() == [p.stat().st_size for p in paths]
+        classes = ["ants", "bees", "cats"]
+        assert images.classes_N.tolist() == [classes.index(p.parent.name) for p in paths]
+    assert found == {"train": 36, "val": 15}[role]
+
+
+def _boxes_sha256(file: ShardFile) -> str:
+    """Hash the boxes that the recipe gives images of the stored sizes."""
+    images = file.images
+    assert images is not None
+    digest = sha256()
+    for key, (width, height) in zip(file.keys(), images.sizes_N2.tolist(), strict=True):
+        for index in range(file.first_view, file.first_view + file.num_views):
+            box = view_of(key, index, seed=7, width=width, height=height)
+            numbers = (box.top, box.left, box.height, box.width, box.flip)
+            digest.update(struct.pack("<5I", *numbers))
+    return digest.hexdigest()
+
+
+def test_shard_has_the_hash_of_the_boxes_that_were_cut(labels_dir: Path) -> None:
+    files = [ShardFile(path) for path in sorted(labels_dir.glob("train-*.h5"))]
+    assert [file.header["boxes_sha256"] for file in files] == [_boxes_sha256(f) for f in files]
+    for path in labels_dir.glob("val-*.h5"):
+        assert ShardFile(path).header["boxes_sha256"] is None
+
+
 # --- the same labels, however they are made -----------------------------------------------------
 
 
@@ -158,6 +282,18 @@ def test_shards_are_byte_equal_for_any_number_of_workers(
 ) -> None:
     done(*precompute_flags, "--workers", workers, "--out", out)
     assert contents(out) == contents(labels_dir)
+
+
+def test_curves_and_logits_are_byte_equal_for_any_number_of_workers(
+    done: Run,
+    plain_precompute_flags: list[str],
+    labels_of: Callable[..., Path],
+    out: Path,
+    contents: Files,
+) -> None:
+    flags = [*FORMS["rate"], "--store-logits", "--workers", 2]
+    done(*plain_precompute_flags, *flags, "--out", out)
+    assert contents(out) == contents(labels_of("rate", logits=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10_000])
@@ -211,12 +347,16 @@ def test_val_split_none_labels_the_train_split_alone(
     assert not list(out.glob("val*"))
 
 
-def test_default_keeps_ten_classes_or_all_of_fewer(
-    done: Run, precompute_flags: list[str], out: Path
+def test_default_is_a_curve_over_as_many_classes_as_each_view_needs(
+    done: Run, plain_precompute_flags: list[str], out: Path
 ) -> None:
-    place = precompute_flags.index("--topk")
-    done(*precompute_flags[:place], *precompute_flags[place + 2 :], "--out", out)
-    assert LabelSet.open(out).manifest["plan"]["topk"] == 3
+    done(*plain_precompute_flags, "--out", out)
+    assert LabelSet.open(out).manifest["plan"]["labels"] == {
+        "form": "curve",
+        "rate": 0.001,
+        "logits": False,
+        "tail": "even over the classes not kept",
+    }
 
 
 # --- what the set says of itself ----------------------------------------------------------------
@@ -229,7 +369,9 @@ def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str,
     assert [t["model"] for t in plan["teachers"]] == list(teacher_dirs)
     assert all(len(t["weights_sha256"]) == 64 for t in plan["teachers"])
     assert [tuple(t["mean"]) for t in plan["teachers"]] == [m for m, _ in NORMALISATION.values()]
-    assert (plan["img_size"], plan["topk"], plan["label_dtype"]) == (32, 2, "float16")
+    assert (plan["img_size"], plan["format_version"]) == (32, 2)
+    kept = plan["labels"]
+    assert (kept["form"], kept["topk"], kept["logits"]) == ("float16", 2, False)
     assert "bilinear" in plan["interpolation"]
     assert "antialias" in plan["interpolation"]
     train = plan["roles"]["train"]
@@ -238,8 +380,27 @@ def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str,
     assert train["views"]["seed"] == 7
     assert train["views"]["scale"] == [0.08, 1.0]
     assert {"torch", "torchvision", "timm", "pillow", "numpy", "h5py"} < manifest["versions"].keys()
-    listed = [shard for role in manifest["roles"].values() for shard in role["shards"]]
-    assert sorted(s["name"] for s in listed) == sorted(p.name for p in labels_dir.glob("*.h5"))
+    blocks = {name: role["blocks"] for name, role in manifest["roles"].items()}
+    assert {name: [block["views"] for block in listed] for name, listed in blocks.items()} == {
+        "train": [[0, 4]],
+        "val": [[0, 1]],
+    }
+    shards = [shard for listed in blocks.values() for block in listed for shard in block["shards"]]
+    assert shards == [
+        {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "images": len(read_shard(path).keys),
+            "sha256": sha256(path.read_bytes()).hexdigest(),
+            "head_sha256": sha256(path.read_bytes()[:512]).hexdigest(),
+        }
+        for role in ("train", "val")
+        for path in sorted(labels_dir.glob(f"{role}-*.h5"))
+    ]
+    text = (labels_dir / "manifest.json").read_text()
+    own = manifest["manifest_sha256"]
+    assert text.count(own) == 1
+    assert sha256(text.replace(own, "0" * 64).encode()).hexdigest() == own
 
 
 def test_report_counts_what_was_made(
@@ -323,6 +484,7 @@ def test_plan_of_a_finished_set_is_written_anew_from_what_the_manifest_repeats(
     else:
         text = plan.read_text()
         plan.write_text(text[:100] if harm == "damaged" else text.replace('"topk": 2', '"topk": 3'))
+        assert plan.read_text() != text
     report = done(*precompute_flags, "--out", out).report
     assert report["shards_made"] == 0
     assert contents(out) == before
@@ -338,8 +500,16 @@ def test_finished_set_is_left_as_it_is(
     assert _stamps(out) == stamps
 
 
-def _flip_a_probability(path: Path, flip: Callable[..., None], folder: Path) -> None:
-    flip(path, column_offsets(path)["probs"][0] + 5)
+def _flip_in(column: str) -> Callable[..., None]:
+    def damage(path: Path, flip: Callable[..., None], folder: Path) -> None:
+        flip(path, ShardFile(path).header["columns"][column]["offset"] + 5)
+
+    damage.__name__ = f"flip_in_{column}"
+    return damage
+
+
+def _flip_in_head(path: Path, flip: Callable[..., None], folder: Path) -> None:
+    flip(path, 20)
 
 
 def _truncate(path: Path, flip: Callable[..., None], folder: Path) -> None:
@@ -358,7 +528,17 @@ def _take_another(path: Path, flip: Callable[..., None], folder: Path) -> None:
     shutil.copy(folder / "train-00000.h5", path)
 
 
-@pytest.mark.parametrize("damage", [_flip_a_probability, _truncate, _empty, _remove, _take_another])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *map(_flip_in, ("labels", "keys", "crc32", "image_sizes")),
+        _flip_in_head,
+        _truncate,
+        _empty,
+        _remove,
+        _take_another,
+    ],
+)
 def test_damaged_shard_is_noticed_and_it_alone_made_anew(
     done: Run,
     precompute_flags: list[str],
@@ -401,12 +581,13 @@ def _refused_untouched(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--topk", "3"], "topk is 2 there and 3 here"),
-        (["--topk", "all"], "topk is 2 there and 3 here"),
+        (["--topk", "3"], "labels.topk is 2 there and 3 here"),
+        (["--topk", "all"], "labels.topk is 2 there and 3 here"),
+        (["--store-logits"], "labels.logits is False there and True here"),
         (["--view-seed", 8], "roles.train.views.seed is 7 there and 8 here"),
         (["--num-views", 5], "roles.train.num_views is 4 there and 5 here"),
         (["--img-size", 40], "img_size is 32 there and 40 here"),
-        (["--label-dtype", "float32"], "label_dtype is float16 there and float32 here"),
+        (["--label-dtype", "float32"], "labels.form is float16 there and float32 here"),
         (["--shard-size", 11], "shard_size is 10 there and 11 here"),
         (["--amp"], "precision is float32 there and bfloat16 here"),
         (["--val-split", "none"], "roles.val"),
@@ -476,6 +657,28 @@ def test_folder_that_holds_something_else_is_refused_untouched(
     assert contents(out) == {"thesis.txt": b"years of work"}
 
 
+@pytest.mark.parametrize("flags", [[], ["--topk", 1], ["--rate", 0.1]])
+def test_curve_over_one_class_is_refused_naming_the_way_out(
+    run_cli: Run,
+    done: Run,
+    plain_precompute_flags: list[str],
+    data_dir: Path,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    flags: list[object],
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(data_dir / split / "ants", tmp_path / "data" / split / "ants")
+    teacher = f"test_resnet={make_model('test_resnet', classes=('ants',))}"
+    command = [*plain_precompute_flags[:-4], "--data-dir", tmp_path / "data", "--teacher", teacher]
+    result = run_cli(*command, *flags, "--out", tmp_path / "labels")
+    assert (result.code, len(result.stderr.splitlines())) == (2, 1)
+    assert "--topk all" in result.stderr
+    assert not (tmp_path / "labels").exists()
+    done(*command, "--topk", "all", "--out", tmp_path / "labels")
+    assert len(LabelSet.open(tmp_path / "labels")) == 12
+
+
 @pytest.mark.parametrize("topk", ["4", "1000"])
 def test_topk_above_the_class_count_is_refused_and_nothing_written(
     run_cli: Run, precompute_flags: list[str], out: Path, topk: str
@@ -533,6 +736,36 @@ def test_skipped_images_stand_in_the_manifest_with_the_reason(
     assert "empty" in roles["train"]["skipped"]["bees/04.jpg"]
     assert "not an image" in roles["train"]["skipped"]["cats/07.jpg"]
     assert (roles["train"]["num_images"], roles["val"]["num_images"]) == (33, 14)
+
+
+def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
+    done: Run, precompute_flags: list[str], bad_data: Path, out: Path
+) -> None:
+    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--out", out)
+    found = {
+        (path.name, key): missing
+        for path in sorted(out.glob("*.h5"))
+        for key, missing in ShardFile(path).header["skipped"].items()
+    }
+    places = {  # ten images in a shard, 12 and 5 of a class
+        "train/ants/01.jpg": ("train-00000.h5", 1, 0),
+        "train/bees/04.jpg": ("train-00001.h5", 6, 1),
+        "train/cats/07.jpg": ("train-00003.h5", 1, 2),
+        "val/ants/00.jpg": ("val-00000.h5", 0, 0),
+    }
+    reasons = read_manifest(out)["roles"]
+    assert found == {
+        (shard, name.partition("/")[2]): {
+            "position": position,
+            "reason": reasons[name.partition("/")[0]]["skipped"][name.partition("/")[2]],
+            "bytes": (bad_data / name).stat().st_size,
+            "class": class_id,
+        }
+        for name, (shard, position, class_id) in places.items()
+    }
+    for path in out.glob("train-*.h5"):
+        file = ShardFile(path)
+        assert file.header["boxes_sha256"] == _boxes_sha256(file)
 
 
 def test_skipped_images_change_no_other_label(
@@ -604,15 +837,24 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
         ["--shard-size", 2048],
         ["--shard-size", 2048, "--topk", "all", "--label-dtype", "float32"],
         ["--shard-size", 2048, "--num-views", 150],
+        ["--shard-size", 2048, "--num-views", 600, "--store-logits"],
         ["--shard-size", 3],
+        ["--shard-size", 1],
     ],
 )
+@pytest.mark.parametrize("form", ["rate", "float16"])
 def test_dry_run_foretells_the_bytes(
-    done: Run, precompute_flags: list[str], tmp_path: Path, contents: Files, flags: list[object]
+    done: Run,
+    plain_precompute_flags: list[str],
+    tmp_path: Path,
+    contents: Files,
+    form: str,
+    flags: list[object],
 ) -> None:
     out = tmp_path / "labels"
-    told = done(*precompute_flags, *flags, "--dry-run", "--out", out).report
-    done(*precompute_flags, *flags, "--batch-size", 512, "--out", out)
+    kept = [] if "--topk" in flags else FORMS[form]
+    told = done(*plain_precompute_flags, *kept, *flags, "--dry-run", "--out", out).report
+    done(*plain_precompute_flags, *kept, *flags, "--batch-size", 512, "--out", out)
     real = sum(map(len, contents(out, "*.h5").values()))
     assert told["bytes"] == pytest.approx(real, rel=0.2, abs=10_000)
 

@@ -1,0 +1,159 @@
+"""`mealv2 labels info`: what a label set is, from its manifest and the heads of its files."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mealv2 import label_set
+from mealv2.errors import LabelSetError
+from mealv2.label_set import (
+    Encoding,
+    LabelSet,
+    maker_of,
+    read_header,
+    read_manifest,
+    read_plan,
+    version1,
+)
+from mealv2.label_set.shard import APPENDED_PREFIX
+from pipeline import logs
+from pipeline.config import LabelsInfoConfig
+
+_SHARD = re.compile(r"(\w+)-\d+(-views-\d+-\d+)?\.h5")
+
+
+def run(config: LabelsInfoConfig) -> dict[str, Any]:
+    """Describe a set, one that is not finished too; return the report. Raises LabelSetError.
+
+    No labels are read, and of each file no more than its head: a large set takes no longer.
+    """
+    manifest_is_there, plan_is_there = (
+        (config.labels / name).exists() for name in (label_set.MANIFEST_NAME, label_set.PLAN_NAME)
+    )
+    is_finished = manifest_is_there or not plan_is_there
+    manifest = read_manifest(config.labels) if is_finished else {"plan": read_plan(config.labels)}
+    plan = manifest["plan"]
+    report = {
+        "labels": str(config.labels),
+        "finished": is_finished,
+        "format_version": plan["format_version"],
+        "plan_sha256": manifest.get("plan_sha256"),
+        "classes": len(plan["classes"]),
+        "teachers": [teacher["model"] for teacher in plan.get("teachers", [])],
+        "encoding": plan.get("labels"),
+        "img_size": plan["img_size"],
+        "derived": plan.get("derived"),
+    }
+    _say_plan(config.labels, plan)
+    if not is_finished:
+        return report | {"roles": _unfinished(config.labels, plan)}
+    describe = _role_of_version_1 if plan["format_version"] == 1 else _role
+    roles = {name: describe(config.labels, manifest, name) for name in manifest["roles"]}
+    for name, role in roles.items():
+        _say_role(name, role)
+    return report | {"roles": roles}
+
+
+def _line(name: str, value: str) -> None:
+    logs.say(f"{name:<15} {value}")
+
+
+def _say_plan(folder: Path, plan: dict[str, Any]) -> None:
+    is_old = plan["format_version"] == 1
+    kept = version1.encoding_of(plan) if is_old else Encoding.of_plan(plan)
+    views = plan["roles"].get("train", {}).get("views", {})
+    _line("label set", str(folder))
+    _line("format version", str(plan["format_version"]))
+    _line("classes", str(len(plan["classes"])))
+    _line("teachers", ", ".join(teacher["model"] for teacher in plan.get("teachers", [])))
+    _line("labels keep", str(kept))
+    _line("image size", f"{plan['img_size']} pixels")
+    _line("views", f"{views.get('name')}" + (f", seed {views['seed']}" if "seed" in views else ""))
+    if "derived" in plan:
+        _line("made by", f"{maker_of(plan)}: {plan['derived']['how']}")
+
+
+def _say_role(name: str, role: dict[str, Any]) -> None:
+    _line(
+        name,
+        f"{role['images']} images x {role['views']} views, {role['shards']} shards, "
+        f"{logs.size_of(role['bytes'])}, {role['bytes_per_view']:.1f} bytes a label",
+    )
+    if role["skipped"]:
+        _line("", f"{role['skipped']} images skipped")
+    if role["appended_rows"]:
+        _line("", f"{role['appended_rows']} labels appended")
+    if "accuracy" in role:
+        _line("", f"ensemble top-1 {role['accuracy']['ensemble']['top1']:.2f}")
+
+
+def _role(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """Describe a role of a finished set; raises LabelSetError for a file that is not there whole.
+
+    Appended rows are counted apart, their bytes too.
+    """
+    entry = manifest["roles"][name]
+    shards = [shard for block in entry["blocks"] for shard in block["shards"]]
+    headers = [_header(folder / shard["name"], manifest) for shard in shards]
+    appended = [
+        _header(path, manifest) for path in sorted(folder.glob(f"{name}-{APPENDED_PREFIX}*.h5"))
+    ]
+    num_labels = sum(header["num_views"] * _rows(header) for header in headers)
+    label_bytes = sum(header["columns"]["labels"]["shape"][0] for header in headers)
+    return {
+        "images": sum(map(_rows, headers[: len(entry["blocks"][0]["shards"])])),
+        "views": max((block["views"][1] for block in entry["blocks"]), default=0),
+        "shards": len(shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "label_bytes": label_bytes,
+        "bytes_per_view": round(label_bytes / max(1, num_labels), 2),
+        "skipped": len(entry["skipped"]),
+        "appended_rows": sum(map(_rows, appended)),
+        **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
+    }
+
+
+def _rows(header: dict[str, Any]) -> int:
+    return int(header["columns"]["key_ends"]["shape"][0])
+
+
+def _header(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise LabelSetError(
+            f"cannot read shard {path}: {error.strerror}; run the same "
+            f"{maker_of(manifest['plan'])} again to make it anew"
+        ) from None
+
+
+def _role_of_version_1(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    labels, entry = LabelSet.open(folder, role=name), manifest["roles"][name]
+    num_bytes = sum(shard["bytes"] for shard in entry["shards"])
+    return {
+        "images": len(labels),
+        "views": labels.num_views,
+        "shards": len(entry["shards"]),
+        "bytes": num_bytes,
+        "label_bytes": num_bytes,  # with the keys: its files are compressed as a whole
+        "bytes_per_view": round(num_bytes / max(1, len(labels) * labels.num_views), 2),
+        "skipped": len(labels.skipped),
+        "appended_rows": labels.num_appended,
+        **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
+    }
+
+
+def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Say and return how many shards of each role are there."""
+    found = [match for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))]
+    roles = {}
+    for name, role in plan["roles"].items():
+        there = sum(match[1] == name for match in found)
+        roles[name] = {"images": role["num_images"], "shards": there}
+        of = ""
+        if "derived" not in plan:
+            roles[name]["of"] = -(-role["num_images"] // plan["shard_size"])
+            of = f" of {roles[name]['of']}"
+        _line(name, f"{role['num_images']} images, {there}{of} shards are there")
+    logs.say(f"not finished: run the same {maker_of(plan)} again")
+    return roles

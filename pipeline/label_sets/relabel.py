@@ -1,0 +1,110 @@
+"""Asking a label set's teachers again about some of its views, to compare."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mealv2.ensemble import EnsembleOutput
+from mealv2.images import ImageSource, open_source
+from mealv2.label_set import LabelSet, Rows
+from pipeline import logs
+from pipeline.config import LabelsVerifyConfig
+from pipeline.labelling import Labeller
+from pipeline.labels import check_precision, teachers_of
+from pipeline.loaders import Request, ViewReader, read_views, refuse_failures
+from pipeline.runtime import Runtime
+
+_NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
+
+
+def relabel(config: LabelsVerifyConfig, machine: Runtime) -> dict[str, Any]:
+    """Return how the stored labels of random views differ from the teachers' answers now.
+
+    ``kl`` is the mean KL(answer || stored) in nats and ``kl_of_encoding`` what the set's encoding
+    alone loses of these answers; ``top1_agreement`` in percent; ``identical`` the share of labels
+    that come out the same to the bit. Raises MealError.
+    """
+    assert config.data_dir is not None
+    labels = LabelSet.open(config.labels)
+    plan = labels.manifest["plan"]
+    check_precision(config.labels, plan, machine)
+    labeller = Labeller(
+        teachers_of(config.labels, config.teacher, plan, machine),
+        machine,
+        labels.encoding,
+        batch_size=config.batch_size,
+        on_bad_image=config.on_bad_image,
+    )
+    source = open_source(config.data_dir, plan["roles"]["train"]["split"])
+    places = _places(labels, config.relabel, seed=config.seed)
+    reader = ViewReader(source, img_size=labels.img_size, views=labels.views())
+    pixels = logs.progress(
+        read_views(reader, _requests(source, places, config.batch_size), workers=config.workers),
+        total=len(places),
+        what="asking the teachers again",
+        unit="views",
+        size=lambda item: len(item.positions) + len(item.failed),
+    )
+    total, num_views = np.zeros(4), 0
+    for item in pixels:
+        refuse_failures(source, item.failed, config.on_bad_image)
+        if not item.positions:
+            continue
+        num_views += len(item.positions)
+        _, answer = labeller.ask(item.images_BCHW)
+        stored = labels.rows([source.keys[p] for p in item.positions], item.views)
+        fresh = labels.encoding.encode(*answer).to(torch.device("cpu"))
+        total += _compared(answer, stored, fresh)
+    kl, kl_of_encoding, agreement, identical = (total / max(1, num_views)).tolist()
+    logs.say(
+        f"{num_views} views asked again: KL {kl:.3g} nats, of which the encoding loses "
+        f"{kl_of_encoding:.3g}; top-1 agrees in {100.0 * agreement:.2f} %, "
+        f"{100.0 * identical:.2f} % are the same to the bit"
+    )
+    return {
+        "views": num_views,
+        "kl": kl,
+        "kl_of_encoding": kl_of_encoding,
+        "top1_agreement": 100.0 * agreement,
+        "identical": identical,
+    }
+
+
+def _places(labels: LabelSet, number: int, *, seed: int) -> list[tuple[str, int]]:
+    """Return the (key, view) of random labels, in the order of the set."""
+    keys, num_views = list(labels.keys()), labels.num_views
+    num_labels = len(keys) * num_views
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(num_labels, min(number, num_labels), replace=False)).tolist()
+    places = [(keys[n // num_views], n % num_views) for n in chosen]
+    return [place for place in places if labels.holds(*place)]  # added views can lack an image
+
+
+def _requests(
+    source: ImageSource, places: Sequence[tuple[str, int]], batch_size: int
+) -> list[Request]:
+    position_of = {key: position for position, key in enumerate(source.keys)}
+    return [
+        [(position_of[key], (view,)) for key, view in places[start : start + batch_size]]
+        for start in range(0, len(places), batch_size)
+    ]
+
+
+def _compared(answer: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:
+    """Return the sums over rows of the four figures, the last two as counts."""
+    probs_NC = answer.probs_BC.cpu().double()
+    then_NC, now_NC = stored.labels.to_dense(), fresh.labels.to_dense()
+    agrees_N = probs_NC.argmax(dim=1) == stored.labels.likeliest()
+    is_same_N = (then_NC == now_NC).all(dim=1)
+    return np.array(
+        [_kl(probs_NC, then_NC), _kl(probs_NC, now_NC), int(agrees_N.sum()), int(is_same_N.sum())]
+    )
+
+
+def _kl(probs_NC: torch.Tensor, stored_NC: torch.Tensor) -> float:
+    """Return the sum over rows of KL(p || q), nats."""
+    # sum_c p_c (log p_c - log q_c), 0 log 0 = 0
+    stored_NC = stored_NC.double().clamp_min(_NOTHING)
+    return float((torch.xlogy(probs_NC, probs_NC) - torch.xlogy(probs_NC, stored_NC)).sum())

@@ -1,0 +1,198 @@
+"""`mealv2 labels verify`: a label set against its hashes, its images and its teachers."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mealv2.errors import LabelSetError
+from mealv2.files import canonical_json, file_sha256
+from mealv2.images import open_source
+from mealv2.label_set import (
+    PLAN_NAME,
+    LabelSet,
+    ShardFile,
+    boxes_of,
+    maker_of,
+    read_manifest,
+)
+from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
+from mealv2.views import DrawnViews
+from pipeline import logs, runtime
+from pipeline.config import LabelsVerifyConfig
+from pipeline.label_sets.relabel import relabel
+from pipeline.labels import check_same_data
+
+
+@dataclass
+class Found:
+    """What a check came to: problems by file, and how much was looked at."""
+
+    problems: dict[str, str] = field(default_factory=dict)
+    shards: int = 0
+    images: int = 0
+    labels: int = 0
+    unchecked_boxes: int = 0
+
+
+def run(config: LabelsVerifyConfig) -> dict[str, Any]:
+    """Verify a set; return the report. Raises LabelSetError saying what is damaged."""
+    manifest = read_manifest(config.labels)
+    found = Found()
+    _check_plan(config.labels, manifest, found)
+    for role, entry in manifest["roles"].items():
+        listed = [s for b in entry.get("blocks", [entry]) for s in b["shards"]]
+        for shard in logs.progress(
+            listed, total=len(listed), what=f"bytes of {role}", unit="shards"
+        ):
+            _hash_shard(config.labels / shard["name"], shard, found)
+    if not found.problems:
+        for role in manifest["roles"]:
+            _check_role(LabelSet.open(config.labels, role=role), found)
+    for name, problem in found.problems.items():
+        logs.say(f"{name}: {problem}")
+    if found.problems:
+        raise LabelSetError(
+            f"{config.labels}: {len(found.problems)} of {found.shards} files are damaged or "
+            f"missing ({_some(found.problems)}); {_advice(manifest['plan'], found.problems)}"
+        )
+    report = {
+        "labels": str(config.labels),
+        "shards": found.shards,
+        "images": found.images,
+        "views": found.labels,
+        "sha256": "right",
+        "crc32": "right",
+        "boxes": "right" if not found.unchecked_boxes else "not known",
+    }
+    if config.data_dir is not None:
+        report["data"] = _check_data(config.labels, config.data_dir, manifest)
+    if config.relabel:
+        report["relabelled"] = relabel(config, runtime.start(config))
+    logs.say(
+        f"{found.shards} files, {found.images} images, {found.labels} labels: every byte is right"
+    )
+    return report
+
+
+def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
+    """Return what makes damaged files again."""
+    steps = [f"the same {maker_of(plan)}"]
+    if any("-views-" in name for name in problems):
+        steps.append("then the same `mealv2 labels add-views`")
+    if any(APPENDED_PREFIX in name for name in problems):
+        steps.insert(0, f"remove those of appended rows ({APPENDED_PREFIX}…)")
+    return f"{', '.join(steps)} makes these again, and only these"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _check_plan(folder: Path, manifest: dict[str, Any], found: Found) -> None:
+    """Compare plan.json with the manifest, which repeats it."""
+    found.shards += 1
+    try:
+        if (folder / PLAN_NAME).read_bytes() != canonical_json(manifest["plan"]).encode():
+            found.problems[PLAN_NAME] = "it is not the plan in the manifest"
+    except OSError as error:
+        found.problems[PLAN_NAME] = f"cannot be read: {error.strerror}"
+
+
+def _hash_shard(path: Path, entry: dict[str, Any], found: Found) -> None:
+    """Compare a file with the manifest."""
+    found.shards += 1
+    try:
+        if path.stat().st_size != entry["bytes"]:
+            found.problems[path.name] = f"it has {path.stat().st_size} bytes of {entry['bytes']}"
+        elif file_sha256(path) != entry["sha256"]:
+            found.problems[path.name] = "its contents fail their SHA-256" + _where(path)
+    except OSError as error:
+        found.problems[path.name] = f"cannot be read: {error.strerror}"
+
+
+def _where(path: Path) -> str:
+    """Return what of a damaged shard is wrong, where it can be told."""
+    try:
+        damaged = [key.decode() for key, _, whole in ShardFile(path).blocks() if not whole]
+    except LabelSetError as error:
+        return f" ({str(error).partition(' is damaged: ')[2] or error})"
+    if not damaged:
+        return " (not in the labels nor in how they are found)"
+    return f" (the labels of {len(damaged)} images: {_some(damaged)})"
+
+
+def _check_role(labels: LabelSet, found: Found) -> None:
+    """Check the contents of shards that are the ones in the manifest, and appended files."""
+    more = labels.appended_files
+    found.shards += len(more)
+    for file in more:
+        if file_sha256(file.path)[:16] != file.path.stem.rpartition("-")[2]:
+            found.problems[file.path.name] = "its name is not that of its bytes"
+    files = [*(file for _, files in labels.blocks for file in files), *more]
+    for file in logs.progress(
+        files, total=len(files), what=f"labels and boxes of {labels.role}", unit="shards"
+    ):
+        for problem in _problems(labels, file, found):
+            found.problems.setdefault(file.path.name, problem)
+        found.labels += file.num_images * file.num_views
+    # Added views and appended rows are of images that other files have too.
+    found.images += len(np.unique(np.concatenate([f.column("key_hashes") for f in files])))
+
+
+def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
+    bad = [key.decode() for key, _, whole in file.blocks() if not whole]
+    if bad:
+        yield f"the labels of {len(bad)} images fail their CRC-32: {_some(bad)}"
+        return
+    keys = file.keys()
+    hashes = np.frombuffer(b"".join(key_hash(key.encode()) for key in keys), "<u8")
+    if not np.array_equal(hashes, file.column("key_hashes")):
+        yield "its key hashes are not those of its keys"
+    if not file.has_column("views") and len(set(keys)) < len(keys):
+        yield "it has an image twice"
+    try:
+        rows = labels.encoding.all_rows_of(
+            file.column("labels"), file.column("label_ends"), file.num_views
+        )
+        labels.encoding.check(rows)
+    except LabelSetError as error:
+        yield str(error)
+    if labels.role == "train" and not file.has_column("views"):
+        yield from _drift(labels, file, found)
+
+
+def _drift(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
+    """Compare the boxes that were cut with those that the recipe gives today."""
+    views = labels.views()
+    if file.header["boxes_sha256"] is None or file.images is None:
+        found.unchecked_boxes += 1
+        return
+    try:
+        boxes_hash = boxes_of(file.shard(), views)
+    except (ValueError, LabelSetError) as error:  # an image without pixels
+        yield str(error)
+        return
+    if boxes_hash != file.header["boxes_sha256"]:
+        kind = "drawn" if isinstance(views, DrawnViews) else "stored"
+        yield f"its {kind} boxes are not those that were cut when it was made"
+
+
+def _check_data(folder: Path, data_dir: Path, manifest: dict[str, Any]) -> str:
+    """Compare keys and files with the data set; raises LabelSetError where they differ.
+
+    A part of a set is to label a part of the data: then only its own images are compared.
+    """
+    is_part = maker_of(manifest["plan"]) == "`mealv2 labels split`"
+    for role in manifest["roles"]:
+        labels = LabelSet.open(folder, role=role)
+        source = open_source(data_dir, manifest["plan"]["roles"][role]["split"])
+        lenient = is_part and role == "train"
+        check_same_data(labels, source, may_lack_images=lenient)
+        num_images = len(labels) + len(labels.skipped)
+        of = "the" if num_images == len(source) else f"{num_images} of {len(source)}"
+        logs.say(f"{role}: it labels {of} images of {source.name}, and they are the same")
+    return "a part of it" if is_part else "the same"

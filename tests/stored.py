@@ -1,0 +1,82 @@
+"""Looking into label sets, and spoiling them on purpose."""
+
+import json
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mealv2.files import json_sha256
+from mealv2.label_set import (
+    LabelSet,
+    describe_file,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+
+Place = tuple[str, int]
+
+
+def places_of(labels: LabelSet, *, appended: bool = False) -> list[Place]:
+    """Return (key, view) of every label of a set."""
+    keys = list(labels.keys())
+    there = [(key, view) for key in keys for view in range(labels.num_views)]
+    if appended:
+        for file in labels.appended_files:
+            there += zip(file.keys(), file.column("views").tolist(), strict=True)
+    return [place for place in there if labels.holds(*place)]
+
+
+def rows_of(folder: Path, role: str = "train", *, appended: bool = True) -> dict[Place, bytes]:
+    """Return every label of a set as the bytes that it is kept in."""
+    labels = LabelSet.open(folder, role=role, appended=None if appended else [])
+    places = places_of(labels, appended=appended)
+    rows = labels.rows([key for key, _ in places], [view for _, view in places])
+    return dict(zip(places, labels.encoding.blocks(rows, 1), strict=True))
+
+
+def dense_of(folder: Path, role: str = "train") -> dict[Place, np.ndarray]:
+    """Return every label of a set as a distribution."""
+    labels = LabelSet.open(folder, role=role)
+    places = places_of(labels)
+    dense = labels.rows([key for key, _ in places], [view for _, view in places]).labels.to_dense()
+    return dict(zip(places, dense.numpy(), strict=True))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return manifest.json, parsed and nothing else."""
+    value = json.loads((folder / "manifest.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def signed_again(folder: Path, change: Any) -> None:
+    """Change plan and manifest with ``change(plan, roles)``, and make every hash right again."""
+    manifest = read_manifest(folder)
+    plan, roles = manifest["plan"], manifest["roles"]
+    change(plan, roles)
+    (folder / "plan.json").unlink()
+    (folder / "plan.json").write_text(
+        json.dumps(plan, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    )
+    for role in roles.values():
+        for block in role["blocks"]:
+            for number, entry in enumerate(block["shards"]):
+                path = folder / entry["name"]
+                shard = replace(read_shard(path), plan_sha256=json_sha256(plan))
+                write_shard(path, shard, replace=True)
+                block["shards"][number] = describe_file(path, num_images=entry["images"])
+    write_manifest(folder, plan, roles=roles, versions=manifest["versions"])
+    assert read_manifest(folder)["plan_sha256"] == json_sha256(plan)
+
+
+def files_of(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return the SHA-256 of every file of a folder, and when it was written."""
+    return {
+        path.name: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
+    }
