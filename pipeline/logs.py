@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -22,6 +23,10 @@ T = TypeVar("T")
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
 _LINE_EVERY_S = 10.0
+
+# tqdm's own lock is shared with forked processes too, and one of them that is killed while it
+# writes a line would stop all others for good; only one process talks here
+tqdm.set_lock(threading.RLock())
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import subprocess
 import sys
 import termios
 from collections.abc import Iterable
@@ -190,3 +191,28 @@ def test_progress_does_not_ask_for_more_than_it_yields() -> None:
     items = itertools.count()
     assert list(logs.progress(itertools.islice(items, 3), total=3, what="x", unit="y")) == [0, 1, 2]
     assert next(items) == 3
+
+
+_KILLED_WHILE_IT_TALKS = """
+import os, signal
+from pipeline import logs
+logs.say("before")
+child = os.fork()
+if not child:
+    logs.tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+signal.alarm(10)
+logs.say("after")
+"""
+
+
+def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", _KILLED_WHILE_IT_TALKS],
+        cwd=Path(logs.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (said.returncode, said.stderr) == (0, "before\nafter\n")
