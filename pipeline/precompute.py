@@ -44,7 +44,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     plan = _plan(config, labeller, roles, described)
     began = time.monotonic()
     label_set.claim(config.out, plan)
-    stage = StageOne(config.out, plan, labeller, _reading(config))
+    stage = StageOne(config.out, plan, labeller, _reading(config, machine))
     made = 0
     for role in roles:
         made += stage.label([role])
@@ -86,8 +86,9 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
     ]
 
 
-def _reading(config: PrecomputeConfig) -> ReadSettings:
-    return ReadSettings(config.workers, config.img_size, DrawnViews(config.view_seed))
+def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
+    views = DrawnViews(config.view_seed)
+    return ReadSettings(config.workers, config.img_size, views, pin_memory=machine.pins)
 
 
 def _plan(
@@ -151,7 +152,7 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
 def _measure(config: PrecomputeConfig, labeller: Labeller, role: Role) -> tuple[float, float]:
     """Return views per second and bytes a view: one batch to warm up, then a few seconds."""
     rate = label_bytes = 0.0
-    reading = _reading(config)
+    reading = _reading(config, labeller.machine)
     num_images = max(1, config.batch_size // len(role.views))
     for _ in range(2):
         num_images = min(num_images, len(role.source))

@@ -110,5 +110,5 @@ def _stage(
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     shards = [[position_of[key] for key in file.all_keys()] for file in files]
-    reading = ReadSettings(config.workers, labels.img_size, labels.views())
+    reading = ReadSettings(config.workers, labels.img_size, labels.views(), pin_memory=machine.pins)
     return StageOne(config.labels, plan, labeller, reading), Role("train", source, (), list(shards))
