@@ -12,7 +12,9 @@ from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
-from pipeline.config import DEFAULT_RATE, NewEncoding, OnBadImage, PrecomputeConfig
+from pipeline.batch_size import fastest
+from pipeline.compiling import compile_teachers
+from pipeline.config import DEFAULT_RATE, Labelling, NewEncoding, OnBadImage, PrecomputeConfig
 from pipeline.loaders import Pixels, refuse_failures
 from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
@@ -156,6 +158,29 @@ class _Kept:
         self._waiting.clear()
         self._finite.clear()
         self._num_waiting = 0
+
+
+def make_labeller(
+    config: Labelling,
+    machine: Runtime,
+    ensemble: TeacherEnsemble,
+    encoding: Encoding,
+    *,
+    img_size: int,
+    most: int,
+) -> Labeller:
+    """Put an ensemble to work as a config says; its batch size, if found by trying, up to ``most``.
+
+    Raises ConfigError where no batch fits into memory.
+    """
+    chosen = config.batch_size if config.batch_size != "auto" else 0
+    labeller = Labeller(ensemble, machine, encoding, chosen, config.on_bad_image)
+    if config.batch_size == "auto":
+        found = fastest(labeller.ask, img_size=img_size, device=machine.device, most=most)
+        labeller = replace(labeller, batch_size=found)
+    if config.compile != "off":
+        compile_teachers(ensemble, mode=config.compile, batch_size=labeller.batch_size)
+    return labeller
 
 
 def encoding_of(config: PrecomputeConfig | NewEncoding, num_classes: int) -> Encoding:

@@ -14,7 +14,7 @@ from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, runtime, teachers
 from pipeline.config import PrecomputeConfig
 from pipeline.evaluation import open_split
-from pipeline.labelling import Labeller, encoding_of
+from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
 
@@ -32,12 +32,13 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     ensemble, described = teachers.build(
         config.teacher, classes=classes, img_size=config.img_size, runtime=machine
     )
-    labeller = Labeller(
-        ensemble,
+    labeller = make_labeller(
+        config,
         machine,
+        ensemble,
         encoding,
-        batch_size=config.batch_size,
-        on_bad_image=config.on_bad_image,
+        img_size=config.img_size,
+        most=roles[-1].num_labels,
     )
     if config.dry_run:
         return _estimate(config, labeller, roles)
@@ -153,10 +154,10 @@ def _measure(config: PrecomputeConfig, labeller: Labeller, role: Role) -> tuple[
     """Return views per second and bytes a view: one batch to warm up, then a few seconds."""
     rate = label_bytes = 0.0
     reading = _reading(config, labeller.machine)
-    num_images = max(1, config.batch_size // len(role.views))
+    num_images = max(1, labeller.batch_size // len(role.views))
     for _ in range(2):
         num_images = min(num_images, len(role.source))
-        requests = requests_of(role, range(num_images), config.batch_size)
+        requests = requests_of(role, range(num_images), labeller.batch_size)
         began = time.monotonic()
         answers = labeller.label(role.source, reading.pixels(role, requests), score=False)
         rate = num_images * len(role.views) / (time.monotonic() - began)

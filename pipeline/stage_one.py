@@ -88,6 +88,8 @@ class StageOne:
         self.plan_sha256 = json_sha256(plan)
         # by name, of shards that were not looked at yet: a manifest knows every byte of them
         self._listed = label_set.listed_sha256(folder, self.plan_sha256)
+        # what the manifest will say of it: who makes no shard changes nothing
+        self._batch_size = _batch_size_of(folder) or labeller.batch_size
 
     def label(self, roles: Sequence[Role]) -> int:
         """Make what is missing; return how many shards. Raises StoppedError on Ctrl-C.
@@ -122,6 +124,8 @@ class StageOne:
             unit="views",
             size=_counter(num_views),
         )
+        if missing:
+            self._batch_size = self.labeller.batch_size
         with _Behind() as behind:
             for number in missing:
                 share = islice(pixels, len(requests[number]))
@@ -199,7 +203,11 @@ class StageOne:
         """
         entries = {role.name: self._entry(role) for role in roles}
         manifest = label_set.write_manifest(
-            self.folder, self.plan, roles=entries, versions=runtime.versions()
+            self.folder,
+            self.plan,
+            roles=entries,
+            versions=runtime.versions(),
+            batch_size=self._batch_size,
         )
         leftover = list(self.folder.glob(f"{TEMPORARY_PREFIX}*"))
         if leftover:
@@ -389,6 +397,14 @@ def _counter(num_views: int) -> Callable[[Pixels], int]:
         return len(item.positions) + len(new) * num_views
 
     return count
+
+
+def _batch_size_of(folder: Path) -> int | None:
+    """Return the batch size that the manifest in a folder says its labels were made with."""
+    try:
+        return label_set.read_manifest(folder).get("batch_size")
+    except LabelSetError:
+        return None
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -16,6 +16,7 @@ from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture, Result
 from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
+from pipeline.compiling import Compiled
 from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
 from pipeline.passes import Passes
@@ -46,6 +47,10 @@ class _Trainer:
             raise DataError(f"{work.source.name} has no image to train on")
         self.passes = Passes(config, work.source, work.positions, work.targets)
         machine.place(work.task)
+        if config.compile != "off":
+            work.task.through = Compiled(
+                work.student, mode=config.compile, batch_size=self._batch_size
+            )
         self.state = RunState(config, machine, work)
         if config.resume is not None and checkpoint.exists(config.resume):
             self.folder = self._resume()
@@ -59,6 +64,13 @@ class _Trainer:
     @property
     def place(self) -> Place:
         return self.state.place
+
+    @property
+    def _batch_size(self) -> int:
+        """How many views a full batch has."""
+        width = self.passes.width(0)
+        images = math.ceil(self.config.batch_size / width)
+        return min(images, len(self.work.positions)) * width
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine
+from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Labelling
 from pipeline.config.fields import (
     at_least,
     between,
@@ -21,7 +21,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Machine):
+class PrecomputeConfig(Labelling):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
@@ -55,13 +55,12 @@ class PrecomputeConfig(Machine):
         False, "Store the mean logits of the kept classes too, for the discriminator."
     )
     shard_size: int = setting(2048, "Images per shard file.")
-    batch_size: int = setting(256, "Views per forward pass.")
     recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "img_size", "shard_size", "batch_size")
+        at_least(self, 1, "img_size", "shard_size")
         between(self, 1, MOST_VIEWS, "num_views")
         check_seed(self, "view_seed")
         if not self.teacher:
