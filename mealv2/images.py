@@ -1,28 +1,18 @@
-"""Image sources: stable keys and decoded pixels; and how a view becomes pixels."""
+"""Image sources: stable keys, classes and encoded images."""
 
-import io
 import itertools
 import os
 import stat
 import unicodedata
-import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import PIL
-from PIL import Image
-
-from mealv2.errors import ConfigError, DataError
-from mealv2.views import View, evaluation_resize
+from mealv2.errors import ConfigError
 
 # torchvision: the file names that ImageFolder takes for images
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-# What a manifest says about how a view became pixels.
-INTERPOLATION = "bilinear, antialias (PIL)"
 
 
 class ImageSource(Protocol):
@@ -118,58 +108,6 @@ def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]
     for label, key, size in sorted(images):
         digest.update(f"{key}\0{size}\0{label}\n".encode())
     return digest.hexdigest()
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode an encoded image to RGB as torchvision's ImageFolder loader does.
-
-    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason when the
-    bytes are no image, end too early or unpack to a decompression bomb; the caller knows the name.
-    """
-    if not data:
-        raise DataError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # odd palettes and EXIF blocks decode as they do elsewhere
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-    except PIL.UnidentifiedImageError:
-        raise DataError("not an image that PIL can read") from None
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
-        raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
-
-
-def cut(image: Image.Image, view: View, img_size: int) -> np.ndarray:
-    """Return a view of a decoded image as uint8 (img_size, img_size, 3).
-
-    Crop first, then PIL's antialiased bilinear resize, then the flip: torchvision's order.
-    """
-    box = (view.left, view.top, view.left + view.width, view.top + view.height)
-    pixels = np.asarray(image.crop(box).resize((img_size, img_size), Image.Resampling.BILINEAR))
-    return pixels[:, ::-1] if view.flip else pixels
-
-
-def centre_crop(image: Image.Image, img_size: int) -> np.ndarray:
-    """Return the evaluation view as uint8 (img_size, img_size, 3).
-
-    Resize the shorter side to int(256 / 224 * size), crop the centre (official get_val_loader).
-    """
-    width, height = image.size
-    short = evaluation_resize(img_size)
-    # torchvision: the longer side is int(short * long / short side)
-    if width <= height:
-        new_width, new_height = short, max(short, int(short * height / width))
-    else:
-        new_width, new_height = max(short, int(short * width / height)), short
-    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    left, top = round((new_width - img_size) / 2), round((new_height - img_size) / 2)
-    return np.asarray(resized.crop((left, top, left + img_size, top + img_size)))
 
 
 def walk_images(folder: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from torch import nn
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource, open_source
 from mealv2.metrics import Evaluation
+from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
@@ -40,7 +41,7 @@ class LabelTable(Protocol):
 
 
 class Evaluator:
-    """Evaluates models on one split, again and again, with workers that stay.
+    """Evaluates models on one split, again and again.
 
     With ``labels`` also against the ensemble; images that have none are left out.
     """
@@ -52,6 +53,7 @@ class Evaluator:
         config: TrainConfig | EvaluateConfig,
         *,
         img_size: int,
+        resize: Resize,
         labels: LabelTable | None = None,
     ) -> None:
         self.source = source
@@ -61,11 +63,10 @@ class Evaluator:
         keys = source.keys
         self._positions = [p for p in range(len(source)) if labels is None or keys[p] in labels]
         self._loader = read_views(
-            ViewReader(source, img_size=img_size),
+            ViewReader(source, img_size=img_size, resize=resize),
             centre_requests(self._positions, config.batch_size),
             workers=config.workers,
             pin_memory=machine.device.type == "cuda",
-            keep_workers=True,
         )
 
     @torch.no_grad()

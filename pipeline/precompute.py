@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import INTERPOLATION, fingerprint, open_source
+from mealv2.images import fingerprint, open_source
+from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, runtime, teachers
 from pipeline.config import PrecomputeConfig
@@ -87,7 +88,8 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
 
 
 def _reading(config: PrecomputeConfig) -> ReadSettings:
-    return ReadSettings(config.workers, config.img_size, DrawnViews(config.view_seed))
+    views = DrawnViews(config.view_seed)
+    return ReadSettings(config.workers, config.img_size, views, config.resize)
 
 
 def _plan(
@@ -106,7 +108,8 @@ def _plan(
         "ensemble": "mean of softmax",
         "precision": labeller.machine.precision,
         "img_size": config.img_size,
-        "interpolation": INTERPOLATION,
+        "interpolation": interpolation(config.resize),
+        "probe_sha256": probe_sha256(config.resize),
         "labels": labeller.encoding.plan(),
         "shard_size": config.shard_size,
         "roles": {

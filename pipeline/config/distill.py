@@ -58,6 +58,11 @@ class DistillConfig(TrainConfig):
         None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
     )
     view_seed: int | None = setting(None, "With --online: seed of the views.", shown="0")
+    exact_pil: bool | None = setting(
+        None,
+        "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255.",
+        shown="as the label set was made, else no",
+    )
     discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
         "paper",
         "The paper's (one sigmoid), the official code's (two outputs, last ReLU), the paper's "

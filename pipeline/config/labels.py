@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine
+from pipeline.config.base import (
+    DEFAULT_IMG_SIZE,
+    DEFAULT_RATE,
+    MOST_VIEWS,
+    Cutting,
+    Machine,
+)
 from pipeline.config.fields import (
     at_least,
     between,
@@ -21,7 +27,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Machine):
+class PrecomputeConfig(Cutting, Machine):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")

@@ -12,6 +12,7 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    Cutting,
     Machine,
 )
 from pipeline.config.fields import (
@@ -135,7 +136,7 @@ class TrainConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(Cutting, TrainConfig):
     """Hard-label training: teachers on own data, a student's start, a control run."""
 
     split: str = setting("train", "Folder under --data-dir to train on.")
