@@ -6,6 +6,8 @@ where it is installed; the resize is torch's or Pillow's, which differ by up to 
 """
 
 import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib import resources
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from mealv2 import restart
 from mealv2.errors import DataError
 from mealv2.views import View, evaluation_resize
 
@@ -83,6 +86,45 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
 
 
+# Some views of an image, given its width and height.
+ViewsOf = Callable[[int, int], Sequence[View]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image of ``width`` x ``height`` pixels, or the part of it from (top, left) on."""
+
+    pixels_HWC: np.ndarray
+    width: int
+    height: int
+    top: int = 0
+    left: int = 0
+
+    def cut(self, view: View, img_size: int, *, resize: Resize) -> np.ndarray:
+        """Return a view of the image, which is inside the part; see ``cut``."""
+        inside = replace(view, top=view.top - self.top, left=view.left - self.left)
+        return cut(self.pixels_HWC, inside, img_size, resize=resize)
+
+
+def decode_for(data: bytes, views_of: ViewsOf | None) -> Picture:
+    """Decode an image, or a part that holds its views where restart markers allow it.
+
+    ``views_of(width, height)`` are the views; None takes the whole. The pixels are the same.
+    """
+    size = None if views_of is None else restart.size_of(data)
+    if views_of is not None and size is not None:
+        views = views_of(*size)
+        top, left = min(view.top for view in views), min(view.left for view in views)
+        height = max(view.top + view.height for view in views) - top
+        width = max(view.left + view.width for view in views) - left
+        part = restart.region(data, top, left, height, width)
+        if part is not None:
+            return Picture(decode(part.data), *size, top - part.top, left - part.left)
+    pixels_HWC = decode(data)
+    height, width, _ = pixels_HWC.shape
+    return Picture(pixels_HWC, width, height)
+
+
 def cut(
     pixels_HWC: np.ndarray, view: View, img_size: int, *, resize: Resize = "torch"
 ) -> np.ndarray:
@@ -115,7 +157,7 @@ def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torc
 
 def _resized(pixels_HWC: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
     # a crop's rows lie apart: NumPy joins them in this thread, torch would ask others to help
-    pixels_HWC = np.ascontiguousarray(pixels_HWC)
+    pixels_HWC = np.require(pixels_HWC, requirements=["C", "W"])
     if resize == "pil":
         image = Image.fromarray(pixels_HWC)
         return np.array(image.resize((width, height), Image.Resampling.BILINEAR))

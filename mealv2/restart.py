@@ -106,9 +106,10 @@ def region(data: bytes, top: int, left: int, height: int, width: int) -> Region 
     return Region(part, top - part_top, left - part_left)
 
 
-def is_packed(data: bytes) -> bool:
-    """Return whether a file's header is that of one which ``region`` can cut."""
-    return _layout(data) is not None
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """Return width and height of a file whose header says that ``region`` can cut it, or None."""
+    layout = _layout(data)
+    return None if layout is None else (layout.frame.width, layout.frame.height)
 
 
 def mcus_per_row(data: bytes) -> int | None:

@@ -17,8 +17,8 @@ import torch
 
 from mealv2.errors import DataError
 from mealv2.images import ImageSource
-from mealv2.pixels import Resize, centre_crop, cut, decode
-from mealv2.views import Views
+from mealv2.pixels import Picture, Resize, ViewsOf, centre_crop, decode_for
+from mealv2.views import View, Views
 from pipeline.config import OnBadImage
 
 CENTRE = -1  # the view of an evaluation: the centre crop
@@ -75,14 +75,18 @@ class ViewReader:
             batch.do(task)
         return batch.pixels()
 
-    def view(self, pixels_HWC: np.ndarray, position: int, index: int) -> tuple[np.ndarray, Box]:
-        """Return the pixels and the box of a view of a decoded image."""
-        if index == CENTRE:
-            return centre_crop(pixels_HWC, self.img_size, resize=self._resize), (0, 0, 0, 0, 0)
+    def view(self, position: int, index: int, *, width: int, height: int) -> View:
+        """Return the box and flip of a view of an image."""
         assert self._views is not None, "only centre crops can be cut without views"
-        height, width, _ = pixels_HWC.shape
-        view = self._views.view(self.source.keys[position], index, width=width, height=height)
-        return cut(pixels_HWC, view, self.img_size, resize=self._resize), view.box()
+        return self._views.view(self.source.keys[position], index, width=width, height=height)
+
+    def cut(self, picture: Picture, position: int, index: int) -> tuple[np.ndarray, Box]:
+        """Return the pixels and the box of a view of a decoded image."""
+        size, resize = self.img_size, self._resize
+        if index == CENTRE:
+            return centre_crop(picture.pixels_HWC, size, resize=resize), (0, 0, 0, 0, 0)
+        view = self.view(position, index, width=picture.width, height=picture.height)
+        return picture.cut(view, size, resize=resize), view.box()
 
 
 class _Image:
@@ -94,29 +98,35 @@ class _Image:
         self._source = source
         self._lock = threading.Lock()
         self._uses = 0
-        self._pixels_HWC: np.ndarray | None = None
+        self._is_shared = False
+        self._picture: Picture | None = None
 
     def keep(self, uses: int) -> None:
         """Keep the pixels until so many more uses are over."""
         with self._lock:
             self._uses += uses
+            self._is_shared = self._uses > 1
 
     def release(self) -> None:
         """Say that one use is over."""
         with self._lock:
             self._uses -= 1
             if self._uses == 0:
-                self._pixels_HWC = None
+                self._picture = None
 
-    def decoded(self) -> np.ndarray | None:
-        """Return uint8 H x W x 3, or None where ``failure`` says why."""
+    def decoded(self, views_of: ViewsOf | None) -> Picture | None:
+        """Return what ``views_of`` needs, or all if others need it too.
+
+        None where ``failure`` says why.
+        """
         with self._lock:
-            if self._pixels_HWC is None and self.failure is None:
+            if self._picture is None and self.failure is None:
                 try:
-                    self._pixels_HWC = decode(self._source.read(self.position))
+                    data = self._source.read(self.position)
+                    self._picture = decode_for(data, None if self._is_shared else views_of)
                 except (DataError, OSError) as error:
                     self.failure = getattr(error, "strerror", None) or str(error)
-            return self._pixels_HWC
+            return self._picture
 
 
 # Some views of an image, and the row of the first.
@@ -181,15 +191,20 @@ class _Batch:
     def do(self, task: list[_Cut]) -> None:
         """Decode images where nobody did and cut their views."""
         for image, views, row in task:
-            pixels_HWC = image.decoded()
-            if pixels_HWC is not None:
-                height, width, _ = pixels_HWC.shape
-                self._sizes_B2[row : row + len(views)] = width, height
+            cut = self._reader.cut
+            picture = image.decoded(None if CENTRE in views else self._views_of(image, views))
+            if picture is not None:
+                self._sizes_B2[row : row + len(views)] = picture.width, picture.height
                 for place, index in enumerate(views, start=row):
-                    self._rows[place], self._boxes_B5[place] = self._reader.view(
-                        pixels_HWC, image.position, index
-                    )
+                    self._rows[place], self._boxes_B5[place] = cut(picture, image.position, index)
             image.release()
+
+    def _views_of(self, image: _Image, indices: tuple[int, ...]) -> ViewsOf:
+        """Return a function of the image's size: some of its views."""
+        view, position = self._reader.view, image.position
+        return lambda width, height: [
+            view(position, i, width=width, height=height) for i in indices
+        ]
 
     def pixels(self) -> Pixels:
         """Return what was read, when all tasks are done."""

@@ -20,6 +20,7 @@ from mealv2.pixels import (
     centre_crop,
     cut,
     decode,
+    decode_for,
     interpolation,
     probe_sha256,
     resize_of,
@@ -275,3 +276,36 @@ def test_probe_notices_other_pixels(monkeypatch):
         patch.setattr(mealv2_pixels, "_resized", off_by_one)
         assert all(probe(resize) != known[resize] for resize in RESIZES)
     assert all(probe(resize) == known[resize] for resize in RESIZES)
+
+
+# --- parts of files with restart markers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_views_of_a_part_are_those_of_the_whole(resize, num_views):
+    data = encoded(photo(160, 120), "JPEG", subsampling=2, restart_marker_blocks=2)
+    whole_HWC = decode(data)
+    num_parts = 0
+    for first in range(0, 30, num_views):
+        views = [
+            view_of("photo", first + n, seed=1, width=160, height=120) for n in range(num_views)
+        ]
+        sizes = []
+        picture = decode_for(data, lambda *size, s=sizes, v=views: s.append(size) or v)
+        assert (picture.width, picture.height) == (160, 120)
+        assert sizes == [(160, 120)]
+        num_parts += picture.pixels_HWC.shape != whole_HWC.shape
+        for view in views:
+            expected = cut(whole_HWC, view, 32, resize=resize)
+            assert np.array_equal(picture.cut(view, 32, resize=resize), expected)
+    assert num_parts > 5
+
+
+def test_files_without_restart_markers_and_whole_images_are_decoded_whole():
+    plain = encoded(photo(160, 120), "JPEG")
+    view = View(top=50, left=60, height=20, width=20, flip=False)
+    assert decode_for(plain, lambda *_: [view]).pixels_HWC.shape == (120, 160, 3)
+    packed = encoded(photo(160, 120), "JPEG", restart_marker_blocks=2)
+    assert decode_for(packed, None).pixels_HWC.shape == (120, 160, 3)
+    assert decode_for(packed, lambda *_: [view]).pixels_HWC.shape < (120, 160, 3)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from mealv2 import pixels as mealv2_pixels
 from mealv2.errors import DataError
 from mealv2.images import ImageFolder
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
-from pipeline import loaders
 from pipeline.loaders import (
     CENTRE,
     ViewReader,
@@ -162,7 +162,7 @@ def test_decoded_images_are_let_go_of_once_they_are_cut(
 ) -> None:
     _Tracked.alive.clear()
     _Tracked.most = 0
-    monkeypatch.setattr(loaders, "decode", lambda data: _Tracked.of(decode(data)))
+    monkeypatch.setattr(mealv2_pixels, "decode", lambda data: _Tracked.of(decode(data)))
     reader = ViewReader(source, img_size=8, views=VIEWS)
     requests = [[(position, (0,)) for position in range(36)] for _ in range(4)]
     for pixels in read_views(reader, requests, workers=workers):

@@ -176,15 +176,15 @@ def test_a_student_learns_from_imported_labels_on_their_boxes(
 ) -> None:
     done(*importing())
     seen: set[tuple[int, ...]] = set()
-    real = ViewReader.view
+    real = ViewReader.cut
 
-    def watched(self: ViewReader, pixels: Any, position: int, index: int) -> Any:
-        row, box = real(self, pixels, position, index)
+    def watched(self: ViewReader, picture: Any, position: int, index: int) -> Any:
+        row, box = real(self, picture, position, index)
         if any(box):
             seen.add((position, *box))
         return row, box
 
-    monkeypatch.setattr(ViewReader, "view", watched)
+    monkeypatch.setattr(ViewReader, "cut", watched)
     words = [*distill_flags, "--labels", tmp_path / "imported", "--epochs", CROPS]
     done(*words, "--output", tmp_path / "run")
     source = ImageFolder(data_dir, "train")
