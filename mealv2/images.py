@@ -16,6 +16,7 @@ import PIL
 from PIL import Image
 
 from mealv2.errors import ConfigError, DataError
+from mealv2.tar_files import find_split
 from mealv2.views import View, evaluation_resize
 
 # torchvision: the file names that ImageFolder takes for images
@@ -94,11 +95,15 @@ class ImageFolder:
 
 
 def open_source(data_dir: Path, split: str) -> ImageSource:
-    """Open a split of a data set, whatever its form; so far an ImageFolder tree.
+    """Open a split of a data set, whatever its form: an ImageFolder tree, or tar files.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, DataError for a damaged tar file.
     """
-    return ImageFolder(data_dir, split)
+    from mealv2.tar_shards import TarShards  # which needs this module
+
+    if (tars := find_split(data_dir, split)) is None:
+        return ImageFolder(data_dir, split)
+    return TarShards(tars.paths, name=tars.name, split=split, classes=tars.classes)
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
@@ -186,7 +191,8 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
         raise ConfigError(
-            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE "
+            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
+            "tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar "
             f"(folders in {folder.parent}: {there})"
         )
     found = sorted(
