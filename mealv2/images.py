@@ -22,6 +22,17 @@ from mealv2.views import View, evaluation_resize
 # torchvision: the file names that ImageFolder takes for images
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# How files of the formats begin.
+_STARTS = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
+
 # What a manifest says about how a view became pixels.
 INTERPOLATION = "bilinear, antialias (PIL)"
 
@@ -148,6 +159,13 @@ def decode(data: bytes) -> Image.Image:
         Exception
     ) as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
+
+
+def extension_of(data: bytes) -> str:
+    """Return the extension, without a dot, that an encoded image goes by; ``jpg`` if unknown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _STARTS.items() if data.startswith(start)), "jpg")
 
 
 def cut(image: Image.Image, view: View, img_size: int) -> np.ndarray:
