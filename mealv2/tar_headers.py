@@ -1,6 +1,6 @@
 """The members of a tar file, found by its headers alone: ustar, GNU long names, pax records.
 
-The standard library's tarfile takes five times as long, and reads what is cut off between two
+The standard library's tarfile takes several times as long, and reads what is cut off between two
 members as a shorter archive.
 """
 

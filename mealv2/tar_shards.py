@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from mealv2.errors import ConfigError, DataError
 from mealv2.images import EXTENSIONS
 from mealv2.tar_headers import BLOCK, Archive, Member
 
+_INDEXED_AT_ONCE = 16  # on a cold disk or a share every header waits for a read of its own
 _KEPT_OPEN = 64  # files a process; the usual limit is 1024, on some systems 256
 _TEXTS = {"cls": 32, "key": 4096}  # members that are read with the headers, at most so long
 _META = re.compile(r"__[^/]*__(/|$)")
@@ -54,14 +56,14 @@ class TarShards:
         self.labels, self.sizes = array("q"), array("q")
         self._offsets, self._crcs = array("q"), array("I")
         self._first: list[int] = []  # position of each shard's first image
-        for path in paths:
-            index = index_shard(path)
-            self._first.append(len(self.keys))
-            self.keys += index.keys
-            self.labels += index.labels
-            self.sizes += index.sizes
-            self._offsets += index.offsets
-            self._crcs += index.header_crc32s
+        with ThreadPoolExecutor(_INDEXED_AT_ONCE) as threads:
+            for index in threads.map(index_shard, paths):
+                self._first.append(len(self.keys))
+                self.keys += index.keys
+                self.labels += index.labels
+                self.sizes += index.sizes
+                self._offsets += index.offsets
+                self._crcs += index.header_crc32s
         self._files = _Files(paths)
         if not self.keys:
             raise ConfigError(f"{name} holds no samples: images with a .cls member each")

@@ -115,7 +115,7 @@ def test_training_and_figures_are_the_same_from_tar_shards(
     weights: Callable[[Path], dict[str, bytes]],
 ) -> None:
     start = ["--initial-checkpoint", student_dir]
-    one_epoch = ["--epochs", 1, "--seed", 3, "--workers", 1]
+    one_epoch = ["--epochs", 1, "--seed", 3]
     for flags in (distill_flags, [f for f in finetune_flags if f != "--no-pretrained"]):
         runs = tmp_path / f"{flags[0]}-folder", tmp_path / f"{flags[0]}-tars"
         for run, data in zip(runs, (data_dir, twin), strict=True):
