@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Protocol
 
 from mealv2.errors import ConfigError
+from mealv2.tar_files import find_split
 
 # torchvision: the file names that ImageFolder takes for images
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# How files of the formats begin.
+_STARTS = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
 
 
 class ImageSource(Protocol):
@@ -84,11 +96,15 @@ class ImageFolder:
 
 
 def open_source(data_dir: Path, split: str) -> ImageSource:
-    """Open a split of a data set, whatever its form; so far an ImageFolder tree.
+    """Open a split of a data set, whatever its form: an ImageFolder tree, or tar files.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, DataError for a damaged tar file.
     """
-    return ImageFolder(data_dir, split)
+    from mealv2.tar_shards import TarShards  # which needs this module
+
+    if (tars := find_split(data_dir, split)) is None:
+        return ImageFolder(data_dir, split)
+    return TarShards(tars.paths, name=tars.name, split=split, classes=tars.classes)
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
@@ -110,6 +126,13 @@ def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]
     return digest.hexdigest()
 
 
+def extension_of(data: bytes) -> str:
+    """Return the extension, without a dot, that an encoded image goes by; ``jpg`` if unknown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _STARTS.items() if data.startswith(start)), "jpg")
+
+
 def walk_images(folder: Path) -> Iterator[Path]:
     """Yield the image files under a folder, links followed, in no order; no hidden names."""
     for where, folders, files in os.walk(folder, followlinks=True):
@@ -124,7 +147,8 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
         raise ConfigError(
-            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE "
+            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
+            "tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar "
             f"(folders in {folder.parent}: {there})"
         )
     found = sorted(

@@ -12,6 +12,7 @@ from mealv2.images import ImageSource, open_source
 from mealv2.metrics import Evaluation
 from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
+from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
@@ -25,8 +26,10 @@ def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource
     source = open_source(data_dir, split)
     if source.classes != classes:
         odd = sorted(set(source.classes) ^ set(classes))
+        advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
         raise ConfigError(
-            f"{source.name} has other classes than the training data: {', '.join(odd[:4])}"
+            f"split {split} of {data_dir} has other classes than the training data: "
+            f"{', '.join(odd[:4])}{advice}"
         )
     return source
 

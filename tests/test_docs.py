@@ -165,6 +165,29 @@ def test_labels_doc_runs_on_a_small_set(
     }
 
 
+def test_tar_shards_doc_runs_on_shards_made_as_it_says(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    for name, folder in (
+        ("teacher-1", teacher_dirs["test_resnet"]),
+        ("start", make_model("test_byobnet", seed=4)),
+    ):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+
+    for code in blocks("docs/tar-shards.md", "python"):
+        exec(compile(code, "docs/tar-shards.md", "exec"), {})
+    reports = [done(*words).report for words in commands("docs/tar-shards.md")]
+
+    assert reports[-1]["data"] == "the same"
+
+
 @pytest.mark.parametrize(
     "path", ["docs/views.md", "docs/label-set-format.md", "docs/label-codec.md", "docs/fkd.md"]
 )

@@ -52,7 +52,7 @@ class DistillConfig(TrainConfig):
         False, "Append what the teachers answered to the label set, for the next job."
     )
     split: str | None = setting(
-        None, "With --online: folder under --data-dir to train on.", shown="train"
+        None, "With --online: part of --data-dir to train on.", shown="train"
     )
     img_size: int | None = setting(
         None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)

@@ -51,8 +51,8 @@ class ReadyModel(Cutting, Machine):
 class EvaluateConfig(ReadyModel):
     """Accuracy of a checkpoint or a timm model on a split."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
-    val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    val_split: str = setting("val", "Part of --data-dir to evaluate on.")
     results_file: Path | None = setting(
         None, "Write accuracy per class here, as .json or .csv.", shown="not written"
     )
