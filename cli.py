@@ -202,12 +202,27 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
         text = f"{text}  [required]"
     if typing.get_origin(kind) is typing.Literal:
         settings["type"] = click.Choice(typing.get_args(kind))
+    elif typing.get_origin(field.type) is typing.Union and kind is int:
+        settings["type"] = _NumberOr(typing.get_args(typing.get_args(field.type)[1]))
     else:
         settings["type"] = click.Path(path_type=Path) if kind is Path else kind
     if (convert := field.metadata.get("convert")) is not None:
         settings["callback"] = lambda context, option, value: convert(value)
     names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
     return click.option(flag, field.name, *names, help=text, **settings)
+
+
+class _NumberOr(click.ParamType):
+    """A whole number, or one of a few words."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.name = "|".join(["integer", *words])
+        self._words = words
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return value if value in self._words else click.INT.convert(value, param, ctx)
 
 
 def _without_none(kind: Any) -> Any:

@@ -16,6 +16,7 @@ from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
+from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime, StopFlag
 
 
@@ -69,7 +70,7 @@ class Evaluator:
             ViewReader(source, img_size=img_size, resize=resize),
             centre_requests(self._positions, config.batch_size),
             workers=config.workers,
-            pin_memory=machine.device.type == "cuda",
+            pin_memory=machine.pins,
         )
 
     @torch.no_grad()
@@ -90,14 +91,15 @@ class Evaluator:
             unit="images",
             size=lambda pixels: len(pixels.positions) + len(pixels.failed),
         )
-        for pixels in shown:
+        for pixels in on_device(shown, self._machine.device):
             if stop is not None:
                 stop.check()
             refuse_failures(self.source, pixels.failed, self._policy)
             if not pixels.positions:
                 continue
             with self._machine.autocast():
-                logits = model(self._machine.images(pixels.images_BCHW)).float()
+                logits = model(pixels.images_BCHW).float()
+            logits = logits.cpu()  # the one wait of a batch
             if not bool(torch.isfinite(logits).all()):
                 raise DataError("the model's logits are not finite; lower --lr, or leave out --amp")
             truth = torch.tensor([self.source.labels[p] for p in pixels.positions])

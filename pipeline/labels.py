@@ -291,6 +291,7 @@ def _label_validation(
             ViewReader(val, img_size=img_size, resize=resize),
             centre_requests(range(len(val)), config.batch_size),
             workers=config.workers,
+            pin_memory=machine.pins,
         ),
         total=len(val),
         what="teachers on the validation split",

@@ -15,7 +15,7 @@ from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, runtime, teachers
 from pipeline.config import PrecomputeConfig
 from pipeline.evaluation import open_split
-from pipeline.labelling import Labeller, encoding_of
+from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
 
@@ -33,19 +33,20 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     ensemble, described = teachers.build(
         config.teacher, classes=classes, img_size=config.img_size, runtime=machine
     )
-    labeller = Labeller(
-        ensemble,
+    labeller = make_labeller(
+        config,
         machine,
+        ensemble,
         encoding,
-        batch_size=config.batch_size,
-        on_bad_image=config.on_bad_image,
+        img_size=config.img_size,
+        most=roles[-1].num_labels,
     )
     if config.dry_run:
         return _estimate(config, labeller, roles)
     plan = _plan(config, labeller, roles, described)
     began = time.monotonic()
     label_set.claim(config.out, plan)
-    stage = StageOne(config.out, plan, labeller, _reading(config))
+    stage = StageOne(config.out, plan, labeller, _reading(config, machine))
     made = 0
     for role in roles:
         made += stage.label([role])
@@ -87,9 +88,14 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
     ]
 
 
-def _reading(config: PrecomputeConfig) -> ReadSettings:
-    views = DrawnViews(config.view_seed)
-    return ReadSettings(config.workers, config.img_size, views, config.resize)
+def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
+    return ReadSettings(
+        config.workers,
+        config.img_size,
+        DrawnViews(config.view_seed),
+        config.resize,
+        pin_memory=machine.pins,
+    )
 
 
 def _plan(
@@ -154,11 +160,11 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
 def _measure(config: PrecomputeConfig, labeller: Labeller, role: Role) -> tuple[float, float]:
     """Return views per second and bytes a view: one batch to warm up, then a few seconds."""
     rate = label_bytes = 0.0
-    reading = _reading(config)
-    num_images = max(1, config.batch_size // len(role.views))
+    reading = _reading(config, labeller.machine)
+    num_images = max(1, labeller.batch_size // len(role.views))
     for _ in range(2):
         num_images = min(num_images, len(role.source))
-        requests = requests_of(role, range(num_images), config.batch_size)
+        requests = requests_of(role, range(num_images), labeller.batch_size)
         began = time.monotonic()
         answers = labeller.label(role.source, reading.pixels(role, requests), score=False)
         rate = num_images * len(role.views) / (time.monotonic() - began)

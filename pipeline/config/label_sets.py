@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine, Settings
+from pipeline.config.base import (
+    DEFAULT_IMG_SIZE,
+    DEFAULT_RATE,
+    MOST_VIEWS,
+    Labelling,
+    Machine,
+    Settings,
+)
 from pipeline.config.fields import (
     at_least,
     between,
@@ -60,7 +67,7 @@ class LabelsVerifyConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Machine):
+class LabelsAddViewsConfig(Labelling):
     """Label more views of a set's images with its own teachers.
 
     The new files lie beside the set's, which stay as they are. Files of added views that are
@@ -71,11 +78,9 @@ class LabelsAddViewsConfig(Machine):
     data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     num_views: int = setting(32, "Views of each image that the set shall hold in the end.")
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
-    batch_size: int = setting(256, "Views per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size")
         between(self, 1, MOST_VIEWS, "num_views")
 
 

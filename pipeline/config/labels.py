@@ -12,7 +12,7 @@ from pipeline.config.base import (
     DEFAULT_RATE,
     MOST_VIEWS,
     Cutting,
-    Machine,
+    Labelling,
 )
 from pipeline.config.fields import (
     at_least,
@@ -27,7 +27,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Cutting, Machine):
+class PrecomputeConfig(Cutting, Labelling):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
@@ -61,13 +61,12 @@ class PrecomputeConfig(Cutting, Machine):
         False, "Store the mean logits of the kept classes too, for the discriminator."
     )
     shard_size: int = setting(2048, "Images per shard file.")
-    batch_size: int = setting(256, "Views per forward pass.")
     recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "img_size", "shard_size", "batch_size")
+        at_least(self, 1, "img_size", "shard_size")
         between(self, 1, MOST_VIEWS, "num_views")
         check_seed(self, "view_seed")
         if not self.teacher:

@@ -12,6 +12,7 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    CompileMode,
     Cutting,
     Machine,
 )
@@ -73,6 +74,7 @@ class TrainConfig(Machine):
         "Decay of the average at every step; it grows towards this from 0.",
         shown=str(DEFAULT_EMA_DECAY),
     )
+    compile: CompileMode = setting("off", "Compile the student with torch.compile, in this mode.")
     seed: int = setting(0, "Seed of the image order, new weights, dropout.")
     output: Path | None = setting(None, "Run folder to make.", shown="runs/COMMAND-MODEL-TIME")
     resume: Path | None = setting(
