@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mealv2.images import ImageSource
 from mealv2.targets import Answer
 from mealv2.task import Result
 from pipeline import logs
 from pipeline.config import TrainConfig
+from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels
 from pipeline.run_state import RunState
 from pipeline.runtime import Runtime
@@ -148,6 +150,17 @@ def say_limit(found: Sample) -> None:
         f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
         "the time"
     )
+
+
+def label(
+    labeller: Labeller, source: ImageSource, pixels: Iterable[Pixels]
+) -> tuple[Sample, Answers]:
+    """Label what is read, as stage one does; return a sample in views, and the answers."""
+    waiting = Waiting(pixels)
+    began = time.perf_counter()
+    answers = labeller.label(source, waiting, score=False)
+    seconds = time.perf_counter() - began
+    return Sample(max(1, len(answers.positions)), seconds, waiting.waited_s), answers
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -34,20 +34,20 @@ class Goal:
         return f"{self.side} {self.value:g}{_spaced(self.unit)}"
 
 
-_IMAGE_FOLDER = "ImageFolder + RandomResizedCrop + Flip + ToTensor + Normalize + DataLoader"
+_IMAGE_FOLDER = "torchvision ImageFolder + DataLoader"
 
 GOALS = {
     "loader-1": Goal("loader, 1 view per image", _IMAGE_FOLDER, ">=", 1.8),
     "loader-packed": Goal("the same from re-packed JPEGs", "the same", ">=", 2.3),
     "loader-4": Goal("loader, 4 views per decode", "the same, per view", ">=", 3.6),
-    "loader-16": Goal("loader of stage one, 16 views per decode", "the same, per view", ">=", 6.0),
-    "loader-tar": Goal("loader, tar shards", "webdataset's own PIL pipeline", ">=", 2.0),
+    "loader-16": Goal("stage one, 16 views per decode", "the same, per view", ">=", 6.0),
+    "loader-tar": Goal("loader, tar shards", "webdataset's PIL pipeline", ">=", 2.0),
     "labels": Goal("labels of 512 views to the loss", "decoding their JPEGs", "<", 2.0, "%"),
-    "step-hard": Goal("time of a step, stored labels", "the same with hard labels", "<=", 1.03),
-    "step-online": Goal("step, stored labels", "teachers online", ">=", 3.4),
-    "stage-one": Goal("stage one, views/s", "forward passes of its teachers alone", ">=", 0.95),
+    "step-hard": Goal("step with stored labels, time", "hard labels", "<=", 1.03),
+    "step-online": Goal("step with stored labels, speed", "teachers online", ">=", 3.4),
+    "stage-one": Goal("stage one, views/s", "its teachers alone", ">=", 0.95),
     "help": Goal("mealv2 --help", "-", "<", 0.3, "s"),
-    "memory": Goal("memory of stage one: growth", "a quarter of the images; 30 views", "<", 5, "%"),
+    "memory": Goal("stage one, growth of memory", "1/4 of the images; 30 views", "<", 5, "%"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the lines share: images, networks with random weights, drawn labels like a big ensemble's."""
+"""What the lines share: images, networks with random weights, labels like a big ensemble's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
