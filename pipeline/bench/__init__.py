@@ -12,10 +12,17 @@ from typing import Any
 
 from mealv2.files import write_whole
 from pipeline import logs, runtime
-from pipeline.bench import command, hardware, labelling, loading, memory, steps
-from pipeline.bench.estimate import estimate
+from pipeline.bench import (
+    command,
+    hardware,
+    imagenet,
+    labelling,
+    loading,
+    memory,
+    profile,
+    steps,
+)
 from pipeline.bench.lines import HEAD, Line, NotMeasuredError
-from pipeline.bench.profile import profile
 from pipeline.bench.room import Room
 from pipeline.config import BenchConfig, flag
 
@@ -46,10 +53,12 @@ def run(config: BenchConfig) -> dict[str, Any]:
         if lines:
             logs.say(logs.table([HEAD, *(line.row() for line in lines)]))
         if config.profile:
-            more["profile"] = profile(room)
+            more["profile"] = profile.both_stages(room)
         if not config.lines and not config.profile:
             more["estimate"] = (
-                estimate(room) if machine.device.type == "cuda" else steps.arithmetic(room)
+                imagenet.gpu_hours(room)
+                if machine.device.type == "cuda"
+                else steps.arithmetic(room)
             )
         if "images" in vars(room):
             more["images"] = dataclasses.asdict(room.images.described)

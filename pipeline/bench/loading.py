@@ -1,8 +1,10 @@
 """The lines on reading images: our loader beside torchvision's and webdataset's recipes."""
 
+import gc
 import io
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,7 +164,11 @@ def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
         "ours": ours(room, tar_source(tar_root), single_views(range(len(images.positions)))),
         "webdataset": webdataset(room, paths),
     }
-    turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
+        turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
+        works.clear()
+        gc.collect()
     notes = {"workers": room.config.workers}
     return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
 

@@ -63,7 +63,7 @@ class Phases:
         }
 
 
-def profile(room: Room) -> dict[str, Any]:
+def both_stages(room: Room) -> dict[str, Any]:
     """Profile both stages; say and return the tables."""
     found = {"stage_two": stage_two(room), "stage_one": stage_one(room)}
     for name, of_stage in found.items():

@@ -21,7 +21,7 @@ VIEWS = (30, 180)
 _TURN_S = 2.0
 
 
-def estimate(room: Room) -> dict[str, Any]:
+def gpu_hours(room: Room) -> dict[str, Any]:
     """Measure every student and every ensemble of the recipes; say and return GPU-hours."""
     logs.say("measuring the students and teachers of every recipe")
     rates: dict[Any, float] = {}
