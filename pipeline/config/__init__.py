@@ -18,6 +18,7 @@ from pipeline.config.base import (
     Reading,
     Settings,
 )
+from pipeline.config.bench import BenchConfig
 from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import flag, plain, spelling, split_teachers
 from pipeline.config.label_sets import (
@@ -42,6 +43,7 @@ __all__ = [
     "NO_SPLIT",
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
+    "BenchConfig",
     "CompileMode",
     "Cutting",
     "DemoConfig",

@@ -91,9 +91,12 @@ class DistillConfig(TrainConfig):
         0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0."
     )
     recipe: str | None = recipe_setting()
+    dry_run: bool = setting(False, "Say steps, time and memory from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dry_run and self.resume is not None:
+            raise ConfigError("--dry-run says what a new run takes; leave out --resume")
         if self.online == (self.labels is not None):
             raise ConfigError("give --labels DIR, or --online with --teacher; not both")
         if self.online:

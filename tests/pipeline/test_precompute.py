@@ -809,7 +809,7 @@ def test_advice_to_skip_can_be_followed_in_the_same_folder(
 
 @pytest.fixture
 def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.precompute._SAMPLE_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.measuring.SAMPLE_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("short_sample")
@@ -827,6 +827,9 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
     assert told["views"] == 36 * 4 + 15
     assert told["seconds"] == pytest.approx(told["views"] / told["views_per_second"], abs=0.1)
     assert f"{told['views']} views, " in result.stderr
+    assert told["limit"] in ("reading images", "the networks")
+    assert f"{told['limit']} limits it" in result.stderr
+    assert told["peak_bytes"] > 0
 
 
 @pytest.mark.usefixtures("short_sample")
