@@ -18,7 +18,7 @@ TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute distill finetune evaluate predict export info verify test test-slow check format clean
+.PHONY: help setup demo precompute distill finetune evaluate predict export bench info verify test test-slow check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ predict: $(VENV)/.done  ## what OUT says of IMAGES (files or folders)
 
 export: $(VENV)/.done  ## hand OUT on: TO=timm, onnx, torchscript or hub-folder
 	$(MEALV2) export '$(OUT)' --to '$(TO)' $(ARGS)
+
+bench: $(VENV)/.done  ## the table of speeds beside their goals, some minutes (ARGS='--profile' for where time goes)
+	$(MEALV2) bench $(ARGS)
 
 info: $(VENV)/.done  ## what the label set LABELS is, finished or not
 	$(MEALV2) labels info '$(LABELS)' $(ARGS)

@@ -7,7 +7,7 @@ from torch import nn
 from mealv2.discriminator import PLATEAUS, Discriminator
 from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
-from pipeline import labels, runtime, training
+from pipeline import foresight, labels, runtime, training
 from pipeline.config import DistillConfig
 from pipeline.evaluation import Evaluator, open_split
 from pipeline.work import CutMix, Work, make_student
@@ -18,6 +18,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
     machine = runtime.start(config)
     source = labels.open_training_images(config)
     val = open_split(config.data_dir, config.val_split, classes=list(source.classes))
+    if config.dry_run:
+        val = None  # online teachers would label all of it first
     answers = (
         labels.online(config, machine, source, val)
         if config.online
@@ -30,7 +32,12 @@ def run(config: DistillConfig) -> dict[str, Any]:
     evaluator = None
     if val is not None:
         evaluator = Evaluator(
-            val, machine, config, img_size=answers.img_size, labels=answers.of_validation
+            val,
+            machine,
+            config,
+            img_size=answers.img_size,
+            resize=answers.resize,
+            labels=answers.of_validation,
         )
     work = Work(
         command="distill",
@@ -48,6 +55,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         targets=answers.targets,
         img_size=answers.img_size,
         views=answers.views,
+        resize=answers.resize,
         evaluator=evaluator,
         extra=extra,
         cutmix=_cutmix(config),
@@ -55,6 +63,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
         legend=_legend(config),
         labels=answers.provenance,
     )
+    if config.dry_run:
+        return foresight.foresee(config, machine, work)
     return training.train(config, machine, work)
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import INTERPOLATION, fingerprint, open_source
+from mealv2.images import fingerprint, open_source
+from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
-from pipeline import logs, runtime, teachers
+from pipeline import logs, measuring, runtime, teachers
 from pipeline.config import PrecomputeConfig
 from pipeline.evaluation import open_split
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
 
-_SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # of a shard, about
 
@@ -88,8 +88,13 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
 
 
 def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
-    views = DrawnViews(config.view_seed)
-    return ReadSettings(config.workers, config.img_size, views, pin_memory=machine.pins)
+    return ReadSettings(
+        config.workers,
+        config.img_size,
+        DrawnViews(config.view_seed),
+        config.resize,
+        pin_memory=machine.pins,
+    )
 
 
 def _plan(
@@ -108,7 +113,8 @@ def _plan(
         "ensemble": "mean of softmax",
         "precision": labeller.machine.precision,
         "img_size": config.img_size,
-        "interpolation": INTERPOLATION,
+        "interpolation": interpolation(config.resize),
+        "probe_sha256": probe_sha256(config.resize),
         "labels": labeller.encoding.plan(),
         "shard_size": config.shard_size,
         "roles": {
@@ -127,7 +133,9 @@ def _plan(
 def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -> dict[str, Any]:
     """Measure a few seconds of work; return rows, bytes and seconds of the whole."""
     num_labels = sum(role.num_labels for role in roles)
-    rate, label_bytes = _measure(config, labeller, roles[-1])
+    measuring.forget_peak(labeller.machine.device)
+    sample, label_bytes = _measure(config, labeller, roles[-1])
+    rate, peak_bytes = sample.rate, measuring.peak_bytes(labeller.machine.device)
     num_bytes = round(num_labels * label_bytes) + sum(
         sum(len(key.encode()) + _INDEX_BYTES for key in role.source.keys)
         + len(role.shards) * _HEADER_BYTES
@@ -135,8 +143,10 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
     )
     logs.say(
         f"{num_labels} views, {logs.size_of(num_bytes)}, about "
-        f"{logs.duration(num_labels / rate)} at {rate:.0f} views/s on this machine"
+        f"{logs.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up to "
+        f"{logs.size_of(peak_bytes)}"
     )
+    measuring.say_limit(sample)
     free = shutil.disk_usage(_existing(config.out)).free
     if free < num_bytes:
         logs.say(f"only {logs.size_of(free)} are free at {config.out}")
@@ -147,24 +157,29 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
         "bytes": num_bytes,
         "views_per_second": round(rate, 1),
         "seconds": round(num_labels / rate, 1),
+        "peak_bytes": peak_bytes,
+        "limit": sample.limit,
+        "waiting_share": round(sample.waiting_share, 3),
     }
 
 
-def _measure(config: PrecomputeConfig, labeller: Labeller, role: Role) -> tuple[float, float]:
-    """Return views per second and bytes a view: one batch to warm up, then a few seconds."""
-    rate = label_bytes = 0.0
-    reading = _reading(config, labeller.machine)
-    num_images = max(1, labeller.batch_size // len(role.views))
-    for _ in range(2):
-        num_images = min(num_images, len(role.source))
+def _measure(
+    config: PrecomputeConfig, labeller: Labeller, role: Role
+) -> tuple[measuring.Sample, float]:
+    """Return a sample of the work, and bytes a view."""
+    reading, num_views = _reading(config, labeller.machine), len(role.views)
+    label_bytes = 0.0
+
+    def label(views: int) -> measuring.Sample:
+        nonlocal label_bytes
+        num_images = min(max(1, views // num_views), len(role.source))
         requests = requests_of(role, range(num_images), labeller.batch_size)
-        began = time.monotonic()
-        answers = labeller.label(role.source, reading.pixels(role, requests), score=False)
-        rate = num_images * len(role.views) / (time.monotonic() - began)
-        blocks = labeller.encoding.blocks(answers.rows, len(role.views))
+        found, answers = measuring.label(labeller, role.source, reading.pixels(role, requests))
+        blocks = labeller.encoding.blocks(answers.rows, num_views)
         label_bytes = sum(map(len, blocks)) / max(1, len(answers.positions))
-        num_images = max(num_images, int(rate * _SAMPLE_SECONDS / len(role.views)))
-    return rate, label_bytes
+        return found
+
+    return measuring.sample(label, least=labeller.batch_size), label_bytes
 
 
 def _existing(path: Path) -> Path:

@@ -96,7 +96,7 @@ def _answers(
     """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
     model = machine.place(found.model).eval()
     loader = read_views(
-        ViewReader(source, img_size=found.img_size),
+        ViewReader(source, img_size=found.img_size, resize=config.resize),
         centre_requests(range(len(source)), config.batch_size),
         workers=config.workers,
         pin_memory=machine.pins,

@@ -22,6 +22,7 @@ from mealv2.errors import LabelSetError, StoppedError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.images import ImageSource
 from mealv2.label_set import Images, Shard, ShardFile
+from mealv2.pixels import Resize
 from mealv2.views import Views
 from pipeline import logs, runtime
 from pipeline.labelling import Answers, Labeller
@@ -61,16 +62,21 @@ class Role:
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How the images of a role are read: workers, the size and boxes of views, where pixels lie."""
+    """How the images of a role are read: threads, the size, boxes and resize of views, and where
+    pixels lie.
+    """
 
     workers: int
     img_size: int
     views: Views
+    resize: Resize
     pin_memory: bool = False
 
     def pixels(self, role: Role, requests: list[Request]) -> Iterator[Pixels]:
         """Return the views of requests, in order."""
-        reader = ViewReader(role.source, img_size=self.img_size, views=self.views)
+        reader = ViewReader(
+            role.source, img_size=self.img_size, views=self.views, resize=self.resize
+        )
         workers = self.workers if requests else 0
         return iter(read_views(reader, requests, workers=workers, pin_memory=self.pin_memory))
 

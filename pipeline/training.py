@@ -224,7 +224,12 @@ class _Trainer:
         """Read the pixels of every batch from here to the end of the run, passes in a row."""
         rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
-            ViewReader(self.work.source, img_size=self.work.img_size, views=self.work.views),
+            ViewReader(
+                self.work.source,
+                img_size=self.work.img_size,
+                views=self.work.views,
+                resize=self.work.resize,
+            ),
             itertools.islice(rest, self.place.step, None),
             workers=self.config.workers,
             pin_memory=self.machine.pins,

@@ -1,6 +1,7 @@
 """Every example in README.md and docs/ is run, with small models in place of big ones."""
 
 import doctest
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import timm
+
+from pipeline.bench.document import document
+from pipeline.config.bench import LINES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +37,22 @@ QUICK = {
     "evaluate": ["--workers", "0"],
     "predict": ["--workers", "0"],
     "export": [],
+    "bench": [
+        "--img-size",
+        "32",
+        "--num-images",
+        "8",
+        "--batch-size",
+        "4",
+        "--rounds",
+        "1",
+        "--workers",
+        "0",
+        "--teacher",
+        "test_resnet",
+        "--model",
+        "test_resnet",
+    ],
     "labels info": [],
     "labels verify": ["--workers", "0"],
     "labels merge": [],
@@ -163,6 +183,46 @@ def test_labels_doc_runs_on_a_small_set(
     assert {words.split()[1] for words in said if words.startswith("labels ")} == {
         name.split()[1] for name in QUICK if " " in name
     }
+
+
+def test_tar_shards_doc_runs_on_shards_made_as_it_says(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    for name, folder in (
+        ("teacher-1", teacher_dirs["test_resnet"]),
+        ("start", make_model("test_byobnet", seed=4)),
+    ):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+
+    for code in blocks("docs/tar-shards.md", "python"):
+        exec(compile(code, "docs/tar-shards.md", "exec"), {})
+    reports = [done(*words).report for words in commands("docs/tar-shards.md")]
+
+    assert reports[-1]["data"] == "the same"
+
+
+def test_bench_doc_runs(
+    run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.bench.labelling._LOOK_UPS", 1)
+    for words in commands("docs/bench.md"):
+        result = run_cli(*words)
+        assert result.code == 0, (words, result.stderr)
+    text = document([json.loads((tmp_path / "speed.json").read_text())])
+    assert "| loader-4 |" in text
+
+
+def test_bench_doc_has_every_line() -> None:
+    text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    assert [name for name in LINES if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from pipeline.config.base import (
     PAPER_EPOCHS,
     PAPER_MILESTONE,
     CompileMode,
+    Cutting,
     Labelling,
     Machine,
     OnBadImage,
     Reading,
     Settings,
 )
+from pipeline.config.bench import BenchConfig
 from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import flag, plain, spelling, split_teachers
 from pipeline.config.label_sets import (
@@ -41,7 +43,9 @@ __all__ = [
     "NO_SPLIT",
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
+    "BenchConfig",
     "CompileMode",
+    "Cutting",
     "DemoConfig",
     "DistillConfig",
     "EvaluateConfig",

@@ -50,11 +50,26 @@ class Settings:
 class Reading(Settings):
     """What every command has that reads images."""
 
-    workers: int = setting(2, "Processes that read and decode images; 0: none beside the main one.")
+    workers: int = setting(2, "Threads that read and decode images; 0: none beside the main one.")
     device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting(Settings):
+    """What every command has that says how views are cut."""
+
+    exact_pil: bool = setting(
+        False,
+        "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255.",
+    )
+
+    @property
+    def resize(self) -> Literal["torch", "pil"]:
+        """Who resizes."""
+        return "pil" if self.exact_pil else "torch"
 
 
 @dataclass(frozen=True, kw_only=True)

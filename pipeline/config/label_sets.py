@@ -75,7 +75,7 @@ class LabelsAddViewsConfig(Labelling):
     """
 
     labels: Path = positional("The label set.")
-    data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     num_views: int = setting(32, "Views of each image that the set shall hold in the end.")
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
 
@@ -161,9 +161,9 @@ class LabelsImportConfig(Settings):
 
     folder: Path = positional("Folder of the labels.")
     from_: Literal["fkd"] = setting("fkd", "What wrote them: fkd, the FKD and MEAL V2 soft labels.")
-    data_dir: Path = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     out: Path = required("Folder of the new label set.")
-    split: str = setting("train", "Folder under --data-dir whose images they label.")
+    split: str = setting("train", "Part of --data-dir whose images they label.")
     label_type: str | None = setting(
         None,
         "The kind of label, as FKD calls it, such as marginal_smoothing_k5 or marginal_renorm.",

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Labelling
+from pipeline.config.base import (
+    DEFAULT_IMG_SIZE,
+    DEFAULT_RATE,
+    MOST_VIEWS,
+    Cutting,
+    Labelling,
+)
 from pipeline.config.fields import (
     at_least,
     between,
@@ -21,18 +27,18 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Labelling):
+class PrecomputeConfig(Cutting, Labelling):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
     teacher: tuple[str, ...] = teachers_setting(
         dataclasses.MISSING,
         "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
     )
-    split: str = setting("train", "Folder under --data-dir whose images get --num-views labels.")
+    split: str = setting("train", "Part of --data-dir whose images get --num-views labels.")
     val_split: str = setting(
-        "val", "Folder under --data-dir labelled once at the centre crop, for validation; or none."
+        "val", "Part of --data-dir labelled once at the centre crop, for validation; or none."
     )
     num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
     view_seed: int = setting(0, "Seed of the views.")

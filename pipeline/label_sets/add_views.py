@@ -12,7 +12,7 @@ from mealv2.label_set import LabelSet, read_manifest
 from pipeline import logs, runtime
 from pipeline.config import LabelsAddViewsConfig
 from pipeline.labelling import make_labeller
-from pipeline.labels import check_precision, check_same_data, teachers_of
+from pipeline.labels import check_precision, check_same_data, resize_of_set, teachers_of
 from pipeline.stage_one import ReadSettings, Role, StageOne, block_views, describe_block
 
 
@@ -106,5 +106,11 @@ def _stage(
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     shards = [[position_of[key] for key in file.all_keys()] for file in files]
-    reading = ReadSettings(config.workers, labels.img_size, labels.views(), pin_memory=machine.pins)
+    reading = ReadSettings(
+        config.workers,
+        labels.img_size,
+        labels.views(),
+        resize_of_set(labels),
+        pin_memory=machine.pins,
+    )
     return StageOne(config.labels, plan, labeller, reading), Role("train", source, (), list(shards))

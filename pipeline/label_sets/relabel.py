@@ -12,7 +12,7 @@ from mealv2.label_set import LabelSet, Rows
 from pipeline import logs
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling import Labeller
-from pipeline.labels import check_precision, teachers_of
+from pipeline.labels import check_precision, resize_of_set, teachers_of
 from pipeline.loaders import Request, ViewReader, read_views, refuse_failures
 from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
@@ -40,7 +40,9 @@ def relabel(config: LabelsVerifyConfig, machine: Runtime) -> dict[str, Any]:
     )
     source = open_source(config.data_dir, plan["roles"]["train"]["split"])
     places = _places(labels, config.relabel, seed=config.seed)
-    reader = ViewReader(source, img_size=labels.img_size, views=labels.views())
+    reader = ViewReader(
+        source, img_size=labels.img_size, views=labels.views(), resize=resize_of_set(labels)
+    )
     requests = _requests(source, places, config.batch_size)
     pixels = logs.progress(
         read_views(reader, requests, workers=config.workers, pin_memory=machine.pins),

@@ -1,0 +1,120 @@
+"""`mealv2 bench`: this machine's figures beside the goals, each a ratio within one run."""
+
+import dataclasses
+import datetime
+import json
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mealv2.files import write_whole
+from pipeline import logs, runtime
+from pipeline.bench import (
+    command,
+    hardware,
+    imagenet,
+    labelling,
+    loading,
+    memory,
+    profile,
+    steps,
+)
+from pipeline.bench.lines import HEAD, Line, NotMeasuredError
+from pipeline.bench.room import Room
+from pipeline.config import BenchConfig, flag
+
+Measure = Callable[[Room, Sequence[str]], list[Line]]
+
+# Lines that take turns with one another stand together.
+GROUPS: tuple[tuple[tuple[str, ...], Measure], ...] = (
+    (("loader-1", "loader-packed", "loader-4", "loader-16"), loading.measure),
+    (("loader-tar",), loading.measure_tar),
+    (("labels",), labelling.measure_lookup),
+    (("step-hard",), steps.measure_hard),
+    (("step-online",), steps.measure_online),
+    (("stage-one",), labelling.measure_stage_one),
+    (("help",), command.measure),
+    (("memory",), memory.measure),
+)
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Measure; say the table; return the report. Raises MealError and OSError."""
+    machine = runtime.start(config)
+    runtime.seed_everything(0)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mealv2-bench-") as folder:
+        room = Room(config, machine, Path(folder))
+        lines = measure(room, config.chosen)
+        more: dict[str, Any] = {}
+        if lines:
+            logs.say(logs.table([HEAD, *(line.row() for line in lines)]))
+        if config.profile:
+            more["profile"] = profile.both_stages(room)
+        if not config.lines and not config.profile:
+            more["estimate"] = (
+                imagenet.gpu_hours(room)
+                if machine.device.type == "cuda"
+                else steps.arithmetic(room)
+            )
+        if "images" in vars(room):
+            more["images"] = dataclasses.asdict(room.images.described)
+    report = {
+        **about(config, machine),
+        "seconds": round(time.monotonic() - began, 1),
+        "lines": [line.summary() for line in lines],
+        **more,
+    }
+    if config.json is not None:
+        raw = {**report, "lines": [line.raw() for line in lines]}
+        write_whole(config.json, (json.dumps(raw, indent=1) + "\n").encode(), replace=True)
+    return report
+
+
+def measure(room: Room, names: Sequence[str]) -> list[Line]:
+    """Return the lines of these names, in their order; a group that cannot run says why."""
+    found: dict[str, Line] = {}
+    for of_group, measure_group in GROUPS:
+        wanted = [name for name in of_group if name in names]
+        if not wanted:
+            continue
+        logs.say(f"measuring {', '.join(wanted)}")
+        try:
+            found |= {line.name: line for line in measure_group(room, wanted)}
+        except NotMeasuredError as error:
+            found |= {name: Line(name, why=str(error)) for name in wanted}
+    return [found[name] for name in names]
+
+
+def about(config: BenchConfig, machine: runtime.Runtime) -> dict[str, Any]:
+    """Return what a reader of the figures must know: command, day, machine, versions."""
+    return {
+        "command": command_of(config),
+        "date": datetime.date.today().isoformat(),
+        "precision": machine.precision,
+        "rounds": config.rounds,
+        "hardware": hardware.describe(machine.device),
+        "versions": hardware.versions(),
+    }
+
+
+def command_of(config: BenchConfig) -> str:
+    """Return the command line that gives these settings, without anyone's paths."""
+    words = ["mealv2", "bench"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name) if value else f"--no-{field.name}")
+        elif isinstance(value, Path):
+            words += [flag(field.name), field.name.upper()]
+        else:
+            words += [
+                flag(field.name),
+                ",".join(value) if isinstance(value, tuple) else str(value),
+            ]
+    return shlex.join(words)

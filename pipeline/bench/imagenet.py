@@ -1,0 +1,108 @@
+"""What the rates of this machine mean for ImageNet: hours of one GPU, by stage and recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mealv2 import recipes
+from mealv2.discriminator import Discriminator
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.models import create_classifier
+from mealv2.soft_labels import SoftLabels
+from mealv2.targets import Answer
+from mealv2.task import DistillTask
+from pipeline import logs
+from pipeline.bench.room import NUM_CLASSES, Room, calibrate
+from pipeline.measuring import repeated, timed, times_for
+
+IMAGES = 1_281_167
+VIEWS = (30, 180)
+_TURN_S = 2.0
+
+
+def gpu_hours(room: Room) -> dict[str, Any]:
+    """Measure every student and every ensemble of the recipes; say and return GPU-hours."""
+    logs.say("measuring the students and teachers of every recipe")
+    rates: dict[Any, float] = {}
+    rows = []
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        size = int(recipe.teachers.get("img_size", room.config.img_size))
+        teachers = tuple(recipe.teachers.get("teacher", ()))
+        epochs = int(recipe.distill["epochs"])
+        step = (recipe.distill["model"], size)
+        if step not in rates:
+            rates[step] = step_rate(room, *step)
+        if (teachers, size) not in rates:
+            rates[teachers, size] = teachers_rate(room, teachers, size)
+        asked = rates[teachers, size]
+        stored = epochs * IMAGES / rates[step] / 3600
+        online = stored + epochs * IMAGES / asked / 3600
+        rows.append(
+            {
+                "recipe": name,
+                "student": step[0],
+                "img_size": size,
+                "epochs": epochs,
+                **{f"stage_one_{v}_views_h": round(v * IMAGES / asked / 3600, 1) for v in VIEWS},
+                "stage_two_h": round(stored, 1),
+                "online_h": round(online, 1),
+            }
+        )
+    _say(rows)
+    return {"images": IMAGES, "precision": room.machine.precision, "recipes": rows}
+
+
+def teachers_rate(room: Room, names: Sequence[str], img_size: int) -> float:
+    """Return views a second that an ensemble answers."""
+    models = []
+    for name in names:
+        models.append(create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size))
+        calibrate(models[-1], img_size)
+    ensemble = TeacherEnsemble(models).to(room.device)
+    images_BCHW = _pixels(room, img_size)
+
+    def ask() -> int:
+        with torch.inference_mode(), room.machine.autocast():
+            ensemble(images_BCHW)
+        return len(images_BCHW)
+
+    return _rate(room, ask)
+
+
+def step_rate(room: Room, name: str, img_size: int) -> float:
+    """Return images a second that a student learns from, labels and images on the device."""
+    student = create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size)
+    task = DistillTask(student, Discriminator(NUM_CLASSES, "paper")).to(room.device).train()
+    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9)
+    images_BCHW = _pixels(room, img_size)
+    labels = torch.full((len(images_BCHW), NUM_CLASSES), 1.0 / NUM_CLASSES, device=room.device)
+    answer = Answer(SoftLabels.of_all(labels))
+
+    def step() -> int:
+        with room.machine.autocast():
+            loss = task(images_BCHW, answer)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(images_BCHW)
+
+    return _rate(room, step)
+
+
+def _rate(room: Room, work: Any) -> float:
+    times = times_for(work, room.device, seconds=_TURN_S)
+    return timed(repeated(work, times), room.device).rate
+
+
+def _pixels(room: Room, img_size: int) -> torch.Tensor:
+    shape = (room.batch_size, img_size, img_size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return pixels.permute(0, 3, 1, 2).to(room.device)
+
+
+def _say(rows: list[dict[str, Any]]) -> None:
+    head = ["ImageNet, GPU-hours", "epochs", *(f"stage one, {v} views" for v in VIEWS)]
+    cells = [[row["recipe"], *(str(row[name]) for name in list(row)[3:])] for row in rows]
+    logs.say(logs.table([[*head, "stage two", "online"], *cells]))

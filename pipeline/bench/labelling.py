@@ -1,0 +1,103 @@
+"""The lines on labels: looking them up beside decoding, making them beside the networks alone."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mealv2 import label_set
+from mealv2.pixels import decode
+from mealv2.views import DrawnViews
+from pipeline.bench.lines import Line, ratios
+from pipeline.bench.room import NUM_VIEWS, Room, plan_of
+from pipeline.labelling import Labeller
+from pipeline.measuring import repeated, take_turns, times_for
+from pipeline.stage_one import ReadSettings, Role, StageOne
+
+LOOKED_UP = 512  # views of a batch
+_LOOK_UPS = 20  # in a turn
+_TURN_S = 4.0  # about how long a turn of the networks takes
+
+
+def measure_lookup(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line on looking labels up, in one thread as the decoding is."""
+    images, labels = room.images, room.labels
+    drawn = random.Random(0)
+    keys = [images.source.keys[p] for p in drawn.choices(images.positions, k=LOOKED_UP)]
+    views = drawn.choices(range(NUM_VIEWS), k=LOOKED_UP)
+    cycle = itertools.islice(itertools.cycle(images.positions), LOOKED_UP)
+    files = [images.source.read(position) for position in cycle]
+
+    def look_up() -> int:
+        # what the loss and the discriminator begin with
+        found = labels.rows(keys, views).labels.to(room.device)
+        found.kept()
+        return len(found.to_dense())
+
+    def decode_all() -> int:
+        return sum(len(decode(data)) > 0 for data in files)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        works = {"labels": repeated(look_up, _LOOK_UPS), "JPEGs": decode_all}
+        turns = take_turns(works, rounds=room.config.rounds, device=room.device)
+    finally:
+        torch.set_num_threads(threads)
+    percent = [100.0 / ratio for ratio in ratios(turns, "labels", "JPEGs")]
+    num_bytes = sum(Path(f.path).stat().st_size for _, files in labels.blocks for f in files)
+    notes = {"bytes_per_view": round(num_bytes / (len(labels) * NUM_VIEWS), 1)}
+    return [Line("labels", percent, turns, notes)]
+
+
+def measure_stage_one(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line on stage one: from files to a shard, beside its networks alone."""
+    labeller = labeller_of(room)
+    resident_BCHW = room.resident(room.batch_size)
+
+    def bare() -> int:
+        with torch.inference_mode(), room.machine.autocast():
+            labeller.ensemble.teacher_logits(resident_BCHW)
+        return len(resident_BCHW)
+
+    times = times_for(bare, room.device, seconds=_TURN_S)
+    folders = (room.folder / "stage-one" / str(number) for number in itertools.count())
+    works = {
+        "stage one": lambda: label_views(room, labeller, next(folders), times * room.batch_size),
+        "teachers alone": repeated(bare, times),
+    }
+    turns = take_turns(works, rounds=room.config.rounds, device=room.device)
+    notes = {"batch_size": room.batch_size, "views_per_image": NUM_VIEWS}
+    return [Line("stage-one", ratios(turns, "stage one", "teachers alone"), turns, notes)]
+
+
+def labeller_of(room: Room) -> Labeller:
+    """Return the teachers as stage one asks them."""
+    return Labeller(
+        room.ensemble,
+        room.machine,
+        room.encoding,
+        batch_size=room.batch_size,
+        on_bad_image=room.config.on_bad_image,
+    )
+
+
+def label_views(room: Room, labeller: Labeller, folder: Path, num_views: int) -> int:
+    """Label about so many views, into shards of a new folder; return how many."""
+    per_image = min(NUM_VIEWS, num_views)
+    num_images = -(-num_views // per_image)
+    positions = list(
+        dict.fromkeys(itertools.islice(itertools.cycle(room.images.positions), num_images))
+    )
+    views = tuple(range(-(-num_views // len(positions))))
+    role = Role("train", room.images.source, views, [positions])
+    plan = plan_of(room.encoding, num_views=len(views), img_size=room.config.img_size)
+    label_set.claim(folder, plan)
+    size, pins = room.config.img_size, room.machine.pins
+    reading = ReadSettings(room.config.workers, size, DrawnViews(0), "torch", pin_memory=pins)
+    stage = StageOne(folder, plan, labeller, reading)
+    stage.label([role])
+    stage.finish([role])
+    return len(positions) * len(views)

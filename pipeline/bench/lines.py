@@ -1,0 +1,127 @@
+"""The lines of the table: what is measured against what, the goal, the figures of the rounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from pipeline.measuring import Turn
+
+HEAD = ["line", "what", "against", "figure", "range", "goal", ""]
+
+
+class NotMeasuredError(Exception):
+    """A line cannot be measured here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of ``what``, beside ``against``, is to be at least or at most ``value``."""
+
+    what: str
+    against: str
+    side: Literal[">=", "<=", "<"]
+    value: float
+    unit: str = "x"
+
+    def is_met(self, figure: float) -> bool:
+        """Return whether a figure reaches the goal."""
+        if self.side == ">=":
+            return figure >= self.value
+        return figure <= self.value if self.side == "<=" else figure < self.value
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.value:g}{_spaced(self.unit)}"
+
+
+_IMAGE_FOLDER = "torchvision ImageFolder + DataLoader"
+
+GOALS = {
+    "loader-1": Goal("loader, 1 view per image", _IMAGE_FOLDER, ">=", 1.8),
+    "loader-packed": Goal("the same from re-packed JPEGs", "the same", ">=", 2.3),
+    "loader-4": Goal("loader, 4 views per decode", "the same, per view", ">=", 3.6),
+    "loader-16": Goal("stage one, 16 views per decode", "the same, per view", ">=", 6.0),
+    "loader-tar": Goal("loader, tar shards", "webdataset's PIL pipeline", ">=", 2.0),
+    "labels": Goal("labels of 512 views to the loss", "decoding their JPEGs", "<", 2.0, "%"),
+    "step-hard": Goal("step with stored labels, time", "hard labels", "<=", 1.03),
+    "step-online": Goal("step with stored labels, speed", "teachers online", ">=", 3.4),
+    "stage-one": Goal("stage one, views/s", "its teachers alone", ">=", 0.95),
+    "help": Goal("mealv2 --help", "-", "<", 0.3, "s"),
+    "memory": Goal("stage one, growth of memory", "1/4 of the images; 30 views", "<", 5, "%"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was measured: a figure a round, every turn behind it, and notes; or why it was not."""
+
+    name: str
+    figures: Sequence[float] = ()
+    turns: dict[str, list[Turn]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    why: str | None = None
+
+    @property
+    def goal(self) -> Goal:
+        """What the line is to reach."""
+        return GOALS[self.name]
+
+    @property
+    def figure(self) -> float:
+        """The median of the rounds."""
+        return median(self.figures)
+
+    @property
+    def verdict(self) -> str:
+        """met, missed, or why it was not measured."""
+        if self.why is not None:
+            return f"not measured: {self.why}"
+        return "met" if self.goal.is_met(self.figure) else "missed"
+
+    def row(self) -> list[str]:
+        """Return the cells of the table."""
+        goal = self.goal
+        figure, spread = "-", "-"
+        if self.why is None:
+            figure = f"{self.figure:.3g}{_spaced(goal.unit)}"
+            spread = f"{min(self.figures):.3g} to {max(self.figures):.3g}"
+        return [self.name, goal.what, goal.against, figure, spread, str(goal), self.verdict]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the line as JSON, without the turns."""
+        measured = {}
+        if self.why is None:
+            measured = {
+                "figure": round(self.figure, 4),
+                "least": round(min(self.figures), 4),
+                "most": round(max(self.figures), 4),
+                "met": self.goal.is_met(self.figure),
+            }
+        return {
+            "line": self.name,
+            "what": self.goal.what,
+            "against": self.goal.against,
+            "goal": str(self.goal),
+            "unit": self.goal.unit,
+            "verdict": self.verdict,
+            **measured,
+            **({"notes": self.notes} if self.notes else {}),
+        }
+
+    def raw(self) -> dict[str, Any]:
+        """Return the line as JSON, with the figure and the turns of every round."""
+        turns = {
+            name: [{"units": t.units, "seconds": round(t.seconds, 6)} for t in of_work]
+            for name, of_work in self.turns.items()
+        }
+        figures = [round(figure, 5) for figure in self.figures]
+        return {**self.summary(), "figures": figures, "turns": turns}
+
+
+def ratios(turns: dict[str, list[Turn]], what: str, against: str) -> list[float]:
+    """Return, round by round, how many times the rate of ``against`` that of ``what`` is."""
+    return [a.rate / b.rate for a, b in zip(turns[what], turns[against], strict=True)]
+
+
+def _spaced(unit: str) -> str:
+    return unit if unit == "x" else f" {unit}"

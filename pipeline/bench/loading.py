@@ -1,0 +1,221 @@
+"""The lines on reading images: our loader beside torchvision's and webdataset's recipes."""
+
+import gc
+import io
+import shutil
+import tarfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler, Subset
+
+from mealv2.images import ImageSource, open_source
+from mealv2.views import DrawnViews
+from pipeline.bench.lines import Line, NotMeasuredError, ratios
+from pipeline.bench.room import NUM_VIEWS, Images, Room
+from pipeline.loaders import Pixels, Request, ViewReader, read_views, refuse_failures
+from pipeline.measuring import take_turns
+from pipeline.order import batches
+from pipeline.stage_one import Role, requests_of
+
+BATCH_SIZE = 128
+_PASSES = 2  # over the images in a turn, of what shows an image once
+_FEW_VIEWS = 4
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_BASELINE = "ImageFolder + DataLoader"
+_TAR_SHARDS = 4  # two for each of two processes, which is how webdataset shares them out
+
+Work = Callable[[], int]
+
+
+def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the lines whose baseline is ImageFolder with torchvision's transforms."""
+    images = room.images
+    works: dict[str, Work] = {}
+    left_out = []
+    for name in wanted:
+        try:
+            works[name] = _OURS[name](room, images)
+        except NotMeasuredError as error:
+            left_out.append(Line(name, why=str(error)))
+    if not works:
+        return left_out
+    works = {_BASELINE: image_folder(room, images), **works}
+    turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
+    measured = [
+        Line(
+            name,
+            ratios(turns, name, _BASELINE),
+            {key: turns[key] for key in (name, _BASELINE)},
+            {"workers": room.config.workers},
+        )
+        for name in works
+        if name != _BASELINE
+    ]
+    return measured + left_out
+
+
+def image_folder(room: Room, images: Images) -> Work:
+    """Return a turn of torchvision's recipe: float32 batches, normalised in the workers."""
+    from torchvision.datasets import ImageFolder
+
+    folder = images.root / images.split
+    if not folder.is_dir():
+        raise NotMeasuredError("torchvision's ImageFolder needs a folder of images")
+    dataset = ImageFolder(str(folder), transform=transforms(room.config.img_size))
+    wanted = {images.source.keys[p] for p in images.positions}
+    found = [Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples]
+    subset = Subset(dataset, [n for n, key in enumerate(found) if key in wanted])
+    workers = room.config.workers
+    loader: DataLoader[Any] = DataLoader(
+        subset,
+        batch_size=BATCH_SIZE,
+        sampler=RandomSampler(subset, num_samples=_PASSES * len(subset)),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return lambda: sum(len(classes_B) for _, classes_B in loader)
+
+
+def transforms(img_size: int) -> Any:
+    """Return torchvision's transforms for training."""
+    from torchvision import transforms as of_torchvision
+
+    return of_torchvision.Compose(
+        [
+            of_torchvision.RandomResizedCrop(img_size),
+            of_torchvision.RandomHorizontalFlip(),
+            of_torchvision.ToTensor(),
+            of_torchvision.Normalize(_MEAN, _STD),
+        ]
+    )
+
+
+def ours(room: Room, source: ImageSource, requests: list[Request]) -> Work:
+    """Return a turn of our loader: uint8 batches, as both stages get them."""
+    reader = ViewReader(source, img_size=room.config.img_size, views=DrawnViews(0))
+    loader = read_views(reader, requests, workers=room.config.workers)
+    return lambda: sum(map(_num_read(room, source), loader))
+
+
+def _num_read(room: Room, source: ImageSource) -> Callable[[Pixels], int]:
+    def count(pixels: Pixels) -> int:
+        refuse_failures(source, pixels.failed, room.config.on_bad_image)
+        return len(pixels.positions)
+
+    return count
+
+
+def _one_view(room: Room, images: Images) -> Work:
+    return ours(room, images.source, single_views(images.positions))
+
+
+def single_views(positions: Iterable[int]) -> list[Request]:
+    """Return requests for one view of each image, then another view of each."""
+    positions = list(positions)
+    rows = [(position, (view,)) for view in range(_PASSES) for position in positions]
+    return batches(rows, BATCH_SIZE)
+
+
+def _few_views(room: Room, images: Images) -> Work:
+    views = tuple(range(_FEW_VIEWS))
+    rows = [(position, views) for position in images.positions]
+    return ours(room, images.source, batches(rows, BATCH_SIZE // _FEW_VIEWS))
+
+
+def _stage_one_views(room: Room, images: Images) -> Work:
+    positions = images.positions[: max(1, len(images.positions) // 2)]
+    role = Role("train", images.source, tuple(range(NUM_VIEWS)), [positions])
+    return ours(room, images.source, requests_of(role, positions, BATCH_SIZE))
+
+
+def _packed(room: Room, images: Images) -> Work:
+    source = packed_source(images, room.folder / "packed")
+    return ours(room, source, single_views(images.positions))
+
+
+def packed_source(images: Images, folder: Path) -> ImageSource:
+    """Re-pack the images into a folder, losslessly with restart markers; return their source."""
+    if shutil.which("jpegtran") is None:
+        raise NotMeasuredError("needs jpegtran")
+    raise NotMeasuredError("needs `mealv2 pack`")
+
+
+_OURS: dict[str, Callable[[Room, Images], Work]] = {
+    "loader-1": _one_view,
+    "loader-packed": _packed,
+    "loader-4": _few_views,
+    "loader-16": _stage_one_views,
+}
+
+
+# --- tar shards -----------------------------------------------------------------------------------
+
+
+def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line on tar shards; the same images, in a few shards."""
+    images = room.images
+    tar_root = room.folder / "tar"
+    paths = write_tars(images, tar_root / "train")
+    works = {
+        "ours": ours(room, tar_source(tar_root), single_views(range(len(images.positions)))),
+        "webdataset": webdataset(room, paths),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
+        turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
+        works.clear()
+        gc.collect()
+    notes = {"workers": room.config.workers}
+    return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
+
+
+def tar_source(root: Path) -> ImageSource:
+    """Open the training split of a folder of WebDataset tar shards."""
+    if find_spec("mealv2.tar_shards") is None:
+        raise NotMeasuredError("needs mealv2.tar_shards")
+    return open_source(root, "train")
+
+
+def write_tars(images: Images, folder: Path) -> list[str]:
+    """Write the images as WebDataset shards: KEY.jpg and KEY.cls; return the paths."""
+    folder.mkdir(parents=True)
+    paths = []
+    for shard in range(_TAR_SHARDS):
+        path = folder / f"train-{shard:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for position in images.positions[shard::_TAR_SHARDS]:
+                name = f"{position:08d}"
+                _put(tar, f"{name}.jpg", images.source.read(position))
+                _put(tar, f"{name}.cls", str(images.source.labels[position]).encode())
+        paths.append(str(path))
+    return paths
+
+
+def _put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def webdataset(room: Room, paths: list[str]) -> Work:
+    """Return a turn of webdataset's own pipeline: decode("pil") and torchvision's transforms."""
+    try:
+        import webdataset as wds
+    except ImportError:
+        raise NotMeasuredError("needs webdataset") from None
+    workers = room.config.workers
+    dataset = (
+        wds.WebDataset(paths, shardshuffle=False, empty_check=False)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transforms(room.config.img_size), int)
+    )
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0
+    )
+    return lambda: sum(len(classes_B) for _ in range(_PASSES) for _, classes_B in loader)

@@ -1,0 +1,201 @@
+"""The line on memory: what stage one holds as images and views grow, with teachers that are free.
+
+It runs in a process of its own: in one that has done other things, what was freed before would
+hide what is held now.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mealv2 import label_set
+from mealv2.ensemble import TeacherEnsemble
+from mealv2.images import open_source
+from mealv2.label_set import Encoding
+from mealv2.views import DrawnViews
+from pipeline import logs
+from pipeline.bench.lines import Line, NotMeasuredError
+from pipeline.bench.room import Room, plan_of
+from pipeline.config import DEFAULT_RATE
+from pipeline.labelling import Labeller
+from pipeline.measuring import Turn
+from pipeline.pictures import draw_tree
+from pipeline.runtime import Runtime
+from pipeline.stage_one import ReadSettings, Role, StageOne
+
+FEW_VIEWS, MANY_VIEWS = 30, 180
+_NUM_CLASSES = 10
+_PICTURES, _SIZE, _IMG_SIZE = 50, (80, 60), 32  # different files, the rest are links to them
+_SHARD_SIZE = 2048  # the default
+_BATCH_SIZE = 256
+_LONGEST_S = 60.0
+_TRIED = 32  # images, to know how many there is time for
+_EVERY_S = 0.05
+_PROC = Path("/proc")
+
+
+class FreeTeacher(nn.Module):
+    """Answers every view alike, at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("logits_1C", torch.linspace(0, 5, _NUM_CLASSES)[None])
+        self.logits_1C: Tensor
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.logits_1C.expand(len(images_BCHW), -1)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Peaks of memory in bytes, after a quarter of the images and at the end."""
+
+    num_images: int
+    num_views: int
+    seconds: float
+    at_quarter: int
+    at_end: int
+
+
+def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line: how much the peak grows by more images, and by more views of each."""
+    if not (_PROC / "self" / "statm").exists():
+        raise NotMeasuredError("needs /proc, which says what a process holds")
+    draw_tree(room.folder / "small" / "once", num_images=_PICTURES, num_classes=1, size=_SIZE)
+    logs.say(f"memory of stage one, {MANY_VIEWS} views per image: up to a minute")
+    many = in_own_process(room, room.config.memory_images, MANY_VIEWS)
+    few = in_own_process(room, many.num_images, FEW_VIEWS)
+    by_images = 100.0 * (many.at_end / many.at_quarter - 1.0)
+    by_views = 100.0 * (many.at_end / few.at_end - 1.0)
+    notes = {
+        "images": many.num_images,
+        "growth_by_images_percent": round(by_images, 2),
+        "growth_by_views_percent": round(by_views, 2),
+        "peak_mb": {
+            f"{held.num_views} views, {when}": round(value / 1e6, 1)
+            for held in (few, many)
+            for when, value in (("a quarter", held.at_quarter), ("the end", held.at_end))
+        },
+    }
+    turns = {
+        f"{held.num_views} views": [Turn(held.num_images * held.num_views, held.seconds)]
+        for held in (few, many)
+    }
+    return [Line("memory", [max(by_images, by_views)], turns, notes)]
+
+
+def in_own_process(room: Room, num_images: int, num_views: int) -> Held:
+    """Run stage one in a new interpreter; return what it held."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    folder = room.folder / f"memory-{num_views}"
+    arguments = (there, room.folder / "small" / "once", folder, num_images, num_views)
+    process = context.Process(target=_child, args=(*arguments, room.config.workers))
+    process.start()
+    there.close()
+    try:
+        held = here.recv()
+    except EOFError:
+        raise NotMeasuredError("the process that was to be measured ended early") from None
+    finally:
+        process.join()
+    assert isinstance(held, Held)
+    return held
+
+
+def _child(
+    out: Connection, pictures: Path, folder: Path, num_images: int, num_views: int, workers: int
+) -> None:
+    torch.set_num_threads(1)
+    if num_views == MANY_VIEWS:
+        tried = min(_TRIED, num_images)
+        began = time.monotonic()
+        _label(pictures, folder / "tried", tried, num_views, workers)
+        rate = tried / (time.monotonic() - began)
+        num_images = max(min(4, num_images), min(num_images, int(rate * _LONGEST_S)))
+    began = time.monotonic()
+    held = _label(pictures, folder / "all", num_images, num_views, workers)
+    out.send(Held(num_images, num_views, time.monotonic() - began, *held))
+
+
+def _label(
+    pictures: Path, folder: Path, num_images: int, num_views: int, workers: int
+) -> tuple[int, int]:
+    """Label images, links to a few files; return the peaks at a quarter and at the end."""
+    _link(pictures, folder / "images" / "train" / "all", num_images)
+    source = open_source(folder / "images", "train")
+    shard_size = min(_SHARD_SIZE, -(-num_images // 4))
+    encoding = Encoding(_NUM_CLASSES, rate=DEFAULT_RATE)
+    shards: list[Sequence[int]] = list(label_set.shard_ranges(len(source), shard_size))
+    role = Role("train", source, tuple(range(num_views)), shards)
+    plan = plan_of(encoding, num_views=num_views, img_size=_IMG_SIZE)
+    label_set.claim(folder / "labels", plan)
+    labeller = Labeller(
+        TeacherEnsemble([FreeTeacher()]),
+        Runtime(torch.device("cpu"), None),
+        encoding,
+        batch_size=_BATCH_SIZE,
+        on_bad_image="fail",
+    )
+    stage = StageOne(
+        folder / "labels", plan, labeller, ReadSettings(workers, _IMG_SIZE, DrawnViews(0), "torch")
+    )
+    with Peak(folder / "labels", quarter=-(-len(shards) // 4)) as peak:
+        stage.label([role])
+    return peak.at_quarter or peak.at_end, peak.at_end
+
+
+def _link(pictures: Path, folder: Path, num_images: int) -> None:
+    folder.mkdir(parents=True)
+    files = sorted(pictures.rglob("*.JPEG"))
+    for number in range(num_images):
+        (folder / f"{number:06d}.JPEG").hardlink_to(files[number % len(files)])
+
+
+class Peak:
+    """Samples what this process and its children hold, while the block runs."""
+
+    def __init__(self, folder: Path, *, quarter: int) -> None:
+        self.at_quarter = self.at_end = 0
+        self._folder = folder
+        self._quarter = quarter
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Peak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.at_end = max(self.at_end, resident_bytes(os.getpid()))
+            if len(list(self._folder.glob("train-*.h5"))) < self._quarter or not self.at_quarter:
+                self.at_quarter = self.at_end
+            if self._stop.wait(_EVERY_S):
+                return
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process and all below it."""
+    try:
+        pages = int((_PROC / str(pid) / "statm").read_text().split()[1])
+        children = [
+            int(child)
+            for task in (_PROC / str(pid) / "task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except (OSError, IndexError):
+        return 0  # it has just ended
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident_bytes, children))

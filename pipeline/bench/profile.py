@@ -1,0 +1,206 @@
+"""Where the time of both stages goes: phase by phase, the device idle between any two.
+
+Phases that overlap in a run do not here, so that each has its own seconds.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from mealv2 import label_set
+from mealv2.ensemble import combine
+from mealv2.files import json_sha256
+from mealv2.label_set import Rows, Shard
+from mealv2.pixels import cut, decode
+from mealv2.views import DrawnViews
+from pipeline import logs
+from pipeline.bench.hardware import peak_tflops
+from pipeline.bench.labelling import labeller_of
+from pipeline.bench.room import NUM_VIEWS, Room, plan_of
+from pipeline.bench.steps import stored
+from pipeline.loaders import Pixels, Request, ViewReader, read_views
+from pipeline.measuring import forward_macs, settle, step_macs
+from pipeline.order import batches
+
+_STEPS_CPU, _STEPS_GPU = 4, 30  # of a profile, after one that does not count
+_WAITING = "waiting for images"
+
+
+class Phases:
+    """Seconds by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        settle(self._device)
+        began = time.perf_counter()
+        yield
+        settle(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def waiting(self, items: Iterator[Pixels]) -> Iterator[Pixels]:
+        """Yield items, counting the time until each is there."""
+        while True:
+            with self(_WAITING):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def per_step(self, steps: int) -> dict[str, dict[str, float]]:
+        """Return seconds a step, and per cent of the step, of every phase."""
+        total = sum(self.seconds.values())
+        return {
+            name: {"seconds": round(s / steps, 6), "percent": round(100 * s / total, 2)}
+            for name, s in self.seconds.items()
+        }
+
+
+def both_stages(room: Room) -> dict[str, Any]:
+    """Profile both stages; say and return the tables."""
+    found = {"stage_two": stage_two(room), "stage_one": stage_one(room)}
+    for name, of_stage in found.items():
+        for part in ("step", "reading"):
+            _say(f"{name.replace('_', ' ')}, {part}", of_stage[part])
+        speed = ", ".join(f"{value} {what}" for what, value in of_stage["arithmetic"].items())
+        logs.say(f"{name.replace('_', ' ')}: {speed}")
+    return found
+
+
+def stage_two(room: Room) -> dict[str, Any]:
+    """Profile steps with stored labels, from files to weights."""
+    steps = _num_steps(room)
+    stepper = stored(room, room.network(room.config.model))
+    rows: Request = [(position, (0,)) for position in _cycled(room, steps * room.batch_size)]
+    phases = Phases(room.device)
+    for number, batch in enumerate(_read(room, phases, batches(rows, room.batch_size))):
+        with phases("copy to the device"):
+            images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
+        with phases("labels"):
+            answer = stepper.answer(batch.positions, batch.views, images_BCHW)
+        with phases("forward and loss"):
+            result = stepper.forward(images_BCHW, answer)
+        with phases("backward"):
+            stepper.backward(result)
+        with phases("optimizer"):
+            stepper.update()
+        if number == 0:
+            phases.seconds.clear()
+    with torch.device("meta"):
+        macs = step_macs(room.network(room.config.model), room.config.img_size)
+    busy = [phases.seconds[name] for name in ("forward and loss", "backward")]
+    return {
+        "batch_size": room.batch_size,
+        "step": phases.per_step(steps - 1),
+        "reading": reading(room, rows[: room.batch_size]),
+        "arithmetic": _arithmetic(room, macs * room.batch_size * (steps - 1), sum(busy)),
+    }
+
+
+def stage_one(room: Room) -> dict[str, Any]:
+    """Profile labelling, from files to a shard."""
+    steps, labeller = _num_steps(room), labeller_of(room)
+    per_image = min(NUM_VIEWS, room.batch_size)
+    views = tuple(range(per_image))
+    num_images = room.batch_size // per_image
+    rows: Request = [(position, views) for position in _cycled(room, steps * num_images)]
+    phases = Phases(room.device)
+    kept: list[Rows] = []
+    for number, batch in enumerate(_read(room, phases, batches(rows, num_images))):
+        with phases("copy to the device"):
+            images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
+        with phases("teachers"), torch.inference_mode(), room.machine.autocast():
+            logits_TBC = labeller.ensemble.teacher_logits(images_BCHW)
+        with phases("softmax and mean"):
+            answer = combine(logits_TBC)
+        with phases("encoding"):
+            rows_of_batch = room.encoding.encode(answer.probs_BC, answer.mean_logits_BC)
+            kept.append(rows_of_batch.to(torch.device("cpu")))
+        if number == 0:
+            phases.seconds.clear()
+            kept.clear()
+    with phases("writing"):
+        _write(room, Rows.joined(kept), per_image)
+    with torch.device("meta"):
+        size = room.config.img_size
+        macs = sum(forward_macs(room.network(name), size) for name in room.config.teacher)
+    done = macs * num_images * per_image * (steps - 1)
+    return {
+        "batch_size": num_images * per_image,
+        "step": phases.per_step(steps - 1),
+        "reading": reading(room, rows[:num_images]),
+        "arithmetic": _arithmetic(room, done, phases.seconds["teachers"]),
+    }
+
+
+def reading(room: Room, request: Request) -> dict[str, dict[str, float]]:
+    """Return what reading a batch takes in one thread, part by part."""
+    source, views, size = room.images.source, DrawnViews(0), room.config.img_size
+    phases = Phases(torch.device("cpu"))
+    for _ in range(2):
+        phases.seconds.clear()
+        rows: list[np.ndarray] = []
+        for position, indices in request:
+            with phases("file"):
+                data = source.read(position)
+            with phases("decode"):
+                image = decode(data)
+            height, width, _ = image.shape
+            for index in indices:
+                with phases("box of a view"):
+                    key = source.keys[position]
+                    view = views.view(key, index, width=width, height=height)
+                with phases("crop, resize, flip"):
+                    rows.append(cut(image, view, size))
+        with phases("collate"):
+            np.stack(rows)
+    return phases.per_step(1)
+
+
+def _read(room: Room, phases: Phases, requests: list[Request]) -> Iterator[Pixels]:
+    reader = ViewReader(room.images.source, img_size=room.config.img_size, views=DrawnViews(0))
+    return phases.waiting(iter(read_views(reader, requests, workers=room.config.workers)))
+
+
+def _write(room: Room, rows: Rows, num_views: int) -> None:
+    """Write rows as a shard."""
+    folder = room.folder / "profile"
+    plan = plan_of(room.encoding, num_views=num_views, img_size=room.config.img_size)
+    label_set.claim(folder, plan)
+    blocks = room.encoding.blocks(rows, num_views)
+    keys = [f"{number:08d}" for number in range(len(blocks))]
+    shard = Shard(json_sha256(plan), "train", 0, 0, num_views, keys, blocks)
+    label_set.write_shard(folder / label_set.shard_name("train", 0), shard)
+
+
+def _cycled(room: Room, number: int) -> list[int]:
+    return list(itertools.islice(itertools.cycle(room.images.positions), number))
+
+
+def _num_steps(room: Room) -> int:
+    return 1 + (_STEPS_GPU if room.device.type == "cuda" else _STEPS_CPU)
+
+
+def _arithmetic(room: Room, macs: int, seconds: float) -> dict[str, float]:
+    tflops = 2 * macs / seconds / 1e12
+    found = {"TFLOP/s": round(tflops, 3)}
+    peak = peak_tflops(room.device)
+    if peak is not None:
+        found["TFLOP/s bf16 peak"] = peak
+        found["% of the peak"] = round(100 * tflops / peak, 1)
+    return found
+
+
+def _say(title: str, phases: dict[str, dict[str, float]]) -> None:
+    rows: list[Sequence[str]] = [
+        [name, f"{1e3 * of['seconds']:.2f}", f"{of['percent']:.1f}"] for name, of in phases.items()
+    ]
+    logs.say(logs.table([[title, "ms", "%"], *map(list, rows)]))

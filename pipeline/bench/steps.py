@@ -1,0 +1,143 @@
+"""The lines on stage two: a step with stored labels, beside hard labels and online teachers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mealv2.discriminator import Discriminator
+from mealv2.models import Classifier
+from mealv2.targets import HardLabels, OnlineTeachers, StoredLabels, Targets
+from mealv2.task import DistillTask, HardLabelTask
+from mealv2.views import DrawnViews
+from pipeline.bench.lines import Line, ratios
+from pipeline.bench.room import NUM_CLASSES, NUM_VIEWS, Room
+from pipeline.config import DistillConfig
+from pipeline.measuring import (
+    Stepper,
+    forward_macs,
+    repeated,
+    step_macs,
+    take_turns,
+    times_for,
+)
+from pipeline.work import Work
+
+_TURN_S = 1.0  # about how long a turn takes at least
+_PAPER_MACS = (46.0, 12.3)  # in thousands of millions: a step online, and one without teachers
+_LR = 1e-4  # weights are random and labels mean nothing: nothing is to diverge
+
+
+def measure_hard(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line on what stored labels cost beside class ids, with a discriminator.
+
+    Twice the rounds: the two differ by less than a machine does from minute to minute.
+    """
+    student = room.network(room.config.model)
+    works = {
+        "hard labels": stepping(room, hard(room, student)),
+        "stored labels": stepping(room, stored(room, student)),
+        "stored labels, no discriminator": stepping(room, stored(room, student, alone=True)),
+    }
+    times = times_for(works["hard labels"], room.device, seconds=_TURN_S)
+    works = {name: repeated(work, times) for name, work in works.items()}
+    turns = take_turns(works, rounds=2 * room.config.rounds, device=room.device)
+    without = ratios(turns, "hard labels", "stored labels, no discriminator")
+    notes = {
+        "batch_size": room.batch_size,
+        "without_discriminator": round(sorted(without)[len(without) // 2], 4),
+    }
+    return [Line("step-hard", ratios(turns, "hard labels", "stored labels"), turns, notes)]
+
+
+def measure_online(room: Room, wanted: Sequence[str]) -> list[Line]:
+    """Return the line on what stored labels save beside teachers that answer in every step."""
+    student = room.network(room.config.model)
+    works = {
+        "stored labels": stepping(room, stored(room, student)),
+        "online": stepping(room, online(room, student)),
+    }
+    times = times_for(works["stored labels"], room.device, seconds=_TURN_S)
+    works["stored labels"] = repeated(works["stored labels"], times)
+    works["online"] = repeated(works["online"], max(1, times // 3))
+    turns = take_turns(works, rounds=room.config.rounds, device=room.device)
+    notes = {"batch_size": room.batch_size, **arithmetic(room)}
+    return [Line("step-online", ratios(turns, "stored labels", "online"), turns, notes)]
+
+
+def arithmetic(room: Room) -> dict[str, Any]:
+    """Return what multiplications alone say of a step online and one with stored labels, a view."""
+    size = room.config.img_size
+    with torch.device("meta"):
+        teachers = sum(forward_macs(room.network(name), size) for name in room.config.teacher)
+        student = step_macs(room.network(room.config.model), size)
+    tabled_online, tabled_stored = _PAPER_MACS
+    return {
+        "teachers_gmacs": round(teachers / 1e9, 2),
+        "student_step_gmacs": round(student / 1e9, 2),
+        "arithmetic_bound": round((teachers + student) / student, 3),
+        "tabled_bound": round(tabled_online / tabled_stored, 2),
+    }
+
+
+def stepping(room: Room, stepper: Stepper) -> Callable[[], int]:
+    """Return one step on a batch that lies on the device; lookup included."""
+    positions = room.images.positions
+    batch = [positions[n % len(positions)] for n in range(room.batch_size)]
+    views = [n // len(positions) % NUM_VIEWS for n in range(room.batch_size)]
+    resident_BCHW = room.resident(room.batch_size)
+    return lambda: stepper.step(batch, views, resident_BCHW)
+
+
+def hard(room: Room, student: Classifier) -> Stepper:
+    """Return steps with class ids."""
+    return _stepper(room, student, HardLabels(room.images.source.labels), HardLabelTask(student))
+
+
+def stored(room: Room, student: Classifier, *, alone: bool = False) -> Stepper:
+    """Return steps with labels looked up; ``alone`` leaves out the discriminator."""
+    source = room.images.source
+    targets = StoredLabels(room.labels, source.keys, source.labels, seed=0)
+    return _distilling(room, student, targets, alone=alone)
+
+
+def online(room: Room, student: Classifier) -> Stepper:
+    """Return steps in which the teachers answer."""
+    targets = OnlineTeachers(room.ensemble, room.images.source.labels)
+    return _distilling(room, student, targets)
+
+
+def _distilling(
+    room: Room, student: Classifier, targets: Targets, *, alone: bool = False
+) -> Stepper:
+    discriminator = None if alone else Discriminator(NUM_CLASSES, "paper")
+    return _stepper(room, student, targets, DistillTask(student, discriminator))
+
+
+def _stepper(room: Room, student: Classifier, targets: Targets, task: Any) -> Stepper:
+    config = DistillConfig(
+        data_dir=room.images.root,
+        model=room.config.model,
+        labels=room.folder / "labels",
+        pretrained=False,
+        batch_size=room.batch_size,
+        lr=_LR,
+        device=room.config.device,
+        amp=room.config.amp,
+        amp_dtype=room.config.amp_dtype,
+    )
+    discriminator = getattr(task, "discriminator", None)
+    work = Work(
+        command="bench",
+        task=task,
+        student=student,
+        source=room.images.source,
+        positions=room.images.positions,
+        targets=targets,
+        img_size=room.config.img_size,
+        views=DrawnViews(0),
+        resize="torch",
+        evaluator=None,
+        extra={} if discriminator is None else {"discriminator": (discriminator, _LR)},
+    )
+    return Stepper(config, room.machine, work)

@@ -1,0 +1,267 @@
+"""How fast and how big work is: turns on a clock, waiting, memory, multiplications, real steps."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mealv2.images import ImageSource
+from mealv2.targets import Answer
+from mealv2.task import Result
+from pipeline import logs
+from pipeline.config import TrainConfig
+from pipeline.labelling import Answers, Labeller
+from pipeline.loaders import Pixels
+from pipeline.prefetch import on_device
+from pipeline.run_state import RunState
+from pipeline.runtime import Runtime
+from pipeline.work import Work
+
+T = TypeVar("T")
+SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
+_WAITS = 0.1  # share of the time spent waiting for images above which these are what limits
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done all that it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was done in one go, and the seconds it took."""
+
+    units: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return self.units / self.seconds
+
+
+def timed(work: Callable[[], int], device: torch.device) -> Turn:
+    """Do work once, from an idle device to an idle device; ``work`` returns how many units."""
+    settle(device)
+    began = time.perf_counter()
+    units = work()
+    settle(device)
+    return Turn(units, time.perf_counter() - began)
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], int]], *, rounds: int, device: torch.device
+) -> dict[str, list[Turn]]:
+    """Do every work once a round, one after another: A B C A B C …; a first round does not count.
+
+    What else the machine does weighs on all of a round alike, so compare within a round.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            turn = timed(work, device)
+            if number:
+                turns[name].append(turn)
+    return turns
+
+
+def times_for(work: Callable[[], int], device: torch.device, *, seconds: float) -> int:
+    """Return how often to do work for it to take about ``seconds``; does it twice to find out."""
+    timed(work, device)
+    return max(1, math.ceil(seconds / max(timed(work, device).seconds, 1e-6)))
+
+
+def repeated(work: Callable[[], int], times: int) -> Callable[[], int]:
+    """Return work that is done so many times in a turn."""
+    return lambda: sum(work() for _ in range(times))
+
+
+# --- a short sample of a long job -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Units done in some seconds, and how many of these went by waiting for images."""
+
+    units: int
+    seconds: float
+    waited_s: float
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return self.units / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """The share of the time that the networks waited for images."""
+        return self.waited_s / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What limits the rate."""
+        return "reading images" if self.waiting_share > _WAITS else "the networks"
+
+
+class Waiting(Generic[T]):
+    """Yields items and counts the seconds until the next one is there; the first is start-up."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = items
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        items = iter(self._items)
+        for number in range(sys.maxsize):
+            asked = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            if number:
+                self.waited_s += time.perf_counter() - asked
+            yield item
+
+
+def sample(measure: Callable[[int], Sample], *, least: int) -> Sample:
+    """Measure ``least`` units to warm up, then as many as take a few seconds."""
+    units = least
+    for _ in range(2):
+        found = measure(units)
+        units = max(least, int(found.rate * SAMPLE_SECONDS))
+    return found
+
+
+def say_limit(found: Sample) -> None:
+    """Say what limits the rate."""
+    logs.say(
+        f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
+        "the time"
+    )
+
+
+def label(
+    labeller: Labeller, source: ImageSource, pixels: Iterable[Pixels]
+) -> tuple[Sample, Answers]:
+    """Label what is read, as stage one does; return a sample in views, and the answers."""
+    waiting = Waiting(pixels)
+    began = time.perf_counter()
+    answers = labeller.label(source, waiting, score=False)
+    seconds = time.perf_counter() - began
+    return Sample(max(1, len(answers.positions)), seconds, waiting.waited_s), answers
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin anew with the peak of a GPU's memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory in use: of a GPU since forget_peak, else of this process ever."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- multiplications ------------------------------------------------------------------------------
+
+
+def count_macs(call: Callable[[], Any]) -> int:
+    """Return how many multiply-accumulates of convolutions and matrix products a call does.
+
+    Tensors on the meta device are enough: nothing is computed then.
+    """
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) // 2
+
+
+def forward_macs(model: nn.Module, img_size: int) -> int:
+    """Return the multiply-accumulates of a forward pass of one view; ``model`` is on meta."""
+    return count_macs(lambda: model.eval()(torch.empty(1, 3, img_size, img_size, device="meta")))
+
+
+def step_macs(model: nn.Module, img_size: int) -> int:
+    """Return those of a training step, per view: forward and backward; ``model`` is on meta."""
+
+    def step() -> None:
+        images = torch.empty(2, 3, img_size, img_size, device="meta")
+        model.train()(images).sum().backward()
+
+    return count_macs(step) // 2
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+class Stepper:
+    """The steps of a training run, phase by phase as the loop does them, without a run folder."""
+
+    def __init__(self, config: TrainConfig, machine: Runtime, work: Work) -> None:
+        self.machine = machine
+        self.work = work
+        work.task.to(machine.device)
+        work.task.train()
+        self.state = RunState(config, machine, work)
+        self.state.set_lr(config.lr_factor(0))
+
+    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+        """Look up, or ask for, what is known of a batch."""
+        with self.machine.autocast():
+            answer = self.work.targets.answer(positions, views, images_BCHW)
+            return answer.to(self.machine.device)
+
+    def forward(self, images_BCHW: Tensor, answer: Answer) -> Result:
+        """Return the task's result."""
+        with self.machine.autocast():
+            result: Result = self.work.task(images_BCHW, answer)
+        return result
+
+    def backward(self, result: Result) -> None:
+        """Fill in the gradients."""
+        self.state.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Do the optimizer's step, and the moving average's."""
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
+        self.state.optimizer.zero_grad()
+        if self.state.ema is not None:
+            self.state.ema.update(self.work.student, step=self.state.place.total_steps)
+
+    def step(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> int:
+        """Do one step on a batch of the device; return how many views it has."""
+        self.backward(self.forward(images_BCHW, self.answer(positions, views, images_BCHW)))
+        self.update()
+        return len(positions)
+
+    def steps(self, batches: Iterable[Pixels]) -> Sample:
+        """Do a step on every batch that is read; return the steps and what was waited for."""
+        settle(self.machine.device)
+        waiting, units = Waiting(batches), 0
+        on_its_way = on_device(waiting, self.machine.device)
+        began = time.perf_counter()
+        for batch in on_its_way:
+            if batch.positions:
+                self.step(batch.positions, batch.views, batch.images_BCHW)
+                settle(self.machine.device)  # else what is waited for would be the device
+            units += 1
+        return Sample(units, time.perf_counter() - began, waiting.waited_s)

@@ -1,0 +1,300 @@
+"""pipeline.bench: every line for real on tiny networks; what cannot be measured says why."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, Result
+from pipeline.bench import command_of, hardware
+from pipeline.bench.document import document
+from pipeline.bench.lines import GOALS, Line, ratios
+from pipeline.config import BenchConfig
+from pipeline.config.bench import LINES
+from pipeline.measuring import Sample, Turn, Waiting, forward_macs, step_macs, take_turns
+from pipeline.pictures import draw_picture, draw_tree
+
+Run = Callable[..., Result]
+
+TINY = {
+    "--model": "test_resnet",
+    "--teacher": "test_resnet,test_efficientnet",
+    "--img-size": 32,
+    "--batch-size": 4,
+    "--num-images": 12,
+    "--memory-images": 8,
+    "--rounds": 1,
+    "--workers": 0,
+    "--device": "cpu",
+}
+FLAGS = [part for item in TINY.items() for part in item]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.bench.labelling._TURN_S", 0.01)
+        patch.setattr("pipeline.bench.labelling._LOOK_UPS", 1)
+        patch.setattr("pipeline.bench.labelling.LOOKED_UP", 32)
+        patch.setattr("pipeline.bench.steps._TURN_S", 0.01)
+        patch.setattr("pipeline.bench.imagenet._TURN_S", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def everything(done: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Any]:
+    """A run of all lines, and what --json kept of it."""
+    path = tmp_path_factory.mktemp("bench") / "raw.json"
+    result = done("bench", *FLAGS, "--json", path)
+    return result, json.loads(path.read_text())
+
+
+def test_every_line_is_measured_for_real_or_says_what_it_needs(everything: Any) -> None:
+    result, _ = everything
+    lines = {line["line"]: line for line in result.report["lines"]}
+    assert tuple(lines) == LINES == tuple(GOALS)
+    for name, line in lines.items():
+        if name in ("loader-packed", "loader-tar"):
+            assert line["verdict"].startswith(("met", "missed", "not measured: needs "))
+        else:
+            assert line["figure"] > 0 or name == "memory"
+            assert line["least"] <= line["figure"] <= line["most"]
+            assert line["verdict"] == ("met" if line["met"] else "missed")
+            assert line["met"] is GOALS[name].is_met(line["figure"])
+        assert f"\n{name} " in result.stderr
+
+
+def test_the_report_says_command_day_machine_and_versions_and_no_path(everything: Any) -> None:
+    result, raw = everything
+    report = result.report
+    assert report["command"].startswith("mealv2 bench ")
+    assert report["command"].endswith("--json JSON")
+    assert {"torch", "timm", "python", "mealv2"} <= report["versions"].keys()
+    assert {"cpu", "cores", "memory_gb"} <= report["hardware"].keys()
+    assert report["images"]["num_images"] == 12
+    assert report["estimate"]["arithmetic_bound"] > 1
+    for text in (result.stdout, json.dumps(raw)):
+        assert "/" not in text.replace("views/s", "").replace("1/4", "").replace("tar/", "")
+
+
+def test_json_has_the_turns_behind_every_figure(everything: Any) -> None:
+    _, raw = everything
+    for line in raw["lines"]:
+        if "figure" not in line:
+            continue
+        assert line["figures"]
+        for turns in line["turns"].values():
+            assert len(turns) >= (1 if line["line"] == "memory" else raw["rounds"])
+            assert all(turn["units"] > 0 and turn["seconds"] > 0 for turn in turns)
+    by_name = {line["line"]: line for line in raw["lines"]}
+    (step,), (once,) = by_name["loader-4"]["turns"]["loader-4"], by_name["loader-1"]["figures"]
+    assert step["units"] == 12 * 4
+    ours, baseline = (by_name["loader-1"]["turns"][n][0] for n in by_name["loader-1"]["turns"])
+    rates = [turn["units"] / turn["seconds"] for turn in (ours, baseline)]
+    assert once == pytest.approx(rates[0] / rates[1], rel=1e-3)
+
+
+def test_the_document_has_the_table_the_reasons_and_every_repetition(everything: Any) -> None:
+    _, raw = everything
+    text = document([raw])
+    for name in LINES:
+        assert f"| {name} |" in text
+    assert raw["command"] in text
+    assert text.count("units in seconds") == sum(len(line["turns"]) for line in raw["lines"])
+    for line in raw["lines"]:
+        if "figure" not in line:
+            assert f"- `{line['line']}` was {line['verdict']}." in text
+
+
+def test_profile_names_where_the_time_goes(done: Run) -> None:
+    result = done("bench", *FLAGS, "--profile")
+    assert result.report["lines"] == []
+    two, one = (result.report["profile"][f"stage_{name}"] for name in ("two", "one"))
+    assert set(two["step"]) == {
+        "waiting for images",
+        "copy to the device",
+        "labels",
+        "forward and loss",
+        "backward",
+        "optimizer",
+    }
+    assert {"waiting for images", "teachers", "encoding", "writing"} <= one["step"].keys()
+    for found in (two, one):
+        assert {"file", "decode", "crop, resize, flip", "collate"} <= found["reading"].keys()
+        for part in ("step", "reading"):
+            percent = sum(phase["percent"] for phase in found[part].values())
+            assert percent == pytest.approx(100, abs=0.1)
+        assert found["arithmetic"]["TFLOP/s"] >= 0
+    assert "### Where the time of stage two goes" in document([result.report])
+
+
+def test_own_images_are_read_when_given(done: Run, data_dir: Path) -> None:
+    flags = ["--data-dir", data_dir, "--lines", "loader-1", "--num-images", 9]
+    report = done("bench", *FLAGS, *flags).report
+    assert report["images"]["num_images"] == 9
+    assert [line["line"] for line in report["lines"]] == ["loader-1"]
+    assert "estimate" not in report
+
+
+def test_chosen_lines_come_in_the_order_of_the_table(done: Run) -> None:
+    report = done("bench", *FLAGS, "--lines", "help,labels").report
+    assert [line["line"] for line in report["lines"]] == ["labels", "help"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lines", "loader-1,lables"], "lables"),
+        (["--teacher", "resnet18=somewhere"], "--teacher"),
+        (["--split", "val"], "--split"),
+        (["--json", "nowhere/raw.json"], "--json"),
+        (["--batch-size", 1], "--batch-size"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    run_cli: Run, flags: list[object], named: str
+) -> None:
+    result = run_cli("bench", *flags)
+    assert result.code == 2
+    assert result.stderr.count("\n") == 1
+    assert named in result.stderr
+
+
+def test_a_line_whose_package_is_missing_is_not_measured(
+    done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setattr("pipeline.bench.loading.tar_source", lambda root: _one_picture(root))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    report = done("bench", *FLAGS, "--lines", "loader-tar,loader-packed").report
+    assert [line["verdict"] for line in report["lines"]] == [
+        "not measured: needs jpegtran",
+        "not measured: needs webdataset",
+    ]
+
+
+def _one_picture(root: Path) -> Any:
+    from mealv2.images import ImageFolder
+
+    draw_tree(root / "drawn" / "train", num_images=12, num_classes=2)
+    return ImageFolder(root / "drawn", "train")
+
+
+def test_webdatasets_pipeline_reads_all_that_was_written(
+    done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.bench.loading.tar_source", lambda root: _one_picture(root))
+    (line,) = done("bench", *FLAGS, "--lines", "loader-tar").report["lines"]
+    assert line["figure"] > 0
+
+
+def test_webdataset_is_imported_by_its_line_alone() -> None:
+    code = "import sys, pipeline.bench\nprint('webdataset' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+# --- the parts --------------------------------------------------------------------------------
+
+
+def test_works_take_turns_and_a_first_round_does_not_count() -> None:
+    done: list[str] = []
+
+    def work(name: str) -> Callable[[], int]:
+        return lambda: len(done.append(name) or name)  # type: ignore[func-returns-value]
+
+    turns = take_turns({"a": work("a"), "bb": work("bb")}, rounds=3, device=torch.device("cpu"))
+    assert done == ["a", "bb"] * 4
+    assert [turn.units for turn in turns["bb"]] == [2, 2, 2]
+
+
+def test_ratios_are_of_turns_of_the_same_round() -> None:
+    turns = {"ours": [Turn(4, 1.0), Turn(8, 1.0)], "theirs": [Turn(2, 1.0), Turn(2, 2.0)]}
+    assert ratios(turns, "ours", "theirs") == [2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "verdict"),
+    [
+        ("loader-1", 1.8, "met"),
+        ("loader-1", 1.79, "missed"),
+        ("labels", 2.0, "missed"),
+        ("step-hard", 1.03, "met"),
+        ("step-hard", 1.04, "missed"),
+        ("help", 0.2, "met"),
+    ],
+)
+def test_a_goal_is_met_or_missed(name: str, figure: float, verdict: str) -> None:
+    assert Line(name, [figure]).verdict == verdict
+
+
+@pytest.mark.parametrize(("waited", "limit"), [(4.0, "reading images"), (0.1, "the networks")])
+def test_what_is_waited_for_is_what_limits(waited: float, limit: str) -> None:
+    assert Sample(10, 5.0, waited).limit == limit
+
+
+def test_the_first_wait_is_start_up_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 12.0, 12.0, 15.0, 15.5])
+    monkeypatch.setattr("pipeline.measuring.time.perf_counter", lambda: next(clock))
+    waiting = Waiting([1])
+    assert list(waiting) == [1]
+    waiting = Waiting([])
+    assert (list(waiting), waiting.waited_s) == ([], 0.0)
+
+
+def test_multiplications_are_those_known_of_resnet50() -> None:
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    assert forward_macs(model, 224) / 1e9 == pytest.approx(4.09, abs=0.01)
+    assert step_macs(model, 224) / 1e9 == pytest.approx(12.15, abs=0.05)
+
+
+def test_a_drawn_picture_is_the_same_for_a_seed_and_about_as_big_as_imagenets(
+    tmp_path: Path,
+) -> None:
+    assert draw_picture(3) == draw_picture(3) != draw_picture(4)
+    drawn = draw_tree(tmp_path, num_images=16)
+    assert 80_000 < drawn.mean_bytes < 150_000
+    assert 140_000 < drawn.mean_pixels < 260_000
+    with Image.open(next(tmp_path.rglob("*.JPEG"))) as image:
+        assert image.format == "JPEG"
+
+
+def test_a_command_line_is_told_without_paths() -> None:
+    config = BenchConfig(rounds=7, data_dir=Path("secret"), amp=True, lines=("help", "labels"))
+    told = command_of(config)
+    assert "secret" not in told
+    words = "mealv2 bench --amp --lines help,labels --rounds 7 --data-dir DATA_DIR"
+    assert set(told.split()) == set(words.split())
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA Unheard Of", None),
+    ],
+)
+def test_the_peak_of_a_known_card(
+    monkeypatch: pytest.MonkeyPatch, card: str, peak: float | None
+) -> None:
+    class Properties:
+        name = card
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert hardware.peak_tflops(torch.device("cuda")) == peak
