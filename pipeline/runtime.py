@@ -42,8 +42,8 @@ class Runtime:
 
     def place(self, network: M) -> M:
         """Return a network on the device, with its weights laid out as images are."""
-        # channels-last, which tensor cores want; on 2 cores of a CPU (AVX-512, float32) resnet18
-        # takes 0.76 and resnet50 0.94 of the time that it takes with weights as timm makes them
+        # tensor cores want channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
+        # 0.72 and resnet50 0.83 of its time with weights and images as timm lays them out
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     @property

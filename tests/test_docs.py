@@ -208,6 +208,26 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     assert reports[-1]["data"] == "the same"
 
 
+def test_speed_doc_runs_on_a_small_set(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
+    for name, folder in zip(("teacher-1", "teacher-2", "start"), models, strict=True):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+
+    said = [done(*words) for words in commands("docs/speed.md")]
+
+    assert "--batch-size auto: " in said[0].stderr
+    assert said[1].report["epochs"] == 1
+
+
 def test_bench_doc_runs(
     run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
