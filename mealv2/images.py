@@ -16,6 +16,7 @@ import PIL
 from PIL import Image
 
 from mealv2.errors import ConfigError, DataError
+from mealv2.packed import original_sizes
 from mealv2.views import View, evaluation_resize
 
 # torchvision: the file names that ImageFolder takes for images
@@ -46,7 +47,7 @@ class ImageSource(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The size in bytes of each encoded image."""
+        """The size in bytes of each encoded image, before it was packed if it was."""
 
     @property
     def classes(self) -> list[str]:
@@ -63,8 +64,9 @@ class ImageFolder:
 
     Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
     follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
-    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Raises ConfigError for a missing
-    folder or an empty class.
+    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Sizes of a split that `mealv2
+    pack` made are those of the original files. Raises ConfigError for a missing folder or an empty
+    class, DataError for a packed split whose files are not those it lists.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
@@ -81,9 +83,9 @@ class ImageFolder:
         rows.sort(key=lambda row: row[0])
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
-        self.sizes = [row[2] for row in rows]
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
+        self.sizes = original_sizes(self.folder, self.keys, [row[2] for row in rows])
 
     def __len__(self) -> int:
         return len(self.keys)
