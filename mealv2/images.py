@@ -16,7 +16,7 @@ import PIL
 from PIL import Image
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.packed import original_sizes
+from mealv2.packed import finished_index, original_sizes
 from mealv2.views import View, evaluation_resize
 
 # torchvision: the file names that ImageFolder takes for images
@@ -73,6 +73,7 @@ class ImageFolder:
         self.name = str(Path(root) / split)
         self.folder = Path(root) / split
         self.split = split
+        pack_index = finished_index(self.folder)
         class_folders = _class_folders(self.folder)
         self.classes = [name for name, _ in class_folders]
         rows = [
@@ -85,7 +86,9 @@ class ImageFolder:
         self.labels = [row[1] for row in rows]
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
-        self.sizes = original_sizes(self.folder, self.keys, [row[2] for row in rows])
+        self.sizes = [row[2] for row in rows]
+        if pack_index is not None:
+            self.sizes = original_sizes(pack_index, self.folder, keys=self.keys, sizes=self.sizes)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -77,17 +77,26 @@ class PackIndex:
 _AFRESH = f"remove it and {_AGAIN} into a new folder"
 
 
-def original_sizes(folder: Path, keys: Sequence[str], sizes: list[int]) -> list[int]:
-    """Return the sizes in bytes of the originals of a split's images, in their order.
+def finished_index(folder: Path) -> PackIndex | None:
+    """Read the index of a split's folder; None where the split is not packed.
 
-    ``sizes`` are those of the files; they are returned where the split is not packed. Raises
-    DataError where pack.json does not tell of exactly these files.
+    Raises DataError for one that is damaged, or of a pack that did not come to its end.
     """
     index = PackIndex.read(folder)
-    if index is None:
-        return sizes
-    if index.images is None:
+    if index is not None and index.images is None:
         raise DataError(f"{folder} is packed in part only; {_AGAIN} to go on")
+    return index
+
+
+def original_sizes(
+    index: PackIndex, folder: Path, *, keys: Sequence[str], sizes: Sequence[int]
+) -> list[int]:
+    """Return the sizes in bytes of the originals of a packed split's images, in their order.
+
+    ``sizes`` are those of the files. Raises DataError where the index does not tell of exactly
+    these files.
+    """
+    assert index.images is not None, "finished"
     originals = []
     for key, size in zip(keys, sizes, strict=True):
         original, packed = index.images.get(key, (-1, -1))

@@ -25,5 +25,5 @@ class PackConfig(Settings):
     def __post_init__(self) -> None:
         at_least(self, 1, "workers")
         for name in self.split:
-            if Path(name).name != name or name.startswith("."):
-                raise ConfigError(f"--split {name} must be the name of a folder under --data-dir")
+            if not name or Path(name).name != name or name[0] == ".":
+                raise ConfigError(f"--split {name!r} must be the name of a folder under --data-dir")
