@@ -4,6 +4,7 @@ What is called is compiled, never the module: what a checkpoint keeps does not c
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,56 +16,75 @@ from pipeline.config import CompileMode
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
+@dataclass
+class Compiler:
+    """How networks are compiled, for batches of ``batch_size``; ``works`` until it was tried."""
+
+    mode: CompileMode
+    batch_size: int
+    works: bool = True
+
+    def compiled(self, network: nn.Module, *, begins_step: bool = True) -> "Compiled":
+        """Return what to call in a network's place.
+
+        ``begins_step``: what was answered before is no longer needed, and CUDA graphs may use its
+        memory again.
+        """
+        marks = begins_step and self.mode in _WITH_CUDA_GRAPHS
+        return Compiled(network, self, marks=marks)
+
+    def give_up(self, error: RuntimeError) -> None:
+        """Say why nothing compiles here; once, for all networks."""
+        self.works = False
+        cause = getattr(error, "inner_exception", error)  # torch wraps what its back end raises
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(cause).__name__
+        logs.say(f"--compile: this machine cannot compile ({reason}); computing without")
+
+
 class Compiled:
     """Calls a network through torch.compile where a batch has the full size, else as it is.
 
     Which of the two depends on the batch alone, so that a run that is stopped anywhere goes on in
-    the same bits. A machine that cannot compile says so once, and the network is called as it is.
-    ``begins_step``: what was answered before is no longer needed; CUDA graphs reuse its memory.
+    the same bits. Where nothing compiles the network is called as it is.
     """
 
-    def __init__(
-        self, network: nn.Module, *, mode: CompileMode, batch_size: int, begins_step: bool = True
-    ) -> None:
+    def __init__(self, network: nn.Module, compiler: Compiler, *, marks: bool) -> None:
         self._network = network
-        self._batch_size = batch_size
-        self._marks = begins_step and mode in _WITH_CUDA_GRAPHS
-        self._has_run = False
-        self._compiled: Callable[[Tensor], Tensor] | None
-        try:
-            # one shape: a graph for any batch size is a slower one, and no CUDA graph
-            self._compiled = torch.compile(network, mode=mode, dynamic=False)
-        except RuntimeError as error:  # a Python or a system that torch.compile does not know
-            self._give_up(error)
+        self._compiler = compiler
+        self._marks = marks
+        self._call: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        if self._compiled is None or len(images_BCHW) != self._batch_size:
+        if not self._compiler.works or len(images_BCHW) != self._compiler.batch_size:
             logits_BC: Tensor = self._network(images_BCHW)
             return logits_BC
         if self._marks:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        if self._has_run:
-            return self._compiled(images_BCHW)
+        return self._first(images_BCHW) if self._call is None else self._call(images_BCHW)
+
+    def _first(self, images_BCHW: Tensor) -> Tensor:
+        """Answer the first full batch: it says whether this machine can compile."""
         try:
-            logits_BC = self._compiled(images_BCHW)
+            # one shape: a graph for any batch size is a slower one, and no CUDA graph
+            mode = self._compiler.mode
+            call: Callable[[Tensor], Tensor] = torch.compile(
+                self._network, mode=mode, dynamic=False
+            )
+            logits_BC = call(images_BCHW)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # no compiler, no Triton; what is the network's comes again
-            self._give_up(error)
+            self._compiler.give_up(error)
             return self(images_BCHW)
-        self._has_run = True
+        self._call = call
         return logits_BC
-
-    def _give_up(self, error: RuntimeError) -> None:
-        self._compiled = None
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        logs.say(f"--compile: this machine cannot compile ({reason}); computing without")
 
 
 def compile_teachers(ensemble: TeacherEnsemble, *, mode: CompileMode, batch_size: int) -> None:
     """Let an ensemble ask its teachers through torch.compile, each on its own."""
+    compiler = Compiler(mode, batch_size)
     ensemble.calls = [
-        Compiled(teacher, mode=mode, batch_size=batch_size, begins_step=number == 0)
+        compiler.compiled(teacher, begins_step=number == 0)
         for number, teacher in enumerate(ensemble.teachers)
     ]

@@ -144,13 +144,14 @@ class _Kept:
     def _encode(self) -> None:
         if not self._waiting:
             return
-        keys, flags = zip(*self._finite, strict=True)
-        for key, is_finite in zip(keys, torch.stack(flags).tolist(), strict=True):
-            if not is_finite:
-                raise DataError(
-                    f"the teachers' answers near {key} are not finite; "
-                    "check their weights, or leave out --amp"
-                )
+        near, flags = zip(*self._finite, strict=True)
+        is_finite_M = torch.stack(flags)
+        if not bool(is_finite_M.all()):
+            key = near[is_finite_M.tolist().index(False)]
+            raise DataError(
+                f"the teachers' answers near {key} are not finite; "
+                "check their weights, or leave out --amp"
+            )
         columns = zip(*self._waiting, strict=True)
         probs_NC, mean_logits_NC = (torch.cat(column) for column in columns)
         rows = self._encoding.encode(probs_NC, mean_logits_NC)

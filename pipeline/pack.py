@@ -20,7 +20,7 @@ from mealv2.pixels import decode
 from mealv2.restart import is_packed
 from pipeline import logs
 from pipeline.config import PackConfig
-from pipeline.jpegtran import Jpegtran, decodes_to, packed
+from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
 
 T = TypeVar("T")
 R = TypeVar("R")

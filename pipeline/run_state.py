@@ -102,6 +102,10 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["fused"] = _fused(self._device)  # this machine's, not the checkpoint's
+        for parameter, kept in self.optimizer.state.items():
+            if (momentum := kept.get("momentum_buffer")) is not None:
+                # the fused kernel takes all to lie in memory as the weights do, and does not look
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(state["scaler"])
         for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
             meter.restore(kept, self._device)

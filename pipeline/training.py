@@ -16,7 +16,7 @@ from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture, Result
 from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
-from pipeline.compiling import Compiled
+from pipeline.compiling import Compiler
 from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
 from pipeline.passes import Passes
@@ -48,9 +48,8 @@ class _Trainer:
         self.passes = Passes(config, work.source, work.positions, work.targets)
         machine.place(work.task)
         if config.compile != "off":
-            work.task.through = Compiled(
-                work.student, mode=config.compile, batch_size=self._batch_size
-            )
+            compiler = Compiler(config.compile, self._batch_size)
+            work.task.through = compiler.compiled(work.student)
         self.state = RunState(config, machine, work)
         if config.resume is not None and checkpoint.exists(config.resume):
             self.folder = self._resume()
