@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,28 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
     assert contents(tmp_path / "out") == contents(packed_dir)
 
 
+def test_nothing_is_begun_once_the_reader_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    release = threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def work(item: int) -> int:
+        begun.append(item)
+        assert item == 0 or release.wait(60)
+        return item
+
+    def shut(pool: ThreadPoolExecutor, *, cancel_futures: bool = False) -> None:
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        release.set()
+        shutdown(pool)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
+    results = pack._in_threads(work, range(100), workers=1)
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert set(begun) <= {0, 1}
+
+
 def test_a_finished_pack_is_left_alone_and_one_with_holes_is_mended(
     done: Run, own_pack: Path, data_dir: Path, packed_dir: Path, contents: Files
 ) -> None:
@@ -379,6 +403,13 @@ def test_a_damaged_index_is_one_line(
     (own_data / "train" / INDEX_NAME).write_text(text)
     result = run_cli("finetune", "--data-dir", own_data, "--model", "test_resnet", "--epochs", 1)
     one_line(result, 1, str(own_data / "train" / INDEX_NAME))
+
+
+def test_an_index_of_a_later_version_is_named(tmp_path: Path) -> None:
+    text = PackIndex("j", "0", {}).to_bytes().replace(b'version":1', b'version":2')
+    (tmp_path / INDEX_NAME).write_bytes(text)
+    with pytest.raises(DataError, match="has format version 2; this mealv2 knows version 1"):
+        PackIndex.read(tmp_path)
 
 
 def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
