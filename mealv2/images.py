@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mealv2.errors import ConfigError
+from mealv2.packed import finished_index, original_sizes
 from mealv2.tar_files import find_split
 
 # torchvision: the file names that ImageFolder takes for images
@@ -48,7 +49,7 @@ class ImageSource(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The size in bytes of each encoded image."""
+        """The size in bytes of each encoded image, before it was packed if it was."""
 
     @property
     def classes(self) -> list[str]:
@@ -65,14 +66,16 @@ class ImageFolder:
 
     Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
     follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
-    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Raises ConfigError for a missing
-    folder or an empty class.
+    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Sizes of a split that `mealv2
+    pack` made are those of the original files. Raises ConfigError for a missing folder or an empty
+    class, DataError for a packed split whose files are not those it lists.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         self.name = str(Path(root) / split)
         self.folder = Path(root) / split
         self.split = split
+        pack_index = finished_index(self.folder)
         class_folders = _class_folders(self.folder)
         self.classes = [name for name, _ in class_folders]
         rows = [
@@ -83,9 +86,11 @@ class ImageFolder:
         rows.sort(key=lambda row: row[0])
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
-        self.sizes = [row[2] for row in rows]
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
+        self.sizes = [row[2] for row in rows]
+        if pack_index is not None:
+            self.sizes = original_sizes(pack_index, self.folder, keys=self.keys, sizes=self.sizes)
 
     def __len__(self) -> int:
         return len(self.keys)

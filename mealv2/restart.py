@@ -106,6 +106,11 @@ def region(data: bytes, top: int, left: int, height: int, width: int) -> Region 
     return Region(part, top - part_top, left - part_left)
 
 
+def is_packed(data: bytes) -> bool:
+    """Return whether a file's header is that of one which ``region`` can cut."""
+    return _layout(data) is not None
+
+
 def size_of(data: bytes) -> tuple[int, int] | None:
     """Return width and height of a file whose header says that ``region`` can cut it, or None."""
     layout = _layout(data)
@@ -149,7 +154,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             continue
         length = data[at + 2] << 8 | data[at + 3]
         end = at + 2 + length
-        if marker < 0xC0 or 0xD0 <= marker < 0xDA or length < 2 or end > size:
+        if length < 2 or end > size:
             return
         yield marker, at, end
         if marker == _SOS:
@@ -214,14 +219,14 @@ def _is_only_scan(segment: bytes, frame: _Frame) -> bool:
 def _marks(data: bytes, scan: int, count: int) -> np.ndarray | None:
     """Return the places, from ``scan`` on, of the markers behind the intervals, int64.
 
-    They are numbered from 0 to 7 over and over, and the last is the end of the image; None where
-    there are others, or not so many.
+    They are numbered from 0 to 7 over and over; the last, of the end of the image, ends ``data``.
+    None where there are others, or not so many.
     """
     coded = np.frombuffer(data, np.uint8, -1, scan)
     is_mark = coded[:-1] == 0xFF  # and what follows is not 0, which makes it a byte of data
     is_mark &= coded[1:] != 0
     marks: np.ndarray = is_mark.nonzero()[0]
-    if len(marks) != count or marks[-1] != len(coded) - 2:
+    if len(marks) != count:
         return None
     is_in_order = (coded[1:].take(marks[:-1]) == _restarts(count - 1)).all()
     return marks if is_in_order else None

@@ -57,7 +57,7 @@ class Archive:
         """Return bytes of the file; what lies close together is read once."""
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._window):
-            if size < 0 or offset + size > self._size:
+            if offset + size > self._size:
                 self._refuse(offset, "it is cut off there")
             self._window = os.pread(self._fd, max(size, _WINDOW), offset)
             self._start, begin = offset, 0

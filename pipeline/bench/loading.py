@@ -2,10 +2,10 @@
 
 import gc
 import io
-import shutil
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
+from mealv2.errors import ConfigError
 from mealv2.images import ImageSource, open_source
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, ratios
 from pipeline.bench.room import NUM_VIEWS, Images, Room
+from pipeline.jpegtran import Jpegtran, packed
 from pipeline.loaders import Pixels, Request, ViewReader, read_views, refuse_failures
 from pipeline.measuring import take_turns
 from pipeline.order import batches
@@ -135,14 +137,25 @@ def _stage_one_views(room: Room, images: Images) -> Work:
 
 def _packed(room: Room, images: Images) -> Work:
     source = packed_source(images, room.folder / "packed")
-    return ours(room, source, single_views(images.positions))
+    return ours(room, source, single_views(range(len(source))))
 
 
 def packed_source(images: Images, folder: Path) -> ImageSource:
     """Re-pack the images into a folder, losslessly with restart markers; return their source."""
-    if shutil.which("jpegtran") is None:
-        raise NotMeasuredError("needs jpegtran")
-    raise NotMeasuredError("needs `mealv2 pack`")
+    try:
+        program = Jpegtran.find()
+    except ConfigError:
+        raise NotMeasuredError("needs jpegtran") from None
+    paths = [folder / images.split / images.source.keys[p] for p in images.positions]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files = map(images.source.read, images.positions)
+    with ThreadPoolExecutor(4) as threads:
+        for path, (data, _) in zip(
+            paths, threads.map(lambda d: packed(d, program), files), strict=True
+        ):
+            path.write_bytes(data)
+    return open_source(folder, images.split)
 
 
 _OURS: dict[str, Callable[[Room, Images], Work]] = {

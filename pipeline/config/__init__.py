@@ -33,6 +33,7 @@ from pipeline.config.label_sets import (
     NewEncoding,
 )
 from pipeline.config.labels import PrecomputeConfig
+from pipeline.config.pack import PackConfig
 from pipeline.config.training import FinetuneConfig, TrainConfig
 from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
 
@@ -63,6 +64,7 @@ __all__ = [
     "Machine",
     "NewEncoding",
     "OnBadImage",
+    "PackConfig",
     "PrecomputeConfig",
     "PredictConfig",
     "Reading",

@@ -6,11 +6,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from pictures import encoded, photo
 from torchvision import datasets
 
 from mealv2.errors import ConfigError
 from mealv2.images import ImageFolder, fingerprint, open_source
+from pictures import encoded, photo
 
 
 def plant(root: Path, *names: str, data: bytes | None = None) -> Path:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encoded, noise, photo
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -26,6 +25,7 @@ from mealv2.pixels import (
     resize_of,
 )
 from mealv2.views import View, view_of
+from pictures import encoded, noise, photo
 
 # --- decode ---------------------------------------------------------------------------------------
 

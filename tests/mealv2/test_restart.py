@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mealv2.pixels import decode
-from mealv2.restart import MOST_KEPT, mcus_per_row, region, size_of
+from mealv2.restart import MOST_KEPT, is_packed, mcus_per_row, region, size_of
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("jpegtran") and shutil.which("cjpeg")),
@@ -329,6 +329,28 @@ def test_a_header_that_says_something_else_is_not_cut(
     assert changed != data
     assert size_of(changed) is None
     assert region(changed, *BOX) is None
+
+
+@pytest.mark.parametrize(
+    ("marker", "length", "payload"),
+    [
+        (b"\xff\xda", 14, b"\x03\x01\x00\x02\x11\x03\x11\x00\x00\x3f\x00\x3f\x00"),
+        (b"\xff\xdd", 5, b"\x00\x04\x00"),
+        (b"\xff\xdd", 3, b"\x04"),
+        (b"\xff\xdb", 0, b""),
+    ],
+)
+def test_a_segment_of_another_length_is_not_cut(marker: bytes, length: int, payload: bytes) -> None:
+    data = packed("4:2:0", 121, 77, 4)
+    at = data.index(marker)
+    old_end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    changed = data[: at + 2] + length.to_bytes(2, "big") + payload + data[old_end:]
+    assert not is_packed(changed)
+    assert region(changed, *BOX) is None
+
+
+def test_a_frame_that_ends_too_early_is_none() -> None:
+    assert mcus_per_row(b"\xff\xd8\xff\xc0\x00\x04\x08\x00") is None
 
 
 def test_two_frames_are_not_cut_and_the_last_interval_counts() -> None:

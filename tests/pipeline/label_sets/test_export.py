@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import torch
 import webdataset
-from pictures import size_of
 
 import reference
 import stored
@@ -22,6 +21,7 @@ from conftest import ROOT, Result
 from mealv2 import files
 from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding, LabelSet, block_of_member
+from pictures import size_of
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

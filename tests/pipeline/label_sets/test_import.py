@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import size_of
 from PIL import Image
 
 import reference
@@ -17,6 +16,7 @@ from mealv2.images import ImageFolder
 from mealv2.label_set import LabelSet
 from mealv2.pixels import cut, decode
 from mealv2.views import View
+from pictures import size_of
 from pipeline.label_sets import writing
 from pipeline.loaders import ViewReader
 
