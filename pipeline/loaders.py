@@ -4,8 +4,10 @@ A request names images and which views of each to cut; threads decode every imag
 views where they stand in the batch, uint8. Decoders and resizes let other threads run.
 """
 
+import math
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +72,7 @@ class ViewReader:
 
     def read(self, request: Request) -> Pixels:
         """Return the pixels of one request, read by this thread."""
-        batch = _Batch(self, request)
+        batch = _Batch(self, request, memory=_Memory(pin_memory=False))
         for task in batch.tasks():
             batch.do(task)
         return batch.pixels()
@@ -129,6 +131,31 @@ class _Image:
             return self._picture
 
 
+class _Memory:
+    """Memory of batches, used again as soon as nothing holds a batch any more.
+
+    Fresh memory costs a page fault every 4 kB: half as much again as writing the pixels of a view.
+    """
+
+    def __init__(self, *, pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, num_rows: int, img_size: int) -> torch.Tensor:
+        """Return rows of uint8 pixels B x S x S x 3, with anything in them."""
+        shape = (num_rows, img_size, img_size, 3)
+        if self._pin_memory:  # torch keeps such memory, and knows when a GPU has read it
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        needed = math.prod(shape)
+        block = self._free.popleft() if self._free else np.empty(0, dtype=np.uint8)
+        if block.size < needed:
+            block = np.empty(needed, dtype=np.uint8)
+        rows = block[:needed].reshape(shape)
+        # tensors of the batch hold this array, and so tell when the last of them is gone
+        weakref.finalize(rows, self._free.append, block)
+        return torch.from_numpy(rows)
+
+
 # Some views of an image, and the row of the first.
 _Cut = tuple[_Image, tuple[int, ...], int]
 
@@ -144,8 +171,8 @@ class _Batch:
         reader: ViewReader,
         request: Request,
         *,
+        memory: _Memory,
         before: _Image | None = None,
-        pin_memory: bool = False,
     ) -> None:
         self._reader = reader
         self._cuts: list[_Cut] = []
@@ -167,10 +194,8 @@ class _Batch:
         if before is not None:
             before.release()
         self.last = image
-        num_rows, size = len(self._positions), reader.img_size
-        self._images_BHWC = torch.empty(
-            (num_rows, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory
-        )
+        num_rows = len(self._positions)
+        self._images_BHWC = memory.take(num_rows, reader.img_size)
         self._rows = self._images_BHWC.numpy()
         self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
         self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
@@ -250,8 +275,9 @@ class ViewLoader(Iterable[Pixels]):
 
     def _batches(self) -> Iterator[_Batch]:
         last: _Image | None = None
+        memory = _Memory(pin_memory=self.pin_memory)
         for request in self.requests:
-            batch = _Batch(self.reader, request, before=last, pin_memory=self.pin_memory)
+            batch = _Batch(self.reader, request, memory=memory, before=last)
             last = batch.last
             yield batch
 

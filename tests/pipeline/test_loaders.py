@@ -173,6 +173,18 @@ def test_decoded_images_are_let_go_of_once_they_are_cut(
     assert not _Tracked.alive
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_is_used_again_once_nothing_holds_a_batch(source: ImageFolder, workers: int) -> None:
+    reader = ViewReader(source, img_size=16, views=VIEWS)
+    requests = [[(position, (0,)) for position in range(9)]] * 30
+    places = [p.images_BCHW.data_ptr() for p in read_views(reader, requests, workers=workers)]
+    assert len(set(places)) <= 5
+
+    kept = [p.images_BCHW[0] for p in read_views(reader, requests, workers=workers)]
+    assert len({image.data_ptr() for image in kept}) == 30
+    assert all(torch.equal(image, kept[0]) for image in kept)
+
+
 def test_reading_leaves_the_threads_of_the_caller_alone(source: ImageFolder) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
