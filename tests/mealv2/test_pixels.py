@@ -173,6 +173,14 @@ def test_centre_crop_with_torch_is_within_two_levels_of_pillows():
         assert np.abs(exact - fast).max() <= 2
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_rows_of_a_view_lie_one_after_the_other(resize, flip):
+    pixels_HWC = np.asarray(photo(60, 50))
+    view = View(top=4, left=5, height=30, width=40, flip=flip)
+    assert cut(pixels_HWC, view, 32, resize=resize).flags.c_contiguous
+
+
 @pytest.mark.parametrize("resize", RESIZES)
 def test_views_are_whole_arrays_that_do_not_share_the_image(resize):
     pixels_HWC = np.asarray(photo(40, 40)).copy()
