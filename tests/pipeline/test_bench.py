@@ -15,11 +15,19 @@ from conftest import ROOT, Result
 from mealv2 import recipes
 from pipeline.bench import command_of, hardware, imagenet
 from pipeline.bench.document import document
-from pipeline.bench.lines import GOALS, Line, ratios
+from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
 from pipeline.bench.room import Room
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
-from pipeline.measuring import Sample, Turn, Waiting, forward_macs, step_macs, take_turns
+from pipeline.measuring import (
+    Sample,
+    Turn,
+    Waiting,
+    cpu_seconds,
+    forward_macs,
+    step_macs,
+    take_turns,
+)
 from pipeline.pictures import draw_picture, draw_tree
 from pipeline.runtime import Runtime
 
@@ -95,6 +103,7 @@ def test_json_has_the_turns_behind_every_figure(everything: Any) -> None:
         for turns in line["turns"].values():
             assert len(turns) >= (1 if line["line"] == "memory" else raw["rounds"])
             assert all(turn["units"] > 0 and turn["seconds"] > 0 for turn in turns)
+            assert all(turn["cpu_seconds"] >= 0 for turn in turns)
     by_name = {line["line"]: line for line in raw["lines"]}
     (step,), (once,) = by_name["loader-4"]["turns"]["loader-4"], by_name["loader-1"]["figures"]
     assert step["units"] == 12 * 4
@@ -335,3 +344,19 @@ def test_the_peak_of_a_known_card(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     assert hardware.peak_tflops(torch.device("cuda")) == peak
+
+
+def test_time_computed_counts_processes_below_this_one() -> None:
+    before = cpu_seconds()
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert cpu_seconds() - before >= 0.25
+
+
+def test_a_ratio_by_time_computed_leaves_out_turns_too_short_to_count() -> None:
+    turns = {
+        "ours": [Turn(10, 9.0, 1.0), Turn(10, 1.0, 0.01)],
+        "theirs": [Turn(5, 1.0, 1.0), Turn(5, 1.0, 1.0)],
+    }
+    assert by_cpu_time(turns, "ours", "theirs") == {"by_cpu_time": 2.0}
+    assert by_cpu_time({name: of[1:] for name, of in turns.items()}, "ours", "theirs") == {}
