@@ -10,6 +10,7 @@ DATA ?= data
 TEACHERS ?= senet154.gluon_in1k,resnet152s.gluon_in1k
 STUDENT ?= resnet50.ram_in1k
 LABELS ?= labels
+PACKED ?= packed
 VIEWS ?= 16
 OUT ?= runs/$(STUDENT)
 SEEDS ?= 1
@@ -18,11 +19,11 @@ TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute distill finetune evaluate predict export bench info verify test test-slow check format clean
+.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify test test-slow check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "variables: DATA TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO ARGS (more flags for the command)"
+	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO ARGS (more flags for the command)"
 
 setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
 
@@ -34,6 +35,9 @@ $(VENV)/.done: setup.cfg pyproject.toml
 
 demo: $(VENV)/.done  ## the whole story on scikit-learn's digits, a few minutes (SEEDS=5 for the interval)
 	$(MEALV2) demo --seeds $(SEEDS) $(ARGS)
+
+pack: $(VENV)/.done  ## re-pack the JPEGs of DATA into PACKED without loss, for faster views (needs jpegtran)
+	$(MEALV2) pack --data-dir '$(DATA)' --out '$(PACKED)' $(ARGS)
 
 precompute: $(VENV)/.done  ## stage one: label DATA with TEACHERS into LABELS
 	$(MEALV2) precompute --data-dir '$(DATA)' --teacher '$(TEACHERS)' --num-views $(VIEWS) --out '$(LABELS)' $(ARGS)

@@ -36,6 +36,7 @@ SET_ASIDE = {
 }
 
 EXAMPLES = {
+    "pack": "mealv2 pack --data-dir imagenet --out packed",
     "precompute": "mealv2 precompute --data-dir imagenet --num-views 30 --out labels "
     "--teacher senet154.gluon_in1k --teacher resnet152s.gluon_in1k",
     "distill": "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k",
@@ -203,12 +204,27 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
         text = f"{text}  [required]"
     if typing.get_origin(kind) is typing.Literal:
         settings["type"] = click.Choice(typing.get_args(kind))
+    elif typing.get_origin(field.type) is typing.Union and kind is int:
+        settings["type"] = _NumberOr(typing.get_args(typing.get_args(field.type)[1]))
     else:
         settings["type"] = click.Path(path_type=Path) if kind is Path else kind
     if (convert := field.metadata.get("convert")) is not None:
         settings["callback"] = lambda context, option, value: convert(value)
     names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
     return click.option(flag, field.name, *names, help=text, **settings)
+
+
+class _NumberOr(click.ParamType):
+    """A whole number, or one of a few words."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.name = "|".join(["integer", *words])
+        self._words = words
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return value if value in self._words else click.INT.convert(value, param, ctx)
 
 
 def _without_none(kind: Any) -> Any:
@@ -334,6 +350,7 @@ def _labels() -> None:
 
 
 for _name, _config in {
+    "pack": configs.PackConfig,
     "precompute": configs.PrecomputeConfig,
     "distill": configs.DistillConfig,
     "finetune": configs.FinetuneConfig,

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mealv2.devices import moved
+
 CutMixTarget = Literal["teachers", "mixed-labels"]
 CUTMIX_TARGETS: tuple[str, ...] = get_args(CutMixTarget)
 
@@ -32,6 +34,10 @@ class Mix:
 
     order_B: Tensor
     box: Box
+
+    def to(self, device: torch.device) -> "Mix":
+        """Return the same with the order where the images are."""
+        return Mix(moved(self.order_B, device), self.box)
 
     def paste(self, images_BCHW: Tensor) -> Tensor:
         """Return the mixed images, any type; the images given stay as they are."""
@@ -67,7 +73,6 @@ def draw_mix(
     beta: float,
     probability: float,
     place: tuple[int, int, int],
-    device: torch.device,
 ) -> Mix | None:
     """Draw how a batch is mixed; None where it is not (probability, CutMix's coin per batch).
 
@@ -78,6 +83,6 @@ def draw_mix(
     if rng.random() >= probability:
         return None
     own_share = rng.beta(beta, beta)
-    order_B = torch.from_numpy(rng.permutation(batch_size)).to(device, non_blocking=True)
+    order_B = torch.from_numpy(rng.permutation(batch_size))
     row, column = rng.integers(img_size, size=2).tolist()
     return Mix(order_B, cutmix_box(own_share, row, column, img_size))

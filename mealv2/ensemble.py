@@ -1,6 +1,6 @@
 """The teachers together: each with its own normalisation, the mean of their softmax outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class TeacherEnsemble(nn.Module):
     ``mealv2.models.Classifier``, which normalises with the model's own mean and std. They are put
     into eval mode, and stay there whatever ``train()`` is called above them; no gradient flows.
     ``forward`` takes B x 3 x H x W, uint8 or float in [0, 1]. Raises ValueError without teachers.
+    ``calls`` are what is asked, one a teacher: the modules themselves, or compiled forms of them.
     """
 
     def __init__(self, teachers: Sequence[nn.Module]) -> None:
@@ -38,6 +39,7 @@ class TeacherEnsemble(nn.Module):
         if not teachers:
             raise ValueError("an ensemble needs at least one teacher")
         self.teachers = nn.ModuleList(teachers)
+        self.calls: list[Callable[[Tensor], Tensor]] = list(teachers)
         self.requires_grad_(False)
         self.eval()
 
@@ -48,7 +50,7 @@ class TeacherEnsemble(nn.Module):
     @torch.no_grad()
     def teacher_logits(self, images_BCHW: Tensor) -> Tensor:
         """Return each teacher's logits, float32 T x B x C."""
-        return torch.stack([teacher(images_BCHW).float() for teacher in self.teachers])
+        return torch.stack([teacher(images_BCHW).float() for teacher in self.calls])
 
     def forward(self, images_BCHW: Tensor) -> EnsembleOutput:
         return combine(self.teacher_logits(images_BCHW))

@@ -1,28 +1,31 @@
-"""Image sources: stable keys and decoded pixels; and how a view becomes pixels."""
+"""Image sources: stable keys, classes and encoded images."""
 
-import io
 import itertools
 import os
 import stat
 import unicodedata
-import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import PIL
-from PIL import Image
-
-from mealv2.errors import ConfigError, DataError
-from mealv2.views import View, evaluation_resize
+from mealv2.errors import ConfigError
+from mealv2.packed import finished_index, original_sizes
+from mealv2.tar_files import find_split
 
 # torchvision: the file names that ImageFolder takes for images
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What a manifest says about how a view became pixels.
-INTERPOLATION = "bilinear, antialias (PIL)"
+# How files of the formats begin.
+_STARTS = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
 
 
 class ImageSource(Protocol):
@@ -46,7 +49,7 @@ class ImageSource(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The size in bytes of each encoded image."""
+        """The size in bytes of each encoded image, before it was packed if it was."""
 
     @property
     def classes(self) -> list[str]:
@@ -63,14 +66,16 @@ class ImageFolder:
 
     Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
     follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
-    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Raises ConfigError for a missing
-    folder or an empty class.
+    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Sizes of a split that `mealv2
+    pack` made are those of the original files. Raises ConfigError for a missing folder or an empty
+    class, DataError for a packed split whose files are not those it lists.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         self.name = str(Path(root) / split)
         self.folder = Path(root) / split
         self.split = split
+        pack_index = finished_index(self.folder)
         class_folders = _class_folders(self.folder)
         self.classes = [name for name, _ in class_folders]
         rows = [
@@ -81,9 +86,11 @@ class ImageFolder:
         rows.sort(key=lambda row: row[0])
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
-        self.sizes = [row[2] for row in rows]
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
+        self.sizes = [row[2] for row in rows]
+        if pack_index is not None:
+            self.sizes = original_sizes(pack_index, self.folder, keys=self.keys, sizes=self.sizes)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,11 +101,15 @@ class ImageFolder:
 
 
 def open_source(data_dir: Path, split: str) -> ImageSource:
-    """Open a split of a data set, whatever its form; so far an ImageFolder tree.
+    """Open a split of a data set, whatever its form: an ImageFolder tree, or tar files.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, DataError for a damaged tar file.
     """
-    return ImageFolder(data_dir, split)
+    from mealv2.tar_shards import TarShards  # which needs this module
+
+    if (tars := find_split(data_dir, split)) is None:
+        return ImageFolder(data_dir, split)
+    return TarShards(tars.paths, name=tars.name, split=split, classes=tars.classes)
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
@@ -120,56 +131,11 @@ def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]
     return digest.hexdigest()
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode an encoded image to RGB as torchvision's ImageFolder loader does.
-
-    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason when the
-    bytes are no image, end too early or unpack to a decompression bomb; the caller knows the name.
-    """
-    if not data:
-        raise DataError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # odd palettes and EXIF blocks decode as they do elsewhere
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-    except PIL.UnidentifiedImageError:
-        raise DataError("not an image that PIL can read") from None
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
-        raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
-
-
-def cut(image: Image.Image, view: View, img_size: int) -> np.ndarray:
-    """Return a view of a decoded image as uint8 (img_size, img_size, 3).
-
-    Crop first, then PIL's antialiased bilinear resize, then the flip: torchvision's order.
-    """
-    box = (view.left, view.top, view.left + view.width, view.top + view.height)
-    pixels = np.asarray(image.crop(box).resize((img_size, img_size), Image.Resampling.BILINEAR))
-    return pixels[:, ::-1] if view.flip else pixels
-
-
-def centre_crop(image: Image.Image, img_size: int) -> np.ndarray:
-    """Return the evaluation view as uint8 (img_size, img_size, 3).
-
-    Resize the shorter side to int(256 / 224 * size), crop the centre (official get_val_loader).
-    """
-    width, height = image.size
-    short = evaluation_resize(img_size)
-    # torchvision: the longer side is int(short * long / short side)
-    if width <= height:
-        new_width, new_height = short, max(short, int(short * height / width))
-    else:
-        new_width, new_height = max(short, int(short * width / height)), short
-    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    left, top = round((new_width - img_size) / 2), round((new_height - img_size) / 2)
-    return np.asarray(resized.crop((left, top, left + img_size, top + img_size)))
+def extension_of(data: bytes) -> str:
+    """Return the extension, without a dot, that an encoded image goes by; ``jpg`` if unknown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _STARTS.items() if data.startswith(start)), "jpg")
 
 
 def walk_images(folder: Path) -> Iterator[Path]:
@@ -186,7 +152,8 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
         raise ConfigError(
-            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE "
+            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
+            "tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar "
             f"(folders in {folder.parent}: {there})"
         )
     found = sorted(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mealv2.codec import EncodedLabels as EncodedLabels  # the public names, used from here
 from mealv2.codec import Kept
 from mealv2.codec import encode as encode
+from mealv2.devices import moved
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,16 @@ class SoftLabels:
 
     def to(self, device: torch.device) -> "SoftLabels":
         """Return the same labels on a device; on the CPU they are there when this returns."""
-        wait_not = device.type != "cpu"  # a copy to the CPU that nobody waits for is read too early
-        probs_NK = self.probs_NK.to(device, non_blocking=wait_not)
+        probs_NK = moved(self.probs_NK, device)
         if self.is_dense:
             return SoftLabels.of_all(probs_NK)
         return SoftLabels(
-            self.indices_NK.to(device, non_blocking=wait_not),
-            probs_NK,
-            self.rest_N.to(device, non_blocking=wait_not),
-            self.num_classes,
+            moved(self.indices_NK, device), probs_NK, moved(self.rest_N, device), self.num_classes
         )
 
     def rows(self, order_N: Tensor) -> "SoftLabels":
         """Return rows by index, in that order."""
+        order_N = moved(order_N, self.probs_NK.device)
         if self.is_dense:
             return SoftLabels.of_all(self.probs_NK[order_N])
         return SoftLabels(
@@ -139,14 +137,11 @@ class KeptLogits:
 
     def to(self, device: torch.device) -> "KeptLogits":
         """Return the same on a device; on the CPU it is there when this returns."""
-        wait_not = device.type != "cpu"
-        return KeptLogits(
-            self.values_NK.to(device, non_blocking=wait_not),
-            self.rest_N.to(device, non_blocking=wait_not),
-        )
+        return KeptLogits(moved(self.values_NK, device), moved(self.rest_N, device))
 
     def rows(self, order_N: Tensor) -> "KeptLogits":
         """Return rows by index, in that order."""
+        order_N = moved(order_N, self.rest_N.device)
         return KeptLogits(self.values_NK[order_N], self.rest_N[order_N])
 
     def rounded(self, dtype: torch.dtype) -> "KeptLogits":

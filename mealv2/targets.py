@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mealv2.devices import moved
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
@@ -37,18 +38,18 @@ class Answer:
         """Return the same answer on a device."""
         return Answer(
             None if self.soft is None else self.soft.to(device),
-            None if self.classes_B is None else self.classes_B.to(device, non_blocking=True),
-            None if self.mean_logits_BC is None else self.mean_logits_BC.to(device),
+            None if self.classes_B is None else moved(self.classes_B, device),
+            None if self.mean_logits_BC is None else moved(self.mean_logits_BC, device),
             None if self.kept_logits is None else self.kept_logits.to(device),
             self.sources,
         )
 
     def rows(self, order_B: Tensor) -> "Answer":
-        """Return the rows in another order."""
+        """Return the rows in another order, where they are."""
         return Answer(
             None if self.soft is None else self.soft.rows(order_B),
-            None if self.classes_B is None else self.classes_B[order_B],
-            None if self.mean_logits_BC is None else self.mean_logits_BC[order_B],
+            _picked(self.classes_B, order_B),
+            _picked(self.mean_logits_BC, order_B),
             None if self.kept_logits is None else self.kept_logits.rows(order_B),
             self.sources,
         )
@@ -209,6 +210,10 @@ class StoredLabels(Targets):
             )
         rows = self.label_set.encoding.encode(probs_BC, mean_logits_BC)
         return rows.to(torch.device("cpu"))
+
+
+def _picked(values: Tensor | None, order_B: Tensor) -> Tensor | None:
+    return None if values is None else values[moved(order_B, values.device)]
 
 
 def _classes_of(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:

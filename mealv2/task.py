@@ -5,6 +5,7 @@ student's logits; ``parts`` are detached scalars for the log, complete after bac
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -42,7 +43,19 @@ class Mixture(TypedDict):
 
 
 class Task(nn.Module):
-    """What the training loop asks of a task: a call returns a Result."""
+    """What the training loop asks of a task: a call returns a Result.
+
+    ``through`` is what to call in the student's place, such as a compiled form of it.
+    """
+
+    student: nn.Module
+    through: Callable[[Tensor], Tensor] | None = None
+
+    def ask(self, images_BCHW: Tensor) -> Tensor:
+        """Return the student's logits, float32."""
+        call = self.student if self.through is None else self.through
+        logits_BC: Tensor = call(images_BCHW)
+        return logits_BC.float()
 
     def prepare(self, images_BCHW: Tensor, answer: Answer) -> str | None:
         """Look at the first batch before the first step; return what is worth telling."""
@@ -86,7 +99,7 @@ class DistillTask(Task):
         self, images_BCHW: Tensor, answer: Answer, mixture: Mixture | None = None
     ) -> Result:
         """Return the loss of a batch; with ``mixture`` that of two answers, weighted by area."""
-        logits_BC = self.student(images_BCHW).float()
+        logits_BC = self.ask(images_BCHW)
         # two views of the logits, so that each side's gradient can be measured on its way back
         for_labels_BC, for_discriminator_BC = (
             logits_BC.view_as(logits_BC),
@@ -188,7 +201,7 @@ class HardLabelTask(Task):
 
     def forward(self, images_BCHW: Tensor, answer: Answer) -> Result:
         assert answer.classes_B is not None, "this task needs class ids"
-        logits_BC = self.student(images_BCHW).float()
+        logits_BC = self.ask(images_BCHW)
         loss = F.cross_entropy(logits_BC, answer.classes_B)
         return Result(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
 

@@ -32,7 +32,12 @@ def run(config: DistillConfig) -> dict[str, Any]:
     evaluator = None
     if val is not None:
         evaluator = Evaluator(
-            val, machine, config, img_size=answers.img_size, labels=answers.of_validation
+            val,
+            machine,
+            config,
+            img_size=answers.img_size,
+            resize=answers.resize,
+            labels=answers.of_validation,
         )
     work = Work(
         command="distill",
@@ -50,6 +55,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         targets=answers.targets,
         img_size=answers.img_size,
         views=answers.views,
+        resize=answers.resize,
         evaluator=evaluator,
         extra=extra,
         cutmix=_cutmix(config),

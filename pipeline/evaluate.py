@@ -24,8 +24,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"{found.name} knows {model.num_classes} classes, {source.name} has "
             f"{len(source.classes)}"
         )
-    evaluator = Evaluator(source, machine, config, img_size=found.img_size)
-    figures = evaluator(model.to(machine.device), num_classes=model.num_classes)
+    evaluator = Evaluator(source, machine, config, img_size=found.img_size, resize=config.resize)
+    figures = evaluator(machine.place(model), num_classes=model.num_classes)
     report = {"model": model.tag, "img_size": found.img_size, **figures.summary()}
     if config.results_file is not None:
         _write_per_class(config, source.classes, figures, report)

@@ -10,10 +10,13 @@ from torch import nn
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource, open_source
 from mealv2.metrics import Evaluation
+from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
+from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
+from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime, StopFlag
 
 
@@ -24,8 +27,10 @@ def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource
     source = open_source(data_dir, split)
     if source.classes != classes:
         odd = sorted(set(source.classes) ^ set(classes))
+        advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
         raise ConfigError(
-            f"{source.name} has other classes than the training data: {', '.join(odd[:4])}"
+            f"split {split} of {data_dir} has other classes than the training data: "
+            f"{', '.join(odd[:4])}{advice}"
         )
     return source
 
@@ -40,7 +45,7 @@ class LabelTable(Protocol):
 
 
 class Evaluator:
-    """Evaluates models on one split, again and again, with workers that stay.
+    """Evaluates models on one split, again and again.
 
     With ``labels`` also against the ensemble; images that have none are left out.
     """
@@ -52,6 +57,7 @@ class Evaluator:
         config: TrainConfig | EvaluateConfig,
         *,
         img_size: int,
+        resize: Resize,
         labels: LabelTable | None = None,
     ) -> None:
         self.source = source
@@ -61,11 +67,10 @@ class Evaluator:
         keys = source.keys
         self._positions = [p for p in range(len(source)) if labels is None or keys[p] in labels]
         self._loader = read_views(
-            ViewReader(source, img_size=img_size),
+            ViewReader(source, img_size=img_size, resize=resize),
             centre_requests(self._positions, config.batch_size),
             workers=config.workers,
-            pin_memory=machine.device.type == "cuda",
-            keep_workers=True,
+            pin_memory=machine.pins,
         )
 
     @torch.no_grad()
@@ -86,14 +91,15 @@ class Evaluator:
             unit="images",
             size=lambda pixels: len(pixels.positions) + len(pixels.failed),
         )
-        for pixels in shown:
+        for pixels in on_device(shown, self._machine.device):
             if stop is not None:
                 stop.check()
             refuse_failures(self.source, pixels.failed, self._policy)
             if not pixels.positions:
                 continue
             with self._machine.autocast():
-                logits = model(self._machine.images(pixels.images_BCHW)).float()
+                logits = model(pixels.images_BCHW).float()
+            logits = logits.cpu()  # the one wait of a batch
             if not bool(torch.isfinite(logits).all()):
                 raise DataError("the model's logits are not finite; lower --lr, or leave out --amp")
             truth = torch.tensor([self.source.labels[p] for p in pixels.positions])

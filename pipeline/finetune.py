@@ -28,8 +28,9 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         targets=HardLabels(source.labels, num_views=config.num_views, seed=config.seed),
         img_size=config.img_size,
         views=DrawnViews(config.view_seed),
+        resize=config.resize,
         evaluator=None
         if val is None
-        else Evaluator(val, machine, config, img_size=config.img_size),
+        else Evaluator(val, machine, config, img_size=config.img_size, resize=config.resize),
     )
     return training.train(config, machine, work)

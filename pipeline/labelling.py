@@ -1,18 +1,22 @@
-"""What the ensemble says about a stream of views: exact batches in, rows of a label set out."""
+"""What the ensemble says about a stream of views: batches in, rows of a label set out."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from mealv2.devices import moved
 from mealv2.ensemble import EnsembleOutput, TeacherEnsemble, combine
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
-from pipeline.config import DEFAULT_RATE, NewEncoding, OnBadImage, PrecomputeConfig
+from pipeline.batch_size import fastest
+from pipeline.compiling import compile_teachers
+from pipeline.config import DEFAULT_RATE, Labelling, NewEncoding, OnBadImage, PrecomputeConfig
 from pipeline.loaders import Pixels, refuse_failures
+from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
 
 _ENCODED_AT_ONCE = 1 << 22  # probabilities; 16 MB, and as many mean logits
@@ -34,6 +38,20 @@ class Answers:
     correct: np.ndarray
     failed: dict[int, str]
 
+    def without_failed(self) -> "Answers":
+        """Return the same without the views of images that failed: all of an image's, or none.
+
+        ``correct`` stays: it is of images with one view, which have none where they failed.
+        """
+        is_kept_N = np.array([p not in self.failed for p in self.positions], dtype=bool)
+        return replace(
+            self,
+            positions=[p for p in self.positions if p not in self.failed],
+            rows=self.rows.rows(torch.from_numpy(np.flatnonzero(is_kept_N))),
+            sizes_N2=self.sizes_N2[is_kept_N],
+            boxes_N5=self.boxes_N5[is_kept_N],
+        )
+
 
 @dataclass(frozen=True)
 class Labeller:
@@ -46,98 +64,124 @@ class Labeller:
     on_bad_image: OnBadImage
 
     def label(self, source: ImageSource, pixels: Iterable[Pixels], *, score: bool) -> Answers:
-        """Answer every view of a stream, in batches of exactly ``batch_size``, the last one fewer.
+        """Answer every view of a stream, batch by batch as it comes.
 
-        Batches depend on the stream alone, not on who read it. ``score`` compares with the data's
+        An image that failed in one batch has labels in none. ``score`` compares with the data's
         labels. Raises DataError for an unreadable image (unless skipped) or answers not finite.
         """
         failed: dict[int, str] = {}
         positions: list[int] = []
         kept = _Kept(self.encoding)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
-        correct = np.zeros((2, len(self.ensemble.teachers) + 1), dtype=np.int64)
-
-        def noted() -> Iterator[Pixels]:
-            for item in pixels:
-                refuse_failures(source, item.failed, self.on_bad_image)
-                failed.update(item.failed)
-                sizes.append(item.sizes_B2)
-                boxes.append(item.boxes_B5)
-                yield item
-
-        for images_BCHW, batch in self._exact_batches(noted()):
-            logits_TBC, answer = self.ask(images_BCHW)
-            if not bool(torch.isfinite(answer.probs_BC).all()):
-                raise DataError(
-                    f"the teachers' answers near {source.keys[batch[0]]} are not finite; "
-                    "check their weights, or leave out --amp"
-                )
+        device = self.machine.device
+        shape = (2, len(self.ensemble.teachers) + 1)
+        correct = torch.zeros(shape, dtype=torch.int64, device=device)
+        for item in on_device(pixels, device):
+            refuse_failures(source, item.failed, self.on_bad_image)
+            failed |= item.failed
+            if not item.positions:
+                continue
+            positions += item.positions
+            sizes.append(item.sizes_B2)
+            boxes.append(item.boxes_B5)
+            logits_TBC, answer = self.ask(item.images_BCHW)
             if score:
-                truth = [source.labels[p] for p in batch]
-                correct += _num_correct(logits_TBC, answer.probs_BC, truth)
-            positions += batch
-            kept.add(answer)
-        return Answers(
+                truth_B = torch.tensor([source.labels[p] for p in item.positions])
+                correct += _num_correct(logits_TBC, answer.probs_BC, moved(truth_B, device))
+            kept.add(answer, near=source.keys[item.positions[0]])
+        answers = Answers(
             positions,
             kept.rows(),
             np.concatenate(sizes),
             np.concatenate(boxes),
-            correct,
+            correct.cpu().numpy(),
             failed,
         )
+        return answers if failed.keys().isdisjoint(positions) else answers.without_failed()
 
     def ask(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, EnsembleOutput]:
-        """Return the teachers' logits T x B x C and the ensemble's answer, float32."""
-        with self.machine.autocast():
-            logits_TBC = self.ensemble.teacher_logits(self.machine.images(images_BCHW))
-        return logits_TBC, combine(logits_TBC)
+        """Return the teachers' logits T x B x C and the ensemble's answer, float32.
 
-    def _exact_batches(self, pixels: Iterable[Pixels]) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """Regroup what the workers sent."""
-        waiting: list[torch.Tensor] = []
-        positions: list[int] = []
-        for item in pixels:
-            waiting.append(item.images_BCHW)
-            positions += item.positions
-            while len(positions) >= self.batch_size:
-                images_BCHW = torch.cat(waiting)
-                yield images_BCHW[: self.batch_size], positions[: self.batch_size]
-                waiting = [images_BCHW[self.batch_size :]]
-                positions = positions[self.batch_size :]
-        if positions:
-            yield torch.cat(waiting), positions
+        Of images on the device; nothing here waits for it.
+        """
+        with torch.inference_mode():
+            with self.machine.autocast():
+                logits_TBC = self.ensemble.teacher_logits(images_BCHW)
+            return logits_TBC, combine(logits_TBC)  # outside autocast: softmax and mean in float32
 
 
 class _Kept:
     """Answers as a label set keeps them, encoded some thousand at a time.
 
     A call of the encoder costs milliseconds however few its rows; rows do not depend on the others.
+    Here alone the host waits for the device.
     """
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
         self._waiting: list[EnsembleOutput] = []
+        self._finite: list[tuple[str, torch.Tensor]] = []
+        self._num_waiting = 0
         none = torch.zeros(0, encoding.num_classes)
         self._parts = [encoding.encode(none, none)]
 
-    def add(self, answer: EnsembleOutput) -> None:
-        """Keep the answer to a batch."""
+    def add(self, answer: EnsembleOutput, *, near: str) -> None:
+        """Keep the answer to a batch; ``near`` is the key of its first image.
+
+        Raises DataError, now or at a later call, for an answer that is not finite.
+        """
         self._waiting.append(answer)
-        if sum(part.probs_BC.numel() for part in self._waiting) >= _ENCODED_AT_ONCE:
+        self._finite.append((near, torch.isfinite(answer.probs_BC).all()))
+        self._num_waiting += answer.probs_BC.numel()
+        if self._num_waiting >= _ENCODED_AT_ONCE:
             self._encode()
 
     def rows(self) -> Rows:
-        """Return all rows, on the CPU."""
+        """Return all rows, on the CPU; raises as ``add``."""
         self._encode()
         return Rows.joined(self._parts)
 
     def _encode(self) -> None:
-        if self._waiting:
-            columns = zip(*self._waiting, strict=True)
-            probs_NC, mean_logits_NC = (torch.cat(column) for column in columns)
-            rows = self._encoding.encode(probs_NC, mean_logits_NC)
-            self._parts.append(rows.to(torch.device("cpu")))
-            self._waiting.clear()
+        if not self._waiting:
+            return
+        near, flags = zip(*self._finite, strict=True)
+        is_finite_M = torch.stack(flags)
+        if not bool(is_finite_M.all()):
+            key = near[is_finite_M.tolist().index(False)]
+            raise DataError(
+                f"the teachers' answers near {key} are not finite; "
+                "check their weights, or leave out --amp"
+            )
+        columns = zip(*self._waiting, strict=True)
+        probs_NC, mean_logits_NC = (torch.cat(column) for column in columns)
+        rows = self._encoding.encode(probs_NC, mean_logits_NC)
+        self._parts.append(rows.to(torch.device("cpu")))
+        self._waiting.clear()
+        self._finite.clear()
+        self._num_waiting = 0
+
+
+def make_labeller(
+    config: Labelling,
+    machine: Runtime,
+    ensemble: TeacherEnsemble,
+    encoding: Encoding,
+    *,
+    img_size: int,
+    most: int,
+) -> Labeller:
+    """Put an ensemble to work as a config says; its batch size, if found by trying, up to ``most``.
+
+    Raises ConfigError where no batch fits into memory.
+    """
+    chosen = config.batch_size if config.batch_size != "auto" else 0
+    labeller = Labeller(ensemble, machine, encoding, chosen, config.on_bad_image)
+    if config.batch_size == "auto":
+        found = fastest(labeller.ask, img_size=img_size, device=machine.device, most=most)
+        labeller = replace(labeller, batch_size=found)
+    if config.compile != "off":
+        compile_teachers(ensemble, mode=config.compile, batch_size=labeller.batch_size)
+    return labeller
 
 
 def encoding_of(config: PrecomputeConfig | NewEncoding, num_classes: int) -> Encoding:
@@ -161,7 +205,10 @@ def encoding_of(config: PrecomputeConfig | NewEncoding, num_classes: int) -> Enc
         ) from None
 
 
-def _num_correct(logits_TBC: torch.Tensor, probs_BC: torch.Tensor, labels: list[int]) -> np.ndarray:
-    labels_B = torch.tensor(labels, device=probs_BC.device)
+def _num_correct(
+    logits_TBC: torch.Tensor, probs_BC: torch.Tensor, labels_B: torch.Tensor
+) -> torch.Tensor:
+    """Return the right answers at top-1 and top-5, 2 x (T + 1), on the device."""
     scores = [*logits_TBC, probs_BC]
-    return np.array([[int(num_correct(s, labels_B, k)) for s in scores] for k in (1, 5)])
+    counts = [num_correct(s, labels_B, k) for k in (1, 5) for s in scores]
+    return torch.stack(counts).view(2, -1)

@@ -15,16 +15,18 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import read_json
 from mealv2.images import ImageSource, fingerprint, open_source
 from mealv2.label_set import UNKNOWN, Appender, Encoding, LabelSet, read_manifest, refuse_drift
+from mealv2.pixels import Resize, probe_sha256, resize_of
 from mealv2.soft_labels import Labels
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
-from pipeline import logs, teachers
+from pipeline import logs, runtime, teachers
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
 from pipeline.evaluation import LabelTable
 from pipeline.labelling import Labeller
 from pipeline.loaders import ViewReader, centre_requests, read_views
 from pipeline.runtime import Runtime
 
+_LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
 _KEPT_OF_VALIDATION = 100  # classes kept in memory of each validation label of online teachers
 
 
@@ -39,6 +41,7 @@ class Answers:
     positions: list[int]
     img_size: int
     views: Views
+    resize: Resize
     provenance: dict[str, Any]
     of_validation: LabelTable | None = None
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -75,10 +78,13 @@ def online(
     ensemble, described = teachers.build(
         config.teacher, classes=list(source.classes), img_size=img_size, runtime=machine
     )
+    resize: Resize = "pil" if config.exact_pil else "torch"
     of_validation = None
     accuracies: dict[str, dict[str, float]] = {}
     if val is not None:
-        of_validation, figures = _label_validation(config, machine, ensemble, val, img_size)
+        of_validation, figures = _label_validation(
+            config, machine, ensemble, val, img_size=img_size, resize=resize
+        )
         names = [*(f"teacher {teacher['model']}" for teacher in described), "ensemble"]
         accuracies = dict(zip(names, figures, strict=True))
     return Answers(
@@ -86,6 +92,7 @@ def online(
         list(range(len(source))),
         img_size,
         DrawnViews(config.view_seed or 0),
+        resize,
         {"online": True, "teachers": described},
         of_validation,
         accuracies,
@@ -147,6 +154,7 @@ def stored(
         positions,
         labels.img_size,
         labels.views(),
+        resize_of_set(labels, config.exact_pil),
         {
             "path": str(config.labels.absolute()),
             "plan_sha256": labels.manifest["plan_sha256"],
@@ -263,7 +271,9 @@ def _label_validation(
     machine: Runtime,
     ensemble: TeacherEnsemble,
     val: ImageSource,
+    *,
     img_size: int,
+    resize: Resize,
 ) -> tuple[CentreLabels, list[dict[str, float]]]:
     """Ask the ensemble about the validation split once; return its labels, and the accuracy of
     every teacher and of the ensemble.
@@ -278,9 +288,10 @@ def _label_validation(
     )
     pixels = logs.progress(
         read_views(
-            ViewReader(val, img_size=img_size),
+            ViewReader(val, img_size=img_size, resize=resize),
             centre_requests(range(len(val)), config.batch_size),
             workers=config.workers,
+            pin_memory=machine.pins,
         ),
         total=len(val),
         what="teachers on the validation split",
@@ -291,6 +302,29 @@ def _label_validation(
     percent = answers.correct * 100.0 / max(1, len(answers.positions))
     figures = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
     return CentreLabels([val.keys[p] for p in answers.positions], answers.rows.labels), figures
+
+
+def resize_of_set(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
+    """Return who is to resize the views of a set: who did, unless a flag says otherwise.
+
+    Says so where the pixels will not be those that were labelled.
+    """
+    plan = labels.manifest["plan"]
+    resize = resize_of(plan.get("interpolation"))
+    if exact_pil is not None and exact_pil != (resize == "pil"):
+        logs.say(
+            f"{labels.folder} was labelled on views resized by {_LIBRARY[resize]}; these pixels "
+            "differ from them by up to 2 of 255"
+        )
+        return "pil" if exact_pil else "torch"
+    if plan.get("probe_sha256") not in (None, probe_sha256(resize)):
+        library = _LIBRARY[resize]
+        made_by = labels.manifest.get("versions", {}).get(library, "another version")
+        logs.say(
+            f"{labels.folder} was labelled on views resized by {library} {made_by}; the one here, "
+            f"{runtime.versions()[library]}, or the machine, gives slightly other pixels"
+        )
+    return resize
 
 
 def _check_boxes(labels: LabelSet) -> None:

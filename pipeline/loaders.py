@@ -1,30 +1,35 @@
 """From keys to batches of pixels: one path for stage one, stage two and validation.
 
-A request names images and which views of each to cut; a worker decodes every image once and sends
-uint8 pixels. Order and batches are pure functions of (seed, epoch), so a run can begin anywhere.
+A request names images and which views of each to cut; threads decode every image once and write its
+views where they stand in the batch, uint8. Decoders and resizes let other threads run.
 """
 
-import signal
+import threading
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from mealv2.errors import DataError
-from mealv2.images import ImageSource, centre_crop, cut, decode
-from mealv2.views import Views
+from mealv2.images import ImageSource
+from mealv2.pixels import Picture, Resize, ViewsOf, centre_crop, decode_for
+from mealv2.views import View, Views
 from pipeline.config import OnBadImage
 
-T = TypeVar("T")
 CENTRE = -1  # the view of an evaluation: the centre crop
 
 # One batch: (position in the source, views to cut of it) for each image.
 Request = list[tuple[int, tuple[int, ...]]]
+
+Box = tuple[int, int, int, int, int]  # top, left, height, width, flip
+
+_TASK_VIEWS = 8  # cut by a thread before it takes up the next task
+_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -43,61 +48,229 @@ class Pixels:
     views: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
 
-    def pin_memory(self) -> "Pixels":
-        """Return the same in page-locked memory; DataLoader calls it, and leaves others alone."""
-        return replace(self, images_BCHW=self.images_BCHW.pin_memory())
 
-
-class ViewReader(Dataset[Pixels]):
-    """Cuts the requested views, in a worker process: a bad image is reported, not raised.
+class ViewReader:
+    """Cuts views of a source's images; an image that cannot be read is reported, not raised.
 
     ``views`` says what the views are; centre crops need none.
     """
 
-    def __init__(self, source: ImageSource, *, img_size: int, views: Views | None = None) -> None:
-        self._source = source
-        self._img_size = img_size
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        img_size: int,
+        views: Views | None = None,
+        resize: Resize = "torch",
+    ) -> None:
+        self.source = source
+        self.img_size = img_size
         self._views = views
+        self._resize = resize
 
-    def __getitem__(self, request: Request) -> Pixels:
-        rows: list[np.ndarray] = []
-        boxes: list[tuple[int, ...]] = []
-        sizes: list[tuple[int, int]] = []
-        positions: list[int] = []
-        indices: list[int] = []
-        failed: dict[int, str] = {}
+    def read(self, request: Request) -> Pixels:
+        """Return the pixels of one request, read by this thread."""
+        batch = _Batch(self, request)
+        for task in batch.tasks():
+            batch.do(task)
+        return batch.pixels()
+
+    def view(self, position: int, index: int, *, width: int, height: int) -> View:
+        """Return the box and flip of a view of an image."""
+        assert self._views is not None, "only centre crops can be cut without views"
+        return self._views.view(self.source.keys[position], index, width=width, height=height)
+
+    def cut(self, picture: Picture, position: int, index: int) -> tuple[np.ndarray, Box]:
+        """Return the pixels and the box of a view of a decoded image."""
+        size, resize = self.img_size, self._resize
+        if index == CENTRE:
+            return centre_crop(picture.pixels_HWC, size, resize=resize), (0, 0, 0, 0, 0)
+        view = self.view(position, index, width=picture.width, height=picture.height)
+        return picture.cut(view, size, resize=resize), view.box()
+
+
+class _Image:
+    """An image, decoded once by whichever thread needs it first, and let go of by the last."""
+
+    def __init__(self, source: ImageSource, position: int) -> None:
+        self.position = position
+        self.failure: str | None = None
+        self._source = source
+        self._lock = threading.Lock()
+        self._uses = 0
+        self._is_shared = False
+        self._picture: Picture | None = None
+
+    def keep(self, uses: int) -> None:
+        """Keep the pixels until so many more uses are over."""
+        with self._lock:
+            self._uses += uses
+            self._is_shared = self._uses > 1
+
+    def release(self) -> None:
+        """Say that one use is over."""
+        with self._lock:
+            self._uses -= 1
+            if self._uses == 0:
+                self._picture = None
+
+    def decoded(self, views_of: ViewsOf | None) -> Picture | None:
+        """Return what ``views_of`` needs, or all if others need it too.
+
+        None where ``failure`` says why.
+        """
+        with self._lock:
+            if self._picture is None and self.failure is None:
+                try:
+                    data = self._source.read(self.position)
+                    self._picture = decode_for(data, None if self._is_shared else views_of)
+                except (DataError, OSError) as error:
+                    self.failure = getattr(error, "strerror", None) or str(error)
+            return self._picture
+
+
+# Some views of an image, and the row of the first.
+_Cut = tuple[_Image, tuple[int, ...], int]
+
+
+class _Batch:
+    """A request on its way to pixels; threads fill its rows.
+
+    ``before`` is the last image of the request before: its views may go on here.
+    """
+
+    def __init__(
+        self,
+        reader: ViewReader,
+        request: Request,
+        *,
+        before: _Image | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._reader = reader
+        self._cuts: list[_Cut] = []
+        self._positions: list[int] = []
+        self._indices: list[int] = []
+        image = before
         for position, views in request:
-            try:
-                image = decode(self._source.read(position))
-                of_image = list(self._views_of(image, position, views))  # all of them or none
-            except (DataError, OSError) as error:
-                failed[position] = getattr(error, "strerror", None) or str(error)
-                continue
-            rows.extend(pixels for pixels, _ in of_image)
-            boxes.extend(box for _, box in of_image)
-            sizes.extend([image.size] * len(views))
-            positions.extend([position] * len(views))
-            indices.extend(views)
-        size = self._img_size
-        images_BHWC = np.stack(rows) if rows else np.empty((0, size, size, 3), dtype=np.uint8)
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
-        sizes_B2 = np.array(sizes, dtype=np.uint32).reshape(-1, 2)
-        boxes_B5 = np.array(boxes, dtype=np.uint32).reshape(-1, 5)
+            if image is None or image.position != position:
+                image = _Image(reader.source, position)
+            starts = range(0, len(views), _TASK_VIEWS)
+            image.keep(len(starts))
+            for start in starts:
+                some = views[start : start + _TASK_VIEWS]
+                self._cuts.append((image, some, len(self._positions) + start))
+            self._positions.extend([position] * len(views))
+            self._indices.extend(views)
+        if image is not None:
+            image.keep(1)  # until the next request is there
+        if before is not None:
+            before.release()
+        self.last = image
+        num_rows, size = len(self._positions), reader.img_size
+        self._images_BHWC = torch.empty(
+            (num_rows, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory
+        )
+        self._rows = self._images_BHWC.numpy()
+        self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
+        self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
+
+    def tasks(self) -> Iterator[list[_Cut]]:
+        """Yield the work in pieces of about _TASK_VIEWS views."""
+        task: list[_Cut] = []
+        num_views = 0
+        for piece in self._cuts:
+            task.append(piece)
+            num_views += len(piece[1])
+            if num_views >= _TASK_VIEWS:
+                yield task
+                task, num_views = [], 0
+        if task:
+            yield task
+
+    def do(self, task: list[_Cut]) -> None:
+        """Decode images where nobody did and cut their views."""
+        for image, views, row in task:
+            cut = self._reader.cut
+            picture = image.decoded(None if CENTRE in views else self._views_of(image, views))
+            if picture is not None:
+                self._sizes_B2[row : row + len(views)] = picture.width, picture.height
+                for place, index in enumerate(views, start=row):
+                    self._rows[place], self._boxes_B5[place] = cut(picture, image.position, index)
+            image.release()
+
+    def _views_of(self, image: _Image, indices: tuple[int, ...]) -> ViewsOf:
+        """Return a function of the image's size: some of its views."""
+        view, position = self._reader.view, image.position
+        return lambda width, height: [
+            view(position, i, width=width, height=height) for i in indices
+        ]
+
+    def pixels(self) -> Pixels:
+        """Return what was read, when all tasks are done."""
+        failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
+        images_BHWC, sizes_B2, boxes_B5 = self._images_BHWC, self._sizes_B2, self._boxes_B5
+        positions, indices = self._positions, self._indices
+        if failed:
+            whole = [row for row, position in enumerate(positions) if position not in failed]
+            images_BHWC = images_BHWC[whole]
+            sizes_B2, boxes_B5 = sizes_B2[whole], boxes_B5[whole]
+            positions = [positions[row] for row in whole]
+            indices = [indices[row] for row in whole]
+        images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         return Pixels(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed)
 
-    def _views_of(
-        self, image: Image.Image, position: int, views: Iterable[int]
-    ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-        """Yield pixels and box of each view of an image."""
-        width, height = image.size
-        key = self._source.keys[position]
-        for index in views:
-            if index == CENTRE:
-                yield centre_crop(image, self._img_size), (0, 0, 0, 0, 0)
-            else:
-                assert self._views is not None, "only centre crops can be cut without views"
-                view = self._views.view(key, index, width=width, height=height)
-                yield cut(image, view, self._img_size), view.box()
+
+@dataclass(frozen=True)
+class ViewLoader(Iterable[Pixels]):
+    """An iterable over the pixels of each request, in order; see read_views."""
+
+    reader: ViewReader
+    requests: Iterable[Request]
+    workers: int
+    pin_memory: bool
+
+    def __iter__(self) -> Iterator[Pixels]:
+        # odd palettes and EXIF blocks decode as they do elsewhere; all threads share the filters
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        if self.workers == 0:
+            for batch in self._batches():
+                for task in batch.tasks():
+                    batch.do(task)
+                yield batch.pixels()
+            return
+        # an operation of a worker that made threads of its own would only slow the others down
+        pool = ThreadPoolExecutor(
+            self.workers, "mealv2-read", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        try:
+            yield from self._read_ahead(pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batches(self) -> Iterator[_Batch]:
+        last: _Image | None = None
+        for request in self.requests:
+            batch = _Batch(self.reader, request, before=last, pin_memory=self.pin_memory)
+            last = batch.last
+            yield batch
+
+    def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[Pixels]:
+        """Yield batches in order, while the next ones are being read."""
+        begun: deque[tuple[_Batch, list[Future[None]]]] = deque()
+        for batch in self._batches():
+            begun.append((batch, [pool.submit(batch.do, task) for task in batch.tasks()]))
+            num_tasks = sum(len(tasks) for _, tasks in begun)
+            if len(begun) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
+                yield _finished(*begun.popleft())
+        while begun:
+            yield _finished(*begun.popleft())
+
+
+def _finished(batch: _Batch, tasks: list[Future[None]]) -> Pixels:
+    for task in tasks:
+        task.result()
+    return batch.pixels()
 
 
 def read_views(
@@ -106,44 +279,13 @@ def read_views(
     *,
     workers: int = 0,
     pin_memory: bool = False,
-    keep_workers: bool = False,
-) -> DataLoader[Pixels]:
-    """Return an iterable over the pixels of each request, in order, read by ``workers`` processes.
+) -> ViewLoader:
+    """Return an iterable over the pixels of each request, in order, read ahead by threads.
 
-    ``keep_workers`` is for a loader that is iterated more than once.
+    An image is decoded once for all its views, also where they go on in the next request. Without
+    ``workers`` the calling thread reads. ``pin_memory`` puts batches into page-locked memory.
     """
-    return DataLoader(
-        reader,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # its own: drawing from the global one would change a run
-        pin_memory=pin_memory,
-    )
-
-
-def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of 0..num_images-1, int64, a pure function of its arguments.
-
-    Positions sorted by a 64-bit mix (SplitMix64) of (seed, epoch, position).
-    """
-    positions = np.arange(num_images, dtype=np.uint64)
-    start = _mix(np.array([seed], dtype=np.uint64) + _mix(np.array([epoch + 1], dtype=np.uint64)))
-    return np.argsort(_mix(positions + start), kind="stable").astype(np.int64)
-
-
-def batches(order: Sequence[T], batch_size: int) -> list[list[T]]:
-    """Cut an order into batches; every image is used, the last batch may be smaller.
-
-    A last batch of one image joins the one before it: batch normalisation cannot learn from one.
-    """
-    cut_up = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-    if batch_size > 1 and len(cut_up) > 1 and len(cut_up[-1]) == 1:
-        last = cut_up.pop()
-        cut_up[-1] += last
-    return cut_up
+    return ViewLoader(reader, requests, workers, pin_memory)
 
 
 def centre_requests(positions: Sequence[int], batch_size: int) -> list[Request]:
@@ -167,18 +309,3 @@ def refuse_failures(source: ImageSource, failed: dict[int, str], policy: OnBadIm
             f"cannot read image {Path(source.name) / source.keys[position]}: {reason}; "
             "replace it, or leave such images out with --on-bad-image skip"
         )
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function: a bijection of 64-bit words, multiplications modulo 2**64."""
-    words = words * np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = words ^ (words >> np.uint64(31))
-    return mixed
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, sent to the whole group, to the main process: it saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

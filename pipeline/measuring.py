@@ -21,6 +21,7 @@ from pipeline import logs
 from pipeline.config import TrainConfig
 from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels
+from pipeline.prefetch import on_device
 from pipeline.run_state import RunState
 from pipeline.runtime import Runtime
 from pipeline.work import Work
@@ -291,11 +292,11 @@ class Stepper:
         """Do a step on every batch that is read; return the steps and what was waited for."""
         settle(self.machine.device)
         waiting, units = Waiting(batches), 0
+        on_its_way = on_device(waiting, self.machine.device)
         began = time.perf_counter()
-        for batch in waiting:
+        for batch in on_its_way:
             if batch.positions:
-                images_BCHW = self.machine.images(batch.images_BCHW)
-                self.step(batch.positions, batch.views, images_BCHW)
+                self.step(batch.positions, batch.views, batch.images_BCHW)
                 settle(self.machine.device)  # else what is waited for would be the device
             units += 1
         return Sample(units, time.perf_counter() - began, waiting.waited_s)

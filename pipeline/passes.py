@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mealv2.images import ImageSource
 from mealv2.targets import Targets
 from pipeline.config import TrainConfig
-from pipeline.loaders import Request, batches, epoch_order
+from pipeline.loaders import Request
+from pipeline.order import batches, epoch_order
 
 
 @dataclass(frozen=True)

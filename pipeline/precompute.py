@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import INTERPOLATION, fingerprint, open_source
+from mealv2.images import fingerprint, open_source
+from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, measuring, runtime, teachers
 from pipeline.config import PrecomputeConfig
 from pipeline.evaluation import open_split
-from pipeline.labelling import Labeller, encoding_of
+from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
 
@@ -31,19 +32,20 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     ensemble, described = teachers.build(
         config.teacher, classes=classes, img_size=config.img_size, runtime=machine
     )
-    labeller = Labeller(
-        ensemble,
+    labeller = make_labeller(
+        config,
         machine,
+        ensemble,
         encoding,
-        batch_size=config.batch_size,
-        on_bad_image=config.on_bad_image,
+        img_size=config.img_size,
+        most=roles[-1].num_labels,
     )
     if config.dry_run:
         return _estimate(config, labeller, roles)
     plan = _plan(config, labeller, roles, described)
     began = time.monotonic()
     label_set.claim(config.out, plan)
-    stage = StageOne(config.out, plan, labeller, _reading(config))
+    stage = StageOne(config.out, plan, labeller, _reading(config, machine))
     made = 0
     for role in roles:
         made += stage.label([role])
@@ -85,8 +87,14 @@ def _roles(config: PrecomputeConfig) -> list[Role]:
     ]
 
 
-def _reading(config: PrecomputeConfig) -> ReadSettings:
-    return ReadSettings(config.workers, config.img_size, DrawnViews(config.view_seed))
+def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
+    return ReadSettings(
+        config.workers,
+        config.img_size,
+        DrawnViews(config.view_seed),
+        config.resize,
+        pin_memory=machine.pins,
+    )
 
 
 def _plan(
@@ -105,7 +113,8 @@ def _plan(
         "ensemble": "mean of softmax",
         "precision": labeller.machine.precision,
         "img_size": config.img_size,
-        "interpolation": INTERPOLATION,
+        "interpolation": interpolation(config.resize),
+        "probe_sha256": probe_sha256(config.resize),
         "labels": labeller.encoding.plan(),
         "shard_size": config.shard_size,
         "roles": {
@@ -158,19 +167,19 @@ def _measure(
     config: PrecomputeConfig, labeller: Labeller, role: Role
 ) -> tuple[measuring.Sample, float]:
     """Return a sample of the work, and bytes a view."""
-    reading, num_views = _reading(config), len(role.views)
+    reading, num_views = _reading(config, labeller.machine), len(role.views)
     label_bytes = 0.0
 
     def label(views: int) -> measuring.Sample:
         nonlocal label_bytes
         num_images = min(max(1, views // num_views), len(role.source))
-        requests = requests_of(role, range(num_images), config.batch_size)
+        requests = requests_of(role, range(num_images), labeller.batch_size)
         found, answers = measuring.label(labeller, role.source, reading.pixels(role, requests))
         blocks = labeller.encoding.blocks(answers.rows, num_views)
         label_bytes = sum(map(len, blocks)) / max(1, len(answers.positions))
         return found
 
-    return measuring.sample(label, least=config.batch_size), label_bytes
+    return measuring.sample(label, least=labeller.batch_size), label_bytes
 
 
 def _existing(path: Path) -> Path:

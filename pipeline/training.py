@@ -16,9 +16,11 @@ from mealv2.targets import SKIPPED, Answer
 from mealv2.task import Mixture, Result
 from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
+from pipeline.compiling import Compiler
 from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
 from pipeline.passes import Passes
+from pipeline.prefetch import on_device
 from pipeline.run_state import Place, RunState
 from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
 from pipeline.work import Work
@@ -44,7 +46,10 @@ class _Trainer:
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
         self.passes = Passes(config, work.source, work.positions, work.targets)
-        work.task.to(machine.device)
+        machine.place(work.task)
+        if config.compile != "off":
+            compiler = Compiler(config.compile, self._batch_size)
+            work.task.through = compiler.compiled(work.student)
         self.state = RunState(config, machine, work)
         if config.resume is not None and checkpoint.exists(config.resume):
             self.folder = self._resume()
@@ -58,6 +63,13 @@ class _Trainer:
     @property
     def place(self) -> Place:
         return self.state.place
+
+    @property
+    def _batch_size(self) -> int:
+        """How many views a full batch has."""
+        width = self.passes.width(0)
+        images = math.ceil(self.config.batch_size / width)
+        return min(images, len(self.work.positions)) * width
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
@@ -148,18 +160,20 @@ class _Trainer:
         """Do one optimizer update; return the loss and its parts, still on the device, and how
         many answers came from where.
         """
-        work, images_BCHW = self.work, self.machine.images(batch.images_BCHW)
+        work, images_BCHW, device = self.work, batch.images_BCHW, self.machine.device
         mix, mixture = self._draw_mix(len(images_BCHW)), {}
         target = None if work.cutmix is None or mix is None else work.cutmix.target
         with self.machine.autocast():
             if mix is not None and target == "teachers":
-                images_BCHW = mix.paste(images_BCHW)
+                images_BCHW = mix.to(device).paste(images_BCHW)
             answer = work.targets.answer(batch.positions, batch.views, images_BCHW)
-            answer = answer.to(self.machine.device)
             if mix is not None and target == "mixed-labels":
-                images_BCHW = mix.paste(images_BCHW)
+                images_BCHW = mix.to(device).paste(images_BCHW)
+                # of stored labels while they are on the CPU: of records on a GPU it would wait
+                partner = answer.rows(mix.order_B).to(device)
                 share = mix.own_share(work.img_size)
-                mixture = {"mixture": Mixture(partner=answer.rows(mix.order_B), own_share=share)}
+                mixture = {"mixture": Mixture(partner=partner, own_share=share)}
+            answer = answer.to(device)
             if not self.prepared:
                 self._prepare(images_BCHW, answer)
             result = self._compute(images_BCHW, answer, mixture)
@@ -196,7 +210,6 @@ class _Trainer:
             beta=self.work.cutmix.beta,
             probability=self.work.cutmix.probability,
             place=(self.config.seed, self.place.epoch, self.place.step),
-            device=self.machine.device,
         )
 
     def _prepare(self, images_BCHW: Tensor, answer: Answer) -> None:
@@ -211,12 +224,17 @@ class _Trainer:
         """Read the pixels of every batch from here to the end of the run, passes in a row."""
         rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
-            ViewReader(self.work.source, img_size=self.work.img_size, views=self.work.views),
+            ViewReader(
+                self.work.source,
+                img_size=self.work.img_size,
+                views=self.work.views,
+                resize=self.work.resize,
+            ),
             itertools.islice(rest, self.place.step, None),
             workers=self.config.workers,
-            pin_memory=self.machine.device.type == "cuda",
+            pin_memory=self.machine.pins,
         )
-        return iter(loader)
+        return on_device(loader, self.machine.device)
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """Return the result's figures after ``epoch`` epochs; none without a validation split.

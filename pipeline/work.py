@@ -8,6 +8,7 @@ from torch import nn
 from mealv2.cutmix import CutMixTarget
 from mealv2.images import ImageSource
 from mealv2.models import Classifier, Preprocessing, create_classifier
+from mealv2.pixels import Resize
 from mealv2.targets import Targets
 from mealv2.task import Task
 from mealv2.views import Views
@@ -29,10 +30,10 @@ class Work:
     """What a run trains and on what: everything the loop does not decide itself.
 
     An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
-    names, cut as ``views`` say. ``extra`` are modules beside the student that learn too, each
-    with its initial learning rate. ``teachers`` are the accuracies to print before the first step,
-    ``legend`` what to print behind a figure of an epoch, ``labels`` what the run folder keeps of
-    the labels it was made from.
+    names, cut as ``views`` say and resized by ``resize``. ``extra`` are modules beside the student
+    that learn too, each with its initial learning rate. ``teachers`` are the accuracies to print
+    before the first step, ``legend`` what to print behind a figure of an epoch, ``labels`` what the
+    run folder keeps of the labels it was made from.
     """
 
     command: str
@@ -43,6 +44,7 @@ class Work:
     targets: Targets
     img_size: int
     views: Views
+    resize: Resize
     evaluator: Evaluator | None
     extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
     cutmix: CutMix | None = None

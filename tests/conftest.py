@@ -27,9 +27,10 @@ import cli
 import published
 from mealv2 import released
 from mealv2.discriminator import Discriminator
-from mealv2.images import ImageFolder, centre_crop, decode
+from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding, read_plan, shard_ranges
 from mealv2.models import Classifier, create_classifier, save_classifier
+from mealv2.pixels import centre_crop, decode
 from mealv2.views import DrawnViews
 from pipeline import teachers
 from pipeline.labelling import Labeller
@@ -336,7 +337,8 @@ def add_views(teacher_flags: list[str], data_dir: Path) -> Callable[..., dict[st
             first.append(Role(name, source, stored, list(shards)))
             if name == "train":
                 more.append(Role(name, source, tuple(views), list(shards)))
-        reading = ReadSettings(0, IMG_SIZE, DrawnViews(plan["roles"]["train"]["views"]["seed"]))
+        views_of = DrawnViews(plan["roles"]["train"]["views"]["seed"])
+        reading = ReadSettings(0, IMG_SIZE, views_of, "torch")
         stage = StageOne(labels, plan, labeller, reading)
         stage.label(more)
         return stage.finish(first)

@@ -171,7 +171,12 @@ def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> Non
 
 # --- flags and configs --------------------------------------------------------------------------
 
-SAMPLES: dict[str, list[str]] = {"topk": ["3"], "results_file": ["x.csv"], "val_split": ["other"]}
+SAMPLES: dict[str, list[str]] = {
+    "topk": ["3"],
+    "batch_size": ["77"],
+    "results_file": ["x.csv"],
+    "val_split": ["other"],
+}
 
 
 def _sample(option: click.Option) -> list[str]:

@@ -31,6 +31,7 @@ STAND_INS = {
 }
 # Flags that make an example quick; the rest of the line runs as it is written.
 QUICK = {
+    "pack": [],
     "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
     "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
     "distill": ["--epochs", "1", "--workers", "0"],
@@ -185,6 +186,49 @@ def test_labels_doc_runs_on_a_small_set(
     }
 
 
+def test_tar_shards_doc_runs_on_shards_made_as_it_says(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    for name, folder in (
+        ("teacher-1", teacher_dirs["test_resnet"]),
+        ("start", make_model("test_byobnet", seed=4)),
+    ):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+
+    for code in blocks("docs/tar-shards.md", "python"):
+        exec(compile(code, "docs/tar-shards.md", "exec"), {})
+    reports = [done(*words).report for words in commands("docs/tar-shards.md")]
+
+    assert reports[-1]["data"] == "the same"
+
+
+def test_speed_doc_runs_on_a_small_set(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
+    for name, folder in zip(("teacher-1", "teacher-2", "start"), models, strict=True):
+        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+
+    said = [done(*words) for words in commands("docs/speed.md")]
+
+    assert "--batch-size auto: " in said[0].stderr
+    assert said[1].report["epochs"] == 1
+
+
 def test_bench_doc_runs(
     run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +244,34 @@ def test_bench_doc_runs(
 def test_bench_doc_has_every_line() -> None:
     text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
     assert [name for name in LINES if f"`{name}`" not in text] == []
+
+
+@pytest.mark.skipif(
+    shutil.which("jpegtran") is None, reason="needs jpegtran (Debian: libjpeg-turbo-progs)"
+)
+def test_pack_doc_runs_on_a_small_set(
+    data_dir: Path,
+    labels_dir: Path,
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    shutil.copytree(make_model("test_byobnet", seed=4), tmp_path / "runs" / "start" / "student")
+
+    said = [done(*words).report for words in commands("docs/pack.md")]
+
+    text = (ROOT / "docs" / "pack.md").read_text()
+    paragraph = text.partition("The report, one JSON object")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", paragraph))
+    assert named == said[0].keys() - {"data_dir", "out", "splits"}
+    index = json.loads((tmp_path / "packed" / "train" / "pack.json").read_text())
+    table = text.partition("| field | what |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == index.keys()
 
 
 @pytest.mark.parametrize(

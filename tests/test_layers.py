@@ -14,7 +14,7 @@ import cli
 ROOT = Path(cli.__file__).resolve().parent
 
 # Every other module of pipeline/ is support.
-STAGES = {"precompute", "distill", "finetune", "evaluate", "predict", "export", "bench"}
+STAGES = {"pack", "precompute", "distill", "finetune", "evaluate", "predict", "export", "bench"}
 GROUP = "pipeline.label_sets"  # its modules are stages too, but for what they share
 SHARED = {"writing", "relabel"}
 DRIVERS = {"demo"}  # run stages one after the other

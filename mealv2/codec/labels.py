@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mealv2.codec.record import check_rows
 from mealv2.codec.tensors import Kept, decode, num_bits
+from mealv2.devices import moved
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQ")  # magic, classes, bytes of a count, rows
@@ -22,13 +23,15 @@ class EncodedLabels:
     """Soft labels of N views in records of varying length, as they lie in a shard.
 
     ``counts_N`` int32, the classes that each keeps; ``payload_P`` uint8, the records one after
-    another; ``count_size`` the bytes that a count takes on disk.
+    another; ``count_size`` the bytes that a count takes on disk. ``longest``, where it is known, is
+    the greatest count: labels that are on a GPU are decoded without waiting for it then.
     """
 
     counts_N: Tensor
     payload_P: Tensor
     num_classes: int
     count_size: int = 1
+    longest: int | None = None
 
     def __len__(self) -> int:
         return len(self.counts_N)
@@ -72,10 +75,11 @@ class EncodedLabels:
 
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels on a device; on the CPU they are there when this returns."""
-        wait_not = device.type != "cpu"  # a copy to the CPU that nobody waits for is read too early
-        counts_N = self.counts_N.to(device, non_blocking=wait_not)
-        payload_P = self.payload_P.to(device, non_blocking=wait_not)
-        return EncodedLabels(counts_N, payload_P, self.num_classes, self.count_size)
+        longest = self.longest
+        if longest is None and self.counts_N.device.type == "cpu":
+            longest = int(self.counts_N.numpy().max(initial=1))
+        counts_N, payload_P = moved(self.counts_N, device), moved(self.payload_P, device)
+        return EncodedLabels(counts_N, payload_P, self.num_classes, self.count_size, longest)
 
     @staticmethod
     def joined(parts: "Sequence[EncodedLabels]") -> "EncodedLabels":
@@ -99,7 +103,7 @@ class EncodedLabels:
 
     @cached_property
     def _kept(self) -> Kept:
-        return decode(self.counts_N, self.payload_P, self.num_classes)
+        return decode(self.counts_N, self.payload_P, self.num_classes, longest=self.longest)
 
     def to_dense(self) -> Tensor:
         """Return the recovered distributions, float32 N x C, each > 0 and summing to 1."""

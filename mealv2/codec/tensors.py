@@ -3,7 +3,8 @@
 mealv2.codec.record says what the fields mean.
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +39,16 @@ class Kept(NamedTuple):
     tail_N: Tensor
 
 
-def decode(counts_N: Tensor, payload_P: Tensor, num_classes: int) -> Kept:
-    """Decode records that lie one after another, on their device; waits for it once."""
+def decode(
+    counts_N: Tensor, payload_P: Tensor, num_classes: int, *, longest: int | None = None
+) -> Kept:
+    """Decode records that lie one after another, on their device.
+
+    Waits for it once, but not where the greatest count is given.
+    """
     counts_N = counts_N.int()
-    longest = int(counts_N.max()) if len(counts_N) else 1
+    if longest is None:
+        longest = int(counts_N.max()) if len(counts_N) else 1
     rank_K = torch.arange(1, longest + 1, dtype=torch.int32, device=counts_N.device)
     is_kept_NK = rank_K <= counts_N[:, None]
     bits_N = num_bits(counts_N, num_classes)
@@ -76,7 +83,7 @@ def _levels(
     masks_A = torch.where(is_first_A, (1 << FIRST_BITS) - 1, (1 << CURVE_BITS) - 1)
     tables_A = torch.where(is_first_A, 0, len(FIRST_STEPS))
     codes_NA = _fields(words_P, begin_N, at_NA, masks_A.int()) + tables_A
-    table = torch.from_numpy(STEPS).to(device)
+    table = _table("steps", device)
     steps_NA = table[codes_NA] * (slot_A < num_anchors(counts_N)[:, None])
     levels_NA = pad(steps_NA, (1, 0)).cumsum(1).clamp_max(LOWEST)
     tails_N = (words_P[begin_N] & (1 << TAIL_BITS) - 1) + (len(FIRST_STEPS) + len(CURVE_STEPS))
@@ -89,7 +96,7 @@ def weights(levels_NA: Tensor, counts_N: Tensor, is_kept_NK: Tensor) -> Tensor:
         return is_kept_NK.to(levels_NA.dtype)
     # level = low + (high - low) ln(rank / from) / ln(to / from), between the anchors around a rank
     device, dtype = counts_N.device, levels_NA.dtype
-    to_A = torch.from_numpy(ANCHORS[: levels_NA.shape[1] - 1]).to(device)
+    to_A = _table("anchors", device)[: levels_NA.shape[1] - 1]
     from_A = torch.cat([to_A.new_ones(1), to_A[:-1]])
     span_NA = (torch.minimum(to_A, counts_N[:, None]).to(dtype) / from_A).log()
     slope_NA = levels_NA.diff(dim=1) / torch.where(span_NA > 0, span_NA, 1.0)
@@ -103,8 +110,15 @@ def weights(levels_NA: Tensor, counts_N: Tensor, is_kept_NK: Tensor) -> Tensor:
 
 
 def num_anchors(counts_N: Tensor) -> Tensor:
-    anchors = torch.from_numpy(ANCHORS).to(counts_N.device)
+    anchors = _table("anchors", counts_N.device)
     return torch.bucketize(counts_N.long(), anchors) + (counts_N > 1)
+
+
+@lru_cache
+def _table(name: Literal["anchors", "steps"], device: torch.device) -> Tensor:
+    """Return a table of the codec on a device: to copy it there anew would wait for the device."""
+    with torch.inference_mode(False):  # it is used outside too
+        return torch.from_numpy({"anchors": ANCHORS, "steps": STEPS}[name]).to(device)
 
 
 def num_bits(counts_N: Tensor, num_classes: int) -> Tensor:

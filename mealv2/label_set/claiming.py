@@ -86,6 +86,8 @@ def _belongs_to_another(folder: Path, plan: dict[str, Any]) -> LabelSetError:
     more = len(differing) - _MAX_DIFFERENCES
     only_views = len(differing) == 1 and differing[0].startswith("roles.train.num_views ")
     hint = "; `mealv2 labels add-views` adds views to a set" if only_views else ""
+    if any(line.startswith("probe_sha256 ") for line in differing):
+        hint += "; its views were resized to other pixels, by other versions of torch or Pillow"
     return LabelSetError(
         f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
         f"Give another --out, or the settings it was made with{hint}"

@@ -101,7 +101,7 @@ def _rate(room: Room, ask: Callable[[torch.Tensor], None], img_size: int) -> flo
 
 def _rate_of(room: Room, ask: Callable[[torch.Tensor], None], shape: tuple[int, ...]) -> float:
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    images_BCHW = room.machine.images(pixels.permute(0, 3, 1, 2))
+    images_BCHW = pixels.permute(0, 3, 1, 2).to(room.device)
 
     def work() -> int:
         ask(images_BCHW)

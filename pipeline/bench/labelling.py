@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mealv2 import label_set
-from mealv2.images import decode
+from mealv2.pixels import decode
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
@@ -37,7 +37,7 @@ def measure_lookup(room: Room, wanted: Sequence[str]) -> list[Line]:
         return len(found.to_dense())
 
     def decode_all() -> int:
-        return sum(decode(data).width > 0 for data in files)
+        return sum(len(decode(data)) > 0 for data in files)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -99,7 +99,8 @@ def label_views(room: Room, labeller: Labeller, folder: Path, num_views: int) ->
     role = Role("train", room.images.source, views, [positions])
     plan = plan_of(room.encoding, num_views=len(views), img_size=room.config.img_size)
     label_set.claim(folder, plan)
-    reading = ReadSettings(room.config.workers, room.config.img_size, DrawnViews(0))
+    size, pins = room.config.img_size, room.machine.pins
+    reading = ReadSettings(room.config.workers, size, DrawnViews(0), "torch", pin_memory=pins)
     stage = StageOne(folder, plan, labeller, reading)
     stage.label([role])
     stage.finish([role])

@@ -2,10 +2,10 @@
 
 import gc
 import io
-import shutil
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
+from mealv2.errors import ConfigError
 from mealv2.images import ImageSource, open_source
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, Images, Room
-from pipeline.loaders import Pixels, Request, ViewReader, batches, read_views, refuse_failures
+from pipeline.jpegtran import Jpegtran, packed
+from pipeline.loaders import Pixels, Request, ViewReader, read_views, refuse_failures
 from pipeline.measuring import take_turns
+from pipeline.order import batches
 from pipeline.stage_one import Role, requests_of
 
 BATCH_SIZE = 128
@@ -97,7 +100,7 @@ def transforms(img_size: int) -> Any:
 def ours(room: Room, source: ImageSource, requests: list[Request]) -> Work:
     """Return a turn of our loader: uint8 batches, as both stages get them."""
     reader = ViewReader(source, img_size=room.config.img_size, views=DrawnViews(0))
-    loader = read_views(reader, requests, workers=room.config.workers, keep_workers=True)
+    loader = read_views(reader, requests, workers=room.config.workers)
     return lambda: sum(map(_num_read(room, source), loader))
 
 
@@ -134,14 +137,25 @@ def _stage_one_views(room: Room, images: Images) -> Work:
 
 def _packed(room: Room, images: Images) -> Work:
     source = packed_source(images, room.folder / "packed")
-    return ours(room, source, single_views(images.positions))
+    return ours(room, source, single_views(range(len(source))))
 
 
 def packed_source(images: Images, folder: Path) -> ImageSource:
     """Re-pack the images into a folder, losslessly with restart markers; return their source."""
-    if shutil.which("jpegtran") is None:
-        raise NotMeasuredError("needs jpegtran")
-    raise NotMeasuredError("needs `mealv2 pack`")
+    try:
+        program = Jpegtran.find()
+    except ConfigError:
+        raise NotMeasuredError("needs jpegtran") from None
+    paths = [folder / images.split / images.source.keys[p] for p in images.positions]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files = map(images.source.read, images.positions)
+    with ThreadPoolExecutor(4) as threads:
+        for path, (data, _) in zip(
+            paths, threads.map(lambda d: packed(d, program), files), strict=True
+        ):
+            path.write_bytes(data)
+    return open_source(folder, images.split)
 
 
 _OURS: dict[str, Callable[[Room, Images], Work]] = {

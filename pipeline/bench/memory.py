@@ -149,7 +149,7 @@ def _label(
         on_bad_image="fail",
     )
     stage = StageOne(
-        folder / "labels", plan, labeller, ReadSettings(workers, _IMG_SIZE, DrawnViews(0))
+        folder / "labels", plan, labeller, ReadSettings(workers, _IMG_SIZE, DrawnViews(0), "torch")
     )
     with Peak(folder / "labels", quarter=-(-len(shards) // 4)) as peak:
         stage.label([role])

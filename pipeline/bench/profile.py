@@ -15,16 +15,17 @@ import torch
 from mealv2 import label_set
 from mealv2.ensemble import combine
 from mealv2.files import json_sha256
-from mealv2.images import cut, decode
 from mealv2.label_set import Rows, Shard
+from mealv2.pixels import cut, decode
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import labeller_of
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
 from pipeline.bench.steps import stored
-from pipeline.loaders import Pixels, Request, ViewReader, batches, read_views
+from pipeline.loaders import Pixels, Request, ViewReader, read_views
 from pipeline.measuring import forward_macs, settle, step_macs
+from pipeline.order import batches
 
 _STEPS_CPU, _STEPS_GPU = 4, 30  # of a profile, after one that does not count
 _WAITING = "waiting for images"
@@ -82,7 +83,7 @@ def stage_two(room: Room) -> dict[str, Any]:
     phases = Phases(room.device)
     for number, batch in enumerate(_read(room, phases, batches(rows, room.batch_size))):
         with phases("copy to the device"):
-            images_BCHW = room.machine.images(batch.images_BCHW)
+            images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
         with phases("labels"):
             answer = stepper.answer(batch.positions, batch.views, images_BCHW)
         with phases("forward and loss"):
@@ -115,7 +116,7 @@ def stage_one(room: Room) -> dict[str, Any]:
     kept: list[Rows] = []
     for number, batch in enumerate(_read(room, phases, batches(rows, num_images))):
         with phases("copy to the device"):
-            images_BCHW = room.machine.images(batch.images_BCHW)
+            images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
         with phases("teachers"), torch.inference_mode(), room.machine.autocast():
             logits_TBC = labeller.ensemble.teacher_logits(images_BCHW)
         with phases("softmax and mean"):
@@ -152,7 +153,7 @@ def reading(room: Room, request: Request) -> dict[str, dict[str, float]]:
                 data = source.read(position)
             with phases("decode"):
                 image = decode(data)
-            width, height = image.size
+            height, width, _ = image.shape
             for index in indices:
                 with phases("box of a view"):
                     key = source.keys[position]

@@ -118,7 +118,7 @@ class Room:
         pixels = torch.randint(
             0, 256, (num_views, size, size, 3), dtype=torch.uint8, generator=generator
         )
-        return self.machine.images(pixels.permute(0, 3, 1, 2))
+        return pixels.permute(0, 3, 1, 2).to(self.device)
 
 
 @torch.no_grad()

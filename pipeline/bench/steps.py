@@ -142,6 +142,7 @@ def _stepper(room: Room, student: Classifier, targets: Targets, task: Any) -> St
         targets=targets,
         img_size=room.config.img_size,
         views=DrawnViews(0),
+        resize="torch",
         evaluator=None,
         extra={} if discriminator is None else {"discriminator": (discriminator, _LR)},
     )

@@ -10,6 +10,9 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    CompileMode,
+    Cutting,
+    Labelling,
     Machine,
     OnBadImage,
     Reading,
@@ -30,6 +33,7 @@ from pipeline.config.label_sets import (
     NewEncoding,
 )
 from pipeline.config.labels import PrecomputeConfig
+from pipeline.config.pack import PackConfig
 from pipeline.config.training import FinetuneConfig, TrainConfig
 from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
 
@@ -41,11 +45,14 @@ __all__ = [
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
     "BenchConfig",
+    "CompileMode",
+    "Cutting",
     "DemoConfig",
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
+    "Labelling",
     "LabelsAddViewsConfig",
     "LabelsConvertConfig",
     "LabelsExportConfig",
@@ -57,6 +64,7 @@ __all__ = [
     "Machine",
     "NewEncoding",
     "OnBadImage",
+    "PackConfig",
     "PrecomputeConfig",
     "PredictConfig",
     "Reading",

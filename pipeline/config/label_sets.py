@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine, Settings
+from pipeline.config.base import (
+    DEFAULT_IMG_SIZE,
+    DEFAULT_RATE,
+    MOST_VIEWS,
+    Labelling,
+    Machine,
+    Settings,
+)
 from pipeline.config.fields import (
     at_least,
     between,
@@ -60,7 +67,7 @@ class LabelsVerifyConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Machine):
+class LabelsAddViewsConfig(Labelling):
     """Label more views of a set's images with its own teachers.
 
     The new files lie beside the set's, which stay as they are. Files of added views that are
@@ -68,14 +75,12 @@ class LabelsAddViewsConfig(Machine):
     """
 
     labels: Path = positional("The label set.")
-    data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     num_views: int = setting(32, "Views of each image that the set shall hold in the end.")
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
-    batch_size: int = setting(256, "Views per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size")
         between(self, 1, MOST_VIEWS, "num_views")
 
 
@@ -156,9 +161,9 @@ class LabelsImportConfig(Settings):
 
     folder: Path = positional("Folder of the labels.")
     from_: Literal["fkd"] = setting("fkd", "What wrote them: fkd, the FKD and MEAL V2 soft labels.")
-    data_dir: Path = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     out: Path = required("Folder of the new label set.")
-    split: str = setting("train", "Folder under --data-dir whose images they label.")
+    split: str = setting("train", "Part of --data-dir whose images they label.")
     label_type: str | None = setting(
         None,
         "The kind of label, as FKD calls it, such as marginal_smoothing_k5 or marginal_renorm.",

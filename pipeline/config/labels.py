@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, DEFAULT_RATE, MOST_VIEWS, Machine
+from pipeline.config.base import (
+    DEFAULT_IMG_SIZE,
+    DEFAULT_RATE,
+    MOST_VIEWS,
+    Cutting,
+    Labelling,
+)
 from pipeline.config.fields import (
     at_least,
     between,
@@ -21,18 +27,18 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Machine):
+class PrecomputeConfig(Cutting, Labelling):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
     teacher: tuple[str, ...] = teachers_setting(
         dataclasses.MISSING,
         "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
     )
-    split: str = setting("train", "Folder under --data-dir whose images get --num-views labels.")
+    split: str = setting("train", "Part of --data-dir whose images get --num-views labels.")
     val_split: str = setting(
-        "val", "Folder under --data-dir labelled once at the centre crop, for validation; or none."
+        "val", "Part of --data-dir labelled once at the centre crop, for validation; or none."
     )
     num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
     view_seed: int = setting(0, "Seed of the views.")
@@ -55,13 +61,12 @@ class PrecomputeConfig(Machine):
         False, "Store the mean logits of the kept classes too, for the discriminator."
     )
     shard_size: int = setting(2048, "Images per shard file.")
-    batch_size: int = setting(256, "Views per forward pass.")
     recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "img_size", "shard_size", "batch_size")
+        at_least(self, 1, "img_size", "shard_size")
         between(self, 1, MOST_VIEWS, "num_views")
         check_seed(self, "view_seed")
         if not self.teacher:

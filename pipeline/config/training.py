@@ -12,6 +12,8 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    CompileMode,
+    Cutting,
     Machine,
 )
 from pipeline.config.fields import (
@@ -29,9 +31,9 @@ from pipeline.config.fields import (
 class TrainConfig(Machine):
     """What every training run needs, whoever labels."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     model: str = required("Student: a timm model name, with its tag to pin the weights.")
-    val_split: str = setting("val", "Folder under --data-dir to validate on; or none.")
+    val_split: str = setting("val", "Part of --data-dir to validate on; or none.")
     pretrained: bool | None = setting(
         None,
         "Start from timm's pretrained weights.",
@@ -72,6 +74,7 @@ class TrainConfig(Machine):
         "Decay of the average at every step; it grows towards this from 0.",
         shown=str(DEFAULT_EMA_DECAY),
     )
+    compile: CompileMode = setting("off", "Compile the student with torch.compile, in this mode.")
     seed: int = setting(0, "Seed of the image order, new weights, dropout.")
     output: Path | None = setting(None, "Run folder to make.", shown="runs/COMMAND-MODEL-TIME")
     resume: Path | None = setting(
@@ -135,10 +138,10 @@ class TrainConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(Cutting, TrainConfig):
     """Hard-label training: teachers on own data, a student's start, a control run."""
 
-    split: str = setting("train", "Folder under --data-dir to train on.")
+    split: str = setting("train", "Part of --data-dir to train on.")
     img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
     num_views: int | None = setting(
         None,

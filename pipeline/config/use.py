@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, Machine, Reading, Settings
+from pipeline.config.base import DEFAULT_IMG_SIZE, Cutting, Machine, Reading, Settings
 from pipeline.config.fields import at_least, check_normalisation, positional, required, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadyModel(Machine):
+class ReadyModel(Cutting, Machine):
     """A model that only answers, and how its input is cut and normalised."""
 
     model: str | None = setting(
@@ -51,8 +51,8 @@ class ReadyModel(Machine):
 class EvaluateConfig(ReadyModel):
     """Accuracy of a checkpoint or a timm model on a split."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
-    val_split: str = setting("val", "Folder under --data-dir to evaluate on.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    val_split: str = setting("val", "Part of --data-dir to evaluate on.")
     results_file: Path | None = setting(
         None, "Write accuracy per class here, as .json or .csv.", shown="not written"
     )
@@ -99,7 +99,7 @@ class DemoConfig(Reading):
         Path("demo"), "Folder for data, labels and runs; finished parts are kept."
     )
     seeds: int = setting(1, "Students to train, each against its hard-label control.")
-    workers: int = setting(0, "Processes that read and decode images; 0: none beside the main one.")
+    workers: int = setting(0, "Threads that read and decode images; 0: none beside the main one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

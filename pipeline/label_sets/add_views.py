@@ -11,8 +11,8 @@ from mealv2.images import open_source
 from mealv2.label_set import LabelSet, read_manifest
 from pipeline import logs, runtime
 from pipeline.config import LabelsAddViewsConfig
-from pipeline.labelling import Labeller
-from pipeline.labels import check_precision, check_same_data, teachers_of
+from pipeline.labelling import make_labeller
+from pipeline.labels import check_precision, check_same_data, resize_of_set, teachers_of
 from pipeline.stage_one import ReadSettings, Role, StageOne, block_views, describe_block
 
 
@@ -58,9 +58,9 @@ def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
         **manifest["roles"],
         "train": {**entry, "blocks": [entry["blocks"][0], *described]},
     }
-    label_set.write_manifest(
-        config.labels, plan, roles=roles, versions=manifest.get("versions", runtime.versions())
-    )
+    kept = {"batch_size": manifest["batch_size"]} if "batch_size" in manifest else {}
+    versions = manifest.get("versions", runtime.versions())
+    label_set.write_manifest(config.labels, plan, roles=roles, versions=versions, **kept)
     logs.say(f"{config.labels} holds views 0 to {config.num_views - 1} now")
     return {
         "labels": str(config.labels),
@@ -100,15 +100,17 @@ def _stage(
     check_same_data(labels, source, may_lack_images=True)  # a part of a set has some of them
     check_precision(config.labels, plan, machine)
     ensemble = teachers_of(config.labels, config.teacher, plan, machine)
-    labeller = Labeller(
-        ensemble,
-        machine,
-        labels.encoding,
-        batch_size=config.batch_size,
-        on_bad_image=config.on_bad_image,
+    labeller = make_labeller(
+        config, machine, ensemble, labels.encoding, img_size=labels.img_size, most=len(labels)
     )
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     shards = [[position_of[key] for key in file.all_keys()] for file in files]
-    reading = ReadSettings(config.workers, labels.img_size, labels.views())
+    reading = ReadSettings(
+        config.workers,
+        labels.img_size,
+        labels.views(),
+        resize_of_set(labels),
+        pin_memory=machine.pins,
+    )
     return StageOne(config.labels, plan, labeller, reading), Role("train", source, (), list(shards))

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 
 from mealv2 import fkd
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, canonical_json, whole_file, write_whole
-from mealv2.images import ImageSource, open_source
+from mealv2.images import EXTENSIONS, ImageSource, extension_of, open_source
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.views import BOX_UNIT, fractions
@@ -79,6 +78,14 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
     if strange:
         raise ConfigError(f"--out {config.out} is not empty ({strange[0]}, …); give a new folder")
     write_whole(path, canonical_json(plan).encode())
+
+
+def _is_there(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # it has been ruled out
+        return False
 
 
 def _progress(labels: LabelSet, what: str) -> Iterator[tuple[int, ShardFile]]:
@@ -176,6 +183,8 @@ def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
 
 
 def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:
+    if not _is_there("webdataset"):
+        raise ConfigError("--to webdataset needs webdataset to write: pip install webdataset")
     check_same_data(labels, _source_of(config, labels), may_lack_images=True)
     keys, taken = list(labels.keys()), dict[str, str]()
     for key in keys:
@@ -191,10 +200,13 @@ def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:
 def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
     """Write a tar of images and labels for every shard; return the files.
 
-    Equal inputs give equal bytes.
+    Equal inputs give equal bytes. The class names go into classes.json.
     """
+    import webdataset
+
     source = _source_of(config, labels)
     position_of = {key: position for position, key in enumerate(source.keys)}
+    write_whole(config.out / "classes.json", canonical_json(source.classes).encode())
     made = []
     for number, file in _progress(labels, "exporting"):
         path = config.out / f"{labels.role}-{number:06d}.tar"
@@ -212,9 +224,12 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
 def _sample(source: ImageSource, position: int, key: str, block: bytes) -> dict[str, Any]:
     name, suffix = _sample_name(key)
+    image = source.read(position)
+    if f".{suffix}" not in EXTENSIONS:  # a key of other tar shards
+        suffix = extension_of(image)
     return {
         "__key__": name,
-        suffix: source.read(position),
+        suffix: image,
         "cls": str(source.labels[position]).encode(),
         "key": key.encode(),
         "mealv2": member_bytes(key, block),
@@ -222,17 +237,17 @@ def _sample(source: ImageSource, position: int, key: str, block: bytes) -> dict[
 
 
 def _sample_name(key: str) -> tuple[str, str]:
-    """Return WebDataset's key of an image and its member's extension: split at the first dot."""
+    """Return WebDataset's key of an image, which ends at the first dot, and the last extension."""
     path = PurePosixPath(key)
-    stem, _, suffix = path.name.partition(".")
-    return (path.parent / stem).as_posix(), suffix.lower()
+    stem = path.name.partition(".")[0]
+    return (path.parent / stem).as_posix(), path.suffix[1:].lower()
 
 
 # --- Parquet --------------------------------------------------------------------------------------
 
 
 def _check_parquet(config: LabelsExportConfig, labels: LabelSet) -> None:
-    if importlib.util.find_spec("pyarrow") is None:
+    if not _is_there("pyarrow"):
         raise ConfigError("--to parquet needs pyarrow: pip install 'mealv2[parquet]'")
 
 

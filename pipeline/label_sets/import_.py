@@ -11,8 +11,9 @@ import numpy as np
 from mealv2 import fkd, label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.fkd import FkdFile
-from mealv2.images import INTERPOLATION, ImageSource, fingerprint_of, open_source
+from mealv2.images import ImageSource, fingerprint_of, open_source
 from mealv2.label_set import UNKNOWN, Encoding, Images, Rows, Shard, StoredViews, boxes_of
+from mealv2.pixels import interpolation
 from mealv2.soft_labels import SoftLabels
 from mealv2.views import STORED_BOXES, packed_boxes
 from pipeline import logs
@@ -131,7 +132,7 @@ def _plan(
         "ensemble": UNKNOWN,
         "precision": UNKNOWN,
         "img_size": config.img_size,
-        "interpolation": INTERPOLATION,
+        "interpolation": interpolation("pil"),
         "labels": encoding.plan(),
         "shard_size": config.shard_size,
         "derived": {

@@ -29,7 +29,7 @@ from pipeline.label_sets.writing import (
 from pipeline.stage_one import accuracy_of
 
 _COMMAND = "labels merge"
-_SAME = ("classes", "ensemble", "precision", "img_size", "interpolation")
+_SAME = ("classes", "ensemble", "precision", "img_size", "interpolation", "probe_sha256")
 
 
 @dataclass(frozen=True)

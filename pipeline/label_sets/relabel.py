@@ -12,8 +12,9 @@ from mealv2.label_set import LabelSet, Rows
 from pipeline import logs
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling import Labeller
-from pipeline.labels import check_precision, teachers_of
+from pipeline.labels import check_precision, resize_of_set, teachers_of
 from pipeline.loaders import Request, ViewReader, read_views, refuse_failures
+from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
 
 _NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
@@ -39,16 +40,19 @@ def relabel(config: LabelsVerifyConfig, machine: Runtime) -> dict[str, Any]:
     )
     source = open_source(config.data_dir, plan["roles"]["train"]["split"])
     places = _places(labels, config.relabel, seed=config.seed)
-    reader = ViewReader(source, img_size=labels.img_size, views=labels.views())
+    reader = ViewReader(
+        source, img_size=labels.img_size, views=labels.views(), resize=resize_of_set(labels)
+    )
+    requests = _requests(source, places, config.batch_size)
     pixels = logs.progress(
-        read_views(reader, _requests(source, places, config.batch_size), workers=config.workers),
+        read_views(reader, requests, workers=config.workers, pin_memory=machine.pins),
         total=len(places),
         what="asking the teachers again",
         unit="views",
         size=lambda item: len(item.positions) + len(item.failed),
     )
     total, num_views = np.zeros(4), 0
-    for item in pixels:
+    for item in on_device(pixels, machine.device):
         refuse_failures(source, item.failed, config.on_bad_image)
         if not item.positions:
             continue

@@ -11,7 +11,6 @@ from scipy import stats
 
 from mealv2.cutmix import Box, Mix, cutmix_box, draw_mix
 
-CPU = torch.device("cpu")
 quickly = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -22,7 +21,7 @@ def numbered(batch_size: int, img_size: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def drawn(step: int, *, beta: float = 1.0, img_size: int = 64, seed: int = 3) -> Mix:
-    mix = draw_mix(4, img_size, beta=beta, probability=1.0, place=(seed, 0, step), device=CPU)
+    mix = draw_mix(4, img_size, beta=beta, probability=1.0, place=(seed, 0, step))
     assert mix is not None
     return mix
 
@@ -100,7 +99,7 @@ def test_boxes_are_those_of_rand_bbox(share, centre, expected):
 
 def test_a_mix_is_a_pure_function_of_its_place():
     def draw(place: tuple[int, int, int]) -> tuple[list[int], Box]:
-        mix = draw_mix(16, 64, beta=1.0, probability=1.0, place=place, device=CPU)
+        mix = draw_mix(16, 64, beta=1.0, probability=1.0, place=place)
         assert mix is not None
         return mix.order_B.tolist(), mix.box
 
@@ -125,8 +124,7 @@ def test_partners_are_a_permutation():
 
 def mixed_share(probability: float, *, steps: int = 2000) -> float:
     mixes = (
-        draw_mix(2, 8, beta=1.0, probability=probability, place=(0, 0, s), device=CPU)
-        for s in range(steps)
+        draw_mix(2, 8, beta=1.0, probability=probability, place=(0, 0, s)) for s in range(steps)
     )
     return sum(mix is not None for mix in mixes) / steps
 

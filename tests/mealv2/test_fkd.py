@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import reference
@@ -26,7 +25,7 @@ from mealv2.fkd import (
     read_file,
     write_file,
 )
-from mealv2.images import cut
+from mealv2.pixels import cut
 from mealv2.soft_labels import SoftLabels, top_k
 from mealv2.views import packed_boxes, unpacked_view
 
@@ -250,7 +249,7 @@ def test_boxes_of_a_file_cut_the_official_crops_within_one_level(tmp_path: Path)
     height, width = image.shape[:2]
     for number in (1, 2):  # box 0 lies on half pixels, which the generator never writes
         view = unpacked_view(packed[number], False, width=width, height=height)
-        crop = cut(Image.fromarray(image), view, 16).astype(int)
+        crop = cut(image, view, 16, resize="pil").astype(int)
         assert np.abs(crop - GOLDEN["C_crops_u8"][number]).max() <= 1
 
 

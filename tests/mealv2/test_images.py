@@ -1,40 +1,16 @@
-"""mealv2.images: what is an image of a split, and the same pixels as torchvision's, bit by bit."""
+"""mealv2.images: what is an image of a split."""
 
-import io
 import os
 import shutil
 import unicodedata
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.folder import pil_loader
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-from torchvision.transforms import functional as tvf
 
-from mealv2.errors import ConfigError, DataError
-from mealv2.images import ImageFolder, centre_crop, cut, decode, fingerprint, open_source
-from mealv2.views import View, view_of
-
-
-def noise(width: int, height: int, channels: int = 3, dtype: type = np.uint8) -> np.ndarray:
-    """Pixels with structure at every scale, so that no resampling is without effect."""
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    high = np.iinfo(dtype).max
-    return np.random.default_rng(width * 9973 + height).integers(0, high, shape, dtype)
-
-
-def photo(width: int, height: int) -> Image.Image:
-    return Image.fromarray(noise(width, height))
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+from mealv2.errors import ConfigError
+from mealv2.images import ImageFolder, fingerprint, open_source
+from pictures import encoded, photo
 
 
 def plant(root: Path, *names: str, data: bytes | None = None) -> Path:
@@ -227,126 +203,3 @@ def test_fingerprint_does_not_change_with_mtime_or_place(tmp_path):
     for path in (tmp_path / "there").rglob("*"):
         os.utime(path, (1, 1))
     assert fingerprint(ImageFolder(tmp_path / "there", "train")) == before
-
-
-# --- decode ---------------------------------------------------------------------------------------
-
-
-def exif_rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    return encoded(photo(31, 20), "JPEG", exif=exif)
-
-
-def palette(transparency: int | bytes) -> bytes:
-    image = photo(31, 20).quantize(16)
-    return encoded(image, "PNG", transparency=transparency)
-
-
-def animated(kind: str, **options: object) -> bytes:
-    frames = [photo(31, 20), photo(31, 20).rotate(90), photo(31, 20).rotate(180)]
-    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-
-
-IMAGES = {
-    "rgb.jpg": lambda: encoded(photo(31, 20), "JPEG"),
-    "progressive.jpg": lambda: encoded(photo(31, 20), "JPEG", progressive=True),
-    "grey.jpg": lambda: encoded(photo(31, 20).convert("L"), "JPEG"),
-    "cmyk.jpg": lambda: encoded(Image.fromarray(noise(31, 20, 4), "CMYK"), "JPEG"),
-    "exif-rotated.jpg": exif_rotated,
-    "palette.png": lambda: encoded(photo(31, 20).quantize(16), "PNG"),
-    "palette-one-transparent.png": lambda: palette(3),
-    "palette-alpha.png": lambda: palette(bytes(range(0, 256, 16))),
-    "rgba.png": lambda: encoded(Image.fromarray(noise(31, 20, 4), "RGBA"), "PNG"),
-    "grey-alpha.png": lambda: encoded(Image.fromarray(noise(31, 20, 2), "LA"), "PNG"),
-    "one-bit.png": lambda: encoded(photo(31, 20).convert("1"), "PNG"),
-    "16-bit.png": lambda: encoded(Image.fromarray(noise(31, 20, 1, np.uint16)), "PNG"),
-    "16-bit.tif": lambda: encoded(Image.fromarray(noise(31, 20, 1, np.uint16)), "TIFF"),
-    "cmyk.tif": lambda: encoded(Image.fromarray(noise(31, 20, 4), "CMYK"), "TIFF"),
-    "multi-page.tif": lambda: animated("TIFF"),
-    "animated.webp": lambda: animated("WEBP", lossless=True),
-    "animated-gif.webp": lambda: animated("GIF"),
-    "a.bmp": lambda: encoded(photo(31, 20), "BMP"),
-    "a.ppm": lambda: encoded(photo(31, 20), "PPM"),
-    "a.pgm": lambda: encoded(photo(31, 20).convert("L"), "PPM"),
-    "1x1.png": lambda: encoded(photo(1, 1), "PNG"),
-}
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_decode_equals_torchvisions_loader_bit_by_bit(tmp_path, name):
-    data = IMAGES[name]()
-    (tmp_path / name).write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PIL says of a palette with alpha; decode() is silent
-        expected = pil_loader(tmp_path / name)
-    image = decode(data)
-    assert image.mode == "RGB"
-    assert np.array_equal(np.asarray(image), np.asarray(expected))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(b"", id="zero-byte"),
-        pytest.param(b"<html>404 not found</html>", id="text named .jpg"),
-        pytest.param(b"\xff\xd8\xff\xe0", id="a JPEG's first four bytes"),
-        pytest.param(b"\x89PNG\r\n\x1a\n", id="a PNG's signature"),
-        *(
-            pytest.param(IMAGES[name]()[: int(len(IMAGES[name]()) * part)], id=f"{part} of {name}")
-            for name in ("rgb.jpg", "16-bit.png", "animated.webp", "multi-page.tif", "a.bmp")
-            for part in (0.2, 0.6)
-            if (name, part) != ("multi-page.tif", 0.6)  # its first page is whole there
-        ),
-    ],
-)
-def test_what_is_no_whole_image_raises_data_error_in_one_line(data):
-    with pytest.raises(DataError) as caught:
-        decode(data)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_decompression_bomb_raises_data_error(monkeypatch):
-    data = encoded(photo(31, 20), "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="DecompressionBombError"):
-        decode(data)
-
-
-# --- from a view to pixels ------------------------------------------------------------------------
-
-DRAWN = [("a.jpg", i, 100, 75) for i in range(24)] + [
-    ("b.jpg", 0, width, height) for width, height in ((1, 1), (1, 90), (90, 1))
-]
-VIEWS = [
-    *((w, h, view_of(key, index, seed=0, width=w, height=h)) for key, index, w, h in DRAWN),
-    (500, 375, View(top=374, left=499, height=1, width=1, flip=True)),
-    (500, 375, View(top=0, left=0, height=375, width=500, flip=False)),
-    (500, 375, View(top=5, left=7, height=32, width=32, flip=True)),
-]
-SHAPES = [(500, 375), (375, 500), (256, 256), (257, 256), (256, 259), (1, 1), (3, 40), (41, 3)]
-
-
-@pytest.mark.parametrize("img_size", [1, 32, 57])
-def test_cut_equals_torchvisions_resized_crop_and_flip_bit_by_bit(img_size):
-    for width, height, view in VIEWS:
-        image = photo(width, height)
-        box = view.top, view.left, view.height, view.width
-        expected = tvf.resized_crop(
-            image, *box, [img_size, img_size], InterpolationMode.BILINEAR, antialias=True
-        )
-        expected = tvf.hflip(expected) if view.flip else expected
-        pixels = cut(image, view, img_size)
-        assert pixels.dtype == np.uint8
-        assert pixels.shape == (img_size, img_size, 3)
-        assert np.array_equal(pixels, np.asarray(expected)), (width, height, view)
-
-
-@pytest.mark.parametrize("img_size", [1, 6, 7, 32, 224, 380])
-@pytest.mark.parametrize(("width", "height"), [*SHAPES, (333, 499)])
-def test_centre_crop_equals_torchvisions_resize_and_centre_crop_bit_by_bit(width, height, img_size):
-    image = photo(width, height)
-    official = Compose([Resize(int(256 / 224 * img_size)), CenterCrop(img_size)])
-    pixels = centre_crop(image, img_size)
-    assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, np.asarray(official(image)))

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from conftest import linear_layers
@@ -19,8 +18,8 @@ from mealv2.discriminator import REDUCTION, Discriminator
 from mealv2.ensemble import TeacherEnsemble, combine
 from mealv2.errors import LabelSetError
 from mealv2.fkd import labels_of
-from mealv2.images import cut
 from mealv2.losses import discriminator_loss, similarity_loss
+from mealv2.pixels import cut
 from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, OnlineTeachers
 from mealv2.task import DistillTask, HardLabelTask, Mixture
@@ -345,5 +344,5 @@ def test_cut_equals_the_official_crops_within_one_level() -> None:
         upper, lower = round(top * height), round((top + part_high) * height)
         start, stop = round(left * width), round((left + part_wide) * width)
         view = View(top=upper, left=start, height=lower - upper, width=stop - start, flip=False)
-        crop = cut(Image.fromarray(pixels), view, 16)
+        crop = cut(pixels, view, 16, resize="pil")
         assert np.abs(crop.astype(int) - expected.astype(int)).max() <= 1

@@ -14,9 +14,10 @@ import torch
 from conftest import FORMS, Result
 from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
-from mealv2.images import ImageFolder, centre_crop, cut, decode
+from mealv2.images import ImageFolder
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier
+from mealv2.pixels import centre_crop, cut, decode
 from mealv2.soft_labels import top_k
 from mealv2.targets import Answer, StoredLabels, Targets
 from mealv2.task import DistillTask
@@ -50,7 +51,7 @@ class CuttingTeachers(Targets):
         rows = []
         for position, index in zip(positions, views, strict=True):
             image = decode(self.source.read(position))
-            size = {"width": image.width, "height": image.height}
+            size = {"width": image.shape[1], "height": image.shape[0]}
             rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
         cut_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
         probs_BC, mean_logits_BC = self.ensemble(cut_BCHW)
@@ -85,6 +86,7 @@ def _train_online(
         ),
         img_size=32,
         views=DrawnViews(7),
+        resize="torch",
         evaluator=None,
         extra=extra,
     )
@@ -257,7 +259,8 @@ def test_agreement_and_kl_are_those_of_the_saved_student_with_the_stored_labels(
         kl.append(sum(a * np.log(a / b) for a, b in zip(q, p, strict=True) if a > 0))
         agree += int(q.argmax() == p.argmax())
     assert report["agreement"] == pytest.approx(100 * agree / 15)
-    assert report["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    # the class not kept has what float16 leaves of 1
+    assert report["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
 
 
 def _centre(path: Path) -> torch.Tensor:

@@ -17,16 +17,17 @@ import torch
 from conftest import Result
 from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
-from mealv2.images import ImageFolder, centre_crop, cut, decode
+from mealv2.images import ImageFolder
 from mealv2.label_set import Appender, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
+from mealv2.pixels import centre_crop, cut, decode
 from mealv2.targets import Answer, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weights import find_checkpoint
 from pipeline import runtime
 from pipeline.config import DistillConfig
-from pipeline.loaders import batches, epoch_order
+from pipeline.order import batches, epoch_order
 from pipeline.work import make_student
 
 Run = Callable[..., Result]
@@ -129,7 +130,7 @@ def losses_by_hand(
             rows = []
             for position in batch:
                 image = decode(source.read(position))
-                size = {"width": image.width, "height": image.height}
+                size = {"width": image.shape[1], "height": image.shape[0]}
                 view = view_of(source.keys[position], epoch, seed=7, **size)
                 rows.append(torch.from_numpy(cut(image, view, 32).copy()).permute(2, 0, 1))
             images = torch.stack(rows)

@@ -1,6 +1,9 @@
-"""pipeline.loaders: order and batches as pure functions, the same pixels from any worker."""
+"""pipeline.loaders: the views asked for, in order, the same from any number of threads."""
 
 import collections
+import gc
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,88 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from mealv2 import pixels as mealv2_pixels
 from mealv2.errors import DataError
-from mealv2.images import ImageFolder, centre_crop, cut, decode
+from mealv2.images import ImageFolder
+from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
 from pipeline.loaders import (
     CENTRE,
     ViewReader,
-    batches,
     centre_requests,
-    epoch_order,
     name_failures,
     read_views,
     refuse_failures,
 )
-
-# --- order and batches --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_images", [0, 1, 2, 7, 1000])
-@pytest.mark.parametrize("epoch", [0, 1, 179])
-def test_epoch_order_is_a_permutation(num_images: int, epoch: int) -> None:
-    order = epoch_order(num_images, seed=3, epoch=epoch)
-    assert order.dtype == np.int64
-    assert sorted(order.tolist()) == list(range(num_images))
-
-
-@pytest.mark.parametrize(
-    ("seed", "epoch", "golden"),
-    [
-        (0, 0, [2, 6, 1, 3, 4, 8, 10, 5, 0, 7, 9, 11]),
-        (5, 3, [3, 8, 2, 0, 4, 1, 10, 7, 9, 5, 6, 11]),
-    ],
-)
-def test_epoch_order_is_frozen(seed: int, epoch: int, golden: list[int]) -> None:
-    assert epoch_order(12, seed=seed, epoch=epoch).tolist() == golden
-
-
-@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (5, 3), ((1 << 63) - 1, 179)])
-def test_epoch_order_is_what_its_formula_says(seed: int, epoch: int) -> None:
-    mask = (1 << 64) - 1
-
-    def mix(word: int) -> int:
-        word = word * 0x9E3779B97F4A7C15 & mask
-        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & mask
-        word = (word ^ word >> 27) * 0x94D049BB133111EB & mask
-        return word ^ word >> 31
-
-    start = mix(seed + mix(epoch + 1) & mask)
-    by_hand = sorted(range(50), key=lambda position: mix(position + start & mask))
-    assert epoch_order(50, seed=seed, epoch=epoch).tolist() == by_hand
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {tuple(epoch_order(30, seed=s, epoch=e).tolist()) for s in range(8) for e in range(8)}
-    assert len(orders) == 64
-
-
-def test_first_place_is_uniform_over_the_images() -> None:
-    first = [int(epoch_order(8, seed=1, epoch=epoch)[0]) for epoch in range(4000)]
-    counts = np.bincount(first, minlength=8)
-    # chi-square, 7 degrees of freedom: 29.9 is passed once in 10,000 fair draws
-    assert ((counts - 500) ** 2 / 500).sum() < 29.9
-
-
-@pytest.mark.parametrize("num_images", [0, 1, 2, 7, 8, 9, 16, 17, 36])
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 50])
-def test_batches_use_every_image_once_in_order(num_images: int, batch_size: int) -> None:
-    order = epoch_order(num_images, seed=0, epoch=0)
-    cut_up = batches(order, batch_size)
-    assert [p for batch in cut_up for p in batch] == order.tolist()
-    assert all(len(batch) == batch_size for batch in cut_up[:-1])
-    if num_images:
-        assert 1 <= len(cut_up[-1]) <= batch_size + 1
-
-
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "sizes"),
-    [(17, 8, [8, 9]), (9, 8, [9]), (18, 8, [8, 8, 2]), (1, 8, [1]), (3, 1, [1, 1, 1]), (3, 2, [3])],
-)
-def test_last_batch_of_one_joins_the_one_before(
-    num_images: int, batch_size: int, sizes: list[int]
-) -> None:
-    assert [len(batch) for batch in batches(range(num_images), batch_size)] == sizes
 
 
 def test_centre_requests_ask_each_image_once() -> None:
@@ -125,10 +59,11 @@ class Counting:
 
 
 def test_rows_are_the_views_asked_for_in_order(source: ImageFolder) -> None:
-    pixels = ViewReader(source, img_size=24, views=VIEWS)[REQUESTS[2]]
+    pixels = ViewReader(source, img_size=24, views=VIEWS).read(REQUESTS[2])
     image, other = decode(source.read(9)), decode(source.read(1))
-    box = view_of(source.keys[9], 2, seed=7, width=image.width, height=image.height)
-    first = view_of(source.keys[1], 0, seed=7, width=other.width, height=other.height)
+    (height, width, _), (other_height, other_width, _) = image.shape, other.shape
+    box = view_of(source.keys[9], 2, seed=7, width=width, height=height)
+    first = view_of(source.keys[1], 0, seed=7, width=other_width, height=other_height)
     by_hand = [
         cut(image, box, 24),
         cut(image, box, 24),
@@ -138,7 +73,7 @@ def test_rows_are_the_views_asked_for_in_order(source: ImageFolder) -> None:
     assert (pixels.positions, pixels.views) == ([9, 9, 9, 1], [2, 2, CENTRE, 0])
     assert pixels.images_BCHW.dtype == torch.uint8
     np.testing.assert_array_equal(pixels.images_BCHW.permute(0, 2, 3, 1).numpy(), by_hand)
-    assert pixels.sizes_B2.tolist() == [list(image.size)] * 3 + [list(other.size)]
+    assert pixels.sizes_B2.tolist() == [[width, height]] * 3 + [[other_width, other_height]]
     boxes = [[b.top, b.left, b.height, b.width, int(b.flip)] for b in (box, first)]
     assert pixels.boxes_B5.tolist() == [boxes[0], boxes[0], [0] * 5, boxes[1]]
 
@@ -179,11 +114,90 @@ def test_reading_leaves_the_global_generators_alone(source: ImageFolder, workers
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
-def test_kept_workers_read_the_same_again(source: ImageFolder) -> None:
+def test_loader_reads_the_same_again(source: ImageFolder) -> None:
     reader = ViewReader(source, img_size=24, views=VIEWS)
-    loader = read_views(reader, REQUESTS, workers=1, keep_workers=True)
+    loader = read_views(reader, REQUESTS, workers=1)
     first = [p.images_BCHW.clone() for p in loader]
     assert all(map(torch.equal, first, (p.images_BCHW for p in loader)))
+
+
+def test_views_that_go_on_in_the_next_requests_come_from_one_decode(source: ImageFolder) -> None:
+    counting = Counting(source)
+    reader = ViewReader(counting, img_size=8, views=VIEWS)
+    # 3 images of 50 views each, in batches of 16 views
+    rows = [(position, view) for position in (4, 1, 8) for view in range(50)]
+    requests = [
+        [(p, tuple(v for q, v in rows[start : start + 16] if q == p)) for p in _places(rows, start)]
+        for start in range(0, 150, 16)
+    ]
+    for workers in (0, 3):
+        counting.reads.clear()
+        found = list(read_views(reader, requests, workers=workers))
+        assert [pair for p in found for pair in zip(p.positions, p.views, strict=True)] == rows
+        assert counting.reads == {4: 1, 1: 1, 8: 1}
+
+
+def _places(rows: list[tuple[int, int]], start: int) -> list[int]:
+    return list(dict.fromkeys(position for position, _ in rows[start : start + 16]))
+
+
+class _Tracked(np.ndarray):
+    """Pixels of which it is known how many are alive."""
+
+    alive: set[int] = set()  # noqa: RUF012
+    most = 0
+
+    @classmethod
+    def of(cls, pixels_HWC: np.ndarray) -> "_Tracked":
+        tracked = pixels_HWC.view(cls)
+        cls.alive.add(id(tracked))
+        cls.most = max(cls.most, len(cls.alive))
+        weakref.finalize(tracked, cls.alive.discard, id(tracked))
+        return tracked
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_images_are_let_go_of_once_they_are_cut(
+    source: ImageFolder, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    _Tracked.alive.clear()
+    _Tracked.most = 0
+    monkeypatch.setattr(mealv2_pixels, "decode", lambda data: _Tracked.of(decode(data)))
+    reader = ViewReader(source, img_size=8, views=VIEWS)
+    requests = [[(position, (0,)) for position in range(36)] for _ in range(4)]
+    for pixels in read_views(reader, requests, workers=workers):
+        assert len(pixels.positions) == 36
+    # one a thread, and the last image of each batch that was begun
+    assert 0 < _Tracked.most <= workers + 4
+    gc.collect()
+    assert not _Tracked.alive
+
+
+def test_reading_leaves_the_threads_of_the_caller_alone(source: ImageFolder) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        _rows(source, 2)
+        assert torch.get_num_threads() == before + 1
+        names = [thread.name for thread in threading.enumerate()]
+        assert not [name for name in names if name.startswith("mealv2-read")]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_reading_that_is_given_up_ends_its_threads(source: ImageFolder) -> None:
+    reader = ViewReader(source, img_size=8, views=VIEWS)
+    pixels = iter(read_views(reader, [[(0, (0,))]] * 1000, workers=2))
+    next(pixels)
+    pixels.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("mealv2-read")]
+
+
+def test_a_fault_in_a_thread_is_raised_where_its_pixels_are_waited_for(
+    source: ImageFolder,
+) -> None:
+    with pytest.raises(AssertionError, match="only centre crops"):
+        list(read_views(ViewReader(source, img_size=8), [[(0, (0,))]], workers=1))
 
 
 # --- images that cannot be read -----------------------------------------------------------------
@@ -219,7 +233,7 @@ def test_bad_image_is_reported_and_its_neighbours_are_read(
 def test_batch_of_bad_images_only_is_empty(own_data: Path) -> None:
     source = ImageFolder(own_data, "train")
     _spoil(own_data, source.keys[0], "empty")
-    pixels = ViewReader(source, img_size=16, views=VIEWS)[[(0, (0, 1))]]
+    pixels = ViewReader(source, img_size=16, views=VIEWS).read([(0, (0, 1))])
     assert pixels.images_BCHW.shape == (0, 3, 16, 16)
     assert (pixels.sizes_B2.shape, pixels.boxes_B5.shape) == ((0, 2), (0, 5))
     assert pixels.failed == {0: "the file is empty"}

@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as v2
 
 from conftest import FORMS, Result, Spawned
 from mealv2.images import ImageFolder
@@ -58,27 +59,25 @@ def lookup_all(labels: LabelSet) -> np.ndarray:
 # --- the labels are right -----------------------------------------------------------------------
 
 
-def _train_view(path: Path, key: str, view: int) -> np.ndarray:
-    """Cut a view with PIL alone."""
+def _image(path: Path) -> torch.Tensor:
     with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    box = view_of(key, view, seed=7, width=image.width, height=image.height)
-    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-    small = image.crop(corners).resize((32, 32), Image.Resampling.BILINEAR)
-    if box.flip:
-        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(small)
+        return v2.pil_to_tensor(opened.convert("RGB"))
+
+
+def _train_view(path: Path, key: str, view: int) -> np.ndarray:
+    """Cut a view with torchvision alone."""
+    image = _image(path)
+    height, width = image.shape[1:]
+    box = view_of(key, view, seed=7, width=width, height=height)
+    place = box.top, box.left, box.height, box.width
+    small = v2.resized_crop(image, *place, [32, 32], antialias=True)
+    return (v2.hflip(small) if box.flip else small).permute(1, 2, 0).numpy()
 
 
 def _val_view(path: Path) -> np.ndarray:
     """Resize the shorter side to 36 = int(32 * 256 / 224), cut the middle 32 x 32."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    short = min(image.size)
-    width, height = (36 * side // short for side in image.size)
-    left, top = round((width - 32) / 2), round((height - 32) / 2)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, top, left + 32, top + 32)))
+    resized = v2.resize(_image(path), [36], antialias=True)
+    return v2.center_crop(resized, [32]).permute(1, 2, 0).numpy()
 
 
 def _logits(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:

@@ -299,3 +299,63 @@ def test_gradient_ratio_and_plateaus_are_in_the_log(
     for event in events(run, "train"):
         assert 0 <= event["discriminator_gradient_ratio"] < math.inf
     assert all(float(row["train_discriminator_gradient_ratio"]) >= 0 for row in summary(run))
+
+
+# --- the optimizer ------------------------------------------------------------------------------
+
+
+def _after_steps(device: str, **how: bool) -> tuple[list[torch.Tensor], torch.optim.SGD]:
+    """Return the weights of a network after steps of SGD in one of its forms."""
+    torch.manual_seed(0)
+    network = create_classifier("test_resnet", num_classes=3).to(device)
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, **how
+    )
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in network.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(drawn)  # as autograd lays it out
+        optimizer.step()
+    return [parameter.detach() for parameter in network.parameters()], optimizer
+
+
+def _forms_agree(device: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        plain, _ = _after_steps(device, foreach=False)
+        fused, _ = _after_steps(device, fused=True)
+    assert max(float((a - b).abs().max()) for a, b in zip(plain, fused, strict=True)) < 1e-6
+
+
+def test_one_kernel_steps_as_the_plain_loop_does() -> None:
+    _forms_agree("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_kernel_steps_as_the_plain_loop_does_on_a_gpu() -> None:
+    _forms_agree("cuda")
+
+
+def test_a_checkpoint_does_not_decide_how_the_optimizer_computes(
+    done: Run, distill_flags: list[str], run: Path, weights: Weights, tmp_path: Path
+) -> None:
+    """One from where there was no fused kernel, and tensors lay otherwise, goes on just so."""
+    done(*distill_flags, "--checkpoint-hist", 9, "--output", run)
+    (first, last) = sorted((run / "checkpoints").iterdir())
+    expected = weights(run)
+    state = torch.load(first, weights_only=True)
+    assert [group["fused"] for group in state["optimizer"]["param_groups"]] == [True, True]
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    for kept in state["optimizer"]["state"].values():
+        kept["momentum_buffer"] = kept["momentum_buffer"].contiguous()
+    torch.save(state, first)
+    last.unlink()
+    (run / "report.json").unlink()
+    done("distill", "--resume", run)
+    (_, last) = sorted((run / "checkpoints").iterdir())
+    groups = torch.load(last, weights_only=True)["optimizer"]["param_groups"]
+    assert [group["fused"] for group in groups] == [True, True]
+    assert weights(run) == expected

@@ -19,8 +19,9 @@ import reference
 import stored
 from conftest import ROOT, Result
 from mealv2 import files
-from mealv2.images import ImageFolder, decode
+from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding, LabelSet, block_of_member
+from pictures import size_of
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]
@@ -67,7 +68,7 @@ def test_fkds_own_reading_gives_our_labels_and_boxes(
     source = ImageFolder(data_dir, "train")
     order = [3, 0, 2, 1]
     for position, key in enumerate(source.keys):
-        width, height = decode(source.read(position)).size
+        width, height = size_of(source.read(position))
         path = (out / "train" / key).with_suffix(".tar")
         for view, (box, flip, packed) in zip(order, _as_fkd_reads(path, order, kind), strict=True):
             p = dense[key, view].astype(float)
@@ -113,7 +114,7 @@ def test_an_export_to_fkd_comes_back_equal(
     ours, theirs = LabelSet.open(folder).views(), LabelSet.open(tmp_path / "back").views()
     source = ImageFolder(data_dir, "train")
     for position, key in enumerate(source.keys):
-        width, height = decode(source.read(position)).size
+        width, height = size_of(source.read(position))
         for view in range(4):
             sizes = {"width": width, "height": height}
             assert ours.view(key, view, **sizes) == theirs.view(key, view, **sizes)
@@ -265,7 +266,7 @@ def test_tables_hold_the_labels_and_where_they_were_cut(
     assert len(rows) == 36 * 4
     dense, labels = stored.dense_of(folder), LabelSet.open(folder)
     source = ImageFolder(data_dir, "train")
-    sizes = {key: decode(source.read(p)).size for p, key in enumerate(source.keys)}
+    sizes = {key: size_of(source.read(p)) for p, key in enumerate(source.keys)}
     truth = dict(zip(source.keys, source.labels, strict=True))
     for row in rows:
         key, view = row["key"], row["view"]

@@ -12,9 +12,11 @@ from PIL import Image
 import reference
 import stored
 from conftest import Result
-from mealv2.images import ImageFolder, cut, decode
+from mealv2.images import ImageFolder
 from mealv2.label_set import LabelSet
+from mealv2.pixels import cut, decode
 from mealv2.views import View
+from pictures import size_of
 from pipeline.label_sets import writing
 from pipeline.loaders import ViewReader
 
@@ -94,7 +96,7 @@ def _label_tree(data_dir: Path, folder: Path, *, seed: int = 0, leave_out: str =
         probs = rng.dirichlet([1.0, 1.0, 1.0], CROPS)
         ids, values = reference.top_k(probs, 2)
         packed = np.stack([ids, values], axis=1).astype(np.float32)
-        sizes = decode(source.read(position)).size
+        sizes = size_of(source.read(position))
         boxes = _fractions(_boxes(position, sizes), sizes)
         name = Path(key).with_suffix(".tar")
         _write(folder / "imagenet" / "train" / name, boxes, np.arange(CROPS) % 2 == 1, packed)
@@ -153,15 +155,15 @@ def test_views_are_the_stored_boxes_to_the_pixel(
 ) -> None:
     done(*importing())
     labels, source = LabelSet.open(tmp_path / "imported"), ImageFolder(data_dir, "train")
-    reader = ViewReader(source, img_size=32, views=labels.views())
+    reader = ViewReader(source, img_size=32, views=labels.views(), resize="pil")
     for position in range(0, len(source), 5):
         image = decode(source.read(position))
-        expected = _boxes(position, image.size)
-        pixels = reader[[(position, tuple(range(CROPS)))]]
+        expected = _boxes(position, image.shape[1::-1])
+        pixels = reader.read([(position, tuple(range(CROPS)))])
         assert pixels.boxes_B5.tolist() == [list(view.box()) for view in expected]
         for row, view in enumerate(expected):
             found = pixels.images_BCHW[row].permute(1, 2, 0).numpy()
-            np.testing.assert_array_equal(found, cut(image, view, 32))
+            np.testing.assert_array_equal(found, cut(image, view, 32, resize="pil"))
 
 
 def test_a_student_learns_from_imported_labels_on_their_boxes(
@@ -174,25 +176,20 @@ def test_a_student_learns_from_imported_labels_on_their_boxes(
 ) -> None:
     done(*importing())
     seen: set[tuple[int, ...]] = set()
-    real = ViewReader.__getitem__
+    real = ViewReader.cut
 
-    def watched(self: ViewReader, request: Any) -> Any:
-        pixels = real(self, request)
-        seen.update(
-            (p, *box)
-            for p, box in zip(pixels.positions, pixels.boxes_B5.tolist(), strict=True)
-            if any(box)
-        )
-        return pixels
+    def watched(self: ViewReader, picture: Any, position: int, index: int) -> Any:
+        row, box = real(self, picture, position, index)
+        if any(box):
+            seen.add((position, *box))
+        return row, box
 
-    monkeypatch.setattr(ViewReader, "__getitem__", watched)
+    monkeypatch.setattr(ViewReader, "cut", watched)
     words = [*distill_flags, "--labels", tmp_path / "imported", "--epochs", CROPS]
     done(*words, "--output", tmp_path / "run")
     source = ImageFolder(data_dir, "train")
     expected = {
-        (p, *view.box())
-        for p in range(len(source))
-        for view in _boxes(p, decode(source.read(p)).size)
+        (p, *view.box()) for p in range(len(source)) for view in _boxes(p, size_of(source.read(p)))
     }
     assert seen == expected
 

@@ -1,0 +1,251 @@
+"""WebDataset tar shards as an image source: the samples in them, and their images by position.
+
+Needs no webdataset. A shard is indexed and read on its own, through ``index_shard`` and ``_Files``.
+"""
+
+import os
+import re
+import threading
+import unicodedata
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from mealv2.errors import ConfigError, DataError
+from mealv2.images import EXTENSIONS
+from mealv2.tar_headers import BLOCK, Archive, Member
+
+_INDEXED_AT_ONCE = 16  # on a cold disk or a share every header waits for a read of its own
+_KEPT_OPEN = 64  # files a process; the usual limit is 1024, on some systems 256
+_TEXTS = {"cls": 32, "key": 4096}  # members that are read with the headers, at most so long
+_META = re.compile(r"__[^/]*__(/|$)")
+_MOST_CLASSES = 1_000_000  # without a file of names
+
+
+class ShardIndex(NamedTuple):
+    """The images of one tar file, in the order they lie."""
+
+    keys: list[str]
+    labels: "array[int]"
+    sizes: "array[int]"
+    offsets: "array[int]"
+    header_crc32s: "array[int]"
+
+
+class TarShards:
+    """Images in tar files as WebDataset lays them out, in the order of the shards' names.
+
+    A sample is a run of members with one name up to the first dot of the base name, which is its
+    key (the text of its ``.key`` member where it has one); it needs one image and the class id in
+    ``.cls``. Without ``classes`` their names are the ids, zero-padded. Any thread or forked or
+    spawned process may read. Raises DataError for a damaged file or sample and for a key that
+    comes twice, ConfigError for a class id without a name.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], *, name: str, split: str, classes: list[str] | None = None
+    ) -> None:
+        self.name = name
+        self.split = split
+        self.keys: list[str] = []
+        self.labels, self.sizes = array("q"), array("q")
+        self._offsets, self._crcs = array("q"), array("I")
+        self._first: list[int] = []  # position of each shard's first image
+        with ThreadPoolExecutor(_INDEXED_AT_ONCE) as threads:
+            for index in threads.map(index_shard, paths):
+                self._first.append(len(self.keys))
+                self.keys += index.keys
+                self.labels += index.labels
+                self.sizes += index.sizes
+                self._offsets += index.offsets
+                self._crcs += index.header_crc32s
+        self._files = _Files(paths)
+        if not self.keys:
+            raise ConfigError(f"{name} holds no samples: images with a .cls member each")
+        self._refuse_twins(paths)
+        self.classes = classes or self._numbered_classes(paths)
+        if (most := max(self.labels)) >= len(self.classes):
+            key = self.keys[self.labels.index(most)]
+            raise ConfigError(
+                f"image {key} of {name} has the class id {most}, but only {len(self.classes)} "
+                "classes have names, counted from 0; complete the file of class names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises OSError where it cannot be read.
+
+        DataError where the shard is no longer what it was: the tar header is compared too.
+        """
+        number = bisect_right(self._first, position) - 1
+        wanted = BLOCK + self.sizes[position]
+        data = self._files.read(number, wanted, self._offsets[position] - BLOCK)
+        if len(data) != wanted or zlib.crc32(data[:BLOCK]) != self._crcs[position]:
+            raise DataError(f"{self._files.paths[number]} was changed since it was opened")
+        return data[BLOCK:]
+
+    def _shard_of(self, paths: Sequence[Path], position: int) -> Path:
+        return paths[bisect_right(self._first, position) - 1]
+
+    def _refuse_twins(self, paths: Sequence[Path]) -> None:
+        if len(set(self.keys)) == len(self.keys):
+            return
+        places: dict[str, int] = {}
+        for position, key in enumerate(self.keys):
+            if (other := places.setdefault(key, position)) != position:
+                one, two = (self._shard_of(paths, p) for p in (other, position))
+                where = f"twice in {one}" if one == two else f"in {one} and in {two}"
+                raise DataError(f"sample {key} is {where}; every image needs a key of its own")
+
+    def _numbered_classes(self, paths: Sequence[Path]) -> list[str]:
+        most = max(self.labels)
+        if most >= _MOST_CLASSES:
+            path = self._shard_of(paths, self.labels.index(most))
+            raise DataError(f"{path} has the class id {most}; ids are counted from 0")
+        width = len(str(most))
+        return [f"{class_id:0{width}d}" for class_id in range(most + 1)]
+
+
+class _Files:
+    """Reads parts of some files by their number, few of them open at a time in each process."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._pid = os.getpid()
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """Return up to ``size`` bytes of a file, fewer at its end."""
+        if self._pid != os.getpid():  # a fork: a lock may be held there by nobody
+            self._start()
+        with self._lock:
+            file = self._open.pop(number, None) or _Descriptor(self.paths[number])
+            self._open[number] = file
+            if len(self._open) > _KEPT_OPEN:
+                self._open.popitem(last=False)
+        return os.pread(file.fd, size, offset)
+
+    def __getstate__(self) -> list[Path]:
+        return self.paths
+
+    def __setstate__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._start()
+
+
+class _Descriptor:
+    """An open file, closed when the last thread that reads it lets it go."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """Find the samples of a tar file by one pass over its headers.
+
+    Raises DataError, naming file and sample, for what is no sample or no whole tar file.
+    """
+    index = ShardIndex([], array("q"), array("q"), array("q"), array("I"))
+    with Archive(path) as archive:
+        for sample in _samples(archive):
+            where = f"sample {sample.name} of {path}"
+            if (image := _image_of(sample, where)) is None:
+                continue
+            index.keys.append(_key_of(sample, where))
+            index.labels.append(_label_of(sample, where))
+            index.sizes.append(image.size)
+            index.offsets.append(image.offset)
+            index.header_crc32s.append(image.header_crc32)
+    return index
+
+
+class _Sample:
+    """Members with one name up to the dot, by extension, and the text of the small ones."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: dict[str, Member] = {}
+        self.texts: dict[str, bytes] = {}
+
+
+def _samples(archive: Archive) -> Iterator[_Sample]:
+    """Yield each run of members with one name."""
+    sample = _Sample("")
+    for member in archive.members():
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        # webdataset: names without a dot, and what lies in __some__/, are no samples
+        if not (stem and dot) or (folder[:2] == "__" and _META.match(folder)):
+            continue
+        if (name := folder + slash + stem) != sample.name:
+            if sample.members:
+                yield sample
+            sample = _Sample(name)
+        extension = extension.lower()
+        if extension in sample.members:
+            raise DataError(f"sample {name} of {archive.path} has two members .{extension}")
+        sample.members[extension] = member
+        if (limit := _TEXTS.get(extension)) is not None:  # now, while it is near
+            if member.size > limit:
+                raise DataError(
+                    f"{member.name} in {archive.path} has {member.size} bytes, more than {limit}"
+                )
+            sample.texts[extension] = archive.read(member.offset, member.size)
+    if sample.members:
+        yield sample
+
+
+def _image_of(sample: _Sample, where: str) -> Member | None:
+    """Return the image of a sample; None where it has neither image nor class."""
+    images = [member for ext, member in sample.members.items() if f".{ext}" in EXTENSIONS]
+    if len(images) > 1:
+        names = ", ".join(member.name for member in images)
+        raise DataError(f"{where} has {len(images)} images: {names}; one is needed")
+    if images and "cls" not in sample.members:
+        raise DataError(
+            f"{where} has no class: a member .cls with the number must stand next to the image"
+        )
+    if not images and "cls" in sample.members:
+        raise DataError(
+            f"{where} has no image next to it, such as .jpg or .png (there: "
+            f"{', '.join(f'.{ext}' for ext in list(sample.members)[:8])})"
+        )
+    return images[0] if images else None
+
+
+def _label_of(sample: _Sample, where: str) -> int:
+    digits = sample.texts["cls"].strip()
+    if not digits.isdigit():
+        raise DataError(f"the .cls of {where} is {digits!r}; it must be a class id, counted from 0")
+    return min(int(digits), _MOST_CLASSES)  # more are refused
+
+
+def _key_of(sample: _Sample, where: str) -> str:
+    try:
+        key = sample.texts["key"].decode("utf-8") if "key" in sample.texts else sample.name
+    except UnicodeDecodeError:
+        key = ""
+    if not key or "\0" in key:
+        raise DataError(f"the .key of {where} is not a text in UTF-8")
+    if key[0] == "/" or ".." in key.split("/"):
+        raise DataError(f"{where} has the key {key!r}, which leads out of its folder")
+    return unicodedata.normalize("NFC", key)

@@ -1,0 +1,224 @@
+"""Every stage on tar shards: labels, runs and figures as on the folder they were made of."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import IMG_SIZE, ROOT, Result
+from mealv2.images import ImageFolder, open_source
+from mealv2.label_set import LabelSet, read_manifest
+from mealv2.pixels import cut, decode
+from mealv2.views import DrawnViews, view_of
+from pipeline.loaders import ViewReader, read_views
+from tars import tar_tree
+
+Run = Callable[..., Result]
+Contents = Callable[..., dict[str, bytes]]
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "beside": {"by_webdataset": True},
+    "inside": {"beside": False, "per_shard": 7},
+}
+
+
+def on(data_dir: Path | str, flags: list[str]) -> list[object]:
+    """Return flags with another --data-dir."""
+    return [*flags, "--data-dir", data_dir]
+
+
+@pytest.fixture(scope="module")
+def twin(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as tar files whose samples say the keys of the tree. Not to be changed."""
+    return tar_tree(data_dir, tmp_path_factory.mktemp("tars") / "twin", keys=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_labels_of_tar_shards_are_those_of_the_folder_byte_for_byte(
+    done: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    contents: Contents,
+    layout: str,
+) -> None:
+    tree = tar_tree(data_dir, tmp_path / "tars", keys=True, **LAYOUTS[layout])
+    done(*on(tree, precompute_flags), "--out", tmp_path / "labels", "--workers", 2)
+    assert contents(tmp_path / "labels") == contents(labels_dir)
+
+
+def test_a_pattern_gives_both_splits(
+    done: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    twin: Path,
+    tmp_path: Path,
+    contents: Contents,
+) -> None:
+    pattern = f"{twin}/{{train-{{000000..000003}},val-*}}.tar"
+    done(*on(pattern, precompute_flags), "--out", tmp_path / "labels")
+    assert contents(tmp_path / "labels") == contents(labels_dir)
+
+
+def test_views_of_plain_samples_are_drawn_from_their_webdataset_keys(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    source = open_source(tar_tree(data_dir, tmp_path / "tars"), "train")
+    folder = ImageFolder(data_dir, "train")
+    assert source.keys == [key.rpartition(".")[0] for key in folder.keys]
+    reader = ViewReader(source, img_size=IMG_SIZE, views=DrawnViews(7))
+    (pixels,) = read_views(reader, [[(3, (0, 5)), (20, (1,))]], workers=1)
+    for row, (position, index) in enumerate([(3, 0), (3, 5), (20, 1)]):
+        image = decode(folder.read(position))
+        width, height = image.shape[1::-1]
+        view = view_of(source.keys[position], index, seed=7, width=width, height=height)
+        expected = cut(image, view, IMG_SIZE)
+        np.testing.assert_array_equal(pixels.images_BCHW[row].permute(1, 2, 0), expected)
+
+
+def test_one_set_of_plain_tar_shards_goes_through_all_stages(
+    done: Run,
+    run_cli: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    data_dir: Path,
+    tmp_path: Path,
+) -> None:
+    tree = tar_tree(data_dir, tmp_path / "tars")
+    labels, run = tmp_path / "labels", tmp_path / "run"
+    done(*on(tree, precompute_flags), "--out", labels)
+    assert done("labels", "verify", labels, "--data-dir", tree, "--workers", 0).report["data"]
+    assert read_manifest(labels)["plan"]["classes"] == ["ants", "bees", "cats"]
+    assert next(iter(LabelSet.open(labels).keys())) == "ants/00"
+    done(*on(tree, distill_flags), "--labels", labels, "--epochs", 1, "--output", run)
+    done("evaluate", "--data-dir", tree, "--checkpoint", run, "--workers", 0)
+
+    (tree / "val-000001.tar").write_bytes(b"")
+    result = run_cli("labels", "verify", labels, "--data-dir", tree, "--workers", 0)
+    assert result.code == 1
+    assert "val-000001.tar" in result.stderr
+
+
+def test_training_and_figures_are_the_same_from_tar_shards(
+    done: Run,
+    distill_flags: list[str],
+    finetune_flags: list[str],
+    student_dir: Path,
+    data_dir: Path,
+    twin: Path,
+    tmp_path: Path,
+    weights: Callable[[Path], dict[str, bytes]],
+) -> None:
+    start = ["--initial-checkpoint", student_dir]
+    one_epoch = ["--epochs", 1, "--seed", 3]
+    for flags in (distill_flags, [f for f in finetune_flags if f != "--no-pretrained"]):
+        runs = tmp_path / f"{flags[0]}-folder", tmp_path / f"{flags[0]}-tars"
+        for run, data in zip(runs, (data_dir, twin), strict=True):
+            done(*on(data, flags), *start, *one_epoch, "--output", run)
+        assert weights(runs[0]) == weights(runs[1])
+    reports = [
+        done("evaluate", "--data-dir", data, "--checkpoint", runs[0], "--workers", 0).report
+        for data in (data_dir, twin)
+    ]
+    assert {**reports[0], "data": ""} == {**reports[1], "data": ""}
+
+
+def test_an_image_that_its_shard_no_longer_holds_is_skipped_by_name(
+    done: Run, run_cli: Run, student_dir: Path, twin: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tars"
+    shutil.copytree(twin, tree)
+    path = tree / "val-000000.tar"
+    data = path.read_bytes()
+    place = data.index(b"ants/02.png") + 600  # within the image
+    path.write_bytes(data[:place] + bytes(300) + data[place + 300 :])
+    words = ["evaluate", "--data-dir", tree, "--checkpoint", student_dir, "--workers", 0]
+    result = run_cli(*words)
+    assert result.code == 1
+    assert "ants/02.png" in result.stderr
+    done(*words, "--on-bad-image", "skip")
+
+
+def test_validation_shards_without_class_names_say_what_to_do(
+    run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tars"
+    shutil.copytree(twin, tree)
+    (tree / "classes.txt").unlink()
+    (tree / "val-000001.tar").unlink()  # the third class
+    result = run_cli(*on(tree, precompute_flags), "--out", tmp_path / "labels")
+    assert result.code == 2
+    assert "other classes than the training data: 2; name them in classes.txt" in result.stderr
+
+
+# --- exported sets ------------------------------------------------------------------------------
+
+
+def test_an_exported_set_is_data_that_its_labels_fit(
+    done: Run, labels_dir: Path, data_dir: Path, twin: Path, tmp_path: Path, contents: Contents
+) -> None:
+    for name, data in (("from-folder", data_dir), ("from-tars", twin)):
+        words = ["labels", "export", labels_dir, "--to", "webdataset", "--data-dir", data]
+        done(*words, "--out", tmp_path / name)
+    exported = contents(tmp_path / "from-folder")
+    assert contents(tmp_path / "from-tars") == exported
+    done("labels", "export", labels_dir, "--to", "webdataset", "--role", "val",
+         "--data-dir", data_dir, "--out", tmp_path / "val")  # fmt: skip
+    for path in (tmp_path / "val").glob("*.tar"):
+        shutil.copy(path, tmp_path / "from-tars")
+    report = done(
+        "labels", "verify", labels_dir, "--data-dir", tmp_path / "from-tars", "--workers", 0
+    ).report
+    assert report["data"] == "the same"
+
+
+def test_labels_of_plain_tar_shards_are_exported_with_their_images(
+    done: Run, precompute_flags: list[str], data_dir: Path, tmp_path: Path
+) -> None:
+    tree = tar_tree(data_dir, tmp_path / "tars")
+    labels, out = tmp_path / "labels", tmp_path / "out"
+    done(*on(tree, precompute_flags), "--val-split", "none", "--out", labels)
+    done("labels", "export", labels, "--to", "webdataset", "--data-dir", tree, "--out", out)
+    before, after = (open_source(place, "train") for place in (tree, out))
+    assert after.keys == before.keys
+    assert after.classes == before.classes
+    assert [after.read(p) for p in range(36)] == [before.read(p) for p in range(36)]
+
+
+# --- without webdataset ---------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+sys.modules["webdataset"] = None
+import cli, importlib
+for name in cli.EXAMPLES:
+    importlib.import_module(cli.module_of(name))
+from mealv2.images import open_source
+from pathlib import Path
+assert len(open_source(Path(sys.argv.pop(1)), "train")) == 36
+cli.main()
+"""
+
+
+def test_nothing_but_writing_tar_files_needs_webdataset(
+    labels_dir: Path, twin: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["labels", "export", labels_dir, "--to", "webdataset", "--data-dir", twin, "--out", out]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT, twin, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "needs webdataset to write: pip install webdataset" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
