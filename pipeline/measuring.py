@@ -1,11 +1,13 @@
 """How fast and how big work is: turns on a clock, waiting, memory, multiplications, real steps."""
 
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from pipeline.runtime import Runtime
 from pipeline.work import Work
 
 T = TypeVar("T")
+_PROC = Path("/proc")
 SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
 _WAITS = 0.1  # share of the time spent waiting for images above which these are what limits
 
@@ -42,10 +45,11 @@ def settle(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was done in one go, and the seconds it took."""
+    """What was done in one go, the seconds it took, and those of all cores together."""
 
     units: int
     seconds: float
+    cpu_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -56,10 +60,41 @@ class Turn:
 def timed(work: Callable[[], int], device: torch.device) -> Turn:
     """Do work once, from an idle device to an idle device; ``work`` returns how many units."""
     settle(device)
-    began = time.perf_counter()
+    cpu_began, began = cpu_seconds(), time.perf_counter()
     units = work()
     settle(device)
-    return Turn(units, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Turn(units, seconds, cpu_seconds() - cpu_began)
+
+
+def cpu_seconds() -> float:
+    """Return what this process and all below it have computed so far, on all cores together.
+
+    Steadier than the clock where other work shares the cores; without /proc, of this process only.
+    """
+    if not (_PROC / "self" / "stat").exists():
+        return time.process_time()
+    return sum(map(_ticks, processes(os.getpid()))) / os.sysconf("SC_CLK_TCK")
+
+
+def processes(pid: int) -> list[int]:
+    """Return a process and all below it, as /proc has them."""
+    try:
+        tasks = list((_PROC / str(pid) / "task").iterdir())
+        children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
+    except OSError:
+        return []  # it has just ended
+    return [pid, *(below for child in children for below in processes(child))]
+
+
+def _ticks(pid: int) -> int:
+    """Return the clock ticks of a process and of its children that have ended."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return 0
+    # behind the name, which may have blanks: state is field 3, utime to cstime are 14 to 17
+    return sum(map(int, text.rpartition(")")[2].split()[11:15]))
 
 
 def take_turns(

@@ -61,11 +61,11 @@ def draw_tree(
     folder: Path, *, num_images: int, num_classes: int = 10, size: tuple[int, int] | None = None
 ) -> Drawn:
     """Write pictures as FOLDER/CLASS/NUMBER.JPEG, drawn by as many processes as there are cores."""
-    classes = [folder / f"class-{number:03d}" for number in range(num_classes)]
+    classes = [folder / f"class-{number:03d}" for number in range(min(num_classes, num_images))]
     for path in classes:
         path.mkdir(parents=True, exist_ok=True)
 
-    paths = [classes[n % num_classes] / f"{n:05d}.JPEG" for n in range(num_images)]
+    paths = [classes[n % len(classes)] / f"{n:05d}.JPEG" for n in range(num_images)]
     write = partial(_write_picture, size=size)
     if num_images < _WORTH_PROCESSES:
         num_bytes = [write(path, n) for n, path in enumerate(paths)]

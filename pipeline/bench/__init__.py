@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mealv2.files import write_whole
 from pipeline import logs, runtime
 from pipeline.bench import (
@@ -86,6 +88,9 @@ def measure(room: Room, names: Sequence[str]) -> list[Line]:
             found |= {line.name: line for line in measure_group(room, wanted)}
         except NotMeasuredError as error:
             found |= {name: Line(name, why=str(error)) for name in wanted}
+        except torch.cuda.OutOfMemoryError:
+            why = "the GPU's memory is too small; give a smaller --batch-size"
+            found |= {name: Line(name, why=why) for name in wanted}
     return [found[name] for name in names]
 
 

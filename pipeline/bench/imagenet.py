@@ -1,6 +1,6 @@
 """What the rates of this machine mean for ImageNet: hours of one GPU, by stage and recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +61,12 @@ def teachers_rate(room: Room, names: Sequence[str], img_size: int) -> float:
         models.append(create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size))
         calibrate(models[-1], img_size)
     ensemble = TeacherEnsemble(models).to(room.device)
-    images_BCHW = _pixels(room, img_size)
 
-    def ask() -> int:
+    def ask(images_BCHW: torch.Tensor) -> None:
         with torch.inference_mode(), room.machine.autocast():
             ensemble(images_BCHW)
-        return len(images_BCHW)
 
-    return _rate(room, ask)
+    return _rate(room, ask, img_size)
 
 
 def step_rate(room: Room, name: str, img_size: int) -> float:
@@ -76,30 +74,41 @@ def step_rate(room: Room, name: str, img_size: int) -> float:
     student = create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size)
     task = DistillTask(student, Discriminator(NUM_CLASSES, "paper")).to(room.device).train()
     optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9)
-    images_BCHW = _pixels(room, img_size)
-    labels = torch.full((len(images_BCHW), NUM_CLASSES), 1.0 / NUM_CLASSES, device=room.device)
-    answer = Answer(SoftLabels.of_all(labels))
 
-    def step() -> int:
+    def step(images_BCHW: torch.Tensor) -> None:
+        even = torch.full((len(images_BCHW), NUM_CLASSES), 1.0 / NUM_CLASSES, device=room.device)
         with room.machine.autocast():
-            loss = task(images_BCHW, answer)["loss"]
+            loss = task(images_BCHW, Answer(SoftLabels.of_all(even)))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return _rate(room, step, img_size)
+
+
+def _rate(room: Room, ask: Callable[[torch.Tensor], None], img_size: int) -> float:
+    """Return views a second of the largest batch that fits, up to the room's."""
+    batch_size = room.batch_size
+    while True:
+        try:
+            return _rate_of(room, ask, (batch_size, img_size, img_size, 3))
+        except torch.cuda.OutOfMemoryError:
+            batch_size //= 2
+            if batch_size < 2:
+                raise
+            torch.cuda.empty_cache()
+
+
+def _rate_of(room: Room, ask: Callable[[torch.Tensor], None], shape: tuple[int, ...]) -> float:
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    images_BCHW = pixels.permute(0, 3, 1, 2).to(room.device)
+
+    def work() -> int:
+        ask(images_BCHW)
         return len(images_BCHW)
 
-    return _rate(room, step)
-
-
-def _rate(room: Room, work: Any) -> float:
     times = times_for(work, room.device, seconds=_TURN_S)
     return timed(repeated(work, times), room.device).rate
-
-
-def _pixels(room: Room, img_size: int) -> torch.Tensor:
-    shape = (room.batch_size, img_size, img_size, 3)
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    return pixels.permute(0, 3, 1, 2).to(room.device)
 
 
 def _say(rows: list[dict[str, Any]]) -> None:

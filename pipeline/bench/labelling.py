@@ -69,7 +69,11 @@ def measure_stage_one(room: Room, wanted: Sequence[str]) -> list[Line]:
         "teachers alone": repeated(bare, times),
     }
     turns = take_turns(works, rounds=room.config.rounds, device=room.device)
-    notes = {"batch_size": room.batch_size, "views_per_image": NUM_VIEWS}
+    notes = {
+        "batch_size": room.batch_size,
+        "views_per_image": NUM_VIEWS,
+        **room.cpu_note(turns, "stage one", "teachers alone"),
+    }
     return [Line("stage-one", ratios(turns, "stage one", "teachers alone"), turns, notes)]
 
 

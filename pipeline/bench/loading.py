@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from mealv2.errors import ConfigError
 from mealv2.images import ImageSource, open_source
 from mealv2.views import DrawnViews
-from pipeline.bench.lines import Line, NotMeasuredError, ratios
+from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, Images, Room
 from pipeline.jpegtran import Jpegtran, packed
 from pipeline.loaders import Pixels, Request, ViewReader, read_views, refuse_failures
@@ -53,7 +53,7 @@ def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
             name,
             ratios(turns, name, _BASELINE),
             {key: turns[key] for key in (name, _BASELINE)},
-            {"workers": room.config.workers},
+            {"workers": room.config.workers, **by_cpu_time(turns, name, _BASELINE)},
         )
         for name in works
         if name != _BASELINE
@@ -183,7 +183,7 @@ def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
         turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
         works.clear()
         gc.collect()
-    notes = {"workers": room.config.workers}
+    notes = {"workers": room.config.workers, **by_cpu_time(turns, "ours", "webdataset")}
     return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
 
 

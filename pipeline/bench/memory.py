@@ -26,7 +26,7 @@ from pipeline.bench.lines import Line, NotMeasuredError
 from pipeline.bench.room import Room, plan_of
 from pipeline.config import DEFAULT_RATE
 from pipeline.labelling import Labeller
-from pipeline.measuring import Turn
+from pipeline.measuring import Turn, processes
 from pipeline.pictures import draw_tree
 from pipeline.runtime import Runtime
 from pipeline.stage_one import ReadSettings, Role, StageOne
@@ -37,7 +37,7 @@ _PICTURES, _SIZE, _IMG_SIZE = 50, (80, 60), 32  # different files, the rest are 
 _SHARD_SIZE = 2048  # the default
 _BATCH_SIZE = 256
 _LONGEST_S = 60.0
-_TRIED = 32  # images, to know how many there is time for
+_TRIED = (8, 72)  # images, to know how many there is time for
 _EVERY_S = 0.05
 _PROC = Path("/proc")
 
@@ -115,12 +115,15 @@ def _child(
     out: Connection, pictures: Path, folder: Path, num_images: int, num_views: int, workers: int
 ) -> None:
     torch.set_num_threads(1)
-    if num_views == MANY_VIEWS:
-        tried = min(_TRIED, num_images)
+    taken: list[float] = []
+    for tried in (min(few, num_images) for few in _TRIED):  # what is loaded only once is no growth
         began = time.monotonic()
-        _label(pictures, folder / "tried", tried, num_views, workers)
-        rate = tried / (time.monotonic() - began)
-        num_images = max(min(4, num_images), min(num_images, int(rate * _LONGEST_S)))
+        _label(pictures, folder / f"tried-{len(taken)}", tried, num_views, workers)
+        taken.append(time.monotonic() - began)
+    if num_views == MANY_VIEWS:
+        # starting and ending cost seconds of their own
+        of_one = max(taken[1] - taken[0], 1e-3) / (_TRIED[1] - _TRIED[0])
+        num_images = max(min(_TRIED[1], num_images), min(num_images, int(_LONGEST_S / of_one)))
     began = time.monotonic()
     held = _label(pictures, folder / "all", num_images, num_views, workers)
     out.send(Held(num_images, num_views, time.monotonic() - began, *held))
@@ -189,13 +192,11 @@ class Peak:
 
 def resident_bytes(pid: int) -> int:
     """Return the resident memory of a process and all below it."""
+    return sum(map(_pages, processes(pid))) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pages(pid: int) -> int:
     try:
-        pages = int((_PROC / str(pid) / "statm").read_text().split()[1])
-        children = [
-            int(child)
-            for task in (_PROC / str(pid) / "task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
+        return int((_PROC / str(pid) / "statm").read_text().split()[1])
     except (OSError, IndexError):
         return 0  # it has just ended
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident_bytes, children))

@@ -17,7 +17,9 @@ from mealv2.label_set import Encoding, LabelSet, Rows, Shard
 from mealv2.models import Classifier, create_classifier
 from mealv2.views import RECIPE
 from pipeline import logs
+from pipeline.bench.lines import by_cpu_time
 from pipeline.config import DEFAULT_RATE, BenchConfig
+from pipeline.measuring import Turn
 from pipeline.pictures import Drawn, draw_tree, mean_pixels
 from pipeline.runtime import Runtime
 
@@ -104,6 +106,10 @@ class Room:
         folder = self.folder / "labels"
         write_labels(folder, self.encoding, self.images.source.keys, num_views=NUM_VIEWS)
         return LabelSet.open(folder)
+
+    def cpu_note(self, turns: dict[str, list[Turn]], what: str, against: str) -> dict[str, float]:
+        """Return the ratio by CPU time where networks compute there."""
+        return by_cpu_time(turns, what, against) if self.device.type == "cpu" else {}
 
     def resident(self, num_views: int) -> Tensor:
         """Return random pixels of so many views, on the device as the loop has them."""

@@ -1,6 +1,7 @@
 """The lines on stage two: a step with stored labels, beside hard labels and online teachers."""
 
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def measure_hard(room: Room, wanted: Sequence[str]) -> list[Line]:
     without = ratios(turns, "hard labels", "stored labels, no discriminator")
     notes = {
         "batch_size": room.batch_size,
-        "without_discriminator": round(sorted(without)[len(without) // 2], 4),
+        "without_discriminator": round(median(without), 4),
+        **room.cpu_note(turns, "hard labels", "stored labels"),
     }
     return [Line("step-hard", ratios(turns, "hard labels", "stored labels"), turns, notes)]
 
@@ -61,7 +63,11 @@ def measure_online(room: Room, wanted: Sequence[str]) -> list[Line]:
     works["stored labels"] = repeated(works["stored labels"], times)
     works["online"] = repeated(works["online"], max(1, times // 3))
     turns = take_turns(works, rounds=room.config.rounds, device=room.device)
-    notes = {"batch_size": room.batch_size, **arithmetic(room)}
+    notes = {
+        "batch_size": room.batch_size,
+        **arithmetic(room),
+        **room.cpu_note(turns, "stored labels", "online"),
+    }
     return [Line("step-online", ratios(turns, "stored labels", "online"), turns, notes)]
 
 

@@ -46,6 +46,7 @@ class BenchConfig(Machine):
     teacher: tuple[str, ...] = teachers_setting(
         ("senet154.gluon_in1k", "resnet152s.gluon_in1k"),
         "timm model, with random weights; repeat it, or separate several by commas.",
+        shown="senet154.gluon_in1k,resnet152s.gluon_in1k",
     )
     model: str = setting("resnet50", "Student: a timm model name; its weights are random.")
     img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")

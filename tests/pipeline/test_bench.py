@@ -12,13 +12,24 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, Result
-from pipeline.bench import command_of, hardware
+from mealv2 import recipes
+from pipeline.bench import command_of, hardware, imagenet
 from pipeline.bench.document import document
-from pipeline.bench.lines import GOALS, Line, ratios
+from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
+from pipeline.bench.room import Room
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
-from pipeline.measuring import Sample, Turn, Waiting, forward_macs, step_macs, take_turns
+from pipeline.measuring import (
+    Sample,
+    Turn,
+    Waiting,
+    cpu_seconds,
+    forward_macs,
+    step_macs,
+    take_turns,
+)
 from pipeline.pictures import draw_picture, draw_tree
+from pipeline.runtime import Runtime
 
 Run = Callable[..., Result]
 
@@ -92,6 +103,7 @@ def test_json_has_the_turns_behind_every_figure(everything: Any) -> None:
         for turns in line["turns"].values():
             assert len(turns) >= (1 if line["line"] == "memory" else raw["rounds"])
             assert all(turn["units"] > 0 and turn["seconds"] > 0 for turn in turns)
+            assert all(turn["cpu_seconds"] >= 0 for turn in turns)
     by_name = {line["line"]: line for line in raw["lines"]}
     (step,), (once,) = by_name["loader-4"]["turns"]["loader-4"], by_name["loader-1"]["figures"]
     assert step["units"] == 12 * 4
@@ -202,6 +214,40 @@ def test_webdataset_is_imported_by_its_line_alone() -> None:
     assert done.stdout == "False\n"
 
 
+def test_hours_for_imagenet_are_said_of_every_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(imagenet, "teachers_rate", lambda room, names, size: 1000.0)
+    monkeypatch.setattr(imagenet, "step_rate", lambda room, name, size: 500.0)
+    machine = Runtime(torch.device("cpu"), None)
+    told = imagenet.gpu_hours(Room(BenchConfig(), machine, tmp_path))
+    assert [row["recipe"] for row in told["recipes"]] == recipes.names()
+    row = next(row for row in told["recipes"] if row["recipe"] == "resnet50-224")
+    assert row["stage_one_180_views_h"] == pytest.approx(180 * 1_281_167 / 1000 / 3600, abs=0.1)
+    assert row["stage_two_h"] == pytest.approx(180 * 1_281_167 / 500 / 3600, abs=0.1)
+    assert row["online_h"] == pytest.approx(row["stage_two_h"] + row["stage_one_180_views_h"], 0.01)
+
+
+def test_rates_for_imagenet_are_measured_for_real(tmp_path: Path) -> None:
+    config = BenchConfig(batch_size=4)
+    room = Room(config, Runtime(torch.device("cpu"), None), tmp_path)
+    assert imagenet.teachers_rate(room, ["test_resnet", "test_efficientnet"], 32) > 0
+    assert imagenet.step_rate(room, "test_resnet", 32) > 0
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
+    room = Room(BenchConfig(batch_size=16), Runtime(torch.device("cpu"), None), tmp_path)
+    tried: list[int] = []
+
+    def ask(images_BCHW: torch.Tensor) -> None:
+        tried.append(len(images_BCHW))
+        if len(images_BCHW) > 4:
+            raise torch.cuda.OutOfMemoryError
+
+    assert imagenet._rate(room, ask, 8) > 0
+    assert list(dict.fromkeys(tried)) == [16, 8, 4]
+
+
 # --- the parts --------------------------------------------------------------------------------
 
 
@@ -298,3 +344,19 @@ def test_the_peak_of_a_known_card(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     assert hardware.peak_tflops(torch.device("cuda")) == peak
+
+
+def test_time_computed_counts_processes_below_this_one() -> None:
+    before = cpu_seconds()
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert cpu_seconds() - before >= 0.25
+
+
+def test_a_ratio_by_time_computed_leaves_out_turns_too_short_to_count() -> None:
+    turns = {
+        "ours": [Turn(10, 9.0, 1.0), Turn(10, 1.0, 0.01)],
+        "theirs": [Turn(5, 1.0, 1.0), Turn(5, 1.0, 1.0)],
+    }
+    assert by_cpu_time(turns, "ours", "theirs") == {"by_cpu_time": 2.0}
+    assert by_cpu_time({name: of[1:] for name, of in turns.items()}, "ours", "theirs") == {}

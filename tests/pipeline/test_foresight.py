@@ -45,7 +45,7 @@ def test_dry_run_says_the_steps_of_the_run_and_writes_nothing(
     told = result.report
     assert told["dry_run"] is True
     assert told["steps"] == done(*flags, "--val-split", "none").report["steps"]
-    assert told["seconds"] == pytest.approx(told["steps"] * told["seconds_per_step"], rel=0.01)
+    assert told["seconds"] == pytest.approx(told["steps"] * told["seconds_per_step"], abs=0.1)
     assert told["peak_bytes"] > 0
     assert told["limit"] in ("reading images", "the networks")
     assert f"{told['steps']} steps of 8 views, about " in result.stderr
