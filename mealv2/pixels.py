@@ -111,15 +111,16 @@ def decode_for(data: bytes, views_of: ViewsOf | None) -> Picture:
 
     ``views_of(width, height)`` are the views; None takes the whole. The pixels are the same.
     """
-    size = None if views_of is None else restart.size_of(data)
-    if views_of is not None and size is not None:
-        views = views_of(*size)
+    file = None if views_of is None else restart.opened(data)
+    if views_of is not None and file is not None:
+        views = views_of(file.width, file.height)
         top, left = min(view.top for view in views), min(view.left for view in views)
         height = max(view.top + view.height for view in views) - top
         width = max(view.left + view.width for view in views) - left
-        part = restart.region(data, top, left, height, width)
+        part = file.region(top, left, height, width)
         if part is not None:
-            return Picture(decode(part.data), *size, top - part.top, left - part.left)
+            place = top - part.top, left - part.left
+            return Picture(decode(part.data), file.width, file.height, *place)
     pixels_HWC = decode(data)
     height, width, _ = pixels_HWC.shape
     return Picture(pixels_HWC, width, height)

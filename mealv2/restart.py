@@ -22,6 +22,9 @@ _DHT, _SOI, _EOI, _SOS, _DQT, _DRI = 0xC4, b"\xff\xd8", b"\xff\xd9", 0xDA, 0xDB,
 _COPIED = (_DQT, _DHT, _DRI, 0xE0, 0xEE)
 _LEFT_OUT = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})  # EXIF, colour profiles, comments
 _RESTARTS = np.tile(np.arange(0xD0, 0xD8, dtype=np.uint8), 4096)
+_JFIF = 0xE0
+_INDEX, _INDEX_NAME = 0xE9, b"mealv2 restart\0"  # an application's segment, and what begins it
+_MOST_OF_SEGMENT = 0xFFFF
 _WHOLE_SPECTRUM = b"\x00\x3f\x00"  # all coefficients at full precision: not progressive
 
 
@@ -54,17 +57,72 @@ class _Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """A file that can be cut: its frame, MCUs per interval, where the coded bits begin.
+class RestartFile:
+    """A file that can be cut, as far as its header says: its frame, MCUs per interval, coded bits.
 
-    ``header`` is what a cut copies from before them, ``size_at`` the place of height and width.
+    ``scan`` is where these begin, ``header`` what a cut copies from before them, ``size_at`` the
+    place of height and width in it; ``lengths`` are the bytes of each interval, by an index.
     """
 
+    data: bytes
     frame: _Frame
     interval: int
     scan: int
     header: bytes
     size_at: int
+    lengths: np.ndarray | None
+
+    @property
+    def width(self) -> int:
+        """Pixels of a row."""
+        return self.frame.width
+
+    @property
+    def height(self) -> int:
+        """Rows of pixels."""
+        return self.frame.height
+
+    @property
+    def num_intervals(self) -> int:
+        """Intervals of the whole image."""
+        return self.frame.mcus_per_row // self.interval * self.frame.mcu_rows
+
+    def region(self, top: int, left: int, height: int, width: int) -> Region | None:
+        """Return a JPEG that decodes to a part of the image with a box in it; see ``region``."""
+        frame = self.frame
+        if min(top, left, height - 1, width - 1) < 0 or not self.data.endswith(_EOI):
+            return None
+        if top + height > frame.height or left + width > frame.width:
+            return None
+        # the part in intervals, which are one MCU row high
+        x0, x1 = _with_margin(left, left + width, frame.width, frame.mcu_width)
+        y0, y1 = _with_margin(top, top + height, frame.height, frame.mcu_height)
+        step = self.interval * frame.mcu_width
+        columns = slice(x0 // step, -(-x1 // step))
+        rows = slice(y0 // frame.mcu_height, -(-y1 // frame.mcu_height))
+        num_kept = (columns.stop - columns.start) * (rows.stop - rows.start)
+        if num_kept > MOST_KEPT * self.num_intervals:
+            return None
+        marks = self._marks()
+        if marks is None:
+            return None
+        part_top, part_left = rows.start * frame.mcu_height, columns.start * step
+        size = (
+            min(rows.stop * frame.mcu_height, frame.height) - part_top,
+            min(columns.stop * step, frame.width) - part_left,
+        )
+        header = bytearray(self.header)
+        struct.pack_into(">HH", header, self.size_at, *size)
+        marks_RC = marks.reshape(-1, frame.mcus_per_row // self.interval)
+        part = _copied(self.data, header, self.scan, marks_RC, rows, columns)
+        return None if part is None else Region(part, top - part_top, left - part_left)
+
+    def _marks(self) -> np.ndarray | None:
+        """Return the places of the markers behind the intervals, by the index or by a search."""
+        if self.lengths is None or len(self.lengths) != self.num_intervals:
+            return _search(self.data, self.scan, self.num_intervals)
+        marks: np.ndarray = (self.lengths + np.int64(2)).cumsum() - 2
+        return marks if marks[-1] == len(self.data) - self.scan - 2 else None
 
 
 def region(data: bytes, top: int, left: int, height: int, width: int) -> Region | None:
@@ -74,47 +132,43 @@ def region(data: bytes, top: int, left: int, height: int, width: int) -> Region 
     inside the image, and for whatever is not a whole baseline file of 1 or 3 components in one
     scan whose restart interval divides the row of MCUs: decode all of it then. Never raises.
     """
-    layout = _layout(data)
-    if layout is None or not data.endswith(_EOI):
-        return None
-    frame, interval = layout.frame, layout.interval
-    if min(top, left, height - 1, width - 1) < 0:
-        return None
-    if top + height > frame.height or left + width > frame.width:
-        return None
-    # the part in intervals, which are one MCU row high
-    x0, x1 = _with_margin(left, left + width, frame.width, frame.mcu_width)
-    y0, y1 = _with_margin(top, top + height, frame.height, frame.mcu_height)
-    step = interval * frame.mcu_width
-    columns = slice(x0 // step, -(-x1 // step))
-    rows = slice(y0 // frame.mcu_height, -(-y1 // frame.mcu_height))
-    per_row = frame.mcus_per_row // interval
-    num_kept = (columns.stop - columns.start) * (rows.stop - rows.start)
-    if num_kept > MOST_KEPT * per_row * frame.mcu_rows:
-        return None
-    marks = _marks(data, layout.scan, per_row * frame.mcu_rows)
-    if marks is None:
-        return None
-    part_top, part_left = rows.start * frame.mcu_height, columns.start * step
-    size = (
-        min(rows.stop * frame.mcu_height, frame.height) - part_top,
-        min(columns.stop * step, frame.width) - part_left,
-    )
-    header = bytearray(layout.header)
-    struct.pack_into(">HH", header, layout.size_at, *size)
-    part = _copied(data, header, layout.scan, marks.reshape(-1, per_row), rows, columns)
-    return Region(part, top - part_top, left - part_left)
+    file = opened(data)
+    return None if file is None else file.region(top, left, height, width)
 
 
 def is_packed(data: bytes) -> bool:
     """Return whether a file's header is that of one which ``region`` can cut."""
-    return _layout(data) is not None
+    return opened(data) is not None
 
 
-def size_of(data: bytes) -> tuple[int, int] | None:
-    """Return width and height of a file whose header says that ``region`` can cut it, or None."""
-    layout = _layout(data)
-    return None if layout is None else (layout.frame.width, layout.frame.height)
+def with_index(data: bytes) -> bytes:
+    """Return a file that ``region`` can cut with an index of its intervals, which spares a search.
+
+    The same bytes for any other file, and for one with more or longer intervals than an index has
+    room for: 32,000 or so, of up to 65,535 bytes.
+    """
+    data = _without_index(data)
+    file = opened(data)
+    marks = None if file is None else _search(data, file.scan, file.num_intervals)
+    if marks is None:
+        return data
+    lengths = np.diff(marks, prepend=-2) - 2
+    size = 2 + len(_INDEX_NAME) + 2 * len(lengths)
+    if size > _MOST_OF_SEGMENT or lengths.max() > 0xFFFF:
+        return data
+    segment = (
+        struct.pack(">BBH", 0xFF, _INDEX, size) + _INDEX_NAME + lengths.astype("<u2").tobytes()
+    )
+    # JFIF: its segment is the first
+    place = next((end for marker, _, end in _segments(data) if marker == _JFIF), len(_SOI))
+    return data[:place] + segment + data[place:]
+
+
+def _without_index(data: bytes) -> bytes:
+    for marker, at, end in _segments(data):
+        if marker == _INDEX and data.startswith(_INDEX_NAME, at + 4):
+            return _without_index(data[:at] + data[end:])
+    return data
 
 
 def mcus_per_row(data: bytes) -> int | None:
@@ -162,13 +216,17 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _layout(data: bytes) -> _Layout | None:
-    """Read the header of a file that can be cut; None for any other."""
+def opened(data: bytes) -> RestartFile | None:
+    """Read the header of a file that can be cut; None for any other. Never raises."""
     frame: _Frame | None = None
+    lengths: np.ndarray | None = None
     interval = size_at = begin = left_out = 0
     copied = []
     for marker, at, end in _segments(data):
         if marker in _LEFT_OUT:
+            if marker == _INDEX and data.startswith(_INDEX_NAME, at + 4):
+                first = at + 4 + len(_INDEX_NAME)
+                lengths = np.frombuffer(data, "<u2", (end - first) // 2, first)
             copied.append(data[begin:at])
             left_out += end - at
             begin = end
@@ -183,7 +241,7 @@ def _layout(data: bytes) -> _Layout | None:
             if frame.mcus_per_row % interval or not _is_only_scan(data[at:end], frame):
                 return None
             header = b"".join([*copied, data[begin:end]])
-            return _Layout(frame, interval, end, header, size_at)
+            return RestartFile(data, frame, interval, end, header, size_at, lengths)
         elif marker not in _COPIED or marker == _DRI:
             return None
     return None
@@ -216,7 +274,7 @@ def _is_only_scan(segment: bytes, frame: _Frame) -> bool:
     )
 
 
-def _marks(data: bytes, scan: int, count: int) -> np.ndarray | None:
+def _search(data: bytes, scan: int, count: int) -> np.ndarray | None:
     """Return the places, from ``scan`` on, of the markers behind the intervals, int64.
 
     They are numbered from 0 to 7 over and over; the last, of the end of the image, ends ``data``.
@@ -239,17 +297,26 @@ def _restarts(count: int) -> np.ndarray:
 
 def _copied(
     data: bytes, header: bytearray, scan: int, marks_RC: np.ndarray, rows: slice, columns: slice
-) -> bytes:
+) -> bytes | None:
     """Join a header and the intervals of some rows and columns, with their markers numbered anew.
 
-    ``marks_RC`` are the places of the markers behind the intervals, from ``scan`` on.
+    ``marks_RC`` are the places of the markers behind the intervals, from ``scan`` on; None where
+    one that is needed is not there.
     """
     kept_RC = marks_RC[rows, columns]
     ends_R = kept_RC[:, -1] + 2
     if columns.start:
         begins_R = marks_RC[rows, columns.start - 1] + 2
+        needed = slice(columns.start - 1, columns.stop)
+        is_whole = _are_marks(data, scan, marks_RC, rows, needed)
     else:  # behind the last marker of the row above; the first begins with the scan
         begins_R = np.concatenate([[-2], marks_RC[:-1, -1]])[rows] + 2
+        above = slice(max(0, rows.start - 1), rows.stop - 1)
+        is_whole = _are_marks(data, scan, marks_RC, rows, columns) and _are_marks(
+            data, scan, marks_RC, above, slice(marks_RC.shape[1] - 1, None)
+        )
+    if not is_whole:
+        return None
     coded = memoryview(data)[scan:]
     runs = zip(begins_R.tolist(), ends_R.tolist(), strict=True)
     part = bytearray().join([header, *[coded[begin:end] for begin, end in runs]])
@@ -258,3 +325,14 @@ def _copied(
     np.frombuffer(part, np.uint8)[places] = _restarts(len(places))
     part[-1] = _EOI[1]
     return bytes(part)
+
+
+def _are_marks(data: bytes, scan: int, marks_RC: np.ndarray, rows: slice, columns: slice) -> bool:
+    """Return whether the markers of some intervals are there, each with its number."""
+    coded = np.frombuffer(data, np.uint8, -1, scan)
+    places_RC = marks_RC[rows, columns]
+    found_RC = coded.take(places_RC + 1)
+    is_right_RC = found_RC == _restarts(marks_RC.size).reshape(marks_RC.shape)[rows, columns]
+    if places_RC.size and places_RC[-1, -1] == marks_RC[-1, -1]:
+        is_right_RC[-1, -1] = found_RC[-1, -1] == _EOI[1]
+    return bool(is_right_RC.all() and (coded.take(places_RC) == 0xFF).all())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.pixels import decode
-from mealv2.restart import is_packed, mcus_per_row
+from mealv2.restart import is_packed, mcus_per_row, with_index
 
 AGAIN = "run the same command again to go on"
 
@@ -82,6 +82,7 @@ def packed(data: bytes, program: Jpegtran) -> tuple[bytes, str | None]:
     restarted = program.restarted(data, interval_of(per_row))
     if restarted is None or not is_packed(restarted):
         return data, REFUSED
+    restarted = with_index(restarted)
     return (restarted, None) if decodes_to(restarted, pixels_HWC) else (data, DIFFERENT)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mealv2 import restart
 from mealv2.pixels import decode
-from mealv2.restart import MOST_KEPT, is_packed, mcus_per_row, region, size_of
+from mealv2.restart import MOST_KEPT, is_packed, mcus_per_row, region, with_index
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("jpegtran") and shutil.which("cjpeg")),
@@ -102,7 +103,7 @@ def test_every_box_of_every_layout_decodes_to_the_same_bits(layout: str) -> None
         for interval in {1, 4, 8, per_row}:
             data = packed(layout, width, height, interval)
             assert mcus_per_row(data) == per_row
-            assert (size_of(data) is not None) == (per_row % interval == 0)
+            assert is_packed(data) == (per_row % interval == 0)
             for top, left, box_height, box_width in boxes(width, height):
                 part = region(data, top, left, box_height, box_width)
                 if part is None:
@@ -140,7 +141,7 @@ def test_a_part_is_of_the_files_kind_and_can_be_cut_again() -> None:
     data = packed("4:2:0", 121, 77, 1)
     part = region(data, 40, 50, 20, 40)
     assert part is not None
-    assert size_of(part.data) is not None
+    assert is_packed(part.data)
     again = region(part.data, part.top + 10, part.left + 20, 2, 2)
     assert again is not None
     np.testing.assert_array_equal(
@@ -235,7 +236,7 @@ def test_files_of_other_kinds_are_not_cut() -> None:
         b"\xff\xd8\xff\xd9",
         b"RIFF",
     ):
-        assert size_of(data) is None
+        assert not is_packed(data)
         assert region(data, *BOX) is None
     file = io.BytesIO()
     Image.new("CMYK", (121, 77)).save(file, "JPEG")
@@ -327,7 +328,7 @@ def test_a_header_that_says_something_else_is_not_cut(
     at = data.index(marker) + offset
     changed = data[:at] + value + data[at + len(value) :]
     assert changed != data
-    assert size_of(changed) is None
+    assert not is_packed(changed)
     assert region(changed, *BOX) is None
 
 
@@ -408,7 +409,7 @@ def test_damaged_files_never_raise() -> None:
         data = damaged(rng.choice(whole), rng)
         box = (rng.randrange(70), rng.randrange(100), rng.randint(1, 60), rng.randint(1, 60))
         part = region(data, *box)
-        size_of(data)
+        assert isinstance(is_packed(data), bool)
         mcus_per_row(data)
         outcomes["refused" if part is None else "cut"] += 1
         if part is not None:
@@ -417,3 +418,87 @@ def test_damaged_files_never_raise() -> None:
             assert part.top >= 0 <= part.left
             assert len(part.data) < len(data)
     assert min(outcomes.values()) > 300, outcomes
+
+
+# --- the index --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def indexed() -> bytes:
+    """A file of 16 x 12 intervals, with an index of them."""
+    file = io.BytesIO()
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (96, 256, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", subsampling=0, restart_marker_blocks=2)
+    data = with_index(file.getvalue())
+    assert len(data) == len(file.getvalue()) + 4 + len(b"mealv2 restart\0") + 2 * 16 * 12
+    assert np.array_equal(decode(data), decode(file.getvalue()))
+    return data
+
+
+def parts(data: bytes) -> list[bytes | None]:
+    """Cut some boxes, the corners among them."""
+    boxes = [(0, 0, 20, 30), (76, 226, 20, 30), (40, 100, 1, 1), (8, 0, 8, 256), (3, 17, 50, 99)]
+    found = [region(data, *box) for box in boxes]
+    return [None if part is None else part.data for part in found]
+
+
+def test_parts_by_an_index_are_those_by_a_search(
+    indexed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = indexed.replace(b"mealv2 restart\0", b"somebody else\0\0")
+    searched = parts(plain)
+    assert None not in searched
+    monkeypatch.delattr(restart, "_search")
+    assert parts(indexed) == searched
+    assert not any(b"mealv2" in (part or b"") for part in parts(indexed))
+
+
+def test_an_index_is_made_anew_and_only_for_what_can_be_cut(indexed: bytes) -> None:
+    assert with_index(indexed) == indexed
+    # the lengths of another file
+    place = indexed.index(b"mealv2 restart\0") + 15
+    stale = indexed[:place] + bytes(384) + indexed[place + 384 :]
+    assert with_index(stale) == indexed
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    assert with_index(file.getvalue()) == file.getvalue()
+    assert with_index(b"no JPEG") == b"no JPEG"
+
+
+def test_an_index_goes_behind_jfifs_segment(indexed: bytes) -> None:
+    assert indexed[2:4] == b"\xff\xe0"
+    length = int.from_bytes(indexed[4:6], "big")
+    assert indexed[4 + length : 6 + length] == b"\xff\xe9"
+
+
+def test_an_index_that_lies_is_found_out(indexed: bytes) -> None:
+    place = indexed.index(b"mealv2 restart\0") + 15
+    right = parts(indexed)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(indexed)
+        one, two = (place + 2 * int(n) for n in rng.choice(192, 2, replace=False))
+        by = int(rng.integers(1, 4))
+        # so that the sum is still right
+        for at, delta in ((one, by), (two, -by)):
+            length = int.from_bytes(changed[at : at + 2], "little") + delta
+            changed[at : at + 2] = (length & 0xFFFF).to_bytes(2, "little")
+        for found, expected in zip(parts(bytes(changed)), right, strict=True):
+            assert found in (None, expected)
+            refused += found is None
+    assert refused > 100
+
+
+def test_an_index_of_another_length_is_not_used(indexed: bytes) -> None:
+    at = indexed.index(b"\xff\xe9")
+    size = int.from_bytes(indexed[at + 2 : at + 4], "big")
+    for cut in (0, 1, 2, 384):
+        shorter = (
+            indexed[: at + 2]
+            + (size - cut).to_bytes(2, "big")
+            + indexed[at + 4 : at + 2 + size - cut]
+            + indexed[at + 2 + size :]
+        )
+        assert parts(shorter) == parts(indexed)
