@@ -270,22 +270,11 @@ class Stepper:
             result: Result = self.work.task(images_BCHW, answer)
         return result
 
-    def backward(self, result: Result) -> None:
-        """Fill in the gradients."""
-        self.state.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
-
-    def update(self) -> None:
-        """Do the optimizer's step, and the moving average's."""
-        self.state.scaler.step(self.state.optimizer)
-        self.state.scaler.update()
-        self.state.optimizer.zero_grad()
-        if self.state.ema is not None:
-            self.state.ema.update(self.work.student, step=self.state.place.total_steps)
-
     def step(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> int:
         """Do one step on a batch of the device; return how many views it has."""
-        self.backward(self.forward(images_BCHW, self.answer(positions, views, images_BCHW)))
-        self.update()
+        result = self.forward(images_BCHW, self.answer(positions, views, images_BCHW))
+        self.state.backward(result["loss"])
+        self.state.update()
         return len(positions)
 
     def steps(self, batches: Iterable[Pixels]) -> Sample:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor
 
 from mealv2.errors import DataError, LabelSetError
 from mealv2.images import fingerprint
@@ -63,6 +64,18 @@ class RunState:
         """Set every group's learning rate to its initial one times ``factor``."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def backward(self, loss: Tensor) -> None:
+        """Fill in the gradients."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Do the optimizer's step, and the moving average's."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self._work.student, step=self.place.total_steps)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values."""

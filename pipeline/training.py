@@ -178,12 +178,8 @@ class _Trainer:
                 self._prepare(images_BCHW, answer)
             result = self._compute(images_BCHW, answer, mixture)
 
-        self.state.scaler.scale(result["loss"]).backward()  # type: ignore[no-untyped-call]
-        self.state.scaler.step(self.state.optimizer)
-        self.state.scaler.update()
-        self.state.optimizer.zero_grad()
-        if self.state.ema is not None:
-            self.state.ema.update(work.student, step=self.place.total_steps)
+        self.state.backward(result["loss"])
+        self.state.update()
 
         return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
 

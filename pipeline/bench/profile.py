@@ -89,9 +89,9 @@ def stage_two(room: Room) -> dict[str, Any]:
         with phases("forward and loss"):
             result = stepper.forward(images_BCHW, answer)
         with phases("backward"):
-            stepper.backward(result)
+            stepper.state.backward(result["loss"])
         with phases("optimizer"):
-            stepper.update()
+            stepper.state.update()
         if number == 0:
             phases.seconds.clear()
     with torch.device("meta"):
