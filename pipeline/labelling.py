@@ -19,7 +19,8 @@ from pipeline.loaders import Pixels, refuse_failures
 from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
 
-_ENCODED_AT_ONCE = 1 << 22  # probabilities; 16 MB, and as many mean logits
+# Encoded at once: probabilities, 16 MB and as many mean logits, or views, at some 2 kB each.
+_MOST_PROBABILITIES, _MOST_VIEWS = 1 << 22, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ class _Kept:
         """
         self._waiting.append(answer)
         self._finite.append((near, torch.isfinite(answer.probs_BC).all()))
-        self._num_waiting += answer.probs_BC.numel()
-        if self._num_waiting >= _ENCODED_AT_ONCE:
+        self._num_waiting += len(answer.probs_BC)
+        most = min(_MOST_VIEWS, _MOST_PROBABILITIES // self._encoding.num_classes)
+        if self._num_waiting >= most:
             self._encode()
 
     def rows(self) -> Rows:
