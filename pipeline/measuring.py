@@ -253,7 +253,7 @@ class Stepper:
     def __init__(self, config: TrainConfig, machine: Runtime, work: Work) -> None:
         self.machine = machine
         self.work = work
-        work.task.to(machine.device)
+        machine.place(work.task)
         work.task.train()
         self.state = RunState(config, machine, work)
         self.state.set_lr(config.lr_factor(0))

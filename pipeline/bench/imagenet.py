@@ -60,7 +60,7 @@ def teachers_rate(room: Room, names: Sequence[str], img_size: int) -> float:
     for name in names:
         models.append(create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size))
         calibrate(models[-1], img_size)
-    ensemble = TeacherEnsemble(models).to(room.device)
+    ensemble = room.machine.place(TeacherEnsemble(models))
 
     def ask(images_BCHW: torch.Tensor) -> None:
         with torch.inference_mode(), room.machine.autocast():
@@ -72,8 +72,8 @@ def teachers_rate(room: Room, names: Sequence[str], img_size: int) -> float:
 def step_rate(room: Room, name: str, img_size: int) -> float:
     """Return images a second that a student learns from, labels and images on the device."""
     student = create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size)
-    task = DistillTask(student, Discriminator(NUM_CLASSES, "paper")).to(room.device).train()
-    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9)
+    task = room.machine.place(DistillTask(student, Discriminator(NUM_CLASSES, "paper"))).train()
+    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
     def step(images_BCHW: torch.Tensor) -> None:
         even = torch.full((len(images_BCHW), NUM_CLASSES), 1.0 / NUM_CLASSES, device=room.device)

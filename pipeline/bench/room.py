@@ -89,7 +89,7 @@ class Room:
         teachers = [self.network(name) for name in self.config.teacher]
         for teacher in teachers:
             calibrate(teacher, self.config.img_size)
-        return TeacherEnsemble(teachers).to(self.device)
+        return self.machine.place(TeacherEnsemble(teachers))
 
     def network(self, name: str) -> Classifier:
         """Build a model of 1,000 classes with random weights."""
