@@ -70,6 +70,7 @@ def test_batches_of_another_size_are_not_compiled(seeded_weights: None) -> None:
     assert network.calls == 6
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_so_once_and_computes_the_same(
     no_compiler: None, seeded_weights: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_without_a_compiler_it_says_so_once_and_computes_the_same(
     torch.testing.assert_close(network.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_stage_one_goes_on_without_a_compiler_to_the_same_bits(
     no_compiler: None,
     done: Run,
@@ -99,6 +101,7 @@ def test_stage_one_goes_on_without_a_compiler_to_the_same_bits(
     assert contents(tmp_path / "labels") == contents(labels_dir)
 
 
+@pytest.mark.slow
 def test_what_the_network_itself_refuses_is_still_its_own_error(no_compiler: None) -> None:
     call = Compiler("default", 1).compiled(Tiny())
     with pytest.raises(ValueError, match="more than 1 value per channel"):
