@@ -169,6 +169,7 @@ class Bench:
             runtime.start(config),
             config,
             img_size=found.img_size,
+            resize=config.resize,
             labels=LabelSet.open(self.labels("dense"), role="val"),
         )
         return evaluator(found.model, num_classes=len(source.classes)).summary()

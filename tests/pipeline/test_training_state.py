@@ -157,7 +157,8 @@ def test_accuracies_of_the_average_and_of_the_student_are_reported(
         kept = json.loads(file.metadata()["mealv2"])
     del kept["weights_sha256"]  # which notices that these are others
     metadata = {"mealv2": json.dumps(kept)}
-    last = states(run)[-1]["state_dict"]
+    state = states(run)[-1]["state_dict"]
+    last = {name: tensor.contiguous() for name, tensor in state.items()}  # it is channels-last
     safetensors.torch.save_file(last, own / "model.safetensors", metadata=metadata)
     for folder, name in ((run, "top1"), (own, "student_top1")):
         flags = ["--data-dir", data_dir, "--checkpoint", folder, "--workers", 0]
