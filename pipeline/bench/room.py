@@ -25,7 +25,7 @@ from pipeline.runtime import Runtime
 
 NUM_CLASSES = 1000
 NUM_VIEWS = 16  # stored of an image, and cut from one decode in stage one
-_CPU_BATCH, _GPU_BATCH, _SMALL_GPU_BATCH = 4, 256, 128
+_CPU_BATCH, _GPU_BATCH, _SMALL_GPU_BATCH = 8, 256, 128
 _SMALL_GPU = 40e9  # bytes
 _CALIBRATED_ON = 4  # views
 # Of the logits of drawn labels: about 40 bytes a view, the likeliest class at 0.6.

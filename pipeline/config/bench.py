@@ -51,7 +51,7 @@ class BenchConfig(Machine):
     model: str = setting("resnet50", "Student: a timm model name; its weights are random.")
     img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
     batch_size: int | None = setting(
-        None, "Views per step and per forward pass.", shown="4 on a CPU, 128 or 256 on a GPU"
+        None, "Views per step and per forward pass.", shown="8 on a CPU, 128 or 256 on a GPU"
     )
     data_dir: Path | None = setting(
         None, "Images to read instead: ROOT/SPLIT/CLASS/IMAGE.", shown="drawn ones"
