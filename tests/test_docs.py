@@ -229,6 +229,7 @@ def test_speed_doc_runs_on_a_small_set(
     assert said[1].report["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_bench_doc_runs(
     run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ from pipeline.measuring import (
 from pipeline.pictures import draw_picture, draw_tree
 from pipeline.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 TINY = {

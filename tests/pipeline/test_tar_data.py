@@ -206,6 +206,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_nothing_but_writing_tar_files_needs_webdataset(
     labels_dir: Path, twin: Path, tmp_path: Path
 ) -> None:
