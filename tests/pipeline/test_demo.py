@@ -75,7 +75,7 @@ def test_arms_share_start_schedule_and_data(told: tuple[Path, Any]) -> None:
         for arm in ("hard-labels", "distilled")
     )
     # these the label set says, and the command cannot
-    of_labels = {"split", "img_size", "view_seed"}
+    of_labels = {"split", "img_size", "view_seed", "exact_pil"}
     assert all(distilled[name] is None for name in of_labels)
     shared = (control.keys() & distilled.keys()) - of_labels
     assert {name for name in shared if control[name] != distilled[name]} == set()
