@@ -6,7 +6,7 @@ from typing import Any
 from mealv2.errors import DataError
 from pipeline import logs, measuring
 from pipeline.config import TrainConfig
-from pipeline.loaders import ViewReader, read_views
+from pipeline.loaders import read_views
 from pipeline.order import batches
 from pipeline.passes import Passes
 from pipeline.runtime import Runtime
@@ -65,10 +65,9 @@ def sample_steps(config: TrainConfig, machine: Runtime, work: Work) -> measuring
     def do(steps: int) -> measuring.Sample:
         every = itertools.chain.from_iterable(itertools.repeat(list(passes.requests(0))))
         requests = list(itertools.islice(every, min(steps, _MOST_STEPS)))
-        reader = ViewReader(
-            work.source, img_size=work.img_size, views=work.views, resize=work.resize
+        pixels = read_views(
+            work.reader(), requests, workers=config.workers, pin_memory=machine.pins
         )
-        pixels = read_views(reader, requests, workers=config.workers, pin_memory=machine.pins)
         return stepper.steps(pixels)
 
     return measuring.sample(do, least=1)

@@ -78,12 +78,11 @@ def online(
     ensemble, described = teachers.build(
         config.teacher, classes=list(source.classes), img_size=img_size, runtime=machine
     )
-    resize: Resize = "pil" if config.exact_pil else "torch"
     of_validation = None
     accuracies: dict[str, dict[str, float]] = {}
     if val is not None:
         of_validation, figures = _label_validation(
-            config, machine, ensemble, val, img_size=img_size, resize=resize
+            config, machine, ensemble, val, img_size=img_size, resize=config.resize
         )
         names = [*(f"teacher {teacher['model']}" for teacher in described), "ensemble"]
         accuracies = dict(zip(names, figures, strict=True))
@@ -92,7 +91,7 @@ def online(
         list(range(len(source))),
         img_size,
         DrawnViews(config.view_seed or 0),
-        resize,
+        config.resize,
         {"online": True, "teachers": described},
         of_validation,
         accuracies,

@@ -18,7 +18,7 @@ from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
 from pipeline.compiling import Compiler
 from pipeline.config import TrainConfig
-from pipeline.loaders import Pixels, ViewReader, read_views, refuse_failures
+from pipeline.loaders import Pixels, read_views, refuse_failures
 from pipeline.passes import Passes
 from pipeline.prefetch import on_device
 from pipeline.run_state import Place, RunState
@@ -220,12 +220,7 @@ class _Trainer:
         """Read the pixels of every batch from here to the end of the run, passes in a row."""
         rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
-            ViewReader(
-                self.work.source,
-                img_size=self.work.img_size,
-                views=self.work.views,
-                resize=self.work.resize,
-            ),
+            self.work.reader(),
             itertools.islice(rest, self.place.step, None),
             workers=self.config.workers,
             pin_memory=self.machine.pins,

@@ -14,6 +14,7 @@ from mealv2.task import Task
 from mealv2.views import Views
 from pipeline.config import TrainConfig
 from pipeline.evaluation import Evaluator
+from pipeline.loaders import ViewReader
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Work:
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
     legend: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
+
+    def reader(self) -> ViewReader:
+        """Return what reads the views of the images."""
+        return ViewReader(self.source, img_size=self.img_size, views=self.views, resize=self.resize)
 
 
 def make_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:

@@ -28,6 +28,7 @@ Tree = Any  # what JSON can hold
 Files = dict[str, bytes]
 
 SECONDS = 5  # of computing, that any case may take on however busy a machine
+SECONDS_PER_BYTE = 3e-7  # and for what its files hold: reading is linear
 FLOOR = 16 << 20  # bytes that any case may take
 TIMES_SIZE = 10  # bytes it may take for each of its set
 ADDRESS_SPACE = 4 << 30  # beyond what the imports took; making the cases needs some too
@@ -465,7 +466,7 @@ def run(folder: Path, seed: int, first: int, count: int) -> dict[str, Any]:
         case = make_special(number, whole) if number < NUM_SPECIAL else make_case(rng, whole)
         reader.put(case.files)
         size = sum(map(len, case.files.values()))
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS + size * SECONDS_PER_BYTE)
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:

@@ -65,6 +65,12 @@ QUICK = {
 }
 
 
+def beside(folder: Path, **runs: Path) -> None:
+    """Put runs, each with a copy of a student, where the documents have theirs."""
+    for name, student in runs.items():
+        shutil.copytree(student, folder / "runs" / name.replace("_", "-") / "student")
+
+
 def blocks(path: str, language: str) -> list[str]:
     """Return the fenced blocks of a language in a document."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -129,7 +135,7 @@ def test_export_doc_runs_on_a_run_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
-    shutil.copytree(make_model("test_byobnet"), tmp_path / "runs" / "student" / "student")
+    beside(tmp_path, student=make_model("test_byobnet"))
 
     for words in commands("docs/export.md"):
         result = run_cli(*words)
@@ -162,8 +168,7 @@ def test_labels_doc_runs_on_a_small_set(
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
-    for name, folder in zip(("teacher-1", "teacher-2", "start"), models, strict=True):
-        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
     done(*precompute_flags, "--topk", "all", "--out", "before")
     flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--out", "soft_labels"]
     done("labels", "export", "before", *flags)
@@ -196,11 +201,8 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
-    for name, folder in (
-        ("teacher-1", teacher_dirs["test_resnet"]),
-        ("start", make_model("test_byobnet", seed=4)),
-    ):
-        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+    start = make_model("test_byobnet", seed=4)
+    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
 
     for code in blocks("docs/tar-shards.md", "python"):
         exec(compile(code, "docs/tar-shards.md", "exec"), {})
@@ -220,8 +222,7 @@ def test_speed_doc_runs_on_a_small_set(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
-    for name, folder in zip(("teacher-1", "teacher-2", "start"), models, strict=True):
-        shutil.copytree(folder, tmp_path / "runs" / name / "student")
+    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
 
     said = [done(*words) for words in commands("docs/speed.md")]
 
@@ -261,7 +262,7 @@ def test_pack_doc_runs_on_a_small_set(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     (tmp_path / "labels").symlink_to(labels_dir)
-    shutil.copytree(make_model("test_byobnet", seed=4), tmp_path / "runs" / "start" / "student")
+    beside(tmp_path, start=make_model("test_byobnet", seed=4))
 
     said = [done(*words).report for words in commands("docs/pack.md")]
 

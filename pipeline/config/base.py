@@ -20,6 +20,10 @@ DEFAULT_IMG_SIZE = 224
 MOST_VIEWS = 1_000_000  # of an image, in a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
+EXACT_PIL = (
+    "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -61,14 +65,11 @@ class Reading(Settings):
 class Cutting(Settings):
     """What every command has that says how views are cut."""
 
-    exact_pil: bool = setting(
-        False,
-        "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255.",
-    )
+    exact_pil: bool = setting(False, EXACT_PIL)
 
     @property
     def resize(self) -> Literal["torch", "pil"]:
-        """Who resizes."""
+        """Who resizes, unless a label set says."""
         return "pil" if self.exact_pil else "torch"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE
+from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, Cutting
 from pipeline.config.fields import (
     at_least,
     between,
@@ -20,7 +20,7 @@ from pipeline.config.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainConfig):
+class DistillConfig(Cutting, TrainConfig):
     """Stage two: train a student and a discriminator from a label set, from teachers online, or
     both. Defaults are the paper's.
     """
@@ -58,10 +58,8 @@ class DistillConfig(TrainConfig):
         None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
     )
     view_seed: int | None = setting(None, "With --online: seed of the views.", shown="0")
-    exact_pil: bool | None = setting(
-        None,
-        "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255.",
-        shown="as the label set was made, else no",
+    exact_pil: bool | None = setting(  # type: ignore[assignment]  # here it may be left open
+        None, EXACT_PIL, shown="as the label set was made, else no"
     )
     discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
         "paper",

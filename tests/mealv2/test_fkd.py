@@ -28,20 +28,9 @@ from mealv2.fkd import (
 from mealv2.pixels import cut
 from mealv2.soft_labels import SoftLabels, top_k
 from mealv2.views import packed_boxes, unpacked_view
+from official import CROPS, GOLDEN, KINDS
 
 CLASSES = 40
-CROPS = 6
-KINDS = [
-    "ori",
-    "hard",
-    "smoothing",
-    "marginal_smoothing_k5",
-    "marginal_smoothing_k10",
-    "marginal_renorm_k5",
-]
-
-with np.load(Path(__file__).parents[1] / "golden" / "official_mealv2.npz") as arrays:
-    GOLDEN = {name: arrays[name] for name in arrays if name[:2] in ("R_", "C_")}
 
 
 def some_probs(num_rows: int = CROPS, num_classes: int = CLASSES) -> Tensor:

@@ -16,23 +16,12 @@ from mealv2.images import ImageFolder
 from mealv2.label_set import LabelSet
 from mealv2.pixels import cut, decode
 from mealv2.views import View
+from official import CROPS, GOLDEN, KINDS
 from pictures import size_of
 from pipeline.label_sets import writing
 from pipeline.loaders import ViewReader
 
 Run = Callable[..., Result]
-CROPS = 6  # rows of the golden arrays
-KINDS = [
-    "ori",
-    "hard",
-    "smoothing",
-    "marginal_smoothing_k5",
-    "marginal_smoothing_k10",
-    "marginal_renorm_k5",
-]
-
-with np.load(Path(__file__).parents[2] / "golden" / "official_mealv2.npz") as arrays:
-    GOLDEN = {name: arrays[name] for name in arrays if name[:2] in ("R_", "C_")}
 
 
 def _packed(kind: str) -> np.ndarray:
