@@ -19,10 +19,19 @@ import click
 import mealv2
 from mealv2 import recipes
 from mealv2.errors import ConfigError, MealError
+from mealv2.locations import located
 from pipeline import config as configs
 
 # A run that is resumed keeps its settings, but for these.
-RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
+RESUMABLE = {
+    "resume",
+    "workers",
+    "device",
+    "log_interval",
+    "checkpoint_hist",
+    "cache_dir",
+    "cache_size",
+}
 
 IN_CONFIG = "mealv2.in_config"  # where a context keeps the names that --config gives
 
@@ -153,7 +162,8 @@ def module_of(name: str) -> str:
 
 def _in_reading_order(config: type[configs.Settings]) -> "list[dataclasses.Field[Any]]":
     """Return the fields as a reader wants them: required ones, the stage's own, the machine's."""
-    machine = {field.name for field in dataclasses.fields(configs.Machine)}
+    kinds = (configs.Machine, configs.Caching)
+    machine = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     return sorted(
         dataclasses.fields(config),
         key=lambda f: (f.default is not dataclasses.MISSING, f.name in machine),
@@ -175,7 +185,7 @@ def _argument(field: "dataclasses.Field[Any]") -> Any:
     several = typing.get_origin(field.type) is tuple
     return click.argument(
         field.name,
-        type=click.Path(path_type=Path),
+        type=_Place(configs.is_location(field)),
         nargs=-1 if several else 1,
         required=False,
         metavar=configs.spelling(field) + ("..." if several else ""),
@@ -207,11 +217,27 @@ def _option(field: "dataclasses.Field[Any]") -> Any:
     elif typing.get_origin(field.type) is typing.Union and kind is int:
         settings["type"] = _NumberOr(typing.get_args(typing.get_args(field.type)[1]))
     else:
-        settings["type"] = click.Path(path_type=Path) if kind is Path else kind
+        settings["type"] = _Place(configs.is_location(field)) if kind is Path else kind
     if (convert := field.metadata.get("convert")) is not None:
         settings["callback"] = lambda context, option, value: convert(value)
     names = {"--batch-size": ("-b",), "--workers": ("-j",)}.get(flag, ())
     return click.option(flag, field.name, *names, help=text, **settings)
+
+
+class _Place(click.ParamType):
+    """A path of this machine or, where that is possible, a URL."""
+
+    def __init__(self, may_be_url: bool) -> None:
+        self.name = "path|url" if may_be_url else "path"
+        self._may_be_url = may_be_url
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | str:
+        place = located(value)
+        if isinstance(place, str) and not self._may_be_url:
+            self.fail("must be a path of this machine, not a URL", param, ctx)
+        return place
 
 
 class _NumberOr(click.ParamType):

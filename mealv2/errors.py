@@ -17,6 +17,13 @@ class DataError(MealError):
     """An image or a data set that cannot be read (exit 1)."""
 
 
+class RemoteError(MealError):
+    """A server or store that refuses, fails or cannot be reached (exit 1).
+
+    No DataError: nothing is wrong with the image that was asked for, and none may be left out.
+    """
+
+
 class LabelSetError(MealError):
     """A label set that is damaged, incomplete, or made from something else (exit 3)."""
 

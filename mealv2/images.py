@@ -9,7 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
+from mealv2.cache import Cache
 from mealv2.errors import ConfigError
+from mealv2.locations import Location, is_url
 from mealv2.packed import finished_index, original_sizes
 from mealv2.tar_files import find_split
 
@@ -100,13 +102,19 @@ class ImageFolder:
         return Path(self._paths[position]).read_bytes()
 
 
-def open_source(data_dir: Path, split: str) -> ImageSource:
+def open_source(data_dir: Location, split: str, *, cache: Cache | None = None) -> ImageSource:
     """Open a split of a data set, whatever its form: an ImageFolder tree, or tar files.
 
-    Raises ConfigError where there is none, DataError for a damaged tar file.
+    A URL needs a ``cache`` for copies of its tar files. Raises ConfigError where there is no such
+    split, DataError for a damaged tar file, RemoteError.
     """
-    from mealv2.tar_shards import TarShards  # which needs this module
+    from mealv2.remote_tars import open_remote
+    from mealv2.tar_shards import TarShards  # which need this module
 
+    if is_url(data_dir):
+        assert cache is not None, "remote files need a cache"
+        return open_remote(str(data_dir), split, cache)
+    data_dir = Path(data_dir)
     if (tars := find_split(data_dir, split)) is None:
         return ImageFolder(data_dir, split)
     return TarShards(tars.paths, name=tars.name, split=split, classes=tars.classes)

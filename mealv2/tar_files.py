@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from mealv2.files import parse_json
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MOST_FILES = 100_000
-_CLASS_FILES = ("classes.txt", "classes.json")
+CLASS_FILES = ("classes.txt", "classes.json")
 
 
 class Split(NamedTuple):
@@ -45,13 +45,25 @@ def _in_folder(root: Path, split: str) -> Split | None:
     if folder.is_dir() and any(p.is_dir() for p in folder.iterdir() if p.name[0] != "."):
         return None
     inside = _tars(folder) if folder.is_dir() else []
-    beside = [path for path in _tars(root) if _has_word(path.name, split)]
+    names = [path.name for path in _tars(root)]
+    paths = [*map(Path, shards_of(split, str(root), map(str, inside), names))]
+    return Split(paths, str(folder), _class_names([root])) if paths else None
+
+
+def shards_of(split: str, root: str, inside: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the tar files of a split in a folder: those in ROOT/SPLIT, or those named after it.
+
+    ``inside`` are whole names, ``names`` those right in ``root``. Raises ConfigError where both
+    kinds, or two series of names, could be meant.
+    """
+    inside = list(inside)
+    beside = [f"{root}/{name}" for name in names if has_word(name, split)]
     if inside and beside:
         raise ConfigError(
             f"both {inside[0]} and {beside[0]} are shards of {split}; move one kind elsewhere"
         )
-    _refuse_others([*inside, *beside])
-    series = {re.sub(r"\d+", "#", path.name): path.name for path in beside}
+    refuse_others([*inside, *beside])
+    series = {re.sub(r"\d+", "#", base := path.rpartition("/")[2]): base for path in beside}
     if len(series) > 1:
         one, two = sorted(series.values())[:2]
         raise ConfigError(
@@ -59,13 +71,12 @@ def _in_folder(root: Path, split: str) -> Split | None:
             "give the one as a pattern in quotes, such as --data-dir "
             f"'{root}/{re.sub(r'[0-9]+', '[0-9]*', one)}'"
         )
-    paths = inside or beside
-    return Split(paths, str(folder), _class_names([root])) if paths else None
+    return inside or beside
 
 
 def _by_pattern(pattern: str, split: str) -> Split:
     named = [Path(name) for name in _expanded(pattern)]
-    ours = [path for path in named if path.parent.name == split or _has_word(path.name, split)]
+    ours = [path for path in named if path.parent.name == split or has_word(path.name, split)]
     missing = [path for path in ours if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -77,7 +88,7 @@ def _by_pattern(pattern: str, split: str) -> Split:
             f"--data-dir {pattern}: none of its {len(named)} tar files is of the split {split}, "
             f"whose name must be a word of the file's or its folder's name (first: {named[0]})"
         )
-    _refuse_others(ours)
+    refuse_others(map(str, ours))
     folders = {path.parent for path in ours}
     folders |= {folder.parent for folder in folders if folder.name == split}
     return Split(sorted(set(ours)), pattern, _class_names(sorted(folders)))
@@ -86,25 +97,27 @@ def _by_pattern(pattern: str, split: str) -> Split:
 def _tars(folder: Path) -> list[Path]:
     """List the tar files in a folder by name, the compressed ones too; hidden ones aside."""
     files = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    return [
-        path
-        for path in files
-        if path.name.lower().endswith(".tar") or _COMPRESSED.search(path.name)
-    ]
+    return [path for path in files if is_tar(path.name)]
 
 
-def _refuse_others(paths: Sequence[Path]) -> None:
+def is_tar(name: str) -> bool:
+    """Return whether a file's name is a tar file's, compressed or not."""
+    return name.lower().endswith(".tar") or _COMPRESSED.search(name) is not None
+
+
+def refuse_others(paths: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is not a plain tar file's."""
     for path in paths:
-        if _COMPRESSED.search(path.name):
+        if _COMPRESSED.search(path):
             raise ConfigError(
                 f"{path} is compressed, so that no image can be read on its own; "
                 "unpack it to a plain .tar (images hardly shrink)"
             )
-        if not path.name.lower().endswith(".tar"):
+        if not path.lower().endswith(".tar"):
             raise ConfigError(f"{path} is no .tar file; let the pattern of --data-dir leave it out")
 
 
-def _has_word(name: str, split: str) -> bool:
+def has_word(name: str, split: str) -> bool:
     """Return whether a split's name stands in a file's name with no letter or digit next to it."""
     return bool(re.search(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])", name))
 
@@ -114,13 +127,18 @@ def _has_word(name: str, split: str) -> bool:
 
 def _expanded(pattern: str) -> list[str]:
     """Return the names that a pattern stands for: braces as written, wildcards as files match."""
+    found: list[str] = []
+    for name in without_braces(pattern):
+        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
+    return found
+
+
+def without_braces(pattern: str) -> list[str]:
+    """Return what a pattern with ``{a,b}`` and ``{000..146}`` stands for, as shells expand it."""
     names = list(itertools.islice(_braces(pattern), _MOST_FILES + 1))
     if len(names) > _MOST_FILES:
         raise ConfigError(f"--data-dir {pattern} names more than {_MOST_FILES} files")
-    found: list[str] = []
-    for name in names:
-        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
-    return found
+    return names
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -166,31 +184,36 @@ def _numbers(text: str) -> Iterator[str] | None:
 
 
 def _class_names(folders: Sequence[Path]) -> list[str] | None:
-    """Read classes.txt (a name a line) or classes.json (a list) in one of the folders.
+    """Read the class names that lie in one of the folders; see ``class_names``."""
+    paths = [folder / name for folder in folders for name in CLASS_FILES]
+    return class_names([(str(path), path.read_bytes()) for path in paths if path.is_file()])
 
-    None where there is none. Raises ConfigError where there are several, or one is no such list.
+
+def class_names(files: Sequence[tuple[str, bytes]]) -> list[str] | None:
+    """Return what classes.txt (a name a line) or classes.json (a list) says, by name and bytes.
+
+    None where there is no such file. Raises ConfigError where there are several, or one is no such
+    list.
     """
-    files = [folder / name for folder in folders for name in _CLASS_FILES]
-    there = [path for path in files if path.is_file()]
-    if not there:
+    if not files:
         return None
-    if len(there) > 1:
-        raise ConfigError(f"{there[0]} and {there[1]} both name the classes; remove one")
-    path = there[0]
+    if len(files) > 1:
+        raise ConfigError(f"{files[0][0]} and {files[1][0]} both name the classes; remove one")
+    file, data = files[0]
     try:
-        names = parse_json(path.read_bytes()) if path.suffix == ".json" else _lines(path)
+        names = parse_json(data) if file.endswith(".json") else _lines(data)
     except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{file} cannot be read: {error}") from None
     good = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not (good and names):
-        raise ConfigError(f"{path} must be a list of class names, by class id, none of them empty")
+        raise ConfigError(f"{file} must be a list of class names, by class id, none of them empty")
     names = [unicodedata.normalize("NFC", name) for name in names]
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise ConfigError(f"{path} has the class {twice} twice")
+        raise ConfigError(f"{file} has the class {twice} twice")
     return names
 
 
-def _lines(path: Path) -> list[str]:
-    text = path.read_bytes().decode("utf-8")
+def _lines(data: bytes) -> list[str]:
+    text = data.decode("utf-8")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

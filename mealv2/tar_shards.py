@@ -13,8 +13,9 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import EXTENSIONS
@@ -37,6 +38,40 @@ class ShardIndex(NamedTuple):
     header_crc32s: "array[int]"
 
 
+class TarFile(Protocol):
+    """A tar file, wherever it lies."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    def index(self) -> ShardIndex:
+        """Return its samples; raises as ``index_shard``."""
+
+    def open(self) -> int:
+        """Return a descriptor to read it; it may have to be fetched first."""
+
+
+@dataclass(frozen=True)
+class LocalTar:
+    """A tar file of this machine."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    def index(self) -> ShardIndex:
+        """Return its samples; raises as ``index_shard``."""
+        return index_shard(self.path)
+
+    def open(self) -> int:
+        """Return a descriptor to read it."""
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class TarShards:
     """Images in tar files as WebDataset lays them out, in the order of the shards' names.
 
@@ -48,8 +83,14 @@ class TarShards:
     """
 
     def __init__(
-        self, paths: Sequence[Path], *, name: str, split: str, classes: list[str] | None = None
+        self,
+        files: Sequence[TarFile | Path],
+        *,
+        name: str,
+        split: str,
+        classes: list[str] | None = None,
     ) -> None:
+        self._files = _Files([LocalTar(f) if isinstance(f, Path) else f for f in files])
         self.name = name
         self.split = split
         self.keys: list[str] = []
@@ -57,18 +98,17 @@ class TarShards:
         self._offsets, self._crcs = array("q"), array("I")
         self._first: list[int] = []  # position of each shard's first image
         with ThreadPoolExecutor(_INDEXED_AT_ONCE) as threads:
-            for index in threads.map(index_shard, paths):
+            for index in threads.map(lambda file: file.index(), self._files.files):
                 self._first.append(len(self.keys))
                 self.keys += index.keys
                 self.labels += index.labels
                 self.sizes += index.sizes
                 self._offsets += index.offsets
                 self._crcs += index.header_crc32s
-        self._files = _Files(paths)
         if not self.keys:
             raise ConfigError(f"{name} holds no samples: images with a .cls member each")
-        self._refuse_twins(paths)
-        self.classes = classes or self._numbered_classes(paths)
+        self._refuse_twins()
+        self.classes = classes or self._numbered_classes()
         if (most := max(self.labels)) >= len(self.classes):
             key = self.keys[self.labels.index(most)]
             raise ConfigError(
@@ -84,31 +124,34 @@ class TarShards:
 
         DataError where the shard is no longer what it was: the tar header is compared too.
         """
-        number = bisect_right(self._first, position) - 1
+        number = self._shard_of(position)
         wanted = BLOCK + self.sizes[position]
         data = self._files.read(number, wanted, self._offsets[position] - BLOCK)
         if len(data) != wanted or zlib.crc32(data[:BLOCK]) != self._crcs[position]:
-            raise DataError(f"{self._files.paths[number]} was changed since it was opened")
+            raise DataError(f"{self._files.files[number].name} was changed since it was opened")
         return data[BLOCK:]
 
-    def _shard_of(self, paths: Sequence[Path], position: int) -> Path:
-        return paths[bisect_right(self._first, position) - 1]
+    def _shard_of(self, position: int) -> int:
+        return bisect_right(self._first, position) - 1
 
-    def _refuse_twins(self, paths: Sequence[Path]) -> None:
+    def _name_at(self, position: int) -> str:
+        return self._files.files[self._shard_of(position)].name
+
+    def _refuse_twins(self) -> None:
         if len(set(self.keys)) == len(self.keys):
             return
         places: dict[str, int] = {}
         for position, key in enumerate(self.keys):
             if (other := places.setdefault(key, position)) != position:
-                one, two = (self._shard_of(paths, p) for p in (other, position))
+                one, two = (self._name_at(p) for p in (other, position))
                 where = f"twice in {one}" if one == two else f"in {one} and in {two}"
                 raise DataError(f"sample {key} is {where}; every image needs a key of its own")
 
-    def _numbered_classes(self, paths: Sequence[Path]) -> list[str]:
+    def _numbered_classes(self) -> list[str]:
         most = max(self.labels)
         if most >= _MOST_CLASSES:
-            path = self._shard_of(paths, self.labels.index(most))
-            raise DataError(f"{path} has the class id {most}; ids are counted from 0")
+            name = self._name_at(self.labels.index(most))
+            raise DataError(f"{name} has the class id {most}; ids are counted from 0")
         width = len(str(most))
         return [f"{class_id:0{width}d}" for class_id in range(most + 1)]
 
@@ -116,8 +159,8 @@ class TarShards:
 class _Files:
     """Reads parts of some files by their number, few of them open at a time in each process."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(self, files: Sequence[TarFile]) -> None:
+        self.files = list(files)
         self._start()
 
     def _start(self) -> None:
@@ -130,26 +173,30 @@ class _Files:
         if self._pid != os.getpid():  # a fork: a lock may be held there by nobody
             self._start()
         with self._lock:
-            file = self._open.pop(number, None) or _Descriptor(self.paths[number])
-            self._open[number] = file
+            file = self._open.get(number)
+        if file is None:
+            file = _Descriptor(self.files[number])  # others read on while it is fetched
+        with self._lock:
+            file = self._open.setdefault(number, file)
+            self._open.move_to_end(number)
             if len(self._open) > _KEPT_OPEN:
                 self._open.popitem(last=False)
         return os.pread(file.fd, size, offset)
 
-    def __getstate__(self) -> list[Path]:
-        return self.paths
+    def __getstate__(self) -> list[TarFile]:
+        return self.files
 
-    def __setstate__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __setstate__(self, files: list[TarFile]) -> None:
+        self.files = files
         self._start()
 
 
 class _Descriptor:
     """An open file, closed when the last thread that reads it lets it go."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: TarFile) -> None:
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = file.open()
 
     def __del__(self) -> None:
         if self.fd >= 0:

@@ -9,21 +9,24 @@ from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
 from pipeline import foresight, labels, runtime, training
 from pipeline.config import DistillConfig
-from pipeline.evaluation import Evaluator, open_split
+from pipeline.evaluation import Evaluator
+from pipeline.mirror import folder_of
+from pipeline.sources import open_split
 from pipeline.work import CutMix, Work, make_student
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.train."""
     machine = runtime.start(config)
-    source = labels.open_training_images(config)
-    val = open_split(config.data_dir, config.val_split, classes=list(source.classes))
+    folder = None if config.labels is None else folder_of(config, config.labels)
+    source = labels.open_training_images(config, folder)
+    val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
     if config.dry_run:
         val = None  # online teachers would label all of it first
     answers = (
         labels.online(config, machine, source, val)
-        if config.online
-        else labels.stored(config, machine, source, val)
+        if folder is None
+        else labels.stored(config, folder, machine, source, val)
     )
 
     runtime.seed_everything(config.seed)

@@ -6,17 +6,17 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, write_whole
-from mealv2.images import open_source
 from mealv2.metrics import Evaluation
 from pipeline import ready, runtime
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation import Evaluator
+from pipeline.sources import open_images
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
     machine = runtime.start(config)
-    source = open_source(config.data_dir, config.val_split)
+    source = open_images(config, config.data_dir, config.val_split)
     found = ready.load(config, classes=source.classes)
     model = found.model
     if model.num_classes != len(source.classes):

@@ -1,38 +1,21 @@
 """Validate a classifier on a split: centre crops, accuracy, faithfulness to stored labels."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from mealv2.errors import ConfigError, DataError
-from mealv2.images import ImageSource, open_source
+from mealv2.errors import DataError
+from mealv2.images import ImageSource
 from mealv2.metrics import Evaluation
 from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
-from mealv2.tar_shards import TarShards
 from pipeline import logs
-from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
+from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
 from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime, StopFlag
-
-
-def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource | None:
-    """Open a validation split; None for ``none``. Raises ConfigError where the classes differ."""
-    if split == NO_SPLIT:
-        return None
-    source = open_source(data_dir, split)
-    if source.classes != classes:
-        odd = sorted(set(source.classes) ^ set(classes))
-        advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
-        raise ConfigError(
-            f"split {split} of {data_dir} has other classes than the training data: "
-            f"{', '.join(odd[:4])}{advice}"
-        )
-    return source
 
 
 class LabelTable(Protocol):

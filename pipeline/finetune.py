@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from mealv2.images import open_source
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline import runtime, training
 from pipeline.config import FinetuneConfig
-from pipeline.evaluation import Evaluator, open_split
+from pipeline.evaluation import Evaluator
+from pipeline.sources import open_images, open_split
 from pipeline.work import Work, make_student
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; return the report. Raises MealError and OSError, see training.train."""
     machine = runtime.start(config)
-    source = open_source(config.data_dir, config.split)
-    val = open_split(config.data_dir, config.val_split, classes=source.classes)
+    source = open_images(config, config.data_dir, config.split)
+    val = open_split(config, config.data_dir, config.val_split, classes=source.classes)
     runtime.seed_everything(config.seed)
     student = make_student(config, classes=source.classes, img_size=config.img_size)
     work = Work(

@@ -13,18 +13,19 @@ import torch
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import read_json
-from mealv2.images import ImageSource, fingerprint, open_source
+from mealv2.images import ImageSource, fingerprint
 from mealv2.label_set import UNKNOWN, Appender, Encoding, LabelSet, read_manifest, refuse_drift
 from mealv2.pixels import Resize, probe_sha256, resize_of
 from mealv2.soft_labels import Labels
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
 from pipeline import logs, runtime, teachers
-from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
+from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
 from pipeline.evaluation import LabelTable
 from pipeline.labelling import Labeller
 from pipeline.loaders import ViewReader, centre_requests, read_views
 from pipeline.runtime import Runtime
+from pipeline.sources import open_images
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
 _KEPT_OF_VALIDATION = 100  # classes kept in memory of each validation label of online teachers
@@ -62,12 +63,12 @@ class CentreLabels:
         return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
 
 
-def open_training_images(config: DistillConfig) -> ImageSource:
-    """Open the images to train on: the split that the label set names, or --split."""
-    if config.labels is None:
-        return open_source(config.data_dir, config.split or "train")
-    plan = read_manifest(config.labels)["plan"]
-    return open_source(config.data_dir, plan["roles"]["train"]["split"])
+def open_training_images(config: DistillConfig, folder: Path | None) -> ImageSource:
+    """Open the images to train on: the split that the label set in a folder names, or --split."""
+    if folder is None:
+        return open_images(config, config.data_dir, config.split or "train")
+    plan = read_manifest(folder)["plan"]
+    return open_images(config, config.data_dir, plan["roles"]["train"]["split"])
 
 
 def online(
@@ -99,15 +100,16 @@ def online(
 
 
 def stored(
-    config: DistillConfig, machine: Runtime, source: ImageSource, val: ImageSource | None
+    config: DistillConfig,
+    folder: Path,
+    machine: Runtime,
+    source: ImageSource,
+    val: ImageSource | None,
 ) -> Answers:
-    """Answer from the label set, and from its teachers where --missing says so."""
-    assert config.labels is not None
-    if config.write_back and not os.access(config.labels, os.W_OK):  # now, not an epoch later
-        raise LabelSetError(
-            f"cannot append to {config.labels}: no permission; leave out --write-back"
-        )
-    labels = LabelSet.open(config.labels, **_pinned(config))
+    """Answer from the label set in a folder, and from its teachers where --missing says so."""
+    if config.write_back and not os.access(folder, os.W_OK):  # now, not an epoch later
+        raise LabelSetError(f"cannot append to {folder}: no permission; leave out --write-back")
+    labels = LabelSet.open(folder, **_pinned(config))
     _check_logits(config, labels)
     _check_boxes(labels)
     check_same_data(
@@ -119,11 +121,11 @@ def stored(
     plan = labels.manifest["plan"]["roles"]
     val_labels = None
     if val is not None and val.split == plan.get("val", {}).get("split"):
-        val_labels = LabelSet.open(config.labels, role="val")
+        val_labels = LabelSet.open(folder, role="val")
         check_same_data(val_labels, val)
     ensemble = None
     if config.missing == "teach":
-        ensemble = teachers_of(config.labels, config.teacher, labels.manifest["plan"], machine)
+        ensemble = teachers_of(folder, config.teacher, labels.manifest["plan"], machine)
     targets = StoredLabels(
         labels,
         source.keys,
@@ -155,7 +157,7 @@ def stored(
         labels.views(),
         resize_of_set(labels, config.exact_pil),
         {
-            "path": str(config.labels.absolute()),
+            "path": str(plain(config.labels)),
             "plan_sha256": labels.manifest["plan_sha256"],
             "appended": labels.appended,
             "num_views": labels.num_views,

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import fingerprint, open_source
+from mealv2.images import fingerprint
 from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, measuring, runtime, teachers
 from pipeline.config import PrecomputeConfig
-from pipeline.evaluation import open_split
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
+from pipeline.sources import open_images, open_split
 from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
@@ -77,8 +77,8 @@ def _say_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
 
 def _roles(config: PrecomputeConfig) -> list[Role]:
     """Return what is labelled, validation first."""
-    train = open_source(config.data_dir, config.split)
-    val = open_split(config.data_dir, config.val_split, classes=list(train.classes))
+    train = open_images(config, config.data_dir, config.split)
+    val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
     sources = [("val", val, (CENTRE,)), ("train", train, tuple(range(config.num_views)))]
     return [
         Role(name, source, views, list(label_set.shard_ranges(len(source), config.shard_size)))

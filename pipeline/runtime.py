@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -88,6 +89,13 @@ def versions() -> dict[str, str]:
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
     found = {name: metadata.version(name) for name in libraries}
     return {"mealv2": mealv2.__version__, "python": platform.python_version(), **found}
+
+
+def cache_folder() -> Path:
+    """Return the folder for copies of remote files that nobody named."""
+    if named := os.environ.get("MEALV2_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mealv2"
 
 
 def on_terminal() -> bool:

@@ -10,6 +10,7 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    Caching,
     CompileMode,
     Cutting,
     Labelling,
@@ -20,7 +21,7 @@ from pipeline.config.base import (
 )
 from pipeline.config.bench import BenchConfig
 from pipeline.config.distill import DistillConfig
-from pipeline.config.fields import flag, plain, spelling, split_teachers
+from pipeline.config.fields import flag, is_location, plain, spelling, split_teachers
 from pipeline.config.label_sets import (
     LabelsAddViewsConfig,
     LabelsConvertConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
     "BenchConfig",
+    "Caching",
     "CompileMode",
     "Cutting",
     "DemoConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "Settings",
     "TrainConfig",
     "flag",
+    "is_location",
     "plain",
     "spelling",
     "split_teachers",

@@ -2,10 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from mealv2.errors import ConfigError
-from pipeline.config.fields import at_least, plain, setting, spelling, typed
+from mealv2.locations import is_url
+from pipeline.config.fields import (
+    at_least,
+    num_bytes_of,
+    plain,
+    setting,
+    spelling,
+    typed,
+    without_effect,
+)
 
 OnBadImage = Literal["fail", "skip"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
@@ -20,6 +30,7 @@ DEFAULT_IMG_SIZE = 224
 MOST_VIEWS = 1_000_000  # of an image, in a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
+DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards, here or behind URLs."
 EXACT_PIL = (
     "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255."
 )
@@ -28,6 +39,9 @@ EXACT_PIL = (
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every command can do with its settings."""
+
+    def __post_init__(self) -> None:
+        """Check the settings; raises ConfigError naming the flag at fault."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, paths absolute."""
@@ -51,6 +65,29 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Caching(Settings):
+    """What every command has that reads from URLs."""
+
+    cache_dir: Path | None = setting(
+        None, "Folder for copies of remote files.", shown="$MEALV2_CACHE, else ~/.cache/mealv2"
+    )
+    cache_size: str = setting(
+        "100GB", "How much the copies may take in all; those used longest ago are removed."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        num_bytes_of("cache_size", self.cache_size)
+        if not any(is_url(getattr(self, f.name)) for f in dataclasses.fields(self)):
+            without_effect(self, "without a URL", "cache_dir", "cache_size")
+
+    @property
+    def cache_bytes(self) -> int:
+        """How many bytes the copies may take."""
+        return num_bytes_of("cache_size", self.cache_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading(Settings):
     """What every command has that reads images."""
 
@@ -58,6 +95,7 @@ class Reading(Settings):
     device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 0, "workers")
 
 

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
+from mealv2.locations import Location, is_url
 from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, Cutting
 from pipeline.config.fields import (
     at_least,
@@ -25,8 +25,10 @@ class DistillConfig(Cutting, TrainConfig):
     both. Defaults are the paper's.
     """
 
-    labels: Path | None = setting(
-        None, "Label set that `mealv2 precompute` made.", shown="none; then --online"
+    labels: Location | None = setting(
+        None,
+        "Label set that `mealv2 precompute` made, here or at a URL.",
+        shown="none; then --online",
     )
     online: bool = setting(
         False,
@@ -103,6 +105,8 @@ class DistillConfig(Cutting, TrainConfig):
             without_effect(self, "with --online", "missing", "reuse_views", "write_back")
         else:
             without_effect(self, "with --labels", "split", "img_size", "view_seed")
+        if self.write_back and is_url(self.labels):
+            raise ConfigError("--write-back appends to label sets of this machine, not at a URL")
         if not self.online and self.missing != "teach":
             without_effect(self, "without --online or --missing teach", "teacher", "write_back")
         self._check_discriminator()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
+from mealv2.locations import Location, is_url, located
 
 
 def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
@@ -102,6 +104,15 @@ def check_normalisation(config: Any) -> None:
         raise ConfigError(f"--std must be positive and finite, got {config.std}")
 
 
+def num_bytes_of(name: str, text: str) -> int:
+    """Return the bytes of a size such as 500MB or 1.5TB, in powers of 1000."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kMGT]?)B?", text)
+    num_bytes = 0 if found is None else float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
+    if num_bytes < 1:
+        raise ConfigError(f"{flag(name)} must be a size such as 500MB or 100GB, got {text!r}")
+    return int(num_bytes)
+
+
 def check_seed(config: object, name: str) -> None:
     if not 0 <= getattr(config, name) < 1 << 63:
         raise ConfigError(f"{flag(name)} must lie in [0, 2**63), got {getattr(config, name)}")
@@ -123,8 +134,15 @@ def typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
             value = map(Path, value)
         return tuple(value) or (known.default if known.default is not dataclasses.MISSING else ())
     if value is not None and known.type in (Path, Path | None):
+        if is_url(value):
+            raise ConfigError(f"{spelling(known)} must be a path of this machine, not a URL")
         return Path(value)
-    return value
+    return located(value) if value is not None and is_location(known) else value
+
+
+def is_location(known: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field is a path or a URL."""
+    return known.type in (Location, Location | None)
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
+from mealv2.locations import Location
 from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
     MOST_VIEWS,
+    Caching,
     Labelling,
     Machine,
     Settings,
@@ -30,22 +32,22 @@ _TEACHERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsInfoConfig(Settings):
+class LabelsInfoConfig(Caching):
     """What a label set is: views, teachers, encoding, bytes, accuracies."""
 
-    labels: Path = positional("The label set.")
+    labels: Location = positional("The label set, here or at a URL.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsVerifyConfig(Machine):
+class LabelsVerifyConfig(Caching, Machine):
     """Check a label set to its last byte, its images and its teachers.
 
     Every file and label, and the boxes of all views; --data-dir adds the images, --relabel the
     teachers. Damage is named by file and image, exit code 3.
     """
 
-    labels: Path = positional("The label set.")
-    data_dir: Path | None = setting(
+    labels: Location = positional("The label set, here or at a URL.")
+    data_dir: Location | None = setting(
         None, "Also check that it labels exactly the images there.", shown="not checked"
     )
     relabel: int = setting(
@@ -67,7 +69,7 @@ class LabelsVerifyConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Labelling):
+class LabelsAddViewsConfig(Caching, Labelling):
     """Label more views of a set's images with its own teachers.
 
     The new files lie beside the set's, which stay as they are. Files of added views that are
@@ -75,7 +77,9 @@ class LabelsAddViewsConfig(Labelling):
     """
 
     labels: Path = positional("The label set.")
-    data_dir: Path = required("Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    data_dir: Location = required(
+        "Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards."
+    )
     num_views: int = setting(32, "Views of each image that the set shall hold in the end.")
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
 
@@ -156,12 +160,12 @@ class LabelsSplitConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsImportConfig(Settings):
+class LabelsImportConfig(Caching):
     """Make a label set of labels that other software stored."""
 
     folder: Path = positional("Folder of the labels.")
     from_: Literal["fkd"] = setting("fkd", "What wrote them: fkd, the FKD and MEAL V2 soft labels.")
-    data_dir: Path = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    data_dir: Location = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
     out: Path = required("Folder of the new label set.")
     split: str = setting("train", "Part of --data-dir whose images they label.")
     label_type: str | None = setting(
@@ -174,11 +178,12 @@ class LabelsImportConfig(Settings):
     shard_size: int = setting(2048, "Images per shard file.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "img_size", "shard_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsExportConfig(Settings):
+class LabelsExportConfig(Caching):
     """Write a set's labels for other software."""
 
     labels: Path = positional("The label set.")
@@ -186,7 +191,7 @@ class LabelsExportConfig(Settings):
         "parquet", "FKD's files, tar shards of images and labels, or tables."
     )
     out: Path = required("Folder to write to; made if missing, continued if unfinished.")
-    data_dir: Path | None = setting(
+    data_dir: Location | None = setting(
         None, "Images to put beside the labels, for webdataset.", shown="none"
     )
     label_type: str = setting(
@@ -195,6 +200,7 @@ class LabelsExportConfig(Settings):
     role: Literal["train", "val"] = setting("train", "Which labels.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.to == "webdataset") != (self.data_dir is not None):
             raise ConfigError("--data-dir goes with --to webdataset: the images beside the labels")
         if self.to != "fkd":

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
+from mealv2.locations import Location
 from pipeline.config.base import (
+    DATA_DIR,
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
     MOST_VIEWS,
+    Caching,
     Cutting,
     Labelling,
 )
@@ -27,10 +30,10 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Cutting, Labelling):
+class PrecomputeConfig(Cutting, Caching, Labelling):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    data_dir: Location = required(DATA_DIR)
     out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
     teacher: tuple[str, ...] = teachers_setting(
         dataclasses.MISSING,

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
+from mealv2.locations import Location
 from pipeline.config.base import (
+    DATA_DIR,
     DEFAULT_EMA_DECAY,
     DEFAULT_IMG_SIZE,
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
+    Caching,
     CompileMode,
     Cutting,
     Machine,
@@ -28,10 +31,10 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Machine):
+class TrainConfig(Caching, Machine):
     """What every training run needs, whoever labels."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    data_dir: Location = required(DATA_DIR)
     model: str = required("Student: a timm model name, with its tag to pin the weights.")
     val_split: str = setting("val", "Part of --data-dir to validate on; or none.")
     pretrained: bool | None = setting(

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, Cutting, Machine, Reading, Settings
+from mealv2.locations import Location
+from pipeline.config.base import (
+    DATA_DIR,
+    DEFAULT_IMG_SIZE,
+    Caching,
+    Cutting,
+    Machine,
+    Reading,
+    Settings,
+)
 from pipeline.config.fields import at_least, check_normalisation, positional, required, setting
 
 
@@ -48,10 +57,10 @@ class ReadyModel(Cutting, Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ReadyModel):
+class EvaluateConfig(Caching, ReadyModel):
     """Accuracy of a checkpoint or a timm model on a split."""
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    data_dir: Location = required(DATA_DIR)
     val_split: str = setting("val", "Part of --data-dir to evaluate on.")
     results_file: Path | None = setting(
         None, "Write accuracy per class here, as .json or .csv.", shown="not written"

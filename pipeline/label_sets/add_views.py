@@ -7,12 +7,12 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.images import open_source
 from mealv2.label_set import LabelSet, read_manifest
 from pipeline import logs, runtime
 from pipeline.config import LabelsAddViewsConfig
 from pipeline.labelling import make_labeller
 from pipeline.labels import check_precision, check_same_data, resize_of_set, teachers_of
+from pipeline.sources import open_images
 from pipeline.stage_one import ReadSettings, Role, StageOne, block_views, describe_block
 
 
@@ -96,7 +96,7 @@ def _stage(
 ) -> tuple[StageOne, Role]:
     """Return what makes the shards, and the images of them, in no views yet."""
     plan = labels.manifest["plan"]
-    source = open_source(config.data_dir, plan["roles"]["train"]["split"])
+    source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
     check_same_data(labels, source, may_lack_images=True)  # a part of a set has some of them
     check_precision(config.labels, plan, machine)
     ensemble = teachers_of(config.labels, config.teacher, plan, machine)

@@ -11,7 +11,7 @@ import torch
 from mealv2 import fkd
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, canonical_json, whole_file, write_whole
-from mealv2.images import EXTENSIONS, ImageSource, extension_of, open_source
+from mealv2.images import EXTENSIONS, ImageSource, extension_of
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.views import BOX_UNIT, fractions
@@ -19,6 +19,7 @@ from pipeline import logs
 from pipeline.config import LabelsExportConfig
 from pipeline.label_sets.writing import all_rows, refuse_inside
 from pipeline.labels import check_same_data
+from pipeline.sources import open_images
 
 # readers of a folder of tables leave out names that begin so
 _PLAN_NAME = "_plan.json"
@@ -179,7 +180,7 @@ def _fkd(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
     assert config.data_dir is not None
     split = labels.manifest["plan"]["roles"][labels.role]["split"]
-    return open_source(config.data_dir, split)
+    return open_images(config, config.data_dir, split)
 
 
 def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:

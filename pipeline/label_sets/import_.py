@@ -11,7 +11,7 @@ import numpy as np
 from mealv2 import fkd, label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.fkd import FkdFile
-from mealv2.images import ImageSource, fingerprint_of, open_source
+from mealv2.images import ImageSource, fingerprint_of
 from mealv2.label_set import UNKNOWN, Encoding, Images, Rows, Shard, StoredViews, boxes_of
 from mealv2.pixels import interpolation
 from mealv2.soft_labels import SoftLabels
@@ -19,6 +19,7 @@ from mealv2.views import STORED_BOXES, packed_boxes
 from pipeline import logs
 from pipeline.config import LabelsImportConfig
 from pipeline.label_sets.writing import Writer
+from pipeline.sources import open_images
 
 
 def run(config: LabelsImportConfig) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         raise ConfigError(
             f"--label-type {config.label_type}: FKD has none such, but {', '.join(fkd.LABEL_TYPES)}"
         )
-    source = open_source(config.data_dir, config.split)
+    source = open_images(config, config.data_dir, config.split)
     matched = fkd.match_files(source.keys, fkd.find_files(config.folder, split=config.split))
     if not matched.paths:
         matched.require_all()

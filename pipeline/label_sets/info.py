@@ -16,8 +16,10 @@ from mealv2.label_set import (
     version1,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX
+from mealv2.locations import shown
 from pipeline import logs
 from pipeline.config import LabelsInfoConfig
+from pipeline.mirror import folder_of
 
 _SHARD = re.compile(r"(\w+)-\d+(-views-\d+-\d+)?\.h5")
 
@@ -27,14 +29,15 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
 
     No labels are read, and of each file no more than its head: a large set takes no longer.
     """
+    folder = folder_of(config, config.labels, whole=False)
     manifest_is_there, plan_is_there = (
-        (config.labels / name).exists() for name in (label_set.MANIFEST_NAME, label_set.PLAN_NAME)
+        (folder / name).exists() for name in (label_set.MANIFEST_NAME, label_set.PLAN_NAME)
     )
     is_finished = manifest_is_there or not plan_is_there
-    manifest = read_manifest(config.labels) if is_finished else {"plan": read_plan(config.labels)}
+    manifest = read_manifest(folder) if is_finished else {"plan": read_plan(folder)}
     plan = manifest["plan"]
     report = {
-        "labels": str(config.labels),
+        "labels": shown(config.labels),
         "finished": is_finished,
         "format_version": plan["format_version"],
         "plan_sha256": manifest.get("plan_sha256"),
@@ -44,11 +47,11 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
         "img_size": plan["img_size"],
         "derived": plan.get("derived"),
     }
-    _say_plan(config.labels, plan)
+    _say_plan(folder, plan)
     if not is_finished:
-        return report | {"roles": _unfinished(config.labels, plan)}
+        return report | {"roles": _unfinished(folder, plan)}
     describe = _role_of_version_1 if plan["format_version"] == 1 else _role
-    roles = {name: describe(config.labels, manifest, name) for name in manifest["roles"]}
+    roles = {name: describe(folder, manifest, name) for name in manifest["roles"]}
     for name, role in roles.items():
         _say_role(name, role)
     return report | {"roles": roles}

@@ -1,13 +1,14 @@
 """Asking a label set's teachers again about some of its views, to compare."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mealv2.ensemble import EnsembleOutput
-from mealv2.images import ImageSource, open_source
+from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows
 from pipeline import logs
 from pipeline.config import LabelsVerifyConfig
@@ -16,11 +17,12 @@ from pipeline.labels import check_precision, resize_of_set, teachers_of
 from pipeline.loaders import Request, ViewReader, read_views, refuse_failures
 from pipeline.prefetch import on_device
 from pipeline.runtime import Runtime
+from pipeline.sources import open_images
 
 _NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
 
 
-def relabel(config: LabelsVerifyConfig, machine: Runtime) -> dict[str, Any]:
+def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[str, Any]:
     """Return how the stored labels of random views differ from the teachers' answers now.
 
     ``kl`` is the mean KL(answer || stored) in nats and ``kl_of_encoding`` what the set's encoding
@@ -28,17 +30,17 @@ def relabel(config: LabelsVerifyConfig, machine: Runtime) -> dict[str, Any]:
     that come out the same to the bit. Raises MealError.
     """
     assert config.data_dir is not None
-    labels = LabelSet.open(config.labels)
+    labels = LabelSet.open(folder)
     plan = labels.manifest["plan"]
-    check_precision(config.labels, plan, machine)
+    check_precision(folder, plan, machine)
     labeller = Labeller(
-        teachers_of(config.labels, config.teacher, plan, machine),
+        teachers_of(folder, config.teacher, plan, machine),
         machine,
         labels.encoding,
         batch_size=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
-    source = open_source(config.data_dir, plan["roles"]["train"]["split"])
+    source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
     places = _places(labels, config.relabel, seed=config.seed)
     reader = ViewReader(
         source, img_size=labels.img_size, views=labels.views(), resize=resize_of_set(labels)

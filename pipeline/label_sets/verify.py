@@ -9,7 +9,6 @@ import numpy as np
 
 from mealv2.errors import LabelSetError
 from mealv2.files import canonical_json, file_sha256
-from mealv2.images import open_source
 from mealv2.label_set import (
     PLAN_NAME,
     LabelSet,
@@ -19,11 +18,14 @@ from mealv2.label_set import (
     read_manifest,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
+from mealv2.locations import shown
 from mealv2.views import DrawnViews
 from pipeline import logs, runtime
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
 from pipeline.labels import check_same_data
+from pipeline.mirror import folder_of
+from pipeline.sources import open_images
 
 
 @dataclass
@@ -39,27 +41,28 @@ class Found:
 
 def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     """Verify a set; return the report. Raises LabelSetError saying what is damaged."""
-    manifest = read_manifest(config.labels)
+    folder = folder_of(config, config.labels, whole=False)
+    manifest = read_manifest(folder)
     found = Found()
-    _check_plan(config.labels, manifest, found)
+    _check_plan(folder, manifest, found)
     for role, entry in manifest["roles"].items():
         listed = [s for b in entry.get("blocks", [entry]) for s in b["shards"]]
         for shard in logs.progress(
             listed, total=len(listed), what=f"bytes of {role}", unit="shards"
         ):
-            _hash_shard(config.labels / shard["name"], shard, found)
+            _hash_shard(folder / shard["name"], shard, found)
     if not found.problems:
         for role in manifest["roles"]:
-            _check_role(LabelSet.open(config.labels, role=role), found)
+            _check_role(LabelSet.open(folder, role=role), found)
     for name, problem in found.problems.items():
         logs.say(f"{name}: {problem}")
     if found.problems:
         raise LabelSetError(
-            f"{config.labels}: {len(found.problems)} of {found.shards} files are damaged or "
+            f"{shown(config.labels)}: {len(found.problems)} of {found.shards} files are damaged or "
             f"missing ({_some(found.problems)}); {_advice(manifest['plan'], found.problems)}"
         )
     report = {
-        "labels": str(config.labels),
+        "labels": shown(config.labels),
         "shards": found.shards,
         "images": found.images,
         "views": found.labels,
@@ -68,9 +71,9 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         "boxes": "right" if not found.unchecked_boxes else "not known",
     }
     if config.data_dir is not None:
-        report["data"] = _check_data(config.labels, config.data_dir, manifest)
+        report["data"] = _check_data(config, folder, manifest)
     if config.relabel:
-        report["relabelled"] = relabel(config, runtime.start(config))
+        report["relabelled"] = relabel(config, folder, runtime.start(config))
     logs.say(
         f"{found.shards} files, {found.images} images, {found.labels} labels: every byte is right"
     )
@@ -181,15 +184,16 @@ def _drift(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
         yield f"its {kind} boxes are not those that were cut when it was made"
 
 
-def _check_data(folder: Path, data_dir: Path, manifest: dict[str, Any]) -> str:
+def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, Any]) -> str:
     """Compare keys and files with the data set; raises LabelSetError where they differ.
 
     A part of a set is to label a part of the data: then only its own images are compared.
     """
+    assert config.data_dir is not None
     is_part = maker_of(manifest["plan"]) == "`mealv2 labels split`"
     for role in manifest["roles"]:
         labels = LabelSet.open(folder, role=role)
-        source = open_source(data_dir, manifest["plan"]["roles"][role]["split"])
+        source = open_images(config, config.data_dir, manifest["plan"]["roles"][role]["split"])
         lenient = is_part and role == "train"
         check_same_data(labels, source, may_lack_images=lenient)
         num_images = len(labels) + len(labels.skipped)

@@ -1,0 +1,47 @@
+"""Where data lies: a path of this machine, or a URL of object storage, a web server, a program."""
+
+import posixpath
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+Location = Path | str  # a path; text is a URL
+
+_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+PIPE = "pipe:"
+
+
+def located(text: str | Path) -> Location:
+    """Return a URL as text, anything else as a path."""
+    return text if is_url(text) else Path(text)
+
+
+def is_url(place: object) -> bool:
+    """Return whether a place is a URL: ``s3://…``, ``https://…``, ``pipe:COMMAND``, …"""
+    return isinstance(place, str) and _URL.match(place) is not None
+
+
+def shown(place: Location) -> str:
+    """Return a place as messages name it: without what a URL has of passwords and signatures."""
+    if not isinstance(place, str) or place.startswith(PIPE):
+        return str(place)
+    parts = urlsplit(place)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def beside(url: str, name: str) -> str:
+    """Return the URL of another file in a file's folder."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=posixpath.join(posixpath.dirname(parts.path), name)))
+
+
+def within(url: str, name: str) -> str:
+    """Return the URL of a file in a folder."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def file_name(url: str) -> str:
+    """Return the last part of a URL's path."""
+    return posixpath.basename(urlsplit(url).path)

@@ -1,0 +1,217 @@
+"""Files behind URLs: read, fetched, put and listed, through fsspec or the output of a program.
+
+Credentials are the client's own business (its environment variables and files); no message has any.
+"""
+
+import contextlib
+import errno
+import posixpath
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from mealv2.errors import ConfigError, RemoteError
+from mealv2.locations import PIPE, shown
+
+_TRIES = 4  # of a transfer that breaks off; clients try some of their own
+_PAUSE_S = 0.5  # before the second try, twice as long before each other
+_EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+_REFUSED = ("Credentials", "AccessKey", "Token", "Signature")  # in the names of clients' errors
+
+
+class File(NamedTuple):
+    """A file in a listing: its size in bytes and what tells it from one that takes its place."""
+
+    size: int
+    stamp: str
+
+
+def read(url: str) -> bytes | None:
+    """Return the bytes of a small file, None where there is none. Raises RemoteError."""
+    with _in_words(url, "read"):
+        system, path = _system(url)
+        try:
+            return bytes(system.cat_file(path))
+        except FileNotFoundError:
+            _refuse_missing_bucket(system, url, path)
+            return None
+
+
+def fetch(url: str, path: Path) -> None:
+    """Write the bytes of a URL to a new file, whole or not at all.
+
+    Tries again where a transfer breaks off. Raises RemoteError, ConfigError for a file that is not
+    there, OSError where ``path`` cannot be written.
+    """
+    for tries in range(1, _TRIES + 1):
+        try:
+            (_run if url.startswith(PIPE) else _download)(url, path)
+        except _BrokenOffError as error:
+            if tries == _TRIES:
+                raise RemoteError(
+                    f"cannot read {shown(url)}: {error}, {tries} times; nothing is lost: run the "
+                    "same command again when the connection is well"
+                ) from None
+            time.sleep(_PAUSE_S * 2 ** (tries - 1))
+        else:
+            return
+
+
+def put(url: str, path: Path, *, replace: bool) -> bool:
+    """Put a file where a URL says, in one step, so that nobody ever sees a part of it.
+
+    Without ``replace`` the first one wins, and False says that another was there. Raises
+    RemoteError.
+    """
+    with _in_words(url, "write"):
+        system, target = _system(url)
+        try:
+            system.put_file(str(path), target, **({} if replace else {"mode": "create"}))
+        except FileExistsError:
+            return False
+        except NotImplementedError:
+            # a store that cannot say "unless it is there": looking first is the best there is
+            if not replace and system.exists(target):
+                return False
+            system.put_file(str(path), target)
+    return True
+
+
+def listing(url: str) -> dict[str, File]:
+    """Return the files right in a folder by name; none where there is no such folder.
+
+    Raises RemoteError, ConfigError where the bucket is missing or the server lists nothing.
+    """
+    with _in_words(url, "list"):
+        system, path = _system(url)
+        if "http" in system.protocol:
+            raise ConfigError(
+                f"a web server does not say what is in {shown(url)}; name the files, such as "
+                f"{shown(url).rstrip('/')}/train-{{000000..000146}}.tar"
+            )
+        system.invalidate_cache()  # what other machines put there since
+        try:
+            found = system.ls(path.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            _refuse_missing_bucket(system, url, path)
+            return {}
+    return {
+        posixpath.basename(entry["name"]): File(int(entry["size"]), _stamp(entry))
+        for entry in found
+        if entry["type"] == "file" and not entry["name"].endswith("/")
+    }
+
+
+def _stamp(entry: dict[str, Any]) -> str:
+    return str(next((entry[k] for k in ("ETag", "etag", "mtime", "created") if k in entry), ""))
+
+
+# --- clients ----------------------------------------------------------------------------------
+
+
+class _BrokenOffError(Exception):
+    """A transfer that came to an end too early; another try may succeed."""
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """Return fsspec's client for a URL, and what it calls the file."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(url)
+    except ImportError:
+        kind = urlsplit(url).scheme
+        package = f"'mealv2[{_EXTRAS[kind]}]'" if kind in _EXTRAS else "fsspec's package for it"
+        raise ConfigError(f"reading {kind}:// needs more: pip install {package}") from None
+    except ValueError as error:
+        raise ConfigError(f"{shown(url)}: {str(error).splitlines()[0]}") from None
+    return system, path
+
+
+def _download(url: str, path: Path) -> None:
+    with _in_words(url, "read"):
+        system, remote = _system(url)
+        try:
+            size = system.info(remote).get("size")
+        except FileNotFoundError as error:
+            if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
+                raise _BrokenOffError(_reason(error.__cause__ or error)) from None
+            _refuse_missing_bucket(system, url, remote)
+            raise ConfigError(f"there is no {shown(url)}") from None
+        with _broken_off():
+            system.get_file(remote, str(path))
+    if size is not None and (got := path.stat().st_size) != size:
+        raise _BrokenOffError(f"{got} of {size} bytes came")
+
+
+def _is_connection(error: BaseException | None) -> bool:
+    """Return whether a client gave up for want of a connection, and not of the file."""
+    return error is not None and "Connect" in type(error).__name__
+
+
+def _run(url: str, path: Path) -> None:
+    """Write what a program prints; a shell takes the command as it is."""
+    command = url.removeprefix(PIPE).strip()
+    with path.open("wb") as output:
+        done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.PIPE)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise _BrokenOffError(f"it ended with code {done.returncode}{': ' if last else ''}{last}")
+
+
+@contextlib.contextmanager
+def _broken_off() -> Iterator[None]:
+    """Turn what clients raise when a connection is cut into one error."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise  # of the file that is written
+        raise _BrokenOffError(_reason(error)) from None
+    except Exception as error:  # each client has kinds of its own: botocore's, aiohttp's
+        if any(word in type(error).__name__ for word in _REFUSED):
+            raise
+        raise _BrokenOffError(_reason(error)) from None
+
+
+@contextlib.contextmanager
+def _in_words(url: str, what: str) -> Iterator[None]:
+    """Turn what clients raise into a RemoteError that says what to do."""
+    try:
+        yield
+    except (RemoteError, ConfigError, _BrokenOffError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of this machine's own file
+        refused = isinstance(error, PermissionError) or any(
+            word in type(error).__name__ for word in _REFUSED
+        )
+        advice = (
+            "check the credentials, which are taken from where the client always has them (for S3 "
+            "the environment or ~/.aws)"
+            if refused
+            else "run the same command again when the connection is well"
+        )
+        raise RemoteError(f"cannot {what} {shown(url)}: {_reason(error)}; {advice}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return why something failed, in a line without addresses that may hold secrets."""
+    text = str(error).strip().split("\n")[0]
+    # their texts quote the request: signed URLs, keys
+    return text if text and len(text) < 120 and "://" not in text else type(error).__name__
+
+
+def _refuse_missing_bucket(system: Any, url: str, path: str) -> None:
+    """Raise ConfigError where a file is missing because its whole bucket is."""
+    if "s3" not in system.protocol:
+        return
+    bucket = path.partition("/")[0]
+    if not system.exists(bucket):
+        raise ConfigError(f"{shown(url)}: there is no bucket {bucket} for these credentials")

@@ -1,0 +1,127 @@
+"""Label sets behind URLs: a copy in the cache that is read like any other, and what is new put
+there.
+
+Nothing is ever changed in place there, so that a copy is brought up to date by fetching files that
+it lacks. A file is put there in one step, and the first one wins (mealv2.remote.put).
+"""
+
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mealv2 import remote
+from mealv2.cache import Cache, hold
+from mealv2.errors import ConfigError, LabelSetError
+from mealv2.files import file_sha256, whole_file, write_whole
+from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
+from mealv2.locations import Location, is_url, shown, within
+from pipeline import logs
+from pipeline.config import Caching
+from pipeline.sources import cache_of
+
+_OURS = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5")
+_AT_ONCE = 8
+_held: list[int] = []  # copies that this process reads are not removed before it ends
+
+
+def folder_of(config: Caching, labels: Location, *, whole: bool = True) -> Path:
+    """Return where a label set can be read: its folder, or a copy of what is at a URL.
+
+    What is at a URL must be ``whole``, or is brought as it is. Raises LabelSetError where it is
+    not, RemoteError, ConfigError.
+    """
+    if not is_url(labels):
+        return Path(labels)
+    mirror = Mirror(str(labels), cache_of(config))
+    mirror.bring(whole=whole)
+    return mirror.folder
+
+
+class Mirror:
+    """The copy of a label set's folder at ``url``; ``folder`` is the copy."""
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self.url = url
+        self.folder = cache.path_of(url.rstrip("/"))
+        self._cache = cache
+        _held.append(hold(self.folder))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look what is there now, and bring plan and manifest; removes copies of what is not."""
+        listed = remote.listing(self.url)
+        self._there = {name: file for name, file in listed.items() if _OURS.fullmatch(name)}
+        for name in (PLAN_NAME, MANIFEST_NAME):
+            self._bring_text(name)
+
+    def bring(self, *, whole: bool) -> None:
+        """Bring the files of the set that the copy lacks.
+
+        Raises LabelSetError where ``whole`` is wanted and the set is not finished, or a file is
+        not the one that its manifest lists.
+        """
+        listed: dict[str, str] = {}
+        if MANIFEST_NAME in self._there:
+            roles = read_manifest(self.folder)["roles"].values()
+            blocks = [block for role in roles for block in role.get("blocks", [role])]
+            listed = {shard["name"]: shard["sha256"] for b in blocks for shard in b["shards"]}
+        elif whole:
+            what = "is not finished" if self._there else "holds no label set"
+            raise LabelSetError(
+                f"{shown(self.url)} {what}; `mealv2 precompute` with it as --out makes one"
+            )
+        wanted = [name for name in self._there if not self._has(name, listed.get(name))]
+        self._make_room(wanted)
+        with ThreadPoolExecutor(_AT_ONCE, "mealv2-labels") as threads:
+            for _ in threads.map(self.fetch, wanted):
+                pass
+        for name in wanted:
+            if whole and name in listed and not self._has(name, listed[name]):
+                raise LabelSetError(
+                    f"{shown(within(self.url, name))} is damaged: not the file that the manifest "
+                    "lists (SHA-256); run the command that made the set again"
+                )
+
+    def fetch(self, name: str) -> None:
+        """Bring a file."""
+        with whole_file(self.folder / name) as temporary:
+            remote.fetch(within(self.url, name), temporary)
+
+    def publish(self, name: str, *, replace: bool = False) -> None:
+        """Put a file of the copy there; where another one was first, that takes its place here."""
+        if not remote.put(within(self.url, name), self.folder / name, replace=replace):
+            self.fetch(name)
+        self._there[name] = remote.File((self.folder / name).stat().st_size, "")
+
+    def is_there(self, name: str) -> bool:
+        """Return whether a file was there when it was last looked."""
+        return name in self._there
+
+    def _has(self, name: str, sha256: str | None = None) -> bool:
+        """Return whether the copy has a file as it is there, and as a manifest lists it."""
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != self._there[name].size:
+            return False
+        return sha256 is None or file_sha256(path) == sha256
+
+    def _make_room(self, names: Iterable[str]) -> None:
+        """Remove other copies where there is no room; raises ConfigError where it is too little."""
+        total = sum(file.size for file in self._there.values())
+        if total > self._cache.limit:
+            raise ConfigError(
+                f"{shown(self.url)} has {total} bytes, more than --cache-size "
+                f"{self._cache.limit}; give more"
+            )
+        needed = sum(self._there[name].size for name in names)
+        self._cache.trim(needed)
+        if needed:
+            logs.say(f"fetching {logs.size_of(needed)} of labels from {shown(self.url)}")
+
+    def _bring_text(self, name: str) -> None:
+        data = remote.read(within(self.url, name)) if name in self._there else None
+        if data is None:
+            self._there.pop(name, None)
+            (self.folder / name).unlink(missing_ok=True)
+        else:
+            write_whole(self.folder / name, data)
