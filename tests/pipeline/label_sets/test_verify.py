@@ -254,7 +254,7 @@ def test_labels_that_are_not_the_teachers_are_noticed(
     config = LabelsVerifyConfig(
         labels=folder, data_dir=data_dir, relabel=60, teacher=teachers, workers=0
     )
-    found = relabel(config, Runtime(torch.device("cpu"), None))
+    found = relabel(config, folder, Runtime(torch.device("cpu"), None))
     assert found["identical"] < 0.2
     assert found["kl"] > 5 * found["kl_of_encoding"]
 

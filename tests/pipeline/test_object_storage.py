@@ -1,0 +1,235 @@
+"""Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Result
+from mealv2 import remote
+from mealv2.cache import Cache
+from mealv2.errors import ConfigError
+from mealv2.images import open_source
+from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
+from tars import tar_tree
+
+Run = Callable[..., Result]
+Files = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def store(port: int, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return new_store(port, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tar_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as tar shards that label sets of the tree fit."""
+    return tar_tree(data_dir, tmp_path_factory.mktemp("tars"), keys=True)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> list[Any]:
+    return ["--cache-dir", tmp_path / "cache"]
+
+
+def with_flag(flags: list[Any], name: str, value: object) -> list[Any]:
+    place = flags.index(name)
+    return [*flags[: place + 1], value, *flags[place + 2 :]]
+
+
+def training_flags(flags: list[Any], data: object, labels: object) -> list[Any]:
+    return with_flag(with_flag(flags, "--data-dir", data), "--labels", labels)
+
+
+@pytest.fixture(scope="module")
+def here(
+    tar_dir: Path,
+    precompute_flags: list[Any],
+    distill_flags: list[Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    done: Run,
+) -> Path:
+    """A label set and a run of the shards in a folder."""
+    folder = tmp_path_factory.mktemp("here")
+    done(*with_flag(precompute_flags, "--data-dir", tar_dir), "--out", folder / "labels")
+    flags = training_flags(distill_flags, tar_dir, folder / "labels")
+    done(*flags, "--output", folder / "run")
+    return folder
+
+
+def test_training_from_a_bucket_is_training_from_folders(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    tmp_path: Path,
+    done: Run,
+    weights: Files,
+) -> None:
+    images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
+
+    done(*training_flags(distill_flags, images, labels), *cache, "--output", tmp_path / "run")
+
+    assert weights(tmp_path / "run") == weights(here / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["data_dir"], config["labels"]) == (images, labels)
+    there = json.loads((tmp_path / "run" / "labels.json").read_text())
+    assert there["path"] == labels
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"]
+)
+def test_shards_in_a_bucket_are_found(
+    pattern: str, store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    images = store.upload(tar_dir, "images")
+    for split in ("train", "val"):
+        local = open_source(tar_dir, split)
+        last = sorted(tar_dir.glob(f"{split}-*.tar"))[-1].stem[-6:]
+        url = images + pattern.format(split=split).replace("000009", last)
+        far = open_source(url, split, cache=Cache(tmp_path / "cache", 10**9))
+        assert (far.keys, list(far.labels), far.classes) == (
+            local.keys,
+            list(local.labels),
+            local.classes,
+        )
+        order = np.random.default_rng(0).permutation(len(local)).tolist()
+        assert [far.read(p) for p in order] == [local.read(p) for p in order]
+
+
+def test_shards_come_from_a_web_server_or_a_program_too(tar_dir: Path, tmp_path: Path) -> None:
+    local = open_source(tar_dir, "train")
+    last = sorted(tar_dir.glob("train-*.tar"))[-1].stem[-6:]
+    names = f"train-{{000000..{last}}}.tar"
+    with web_server(tar_dir) as url:
+        for place in (f"{url}/{names}", f"pipe:cat {tar_dir}/{names}"):
+            far = open_source(place, "train", cache=Cache(tmp_path / "cache", 10**9))
+            assert far.keys == local.keys
+            assert [far.read(p) for p in range(len(far))] == [
+                local.read(p) for p in range(len(local))
+            ]
+
+
+def test_a_small_cache_is_kept_small_and_enough(
+    data_dir: Path, store: Store, tmp_path: Path
+) -> None:
+    tars = tar_tree(data_dir, tmp_path / "tars", per_shard=2)
+    url, size = store.upload(tars, "images"), 15_000
+    assert max(path.stat().st_size for path in tars.glob("train-*.tar")) < size
+    cache = Cache(tmp_path / "cache", 10 * size)
+    far, local = open_source(url, "train", cache=cache), open_source(tars, "train")
+    for position in np.random.default_rng(1).permutation(len(local)).tolist():
+        assert far.read(position) == local.read(position)
+        kept = [p for p in cache.folder.rglob("*.tar*") if p.name[0] != "."]
+        assert len(kept) > 5
+        assert sum(path.stat().st_size for path in kept) <= cache.limit
+    with pytest.raises(ConfigError, match=r"needs 9 of its shards at a time"):
+        open_source(url, "train", cache=Cache(tmp_path / "cache", 2 * size))
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+def one_line(result: Result, code: int) -> str:
+    """Return the one line of a command that failed."""
+    assert result.code == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mealv2: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for secret in KEYS.values():
+        assert secret == "true" or secret not in result.stderr
+    return lines[0]
+
+
+def test_a_missing_bucket_and_a_missing_set_are_said(
+    store: Store,
+    tar_dir: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    run_cli: Run,
+    here: Path,
+) -> None:
+    images = store.upload(tar_dir, "images")
+    flags = training_flags(distill_flags, "s3://no-such-bucket/images", here / "labels")
+    assert "there is no bucket no-such-bucket" in one_line(run_cli(*flags, *cache), 2)
+    flags = training_flags(distill_flags, f"{store.url}/nothing", here / "labels")
+    assert "no tar files of the split train" in one_line(run_cli(*flags, *cache), 2)
+    flags = training_flags(distill_flags, images, f"{store.url}/nothing")
+    assert "holds no label set" in one_line(run_cli(*flags, *cache), 3)
+
+
+def test_a_cut_connection_is_tried_again(store: Store, tar_dir: Path, tmp_path: Path) -> None:
+    url, local = store.upload(tar_dir, "images"), open_source(tar_dir, "train")
+    cut: list[bytes] = []
+
+    def may_pass(request: bytes) -> int | None:
+        wanted = request.split(b"\r\n", 1)[0]
+        if b"GET" in wanted and b".tar" in wanted and cut.count(wanted) < 2:
+            cut.append(wanted)
+            return 700  # the head and a little of the body
+        return None
+
+    with cutting_proxy(store.port, may_pass) as port:
+        store.through(port)
+        far = open_source(url, "train", cache=Cache(tmp_path / "cache", 10**9))
+        assert [far.read(p) for p in range(len(far))] == [local.read(p) for p in range(len(far))]
+    assert len(cut) >= 2
+
+
+def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    tmp_path: Path,
+    run_cli: Run,
+    done: Run,
+    weights: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
+    images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
+    flags = training_flags(distill_flags, images, labels)
+    with cutting_proxy(store.port, lambda request: 700 if b".h5" in request else None) as port:
+        store.through(port)
+        told = one_line(run_cli(*flags, *cache, "--output", tmp_path / "run"), 1)
+    assert "cannot read s3://" in told
+    assert "run the same command again" in told
+    assert not [*(tmp_path / "cache").rglob("*.h5")]
+    store.through(store.port)
+
+    done(*flags, *cache, "--output", tmp_path / "run")
+
+    assert weights(tmp_path / "run") == weights(here / "run")
+
+
+def test_wrong_credentials_are_said_and_not_shown(
+    tar_dir: Path,
+    here: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    run_cli: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with denying_server() as port:
+        store = Store(port, None, monkeypatch)
+        flags = training_flags(distill_flags, "s3://bucket/images", here / "labels")
+        told = one_line(run_cli(*flags, *cache), 1)
+        assert "check the credentials" in told
+        flags = training_flags(distill_flags, tar_dir, "s3://bucket/labels")
+        assert "check the credentials" in one_line(run_cli(*flags, *cache), 1)
+        assert store.port == port
