@@ -126,7 +126,7 @@ def test_a_small_cache_is_kept_small_and_enough(
     data_dir: Path, store: Store, tmp_path: Path
 ) -> None:
     tars = tar_tree(data_dir, tmp_path / "tars", per_shard=2)
-    url, size = store.upload(tars, "images"), 15_000
+    url, size = store.upload(tars, "images"), 21_000
     assert max(path.stat().st_size for path in tars.glob("train-*.tar")) < size
     cache = Cache(tmp_path / "cache", 10 * size)
     far, local = open_source(url, "train", cache=cache), open_source(tars, "train")
