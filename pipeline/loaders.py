@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -332,6 +331,6 @@ def refuse_failures(source: ImageSource, failed: dict[int, str], policy: OnBadIm
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
         raise DataError(
-            f"cannot read image {Path(source.name) / source.keys[position]}: {reason}; "
+            f"cannot read image {source.name}/{source.keys[position]}: {reason}; "
             "replace it, or leave such images out with --on-bad-image skip"
         )

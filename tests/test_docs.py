@@ -16,6 +16,8 @@ import timm
 
 from pipeline.bench.document import document
 from pipeline.config.bench import LINES
+from stores import Store, s3_server
+from tars import tar_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,6 +211,28 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     reports = [done(*words).report for words in commands("docs/tar-shards.md")]
 
     assert reports[-1]["data"] == "the same"
+
+
+def test_object_storage_doc_runs_on_a_bucket(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEALV2_CACHE", str(tmp_path / "cache"))
+    start = make_model("test_byobnet", seed=4)
+    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
+    shards = tar_tree(data_dir, tmp_path / "shards")
+    last = {s: sorted(shards.glob(f"{s}-*.tar"))[-1].stem[-6:] for s in ("train", "val")}
+    with s3_server() as port:
+        Store(port, "bucket", monkeypatch).upload(shards, "shards")
+
+        for words in commands("docs/object-storage.md"):
+            there = [w.replace("000146", last["train"]) for w in words]
+            done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in there))
 
 
 def test_speed_doc_runs_on_a_small_set(
