@@ -45,7 +45,7 @@ SET_ASIDE = {
 }
 
 EXAMPLES = {
-    "pack": "mealv2 pack --data-dir imagenet --out packed",
+    "pack": "mealv2 pack --data-dir imagenet --to tar --out shards",
     "precompute": "mealv2 precompute --data-dir imagenet --num-views 30 --out labels "
     "--teacher senet154.gluon_in1k --teacher resnet152s.gluon_in1k",
     "distill": "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k",

@@ -54,6 +54,24 @@ class ImageSource(Protocol):
         """The size in bytes of each encoded image, before it was packed if it was."""
 
     @property
+    def stored_sizes(self) -> Sequence[int]:
+        """The size in bytes of each encoded image as ``read`` returns it."""
+
+    @property
+    def shard_starts(self) -> Sequence[int] | None:
+        """The position of the first image of each file of many, None where each has its own."""
+
+    @property
+    def groups(self) -> Sequence[int] | None:
+        """The position at which each group of images begins that should be read together.
+
+        None where any order costs the same.
+        """
+
+    def announce(self, groups: Sequence[int]) -> None:
+        """Take note of the groups that will be read, by number, in the order of their first use."""
+
+    @property
     def classes(self) -> list[str]:
         """The class names, by class id."""
 
@@ -63,7 +81,17 @@ class ImageSource(Protocol):
         """Return the encoded image at ``position``; raises OSError where it cannot be read."""
 
 
-class ImageFolder:
+class AnyOrder:
+    """What an image source says whose images lie on this machine, each in a file of its own."""
+
+    shard_starts: Sequence[int] | None = None
+    groups: Sequence[int] | None = None
+
+    def announce(self, groups: Sequence[int]) -> None:
+        """Do nothing: any order costs the same."""
+
+
+class ImageFolder(AnyOrder):
     """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
 
     Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
@@ -90,7 +118,7 @@ class ImageFolder:
         self.labels = [row[1] for row in rows]
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
-        self.sizes = [row[2] for row in rows]
+        self.sizes = self.stored_sizes = [row[2] for row in rows]
         if pack_index is not None:
             self.sizes = original_sizes(pack_index, self.folder, keys=self.keys, sizes=self.sizes)
 

@@ -17,6 +17,8 @@ from mealv2.cache import Cache
 from mealv2.errors import ConfigError, RemoteError
 from mealv2.files import file_sha256, write_whole
 from mealv2.locations import PIPE, beside, file_name, shown, within
+from mealv2.packed_tars import SUFFIX as PACK_SUFFIX
+from mealv2.packed_tars import TarPack
 from mealv2.tar_files import (
     CLASS_FILES,
     class_names,
@@ -26,10 +28,11 @@ from mealv2.tar_files import (
     shards_of,
     without_braces,
 )
-from mealv2.tar_index import INDEX_SUFFIX, TarIndex
-from mealv2.tar_shards import ShardIndex, TarShards
+from mealv2.tar_index import SUFFIX as INDEX_SUFFIX
+from mealv2.tar_index import ShardIndex, TarIndex, index_bytes, index_of_bytes
+from mealv2.tar_shards import TarShards, index_shard
 
-WINDOW = 8  # shards read at a time, see pipeline/order.py; as many more are fetched ahead
+AHEAD = 8  # shards fetched ahead of those that are read, as many as an epoch reads at a time
 _FETCHED_AT_ONCE = 2
 
 
@@ -50,7 +53,7 @@ class RemoteTar:
         """
         index = self._index_there() or self._index_here()
         self.size, self._sha256 = index.num_bytes, index.sha256
-        return index.samples
+        return index.images
 
     def open(self) -> int:
         """Return a descriptor of the copy; it is fetched where it is not there."""
@@ -65,21 +68,21 @@ class RemoteTar:
             return None
         url = beside(self._url, file_name(self._url) + INDEX_SUFFIX)
         data = remote.read(url)
-        return None if data is None else TarIndex.of_bytes(data, shown(url))
+        return None if data is None else index_of_bytes(data, shown(url))
 
     def _index_here(self) -> TarIndex:
         """Return the index of a file that has none beside it; kept beside the copy."""
         copy = self._cache.path_of(self._url)
         path = copy.with_name(copy.name + INDEX_SUFFIX)
         if path.is_file():
-            return TarIndex.of_bytes(path.read_bytes(), str(path))
+            return index_of_bytes(path.read_bytes(), str(path))
         while True:
             self.fetch()
             try:
-                index = TarIndex.of_tar(copy)
+                index = TarIndex(index_shard(copy), copy.stat().st_size, file_sha256(copy))
             except FileNotFoundError:
                 continue  # another process needed the room
-            write_whole(path, index.to_bytes())
+            write_whole(path, index_bytes(index))
             return index
 
     def _fetch(self, path: Path) -> None:
@@ -105,16 +108,20 @@ class RemoteShards(TarShards):
     ) -> None:
         super().__init__(files, name=name, split=split, classes=classes)
         self._tars = list(files)
+        self.groups = self.shard_starts or []
+        # of the tar files that have images at all, which are the groups
+        self._numbers = [self._shard_of(start) for start in self.groups]
         self._next: dict[int, list[int]] = {}
         self._ahead: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_FETCHED_AT_ONCE, "mealv2-fetch")
         self._refuse_small(cache)
 
-    def announce(self, order: Sequence[int]) -> None:
-        """Say in which order shards will be read, so that they are fetched ahead of it."""
+    def announce(self, groups: Sequence[int]) -> None:
+        """Take note in which order shards will be read, to fetch them ahead of it."""
+        order = [self._numbers[group] for group in groups]
         with self._lock:
-            self._next = {n: list(order[i + 1 : i + 1 + WINDOW]) for i, n in enumerate(order)}
+            self._next = {n: order[i + 1 : i + 1 + AHEAD] for i, n in enumerate(order)}
 
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``.
@@ -127,15 +134,15 @@ class RemoteShards(TarShards):
     def _fetch_after(self, number: int) -> None:
         with self._lock:
             for other in self._next.pop(number, []):
-                if other not in self._ahead:
+                if other not in self._ahead or self._ahead[other].done():
                     self._ahead[other] = self._threads.submit(self._tars[other].fetch)
 
     def _refuse_small(self, cache: Cache) -> None:
         """Raise ConfigError for a cache that would be emptied before an epoch has used it."""
-        needed = sum(sorted((tar.size for tar in self._tars), reverse=True)[: WINDOW + 1])
+        needed = sum(sorted((tar.size for tar in self._tars), reverse=True)[: AHEAD + 1])
         if needed > cache.limit:
             raise ConfigError(
-                f"--cache-size {cache.limit} bytes: reading {self.name} needs {WINDOW + 1} of its "
+                f"--cache-size {cache.limit} bytes: reading {self.name} needs {AHEAD + 1} of its "
                 f"shards at a time, {needed} bytes"
             )
 
@@ -166,7 +173,13 @@ def _is_pattern(url: str) -> bool:
 
 def _in_folder(url: str, split: str) -> list[str]:
     inside = [within(url, f"{split}/{name}") for name in _tars(within(url, split))]
-    return sorted(shards_of(split, url.rstrip("/"), inside, _tars(url)))
+    there = _tars(url)
+    urls = sorted(shards_of(split, url.rstrip("/"), inside, there))
+    pack_url = within(url, f"{split}{PACK_SUFFIX}")
+    if not inside and (data := remote.read(pack_url)) is not None:
+        pack = TarPack.of_bytes(data, shown(pack_url))
+        pack.check(shown(url).rstrip("/"), {n: there[n] for n in map(file_name, urls)})
+    return urls
 
 
 def _by_pattern(pattern: str, split: str) -> list[str]:
@@ -199,9 +212,10 @@ def _matching(url: str) -> list[str]:
     return [within(folder, other) for other in _tars(folder) if fnmatch.fnmatch(other, name)]
 
 
-def _tars(url: str) -> list[str]:
-    """List the names of the tar files in a folder, in order."""
-    return sorted(name for name in remote.listing(url) if name[0] != "." and is_tar(name))
+def _tars(url: str) -> dict[str, int]:
+    """Return the tar files in a folder by name, in order, with their sizes."""
+    listed = sorted(remote.listing(url).items())
+    return {name: file.size for name, file in listed if name[0] != "." and is_tar(name)}
 
 
 def _classes(urls: Sequence[str], split: str) -> list[str] | None:

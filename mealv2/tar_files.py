@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from mealv2.errors import ConfigError
 from mealv2.files import parse_json
+from mealv2.packed_tars import TarPack
+from mealv2.tar_index import SUFFIX as INDEX_SUFFIX
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MOST_FILES = 100_000
@@ -30,7 +32,8 @@ def find_split(data_dir: Path, split: str) -> Split | None:
 
     It is a folder with SPLIT/*.tar, or with *.tar whose names have SPLIT as a word; or a pattern of
     such files, with ``{000000..000146}``, ``{a,b}``, ``*``, ``?`` and ``[…]``. A SPLIT folder with
-    folders in it is an ImageFolder's, whatever else is there. Raises ConfigError.
+    folders in it is an ImageFolder's, whatever else is there. Raises ConfigError, and DataError for
+    a folder that `mealv2 pack` made which lacks files or has others.
     """
     text = str(data_dir)
     if os.path.isdir(text):  # noqa: PTH112 - a pattern can be too long for Path.is_dir
@@ -47,6 +50,8 @@ def _in_folder(root: Path, split: str) -> Split | None:
     inside = _tars(folder) if folder.is_dir() else []
     names = [path.name for path in _tars(root)]
     paths = [*map(Path, shards_of(split, str(root), map(str, inside), names))]
+    if not inside and (pack := TarPack.read(root, split)) is not None:
+        pack.check(str(root), {path.name: path.stat().st_size for path in paths})
     return Split(paths, str(folder), _class_names([root])) if paths else None
 
 
@@ -130,7 +135,7 @@ def _expanded(pattern: str) -> list[str]:
     found: list[str] = []
     for name in without_braces(pattern):
         found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
-    return found
+    return [name for name in found if not name.endswith(f".tar{INDEX_SUFFIX}")]
 
 
 def without_braces(pattern: str) -> list[str]:

@@ -15,27 +15,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.images import EXTENSIONS
+from mealv2.images import EXTENSIONS, AnyOrder
+from mealv2.keys import Keys
 from mealv2.tar_headers import BLOCK, Archive, Member
+from mealv2.tar_index import ShardIndex, index_path, is_key, read_index
 
 _INDEXED_AT_ONCE = 16  # on a cold disk or a share every header waits for a read of its own
 _KEPT_OPEN = 64  # files a process; the usual limit is 1024, on some systems 256
 _TEXTS = {"cls": 32, "key": 4096}  # members that are read with the headers, at most so long
 _META = re.compile(r"__[^/]*__(/|$)")
 _MOST_CLASSES = 1_000_000  # without a file of names
-
-
-class ShardIndex(NamedTuple):
-    """The images of one tar file, in the order they lie."""
-
-    keys: list[str]
-    labels: "array[int]"
-    sizes: "array[int]"
-    offsets: "array[int]"
-    header_crc32s: "array[int]"
 
 
 class TarFile(Protocol):
@@ -64,15 +58,15 @@ class LocalTar:
         return str(self.path)
 
     def index(self) -> ShardIndex:
-        """Return its samples; raises as ``index_shard``."""
-        return index_shard(self.path)
+        """Return its samples; raises as ``indexed``."""
+        return indexed(self.path)
 
     def open(self) -> int:
         """Return a descriptor to read it."""
         return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-class TarShards:
+class TarShards(AnyOrder):
     """Images in tar files as WebDataset lays them out, in the order of the shards' names.
 
     A sample is a run of members with one name up to the first dot of the base name, which is its
@@ -93,18 +87,23 @@ class TarShards:
         self._files = _Files([LocalTar(f) if isinstance(f, Path) else f for f in files])
         self.name = name
         self.split = split
-        self.keys: list[str] = []
-        self.labels, self.sizes = array("q"), array("q")
-        self._offsets, self._crcs = array("q"), array("I")
+        self.labels, self.sizes, self.stored_sizes = array("q"), array("q"), array("q")
+        self._offsets, self._head_sizes, self._crcs = array("q"), array("q"), array("I")
         self._first: list[int] = []  # position of each shard's first image
+        keys = []
         with ThreadPoolExecutor(_INDEXED_AT_ONCE) as threads:
             for index in threads.map(lambda file: file.index(), self._files.files):
-                self._first.append(len(self.keys))
-                self.keys += index.keys
+                self._first.append(len(self.labels))
+                keys.append(Keys.of(index.keys))
                 self.labels += index.labels
-                self.sizes += index.sizes
+                self.sizes += index.original_sizes
+                self.stored_sizes += index.sizes
                 self._offsets += index.offsets
-                self._crcs += index.header_crc32s
+                self._head_sizes += index.head_sizes
+                self._crcs += index.head_crc32s
+        self.keys = Keys.joined(keys)
+        stops = [*self._first[1:], len(self.keys)]
+        self.shard_starts = [a for a, b in zip(self._first, stops, strict=True) if a < b]
         if not self.keys:
             raise ConfigError(f"{name} holds no samples: images with a .cls member each")
         self._refuse_twins()
@@ -122,14 +121,18 @@ class TarShards:
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises OSError where it cannot be read.
 
-        DataError where the shard is no longer what it was: the tar header is compared too.
+        DataError where the shard is not what its index says, or no longer what it was: what is
+        before the image is compared too.
         """
         number = self._shard_of(position)
-        wanted = BLOCK + self.sizes[position]
-        data = self._files.read(number, wanted, self._offsets[position] - BLOCK)
-        if len(data) != wanted or zlib.crc32(data[:BLOCK]) != self._crcs[position]:
-            raise DataError(f"{self._files.files[number].name} was changed since it was opened")
-        return data[BLOCK:]
+        head = self._head_sizes[position]
+        wanted = head + self.stored_sizes[position]
+        data = self._files.read(number, wanted, self._offsets[position] - head)
+        if len(data) != wanted or zlib.crc32(data[:head]) != self._crcs[position]:
+            raise DataError(
+                f"{self._files.files[number].name} was changed since it was opened or indexed"
+            )
+        return data[head:]
 
     def _shard_of(self, position: int) -> int:
         return bisect_right(self._first, position) - 1
@@ -138,7 +141,8 @@ class TarShards:
         return self._files.files[self._shard_of(position)].name
 
     def _refuse_twins(self) -> None:
-        if len(set(self.keys)) == len(self.keys):
+        hashes_N = np.fromiter(map(hash, self.keys), np.int64, len(self.keys))
+        if len(np.unique(hashes_N)) == len(hashes_N):
             return
         places: dict[str, int] = {}
         for position, key in enumerate(self.keys):
@@ -206,12 +210,29 @@ class _Descriptor:
 # --- samples ----------------------------------------------------------------------------------
 
 
+def indexed(path: Path) -> ShardIndex:
+    """Return the samples of a tar file: from the index beside it if there is one, else by headers.
+
+    Raises DataError as index_shard and read_index, and for the index of another file.
+    """
+    index = read_index(path)
+    if index is None:
+        return index_shard(path)
+    if (size := path.stat().st_size) != index.num_bytes:
+        raise DataError(
+            f"{index_path(path)} is the index of another file: {path.name} has {size} bytes, not "
+            f"{index.num_bytes}; remove the index if the tar file is right, or make both again"
+        )
+    return index.images
+
+
 def index_shard(path: Path) -> ShardIndex:
     """Find the samples of a tar file by one pass over its headers.
 
     Raises DataError, naming file and sample, for what is no sample or no whole tar file.
     """
-    index = ShardIndex([], array("q"), array("q"), array("q"), array("I"))
+    sizes = array("q")
+    index = ShardIndex([], array("q"), sizes, array("q"), array("q"), array("I"), sizes)
     with Archive(path) as archive:
         for sample in _samples(archive):
             where = f"sample {sample.name} of {path}"
@@ -221,7 +242,8 @@ def index_shard(path: Path) -> ShardIndex:
             index.labels.append(_label_of(sample, where))
             index.sizes.append(image.size)
             index.offsets.append(image.offset)
-            index.header_crc32s.append(image.header_crc32)
+            index.head_sizes.append(BLOCK)
+            index.head_crc32s.append(image.header_crc32)
     return index
 
 
@@ -293,6 +315,6 @@ def _key_of(sample: _Sample, where: str) -> str:
         key = ""
     if not key or "\0" in key:
         raise DataError(f"the .key of {where} is not a text in UTF-8")
-    if key[0] == "/" or ".." in key.split("/"):
+    if not is_key(key):
         raise DataError(f"{where} has the key {key!r}, which leads out of its folder")
     return unicodedata.normalize("NFC", key)

@@ -255,6 +255,8 @@ class ViewLoader(Iterable[Pixels]):
     pin_memory: bool
 
     def __iter__(self) -> Iterator[Pixels]:
+        if isinstance(self.requests, list):
+            announce(self.reader.source, self.requests)
         # odd palettes and EXIF blocks decode as they do elsewhere; all threads share the filters
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if self.workers == 0:
@@ -307,10 +309,19 @@ def read_views(
 ) -> ViewLoader:
     """Return an iterable over the pixels of each request, in order, read ahead by threads.
 
-    An image is decoded once for all its views, also where they go on in the next request. Without
+    The source is told what is in a list of requests; who gives another iterable announces it. An
+    image is decoded once for all its views, also where they go on in the next request. Without
     ``workers`` the calling thread reads. ``pin_memory`` puts batches into page-locked memory.
     """
     return ViewLoader(reader, requests, workers, pin_memory)
+
+
+def announce(source: ImageSource, requests: Iterable[Request]) -> None:
+    """Tell a source which of its groups requests will read, in the order of their first use."""
+    if source.groups is not None:
+        positions = [position for request in requests for position, _ in request]
+        numbers = np.searchsorted(source.groups, positions, side="right") - 1
+        source.announce(list(dict.fromkeys(numbers.tolist())))
 
 
 def centre_requests(positions: Sequence[int], batch_size: int) -> list[Request]:

@@ -7,15 +7,29 @@ import numpy as np
 
 T = TypeVar("T")
 
+# Groups whose images are shuffled together: with so many, neighbours in a file hardly meet in a
+# batch, and so many files are to be at hand at a time, or twice as many while one window follows
+# another.
+WINDOW = 8
 
-def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
+
+def epoch_order(
+    num_images: int, *, seed: int, epoch: int, groups: Sequence[int] | None = None
+) -> np.ndarray:
     """Return a permutation of 0..num_images-1, int64, a pure function of its arguments.
 
-    Positions sorted by a 64-bit mix (SplitMix64) of (seed, epoch, position).
+    Positions sorted by a 64-bit mix (SplitMix64) of (seed, epoch, position). ``groups`` are the
+    positions at which groups begin that should be read together, ascending from 0: these are put in
+    such an order, and the images of WINDOW of them at a time.
     """
     positions = np.arange(num_images, dtype=np.uint64)
     start = _mix(np.array([seed], dtype=np.uint64) + _mix(np.array([epoch + 1], dtype=np.uint64)))
-    return np.argsort(_mix(positions + start), kind="stable").astype(np.int64)
+    words = _mix(positions + start)
+    if groups is None:
+        return np.argsort(words, kind="stable").astype(np.int64)
+    places = np.argsort(epoch_order(len(groups), seed=seed, epoch=epoch))
+    window_N = np.repeat(places // WINDOW, np.diff([*groups, num_images]))
+    return np.lexsort((words, window_N)).astype(np.int64)
 
 
 def batches(order: Sequence[T], batch_size: int) -> list[list[T]]:

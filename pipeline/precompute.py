@@ -3,17 +3,20 @@
 The validation split is labelled first, one centre crop an image; it says how good the teachers are.
 """
 
+import itertools
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import fingerprint
+from mealv2.errors import ConfigError
+from mealv2.images import ImageSource, fingerprint
 from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import logs, measuring, runtime, teachers
-from pipeline.config import PrecomputeConfig
+from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.sources import open_images, open_split
@@ -40,9 +43,10 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
         img_size=config.img_size,
         most=roles[-1].num_labels,
     )
+    plan = _plan(config, labeller, roles, described)
+    roles = [replace(r, shards=list(label_set.planned_ranges(plan, r.name))) for r in roles]
     if config.dry_run:
         return _estimate(config, labeller, roles)
-    plan = _plan(config, labeller, roles, described)
     began = time.monotonic()
     label_set.claim(config.out, plan)
     stage = StageOne(config.out, plan, labeller, _reading(config, machine))
@@ -76,15 +80,11 @@ def _say_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
 
 
 def _roles(config: PrecomputeConfig) -> list[Role]:
-    """Return what is labelled, validation first."""
+    """Return what is labelled, validation first; its shards are the plan's to say."""
     train = open_images(config, config.data_dir, config.split)
     val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
     sources = [("val", val, (CENTRE,)), ("train", train, tuple(range(config.num_views)))]
-    return [
-        Role(name, source, views, list(label_set.shard_ranges(len(source), config.shard_size)))
-        for name, source, views in sources
-        if source is not None
-    ]
+    return [Role(name, source, views, []) for name, source, views in sources if source is not None]
 
 
 def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
@@ -116,7 +116,7 @@ def _plan(
         "interpolation": interpolation(config.resize),
         "probe_sha256": probe_sha256(config.resize),
         "labels": labeller.encoding.plan(),
-        "shard_size": config.shard_size,
+        **_shard_size(config, roles),
         "roles": {
             role.name: {
                 "split": role.source.split,
@@ -124,10 +124,30 @@ def _plan(
                 "data_sha256": fingerprint(role.source),
                 "views": views[role.name],
                 "num_views": len(role.views),
+                **_shard_sizes(role.source),
             }
             for role in roles
         },
     }
+
+
+def _shard_size(config: PrecomputeConfig, roles: list[Role]) -> dict[str, int]:
+    """Return what the plan says of shards that follow no tar files; raises ConfigError."""
+    if any(role.source.shard_starts is None for role in roles):
+        return {"shard_size": config.shard_size or DEFAULT_SHARD_SIZE}
+    if config.shard_size is not None:
+        raise ConfigError(
+            "--shard-size has no effect on tar shards: each has a shard of labels of its own"
+        )
+    return {}
+
+
+def _shard_sizes(source: ImageSource) -> dict[str, list[int]]:
+    """Return what the plan says of shards that follow tar files: how many images each has."""
+    if source.shard_starts is None:
+        return {}
+    ends = [*source.shard_starts, len(source)]
+    return {"shard_sizes": [b - a for a, b in itertools.pairwise(ends)]}
 
 
 def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.files import canonical_json, write_whole
-from mealv2.images import EXTENSIONS, walk_images
+from mealv2.images import EXTENSIONS, AnyOrder, walk_images
 from mealv2.released import find
 from pipeline import logs, ready, runtime
 from pipeline.config import PredictConfig
@@ -27,7 +27,7 @@ from pipeline.prefetch import on_device
 IMAGENET_CLASSES = 1000
 
 
-class Pictures:
+class Pictures(AnyOrder):
     """An image source of files by path, without classes: keys are paths as they were given.
 
     Folders stand for the pictures under them, sorted; names that begin with a dot are left out, and
@@ -48,6 +48,8 @@ class Pictures:
     def sizes(self) -> list[int]:
         """The size in bytes of each file."""
         return [Path(key).stat().st_size for key in self.keys]
+
+    stored_sizes = sizes
 
     def __len__(self) -> int:
         return len(self.keys)

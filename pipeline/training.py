@@ -218,10 +218,9 @@ class _Trainer:
 
     def _read(self) -> Iterator[Pixels]:
         """Read the pixels of every batch from here to the end of the run, passes in a row."""
-        rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
             self.work.reader(),
-            itertools.islice(rest, self.place.step, None),
+            self.passes.requests_from(self.place.epoch, self.place.step),
             workers=self.config.workers,
             pin_memory=self.machine.pins,
         )

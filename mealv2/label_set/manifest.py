@@ -4,6 +4,7 @@ plan.json holds everything that determines the labels; a folder has one plan for
 repeats it, lists the shards that were found whole, with their hashes, and is the only "done".
 """
 
+import itertools
 import re
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +43,21 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
         range(start, min(start + shard_size, num_images))
         for start in range(0, num_images, shard_size)
     ]
+
+
+def planned_ranges(plan: dict[str, Any], role: str) -> list[range]:
+    """Return the image positions of each shard of a role, as its plan says them.
+
+    Raises KeyError, TypeError or ValueError for a plan that does not: see ``_is_plan``.
+    """
+    entry = plan["roles"][role]
+    sizes = entry.get("shard_sizes")
+    if sizes is None:
+        return shard_ranges(entry["num_images"], plan["shard_size"])
+    if sum(sizes) != entry["num_images"]:
+        raise ValueError(f"shards of {sum(sizes)} images, not {entry['num_images']}")
+    ends = itertools.accumulate(sizes)
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ PAPER_MILESTONE = 100
 
 DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes a view of 1,000 classes
 DEFAULT_IMG_SIZE = 224
+DEFAULT_SHARD_SIZE = 2048  # images, in a file of labels or of images; of ImageNet 225 MB
 MOST_VIEWS = 1_000_000  # of an image, in a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 

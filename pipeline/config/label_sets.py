@@ -9,6 +9,7 @@ from mealv2.locations import Location
 from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
+    DEFAULT_SHARD_SIZE,
     MOST_VIEWS,
     Caching,
     Labelling,
@@ -175,7 +176,7 @@ class LabelsImportConfig(Caching):
     )
     teacher_name: str = setting("unknown", "What to call the teacher in the manifest.")
     img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.")
-    shard_size: int = setting(2048, "Images per shard file.")
+    shard_size: int = setting(DEFAULT_SHARD_SIZE, "Images per shard file.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
+    DEFAULT_SHARD_SIZE,
     MOST_VIEWS,
     Caching,
     Cutting,
@@ -63,13 +64,19 @@ class PrecomputeConfig(Cutting, Caching, Labelling):
     store_logits: bool = setting(
         False, "Store the mean logits of the kept classes too, for the discriminator."
     )
-    shard_size: int = setting(2048, "Images per shard file.")
+    shard_size: int | None = setting(
+        None,
+        "Images per shard file; of tar shards each has a shard of its own.",
+        shown=str(DEFAULT_SHARD_SIZE),
+    )
     recipe: str | None = recipe_setting()
     dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "img_size", "shard_size")
+        at_least(self, 1, "img_size")
+        if self.shard_size is not None:
+            at_least(self, 1, "shard_size")
         between(self, 1, MOST_VIEWS, "num_views")
         check_seed(self, "view_seed")
         if not self.teacher:

@@ -2,28 +2,45 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import Settings
-from pipeline.config.fields import at_least, required, setting
+from pipeline.config.base import DEFAULT_SHARD_SIZE, Settings
+from pipeline.config.fields import at_least, required, setting, without_effect
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(Settings):
-    """Re-pack JPEGs without loss, so that a view is cut out before it is decoded.
+    """Copy a data set into a form that is faster to read; label sets of DATA are sets of OUT too.
 
-    Every pixel stays the same, and label sets of DATA are label sets of OUT. Needs jpegtran.
+    To a folder: JPEGs are re-packed without loss, so that a view is cut out before it is decoded;
+    needs jpegtran. To tar: a few big files, their images as they are, in a random order.
     """
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE.")
-    out: Path = required("Folder of the packed tree; made if missing, continued if unfinished.")
+    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
+    out: Path = required("Folder to pack into; made if missing, continued if unfinished.")
+    to: Literal["folder", "tar"] = setting(
+        "folder", "A tree OUT/SPLIT/CLASS/IMAGE, or tar shards OUT/SPLIT-000000.tar, …"
+    )
     split: tuple[str, ...] = setting(
         (), "Folder under --data-dir to pack; repeat it for several.", shown="all with classes"
     )
-    workers: int = setting(4, "Images that are packed at the same time.")
+    images_per_shard: int | None = setting(
+        None, "With --to tar: images in a tar file.", shown=str(DEFAULT_SHARD_SIZE)
+    )
+    workers: int = setting(4, "Images that are read, and packed, at the same time.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "workers")
+        if self.to != "tar":
+            without_effect(self, "without --to tar", "images_per_shard")
+        elif self.images_per_shard is not None:
+            at_least(self, 1, "images_per_shard")
         for name in self.split:
             if not name or Path(name).name != name or name[0] == ".":
                 raise ConfigError(f"--split {name!r} must be the name of a folder under --data-dir")
+
+    @property
+    def num_per_shard(self) -> int:
+        """How many images a tar file gets."""
+        return self.images_per_shard or DEFAULT_SHARD_SIZE

@@ -155,7 +155,7 @@ def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         roles[name] = {"images": role["num_images"], "shards": there}
         of = ""
         if "derived" not in plan:
-            roles[name]["of"] = -(-role["num_images"] // plan["shard_size"])
+            roles[name]["of"] = len(label_set.planned_ranges(plan, name))
             of = f" of {roles[name]['of']}"
         _line(name, f"{role['num_images']} images, {there}{of} shards are there")
     logs.say(f"not finished: run the same {maker_of(plan)} again")

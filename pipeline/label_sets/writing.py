@@ -205,12 +205,16 @@ def derived_plan(
 ) -> dict[str, Any]:
     """Return the plan of a set made of others; it names them, so no precompute takes it for its."""
     made_of = [json_sha256(other) for other in sets]
-    return {
+    made = {
         **{name: value for name, value in plan.items() if name not in _OLD},
         "format_version": label_set.FORMAT_VERSION,
         "derived": {"command": command, "how": how, "from": made_of},
         **changes,
     }
+    roles = {name: dict(role) for name, role in made["roles"].items()}
+    for role in roles.values():
+        role.pop("shard_sizes", None)  # of the others' shards
+    return {**made, "roles": roles}
 
 
 _SLICE = 4096  # rows

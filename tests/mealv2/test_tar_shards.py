@@ -481,5 +481,5 @@ def test_an_index_says_where_the_images_lie(tmp_path: Path) -> None:
     index = index_shard(tmp_path / "a.tar")
     for number, (offset, size) in enumerate(zip(index.offsets, index.sizes, strict=True)):
         assert data[offset : offset + size] == NAMES[number].encode() * (number * 40)
-        assert zlib.crc32(data[offset - BLOCK : offset]) == index.header_crc32s[number]
+        assert zlib.crc32(data[offset - BLOCK : offset]) == index.head_crc32s[number]
     assert json.loads(json.dumps(list(index.labels))) == [n % 3 for n in range(len(NAMES))]

@@ -23,7 +23,8 @@ from mealv2.images import ImageFolder, fingerprint
 from mealv2.packed import INDEX_NAME, PackIndex
 from mealv2.pixels import decode
 from mealv2.restart import is_packed, region
-from pipeline import jpegtran, pack
+from pipeline import jpegtran
+from pipeline.pack import folder, reading
 from warm import warm_process
 
 Run = Callable[..., Result]
@@ -269,7 +270,7 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
 
     flags = ["pack", "--data-dir", data_dir, "--out", tmp_path / "out", "--workers", 2]
     with monkeypatch.context() as patched:
-        patched.setattr(pack, "write_whole", write)
+        patched.setattr(folder, "write_whole", write)
         result = run_cli(*flags)
     assert result.code == 4
     assert result.stderr.count("mealv2: ") == 1
@@ -298,7 +299,7 @@ def test_nothing_is_begun_once_the_reader_stops(monkeypatch: pytest.MonkeyPatch)
         shutdown(pool)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
-    results = pack._in_threads(work, range(100), workers=1)
+    results = reading.in_threads(work, range(100), workers=1)
     assert next(results) == 0
     results.close()  # type: ignore[attr-defined]
     assert set(begun) <= {0, 1}

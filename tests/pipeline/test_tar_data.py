@@ -1,5 +1,6 @@
 """Every stage on tar shards: labels, runs and figures as on the folder they were made of."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from conftest import IMG_SIZE, ROOT, Result
+from mealv2 import label_set
 from mealv2.images import ImageFolder, open_source
 from mealv2.label_set import LabelSet, read_manifest
 from mealv2.pixels import cut, decode
+from mealv2.tar_shards import index_shard
 from mealv2.views import DrawnViews, view_of
 from pipeline.loaders import ViewReader, read_views
 from tars import tar_tree
@@ -28,8 +31,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def on(data_dir: Path | str, flags: list[str]) -> list[object]:
-    """Return flags with another --data-dir."""
-    return [*flags, "--data-dir", data_dir]
+    """Return flags with another --data-dir, without --shard-size, which tar shards say."""
+    pairs = zip(flags[1::2], flags[2::2], strict=True)
+    kept = [part for pair in pairs if pair[0] != "--shard-size" for part in pair]
+    return [flags[0], *kept, "--data-dir", data_dir]
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +43,125 @@ def twin(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tar_tree(data_dir, tmp_path_factory.mktemp("tars") / "twin", keys=True)
 
 
+def probabilities(labels: Path, role: str) -> dict[tuple[str, int], np.ndarray]:
+    """Return every label of a set, dense."""
+    stored = LabelSet.open(labels, role=role)
+    images = list(stored.keys())
+    names = [(key, view) for key in images for view in range(stored.num_views)]
+    keys, views = zip(*names, strict=True)
+    dense = stored.soft_labels(keys, views).to_dense().numpy()
+    return dict(zip(names, dense, strict=True))
+
+
+def assert_same_labels(labels: Path, others: Path) -> None:
+    """Insist that two sets say the same of the same views, in whatever shards.
+
+    The rows of a batch are others, so that the last bit of a float16 may be another too.
+    """
+    for role in ("train", "val"):
+        ours, theirs = probabilities(labels, role), probabilities(others, role)
+        assert ours.keys() == theirs.keys()
+        for name, row in ours.items():
+            np.testing.assert_allclose(row, theirs[name], atol=1e-3)
+        plans = [read_manifest(folder)["plan"]["roles"][role] for folder in (labels, others)]
+        assert plans[0]["data_sha256"] == plans[1]["data_sha256"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_labels_of_tar_shards_are_those_of_the_folder_byte_for_byte(
+def test_labels_of_tar_shards_are_those_of_the_folder_in_a_shard_for_each_tar_file(
     done: Run,
     precompute_flags: list[str],
     labels_dir: Path,
     data_dir: Path,
     tmp_path: Path,
-    contents: Contents,
     layout: str,
 ) -> None:
     tree = tar_tree(data_dir, tmp_path / "tars", keys=True, **LAYOUTS[layout])
-    done(*on(tree, precompute_flags), "--out", tmp_path / "labels", "--workers", 2)
-    assert contents(tmp_path / "labels") == contents(labels_dir)
+    labels = tmp_path / "labels"
+    done(*on(tree, precompute_flags), "--out", labels, "--workers", 2)
+    assert_same_labels(labels, labels_dir)
+    plan = read_manifest(labels)["plan"]
+    assert "shard_size" not in plan
+    for role in ("train", "val"):
+        tars = sorted(tree.glob(f"{role}*/*.tar" if layout == "inside" else f"{role}-*.tar"))
+        _, files = LabelSet.open(labels, role=role).blocks[0]
+        in_tars = [index_shard(tar).keys for tar in tars]
+        assert [file.keys() for file in files] == in_tars
+        assert plan["roles"][role]["shard_sizes"] == list(map(len, in_tars))
+
+
+def test_shard_size_is_refused_where_tar_files_say_it(
+    run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
+) -> None:
+    words = [*on(twin, precompute_flags), "--out", tmp_path / "labels", "--shard-size", 10]
+    result = run_cli(*words)
+    assert result.code == 2
+    assert "--shard-size has no effect on tar shards" in result.stderr
+    assert not (tmp_path / "labels").exists()
+
+
+def test_shard_size_is_of_the_split_that_is_no_tar_files(
+    done: Run, precompute_flags: list[str], data_dir: Path, twin: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "mixed"
+    shutil.copytree(twin, tree, ignore=shutil.ignore_patterns("val-*"))
+    shutil.copytree(data_dir / "val", tree / "val")
+    words = [*on(tree, precompute_flags), "--out", tmp_path / "labels", "--shard-size", 4]
+    done(*words)
+    blocks = [LabelSet.open(tmp_path / "labels", role=r).blocks[0][1] for r in ("train", "val")]
+    assert [[file.num_images for file in files] for files in blocks] == [
+        [10, 10, 10, 6],
+        [4, 4, 4, 3],
+    ]
+
+
+def test_labels_that_an_earlier_mealv2_began_on_tar_files_are_refused_in_clear_words(
+    done: Run, run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels"
+    words = [*on(twin, precompute_flags), "--out", labels]
+    done(*words)
+    plan = json.loads((labels / "plan.json").read_bytes())
+    for role in plan["roles"].values():
+        del role["shard_sizes"]
+    shutil.rmtree(labels)
+    label_set.claim(labels, {**plan, "shard_size": 2048})
+    result = run_cli(*words)
+    assert result.code == 3
+    assert "an earlier mealv2 cut labels of tar shards into --shard-size images" in result.stderr
+    assert done("labels", "info", labels).report["roles"]["train"]["of"] == 1
+
+
+def test_info_knows_how_many_shards_an_unfinished_set_of_tar_files_is_to_have(
+    done: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels"
+    done(*on(twin, precompute_flags), "--out", labels)
+    (labels / "manifest.json").unlink()
+    (labels / "train-00001.h5").unlink()
+    roles = done("labels", "info", labels).report["roles"]
+    assert (roles["train"]["shards"], roles["train"]["of"]) == (3, 4)
+    assert (roles["val"]["shards"], roles["val"]["of"]) == (2, 2)
+
+
+def test_sets_made_of_sets_of_tar_files_do_not_say_their_shards(
+    done: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
+) -> None:
+    labels, parts = tmp_path / "labels", tmp_path / "parts"
+    done(*on(twin, precompute_flags), "--out", labels)
+    done("labels", "split", labels, "--parts", 2, "--out", parts)
+    done("labels", "merge", parts / "part-0", parts / "part-1", "--out", tmp_path / "joined")
+    assert_same_labels(tmp_path / "joined", labels)
+    for folder in (parts / "part-0", tmp_path / "joined"):
+        assert "shard_sizes" not in (folder / "plan.json").read_text()
 
 
 def test_a_pattern_gives_both_splits(
-    done: Run,
-    precompute_flags: list[str],
-    labels_dir: Path,
-    twin: Path,
-    tmp_path: Path,
-    contents: Contents,
+    done: Run, precompute_flags: list[str], labels_dir: Path, twin: Path, tmp_path: Path
 ) -> None:
     pattern = f"{twin}/{{train-{{000000..000003}},val-*}}.tar"
     done(*on(pattern, precompute_flags), "--out", tmp_path / "labels")
-    assert contents(tmp_path / "labels") == contents(labels_dir)
+    assert_same_labels(tmp_path / "labels", labels_dir)
 
 
 def test_views_of_plain_samples_are_drawn_from_their_webdataset_keys(

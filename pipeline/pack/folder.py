@@ -1,4 +1,4 @@
-"""`mealv2 pack`: an ImageFolder tree with the same pixels in JPEGs that views are cut out of.
+"""An ImageFolder tree with the same pixels in JPEGs that views are cut out of.
 
 Restart markers are put into every JPEG (mealv2.restart says what for); what cannot be packed, or
 would not decode to the same pixels, is copied as it is. An index in each split (mealv2.packed),
@@ -6,14 +6,12 @@ written last, says what the originals were.
 """
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import TEMPORARY_PREFIX, write_whole
+from mealv2.files import write_whole
 from mealv2.images import ImageSource, fingerprint, open_source
 from mealv2.packed import INDEX_NAME, PackIndex
 from mealv2.pixels import decode
@@ -21,17 +19,16 @@ from mealv2.restart import is_packed
 from pipeline import logs
 from pipeline.config import PackConfig
 from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
-
-T = TypeVar("T")
-R = TypeVar("R")
+from pipeline.pack.places import refuse_file, refuse_overlap, splits_of, strange
+from pipeline.pack.reading import in_threads, read_image
 
 
 def run(config: PackConfig) -> dict[str, Any]:
     """Pack a data set; return the report. Raises MealError and OSError."""
     began = time.monotonic()
     program = Jpegtran.find()
-    sources = {name: open_source(config.data_dir, name) for name in _splits(config)}
-    _refuse_overlap(config.data_dir, config.out)
+    sources = {name: open_source(config.data_dir, name) for name in splits_of(config)}
+    refuse_overlap(config.data_dir, config.out)
     _refuse_what_is_no_pack(config.out)
     indices = {}
     num_made = 0
@@ -58,54 +55,17 @@ def run(config: PackConfig) -> dict[str, Any]:
     return report
 
 
-def _splits(config: PackConfig) -> list[str]:
-    """Return the splits to pack; raises ConfigError where there is none."""
-    if config.split:
-        return list(dict.fromkeys(config.split))
-    if not config.data_dir.is_dir():
-        raise ConfigError(f"no folder {config.data_dir}; give the data set as --data-dir")
-    folders = sorted(_folders(config.data_dir))
-    found = [folder.name for folder in folders if any(_folders(folder))]
-    if not found:
-        raise ConfigError(
-            f"no folder in {config.data_dir} has class folders; "
-            "--data-dir must hold ROOT/SPLIT/CLASS/IMAGE"
-        )
-    return found
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
 # --- where to -----------------------------------------------------------------------------------
-
-
-def _refuse_overlap(data_dir: Path, out: Path) -> None:
-    """Raise ConfigError where one of two folders is in the other."""
-    data, packed = data_dir.resolve(), out.resolve()
-    if packed.is_relative_to(data) or data.is_relative_to(packed):
-        raise ConfigError(
-            f"--out {out} and --data-dir {data_dir} lie in one another; give another folder"
-        )
 
 
 def _refuse_what_is_no_pack(out: Path) -> None:
     """Raise ConfigError where --out holds anything but packed splits, finished or not."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder")
-    for path in _strange(out):
-        if not path.is_dir() or (not (path / INDEX_NAME).is_file() and any(_strange(path))):
+    refuse_file(out)
+    for path in strange(out):
+        if not path.is_dir() or (not (path / INDEX_NAME).is_file() and any(strange(path))):
             raise ConfigError(
                 f"--out {out} is not empty, and {path.name} is not packed; give a new folder"
             )
-
-
-def _strange(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder but for what killed runs leave behind."""
-    if folder.is_dir():
-        paths = (p for p in sorted(folder.iterdir()) if not p.name.startswith(TEMPORARY_PREFIX))
-        yield from paths
 
 
 def _claim(out: Path, source: ImageSource, program: Jpegtran) -> PackIndex:
@@ -143,7 +103,7 @@ def _pack_split(
     folder = config.out / source.split
     images, kept = {}, {}
     num_made = 0
-    results = _in_threads(
+    results = in_threads(
         lambda position: _pack_image(source, position, folder, program, before),
         range(len(source)),
         workers=config.workers,
@@ -176,12 +136,7 @@ def _pack_image(
         size = before.images[key][1]
         if path.stat().st_size == size:
             return size, before.kept.get(key), False
-    try:
-        data = source.read(position)
-    except OSError as error:
-        raise DataError(
-            f"cannot read {Path(source.name) / key}: {error.strerror}; replace it or remove it"
-        ) from None
+    data = read_image(source, position)
     if before.images is None and (size := _size_of_packed(path, data)):
         return size, None, False  # an earlier run, that did not come to its end, made it
     made, reason = packed(data, program)
@@ -200,24 +155,6 @@ def _size_of_packed(path: Path, original: bytes) -> int:
     except DataError:
         return 0
     return len(data) if is_whole else 0
-
-
-def _in_threads(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
-    """Yield what ``work`` makes of each item, in order; a few are always under way.
-
-    What is under way is finished when an item raises or the reader stops, nothing else is begun.
-    """
-    pool = ThreadPoolExecutor(workers)
-    begun: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) > 4 * workers:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _told(report: dict[str, Any]) -> str:
