@@ -42,6 +42,11 @@ def cache(tmp_path: Path) -> list[Any]:
     return ["--cache-dir", tmp_path / "cache"]
 
 
+def without_flag(flags: list[Any], name: str) -> list[Any]:
+    place = flags.index(name)
+    return [*flags[:place], *flags[place + 2 :]]
+
+
 def with_flag(flags: list[Any], name: str, value: object) -> list[Any]:
     place = flags.index(name)
     return [*flags[: place + 1], value, *flags[place + 2 :]]
@@ -61,7 +66,8 @@ def here(
 ) -> Path:
     """A label set and a run of the shards in a folder."""
     folder = tmp_path_factory.mktemp("here")
-    done(*with_flag(precompute_flags, "--data-dir", tar_dir), "--out", folder / "labels")
+    labelling = without_flag(precompute_flags, "--shard-size")
+    done(*with_flag(labelling, "--data-dir", tar_dir), "--out", folder / "labels")
     flags = training_flags(distill_flags, tar_dir, folder / "labels")
     done(*flags, "--output", folder / "run")
     return folder
