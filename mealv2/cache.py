@@ -94,7 +94,7 @@ class Cache:
 def hold(folder: Path) -> int:
     """Say that the files of a folder are in use until the descriptor, or the process, is closed."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / f"{_LOCK_PREFIX}use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     with contextlib.suppress(OSError):  # a share without locks: nothing is held there
         fcntl.flock(handle, fcntl.LOCK_SH)
     return handle
@@ -103,7 +103,7 @@ def hold(folder: Path) -> int:
 def in_use(folder: Path) -> bool:
     """Return whether some process holds a folder."""
     try:
-        handle = os.open(folder / f"{_LOCK_PREFIX}use", os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -120,14 +120,17 @@ def in_use(folder: Path) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Let one thread of one process at a time be here for a path."""
-    name = path.with_name(f"{_LOCK_PREFIX}{path.name}")
-    handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with contextlib.suppress(OSError):  # without locks a file may be fetched twice, no more
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{_LOCK_PREFIX}{path.name}")
 
 
 def _is_plain(name: str) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from mealv2 import remote
 from mealv2.cache import Cache, hold
@@ -25,6 +26,57 @@ _AT_ONCE = 8
 _held: list[int] = []  # copies that this process reads are not removed before it ends
 
 
+class Store(Protocol):
+    """Where stage one puts a label set: ``place`` as a person calls it, files in ``folder``."""
+
+    place: str
+    folder: Path
+
+    def bring(self, name: str) -> None:
+        """See that ``folder`` has a file as it is there."""
+
+    def bring_all(self) -> None:
+        """See that ``folder`` has all files as they are there."""
+
+    def lacks(self, name: str) -> bool:
+        """Return whether a file that ``folder`` has is not there."""
+
+    def publish(self, name: str, *, replace: bool = False) -> bool:
+        """Put a file of ``folder`` there; return False where another one was first.
+
+        That one takes its place in ``folder``.
+        """
+
+
+class Folder:
+    """A folder of this machine: what is written into it is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = str(folder)
+        self.folder = folder
+
+    def bring(self, name: str) -> None:
+        """Do nothing."""
+
+    def bring_all(self) -> None:
+        """Do nothing."""
+
+    def lacks(self, name: str) -> bool:
+        """Return False."""
+        return False
+
+    def publish(self, name: str, *, replace: bool = False) -> bool:
+        """Do nothing: it was published as it was written."""
+        return True
+
+
+def store_at(config: Caching, place: Location) -> Store:
+    """Return where a label set is, or is to be, written. Raises RemoteError, ConfigError."""
+    if is_url(place):
+        return Mirror(str(place), cache_of(config))
+    return Folder(Path(place))
+
+
 def folder_of(config: Caching, labels: Location, *, whole: bool = True) -> Path:
     """Return where a label set can be read: its folder, or a copy of what is at a URL.
 
@@ -34,7 +86,7 @@ def folder_of(config: Caching, labels: Location, *, whole: bool = True) -> Path:
     if not is_url(labels):
         return Path(labels)
     mirror = Mirror(str(labels), cache_of(config))
-    mirror.bring(whole=whole)
+    mirror.bring_set(whole=whole)
     return mirror.folder
 
 
@@ -43,6 +95,7 @@ class Mirror:
 
     def __init__(self, url: str, cache: Cache) -> None:
         self.url = url
+        self.place = shown(url)
         self.folder = cache.path_of(url.rstrip("/"))
         self._cache = cache
         _held.append(hold(self.folder))
@@ -55,7 +108,7 @@ class Mirror:
         for name in (PLAN_NAME, MANIFEST_NAME):
             self._bring_text(name)
 
-    def bring(self, *, whole: bool) -> None:
+    def bring_set(self, *, whole: bool) -> None:
         """Bring the files of the set that the copy lacks.
 
         Raises LabelSetError where ``whole`` is wanted and the set is not finished, or a file is
@@ -74,7 +127,7 @@ class Mirror:
         wanted = [name for name in self._there if not self._has(name, listed.get(name))]
         self._make_room(wanted)
         with ThreadPoolExecutor(_AT_ONCE, "mealv2-labels") as threads:
-            for _ in threads.map(self.fetch, wanted):
+            for _ in threads.map(self._fetch, wanted):
                 pass
         for name in wanted:
             if whole and name in listed and not self._has(name, listed[name]):
@@ -83,20 +136,39 @@ class Mirror:
                     "lists (SHA-256); run the command that made the set again"
                 )
 
-    def fetch(self, name: str) -> None:
-        """Bring a file."""
+    def bring(self, name: str) -> None:
+        """See that the copy has a file as it is there, and none where none is.
+
+        What only the copy has was made by a run that ended before it was put there: it is put
+        there if it is asked for again, see ``publish``.
+        """
+        if name in self._there and not self._has(name):
+            self._fetch(name)
+
+    def bring_all(self) -> None:
+        """Look again what is there, and bring it."""
+        self.refresh()
+        self.bring_set(whole=False)
+
+    def _fetch(self, name: str) -> None:
         with whole_file(self.folder / name) as temporary:
             remote.fetch(within(self.url, name), temporary)
 
-    def publish(self, name: str, *, replace: bool = False) -> None:
-        """Put a file of the copy there; where another one was first, that takes its place here."""
-        if not remote.put(within(self.url, name), self.folder / name, replace=replace):
-            self.fetch(name)
-        self._there[name] = remote.File((self.folder / name).stat().st_size, "")
+    def publish(self, name: str, *, replace: bool = False) -> bool:
+        """Put a file of the copy there; return False where another one was first.
 
-    def is_there(self, name: str) -> bool:
-        """Return whether a file was there when it was last looked."""
-        return name in self._there
+        That one takes its place in the copy.
+        """
+        path = self.folder / name
+        is_put = remote.put(within(self.url, name), path, replace=replace)
+        if not is_put:
+            self._fetch(name)
+        self._there[name] = remote.File(path.stat().st_size, "")
+        return is_put
+
+    def lacks(self, name: str) -> bool:
+        """Return whether a file was not there when it was last looked."""
+        return name not in self._there
 
     def _has(self, name: str, sha256: str | None = None) -> bool:
         """Return whether the copy has a file as it is there, and as a manifest lists it."""

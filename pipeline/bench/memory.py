@@ -27,6 +27,7 @@ from pipeline.bench.room import Room, plan_of
 from pipeline.config import DEFAULT_RATE
 from pipeline.labelling import Labeller
 from pipeline.measuring import Turn, processes
+from pipeline.mirror import Folder
 from pipeline.pictures import draw_tree
 from pipeline.runtime import Runtime
 from pipeline.stage_one import ReadSettings, Role, StageOne
@@ -149,7 +150,10 @@ def _label(
         on_bad_image="fail",
     )
     stage = StageOne(
-        folder / "labels", plan, labeller, ReadSettings(workers, _IMG_SIZE, DrawnViews(0), "torch")
+        Folder(folder / "labels"),
+        plan,
+        labeller,
+        ReadSettings(workers, _IMG_SIZE, DrawnViews(0), "torch"),
     )
     with Peak(folder / "labels", quarter=-(-len(shards) // 4)) as peak:
         stage.label([role])

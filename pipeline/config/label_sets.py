@@ -12,7 +12,7 @@ from pipeline.config.base import (
     DEFAULT_SHARD_SIZE,
     MOST_VIEWS,
     Caching,
-    Labelling,
+    Jobs,
     Machine,
     Settings,
 )
@@ -37,6 +37,39 @@ class LabelsInfoConfig(Caching):
     """What a label set is: views, teachers, encoding, bytes, accuracies."""
 
     labels: Location = positional("The label set, here or at a URL.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsStatusConfig(Caching):
+    """Which shards are whole, missing or damaged, from the files alone, and what to run next.
+
+    Also while jobs are at it. Exit code 0: all are whole and the manifest is there.
+    """
+
+    labels: Location = positional("The label set, here or at a URL.")
+    list_: Path | None = setting(
+        None,
+        "Write the names of the shards that the next command has to make here, one a line.",
+        shown="not written",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsFinishConfig(Caching):
+    """Write the manifest of a set whose shards were made by jobs.
+
+    Every shard is checked first; needs neither images nor teachers.
+    """
+
+    labels: Location = positional("The label set, here or at a URL.")
+    batch_size: int | None = setting(
+        None, "Views per forward pass that the jobs were given, to be kept.", shown="not said"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size is not None:
+            at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +103,7 @@ class LabelsVerifyConfig(Caching, Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Caching, Labelling):
+class LabelsAddViewsConfig(Caching, Jobs):
     """Label more views of a set's images with its own teachers.
 
     The new files lie beside the set's, which stay as they are. Files of added views that are

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
@@ -16,7 +15,7 @@ from pipeline.config.base import (
     MOST_VIEWS,
     Caching,
     Cutting,
-    Labelling,
+    Jobs,
 )
 from pipeline.config.fields import (
     at_least,
@@ -31,11 +30,13 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Cutting, Caching, Labelling):
+class PrecomputeConfig(Cutting, Caching, Jobs):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     data_dir: Location = required(DATA_DIR)
-    out: Path = required("Folder of the label set; made if missing, continued if unfinished.")
+    out: Location = required(
+        "Folder of the label set, or its URL; made if missing, continued if unfinished."
+    )
     teacher: tuple[str, ...] = teachers_setting(
         dataclasses.MISSING,
         "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
@@ -82,6 +83,9 @@ class PrecomputeConfig(Cutting, Caching, Labelling):
         if not self.teacher:
             raise ConfigError("--teacher is required")
         check_encoding(self)
+        if self.dry_run:
+            names = ("job_index", "num_jobs", "shard_list", "num_procs")
+            without_effect(self, "with --dry-run", *names)
 
 
 def check_encoding(config: Any) -> None:

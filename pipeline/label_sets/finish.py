@@ -1,0 +1,29 @@
+"""`mealv2 labels finish`: the manifest of a set whose shards were made by jobs."""
+
+import time
+from typing import Any
+
+from mealv2 import label_set
+from mealv2.errors import LabelSetError
+from pipeline import finishing
+from pipeline.config import LabelsFinishConfig
+from pipeline.mirror import store_at
+
+
+def run(config: LabelsFinishConfig) -> dict[str, Any]:
+    """Check every shard of a plan and write the manifest; return the report.
+
+    Raises LabelSetError where not all are whole, and nothing is written.
+    """
+    began = time.monotonic()
+    store = store_at(config, config.labels)
+    plan = label_set.read_plan(store.folder)
+    try:
+        label_set.planned_shards(plan)
+    except LabelSetError as error:
+        raise LabelSetError(f"cannot finish {store.place}: {error}") from None
+    manifest = finishing.finish(store, plan, batch_size=config.batch_size)
+    report = finishing.report_of(store, manifest)
+    if "accuracy" in report:
+        finishing.say_accuracy(report["accuracy"], len(plan["classes"]))
+    return report | {"seconds": round(time.monotonic() - began, 2)}
