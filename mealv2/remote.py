@@ -92,7 +92,6 @@ def listing(url: str) -> dict[str, File]:
                 f"a web server does not say what is in {shown(url)}; name the files, such as "
                 f"{shown(url).rstrip('/')}/train-{{000000..000146}}.tar"
             )
-        system.invalidate_cache()  # what other machines put there since
         try:
             found = system.ls(path.rstrip("/"), detail=True)
         except FileNotFoundError:
@@ -121,7 +120,8 @@ def _system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        system, path = url_to_fs(url)
+        # without a cache: other machines put files there too
+        system, path = url_to_fs(url, use_listings_cache=False)
     except ImportError:
         kind = urlsplit(url).scheme
         package = f"'mealv2[{_EXTRAS[kind]}]'" if kind in _EXTRAS else "fsspec's package for it"

@@ -34,6 +34,7 @@ from mealv2.pixels import centre_crop, decode
 from mealv2.views import DrawnViews
 from pipeline import teachers
 from pipeline.labelling import Labeller
+from pipeline.mirror import Folder
 from pipeline.runtime import Runtime
 from pipeline.stage_one import ReadSettings, Role, StageOne
 
@@ -336,7 +337,7 @@ def add_views(teacher_flags: list[str], data_dir: Path) -> Callable[..., dict[st
                 more.append(Role(name, source, tuple(views), list(shards)))
         views_of = DrawnViews(plan["roles"]["train"]["views"]["seed"])
         reading = ReadSettings(0, IMG_SIZE, views_of, "torch")
-        stage = StageOne(labels, plan, labeller, reading)
+        stage = StageOne(Folder(labels), plan, labeller, reading)
         stage.label(more)
         return stage.finish()
 

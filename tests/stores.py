@@ -68,6 +68,7 @@ class Store:
 
     def data(self, name: str) -> bytes:
         """Return an object's bytes."""
+        self.system.invalidate_cache()
         return bytes(self.system.cat_file(f"{self.url}/{name}"))
 
 

