@@ -237,7 +237,7 @@ def one_line(result: Result, code: int) -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     for secret in KEYS.values():
-        assert secret == "true" or secret not in result.stderr
+        assert len(secret) < 5 or secret not in result.stderr
     return lines[0]
 
 

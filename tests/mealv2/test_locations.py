@@ -1,0 +1,35 @@
+"""Paths and URLs: told apart, named without what is secret in them."""
+
+from pathlib import Path
+
+import pytest
+
+from mealv2.locations import beside, located, shown, within
+
+
+@pytest.mark.parametrize("text", ["s3://b/x", "https://h/x", "pipe:cat x", "hf://datasets/x"])
+def test_urls_stay_as_they_are(text: str) -> None:
+    assert located(text) == text
+    assert isinstance(located(text), str)
+
+
+@pytest.mark.parametrize("text", ["a/b", "/a", "C:x", "s3:/b", "a:b", "pipe"])
+def test_anything_else_is_a_path(text: str) -> None:
+    assert located(text) == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("https://user:pw@host/a/b.tar?X-Amz-Signature=s#f", "https://host/a/b.tar"),
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("pipe:cat x?y", "pipe:cat x?y"),
+    ],
+)
+def test_messages_have_no_secrets(url: str, named: str) -> None:
+    assert shown(url) == named
+
+
+def test_neighbours_keep_the_signature() -> None:
+    assert beside("https://h/a/b.tar?s=1", "c") == "https://h/a/c?s=1"
+    assert within("s3://b/a/", "c") == "s3://b/a/c"
