@@ -7,7 +7,7 @@ from mealv2.errors import DataError
 from pipeline import logs, measuring
 from pipeline.config import TrainConfig
 from pipeline.loaders import read_views
-from pipeline.order import batches
+from pipeline.order import cuts
 from pipeline.passes import Passes
 from pipeline.runtime import Runtime
 from pipeline.work import Work
@@ -49,7 +49,7 @@ def num_steps(config: TrainConfig, num_images: int) -> int:
     """Return how many steps a run has; some fewer where views are left out."""
 
     def of_pass(width: int) -> int:
-        return len(batches(range(num_images), -(-config.batch_size // width)))
+        return len(cuts(num_images, -(-config.batch_size // width)))
 
     whole, narrow = divmod(config.epochs, config.views_per_image)
     return whole * of_pass(config.views_per_image) + (of_pass(narrow) if narrow else 0)

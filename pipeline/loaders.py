@@ -318,10 +318,14 @@ def read_views(
 
 def announce(source: ImageSource, requests: Iterable[Request]) -> None:
     """Tell a source which of its groups requests will read, in the order of their first use."""
-    if source.groups is not None:
-        positions = [position for request in requests for position, _ in request]
+    if source.groups is None:
+        return
+    used: dict[int, None] = {}
+    for request in requests:
+        positions = [position for position, _ in request]
         numbers = np.searchsorted(source.groups, positions, side="right") - 1
-        source.announce(list(dict.fromkeys(numbers.tolist())))
+        used.update(dict.fromkeys(numbers.tolist()))
+    source.announce(list(used))
 
 
 def centre_requests(positions: Sequence[int], batch_size: int) -> list[Request]:

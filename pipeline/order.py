@@ -1,5 +1,6 @@
 """The order of images in an epoch, and its batches: pure functions, so a run can begin anywhere."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -37,11 +38,15 @@ def batches(order: Sequence[T], batch_size: int) -> list[list[T]]:
 
     A last batch of one image joins the one before it: batch normalisation cannot learn from one.
     """
-    cut_up = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-    if batch_size > 1 and len(cut_up) > 1 and len(cut_up[-1]) == 1:
-        last = cut_up.pop()
-        cut_up[-1] += last
-    return cut_up
+    return [list(order[cut.start : cut.stop]) for cut in cuts(len(order), batch_size)]
+
+
+def cuts(num_images: int, batch_size: int) -> list[range]:
+    """Return the places of each batch in an order of so many images; see ``batches``."""
+    starts = list(range(0, num_images, batch_size))
+    if batch_size > 1 and len(starts) > 1 and starts[-1] == num_images - 1:
+        starts.pop()
+    return [range(a, b) for a, b in itertools.pairwise([*starts, num_images])]
 
 
 def _mix(words: np.ndarray) -> np.ndarray:

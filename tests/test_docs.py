@@ -206,11 +206,17 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     start = make_model("test_byobnet", seed=4)
     beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
 
-    for code in blocks("docs/tar-shards.md", "python"):
-        exec(compile(code, "docs/tar-shards.md", "exec"), {})
     reports = [done(*words).report for words in commands("docs/tar-shards.md")]
 
     assert reports[-1]["data"] == "the same"
+    text = (ROOT / "docs" / "tar-shards.md").read_text()
+    paragraph = text.partition("The report, one JSON object")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", paragraph))
+    assert named == reports[0].keys() - {"data_dir", "out", "splits"}
+    index = json.loads((tmp_path / "shards" / "train-000000.tar.index").read_text())
+    table = text.partition("| field | what |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == index.keys()
 
 
 def test_object_storage_doc_runs_on_a_bucket(
@@ -291,7 +297,7 @@ def test_pack_doc_runs_on_a_small_set(
     said = [done(*words).report for words in commands("docs/pack.md")]
 
     text = (ROOT / "docs" / "pack.md").read_text()
-    paragraph = text.partition("The report, one JSON object")[2].partition("\n\n")[0]
+    paragraph = text.partition("The report of a folder, one JSON object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
     assert named == said[0].keys() - {"data_dir", "out", "splits"}
     index = json.loads((tmp_path / "packed" / "train" / "pack.json").read_text())

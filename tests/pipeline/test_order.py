@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.order import batches, epoch_order
+from pipeline.order import WINDOW, batches, epoch_order
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 7, 1000])
@@ -50,6 +50,67 @@ def test_first_place_is_uniform_over_the_images() -> None:
     counts = np.bincount(first, minlength=8)
     # chi-square, 7 degrees of freedom: 29.9 is passed once in 10,000 fair draws
     assert ((counts - 500) ** 2 / 500).sum() < 29.9
+
+
+# --- groups that should be read together ----------------------------------------------------------
+
+GROUPS = {
+    "none": [],
+    "one": [0],
+    "even": list(range(0, 1000, 50)),
+    "uneven": [0, 1, 2, 300, 301, 500, 650, 800, 801, 802, 950, 999],
+    "empty ones": [0, 0, 10, 10, 10, 700, 1000, 1000],
+    "one each": list(range(1000)),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("epoch", [0, 1, 179])
+def test_order_by_groups_is_a_permutation(case: str, epoch: int) -> None:
+    num_images = 1000 if GROUPS[case] else 0
+    order = epoch_order(num_images, seed=3, epoch=epoch, groups=GROUPS[case])
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(num_images))
+
+
+def test_order_by_groups_is_frozen() -> None:
+    order = epoch_order(20, seed=5, epoch=3, groups=list(range(0, 20, 2)))
+    golden = [3, 8, 17, 2, 0, 14, 18, 4, 1, 15, 7, 9, 5, 16, 6, 19, 12, 13, 10, 11]
+    assert order.tolist() == golden
+
+
+@pytest.mark.parametrize("case", ["even", "uneven", "one each"])
+def test_so_many_groups_are_read_at_a_time_and_each_once(case: str) -> None:
+    groups = GROUPS[case]
+    order = epoch_order(1000, seed=1, epoch=2, groups=groups)
+    group_of = np.searchsorted(groups, order, side="right") - 1
+    windows, left = [], group_of.tolist()
+    sizes = np.diff([*groups, 1000])
+    for _ in range(0, len(groups), WINDOW):
+        # a window is what its first groups are: it ends when all of their images were read
+        window: list[int] = []
+        for group in left:
+            if group not in window and len(window) < WINDOW:
+                window.append(group)
+        num_images = int(sum(sizes[group] for group in window))
+        assert set(left[:num_images]) == set(window)
+        windows.append(window)
+        left = left[num_images:]
+    assert left == []
+    assert sorted(group for window in windows for group in window) == list(range(len(groups)))
+
+
+def test_images_of_a_window_are_mixed_and_groups_meet_others_in_every_epoch() -> None:
+    groups = GROUPS["even"]
+    orders = [epoch_order(1000, seed=1, epoch=epoch, groups=groups) for epoch in range(30)]
+    met: set[tuple[int, int]] = set()
+    for order in orders:
+        first = [int(p) // 50 for p in order[: 50 * WINDOW]]
+        assert len(set(first)) == WINDOW
+        assert len(set(first[:50])) >= WINDOW - 2, "the first batch has images of nearly all"
+        met |= {(a, b) for a in first for b in first}
+    assert len(met) > 390, "of 400 pairs"
+    assert len({tuple(order.tolist()) for order in orders}) == 30
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 7, 8, 9, 16, 17, 36])

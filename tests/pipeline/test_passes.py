@@ -1,6 +1,7 @@
 """pipeline.passes and the loop over them: several views of an image in a batch, mixed batches."""
 
 import csv
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mealv2.images import ImageFolder
 from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask
 from pipeline.config import FinetuneConfig
+from pipeline.loaders import ViewReader, centre_requests, read_views
 from pipeline.passes import Passes
 
 Run = Callable[..., Result]
@@ -113,9 +115,82 @@ def test_order_of_a_pass_is_new_every_pass_and_the_same_every_time(data_dir: Pat
     first, again = (
         passes(data_dir, HardLabels([0] * 36), epochs=2, batch_size=8) for _ in range(2)
     )
-    assert first.requests(1) == again.requests(1)
+    assert list(first.requests(1)) == list(again.requests(1))
     positions = [[p for request in first.requests(e) for p, _ in request] for e in (0, 1)]
     assert positions[0] != positions[1]
+
+
+class Grouped(ImageFolder):
+    """A source that says which images should be read together, and hears what will be."""
+
+    groups = (0, 7, 12, 13, 24, 30)
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir, "train")
+        self.told: list[list[int]] = []
+
+    def announce(self, groups: Sequence[int]) -> None:
+        self.told.append(list(groups))
+
+
+def grouped(data_dir: Path, positions: Sequence[int], **values: Any) -> tuple[Grouped, Passes]:
+    source = Grouped(data_dir)
+    config = FinetuneConfig(data_dir=data_dir, model="m", **values)
+    return source, Passes(config, source, positions, HardLabels([0] * 36))
+
+
+def test_a_batch_of_a_source_with_groups_is_in_the_order_of_the_source(data_dir: Path) -> None:
+    _, made = grouped(data_dir, range(36), epochs=3, batch_size=8)
+    batches = [[p for p, _ in request] for request in made.requests_from(0)]
+    assert all(batch == sorted(batch) for batch in batches)
+    for epoch in range(3):
+        part = batches[5 * epoch : 5 * epoch + 5]
+        assert sorted(p for batch in part for p in batch) == list(range(36))
+    assert batches[:5] != batches[5:10]
+
+
+def test_a_source_is_told_which_groups_a_pass_reads_in_the_order_of_their_use(
+    data_dir: Path,
+) -> None:
+    positions = [p for p in range(36) if not 7 <= p < 12]  # none of the second group
+    source, made = grouped(data_dir, positions, epochs=2, batch_size=8)
+    requests = list(made.requests_from(0, 2))
+
+    def used(some: Sequence[Any]) -> list[int]:
+        numbers = [bisect_right(source.groups, p) - 1 for request in some for p, _ in request]
+        return list(dict.fromkeys(numbers))
+
+    assert source.told == [used(requests[:2]), used(requests[2:])]
+    assert set(source.told[1]) == {0, 2, 3, 4, 5}
+    assert requests == [*made.requests(0)[2:], *made.requests(1)]
+
+
+def test_a_share_of_each_batch_is_read_and_told(data_dir: Path) -> None:
+    source, made = grouped(data_dir, range(36), epochs=1, batch_size=9)
+    requests = list(made.requests_from(0, share=lambda request: request[:2]))
+    assert requests == [request[:2] for request in made.requests(0)]
+    (told,) = source.told
+    assert told[0] == bisect_right(source.groups, requests[0][0][0]) - 1
+    assert len(told) < 6
+
+
+def test_lists_of_requests_are_told_as_they_are_read(data_dir: Path) -> None:
+    source = Grouped(data_dir)
+    loader = read_views(ViewReader(source, img_size=8), centre_requests([1, 8, 35, 2], 3))
+    assert source.told == []
+    for _ in range(2):
+        assert sum(len(pixels.positions) for pixels in loader) == 4
+    assert source.told == [[0, 1, 5], [0, 1, 5]]
+
+
+def test_batches_of_a_pass_are_a_sequence(data_dir: Path) -> None:
+    made = passes(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2).requests(0)
+    every = list(made)
+    assert len(every) == len(made) == 9
+    assert [made[i] for i in range(-9, 9)] == every * 2
+    assert list(made[3:5]) == every[3:5]
+    with pytest.raises(IndexError):
+        made[9]
 
 
 # --- --views-per-image --------------------------------------------------------------------------
