@@ -48,13 +48,13 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
 def planned_ranges(plan: dict[str, Any], role: str) -> list[range]:
     """Return the image positions of each shard of a role, as its plan says them.
 
-    Raises KeyError, TypeError or ValueError for a plan that does not: see ``_is_plan``.
+    Raises KeyError, TypeError or ValueError for a plan that does not.
     """
     entry = plan["roles"][role]
     sizes = entry.get("shard_sizes")
     if sizes is None:
         return shard_ranges(entry["num_images"], plan["shard_size"])
-    if sum(sizes) != entry["num_images"]:
+    if sum(sizes) != entry["num_images"] or not all(size > 0 for size in sizes):
         raise ValueError(f"shards of {sum(sizes)} images, not {entry['num_images']}")
     ends = itertools.accumulate(sizes)
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]

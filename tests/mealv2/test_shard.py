@@ -25,6 +25,7 @@ from mealv2.label_set import (
     ShardFile,
     StoredViews,
     boxes_sha256,
+    planned_shards,
     read_shard,
     shard_ranges,
     write_shard,
@@ -203,6 +204,26 @@ def test_the_hash_of_boxes_is_over_their_numbers():
 )
 def test_shards_hold_every_image_once_and_in_order(num_images, shard_size, expected):
     assert [(r.start, r.stop) for r in shard_ranges(num_images, shard_size)] == expected
+
+
+def plan_of_shards(**role: object) -> dict[str, Any]:
+    return {"format_version": 2, "shard_size": 4, "roles": {"train": {"num_views": 2, **role}}}
+
+
+def test_a_plan_says_its_shards_by_a_size_or_one_by_one():
+    plans = (
+        plan_of_shards(num_images=9),
+        plan_of_shards(num_images=9, shard_sizes=[1, 6, 2]),
+    )
+    images = [[shard.images for shard in planned_shards(plan)] for plan in plans]
+    assert images[0] == [range(4), range(4, 8), range(8, 9)]
+    assert images[1] == [range(1), range(1, 7), range(7, 9)]
+
+
+@pytest.mark.parametrize("sizes", [[], [4, 4], [10, -1], [9, 0], ["9"], 9, [None, 9]])
+def test_a_plan_whose_shards_are_not_all_of_its_images_is_refused(sizes):
+    with pytest.raises(LabelSetError, match="its plan does not say its shards"):
+        planned_shards(plan_of_shards(num_images=9, shard_sizes=sizes))
 
 
 # --- as its specification says --------------------------------------------------------------------
