@@ -19,6 +19,9 @@ GROUP = "pipeline.label_sets"  # its modules are stages too, but for what they s
 SHARED = {"writing", "relabel"}
 DRIVERS = {"demo"}  # run stages one after the other
 
+# `python -m mealv2`, which torchrun needs, is the command line, though it lies in the library.
+COMMAND_LINE = {"mealv2/__main__.py"}
+
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 EXITS = {"sys.exit", "os._exit", "exit", "quit", "print"}
 
@@ -36,6 +39,8 @@ def violations(root: Path) -> list[str]:
 
 def _breaches(name: str, tree: ast.AST, root: Path) -> Iterator[tuple[int, str]]:
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    if name in COMMAND_LINE:
+        return
     in_library = name.startswith("mealv2/")
     for node in ast.walk(tree):
         for target in _imports(node, name, root):
