@@ -11,13 +11,20 @@ from pipeline import foresight, labels, runtime, training
 from pipeline.config import DistillConfig
 from pipeline.evaluation import Evaluator
 from pipeline.mirror import folder_of
+from pipeline.runtime import Runtime
 from pipeline.sources import open_split
 from pipeline.work import CutMix, Work, make_student
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.train."""
-    machine = runtime.start(config)
+    if config.dry_run:
+        runtime.refuse_ranks("distill --dry-run")
+    with runtime.joined(config) as machine:
+        return _distil(config, machine)
+
+
+def _distil(config: DistillConfig, machine: Runtime) -> dict[str, Any]:
     folder = None if config.labels is None else folder_of(config, config.labels)
     source = labels.open_training_images(config, folder)
     val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
@@ -63,6 +70,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         extra=extra,
         cutmix=_cutmix(config),
         teachers=answers.accuracies,
+        teacher_forwards=answers.num_asked,
         legend=_legend(config),
         labels=answers.provenance,
     )
