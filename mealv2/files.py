@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+SCRIPTS_NAME = "slurm"  # batch jobs keep their scripts there, in the folder that they fill
 _SURROGATE = re.compile(r"\\u[dD]")
+
+
+def content_of(folder: Path) -> list[str]:
+    """Return the names in a folder, but for temporary files and the scripts that fill it."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [n for n in names if not n.startswith(TEMPORARY_PREFIX) and n != SCRIPTS_NAME]
 
 
 def canonical_json(value: object) -> str:

@@ -1,0 +1,163 @@
+"""`mealv2 slurm precompute`: an array of jobs over the shards that are missing, then the manifest."""
+
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mealv2 import label_set
+from mealv2.errors import ConfigError, LabelSetError
+from mealv2.files import content_of, json_sha256
+from mealv2.images import open_source
+from mealv2.label_set import CheckedShard, PlannedShard
+from pipeline import logs
+from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand
+from pipeline.evaluation import open_split
+from pipeline.finishing import check_all
+from pipeline.slurm import scripts, submitting
+from pipeline.slurm.submitting import Round
+
+OURS = ("job_index", "num_jobs", "shard_list", "dry_run")
+
+
+def run(
+    config: SlurmPrecomputeConfig, checked: Callable[[Iterable[str]], StageCommand]
+) -> dict[str, Any] | str:
+    """Submit what a label set lacks; return the report, or the scripts with --print.
+
+    Raises MealError: nothing is submitted unless the stage's flags make a config, its images are
+    there, and its folder is a label set's or empty.
+    """
+    stage = checked(config.flags)
+    assert isinstance(stage.config, PrecomputeConfig)
+    submitting.refuse(stage.config, *OURS)
+    out = stage.config.out
+    missing, is_finished = _missing(stage.config)
+    report = {"labels": str(out), "missing": len(missing), "array": None, "finish": None}
+    if is_finished:
+        logs.say(f"{out}: nothing is missing, and its manifest is there; nothing to submit")
+        return "" if config.print_ else report
+    if not missing:
+        logs.say(f"{out}: nothing is missing but its manifest")
+    this = submitting.next_round(out)
+    work = [_array(config, stage, this, len(missing))] if missing else []
+    finish = _finish(config, out, this)
+    if config.print_:
+        after = "afterany:ARRAY" if missing else None
+        waiting = submitting.sbatch_words(config, finish[0], after=after)
+        begun = [(submitting.sbatch_words(config, path), text) for path, text in work]
+        return submitting.printed([*begun, (waiting, finish[1])])
+    submitting.keep(this.path("precompute", "txt"), "".join(f"{name}\n" for name in missing))
+    for path, text in [*work, finish]:
+        submitting.keep(path, text)
+    submitting.say_earlier(this)
+    after = None
+    if missing:
+        report["array"] = submitting.submit(submitting.sbatch_words(config, work[0][0]))
+        after = f"afterany:{report['array']}"
+    report["finish"] = submitting.submit(
+        submitting.sbatch_words(config, finish[0], after=after), done=report
+    )
+    submitting.record(this, report)
+    return report
+
+
+def _array(
+    config: SlurmPrecomputeConfig, stage: StageCommand, this: Round, num_missing: int
+) -> tuple[Path, str]:
+    """Return where the script of the array lies, and the script."""
+    tasks = min(config.array, num_missing)
+    names = this.path("precompute", "txt")
+    head = scripts.head(
+        config,
+        f"Labels {num_missing} shards in {tasks} tasks; they are listed in {names}.",
+        {
+            "job-name": scripts.job_name("precompute", this.folder.parent),
+            "array": f"0-{tasks - 1}",
+            "ntasks": 1,
+            "output": f"{this.log}/precompute-%A_%a.out",
+            **scripts.node_resources(config),
+        },
+    )
+    share = [
+        f"--shard-list {shlex.quote(str(names))}",
+        f'--job-index "$SLURM_ARRAY_TASK_ID" --num-jobs {tasks}',
+    ]
+    worker = scripts.command([*scripts.PYTHON, "mealv2", "precompute"], stage.words, share)
+    return this.path("precompute"), head + scripts.alone(worker)
+
+
+def _finish(config: SlurmPrecomputeConfig, out: Path, this: Round) -> tuple[Path, str]:
+    """Return where the script that writes the manifest lies, and the script."""
+    head = scripts.head(
+        config,
+        "Checks every shard and writes the manifest: only then the label set is one.",
+        {
+            "job-name": scripts.job_name("finish", this.folder.parent),
+            "ntasks": 1,
+            "output": f"{this.log}/finish-%j.out",
+        },
+    )
+    worker = scripts.command([*scripts.PYTHON, "mealv2", "labels", "finish", str(this.folder.parent)], [])
+    return this.path("finish"), head + scripts.alone(worker)
+
+
+def _missing(config: PrecomputeConfig) -> tuple[list[str], bool]:
+    """Return the shards that are not there whole, and whether the set is finished."""
+    if not (config.out / label_set.PLAN_NAME).exists():
+        names = config.out.is_dir() and content_of(config.out)
+        if names:
+            raise ConfigError(f"{config.out} is no label set and not empty ({names[0]}, …)")
+        return [shard.name for shard in label_set.planned_shards(_first_plan(config))], False
+    plan = label_set.read_plan(config.out)
+    _refuse_another(config, plan)
+    shards = label_set.planned_shards(plan)
+    plan_sha256 = json_sha256(plan)
+    found = dict(zip(shards, check_all(config.out, shards, plan_sha256), strict=True))
+    missing = [shard.name for shard, what in found.items() if isinstance(what, str)]
+    listed = label_set.listed_sha256(config.out, plan_sha256)
+    return missing, not missing and _are_listed(found, listed)
+
+
+def _are_listed(found: dict[PlannedShard, CheckedShard | str], listed: dict[str, str]) -> bool:
+    """Return whether a manifest says of shards that are whole what they are."""
+    return all(
+        isinstance(what, CheckedShard) and listed.get(shard.name) == what.entry["sha256"]
+        for shard, what in found.items()
+    )
+
+
+def _first_plan(config: PrecomputeConfig) -> dict[str, Any]:
+    """Return what a plan will say of its shards; the first worker writes the plan itself."""
+    train = open_source(config.data_dir, config.split)
+    val = open_split(config.data_dir, config.val_split, classes=list(train.classes))
+    return {
+        "format_version": label_set.FORMAT_VERSION,
+        "shard_size": config.shard_size,
+        "roles": _roles(config, len(train), None if val is None else len(val)),
+    }
+
+
+def _roles(config: PrecomputeConfig, num_train: int, num_val: int | None) -> dict[str, Any]:
+    val = {} if num_val is None else {"val": {"num_images": num_val, "num_views": 1}}
+    return {"train": {"num_images": num_train, "num_views": config.num_views}, **val}
+
+
+def _refuse_another(config: PrecomputeConfig, plan: dict[str, Any]) -> None:
+    """Raise LabelSetError where a plan differs from the flags in what needs no teacher to see."""
+    train = plan["roles"].get("train", {})
+    differing = [
+        f"{name} is {there} there and {here} here"
+        for name, there, here in (
+            ("--num-views", train.get("num_views"), config.num_views),
+            ("--img-size", plan["img_size"], config.img_size),
+            ("--shard-size", plan["shard_size"], config.shard_size),
+            ("--view-seed", train.get("views", {}).get("seed"), config.view_seed),
+        )
+        if there != here
+    ]
+    if differing:
+        raise LabelSetError(
+            f"{config.out} holds another label set: {'; '.join(differing)}. Give another --out, or "
+            "the settings it was made with"
+        )

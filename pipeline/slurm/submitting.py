@@ -1,0 +1,112 @@
+"""Scripts kept in the folder that they fill, and handed to sbatch."""
+
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mealv2.errors import MealError
+from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_whole
+from pipeline import logs
+from pipeline.config import Settings, SlurmJob
+from pipeline.config.fields import without_effect
+from pipeline.slurm.scripts import directive_path
+
+JOBS = ("array", "finish", "job")  # what a report calls the jobs that were submitted
+MOST_TASKS = 1000  # Slurm's MaxArraySize is 1001 where the site does not say otherwise
+
+
+@dataclass(frozen=True)
+class Round:
+    """One submission: its files are slurm/WHAT-NUMBER.SUFFIX in the folder that the jobs fill."""
+
+    folder: Path
+    number: int
+
+    def path(self, what: str, suffix: str = "sbatch") -> Path:
+        """Return where a file of this submission lies."""
+        return self.folder / f"{what}-{self.number}.{suffix}"
+
+    @property
+    def log(self) -> str:
+        """The folder as it is in the names of logs."""
+        return directive_path(self.folder)
+
+
+def next_round(out: Path) -> Round:
+    """Return the next submission of a folder; what was submitted before keeps its files."""
+    folder = Path(os.path.abspath(out)) / SCRIPTS_NAME  # noqa: PTH100  # without following links
+    numbers = itertools.count(1)
+    return next(Round(folder, n) for n in numbers if not any(folder.glob(f"*-{n}.*")))
+
+
+def sbatch_words(config: SlurmJob, script: Path, *, after: str | None = None) -> list[str]:
+    """Return the command that submits a script: what it waits for is not in the file."""
+    waits = after or (f"afterok:{':'.join(config.after)}" if config.after else None)
+    words = ["sbatch", "--parsable"]
+    if waits:
+        # a job that waits for one that failed would wait for ever
+        words += [f"--dependency={waits}", "--kill-on-invalid-dep=yes"]
+    return [*words, str(script)]
+
+
+def printed(scripts: list[tuple[list[str], str]]) -> str:
+    """Return scripts and the commands that submit them, as one text."""
+    return "\n".join(f"# ==== {shlex.join(words)}\n{text}" for words, text in scripts).rstrip("\n")
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of a submission; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not write_whole(path, text.encode(), replace=False):
+        raise MealError(f"{path} was written by another submission just now; try again")
+
+
+def say_earlier(this: Round) -> None:
+    """Say which jobs of earlier submissions may still be at work in the same folder."""
+    jobs = []
+    for path in sorted(this.folder.glob("*.json")):
+        kept = read_json(path)
+        jobs += [str(kept[what]) for what in JOBS if kept.get(what) is not None]
+    if jobs:
+        logs.say(
+            f"jobs {', '.join(jobs)} were submitted before; if they still run or wait, what they "
+            "do is done twice: no harm, but `scancel` those you do not need"
+        )
+
+
+def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Run sbatch; return the job's number. Raises MealError in one line.
+
+    ``done`` says which jobs were submitted before it, for the message.
+    """
+    kept = f"the script is kept: {words[-1]}"
+    before = [f"{what} is job {done[what]}" for what in JOBS if done.get(what) is not None]
+    kept = "; ".join([kept, *before])
+    if shutil.which(words[0]) is None:
+        raise MealError(f"there is no {words[0]} here; {kept}; submit it where Slurm is")
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
+    if ran.returncode:
+        why = said[-1].removeprefix("sbatch: ").removeprefix("error: ") if said else "it did not say"
+        most = f" (--array {MOST_TASKS} at most, unless the site allows more)"
+        raise MealError(f"sbatch refused: {why}{most if 'array' in why else ''}; {kept}")
+    for line in said:
+        logs.say(line)
+    return int(ran.stdout.strip().splitlines()[-1].split(";")[0])
+
+
+def record(this: Round, report: Mapping[str, Any]) -> None:
+    """Keep beside the scripts what was submitted."""
+    keep(this.path("jobs", "json"), canonical_json(dict(report)))
+
+
+def refuse(config: Settings, *names: str) -> None:
+    """Raise ConfigError for a flag of the stage that is not the user's in a batch job."""
+    without_effect(config, "with `mealv2 slurm`", *names)
