@@ -20,7 +20,7 @@ import click
 
 import mealv2
 from mealv2 import recipes
-from mealv2.errors import ConfigError, MealError
+from mealv2.errors import ConfigError, IncompleteError, MealError
 from pipeline import config as configs
 
 # A run that is resumed keeps its settings, but for these.
@@ -49,6 +49,8 @@ EXAMPLES = {
     "demo": "mealv2 demo --seeds 5",
     "bench": "mealv2 bench --lines loader-1,loader-4,labels --json speed.json",
     "labels info": "mealv2 labels info labels",
+    "labels status": "mealv2 labels status labels --list missing.txt",
+    "labels finish": "mealv2 labels finish labels --batch-size 256",
     "labels verify": "mealv2 labels verify labels --data-dir imagenet --relabel 1000",
     "labels merge": "mealv2 labels merge labels-a labels-b --out labels",
     "labels add-views": "mealv2 labels add-views labels --data-dir imagenet --num-views 60",
@@ -127,7 +129,11 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     def command(**values: Any) -> None:
         settings = _settings_of(config, click.get_current_context())
         stage = importlib.import_module(module_of(name))
-        report = stage.run(settings)
+        try:
+            report = stage.run(settings)
+        except IncompleteError as error:
+            click.echo(json.dumps(error.report))
+            raise
         click.echo(json.dumps(report))
 
     text = f"{config.__doc__}{_arguments(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
@@ -427,6 +433,8 @@ CONFIGS: dict[str, type[configs.Settings]] = {
     "demo": configs.DemoConfig,
     "bench": configs.BenchConfig,
     "labels info": configs.LabelsInfoConfig,
+    "labels status": configs.LabelsStatusConfig,
+    "labels finish": configs.LabelsFinishConfig,
     "labels verify": configs.LabelsVerifyConfig,
     "labels merge": configs.LabelsMergeConfig,
     "labels add-views": configs.LabelsAddViewsConfig,

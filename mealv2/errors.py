@@ -1,5 +1,7 @@
 """The errors a user can act on, each with the exit code that the command line ends with."""
 
+from typing import Any
+
 
 class MealError(Exception):
     """Say in one line what is wrong, where, and what to do next."""
@@ -15,6 +17,14 @@ class ConfigError(MealError):
 
 class DataError(MealError):
     """An image or a data set that cannot be read (exit 1)."""
+
+
+class IncompleteError(MealError):
+    """Work of which some is lacking, while the rest is done (exit 1); ``report`` says which."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class LabelSetError(MealError):

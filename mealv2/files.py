@@ -1,6 +1,7 @@
 """Files that are whole under their final name or not there: temporary name, fsync, publish."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -8,12 +9,30 @@ import os
 import re
 import secrets
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+Stamp = tuple[int, int, int]  # size, time and inode of a file
+
 TEMPORARY_PREFIX = ".tmp-"
 SCRIPTS_NAME = "slurm"  # batch jobs keep their scripts there, in the folder that they fill
+# Between tries to put a file in place. Some network shares lose the reply to what they did, and
+# show a folder as it was some seconds ago.
+_PAUSES_S = (0.2, 0.8, 2.0, 5.0)
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_CERTAIN = FULL | {errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}  # the same again
+_NO_LINKS = {
+    errno.EPERM,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.EMLINK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+}
 _SURROGATE = re.compile(r"\\u[dD]")
 
 
@@ -66,12 +85,15 @@ def _finite(number: str) -> float:
     return value
 
 
-def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
+def write_whole(
+    path: Path, data: bytes, *, replace: bool = True, damaged: Stamp | None = None
+) -> bool:
     """Write a file so that no reader ever sees a part of it; return whether it was put in place.
 
     A unique temporary file in the same folder, flush, fsync, then os.replace; with
     ``replace=False`` a hard link instead, so that the first whole file wins and False says another
-    was there. Raises OSError (disk full, no permission), which names ``path``, and leaves nothing
+    was there. ``damaged`` is the stamp of a file that is to give way, if it is still that one; any
+    other stays. Raises OSError (disk full, no permission), which names ``path``, and leaves nothing
     behind.
     """
     temporary = _temporary(path)
@@ -80,18 +102,16 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        elif not _link(temporary, path):
+        if damaged is not None:
+            _take_away(path, damaged)
+        if not _put(temporary, path, replace=replace and damaged is None):
             return False
         _sync_folder(path.parent)
         return True
     except OSError as error:  # a full disk names no file, a failed rename the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        if temporary.exists():
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+        _unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -105,11 +125,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _put(temporary, path, replace=True)
         _sync_folder(path.parent)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        _unlink(temporary)
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Return what tells a file from one that takes its place; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _temporary(path: Path) -> Path:
@@ -117,14 +145,61 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
 
 
-def _link(temporary: Path, path: Path) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: rename, which may replace an equal file
-        temporary.replace(path)
-    return True
+def _unlink(temporary: Path) -> None:
+    if temporary.exists():
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _put(temporary: Path, path: Path, *, replace: bool) -> bool:
+    """Give a file its final name; return False where another file has it and is to keep it.
+
+    An error of a share that lost its reply, or that will not last, is not one: it looks whether the
+    file is in place, waits and tries again. Raises OSError.
+    """
+    written, put = stamp_of(temporary), os.replace if replace else os.link
+    pauses = iter(_PAUSES_S)
+    while True:
+        try:
+            put(temporary, path)
+            return True
+        except OSError as error:
+            there = stamp_of(path)
+            if there is not None and there == written:
+                return True
+            if put is os.link and (there or error.errno == errno.EEXIST):
+                return False
+            # a share can make up inodes; its temporary file went nowhere else
+            if there and written and there[:2] == written[:2] and not temporary.exists():
+                return True
+            if put is os.link and error.errno in _NO_LINKS:
+                put = os.replace  # which may replace an equal file
+                continue
+            pause = next(pauses, None)
+            if pause is None or error.errno in _CERTAIN:
+                raise
+            time.sleep(pause)
+
+
+def _take_away(path: Path, damaged: Stamp) -> None:
+    """Remove a damaged file, and no whole one that another job put in its place meanwhile.
+
+    It is looked at again after it was moved aside, for between a look and a rename, or in a rename
+    that a network held up, another job may have been at it. Raises OSError.
+    """
+    if stamp_of(path) != damaged:
+        return
+    if stat.S_ISDIR(path.lstat().st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    aside = _temporary(path)
+    with contextlib.suppress(FileNotFoundError):  # another job was first
+        path.rename(aside)
+    if (found := stamp_of(aside)) is None:
+        return
+    if found[:2] != damaged[:2]:
+        _put(aside, path, replace=False)
+    with contextlib.suppress(FileNotFoundError):
+        aside.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,8 @@ The validation split is labelled first, one centre crop an image; it says how go
 
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,26 @@ from mealv2 import label_set
 from mealv2.images import fingerprint, open_source
 from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
-from pipeline import logs, measuring, runtime, teachers
+from pipeline import jobs, logs, measuring, processes, runtime, teachers
 from pipeline.config import PrecomputeConfig
 from pipeline.evaluation import open_split
+from pipeline.finishing import accuracy_of, finish, report_of, say_accuracy
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
-from pipeline.stage_one import ReadSettings, Role, StageOne, accuracy_of, requests_of
+from pipeline.stage_one import ReadSettings, Role, StageOne, requests_of
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # of a shard, about
 
 
 def run(config: PrecomputeConfig) -> dict[str, Any]:
-    """Label a data set; return the report. Raises MealError and OSError; whole shards stay."""
+    """Label a data set, or a job's share of it; return the report.
+
+    Whole shards stay. Raises MealError and OSError.
+    """
+    job = jobs.chosen(config)
+    if config.num_procs > 1:
+        return _in_processes(config, job)
     machine = runtime.start(config)
     roles = _roles(config)
     classes = list(roles[-1].source.classes)
@@ -40,51 +49,54 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
         img_size=config.img_size,
         most=roles[-1].num_labels,
     )
+    plan = _plan(config, labeller, roles, described)
+    roles = [replace(role, shards=_shards_of(plan, role)) for role in roles]
     if config.dry_run:
         return _estimate(config, labeller, roles)
-    plan = _plan(config, labeller, roles, described)
     began = time.monotonic()
     label_set.claim(config.out, plan)
     stage = StageOne(config.out, plan, labeller, _reading(config, machine))
+    if job.is_part:
+        return jobs.label_share(job, stage, roles)
     made = 0
     for role in roles:
         made += stage.label([role])
         if role.name == "val":
-            _say_accuracy(accuracy_of(plan, stage.shards(role)), len(classes))
-    entries = stage.finish(roles)["roles"]
-    train = entries["train"]
-    shards = [s for entry in entries.values() for b in entry["blocks"] for s in b["shards"]]
-    return {
-        "labels": str(config.out),
-        "images": train["num_images"],
-        "views": train["num_images"] * config.num_views,
-        "skipped": sum(len(entry["skipped"]) for entry in entries.values()),
-        "bytes": sum(shard["bytes"] for shard in shards),
+            say_accuracy(accuracy_of(plan, stage.shards(role)), len(classes))
+    manifest = stage.finish()
+    return report_of(config.out, manifest) | {
         "shards_made": made,
         "seconds": round(time.monotonic() - began, 2),
-        **({"accuracy": entries["val"]["accuracy"]} if "val" in entries else {}),
     }
 
 
-def _say_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
-    ensemble = accuracy["ensemble"]
-    known = [*((t["model"], t) for t in accuracy["teachers"]), ("ensemble", ensemble)]
-    rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known]
-    logs.say(logs.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
-    if ensemble["top1"] < 200.0 / num_classes:
-        logs.say("the ensemble is near chance: are these its classes, in this order?")
+def _in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
+    """Label in processes of the same command, then finish the set unless others are at it too."""
+    began = time.monotonic()
+    made = processes.run(["precompute"], config, job)
+    if job.is_part:
+        return jobs.report_of(job, config.out, made, began)
+    plan = label_set.read_plan(config.out)
+    asked = config.batch_size if made and config.batch_size != "auto" else None
+    manifest = finish(config.out, plan, batch_size=asked)
+    report = report_of(config.out, manifest)
+    if "accuracy" in report:
+        say_accuracy(report["accuracy"], len(plan["classes"]))
+    return report | {"shards_made": made, "seconds": round(time.monotonic() - began, 2)}
 
 
 def _roles(config: PrecomputeConfig) -> list[Role]:
-    """Return what is labelled, validation first."""
+    """Return what is labelled, validation first; its shards are the plan's to say."""
     train = open_source(config.data_dir, config.split)
     val = open_split(config.data_dir, config.val_split, classes=list(train.classes))
     sources = [("val", val, (CENTRE,)), ("train", train, tuple(range(config.num_views)))]
-    return [
-        Role(name, source, views, list(label_set.shard_ranges(len(source), config.shard_size)))
-        for name, source, views in sources
-        if source is not None
-    ]
+    return [Role(name, source, views, []) for name, source, views in sources if source is not None]
+
+
+def _shards_of(plan: dict[str, Any], role: Role) -> list[Sequence[int]]:
+    """Return the images of each shard of a role."""
+    shards = [shard for shard in label_set.planned_shards(plan) if shard.role == role.name]
+    return [shard.images for shard in shards if shard.images is not None]
 
 
 def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:

@@ -20,6 +20,7 @@ from mealv2.errors import ConfigError
 from pipeline.config import Machine
 
 M = TypeVar("M", bound=nn.Module)
+_GIVE_BOTH = "give --job-index and --num-jobs"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Runtime:
 def start(config: Machine) -> Runtime:
     """Choose device and precision; raises ConfigError for a device this machine does not have."""
     if config.device == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(_gpu() or "cpu")
     else:
         try:
             device = torch.device(config.device)
@@ -71,6 +72,63 @@ def start(config: Machine) -> Runtime:
     if amp_dtype is torch.float16 and device.type == "cpu":
         raise ConfigError("--amp-dtype float16 needs a GPU; use bfloat16 on the CPU")
     return Runtime(device, amp_dtype)
+
+
+def _gpu() -> str | None:
+    """Return the GPU to use, of several the one of this rank; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    rank = os.environ.get("LOCAL_RANK", "")
+    return gpu_of(int(rank)) if rank.isdecimal() else "cuda"
+
+
+def gpu_of(number: int) -> str | None:
+    """Return the GPU for the process of a number on this machine; None where there is none."""
+    count = torch.cuda.device_count()
+    return f"cuda:{number % count}" if count else None
+
+
+def job_of_environment() -> tuple[int, int, str]:
+    """Return which of how many jobs this is, and the variable that says so; (0, 1, "") for none.
+
+    Raises ConfigError for variables that do not fit each other.
+    """
+    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
+    rank, size = 0, 1
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        rank, size = _numbers("RANK", "WORLD_SIZE")
+        if not 0 <= rank < size or (in_array and size > 1):
+            raise ConfigError(
+                f"RANK is {rank} of WORLD_SIZE {size}{' in a Slurm array' if in_array else ''}: "
+                f"{_GIVE_BOTH}"
+            )
+    if not in_array:
+        return rank, size, "RANK" if size > 1 else ""
+    index, first, last, step, count = _numbers(
+        *(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
+    )
+    number, rest = divmod(index - first, max(1, step))
+    if rest or first + max(1, step) * (count - 1) != last or not 0 <= number < count:
+        raise ConfigError(
+            f"this Slurm array has {count} tasks from {first} to {last} in steps of {step}: not "
+            f"evenly spaced, so that nothing says which {index} is; {_GIVE_BOTH}"
+        )
+    return number, count, "SLURM_ARRAY_TASK_ID"
+
+
+def _numbers(*names: str) -> list[int]:
+    """Return the whole numbers that variables hold."""
+    values = [os.environ.get(name, "") for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not value.isdecimal():
+            raise ConfigError(f"{name} is {value or 'not set'!r}, and no number: {_GIVE_BOTH}")
+    return list(map(int, values))
+
+
+def environment_of_processes(count: int) -> dict[str, str]:
+    """Return the environment of one of several processes that share this machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ}
 
 
 def seed_everything(seed: int) -> None:

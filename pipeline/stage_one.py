@@ -4,10 +4,10 @@ What is there whole is kept; the manifest is written from the files as they are.
 and by `labels add-views`.
 """
 
-import re
+import errno
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +18,21 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import LabelSetError, StoppedError
-from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
+from mealv2.errors import DataError, LabelSetError, StoppedError
+from mealv2.files import FULL, Stamp, json_sha256, stamp_of
 from mealv2.images import ImageSource
-from mealv2.label_set import Images, Shard, ShardFile
+from mealv2.label_set import Images, PlannedShard, Shard, ShardFile
 from mealv2.pixels import Resize
 from mealv2.views import Views
 from pipeline import logs, runtime
+from pipeline.finishing import batch_size_of, finish, whole_shard
 from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels, Request, ViewReader, read_views
 
-Stamp = tuple[int, int, int]  # inode, size and time of a file
+# What can be wrong with one shard and not with the next: its images, the device, the file system.
+_FAILURES = (DataError, OSError, RuntimeError)
+_NO_FAILURES = (NotImplementedError, RecursionError)  # of those: errors of the program
+_NO_ROOM = FULL | {errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ class Role:
         """The number of its first view; a centre crop is view 0 of an image."""
         return self.views[0] if self.name == "train" else 0
 
+    def planned(self, number: int) -> PlannedShard:
+        """Return one of its shards."""
+        views = range(self.first_view, self.first_view + len(self.views))
+        return PlannedShard(self.name, number, views, self.shards[number])
+
     def path(self, folder: Path, number: int) -> Path:
         """Return where a shard of it lies in the folder of a set."""
-        was_added = self.first_view > 0
-        views = range(self.views[0], self.views[-1] + 1) if was_added else None
-        return folder / label_set.shard_name(self.name, number, views)
+        return folder / self.planned(number).name
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class StageOne:
         # by name, of shards that were not looked at yet: a manifest knows every byte of them
         self._listed = label_set.listed_sha256(folder, self.plan_sha256)
         # what the manifest will say of it: who makes no shard changes nothing
-        self._batch_size = _batch_size_of(folder) or labeller.batch_size
+        self._batch_size = batch_size_of(folder) or labeller.batch_size
 
     def label(self, roles: Sequence[Role]) -> int:
         """Make what is missing; return how many shards. Raises StoppedError on Ctrl-C.
@@ -113,39 +120,97 @@ class StageOne:
 
     def _label(self, role: Role, stop: runtime.StopFlag) -> int:
         """Make the missing shards of a role; return how many there were."""
-        numbers = range(len(role.shards))
-        there_was = {n: _stamp(role.path(self.folder, n)) for n in numbers}
-        missing = [n for n in numbers if self._whole_shard(role, n) is None]
-        if len(missing) < len(role.shards):
-            there = len(role.shards) - len(missing)
-            logs.say(f"{role.name}: {there} of {len(role.shards)} shards are there")
-        requests = {n: requests_of(role, role.shards[n], self.labeller.batch_size) for n in missing}
+        lacking = self._lacking(role, range(len(role.shards)))
+        if lacking:
+            self._batch_size = self.labeller.batch_size
+        with _Behind() as behind:
+            answers = self._answers(role, list(lacking), stop)
+            for (number, there_was), answer in zip(lacking.items(), answers, strict=True):
+                behind.do(partial(self._write, role, number, answer, there_was))
+        return len(lacking)
+
+    def label_some(
+        self, roles: Sequence[Role], names: Collection[str]
+    ) -> tuple[int, dict[str, str]]:
+        """Make what is missing of some shards; return how many, and why others failed, by name.
+
+        One that fails is said, and the rest go on. No signal is handled: jobs are requeued when a
+        signal killed them. Raises OSError where there is no room for any.
+        """
+        # other jobs make shards anew, of which a manifest of before knows nothing
+        self._listed.clear()
+        failed: dict[str, str] = {}
+        num_lacking = 0
+        for role in roles:
+            numbers = [n for n in range(len(role.shards)) if role.planned(n).name in names]
+            lacking = self._lacking(role, numbers)
+            num_lacking += len(lacking)
+            self._label_each(role, lacking, failed)
+        return num_lacking - len(failed), failed
+
+    def _label_each(
+        self, role: Role, lacking: dict[int, Stamp | None], failed: dict[str, str]
+    ) -> None:
+        """Make shards, each whatever becomes of the others."""
+        left = deque(lacking)
+
+        def note(number: int, error: Exception) -> None:
+            if isinstance(error, _NO_FAILURES) or getattr(error, "errno", None) in _NO_ROOM:
+                raise error
+            name = role.planned(number).name
+            failed[name] = _reason(error)
+            logs.say(f"shard {name} failed: {failed[name]}; going on without it")
+
+        def write(number: int, answers: Answers) -> None:
+            try:
+                self._write(role, number, answers, lacking[number])
+            except _FAILURES as error:
+                note(number, error)
+
+        with _Behind() as behind:
+            answers = self._answers(role, list(left))
+            while left:
+                try:
+                    answer = next(answers)
+                except _FAILURES as error:
+                    note(left.popleft(), error)
+                    answers = self._answers(role, list(left))  # a stream that failed has ended
+                else:
+                    behind.do(partial(write, left.popleft(), answer))
+
+    def _lacking(self, role: Role, numbers: Sequence[int]) -> dict[int, Stamp | None]:
+        """Return which shards are not there whole, with the stamp of what is in their place."""
+        there_was = {n: stamp_of(role.path(self.folder, n)) for n in numbers}
+        lacking = {n: was for n, was in there_was.items() if self._whole_shard(role, n) is None}
+        if len(lacking) < len(numbers):
+            there = len(numbers) - len(lacking)
+            logs.say(f"{role.name}: {there} of {len(numbers)} shards are there")
+        return lacking
+
+    def _answers(
+        self, role: Role, numbers: Sequence[int], stop: runtime.StopFlag | None = None
+    ) -> Iterator[Answers]:
+        """Yield the answers for shards, read as one stream."""
+        requests = {n: requests_of(role, role.shards[n], self.labeller.batch_size) for n in numbers}
         num_views = len(role.views)
+        pixels = self.reading.pixels(role, [r for part in requests.values() for r in part])
         pixels = logs.progress(
-            _until_stopped(
-                self.reading.pixels(role, [r for part in requests.values() for r in part]), stop
-            ),
-            total=sum(len(role.shards[n]) for n in missing) * num_views,
+            pixels if stop is None else _until_stopped(pixels, stop),
+            total=sum(len(role.shards[n]) for n in numbers) * num_views,
             what=f"labelling {role.name}",
             unit="views",
             size=_counter(num_views),
         )
-        if missing:
-            self._batch_size = self.labeller.batch_size
-        with _Behind() as behind:
-            for number in missing:
-                share = islice(pixels, len(requests[number]))
-                answers = self.labeller.label(role.source, share, score=role.name == "val")
-                behind.do(partial(self._write, role, number, answers, there_was[number]))
-        return len(missing)
+        for number in numbers:
+            share = islice(pixels, len(requests[number]))
+            yield self.labeller.label(role.source, share, score=role.name == "val")
 
     def _write(self, role: Role, number: int, answers: Answers, there_was: Stamp | None) -> None:
         path = role.path(self.folder, number)
         shard = self._shard(role, number, answers)
         # the first whole shard wins, also one that another job made while this one was at it;
-        # what was there at the beginning is damaged, or a dead link, and is replaced
-        broken = there_was is not None and _stamp(path) == there_was
-        label_set.write_shard(path, shard, replace=broken)
+        # what was there at the beginning is damaged, or a dead link, and gives way
+        label_set.write_shard(path, shard, damaged=there_was)
 
     def _shard(self, role: Role, number: int, answers: Answers) -> Shard:
         num_views = len(role.views)
@@ -180,14 +245,10 @@ class StageOne:
 
     def _whole_shard(self, role: Role, number: int) -> ShardFile | None:
         """Return a shard of this plan that is there and checks, or None and say why."""
-        path = role.path(self.folder, number)
-        expected = (self.plan_sha256, role.name, number, role.first_view)
+        planned = role.planned(number)
         # asked once: one that is made anew elsewhere may differ from what was listed
-        file = whole_shard(path, expected, self._listed.pop(path.name, None))
-        if file is not None and file.num_views != len(role.views):
-            logs.say(f"shard {path} holds other views; making it anew")
-            return None
-        return file
+        listed = self._listed.pop(planned.name, None)
+        return whole_shard(self.folder, planned, self.plan_sha256, listed)
 
     def shards(self, role: Role) -> list[ShardFile]:
         """Return every shard of a role; raises LabelSetError for one that is not whole."""
@@ -196,149 +257,15 @@ class StageOne:
             file = self._whole_shard(role, number)
             if file is None:
                 raise LabelSetError(
-                    f"shard {role.path(self.folder, number)} vanished or broke after it was "
-                    "written; run the same command again"
+                    f"shard {self.folder / role.planned(number).name} vanished or broke after it "
+                    "was written; run the same command again"
                 )
             found.append(file)
         return found
 
-    def finish(self, roles: Sequence[Role]) -> dict[str, Any]:
-        """Write and return the manifest, from the files as they are; say what is left over.
-
-        Blocks of added views that are there whole are listed too.
-        """
-        entries = {role.name: self._entry(role) for role in roles}
-        manifest = label_set.write_manifest(
-            self.folder,
-            self.plan,
-            roles=entries,
-            versions=runtime.versions(),
-            batch_size=self._batch_size,
-        )
-        leftover = list(self.folder.glob(f"{TEMPORARY_PREFIX}*"))
-        if leftover:
-            logs.say(
-                f"{self.folder} holds {len(leftover)} temporary files of jobs that were killed "
-                f"or still run ({TEMPORARY_PREFIX}*); remove them when none runs"
-            )
-        return manifest
-
-    def _entry(self, role: Role) -> dict[str, Any]:
-        """Return what the manifest says of a role."""
-        files = self.shards(role)
-        skipped = {
-            key: missing["reason"]
-            for file in files
-            for key, missing in file.header["skipped"].items()
-        }
-        if skipped:
-            logs.say(f"{role.name}: {len(skipped)} images skipped, listed in manifest.json")
-        blocks = [describe_block(range(len(role.views)), files)]
-        blocks += added_blocks(
-            self.folder, role.name, blocks[0], self.plan_sha256, listed=self._listed
-        )
-        return {
-            "blocks": blocks,
-            "num_images": sum(file.num_images for file in files),
-            "skipped": skipped,
-            **({"accuracy": accuracy_of(self.plan, files)} if role.name == "val" else {}),
-        }
-
-
-def whole_shard(
-    path: Path, expected: tuple[str, str, int, int], listed_sha256: str | None = None
-) -> ShardFile | None:
-    """Return a shard that is there and checks, or None and say why.
-
-    ``expected`` are the SHA-256 of its plan, its role, number and first view; ``listed_sha256`` is
-    what a manifest says of its bytes, those that only HDF5 reads included.
-    """
-    try:
-        file = ShardFile(path)
-        damaged = [key for key, _, whole in file.blocks() if not whole]
-        is_listed = listed_sha256 in (None, file_sha256(path))
-    except FileNotFoundError:
-        return None
-    except LabelSetError as error:
-        logs.say(f"{error}; making it anew")
-        return None
-    if damaged:
-        logs.say(f"shard {path} is damaged: the labels of {len(damaged)} images; making it anew")
-        return None
-    header = file.header
-    if (header["plan_sha256"], header["role"], header["number"], file.first_view) != expected:
-        logs.say(f"shard {path} is of another label set; making it anew")
-        return None
-    if not is_listed:
-        logs.say(f"shard {path} is not the one in the manifest; making it anew")
-        return None
-    return file
-
-
-def describe_block(views: range, files: Sequence[ShardFile]) -> dict[str, Any]:
-    """Return what the manifest says of the shards of a block of views."""
-    listed = [label_set.describe_file(f.path, num_images=f.num_images) for f in files]
-    return {"views": [views.start, views.stop], "shards": listed}
-
-
-def added_blocks(
-    folder: Path,
-    role: str,
-    last: dict[str, Any],
-    plan_sha256: str,
-    *,
-    listed: Mapping[str, str],
-) -> list[dict[str, Any]]:
-    """Return the blocks of views that were added after ``last`` and are there whole.
-
-    ``listed`` are the SHA-256 of files that a manifest knows, by name.
-    """
-    stop = last["views"][1]
-    blocks = []
-    for views in block_views(folder, role):
-        if views.start != stop:
-            continue
-        paths = [folder / label_set.shard_name(role, n, views) for n in range(len(last["shards"]))]
-        files = [
-            whole_shard(path, (plan_sha256, role, n, views.start), listed.get(path.name))
-            for n, path in enumerate(paths)
-        ]
-        whole = [file for file in files if file is not None]
-        if len(whole) == len(files):
-            blocks.append(describe_block(views, whole))
-            stop = views.stop
-        else:
-            logs.say(
-                f"views {views.start} to {views.stop - 1} are not all there, and left out; "
-                "`mealv2 labels add-views` goes on with them"
-            )
-    return blocks
-
-
-def block_views(folder: Path, role: str) -> list[range]:
-    """Return the ranges of views that added shards in a folder are named after, in order."""
-    named = (re.fullmatch(rf"{role}-\d+-views-(\d+)-(\d+)\.h5", p.name) for p in folder.iterdir())
-    found = {range(int(name[1]), int(name[2]) + 1) for name in named if name}
-    return sorted(found, key=lambda views: (views.start, views.stop))
-
-
-def accuracy_of(plan: dict[str, Any], files: Sequence[ShardFile]) -> dict[str, Any]:
-    """Return top-1/top-5 in percent of every teacher and of the ensemble, from counts."""
-    images = sum(file.num_images for file in files)
-    top1, top5 = (
-        np.sum([file.header["counts"][name] for file in files], axis=0) * 100.0 / max(1, images)
-        for name in ("top1", "top5")
-    )
-    figures = [
-        {"top1": round(float(a), 4), "top5": round(float(b), 4)}
-        for a, b in zip(top1, top5, strict=True)
-    ]
-    named = zip(plan["teachers"], figures[:-1], strict=True)
-    return {
-        "num_images": images,
-        "teachers": [{"model": teacher["model"], **figure} for teacher, figure in named],
-        "ensemble": figures[-1],
-    }
+    def finish(self) -> dict[str, Any]:
+        """Write and return the manifest, from the files as they are; see ``finishing.finish``."""
+        return finish(self.folder, self.plan, batch_size=self._batch_size, listed=self._listed)
 
 
 def requests_of(role: Role, positions: Sequence[int], batch_size: int) -> list[Request]:
@@ -405,21 +332,11 @@ def _counter(num_views: int) -> Callable[[Pixels], int]:
     return count
 
 
-def _batch_size_of(folder: Path) -> int | None:
-    """Return the batch size that the manifest in a folder says its labels were made with."""
-    try:
-        return label_set.read_manifest(folder).get("batch_size")
-    except LabelSetError:
-        return None
-
-
-def _stamp(path: Path) -> Stamp | None:
-    """Return what tells a file from one that takes its place; None where there is none."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _reason(error: Exception) -> str:
+    """Return what went wrong, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _until_stopped(pixels: Iterator[Pixels], stop: runtime.StopFlag) -> Iterator[Pixels]:

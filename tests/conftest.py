@@ -34,7 +34,6 @@ from mealv2.pixels import centre_crop, decode
 from mealv2.views import DrawnViews
 from pipeline import teachers
 from pipeline.labelling import Labeller
-from pipeline.loaders import CENTRE
 from pipeline.runtime import Runtime
 from pipeline.stage_one import ReadSettings, Role, StageOne
 
@@ -329,19 +328,17 @@ def add_views(teacher_flags: list[str], data_dir: Path) -> Callable[..., dict[st
         labeller = Labeller(
             ensemble, machine, Encoding.of_plan(plan), batch_size=16, on_bad_image="fail"
         )
-        first, more = [], []
+        more = []
         for name, kept in plan["roles"].items():
             source = ImageFolder(data_dir, kept["split"])
             shards = shard_ranges(len(source), plan["shard_size"])
-            stored = tuple(range(kept["num_views"])) if name == "train" else (CENTRE,)
-            first.append(Role(name, source, stored, list(shards)))
             if name == "train":
                 more.append(Role(name, source, tuple(views), list(shards)))
         views_of = DrawnViews(plan["roles"]["train"]["views"]["seed"])
         reading = ReadSettings(0, IMG_SIZE, views_of, "torch")
         stage = StageOne(labels, plan, labeller, reading)
         stage.label(more)
-        return stage.finish(first)
+        return stage.finish()
 
     return add
 

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import write_whole
+from mealv2.files import Stamp, write_whole
 
 APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
 FORMAT_VERSION = 2
@@ -111,9 +111,14 @@ class Shard:
     counts: dict[str, list[int]] = field(default_factory=dict)
 
 
-def write_shard(path: Path, shard: Shard, *, replace: bool = False) -> bool:
-    """Publish a shard whole; return False when another job's was there first. Raises OSError."""
-    return write_whole(path, shard_bytes(shard), replace=replace)
+def write_shard(
+    path: Path, shard: Shard, *, replace: bool = False, damaged: Stamp | None = None
+) -> bool:
+    """Publish a shard whole; return False when another job's was there first. Raises OSError.
+
+    ``damaged`` is the stamp of a file that gives way, if it is still that one.
+    """
+    return write_whole(path, shard_bytes(shard), replace=replace, damaged=damaged)
 
 
 def key_hash(key: bytes) -> bytes:

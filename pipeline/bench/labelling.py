@@ -98,10 +98,11 @@ def label_views(room: Room, labeller: Labeller, folder: Path, num_views: int) ->
     views = tuple(range(-(-num_views // len(positions))))
     role = Role("train", room.images.source, views, [positions])
     plan = plan_of(room.encoding, num_views=len(views), img_size=room.config.img_size)
+    plan["shard_size"] = plan["roles"]["train"]["num_images"] = len(positions)
     label_set.claim(folder, plan)
     size, pins = room.config.img_size, room.machine.pins
     reading = ReadSettings(room.config.workers, size, DrawnViews(0), "torch", pin_memory=pins)
     stage = StageOne(folder, plan, labeller, reading)
     stage.label([role])
-    stage.finish([role])
+    stage.finish()
     return len(positions) * len(views)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from mealv2.errors import ConfigError
@@ -104,3 +105,41 @@ class Labelling(Machine):
         super().__post_init__()
         if self.batch_size != "auto":
             at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jobs(Labelling):
+    """What every command has that several jobs can share."""
+
+    job_index: int | None = setting(
+        None,
+        "Which of --num-jobs this is, counted from 0.",
+        shown="SLURM_ARRAY_TASK_ID in an array, or RANK; else 0",
+    )
+    num_jobs: int | None = setting(
+        None,
+        "Jobs that share the work: job I makes the shards I, I + N, and so on, and no manifest "
+        "where there is more than one.",
+        shown="SLURM_ARRAY_TASK_COUNT, or WORLD_SIZE; else 1",
+    )
+    shard_list: Path | None = setting(
+        None,
+        "File of shard names, one a line: the jobs share these alone; `mealv2 labels status "
+        "--list` writes it.",
+        shown="all shards",
+    )
+    num_procs: int = setting(1, "Processes that share the work of this job, on this machine.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_procs")
+        if (self.job_index is None) != (self.num_jobs is None):
+            raise ConfigError("--job-index and --num-jobs go together")
+        if self.job_index is None or self.num_jobs is None:
+            return
+        at_least(self, 1, "num_jobs")
+        if not 0 <= self.job_index < self.num_jobs:
+            raise ConfigError(
+                f"--job-index {self.job_index}: of {self.num_jobs} jobs the first is 0 and the "
+                f"last {self.num_jobs - 1}"
+            )

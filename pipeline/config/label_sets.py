@@ -9,7 +9,7 @@ from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
     MOST_VIEWS,
-    Labelling,
+    Jobs,
     Machine,
     Settings,
 )
@@ -34,6 +34,38 @@ class LabelsInfoConfig(Settings):
     """What a label set is: views, teachers, encoding, bytes, accuracies."""
 
     labels: Path = positional("The label set.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsStatusConfig(Settings):
+    """Which shards are whole, missing or damaged, from the files alone, and what to run next.
+
+    Also while jobs are at it. Exit code 0: all are whole and the manifest is there.
+    """
+
+    labels: Path = positional("The label set.")
+    list_: Path | None = setting(
+        None,
+        "Write the names of the shards that the next command has to make here, one a line.",
+        shown="not written",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsFinishConfig(Settings):
+    """Write the manifest of a set whose shards were made by jobs.
+
+    Every shard is checked first; needs neither images nor teachers.
+    """
+
+    labels: Path = positional("The label set.")
+    batch_size: int | None = setting(
+        None, "Views per forward pass that the jobs were given, to be kept.", shown="not said"
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +99,7 @@ class LabelsVerifyConfig(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Labelling):
+class LabelsAddViewsConfig(Jobs):
     """Label more views of a set's images with its own teachers.
 
     The new files lie beside the set's, which stay as they are. Files of added views that are

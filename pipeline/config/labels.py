@@ -12,7 +12,7 @@ from pipeline.config.base import (
     DEFAULT_RATE,
     MOST_VIEWS,
     Cutting,
-    Labelling,
+    Jobs,
 )
 from pipeline.config.fields import (
     at_least,
@@ -27,7 +27,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Cutting, Labelling):
+class PrecomputeConfig(Cutting, Jobs):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
@@ -72,6 +72,9 @@ class PrecomputeConfig(Cutting, Labelling):
         if not self.teacher:
             raise ConfigError("--teacher is required")
         check_encoding(self)
+        if self.dry_run:
+            names = ("job_index", "num_jobs", "shard_list", "num_procs")
+            without_effect(self, "with --dry-run", *names)
 
 
 def check_encoding(config: Any) -> None:

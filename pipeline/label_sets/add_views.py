@@ -9,15 +9,39 @@ from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.images import open_source
 from mealv2.label_set import LabelSet, read_manifest
-from pipeline import logs, runtime
+from pipeline import jobs, logs, processes, runtime
 from pipeline.config import LabelsAddViewsConfig
+from pipeline.finishing import block_views, describe_block
 from pipeline.labelling import make_labeller
 from pipeline.labels import check_precision, check_same_data, resize_of_set, teachers_of
-from pipeline.stage_one import ReadSettings, Role, StageOne, block_views, describe_block
+from pipeline.stage_one import ReadSettings, Role, StageOne
 
 
 def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
-    """Label views up to --num-views; return the report. Raises MealError and OSError.
+    """Label views up to --num-views, or a job's share of them; return the report.
+
+    Raises MealError and OSError.
+    """
+    job = jobs.chosen(config)
+    last = _last(config, read_manifest(config.labels)["plan"])
+    if config.num_procs == 1:
+        return _run(config, job, last)
+    began = time.monotonic()
+    made = processes.run(["labels", "add-views"], config, job)
+    if job.is_part:
+        return jobs.report_of(job, config.labels, made, began, last=last)
+    alone = replace(config, num_procs=1, job_index=0, num_jobs=1)
+    return _run(alone, jobs.Job(0, 1), last) | {"shards_made": made}
+
+
+def _last(config: LabelsAddViewsConfig, plan: dict[str, Any]) -> str | None:
+    """Return what ends a set after jobs, where `labels finish` cannot."""
+    again = f"the same `mealv2 labels add-views {config.labels}` with --job-index 0 --num-jobs 1"
+    return again if "derived" in plan else None
+
+
+def _run(config: LabelsAddViewsConfig, job: jobs.Job, last: str | None) -> dict[str, Any]:
+    """Label views in this process.
 
     Whole shards stay, in blocks that were added before too: those of them that are damaged or
     missing are made again, also where the set holds --num-views already. Until all are there the
@@ -44,8 +68,10 @@ def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
     made = 0
     described = []
     lacking: set[str] = set()
-    for views in blocks:
-        block = replace(role, views=tuple(views))
+    roles = [replace(role, views=tuple(views)) for views in blocks]
+    if job.is_part:
+        return jobs.label_share(job, stage, roles, last=last)
+    for views, block in zip(blocks, roles, strict=True):
         made += stage.label([block])
         files = stage.shards(block)
         described.append(describe_block(views, files))

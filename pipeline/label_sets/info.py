@@ -152,8 +152,8 @@ def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         roles[name] = {"images": role["num_images"], "shards": there}
         of = ""
         if "derived" not in plan:
-            roles[name]["of"] = -(-role["num_images"] // plan["shard_size"])
+            roles[name]["of"] = sum(s.role == name for s in label_set.planned_shards(plan))
             of = f" of {roles[name]['of']}"
         _line(name, f"{role['num_images']} images, {there}{of} shards are there")
-    logs.say(f"not finished: run the same {maker_of(plan)} again")
+    logs.say(f"not finished: run the same {maker_of(plan)} again; `mealv2 labels status` says more")
     return roles

@@ -12,12 +12,12 @@ import torch
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import json_sha256
-from mealv2.label_set import Encoding, LabelSet, Rows, Shard, ShardFile
+from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, ShardFile
 from mealv2.soft_labels import Labels, SoftLabels
 from pipeline import runtime
 from pipeline.config import DEFAULT_RATE, NewEncoding
+from pipeline.finishing import added_blocks, describe_block, skipped_in, whole_shard
 from pipeline.labelling import encoding_of
-from pipeline.stage_one import added_blocks, describe_block, whole_shard
 
 
 class Writer:
@@ -35,10 +35,10 @@ class Writer:
         """Add the next shard of a role's block of views; ``make`` is asked where it is lacking."""
         files = self._files.setdefault(role, {}).setdefault(views, [])
         number = len(files)
-        name = label_set.shard_name(role, number, views if views.start else None)
-        path = self.folder / name
-        expected = (self._plan_sha256, role, number, views.start)
-        file = whole_shard(path, expected, self._listed.get(name))
+        planned = PlannedShard(role, number, views, None)
+        path = self.folder / planned.name
+        listed = self._listed.get(planned.name)
+        file = whole_shard(self.folder, planned, self._plan_sha256, listed)
         if file is None:
             shard = replace(
                 make(),
@@ -104,11 +104,7 @@ class Writer:
         return {
             "blocks": described,
             "num_images": sum(file.num_images for file in first),
-            "skipped": {
-                key: missing["reason"]
-                for file in first
-                for key, missing in file.header["skipped"].items()
-            },
+            "skipped": skipped_in(first),
         }
 
 

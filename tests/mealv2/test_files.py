@@ -1,5 +1,6 @@
 """mealv2.files: whole under the final name, the first one wins, nothing is left behind."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from mealv2.files import canonical_json, file_sha256, json_sha256, read_json, write_whole
+from mealv2 import files
+from mealv2.files import (
+    canonical_json,
+    file_sha256,
+    json_sha256,
+    read_json,
+    stamp_of,
+    write_whole,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -73,8 +82,8 @@ def test_of_two_processes_that_race_exactly_one_wins_each_file(tmp_path):
     assert all(racer.returncode == 0 for racer in racers.values())
     assert won["a"] | won["b"] == set(range(200))
     assert not won["a"] & won["b"]
-    for me, files in won.items():
-        assert all((tmp_path / f"{n}.h5").read_bytes() == me.encode() * 5000 for n in files)
+    for me, mine in won.items():
+        assert all((tmp_path / f"{n}.h5").read_bytes() == me.encode() * 5000 for n in mine)
     assert len(names(tmp_path)) == 200
 
 
@@ -164,3 +173,122 @@ def test_file_sha256_is_that_of_the_bytes(tmp_path):
     data = os.urandom(300_000)
     (tmp_path / "a").write_bytes(data)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+# --- shares that lose replies, and two jobs at one damaged file -----------------------------------
+
+
+def failing(monkeypatch, name, *errors, done=True):
+    """Let os.link or os.replace fail so often, each time after it did its work, or without."""
+    real, left = getattr(os, name), list(errors)
+
+    def put(source, target, **settings):
+        if not left:
+            return real(source, target, **settings)
+        if done and len(left) == len(errors):
+            real(source, target, **settings)
+        error = left.pop(0)
+        raise OSError(error, os.strerror(error), str(source), None, str(target))
+
+    monkeypatch.setattr(files.os, name, put)
+    return left
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How long it would have waited."""
+    waited = []
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize(("name", "replace"), [("link", False), ("replace", True)])
+@pytest.mark.parametrize("error", [errno.ENOENT, errno.EEXIST, errno.EIO, errno.ESTALE])
+def test_a_lost_reply_is_no_error(tmp_path, monkeypatch, waits, name, replace, error):
+    left = failing(monkeypatch, name, error)
+    assert write_whole(tmp_path / "a.h5", b"mine", replace=replace) is True
+    assert (left, waits) == ([], [])
+    assert (tmp_path / "a.h5").read_bytes() == b"mine"
+    assert names(tmp_path) == ["a.h5"]
+
+
+@pytest.mark.parametrize(("name", "replace"), [("link", False), ("replace", True)])
+def test_what_did_not_happen_is_tried_four_times_more(tmp_path, monkeypatch, waits, name, replace):
+    left = failing(monkeypatch, name, *[errno.ESTALE] * 4, done=False)
+    assert write_whole(tmp_path / "a.h5", b"mine", replace=replace) is True
+    assert (left, len(waits)) == ([], 4)
+    assert sum(waits) > 3.0, "shares show folders as they were three seconds ago"
+    assert names(tmp_path) == ["a.h5"]
+
+    failing(monkeypatch, name, *[errno.EIO] * 5, done=False)
+    with pytest.raises(OSError, match=r"Input/output error: .*b\.h5"):
+        write_whole(tmp_path / "b.h5", b"mine", replace=replace)
+    assert names(tmp_path) == ["a.h5"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize(("name", "replace"), [("link", False), ("replace", True)])
+def test_a_full_disk_is_not_waited_for(tmp_path, monkeypatch, waits, name, replace, error):
+    left = failing(monkeypatch, name, error, error, done=False)
+    with pytest.raises(OSError, match=r"a\.h5"):
+        write_whole(tmp_path / "a.h5", b"mine", replace=replace)
+    assert (len(left), waits, names(tmp_path)) == (1, [], [])
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_without_hard_links_it_is_renamed(tmp_path, monkeypatch, waits, error):
+    failing(monkeypatch, "link", error, done=False)
+    assert write_whole(tmp_path / "a.h5", b"mine", replace=False) is True
+    assert (waits, names(tmp_path)) == ([], ["a.h5"])
+
+
+def test_anothers_file_that_a_link_met_with_an_odd_error_stays(tmp_path, monkeypatch, waits):
+    (tmp_path / "a.h5").write_bytes(b"theirs")
+    failing(monkeypatch, "link", errno.ENOENT, done=False)
+    assert write_whole(tmp_path / "a.h5", b"mine", replace=False) is False
+    assert (tmp_path / "a.h5").read_bytes() == b"theirs"
+    assert waits == []
+
+
+def test_a_damaged_file_gives_way_and_a_whole_one_does_not(tmp_path):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"damaged")
+    seen = stamp_of(path)
+    assert write_whole(path, b"first whole", damaged=seen) is True
+    assert write_whole(path, b"second whole", damaged=seen) is False
+    assert path.read_bytes() == b"first whole"
+    assert names(tmp_path) == ["a.h5"]
+
+
+@pytest.mark.parametrize("link", ["nowhere", "a.h5"])
+def test_a_dead_link_gives_way(tmp_path, link):
+    path = tmp_path / "a.h5"
+    path.symlink_to(link)
+    assert write_whole(path, b"whole", damaged=stamp_of(path)) is True
+    assert not path.is_symlink()
+    assert names(tmp_path) == ["a.h5"]
+
+
+def test_a_folder_does_not_give_way(tmp_path):
+    (tmp_path / "a.h5" / "mine").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "a.h5", b"whole", damaged=stamp_of(tmp_path / "a.h5"))
+    assert names(tmp_path) == ["a.h5"]
+
+
+def test_a_file_that_another_put_there_between_look_and_rename_comes_back(tmp_path, monkeypatch):
+    """Split brain: a job is held up for as long as it likes between any two of its calls."""
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"damaged")
+    seen, rename = stamp_of(path), Path.rename
+
+    def late(self, target):
+        if self == path:
+            monkeypatch.setattr(Path, "rename", rename)
+            assert write_whole(path, b"first whole", damaged=seen) is True
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert write_whole(path, b"second whole", damaged=seen) is False
+    assert path.read_bytes() == b"first whole"
+    assert names(tmp_path) == ["a.h5"]

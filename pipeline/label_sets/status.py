@@ -1,0 +1,221 @@
+"""`mealv2 labels status`: which shards are whole, from the files alone, and what to run next.
+
+Never from a scheduler or a log: jobs may be running, dead, or running twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mealv2 import label_set
+from mealv2.errors import IncompleteError, LabelSetError
+from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_whole
+from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, maker_of
+from mealv2.label_set.shard import APPENDED_PREFIX
+from pipeline import logs
+from pipeline.config import LabelsStatusConfig
+from pipeline.finishing import MISSING, block_views, check_all, how_many, some, strays_of
+
+_SHOWN = 20  # damaged shards that are said one by one
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Shards of the same views of a role, and what was found of each."""
+
+    role: str
+    views: range
+    found: dict[str, CheckedShard | str]
+
+    @property
+    def whole(self) -> list[dict[str, Any]]:
+        """What a manifest says of those that are whole."""
+        return [shard.entry for shard in self.found.values() if isinstance(shard, CheckedShard)]
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Why the others are not."""
+        return {name: why for name, why in self.found.items() if isinstance(why, str)}
+
+    def report(self) -> dict[str, Any]:
+        damaged = {name: why for name, why in self.broken.items() if why != MISSING}
+        return {
+            "role": self.role,
+            "views": [self.views.start, self.views.stop],
+            "shards": len(self.found),
+            "whole": len(self.whole),
+            "missing": [name for name, why in self.broken.items() if why == MISSING],
+            "damaged": damaged,
+            "images": sum(entry["images"] for entry in self.whole),
+            "bytes": sum(entry["bytes"] for entry in self.whole),
+        }
+
+
+def run(config: LabelsStatusConfig) -> dict[str, Any]:
+    """Look at every file of a set; return the report. Raises LabelSetError for what is no set.
+
+    Raises IncompleteError, with the report, where shards or the manifest are lacking.
+    """
+    folder = config.labels
+    plan = _plan(folder)
+    plan_sha256 = json_sha256(plan)
+    blocks = [
+        _Block(
+            shards[0].role,
+            shards[0].views,
+            dict(
+                zip([s.name for s in shards], check_all(folder, shards, plan_sha256), strict=True)
+            ),
+        )
+        for shards in _shards_of(folder, plan)
+    ]
+    # read after the files, so that it is not one of before
+    listed = [(s["name"], s["sha256"]) for block in _listed(folder, plan) for s in block["shards"]]
+    is_finished = bool(listed) and sorted(listed) == sorted(
+        (entry["name"], entry["sha256"]) for block in blocks for entry in block.whole
+    )
+    lacking, next_command = _next(config, plan, blocks, is_finished=is_finished)
+    if config.list_ is not None:
+        write_whole(config.list_, "".join(f"{name}\n" for name in lacking).encode())
+    names = {name for block in blocks for name in block.found}
+    report = {
+        "labels": str(folder),
+        "finished": is_finished,
+        "blocks": [block.report() for block in blocks],
+        "bytes": sum(entry["bytes"] for block in blocks for entry in block.whole),
+        "strays": strays_of(folder),
+        "others": _others(folder, names),
+        "next": next_command,
+    }
+    _say(report)
+    if next_command is None:
+        return report
+    broken = {name: why for block in blocks for name, why in block.broken.items()}
+    problem = (
+        f"{how_many(broken)} of {len(names)} shards" if broken else "no manifest of its shards"
+    )
+    raise IncompleteError(f"{folder} is not finished: {problem}; next: {next_command}", report)
+
+
+def _plan(folder: Path) -> dict[str, Any]:
+    """Return the plan of a set, which the manifest repeats."""
+    try:
+        return label_set.read_plan(folder)
+    except LabelSetError:
+        if not (folder / MANIFEST_NAME).exists():
+            raise
+        return dict(label_set.read_manifest(folder)["plan"])
+
+
+def _shards_of(folder: Path, plan: dict[str, Any]) -> list[list[PlannedShard]]:
+    """Return the shards of each block: of the plan, then of views that were added or begun.
+
+    The plan of a set made of others does not say them, but its manifest does.
+    """
+    blocks = []
+    for role in sorted(plan["roles"]):
+        listed = _listed(folder, plan, role)
+        if listed and "derived" in plan:
+            views = range(*listed[0]["views"])
+            first = [PlannedShard(role, n, views, None) for n in range(len(listed[0]["shards"]))]
+        else:
+            first = [shard for shard in _planned(folder, plan) if shard.role == role]
+        blocks.append(first)
+        stop = first[0].views.stop
+        begun = [range(*block["views"]) for block in listed[1:]] + block_views(folder, role)
+        for views in begun:
+            if views.start == stop:  # others do not follow: they are not of the set
+                blocks.append([replace(shard, views=views) for shard in first])
+                stop = views.stop
+    return blocks
+
+
+def _listed(folder: Path, plan: dict[str, Any], role: str | None = None) -> list[dict[str, Any]]:
+    """Return the blocks that a manifest of this plan lists, of one role or of all."""
+    try:
+        manifest = label_set.read_manifest(folder)
+    except LabelSetError:
+        return []
+    if manifest["plan"] != plan or plan["format_version"] != label_set.FORMAT_VERSION:
+        return []
+    entries = manifest["roles"]
+    return [block for name in entries if role in (None, name) for block in entries[name]["blocks"]]
+
+
+def _planned(folder: Path, plan: dict[str, Any]) -> list[PlannedShard]:
+    try:
+        return label_set.planned_shards(plan)
+    except LabelSetError as error:
+        raise LabelSetError(f"{folder}: {error}") from None
+
+
+def _next(
+    config: LabelsStatusConfig,
+    plan: dict[str, Any],
+    blocks: Sequence[_Block],
+    *,
+    is_finished: bool,
+) -> tuple[list[str], str | None]:
+    """Return which shards the next command makes, and that command; None for a finished set."""
+    folder = config.labels
+    added = [block for block in blocks if block.views.start > 0]
+    lacking = [name for block in blocks if block not in added for name in block.broken]
+    if lacking:
+        return lacking, _again(config, plan)
+    lacking = [name for block in added for name in block.broken]
+    if lacking or (added and not is_finished and "derived" in plan):
+        words = f"mealv2 labels add-views {folder} --num-views {added[-1].views.stop}"
+        return lacking, f"`{words} --data-dir …{_list_flag(config)}`"
+    return [], None if is_finished else f"`mealv2 labels finish {folder}`"
+
+
+def _again(config: LabelsStatusConfig, plan: dict[str, Any]) -> str:
+    """Return the command that makes what is lacking, with what the plan knows of its words."""
+    if "derived" in plan:
+        return f"the same {maker_of(plan)} again"
+    teachers = "".join(f" --teacher {teacher['model']}" for teacher in plan["teachers"])
+    num_views = plan["roles"]["train"]["num_views"]
+    words = f"mealv2 precompute --data-dir …{teachers} --num-views {num_views}"
+    return f"`{words} … --out {config.labels}{_list_flag(config)}`, as before"
+
+
+def _list_flag(config: LabelsStatusConfig) -> str:
+    return "" if config.list_ is None else f" --shard-list {config.list_}"
+
+
+def _others(folder: Path, names: set[str]) -> list[str]:
+    """Return what else lies in the folder: neither the set's nor a temporary file."""
+    known = names | {MANIFEST_NAME, PLAN_NAME}
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in known
+        and not path.name.startswith(TEMPORARY_PREFIX)
+        and f"-{APPENDED_PREFIX}" not in path.name
+    )
+
+
+def _say(report: dict[str, Any]) -> None:
+    rows = [["", "views", "shards", "whole", "missing", "damaged", "size"]]
+    for block in report["blocks"]:
+        first, stop = block["views"]
+        counts = [len(block["missing"]), len(block["damaged"])]
+        numbers = map(str, [block["shards"], block["whole"], *counts])
+        rows.append([block["role"], f"{first}-{stop - 1}", *numbers, logs.size_of(block["bytes"])])
+    logs.say(logs.table(rows))
+    damaged = [why for block in report["blocks"] for why in block["damaged"].values()]
+    for why in damaged[:_SHOWN]:
+        logs.say(why)
+    if len(damaged) > _SHOWN:
+        logs.say(f"and {len(damaged) - _SHOWN} more damaged shards")
+    if strays := report["strays"]:
+        oldest = max(stray["age_s"] for stray in strays.values())
+        logs.say(
+            f"{len(strays)} temporary files of jobs that were killed or still run, the oldest "
+            f"{logs.duration(oldest)} old"
+        )
+    if others := report["others"]:
+        logs.say(f"{len(others)} files that are not the set's: {some(others)}")
+    if report["finished"]:
+        logs.say("finished: the manifest is there, of these files")
