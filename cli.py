@@ -25,6 +25,10 @@ from pipeline import config as configs
 
 # A run that is resumed keeps its settings, but for these.
 RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
+RESUMABLE |= {"grad_accum_steps", "sync_bn"}  # of the machine it runs on
+
+# What torchrun may start several processes of; precompute takes them for parts of a job.
+IN_RANKS = {"distill", "finetune", "precompute"}
 
 IN_CONFIG = "mealv2.in_config"  # where a context keeps the names that --config gives
 
@@ -115,7 +119,8 @@ def _command_of(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
-    click.echo(f"mealv2: {message}", err=True)
+    if message:  # there is none where another rank has said it
+        click.echo(f"mealv2: {message}", err=True)
     sys.exit(code)
 
 
@@ -128,13 +133,16 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
 
     def command(**values: Any) -> None:
         settings = _settings_of(config, click.get_current_context())
+        if name not in IN_RANKS:
+            importlib.import_module("pipeline.runtime").refuse_ranks(name)
         stage = importlib.import_module(module_of(name))
         try:
             report = stage.run(settings)
         except IncompleteError as error:
             click.echo(json.dumps(error.report))
             raise
-        click.echo(json.dumps(report))
+        if report:  # of several ranks the first one has it
+            click.echo(json.dumps(report))
 
     text = f"{config.__doc__}{_arguments(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
     command = click.option(
@@ -156,7 +164,9 @@ def _settings_of(config: type[configs.Settings], context: click.Context) -> conf
     """Return the config that a command line makes, with those of its --config, recipe or run."""
     values = dict(context.params)
     config_file = values.pop("config_file")
-    if values.get("resume") is not None:
+    if values.get("auto_resume") and _is_begun(values):
+        values = _resumed(values | {"resume": values["output"]}, context)
+    elif values.get("resume") is not None:
         if config_file is not None:
             raise ConfigError("--config has no effect with --resume: the run keeps its settings")
         values = _resumed(values, context)
@@ -295,12 +305,26 @@ def _with_recipe(values: dict[str, Any], context: click.Context) -> dict[str, An
     return values | {n: value for n, value in settings.items() if n not in given | aside}
 
 
+def _is_begun(values: dict[str, Any]) -> bool:
+    """Return whether --output holds a run to go on with.
+
+    All ranks find the same: a checkpoint is written after the first step, which all take together,
+    and what a rank that starts late would see was there before.
+    """
+    checkpoint = importlib.import_module("pipeline.checkpoint")
+    has_run = values["output"] is not None and checkpoint.exists(values["output"])
+    return has_run and values["resume"] is None
+
+
 def _on_command_line(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
-    """Return the settings of the run to resume; a flag that contradicts them is an error."""
+    """Return the settings of the run to resume; a flag that contradicts them is an error.
+
+    With --auto-resume so is a setting of --config.
+    """
     path = values["resume"] / "config.json"
     if not path.is_file():
         raise ConfigError(f"no run at {values['resume']}: it has no config.json")
@@ -310,8 +334,11 @@ def _resumed(values: dict[str, Any], context: click.Context) -> dict[str, Any]:
         raise ConfigError(
             f"{values['resume']} is no run of `mealv2 {context.info_name}`, or damaged ({error})"
         ) from None
+    in_config = context.meta.get(IN_CONFIG, set())
     for name, value in values.items():
-        given = _on_command_line(context, name)
+        given = _on_command_line(context, name) or (name in in_config and value not in (None, ()))
+        if values["auto_resume"] and name in ("auto_resume", "output"):
+            continue  # how this run was found
         if name in RESUMABLE:
             if given:
                 kept[name] = value

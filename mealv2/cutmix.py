@@ -72,12 +72,13 @@ def draw_mix(
     *,
     beta: float,
     probability: float,
-    place: tuple[int, int, int],
+    place: tuple[int, ...],
 ) -> Mix | None:
     """Draw how a batch is mixed; None where it is not (probability, CutMix's coin per batch).
 
-    A pure function of ``place`` (seed, epoch, step), so that a run can go on anywhere:
-    lambda ~ Beta(beta, beta), a uniform centre, a random partner for every image.
+    A pure function of ``place`` (seed, epoch, step, and what else names a batch), so that a run
+    can go on anywhere: lambda ~ Beta(beta, beta), a uniform centre, a random partner for every
+    image.
     """
     rng = np.random.default_rng(place)
     if rng.random() >= probability:

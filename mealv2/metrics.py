@@ -57,6 +57,22 @@ class Evaluation:
             # KL(q || p) = sum_c q_c (log q_c - log p_c), 0 log 0 = 0
             self._kl += float((torch.xlogy(probs_BC, probs_BC) - probs_BC * log_probs_BC).sum())
 
+    def sums(self) -> Tensor:
+        """Return all sums as one row, float64, for ``take``: rows of parts of a split add up."""
+        single = [self.num_images, self._correct5, self._cross_entropy]
+        single += [self._labelled, self._agree, self._kl]
+        counts = [self._correct1_C.double(), self._images_C.double()]
+        return torch.cat([torch.tensor(single, dtype=torch.float64), *counts])
+
+    def take(self, sums: Tensor) -> None:
+        """Have these sums from now on."""
+        single = sums[:6].tolist()
+        self.num_images, self._correct5, self._labelled, self._agree = (
+            round(single[i]) for i in (0, 1, 3, 4)
+        )
+        self._cross_entropy, self._kl = single[2], single[5]
+        self._correct1_C, self._images_C = sums[6:].long().view(2, -1)
+
     @property
     def top1(self) -> float:
         """Percent of images whose best class is the label."""

@@ -42,6 +42,14 @@ class Mixture(TypedDict):
     own_share: float
 
 
+# The rows of a whole batch, from those of each process that has a share of it.
+Join = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(rows_BC: Tensor) -> Tensor:
+    return rows_BC
+
+
 class Task(nn.Module):
     """What the training loop asks of a task: a call returns a Result.
 
@@ -57,8 +65,13 @@ class Task(nn.Module):
         logits_BC: Tensor = call(images_BCHW)
         return logits_BC.float()
 
-    def prepare(self, images_BCHW: Tensor, answer: Answer) -> str | None:
-        """Look at the first batch before the first step; return what is worth telling."""
+    def prepare(
+        self, images_BCHW: Tensor | None, answer: Answer | None, *, joined: Join = _as_it_is
+    ) -> str | None:
+        """Look at the first batch before the first step; return what is worth telling.
+
+        ``joined`` makes the rows of the whole batch of this process's; it may have none (None).
+        """
         return None
 
 
@@ -123,33 +136,30 @@ class DistillTask(Task):
         return Result(loss=loss, output=logits_BC, parts=parts)
 
     @torch.no_grad()
-    def prepare(self, images_BCHW: Tensor, answer: Answer) -> str | None:
+    def prepare(
+        self, images_BCHW: Tensor | None, answer: Answer | None, *, joined: Join = _as_it_is
+    ) -> str | None:
         """Redraw a discriminator with outputs that are dead on this batch; return what was done.
 
         The official variant keeps them, as the code does. The student is only looked at.
         """
         if self.discriminator is None:
             return None
+        own_BC = next(self.discriminator.parameters()).new_zeros(0, self.discriminator.num_classes)
         # full precision, as in the step; and autocast may keep weights that it casts without
         # gradient for the step that follows
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            return self._revive(self.discriminator, images_BCHW, answer)
+        with torch.autocast(own_BC.device.type, enabled=False):
+            if images_BCHW is not None and answer is not None:
+                own_BC = self._look(images_BCHW, answer)
+            return _revive(self.discriminator, joined(own_BC))
 
-    def _revive(
-        self, discriminator: Discriminator, images_BCHW: Tensor, answer: Answer
-    ) -> str | None:
+    def _look(self, images_BCHW: Tensor, answer: Answer) -> Tensor:
+        """Return what the discriminator would be shown of a batch, 2B x C."""
         was_training = self.student.training
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        rows_BC = torch.cat(self._rows(logits_BC, answer))
-        dead = num_dead_outputs(discriminator, rows_BC)
-        if not dead:
-            return None
-        what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
-        if discriminator.variant == "official":
-            return f"{what}; kept, as the official code does"
-        return f"{what}; redrawn {wake(discriminator, rows_BC)} times"
+        return torch.cat(self._rows(logits_BC, answer))
 
     def _terms(
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer
@@ -204,6 +214,16 @@ class HardLabelTask(Task):
         logits_BC = self.ask(images_BCHW)
         loss = F.cross_entropy(logits_BC, answer.classes_B)
         return Result(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
+
+
+def _revive(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
+    dead = num_dead_outputs(discriminator, rows_BC)
+    if not dead:
+        return None
+    what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
+    if discriminator.variant == "official":
+        return f"{what}; kept, as the official code does"
+    return f"{what}; redrawn {wake(discriminator, rows_BC)} times"
 
 
 def _soft(answer: Answer) -> Labels:

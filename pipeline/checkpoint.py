@@ -44,7 +44,7 @@ def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     damaged: dict[Path, str] = {}
     for path in reversed(_all(run)):
         try:
-            state = _load(path)
+            state = load(path)
         except Exception as error:  # zip, pickle and runtime errors, as the damage has it
             reason = str(error).strip().split("\n")[0]
             damaged[path] = f"checkpoint {path} is damaged: {reason}"
@@ -55,7 +55,11 @@ def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     raise MealError(f"{next(iter(damaged.values()))}; no other is whole: start a new run")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint; raises what zip, pickle and torch raise for a damaged one.
+
+    Raises OSError where there is none.
+    """
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:  # torch.load does not look at the checksums
             raise ValueError("its contents fail their CRC")

@@ -10,12 +10,19 @@ from mealv2.task import DistillTask
 from pipeline import foresight, labels, runtime, training
 from pipeline.config import DistillConfig
 from pipeline.evaluation import Evaluator, open_split
+from pipeline.runtime import Runtime
 from pipeline.work import CutMix, Work, make_student
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.train."""
-    machine = runtime.start(config)
+    if config.dry_run:
+        runtime.refuse_ranks("distill --dry-run")
+    with runtime.joined(config) as machine:
+        return _distil(config, machine)
+
+
+def _distil(config: DistillConfig, machine: Runtime) -> dict[str, Any]:
     source = labels.open_training_images(config)
     val = open_split(config.data_dir, config.val_split, classes=list(source.classes))
     if config.dry_run:
@@ -60,6 +67,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         extra=extra,
         cutmix=_cutmix(config),
         teachers=answers.accuracies,
+        teacher_forwards=answers.num_asked,
         legend=_legend(config),
         labels=answers.provenance,
     )

@@ -15,9 +15,10 @@ from mealv2.soft_labels import Labels
 from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import NO_SPLIT, EvaluateConfig, TrainConfig
-from pipeline.loaders import ViewReader, centre_requests, read_views, refuse_failures
+from pipeline.loaders import Request, ViewReader, centre_requests, read_views, refuse_failures
 from pipeline.prefetch import on_device
-from pipeline.runtime import Runtime, StopFlag
+from pipeline.ranks import Ranks
+from pipeline.runtime import Runtime, StopFlag, StopRequested
 
 
 def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource | None:
@@ -33,6 +34,12 @@ def open_split(data_dir: Path, split: str, *, classes: list[str]) -> ImageSource
             f"{', '.join(odd[:4])}{advice}"
         )
     return source
+
+
+def centre_shares(source: ImageSource, batch_size: int, ranks: Ranks) -> list[Request]:
+    """Return requests for the centre crops of all images; of several ranks, for a share of each."""
+    requests = centre_requests(range(len(source)), batch_size)
+    return [ranks.share(request, [1] * len(request)) for request in requests]
 
 
 class LabelTable(Protocol):
@@ -64,11 +71,13 @@ class Evaluator:
         self.labels = labels
         self._machine = machine
         self._policy = config.on_bad_image
-        keys = source.keys
-        self._positions = [p for p in range(len(source)) if labels is None or keys[p] in labels]
+        self._requests = [
+            [(p, view) for p, view in request if labels is None or source.keys[p] in labels]
+            for request in centre_shares(source, config.batch_size, machine.ranks)
+        ]
         self._loader = read_views(
             ViewReader(source, img_size=img_size, resize=resize),
-            centre_requests(self._positions, config.batch_size),
+            self._requests,
             workers=config.workers,
             pin_memory=machine.pins,
         )
@@ -79,22 +88,25 @@ class Evaluator:
     ) -> Evaluation:
         """Return the figures of a model; raises DataError for a bad image or logits not finite.
 
-        StopRequested passes through when ``stop`` is set.
+        Ranks look at a share each and know the figures of all. Raises StopRequested, on all of
+        them, when a ``stop`` is set.
         """
-        figures = Evaluation(num_classes)
+        figures, ranks = Evaluation(num_classes), self._machine.ranks
         was_training = model.training
         model.eval()
         shown = logs.progress(
             self._loader,
-            total=len(self._positions),
+            total=sum(map(len, self._requests)),
             what="validating",
             unit="images",
             size=lambda pixels: len(pixels.positions) + len(pixels.failed),
         )
         for pixels in on_device(shown, self._machine.device):
-            if stop is not None:
-                stop.check()
             refuse_failures(self.source, pixels.failed, self._policy)
+            if stop is not None:
+                _, stopped_by = ranks.agree(0, stop.signal_name)
+                if stopped_by is not None:
+                    raise StopRequested(stopped_by)
             if not pixels.positions:
                 continue
             with self._machine.autocast():
@@ -105,6 +117,8 @@ class Evaluator:
             truth = torch.tensor([self.source.labels[p] for p in pixels.positions])
             figures.add(logits, truth, self._soft(pixels.positions))
         model.train(was_training)
+        if ranks.are_several:
+            figures.take(ranks.total(figures.sums()))
         if not figures.num_images:
             raise DataError(f"no image of {self.source.name} could be read")
         return figures

@@ -9,12 +9,17 @@ from mealv2.views import DrawnViews
 from pipeline import runtime, training
 from pipeline.config import FinetuneConfig
 from pipeline.evaluation import Evaluator, open_split
+from pipeline.runtime import Runtime
 from pipeline.work import Work, make_student
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; return the report. Raises MealError and OSError, see training.train."""
-    machine = runtime.start(config)
+    with runtime.joined(config) as machine:
+        return _finetune(config, machine)
+
+
+def _finetune(config: FinetuneConfig, machine: Runtime) -> dict[str, Any]:
     source = open_source(config.data_dir, config.split)
     val = open_split(config.data_dir, config.val_split, classes=source.classes)
     runtime.seed_everything(config.seed)

@@ -21,9 +21,9 @@ from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
 from pipeline import logs, runtime, teachers
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
-from pipeline.evaluation import LabelTable
+from pipeline.evaluation import LabelTable, centre_shares
 from pipeline.labelling import Labeller
-from pipeline.loaders import ViewReader, centre_requests, read_views
+from pipeline.loaders import ViewReader, read_views
 from pipeline.runtime import Runtime
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
@@ -34,7 +34,8 @@ _KEPT_OF_VALIDATION = 100  # classes kept in memory of each validation label of 
 class Answers:
     """Who answers for which images, and what is known of the validation split.
 
-    ``accuracies`` are the teachers' there, by name; ``provenance`` is what the run folder keeps.
+    ``accuracies`` are the teachers' there, by name, which they were asked about ``num_asked`` views
+    for; ``provenance`` is what the run folder keeps.
     """
 
     targets: Targets
@@ -45,6 +46,7 @@ class Answers:
     provenance: dict[str, Any]
     of_validation: LabelTable | None = None
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_asked: int = 0
 
 
 class CentreLabels:
@@ -56,6 +58,9 @@ class CentreLabels:
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
         """Return the labels of images; there is one view of each."""
@@ -78,12 +83,13 @@ def online(
     ensemble, described = teachers.build(
         config.teacher, classes=list(source.classes), img_size=img_size, runtime=machine
     )
-    of_validation = None
+    of_validation, num_asked = None, 0
     accuracies: dict[str, dict[str, float]] = {}
     if val is not None:
         of_validation, figures = _label_validation(
             config, machine, ensemble, val, img_size=img_size, resize=config.resize
         )
+        num_asked = len(of_validation)
         names = [*(f"teacher {teacher['model']}" for teacher in described), "ensemble"]
         accuracies = dict(zip(names, figures, strict=True))
     return Answers(
@@ -95,6 +101,7 @@ def online(
         {"online": True, "teachers": described},
         of_validation,
         accuracies,
+        num_asked,
     )
 
 
@@ -275,9 +282,10 @@ def _label_validation(
     resize: Resize,
 ) -> tuple[CentreLabels, list[dict[str, float]]]:
     """Ask the ensemble about the validation split once; return its labels, and the accuracy of
-    every teacher and of the ensemble.
+    every teacher and of the ensemble. Ranks ask about the images that they will evaluate.
     """
-    num_classes = len(val.classes)
+    num_classes, ranks = len(val.classes), machine.ranks
+    requests = centre_shares(val, config.batch_size, ranks)
     labeller = Labeller(
         ensemble,
         machine,
@@ -288,17 +296,18 @@ def _label_validation(
     pixels = logs.progress(
         read_views(
             ViewReader(val, img_size=img_size, resize=resize),
-            centre_requests(range(len(val)), config.batch_size),
+            requests,
             workers=config.workers,
             pin_memory=machine.pins,
         ),
-        total=len(val),
+        total=sum(map(len, requests)),
         what="teachers on the validation split",
         unit="images",
         size=lambda item: len(item.positions) + len(item.failed),
     )
     answers = labeller.label(val, pixels, score=True)
-    percent = answers.correct * 100.0 / max(1, len(answers.positions))
+    num_images = int(ranks.total(torch.tensor(len(answers.positions))))
+    percent = ranks.total(torch.from_numpy(answers.correct)).numpy() * 100.0 / max(1, num_images)
     figures = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
     return CentreLabels([val.keys[p] for p in answers.positions], answers.rows.labels), figures
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, content_of, read_json, write_whole
 from pipeline import checkpoint
+from pipeline.ranks import speaks
 from pipeline.runtime import on_terminal
 
 T = TypeVar("T")
@@ -30,8 +31,9 @@ tqdm.set_lock(threading.RLock())
 
 
 def say(text: str) -> None:
-    """Print a line of talk to stderr, around a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Print a line of talk to stderr, around a progress bar if there is one; first rank only."""
+    if speaks():
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress(
@@ -39,8 +41,12 @@ def progress(
 ) -> Iterator[T]:
     """Yield ``items`` and show how far they are: a bar with rate and ETA on a terminal, else lines.
 
-    ``size(item)`` says how many units an item counts, 1 by default; ``total`` is in units.
+    ``size(item)`` says how many units an item counts, 1 by default; ``total`` is in units. Of
+    several ranks the first one shows.
     """
+    if not speaks():
+        yield from items
+        return
     if on_terminal():
         with tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, leave=False) as bar:
             for item in items:
@@ -186,6 +192,19 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self._rows)
         write_whole(self.summary_path, text.getvalue().encode())
+
+
+class OthersFolder(RunFolder):
+    """The run folder of a rank that leaves writing to the first one."""
+
+    def log(self, event: str, **figures: Any) -> None:
+        """Write nothing."""
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def epoch_row(self, row: Mapping[str, Any]) -> None:
+        """Write nothing."""
 
 
 def _refuse_what_is_no_begun_run(path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.ranks import Ranks
+
 T = TypeVar("T")
 
 
@@ -52,6 +54,23 @@ class Meter:
     def counts(self) -> dict[str, int]:
         """The sums of what was counted by name."""
         return dict(self._counts)
+
+    def collect(self, ranks: Ranks) -> None:
+        """Move what all ranks have counted to the first one; the others begin anew.
+
+        All ranks have to call this. Waits for the device.
+        """
+        if not ranks.are_several:
+            return
+        sums = ranks.totals({name: float(value) for name, value in self._sums.items()})
+        counts = ranks.totals(self._counts)
+        own = ranks.totals({"images": self._images, "waited_s": self._waited_s})
+        self._sums, self._counts, self._images = {}, {}, 0
+        self._waited_s = own["waited_s"] / ranks.size
+        if ranks.is_first:
+            self._sums = {name: torch.tensor(value) for name, value in sums.items()}
+            self._counts = {name: int(number) for name, number in counts.items()}
+            self._images = int(own["images"])
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; the clock is no part of it."""

@@ -12,7 +12,7 @@ from mealv2.images import fingerprint
 from mealv2.models import Classifier
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.meters import Meter
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, seed_rank
 from pipeline.work import Work
 
 
@@ -28,16 +28,19 @@ class Place:
 class RunState:
     """Student, average, optimizer, scale, place and meters of a run; torch's generators go along.
 
-    ``window`` means are those since the last log line, ``pass_means`` since the pass began.
+    ``window`` means are those since the last log line, ``pass_means`` since the pass began,
+    ``teacher_forwards`` counts the views that teachers were asked about.
     """
 
     def __init__(self, config: TrainConfig, machine: Runtime, work: Work) -> None:
         self._config = config
         self._device = machine.device
+        self._ranks = machine.ranks
         self._work = work
         self._data_sha256 = fingerprint(work.source)
         self.place = Place()
         self.window, self.pass_means = Meter(), Meter()
+        self.teacher_forwards = 0
         self.optimizer = _make_optimizer(config, work, machine.device)
         self.ema = None
         if config.model_ema:
@@ -77,9 +80,21 @@ class RunState:
         if self.ema is not None:
             self.ema.update(self._work.student, step=self.place.total_steps)
 
+    def collect(self) -> None:
+        """Move what all ranks have counted to the first one; all have to call this."""
+        self.window.collect(self._ranks)
+        self.pass_means.collect(self._ranks)
+        asked = self._ranks.totals({"asked": self.teacher_forwards})["asked"]
+        self.teacher_forwards = int(asked) if self._ranks.is_first else 0
+
     def as_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: tensors and plain values."""
+        """Return what a checkpoint keeps, tensors and plain values, of the first rank.
+
+        Of the others only the states of torch's generators, a row each: the rest is the same, or
+        was collected. All have to call this.
+        """
         on_cuda = self._device.type == "cuda"
+        rng_cuda = torch.cuda.get_rng_state(self._device)[None] if on_cuda else None
         state = {
             "arch": self._work.student.tag,
             "args": self._config.as_json(),
@@ -89,8 +104,9 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meters": [self.window.state(), self.pass_means.state()],
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "teacher_forwards": self.teacher_forwards,
+            "rng": torch.cat(self._ranks.rows(torch.get_rng_state()[None])),
+            "rng_cuda": None if rng_cuda is None else torch.cat(self._ranks.rows(rng_cuda)),
             "data_sha256": self._data_sha256,
             "labels": self._work.labels,
         }
@@ -120,11 +136,23 @@ class RunState:
                 # the fused kernel takes all to lie in memory as the weights do, and does not look
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(state["scaler"])
-        for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
-            meter.restore(kept, self._device)
-        torch.set_rng_state(state["rng"])
+        if self._ranks.is_first:
+            for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
+                meter.restore(kept, self._device)
+            # runs before they were counted do not say
+            self.teacher_forwards = state.get("teacher_forwards", 0)
+        self._restore_generators(state)
+
+    def _restore_generators(self, state: dict[str, Any]) -> None:
+        """Take up this rank's states; seed anew where the run had another number of ranks."""
+        ranks = self._ranks
+        rows = _rows(state["rng"])
+        if len(rows) != ranks.size:
+            seed_rank(self._config.seed, rank=ranks.rank, step=self.place.total_steps)
+            return
+        torch.set_rng_state(rows[ranks.rank].clone())  # torch crashes on a view with an offset
         if state["rng_cuda"] is not None and self._device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self._device)
+            torch.cuda.set_rng_state(_rows(state["rng_cuda"])[ranks.rank].clone(), self._device)
 
     def _check_same_work(self, state: dict[str, Any]) -> None:
         advice = "bring them back, or start a new run"
@@ -135,6 +163,11 @@ class RunState:
         for name, what in (("plan_sha256", "labels"), ("teachers", "teachers' weights")):
             if before.get(name) != now.get(name):
                 raise LabelSetError(f"the {what} are not those this run began with; {advice}")
+
+
+def _rows(states: Tensor) -> Tensor:
+    """Return a generator's states, a row for each rank; before there were ranks it was one."""
+    return states.view(-1, states.shape[-1])
 
 
 def _make_optimizer(config: TrainConfig, work: Work, device: torch.device) -> torch.optim.SGD:

@@ -1,4 +1,7 @@
-"""The machine under a stage: device, precision, seeds, signals. The only reader of os.environ."""
+"""The machine under a stage: device, ranks, precision, seeds, signals.
+
+The only reader of os.environ.
+"""
 
 import os
 import platform
@@ -7,7 +10,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib import metadata
 from types import FrameType
 from typing import TypeVar
@@ -18,6 +22,7 @@ from torch import nn
 import mealv2
 from mealv2.errors import ConfigError
 from pipeline.config import Machine
+from pipeline.ranks import AlreadySaid, Ranks, together
 
 M = TypeVar("M", bound=nn.Module)
 _GIVE_BOTH = "give --job-index and --num-jobs"
@@ -25,10 +30,11 @@ _GIVE_BOTH = "give --job-index and --num-jobs"
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, and the precision that networks compute in on it."""
+    """A device, the precision that networks compute in on it, and who trains along."""
 
     device: torch.device
     amp_dtype: torch.dtype | None
+    ranks: Ranks = Ranks()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for forward passes: autocast with --amp, else nothing."""
@@ -131,9 +137,71 @@ def environment_of_processes(count: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ}
 
 
+@contextmanager
+def joined(config: Machine) -> Iterator[Runtime]:
+    """Start a training run's part of the machine: all of it, or that of one of torchrun's ranks.
+
+    Raises ConfigError as ``start`` does, and where ranks cannot meet; see ranks.together.
+    """
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if size == 1:
+        yield start(config)
+        return
+    machine = start(_with_own_device(config, _number("LOCAL_RANK", rank)))
+    backend = "gloo"
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+        backend = "cpu:gloo,cuda:nccl"
+    with together(rank, size, backend=backend) as ranks:
+        yield replace(machine, ranks=ranks)
+
+
+def refuse_ranks(command: str) -> None:
+    """Raise ConfigError where torchrun started several processes of a command that is for one."""
+    if _number("WORLD_SIZE", 1) == 1:
+        return
+    if _number("RANK", 0) > 0:
+        raise AlreadySaid(ConfigError.exit_code)
+    raise ConfigError(
+        f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; torchrun is "
+        "for distill and finetune"
+    )
+
+
+def _number(name: str, default: int) -> int:
+    """Return a number that torchrun puts into the environment; raises ConfigError for no number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment has {name}={text}: no number; start it with torchrun")
+    return int(text)
+
+
+def _with_own_device(config: Machine, local_rank: int) -> Machine:
+    """Return the settings with the device of one of several ranks: the CPU, or a GPU of its own."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return replace(config, device="cpu")
+    if config.device not in ("auto", "cuda"):
+        raise ConfigError(
+            f"--device {config.device} is one device, and there are several ranks; use auto, cuda "
+            "or cpu"
+        )
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus > 0:
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU: there are {num_gpus}; use "
+            f"--nproc-per-node {num_gpus}, or --device cpu"
+        )
+    return replace(config, device=f"cuda:{local_rank}")
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's generators: new weights and dropout. Views and order have seeds of their own."""
     torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, *, rank: int, step: int) -> None:
+    """Seed torch's generators for what a rank draws from a step on, such as dropout."""
+    torch.manual_seed(int(sha256(f"{seed}/{rank}/{step}".encode()).hexdigest()[:15], 16))
 
 
 def use_one_thread() -> None:
@@ -160,8 +228,9 @@ class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it
 class StopFlag:
     """Set by the first Ctrl-C or SIGTERM; the run saves and stops at the next ``check``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_alone: bool = True) -> None:
         self.signal_name: str | None = None
+        self._is_alone = is_alone
 
     def check(self) -> None:
         """Raise StopRequested if a signal came."""
@@ -169,6 +238,10 @@ class StopFlag:
             raise StopRequested(self.signal_name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_alone:
+            # srun signals every process, and torchrun its ranks once more
+            self.signal_name = self.signal_name or signal.Signals(number).name
+            return
         if self.signal_name is not None:
             os._exit(128 + number)  # the second one quits at once
         self.signal_name = signal.Signals(number).name
@@ -176,9 +249,12 @@ class StopFlag:
 
 
 @contextmanager
-def stop_on_signal(*numbers: signal.Signals) -> Iterator[StopFlag]:
-    """Turn signals into a flag while the block runs (in the main thread only)."""
-    stop = StopFlag()
+def stop_on_signal(*numbers: signal.Signals, is_alone: bool = True) -> Iterator[StopFlag]:
+    """Turn signals into a flag while the block runs (in the main thread only).
+
+    A second one quits at once, unless this process is one of several ranks.
+    """
+    stop = StopFlag(is_alone=is_alone)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

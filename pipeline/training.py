@@ -1,38 +1,40 @@
 """The one training loop: distil, fine-tune and what comes vary task and targets, not the loop."""
 
 import itertools
+import json
 import math
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mealv2.cutmix import Mix, draw_mix
 from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
-from mealv2.models import save_classifier
-from mealv2.targets import SKIPPED, Answer
-from mealv2.task import Mixture, Result
+from mealv2.files import canonical_json
+from mealv2.images import fingerprint
+from mealv2.metrics import Evaluation
+from mealv2.models import Classifier, save_classifier
+from mealv2.targets import SKIPPED, TAUGHT
 from mealv2.weights import EXPORT_FOLDER
 from pipeline import checkpoint, logs
-from pipeline.compiling import Compiler
 from pipeline.config import TrainConfig
-from pipeline.loaders import Pixels, read_views, refuse_failures
+from pipeline.loaders import Pixels, Request, read_views, refuse_failures
 from pipeline.passes import Passes
 from pipeline.prefetch import on_device
-from pipeline.run_state import Place, RunState
-from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
+from pipeline.run_state import Place
+from pipeline.runtime import Runtime, StopFlag, StopRequested, seed_rank, stop_on_signal
+from pipeline.steps import Steps
 from pipeline.work import Work
 
 
 def train(config: TrainConfig, machine: Runtime, work: Work) -> dict[str, Any]:
-    """Train to the last epoch and return the report.
+    """Train to the last epoch and return the report; of several ranks the first one has it.
 
     Raises StoppedError when a signal came (everything is saved), DataError for an unreadable image
     or a loss that is not finite, OSError where the run folder cannot be written.
     """
-    with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
+    alone = not machine.ranks.are_several
+    with stop_on_signal(signal.SIGINT, signal.SIGTERM, is_alone=alone) as stop:
         return _Trainer(config, machine, work, stop).run()
 
 
@@ -42,51 +44,74 @@ class _Trainer:
         self.machine = machine
         self.work = work
         self.stop = stop
-        self.prepared = False
+        self.ranks = machine.ranks
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
+        self._insist_on_the_same_work()
         self.passes = Passes(config, work.source, work.positions, work.targets)
-        machine.place(work.task)
+        self.steps = Steps(config, machine, work)
+        self.state = self.steps.state
         if config.compile != "off":
-            compiler = Compiler(config.compile, self._batch_size)
-            work.task.through = compiler.compiled(work.student)
-        self.state = RunState(config, machine, work)
-        if config.resume is not None and checkpoint.exists(config.resume):
-            self.folder = self._resume()
-        else:
-            name = f"{work.command}-{config.model}"
-            output = config.resume or config.output
-            self.folder = logs.RunFolder.create(
-                output, config.as_json(), name=name, labels=work.labels
-            )
+            self.steps.compile(self._full_batch())
+        self.folder = self._open_folder()
+        self.state.teacher_forwards += work.teacher_forwards
+
+    def _insist_on_the_same_work(self) -> None:
+        """Raise ConfigError where ranks would train on different things: they would never meet."""
+        if not self.ranks.are_several:
+            return
+        machines = ("workers", "device")  # may differ
+        settings = {n: v for n, v in self.config.as_json().items() if n not in machines}
+        self.ranks.insist(canonical_json(settings), what="settings")
+        data = [fingerprint(self.work.source), len(self.work.positions), self.work.labels]
+        self.ranks.insist(canonical_json({"work": data}), what="images or labels")
+
+    def _full_batch(self) -> Request:
+        """Return a request as long as that of a full batch."""
+        width = self.passes.width(0)
+        images = math.ceil(self.config.batch_size / width)
+        return [(0, tuple(range(width)))] * min(images, len(self.work.positions))
+
+    def _open_folder(self) -> logs.RunFolder:
+        """Make the run folder, or take up the run that is there; the first rank writes."""
+        config, work, ranks = self.config, self.work, self.ranks
+        goes_on = config.resume is not None and checkpoint.exists(config.resume)
+        if ranks.text("resume" if goes_on else "new") == "resume":
+            return self._resume()
+        if not ranks.is_first:
+            seed_rank(config.seed, rank=ranks.rank, step=0)
+            return logs.OthersFolder(Path(ranks.text("")))
+        folder = logs.RunFolder.create(
+            config.resume or config.output,
+            config.as_json() | {"auto_resume": False},  # it was for finding this run
+            name=f"{work.command}-{config.model}",
+            labels=work.labels,
+        )
+        ranks.text(str(folder.path))
+        return folder
 
     @property
     def place(self) -> Place:
         return self.state.place
 
-    @property
-    def _batch_size(self) -> int:
-        """How many views a full batch has."""
-        width = self.passes.width(0)
-        images = math.ceil(self.config.batch_size / width)
-        return min(images, len(self.work.positions)) * width
-
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
+        self.steps.say_sizes(self._full_batch())
         try:
             return self._run()
         except StopRequested as signal_name:
             self._save()
+            start = "torchrun … -m mealv2" if self.ranks.are_several else "mealv2"
             raise StoppedError(
                 f"stopped by {signal_name} in epoch {self.place.epoch + 1}, saved; "
-                f"continue with: mealv2 {self.work.command} --resume {self.folder.path}"
+                f"continue with: {start} {self.work.command} --resume {self.folder.path}"
             ) from None
 
     def _run(self) -> dict[str, Any]:
         began = time.monotonic()
         place, last = self.place, self.config.epochs
         figures: dict[str, float] = {}
-        if place.epoch == last and (report := self.folder.report()) is not None:
+        if place.epoch == last and (report := self._finished()) is not None:
             return report
         if place.total_steps == 0 or place.epoch == last:
             figures = self._validate(place.epoch)
@@ -100,13 +125,27 @@ class _Trainer:
             figures = self._validate(epoch) if due else {}
             place.epoch, place.step = epoch, 0
             self._end_pass(trained, figures)
+        self.state.collect()
+        return self._finish(figures, seconds=time.monotonic() - began)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """Return the report of a run that had ended; the first rank knows it."""
+        text = self.ranks.text(json.dumps(self.folder.report()) if self.ranks.is_first else "")
+        report: dict[str, Any] | None = json.loads(text)
+        return report if report is None or self.ranks.is_first else {}
+
+    def _finish(self, figures: dict[str, float], *, seconds: float) -> dict[str, Any]:
+        """Write the report and return it; nothing on other ranks than the first."""
+        if not self.ranks.is_first:
+            return {}
+        of_labels = {"labels": self.work.labels, "teacher_forwards": self.state.teacher_forwards}
         report = {
             "run": str(self.folder.path),
             "model": self.work.student.tag,
-            "epochs": place.epoch,
-            "steps": place.total_steps,
-            "seconds": round(time.monotonic() - began, 2),
-            **({"labels": self.work.labels} if self.work.labels else {}),
+            "epochs": self.place.epoch,
+            "steps": self.place.total_steps,
+            "seconds": round(seconds, 2),
+            **(of_labels if self.work.labels else {}),
             **figures,
         }
         self.folder.finish(report)
@@ -117,111 +156,64 @@ class _Trainer:
         config, work, place = self.config, self.work, self.place
         self.state.set_lr(config.lr_factor(place.epoch))
         requests = self.passes.requests(place.epoch)
-        if place.step == 0 and (left_out := self.passes.num_left_out(place.epoch, requests)):
+        left_out = self.passes.num_left_out(place.epoch, requests)
+        if place.step == 0 and left_out and self.ranks.is_first:
             self.state.pass_means.count({SKIPPED: left_out})
         requests = requests[place.step :]
         work.task.train()
 
         shown = logs.progress(
-            itertools.islice(pixels, len(requests)),
-            total=sum(len(views) for request in requests for _, views in request),
+            zip(requests, pixels, strict=False),
+            total=sum(map(_num_views, requests)),
             what=f"epoch {place.epoch + self.passes.width(place.epoch)}/{config.epochs}",
             unit="images",
-            size=lambda batch: len(batch.positions) + len(batch.failed),
+            size=lambda item: _num_views(item[0]),
         )
-        for batch in self.state.window.timed(shown):
+        for _, batch in self.state.window.timed(shown):
             # leave out what could not be read
             refuse_failures(work.source, batch.failed, config.on_bad_image)
             place.step += 1
             place.total_steps += 1
-            if not batch.positions:
+            num_views, stopped_by = self.ranks.agree(len(batch.positions), self.stop.signal_name)
+            if num_views == 0:
                 continue
 
             # forward, backward, update
-            parts, sources = self._update(batch)
-            for meter in (self.state.window, self.state.pass_means):
-                meter.add(len(batch.positions), parts)
-                meter.count(sources)
+            for learned in self.steps.update(batch, num_views):
+                for meter in (self.state.window, self.state.pass_means):
+                    meter.add(learned.num_views, learned.parts)
+                    meter.count(learned.sources)
+                self.state.teacher_forwards += learned.sources.get(TAUGHT, 0)
+            self._tell_prepared()
 
             # log: the only place where the host waits for the device
             if place.total_steps % config.log_interval == 0:
                 self._log()
             if config.checkpoint_every and place.total_steps % config.checkpoint_every == 0:
                 self._save()
-            self.stop.check()
-        if not self.state.pass_means.num_images:
+            if stopped_by is not None:
+                raise StopRequested(stopped_by)
+        self.state.pass_means.collect(self.ranks)
+        if self.ranks.is_first and not self.state.pass_means.num_images:
             raise DataError(
                 f"epoch {place.epoch + 1}: no image of {work.source.name} could be used"
             )
         means = self._finite(self.state.pass_means.means())
         return {**means, **self.state.pass_means.counts}
 
-    def _update(self, batch: Pixels) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Do one optimizer update; return the loss and its parts, still on the device, and how
-        many answers came from where.
-        """
-        work, images_BCHW, device = self.work, batch.images_BCHW, self.machine.device
-        mix, mixture = self._draw_mix(len(images_BCHW)), {}
-        target = None if work.cutmix is None or mix is None else work.cutmix.target
-        with self.machine.autocast():
-            if mix is not None and target == "teachers":
-                images_BCHW = mix.to(device).paste(images_BCHW)
-            answer = work.targets.answer(batch.positions, batch.views, images_BCHW)
-            if mix is not None and target == "mixed-labels":
-                images_BCHW = mix.to(device).paste(images_BCHW)
-                # of stored labels while they are on the CPU: of records on a GPU it would wait
-                partner = answer.rows(mix.order_B).to(device)
-                share = mix.own_share(work.img_size)
-                mixture = {"mixture": Mixture(partner=partner, own_share=share)}
-            answer = answer.to(device)
-            if not self.prepared:
-                self._prepare(images_BCHW, answer)
-            result = self._compute(images_BCHW, answer, mixture)
-
-        self.state.backward(result["loss"])
-        self.state.update()
-
-        return {"loss": result["loss"].detach(), **result["parts"]}, answer.sources
-
-    def _compute(self, images_BCHW: Tensor, answer: Answer, mixture: dict[str, Mixture]) -> Result:
-        """Return the task's result; raises DataError for a batch too small to learn from."""
-        try:
-            result: Result = self.work.task(images_BCHW, answer, **mixture)
-        except ValueError as error:
-            if len(images_BCHW) > 1 or "per channel" not in str(error):
-                raise
-            raise DataError(
-                f"step {self.place.total_steps} has one image, and batch normalisation cannot "
-                "learn from one: use a larger --batch-size"
-            ) from error
-        return result
-
-    def _draw_mix(self, batch_size: int) -> Mix | None:
-        """Draw how this step's batch is mixed, if it is."""
-        if self.work.cutmix is None:
-            return None
-        return draw_mix(
-            batch_size,
-            self.work.img_size,
-            beta=self.work.cutmix.beta,
-            probability=self.work.cutmix.probability,
-            place=(self.config.seed, self.place.epoch, self.place.step),
-        )
-
-    def _prepare(self, images_BCHW: Tensor, answer: Answer) -> None:
-        """Let the task look at the first batch before the first step."""
-        self.prepared = True
-        said = self.work.task.prepare(images_BCHW, answer)
-        if said is not None:
-            logs.say(said)
-            self.folder.log("prepared", step=self.place.total_steps, text=said)
+    def _tell_prepared(self) -> None:
+        """Say and log what the task found in the first batch."""
+        if self.steps.told is not None:
+            logs.say(self.steps.told)
+            self.folder.log("prepared", step=self.place.total_steps, text=self.steps.told)
+            self.steps.told = None
 
     def _read(self) -> Iterator[Pixels]:
         """Read the pixels of every batch from here to the end of the run, passes in a row."""
         rest = self.passes.requests_from(self.place.epoch)
         loader = read_views(
             self.work.reader(),
-            itertools.islice(rest, self.place.step, None),
+            map(self.steps.share, itertools.islice(rest, self.place.step, None)),
             workers=self.config.workers,
             pin_memory=self.machine.pins,
         )
@@ -234,18 +226,21 @@ class _Trainer:
         """
         if self.work.evaluator is None:
             return {}
-        classes = self.state.result.num_classes
-        figures = self.work.evaluator(
-            self.state.result, num_classes=classes, stop=self.stop
-        ).summary()
+        figures = self._evaluated(self.state.result).summary()
         if self.state.ema is not None:
-            own = self.work.evaluator(self.work.student, num_classes=classes, stop=self.stop)
-            figures["student_top1"] = own.top1
+            figures["student_top1"] = self._evaluated(self.work.student).top1
         if (
             self.place.epoch < self.config.epochs
         ):  # a finished run that is asked again has logged it
             self.folder.log("validation", epoch=epoch, **figures)
         return figures
+
+    def _evaluated(self, model: Classifier) -> Evaluation:
+        """Return the figures of a model, the same on all ranks."""
+        assert self.work.evaluator is not None
+        # each rank has its own statistics of batch normalisation
+        self.ranks.same(list(model.buffers()))
+        return self.work.evaluator(model, num_classes=model.num_classes, stop=self.stop)
 
     def _say_start(self, figures: dict[str, float]) -> None:
         """Print how good the teachers and the student are before the first step."""
@@ -269,17 +264,19 @@ class _Trainer:
             if name != "epoch"
         )
         logs.say(f"epoch {self.place.epoch}/{self.config.epochs}  {shown}")
-        save_classifier(
-            self.folder.path / EXPORT_FOLDER,
-            self.state.result,
-            classes=self.work.source.classes,
-            img_size=self.work.img_size,
-        )
+        if self.ranks.is_first:
+            save_classifier(
+                self.folder.path / EXPORT_FOLDER,
+                self.state.result,
+                classes=self.work.source.classes,
+                img_size=self.work.img_size,
+            )
         self.state.pass_means.clear()
         self._save()
 
     def _log(self) -> None:
         """Write the means since the last line to metrics.jsonl."""
+        self.state.window.collect(self.ranks)
         self.folder.log(
             "train",
             epoch=self.place.epoch,
@@ -300,10 +297,12 @@ class _Trainer:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint: all that the rest of the run depends on.
+        """Write a checkpoint: all that the rest of the run depends on; the first rank writes it.
 
-        Raises DataError rather than keep weights that a loss which is not finite has spoilt.
+        No rank goes on before it is there: one that ended would take the others along. Raises
+        DataError rather than keep weights that a loss which is not finite has spoilt.
         """
+        self.state.collect()
         self._finite(self.state.pass_means.means())
         try:
             self.work.targets.flush()
@@ -314,20 +313,38 @@ class _Trainer:
 
     def _save_state(self) -> None:
         keep, step = self.config.checkpoint_hist, self.place.total_steps
-        checkpoint.save(self.folder.path, self.state.as_dict(), step=step, keep=keep)
+        state = self.state.as_dict()
+        if self.ranks.is_first:
+            checkpoint.save(self.folder.path, state, step=step, keep=keep)
+        self.ranks.wait()
 
     def _resume(self) -> logs.RunFolder:
         """Take up the newest whole checkpoint of the run folder; return the folder."""
         assert self.config.resume is not None
-        path, state, damaged = checkpoint.load_newest(self.config.resume)
-        for what in damaged:
-            logs.say(f"{what}; going on from the one before, {path.name}")
+        path, state = self._load_newest(self.config.resume)
         try:
             self.state.restore(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise MealError(f"checkpoint {path} is of another run: {reason}") from error
-        self.prepared = self.place.total_steps > 0
+        self.steps.prepared = self.place.total_steps > 0
+        if not self.ranks.is_first:
+            return logs.OthersFolder(self.config.resume)
         return logs.RunFolder.reopen(
             self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
         )
+
+    def _load_newest(self, run: Path) -> tuple[Path, dict[str, Any]]:
+        """Return the newest whole checkpoint, which the first rank finds, and its state."""
+        if not self.ranks.is_first:
+            path = Path(self.ranks.text(""))
+            return path, checkpoint.load(path)
+        path, state, damaged = checkpoint.load_newest(run)
+        for what in damaged:
+            logs.say(f"{what}; going on from the one before, {path.name}")
+        self.ranks.text(str(path))
+        return path, state
+
+
+def _num_views(request: Request) -> int:
+    return sum(len(views) for _, views in request)

@@ -33,8 +33,9 @@ class Work:
     An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
     names, cut as ``views`` say and resized by ``resize``. ``extra`` are modules beside the student
     that learn too, each with its initial learning rate. ``teachers`` are the accuracies to print
-    before the first step, ``legend`` what to print behind a figure of an epoch, ``labels`` what the
-    run folder keeps of the labels it was made from.
+    before the first step, ``teacher_forwards`` how many views they were asked about to know them,
+    ``legend`` what to print behind a figure of an epoch, ``labels`` what the run folder keeps of
+    the labels it was made from.
     """
 
     command: str
@@ -50,6 +51,7 @@ class Work:
     extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
     cutmix: CutMix | None = None
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
+    teacher_forwards: int = 0
     legend: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
 

@@ -36,7 +36,7 @@ class Warm:
         """Run jobs at once; return of each its exit ``code``, its ``seconds`` and ``events``.
 
         A job has ``args``; ``kill_after_s`` or ``kill_at_event`` (of files in the folder ``out``)
-        say when a SIGKILL hits it.
+        say when a SIGKILL hits it, or another ``signal``. ``env`` is set beside what there is.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -125,6 +125,7 @@ def _fork(job: dict[str, Any], main: Callable[[], None]) -> int:
     if pid:
         return pid
     random.seed()
+    os.environ.update(job.get("env", {}))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -134,7 +135,7 @@ def _fork(job: dict[str, Any], main: Callable[[], None]) -> int:
     def note(event: str, args: tuple[object, ...]) -> None:
         if event in _EVENTS and str(args[0]).startswith(job["out"]):
             if len(seen) == job.get("kill_at_event"):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
             seen.append(f"{event} {str(args[0]).removeprefix(job['out'])}")
 
     sys.addaudithook(note)

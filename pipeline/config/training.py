@@ -44,6 +44,12 @@ class TrainConfig(Machine):
     )
     epochs: int = setting(PAPER_EPOCHS, "Passes over the images.")
     batch_size: int = setting(512, "Images per step, in total.")
+    grad_accum_steps: int = setting(
+        1, "Micro-batches that a process cuts its share of a step into, for a GPU with less memory."
+    )
+    sync_bn: bool = setting(
+        False, "Under torchrun on GPUs: batch normalisation over the images of all of them."
+    )
     lr: float = setting(0.01, "Learning rate of SGD.")
     lr_milestones: tuple[int, ...] | None = setting(
         None,
@@ -80,6 +86,9 @@ class TrainConfig(Machine):
     resume: Path | None = setting(
         None, "Run folder to continue, with the settings it keeps.", shown="a new run"
     )
+    auto_resume: bool = setting(
+        False, "Continue the run in --output where one was begun, else begin it; for requeued jobs."
+    )
     log_interval: int = setting(50, "Steps between log lines.")
     val_interval: int = setting(1, "Epochs between validations; the last epoch always has one.")
     checkpoint_every: int | None = setting(
@@ -90,6 +99,8 @@ class TrainConfig(Machine):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "epochs", "batch_size", "log_interval", "checkpoint_hist")
+        at_least(self, 1, "grad_accum_steps")
+        self._check_resume()
         at_least(self, 1, "val_interval", "views_per_image")
         if self.val_split == NO_SPLIT:
             without_effect(self, "with --val-split none", "val_interval")
@@ -104,6 +115,11 @@ class TrainConfig(Machine):
         if self.views_per_image > self.batch_size:
             raise ConfigError(
                 f"--views-per-image {self.views_per_image} does not fit into --batch-size "
+                f"{self.batch_size}"
+            )
+        if self.grad_accum_steps > self.batch_size:
+            raise ConfigError(
+                f"--grad-accum-steps {self.grad_accum_steps} does not fit into --batch-size "
                 f"{self.batch_size}"
             )
         if self.sched == "cosine":
@@ -121,6 +137,12 @@ class TrainConfig(Machine):
                 raise ConfigError(
                     f"--lr-milestones {milestone} has no effect in {self.epochs} epochs"
                 )
+
+    def _check_resume(self) -> None:
+        if self.auto_resume and self.resume is not None:
+            raise ConfigError("--auto-resume has no effect with --resume")
+        if self.auto_resume and self.output is None:
+            raise ConfigError("--auto-resume needs --output: the run folder to look into")
 
     @property
     def from_pretrained(self) -> bool:

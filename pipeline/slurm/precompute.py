@@ -98,7 +98,9 @@ def _finish(config: SlurmPrecomputeConfig, out: Path, this: Round) -> tuple[Path
             "output": f"{this.log}/finish-%j.out",
         },
     )
-    worker = scripts.command([*scripts.PYTHON, "mealv2", "labels", "finish", str(this.folder.parent)], [])
+    worker = scripts.command(
+        [*scripts.PYTHON, "mealv2", "labels", "finish", str(this.folder.parent)], []
+    )
     return this.path("finish"), head + scripts.alone(worker)
 
 

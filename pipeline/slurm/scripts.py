@@ -48,7 +48,9 @@ def directive_path(path: Path) -> str:
     """Return a path as it is in names that Slurm makes; raises ConfigError where it cannot be."""
     text = str(path)
     if not text.isprintable() or "\\" in text:
-        raise ConfigError(f"{text!r} cannot be a folder of batch jobs: Slurm cannot name files there")
+        raise ConfigError(
+            f"{text!r} cannot be a folder of batch jobs: Slurm cannot name files there"
+        )
     return text.replace("%", "%%")
 
 

@@ -94,7 +94,9 @@ def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) 
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     said = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
     if ran.returncode:
-        why = said[-1].removeprefix("sbatch: ").removeprefix("error: ") if said else "it did not say"
+        why = (
+            said[-1].removeprefix("sbatch: ").removeprefix("error: ") if said else "it did not say"
+        )
         most = f" (--array {MOST_TASKS} at most, unless the site allows more)"
         raise MealError(f"sbatch refused: {why}{most if 'array' in why else ''}; {kept}")
     for line in said:

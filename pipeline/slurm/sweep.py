@@ -18,7 +18,9 @@ from pipeline.slurm.distill import OURS
 
 Checked = Callable[[Iterable[str]], StageCommand]
 SHARED = ("output", "labels", "data-dir", "resume", "auto-resume")  # by all students of a sweep
-SWITCHES = {flag(f.name) for f in dataclasses.fields(DistillConfig) if f.type in (bool, bool | None)}
+SWITCHES = {
+    flag(f.name) for f in dataclasses.fields(DistillConfig) if f.type in (bool, bool | None)
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def _script(
     which = "\n".join(
         ['case "$SLURM_ARRAY_TASK_ID" in', *cases, '  *) echo "no such student" >&2; exit 2 ;;']
     )
-    shared = [w for name, words in todo[0].stage.options.items() if name not in varied for w in words]
+    shared = [
+        w for name, words in todo[0].stage.options.items() if name not in varied for w in words
+    ]
     stage = scripts.command(["mealv2", "distill"], shared, ['"${student[@]}"'])
     job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
     return f"{head}{which}\nesac\n\n{scripts.training(config, stage, job=job)}"

@@ -1,0 +1,222 @@
+"""The ranks of a training run, its processes: who does which share, and what they tell each other.
+
+Words, counts and random states go through CPU tensors (gloo), so that no device is waited for;
+gradients are averaged by DistributedDataParallel (pipeline.steps).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mealv2.errors import ConfigError, MealError
+
+T = TypeVar("T")
+
+_SIGNALS = ("SIGINT", "SIGTERM")
+_LOST = (
+    "another rank ended without a word (killed, or its machine is gone); start the run again with "
+    "--resume or --auto-resume, it goes on from its newest checkpoint"
+)
+# what torch's back ends say when a connection breaks: gloo has no error class of its own
+_BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class AlreadySaid(MealError):  # noqa: N818  # the error is the other rank's
+    """An error that another rank has told the user of; this one ends with its code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+def pieces(sizes: Sequence[int], num: int, *, least: int = 1) -> list[range]:
+    """Cut a row of items into ``num`` neighbouring ranges, which differ by at most one item.
+
+    Where one would hold less than ``least``, the sum of its items' ``sizes``, fewer are filled:
+    those at the end are empty.
+    """
+    for filled in range(min(num, len(sizes)), 0, -1):
+        ends = [number * len(sizes) // filled for number in range(filled + 1)]
+        cuts = [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        if filled == 1 or all(sum(sizes[i] for i in cut) >= least for cut in cuts):
+            return cuts + [range(len(sizes), len(sizes))] * (num - filled)
+    return [range(0)] * num
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run as one of them sees it; a run of one process has one, which tells nobody.
+
+    Every method but ``share`` is to be called by all ranks, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and talks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T], sizes: Sequence[int], *, least: int = 1) -> list[T]:
+        """Return this rank's piece of a batch; see ``pieces``."""
+        cut = pieces(sizes, self.size, least=least)[self.rank]
+        return list(items[cut.start : cut.stop])
+
+    def agree(self, num_views: int, signal_name: str | None) -> tuple[int, str | None]:
+        """Return how many views all ranks have together, and a signal that one of them got."""
+        if not self.are_several:
+            return num_views, signal_name
+        told = torch.tensor([num_views, *(signal_name == name for name in _SIGNALS)])
+        dist.all_reduce(told)
+        total, *signals = told.tolist()
+        return total, next((n for n, got in zip(_SIGNALS, signals, strict=True) if got), None)
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.agree(0, None)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sum of a CPU tensor over the ranks."""
+        if self.are_several:
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        return sums
+
+    def texts(self, text: str) -> list[str]:
+        """Return the text of every rank."""
+        row = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return [bytes(other.tolist()).decode() for other in self.rows(row)]
+
+    def text(self, text: str) -> str:
+        """Return the first rank's text."""
+        return self.texts(text if self.is_first else "")[0]
+
+    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums of named numbers; a rank may lack names that others have."""
+        if not self.are_several:
+            return dict(numbers)
+        sums: dict[str, float] = {}
+        for text in self.texts(json.dumps(dict(numbers))):
+            for name, number in json.loads(text).items():
+                sums[name] = sums.get(name, 0) + number
+        return sums
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """Return a tensor of every rank, on the CPU; they may differ in their first size."""
+        tensor = tensor.detach().cpu()
+        if not self.are_several:
+            return [tensor]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(tensor)]))
+        sizes = [int(length) for length in lengths]
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
+
+    def joined(self, rows_BC: Tensor) -> Tensor:
+        """Return the rows of all ranks in their order, on the device of this one's."""
+        if not self.are_several:
+            return rows_BC
+        return torch.cat(self.rows(rows_BC)).to(rows_BC.device)
+
+    def same(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors, weights or buffers of a module, with the first rank's."""
+        if not self.are_several:
+            return
+        with torch.no_grad():
+            for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+                of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
+                flat = torch.cat([tensor.reshape(-1) for tensor in of_type])
+                dist.broadcast(flat, 0)
+                parts = torch.split(flat, [tensor.numel() for tensor in of_type])
+                for tensor, part in zip(of_type, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def insist(self, text: str, *, what: str) -> None:
+        """Raise ConfigError where the ranks' texts differ; ``what`` they describe."""
+        if len(set(self.texts(text))) > 1:
+            raise ConfigError(
+                f"the ranks do not have the same {what}; start all of them with the same command, "
+                "with data, labels and run folder where every machine sees them"
+            )
+
+
+def speaks() -> bool:
+    """Return whether this process is to talk: the first rank of a run, or a process alone."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Return whether a network normalises over the images that a process has of a batch."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        for module in network.modules()
+    )
+
+
+@contextmanager
+def together(rank: int, size: int, *, backend: str) -> Iterator[Ranks]:
+    """Meet the other ranks where the environment says (env://), for as long as the block lasts.
+
+    An error of a rank is told once, however many have it: the others raise AlreadySaid, and so
+    does who lost a rank that told why it ended. Raises ConfigError where there is nobody to meet,
+    MealError where a rank was lost without a word.
+    """
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size))
+        store_of_group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store_of_group, rank=rank, world_size=size)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"the ranks cannot meet ({reason}); start them with torchrun") from error
+    try:
+        yield Ranks(rank, size)
+    except BaseException as error:
+        # the group is left to the end of the process: to close it might wait for who is gone
+        told = _told(error, store)
+        if told is error:
+            raise
+        raise told from error
+    dist.destroy_process_group()
+
+
+def _told(error: BaseException, store: Any) -> BaseException:
+    """Return what a rank that ends with ``error`` is to raise."""
+    if isinstance(error, RuntimeError) and _is_of_a_lost_rank(error):
+        # who ends for a reason of its own has said so before its connections closed
+        if _count(store, "ended", 0) > 0:
+            return AlreadySaid(MealError.exit_code)
+        error = MealError(_LOST)
+    else:
+        _count(store, "ended", 1)
+    if isinstance(error, MealError | OSError) and _count(store, f"said {error}", 1) > 1:
+        return AlreadySaid(getattr(error, "exit_code", MealError.exit_code))
+    return error
+
+
+def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _BROKEN)
+
+
+def _count(store: Any, key: str, number: int) -> int:
+    """Add to a counter that all ranks see; 0 where it cannot be reached."""
+    with suppress(RuntimeError):
+        return int(store.add(key, number))
+    return 0
