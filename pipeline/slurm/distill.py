@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mealv2.errors import ConfigError
 from pipeline import logs
-from pipeline.config import DistillConfig, SlurmDistillConfig, StageCommand
+from pipeline.config import SlurmDistillConfig, StageCommand
 from pipeline.slurm import scripts, submitting
 
 OURS = ("resume", "dry_run")
@@ -16,12 +15,9 @@ def run(
 ) -> dict[str, Any] | str:
     """Submit a training; return the report, or the script with --print. Raises MealError."""
     stage = checked([*config.flags, "--auto-resume"])
-    assert isinstance(stage.config, DistillConfig)
-    submitting.refuse(stage.config, *OURS)
-    out = stage.config.output
-    if out is None:
-        raise ConfigError("--output is required: a job that begins again goes on there")
-    report = {"output": str(out), "job": None}
+    submitting.refuse(stage, *OURS)
+    out = submitting.run_folder(stage)
+    report: dict[str, Any] = {"output": str(out), "job": None}
     if (out / logs.REPORT_NAME).exists():
         logs.say(f"{out}: the run came to its end; nothing to submit")
         return "" if config.print_ else report

@@ -1,4 +1,4 @@
-"""`mealv2 slurm precompute`: an array of jobs over the shards that are missing, then the manifest."""
+"""`mealv2 slurm precompute`: an array over the shards that are missing, then the manifest."""
 
 import shlex
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ def run(
     """
     stage = checked(config.flags)
     assert isinstance(stage.config, PrecomputeConfig)
-    submitting.refuse(stage.config, *OURS)
+    submitting.refuse(stage, *OURS)
     out = stage.config.out
     missing, is_finished = _missing(stage.config)
     report = {"labels": str(out), "missing": len(missing), "array": None, "finish": None}
@@ -41,7 +41,7 @@ def run(
         logs.say(f"{out}: nothing is missing but its manifest")
     this = submitting.next_round(out)
     work = [_array(config, stage, this, len(missing))] if missing else []
-    finish = _finish(config, out, this)
+    finish = _finish(config, stage.config, this)
     if config.print_:
         after = "afterany:ARRAY" if missing else None
         waiting = submitting.sbatch_words(config, finish[0], after=after)
@@ -87,7 +87,9 @@ def _array(
     return this.path("precompute"), head + scripts.alone(worker)
 
 
-def _finish(config: SlurmPrecomputeConfig, out: Path, this: Round) -> tuple[Path, str]:
+def _finish(
+    config: SlurmPrecomputeConfig, stage: PrecomputeConfig, this: Round
+) -> tuple[Path, str]:
     """Return where the script that writes the manifest lies, and the script."""
     head = scripts.head(
         config,
@@ -98,10 +100,9 @@ def _finish(config: SlurmPrecomputeConfig, out: Path, this: Round) -> tuple[Path
             "output": f"{this.log}/finish-%j.out",
         },
     )
-    worker = scripts.command(
-        [*scripts.PYTHON, "mealv2", "labels", "finish", str(this.folder.parent)], []
-    )
-    return this.path("finish"), head + scripts.alone(worker)
+    start = [*scripts.PYTHON, "mealv2", "labels", "finish", str(this.folder.parent)]
+    known = [] if stage.batch_size == "auto" else ["--batch-size", str(stage.batch_size)]
+    return this.path("finish"), head + scripts.alone(scripts.command(start, known))
 
 
 def _missing(config: PrecomputeConfig) -> tuple[list[str], bool]:

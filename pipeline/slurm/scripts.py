@@ -36,9 +36,9 @@ done
 # Not if this shell was told to end: then the job was cancelled, or its time is up.
 restarts=${{SLURM_RESTART_COUNT:-0}}
 state=$(squeue --noheader --jobs="$job" --format=%T)
-echo "step ended with $code, told to end: ${{told_to_end:-0}}, job $state, begun again $restarts times" >&2
-if [ "$code" -ne 0 ] && [ -z "$told_to_end" ] && [ "$state" = RUNNING ] && [ "$restarts" -lt {most} ]; then
-  scontrol requeue "$job" && sleep 60  # until it ends this shell
+echo "the step ended with $code; told to end: ${{told_to_end:-0}}; job $state" >&2
+if [ "$code" -ne 0 ] && [ -z "$told_to_end" ] && [ "$state" = RUNNING ]; then
+  [ "$restarts" -ge {most} ] || {{ scontrol requeue "$job" && sleep 60; }}  # that ends this shell
 fi
 exit "$code"
 """

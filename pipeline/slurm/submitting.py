@@ -11,11 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mealv2.errors import MealError
+from mealv2.errors import ConfigError, MealError
 from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_whole
 from pipeline import logs
-from pipeline.config import Settings, SlurmJob
-from pipeline.config.fields import without_effect
+from pipeline.config import DistillConfig, SlurmJob, StageCommand, flag
 from pipeline.slurm.scripts import directive_path
 
 JOBS = ("array", "finish", "job")  # what a report calls the jobs that were submitted
@@ -41,7 +40,7 @@ class Round:
 
 def next_round(out: Path) -> Round:
     """Return the next submission of a folder; what was submitted before keeps its files."""
-    folder = Path(os.path.abspath(out)) / SCRIPTS_NAME  # noqa: PTH100  # without following links
+    folder = Path(os.path.abspath(out)) / SCRIPTS_NAME  # noqa: PTH100  # as config.plain
     numbers = itertools.count(1)
     return next(Round(folder, n) for n in numbers if not any(folder.glob(f"*-{n}.*")))
 
@@ -109,6 +108,18 @@ def record(this: Round, report: Mapping[str, Any]) -> None:
     keep(this.path("jobs", "json"), canonical_json(dict(report)))
 
 
-def refuse(config: Settings, *names: str) -> None:
+def refuse(stage: StageCommand, *names: str) -> None:
     """Raise ConfigError for a flag of the stage that is not the user's in a batch job."""
-    without_effect(config, "with `mealv2 slurm`", *names)
+    for name in names:
+        if name in stage.options:
+            raise ConfigError(f"{flag(name)} has no effect with `mealv2 slurm`; leave it out")
+
+
+def run_folder(stage: StageCommand) -> Path:
+    """Return the folder that a training fills, absolute; raises ConfigError where none is named."""
+    config = stage.config
+    assert isinstance(config, DistillConfig)
+    folder = config.output or config.resume  # the latter where the run is begun
+    if folder is None:
+        raise ConfigError("--output is required: a job that begins again goes on there")
+    return Path(os.path.abspath(folder))  # noqa: PTH100  # as config.plain

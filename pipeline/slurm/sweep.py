@@ -1,8 +1,7 @@
-"""`mealv2 slurm sweep`: students of several settings from one label set, a task of an array each."""
+"""`mealv2 slurm sweep`: students of several settings from one label set, by an array."""
 
 import dataclasses
 import itertools
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -130,13 +129,10 @@ def _students(
     students: list[Student] = []
     for task, choices in enumerate(chosen):
         words = [*config.flags, "--auto-resume", *(w for c in choices for w in c.words)]
-        stage = checked(words).config
-        assert isinstance(stage, DistillConfig)
+        stage = checked(words)
         submitting.refuse(stage, *OURS)
-        if stage.output is None:
-            raise ConfigError("--output is required: students get folders in it")
         name = ",".join(choice.name for choice in choices)
-        folder = Path(os.path.abspath(stage.output)) / name  # noqa: PTH100  # as config.plain
+        folder = submitting.run_folder(stage) / name
         if any(folder == student.folder for student in students):
             raise ConfigError(f"--vary makes two students of the same name, {name}")
         students.append(Student(task, folder, checked([*words, "--output", str(folder)])))
