@@ -49,7 +49,7 @@ def chosen(config: Jobs) -> Job:
         index, count, where = config.job_index, config.num_jobs, "--job-index"
     else:
         index, count, where = runtime.job_of_environment()
-    if where:
+    if count > 1:
         logs.say(f"job {index} of {count}, counted from 0 ({where})")
     return Job(index, count, listed)
 

@@ -129,5 +129,5 @@ class _Child:
 
 def _relay(talk: IO[str], number: int) -> None:
     with talk:
-        for line in talk:
+        for line in filter(str.strip, talk):
             logs.say(f"[{number}] {line.rstrip()}")

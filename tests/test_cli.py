@@ -58,7 +58,7 @@ def test_there_is_a_command_for_every_config() -> None:
     assert isinstance(labels, click.Group)
     there = [*cli.cli.commands, *(f"labels {name}" for name in labels.commands)]
     assert sorted(there) == sorted([*COMMANDS, *OTHERS, "labels"])
-    assert len(labels.commands) == 8
+    assert len(labels.commands) == 10
     assert {"precompute", "distill", "finetune", "evaluate"} <= set(COMMANDS)
 
 

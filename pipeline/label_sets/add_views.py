@@ -68,10 +68,10 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last: str | None) -> dict[
     made = 0
     described = []
     lacking: set[str] = set()
-    roles = [replace(role, views=tuple(views)) for views in blocks]
+    parts = [replace(role, views=tuple(views)) for views in blocks]
     if job.is_part:
-        return jobs.label_share(job, stage, roles, last=last)
-    for views, block in zip(blocks, roles, strict=True):
+        return jobs.label_share(job, stage, parts, last=last)
+    for views, block in zip(blocks, parts, strict=True):
         made += stage.label([block])
         files = stage.shards(block)
         described.append(describe_block(views, files))

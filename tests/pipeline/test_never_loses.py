@@ -314,6 +314,28 @@ def test_full_disk_at_twenty_places_is_one_line_and_the_same_command_goes_on(
     assert contents(disk.path, "set/*") == {}
 
 
+def test_full_disk_stops_a_job_at_once_and_the_same_job_goes_on(
+    run_cli: Run, flags: list[str], reference: dict[str, bytes], disk: Disk, contents: Files
+) -> None:
+    shards = [f"val-{n:05d}.h5" for n in range(3)] + [f"train-{n:05d}.h5" for n in range(8)]
+    job = [*flags, "--job-index", "1", "--num-jobs", "2"]
+    expected = {f"set/{name}": reference[name] for name in ["plan.json", *shards[1::2]]}
+    out = disk.mount(pages_of(expected) - 1) / "set"
+    result = run_cli(*job, "--out", out)
+    # the last one alone, for nothing after the first that had no room was tried
+    assert check_full(result, disk.path, expected, contents) == f"set/{shards[9]}"
+    assert "going on without it" not in result.stderr
+
+    out = disk.mount(pages_of({"": reference["plan.json"]}) + 1) / "set"
+    result = run_cli(*job, "--out", out)
+    check_full(result, disk.path, expected, contents)
+    assert contents(disk.path).keys() < expected.keys() - {f"set/{shards[9]}"}
+    assert result.stdout == ""
+    disk.remount("size=10m")
+    assert run_cli(*job, "--out", out).code == 0
+    assert contents(disk.path) == expected
+
+
 @pytest.fixture(scope="module")
 def own_set(done: Run, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished set with appended rows."""
