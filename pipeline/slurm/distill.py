@@ -7,14 +7,14 @@ from pipeline import logs
 from pipeline.config import SlurmDistillConfig, StageCommand
 from pipeline.slurm import scripts, submitting
 
-OURS = ("resume", "dry_run")
+OURS = ("dry_run",)
 
 
 def run(
     config: SlurmDistillConfig, checked: Callable[[Iterable[str]], StageCommand]
 ) -> dict[str, Any] | str:
     """Submit a training; return the report, or the script with --print. Raises MealError."""
-    stage = checked([*config.flags, "--auto-resume"])
+    stage = checked(submitting.training_words(config.flags))
     submitting.refuse(stage, *OURS)
     out = submitting.run_folder(stage)
     report: dict[str, Any] = {"output": str(out), "job": None}
@@ -36,8 +36,8 @@ def run(
     words = submitting.sbatch_words(config, this.path("distill"))
     if config.print_:
         return submitting.printed([(words, text)])
+    submitting.refuse_second(this)
     submitting.keep(this.path("distill"), text)
-    submitting.say_earlier(this)
     report["job"] = submitting.submit(words)
     submitting.record(this, report)
     return report

@@ -17,6 +17,7 @@ from pipeline.finishing import check_all
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.submitting import Round
 
+Script = tuple[Path, str]  # where it lies, and its text
 OURS = ("job_index", "num_jobs", "shard_list", "dry_run")
 
 
@@ -31,7 +32,8 @@ def run(
     stage = checked(config.flags)
     assert isinstance(stage.config, PrecomputeConfig)
     submitting.refuse(stage, *OURS)
-    out = stage.config.out
+    this = submitting.next_round(stage.config.out)
+    out = this.folder.parent
     missing, is_finished = _missing(stage.config)
     report = {"labels": str(out), "missing": len(missing), "array": None, "finish": None}
     if is_finished:
@@ -39,33 +41,38 @@ def run(
         return "" if config.print_ else report
     if not missing:
         logs.say(f"{out}: nothing is missing but its manifest")
-    this = submitting.next_round(out)
-    work = [_array(config, stage, this, len(missing))] if missing else []
+    array = _array(config, stage, this, len(missing)) if missing else None
     finish = _finish(config, stage.config, this)
     if config.print_:
-        after = "afterany:ARRAY" if missing else None
-        waiting = submitting.sbatch_words(config, finish[0], after=after)
-        begun = [(submitting.sbatch_words(config, path), text) for path, text in work]
-        return submitting.printed([*begun, (waiting, finish[1])])
+        return _printed(config, array, finish)
     submitting.keep(this.path("precompute", "txt"), "".join(f"{name}\n" for name in missing))
-    for path, text in [*work, finish]:
+    for path, text in filter(None, (array, finish)):
         submitting.keep(path, text)
-    submitting.say_earlier(this)
+    if jobs := submitting.still_there(this):
+        logs.say(f"jobs {', '.join(jobs)} are at the same set: what they do, too, is done twice")
     after = None
-    if missing:
-        report["array"] = submitting.submit(submitting.sbatch_words(config, work[0][0]))
+    if array is not None:
+        report["array"] = submitting.submit(submitting.sbatch_words(config, array[0]))
+        submitting.record(this, report)
         after = f"afterany:{report['array']}"
-    report["finish"] = submitting.submit(
-        submitting.sbatch_words(config, finish[0], after=after), done=report
-    )
+    words = submitting.sbatch_words(config, finish[0], after=after)
+    report["finish"] = submitting.submit(words, done=report)
     submitting.record(this, report)
     return report
 
 
+def _printed(config: SlurmPrecomputeConfig, array: Script | None, finish: Script) -> str:
+    """Return both scripts, each behind the command that would submit it."""
+    after = "afterany:ARRAY" if array else None
+    last = (submitting.sbatch_words(config, finish[0], after=after), finish[1])
+    first = [(submitting.sbatch_words(config, array[0]), array[1])] if array else []
+    return submitting.printed([*first, last])
+
+
 def _array(
     config: SlurmPrecomputeConfig, stage: StageCommand, this: Round, num_missing: int
-) -> tuple[Path, str]:
-    """Return where the script of the array lies, and the script."""
+) -> Script:
+    """Return the script of the array."""
     tasks = min(config.array, num_missing)
     names = this.path("precompute", "txt")
     head = scripts.head(
@@ -87,10 +94,8 @@ def _array(
     return this.path("precompute"), head + scripts.alone(worker)
 
 
-def _finish(
-    config: SlurmPrecomputeConfig, stage: PrecomputeConfig, this: Round
-) -> tuple[Path, str]:
-    """Return where the script that writes the manifest lies, and the script."""
+def _finish(config: SlurmPrecomputeConfig, stage: PrecomputeConfig, this: Round) -> Script:
+    """Return the script that writes the manifest."""
     head = scripts.head(
         config,
         "Checks every shard and writes the manifest: only then the label set is one.",

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import Any
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_whole
 from pipeline import logs
-from pipeline.config import DistillConfig, SlurmJob, StageCommand, flag
+from pipeline.config import SlurmJob, StageCommand, flag
 from pipeline.slurm.scripts import directive_path
 
 JOBS = ("array", "finish", "job")  # what a report calls the jobs that were submitted
@@ -67,16 +67,24 @@ def keep(path: Path, text: str) -> None:
         raise MealError(f"{path} was written by another submission just now; try again")
 
 
-def say_earlier(this: Round) -> None:
-    """Say which jobs of earlier submissions may still be at work in the same folder."""
-    jobs = []
-    for path in sorted(this.folder.glob("*.json")):
-        kept = read_json(path)
-        jobs += [str(kept[what]) for what in JOBS if kept.get(what) is not None]
+def still_there(this: Round) -> list[str]:
+    """Return the jobs of earlier submissions of a folder that wait or run, as Slurm says."""
+    kept = [read_json(path) for path in sorted(this.folder.glob("jobs-*.json"))]
+    jobs = [str(report[what]) for report in kept for what in JOBS if report.get(what) is not None]
+    if not jobs or shutil.which("squeue") is None:
+        return []
+    words = ["squeue", "--noheader", "--format=%F", f"--jobs={','.join(jobs)}"]
+    # jobs that Slurm has forgotten are an error to it
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    return sorted(set(ran.stdout.split()))
+
+
+def refuse_second(this: Round) -> None:
+    """Raise MealError where an earlier job is at the same folder; two would write one run."""
+    jobs = " ".join(still_there(this))
     if jobs:
-        logs.say(
-            f"jobs {', '.join(jobs)} were submitted before; if they still run or wait, what they "
-            "do is done twice: no harm, but `scancel` those you do not need"
+        raise MealError(
+            f"{this.folder.parent} has job {jobs} waiting or at work; let it, or `scancel {jobs}`"
         )
 
 
@@ -105,7 +113,7 @@ def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) 
 
 def record(this: Round, report: Mapping[str, Any]) -> None:
     """Keep beside the scripts what was submitted."""
-    keep(this.path("jobs", "json"), canonical_json(dict(report)))
+    write_whole(this.path("jobs", "json"), canonical_json(dict(report)).encode())
 
 
 def refuse(stage: StageCommand, *names: str) -> None:
@@ -115,11 +123,16 @@ def refuse(stage: StageCommand, *names: str) -> None:
             raise ConfigError(f"{flag(name)} has no effect with `mealv2 slurm`; leave it out")
 
 
-def run_folder(stage: StageCommand) -> Path:
-    """Return the folder that a training fills, absolute; raises ConfigError where none is named."""
-    config = stage.config
-    assert isinstance(config, DistillConfig)
-    folder = config.output or config.resume  # the latter where the run is begun
-    if folder is None:
+def training_words(flags: Iterable[str]) -> list[str]:
+    """Return the words of a training that goes on where it was ended; raises ConfigError."""
+    given = {word.partition("=")[0] for word in flags}
+    if "--resume" in given:
+        raise ConfigError("--resume: a run that is begun goes on by itself; give it as --output")
+    if "--output" not in given:
         raise ConfigError("--output is required: a job that begins again goes on there")
-    return Path(os.path.abspath(folder))  # noqa: PTH100  # as config.plain
+    return [*flags, "--auto-resume"]
+
+
+def run_folder(stage: StageCommand) -> Path:
+    """Return the folder that a training fills, absolute."""
+    return Path(stage.options["output"][-1])

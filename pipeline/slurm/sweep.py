@@ -73,8 +73,8 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     words = submitting.sbatch_words(config, this.path("sweep"))
     if config.print_:
         return submitting.printed([(words, text)])
+    submitting.refuse_second(this)
     submitting.keep(this.path("sweep"), text)
-    submitting.say_earlier(this)
     report["job"] = submitting.submit(words)
     submitting.record(this, report)
     return report
@@ -128,7 +128,7 @@ def _students(
     """Return the students, their commands checked; raises ConfigError."""
     students: list[Student] = []
     for task, choices in enumerate(chosen):
-        words = [*config.flags, "--auto-resume", *(w for c in choices for w in c.words)]
+        words = [*submitting.training_words(config.flags), *(w for c in choices for w in c.words)]
         stage = checked(words)
         submitting.refuse(stage, *OURS)
         name = ",".join(choice.name for choice in choices)

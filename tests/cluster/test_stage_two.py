@@ -87,7 +87,7 @@ def test_a_training_that_always_fails_is_begun_again_only_so_often(
     cluster: Any, training: list[str], tmp_path: Path
 ) -> None:
     wrong = [*training, "--initial-checkpoint", tmp_path / "not-there"]
-    flags = ["--nproc-per-node", 2, "--nodes", 2, "--max-requeues", 1]
+    flags = ["--nodes", 2, "--max-requeues", 1]
     job = cluster.submit("distill", *flags, *wrong, "--output", tmp_path / "run")["job"]
     cluster.until_ended(job)
     failed = cluster.task(job)
