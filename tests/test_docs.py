@@ -2,9 +2,12 @@
 
 import doctest
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 
+from mealv2.label_set import LabelSet
 from pipeline.bench.document import document
 from pipeline.config.bench import LINES
 
@@ -55,6 +59,8 @@ QUICK = {
         "test_resnet",
     ],
     "labels info": [],
+    "labels status": [],
+    "labels finish": [],
     "labels verify": ["--workers", "0"],
     "labels merge": [],
     "labels split": [],
@@ -191,6 +197,56 @@ def test_labels_doc_runs_on_a_small_set(
     }
 
 
+def test_cluster_doc_runs_on_a_small_set(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    run_cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
+
+    codes = []
+    for words in commands("docs/cluster.md"):
+        codes.append((" ".join(words[:2]), run_cli(*words).code))
+
+    # before it is finished a set's status is 1
+    assert [code for name, code in codes if name == "labels status"] == [1, 0]
+    assert {code for name, code in codes if name != "labels status"} == {0}
+    assert LabelSet.open(tmp_path / "labels").num_views == 2
+    assert LabelSet.open(tmp_path / "labels-2").num_views == 2
+
+
+@pytest.mark.slow
+def test_cluster_doc_runs_under_xargs(
+    data_dir: Path, teacher_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").symlink_to(data_dir)
+    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
+    script, xargs = (
+        next(text for text in blocks("docs/cluster.md", "bash") if word in text)
+        for word in ("#!/bin/sh", "xargs")
+    )
+    # one shard of each split, so that most of the jobs have none
+    quick = " ".join(QUICK["precompute"])
+    (tmp_path / "label.sh").write_text(script.replace('"$@"', f'{quick} "$@"'))
+    (tmp_path / "mealv2").write_text(f'#!/bin/sh\nexec {sys.executable} -m mealv2 "$@"\n')
+    (tmp_path / "mealv2").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        ["bash", "-e", "-c", xargs.replace("seq 0 7", "seq 0 1").replace("-jobs 8", "-jobs 2")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert LabelSet.open(tmp_path / "labels").num_views == 2
+
+
 def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     data_dir: Path,
     teacher_dirs: dict[str, Path],
@@ -277,7 +333,14 @@ def test_pack_doc_runs_on_a_small_set(
 
 
 @pytest.mark.parametrize(
-    "path", ["docs/views.md", "docs/label-set-format.md", "docs/label-codec.md", "docs/fkd.md"]
+    "path",
+    [
+        "docs/views.md",
+        "docs/label-set-format.md",
+        "docs/label-codec.md",
+        "docs/fkd.md",
+        "docs/benchmarks/imagenet-64-gpus.md",
+    ],
 )
 def test_doc_examples_print_what_they_say(
     path: str, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

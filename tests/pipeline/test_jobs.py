@@ -448,6 +448,7 @@ def test_a_signal_ends_a_job_as_any_process(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_processes_of_one_command_give_the_set_of_one(
     done: Run,
     precompute_flags: list[str],
