@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -99,13 +100,11 @@ def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) 
     if shutil.which(words[0]) is None:
         raise MealError(f"there is no {words[0]} here; {kept}; submit it where Slurm is")
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
-    said = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
+    said = [re.sub(r"^\S*sbatch: (error: )?", "", line.strip()) for line in ran.stderr.splitlines()]
     if ran.returncode:
-        why = (
-            said[-1].removeprefix("sbatch: ").removeprefix("error: ") if said else "it did not say"
-        )
+        why = "; ".join(filter(None, said)) or "it did not say why"
         most = f" (--array {MOST_TASKS} at most, unless the site allows more)"
-        raise MealError(f"sbatch refused: {why}{most if 'array' in why else ''}; {kept}")
+        raise MealError(f"sbatch refused: {why}{most if ' array' in why else ''}; {kept}")
     for line in said:
         logs.say(line)
     return int(ran.stdout.strip().splitlines()[-1].split(";")[0])
