@@ -19,10 +19,10 @@ TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify test test-slow check format clean
+.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify test test-slow test-cluster check format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO ARGS (more flags for the command)"
 
 setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
@@ -71,6 +71,9 @@ test: $(VENV)/.done  ## the fast tests
 
 test-slow: $(VENV)/.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu and not cluster' $(ARGS)
+
+test-cluster: $(VENV)/.done  ## the tests on a Slurm of virtual nodes (Linux, root; installs Debian's packages)
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: $(VENV)/.done  ## style, types
 	$(BIN)/ruff format --check .

@@ -11,6 +11,8 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,12 @@ EXAMPLES = {
     "labels import": "mealv2 labels import soft_labels --from fkd --data-dir imagenet --out labels",
     "labels export": "mealv2 labels export labels --to parquet --out tables",
     "labels convert": "mealv2 labels convert labels --rate 0.005 --out smaller",
+    "slurm precompute": "mealv2 slurm precompute --array 64 --gpus 1 --time 4:00:00 "
+    "--data-dir imagenet --teacher senet154.gluon_in1k --num-views 30 --out labels",
+    "slurm distill": "mealv2 slurm distill --nodes 2 --gpus 4 --after 4711 "
+    "--data-dir imagenet --labels labels --model resnet50.ram_in1k --output runs/student",
+    "slurm sweep": "mealv2 slurm sweep --vary seed=0,1,2 --vary lr=0.01,0.02 --gpus 1 "
+    "--data-dir imagenet --labels labels --model resnet50.ram_in1k --output runs/sweep",
 }
 
 
@@ -125,23 +133,13 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     """
     group, _, word = name.rpartition(" ")
 
-    def command(config_file: Path | None, **values: Any) -> None:
-        context = click.get_current_context()
-        if values.get("auto_resume") and _is_begun(values):
-            values = _resumed(values | {"resume": values["output"]}, context)
-        elif values.get("resume") is not None:
-            if config_file is not None:
-                raise ConfigError(
-                    "--config has no effect with --resume: the run keeps its settings"
-                )
-            values = _resumed(values, context)
-        elif values.get("recipe") is not None:
-            values = _with_recipe(values, context)
+    def command(**values: Any) -> None:
+        settings = _settings_of(config, click.get_current_context())
         if name not in IN_RANKS:
             importlib.import_module("pipeline.runtime").refuse_ranks(name)
         stage = importlib.import_module(module_of(name))
         try:
-            report = stage.run(config.from_json(values))
+            report = stage.run(settings)
         except IncompleteError as error:
             click.echo(json.dumps(error.report))
             raise
@@ -164,9 +162,24 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     (_labels if group else cli).command(word, help=text)(command)
 
 
+def _settings_of(config: type[configs.Settings], context: click.Context) -> configs.Settings:
+    """Return the config that a command line makes, with those of its --config, recipe or run."""
+    values = dict(context.params)
+    config_file = values.pop("config_file")
+    if values.get("auto_resume") and _is_begun(values):
+        values = _resumed(values | {"resume": values["output"]}, context)
+    elif values.get("resume") is not None:
+        if config_file is not None:
+            raise ConfigError("--config has no effect with --resume: the run keeps its settings")
+        values = _resumed(values, context)
+    elif values.get("recipe") is not None:
+        values = _with_recipe(values, context)
+    return config.from_json(values)
+
+
 def module_of(name: str) -> str:
     """Return the module of a command's stage."""
-    module = name.replace("labels ", "label_sets.").replace("-", "_")
+    module = name.replace("labels ", "label_sets.").replace("slurm ", "slurm.").replace("-", "_")
     return f"pipeline.{module.replace('.import', '.import_')}"
 
 
@@ -402,7 +415,60 @@ def _labels() -> None:
     """Look at label sets, check them, and make new ones of them."""
 
 
-for _name, _config in {
+# --- batch jobs ---------------------------------------------------------------------------------
+
+
+@cli.group("slurm")
+def _slurm() -> None:
+    """Submit stages to Slurm as batch jobs, by scripts that can be read and kept."""
+
+
+def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
+    """Make `mealv2 slurm NAME`: Slurm's options, and among them the flags of a stage."""
+
+    def command(**values: Any) -> None:
+        jobs = importlib.import_module(module_of(f"slurm {name}"))
+        report = jobs.run(config.from_json(values), partial(_checked_command, config.stage))
+        click.echo(report if isinstance(report, str) else json.dumps(report))
+
+    text = (
+        f"{config.__doc__}{_arguments(config)}\n\n\b\n"
+        f"Example:\n  {_folded(EXAMPLES[f'slurm {name}'])}"
+    )
+    for field in reversed(_in_reading_order(config)):
+        command = (_rest if field.metadata.get("positional") else _option)(field)(command)
+    settings = {"ignore_unknown_options": True}  # they are the stage's, and checked by its command
+    _slurm.command(name, help=text, context_settings=settings)(command)
+
+
+def _rest(field: "dataclasses.Field[Any]") -> Any:
+    """Return the click argument that takes what is no option of the command, as it is."""
+    return click.argument(
+        field.name, nargs=-1, type=click.UNPROCESSED, metavar=configs.spelling(field) + "..."
+    )
+
+
+def _checked_command(name: str, words: Iterable[str]) -> configs.StageCommand:
+    """Return the command `mealv2 NAME WORDS`, checked as if it were run."""
+    command = cli.commands[name]
+    above = click.Context(cli, info_name="mealv2")
+    with command.make_context(name, list(words), parent=above) as context:
+        given = [p for p in command.params if _on_command_line(context, str(p.name))]
+        options = {str(p.name): _words_of(p, context.params[str(p.name)]) for p in given}
+        return configs.StageCommand(name, options, _settings_of(CONFIGS[name], context))
+
+
+def _words_of(option: click.Parameter, value: Any) -> tuple[str, ...]:
+    """Return how a value is given on the command line, paths absolute."""
+    flag, value = option.opts[0], configs.plain(value)
+    if isinstance(value, bool):
+        return (flag if value else option.secondary_opts[0],)
+    if option.multiple:  # type: ignore[attr-defined]  # an argument has no flag
+        return tuple(word for item in value for word in (flag, str(item)))
+    return (flag, *map(str, value if isinstance(value, list) else [value]))
+
+
+CONFIGS: dict[str, type[configs.Settings]] = {
     "pack": configs.PackConfig,
     "precompute": configs.PrecomputeConfig,
     "distill": configs.DistillConfig,
@@ -422,8 +488,15 @@ for _name, _config in {
     "labels import": configs.LabelsImportConfig,
     "labels export": configs.LabelsExportConfig,
     "labels convert": configs.LabelsConvertConfig,
-}.items():
+}
+for _name, _config in CONFIGS.items():
     _add_command(_name, _config)
+for _name, _job in {
+    "precompute": configs.SlurmPrecomputeConfig,
+    "distill": configs.SlurmDistillConfig,
+    "sweep": configs.SlurmSweepConfig,
+}.items():
+    _add_slurm_command(_name, _job)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 Stamp = tuple[int, int, int]  # size, time and inode of a file
 
 TEMPORARY_PREFIX = ".tmp-"
+SCRIPTS_NAME = "slurm"  # batch jobs keep their scripts there, in the folder that they fill
 # Between tries to put a file in place. Some network shares lose the reply to what they did, and
 # show a folder as it was some seconds ago.
 _PAUSES_S = (0.2, 0.8, 2.0, 5.0)
@@ -33,6 +34,12 @@ _NO_LINKS = {
     errno.EOPNOTSUPP,
 }
 _SURROGATE = re.compile(r"\\u[dD]")
+
+
+def content_of(folder: Path) -> list[str]:
+    """Return the names in a folder, but for temporary files and the scripts that fill it."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [n for n in names if not n.startswith(TEMPORARY_PREFIX) and n != SCRIPTS_NAME]
 
 
 def canonical_json(value: object) -> str:

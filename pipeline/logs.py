@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mealv2.errors import ConfigError
-from mealv2.files import TEMPORARY_PREFIX, canonical_json, read_json, write_whole
+from mealv2.files import canonical_json, content_of, read_json, write_whole
 from pipeline import checkpoint
 from pipeline.ranks import speaks
 from pipeline.runtime import on_terminal
@@ -213,7 +213,7 @@ def _refuse_what_is_no_begun_run(path: Path) -> None:
         return
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; --output is a folder to make")
-    there = sorted(p.name for p in path.iterdir() if not p.name.startswith(TEMPORARY_PREFIX))
+    there = content_of(path)
     if there and not ("config.json" in there and "metrics.jsonl" in there):
         raise ConfigError(
             f"{path} is not empty and holds no run ({there[0]}, …); give another --output"

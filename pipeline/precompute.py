@@ -3,7 +3,6 @@
 The validation split is labelled first, one centre crop an image; it says how good the teachers are.
 """
 
-import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.errors import ConfigError
-from mealv2.images import ImageSource, fingerprint
+from mealv2.images import fingerprint
 from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import jobs, logs, measuring, processes, runtime, teachers
-from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
+from pipeline.config import PrecomputeConfig
 from pipeline.finishing import accuracy_of, finish, report_of, say_accuracy
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.mirror import Store, store_at
-from pipeline.sources import open_images, open_split
+from pipeline.planning import open_roles, shards_plan
 from pipeline.stage_one import ReadSettings, Role, StageOne, requests_of
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
@@ -99,10 +97,8 @@ def _in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
 
 def _roles(config: PrecomputeConfig) -> list[Role]:
     """Return what is labelled, validation first; its shards are the plan's to say."""
-    train = open_images(config, config.data_dir, config.split)
-    val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
-    sources = [("val", val, (CENTRE,)), ("train", train, tuple(range(config.num_views)))]
-    return [Role(name, source, views, []) for name, source, views in sources if source is not None]
+    views = {"val": (CENTRE,), "train": tuple(range(config.num_views))}
+    return [Role(name, source, views[name], []) for name, source in open_roles(config).items()]
 
 
 def _shards_of(plan: dict[str, Any], role: Role) -> list[Sequence[int]]:
@@ -129,9 +125,10 @@ def _plan(
         "train": {**RECIPE, "seed": config.view_seed},
         "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
     }
+    shards = shards_plan(config, {role.name: role.source for role in roles})
     return {
+        **shards,
         "format": label_set.FORMAT,
-        "format_version": label_set.FORMAT_VERSION,
         "classes": list(roles[-1].source.classes),
         "teachers": described,
         "ensemble": "mean of softmax",
@@ -140,38 +137,16 @@ def _plan(
         "interpolation": interpolation(config.resize),
         "probe_sha256": probe_sha256(config.resize),
         "labels": labeller.encoding.plan(),
-        **_shard_size(config, roles),
         "roles": {
             role.name: {
+                **shards["roles"][role.name],
                 "split": role.source.split,
-                "num_images": len(role.source),
                 "data_sha256": fingerprint(role.source),
                 "views": views[role.name],
-                "num_views": len(role.views),
-                **_shard_sizes(role.source),
             }
             for role in roles
         },
     }
-
-
-def _shard_size(config: PrecomputeConfig, roles: list[Role]) -> dict[str, int]:
-    """Return what the plan says of shards that follow no tar files; raises ConfigError."""
-    if any(role.source.shard_starts is None for role in roles):
-        return {"shard_size": config.shard_size or DEFAULT_SHARD_SIZE}
-    if config.shard_size is not None:
-        raise ConfigError(
-            "--shard-size has no effect on tar shards: each has a shard of labels of its own"
-        )
-    return {}
-
-
-def _shard_sizes(source: ImageSource) -> dict[str, list[int]]:
-    """Return what the plan says of shards that follow tar files: how many images each has."""
-    if source.shard_starts is None:
-        return {}
-    ends = [*source.shard_starts, len(source)]
-    return {"shard_sizes": [b - a for a, b in itertools.pairwise(ends)]}
 
 
 def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ CONFIGS = {
 }
 COMMANDS = sorted(CONFIGS)
 OTHERS = ["recipes"]  # commands that are no stage
+GROUPS = {"labels": 10, "slurm": 3}  # with so many commands each
 
 
 # --- help ---------------------------------------------------------------------------------------
@@ -54,11 +55,13 @@ def _command(name: str) -> click.Command:
 
 
 def test_there_is_a_command_for_every_config() -> None:
-    labels = cli.cli.commands["labels"]
-    assert isinstance(labels, click.Group)
-    there = [*cli.cli.commands, *(f"labels {name}" for name in labels.commands)]
-    assert sorted(there) == sorted([*COMMANDS, *OTHERS, "labels"])
-    assert len(labels.commands) == 10
+    there = [*cli.cli.commands]
+    for name, size in GROUPS.items():
+        group = _command(name)
+        assert isinstance(group, click.Group)
+        there += [f"{name} {word}" for word in group.commands]
+        assert len(group.commands) == size
+    assert sorted(there) == sorted([*COMMANDS, *OTHERS, *GROUPS])
     assert {"precompute", "distill", "finetune", "evaluate"} <= set(COMMANDS)
 
 
@@ -74,7 +77,7 @@ def test_help_comes_in_a_third_of_a_second() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], *(name.split() for name in [*COMMANDS, *OTHERS]), ["labels"], ["recipes", "show"]],
+    [[], *(name.split() for name in [*COMMANDS, *OTHERS, *GROUPS]), ["recipes", "show"]],
     ids=" ".join,
 )
 def test_help_imports_neither_torch_nor_numpy(command: list[str]) -> None:
@@ -104,9 +107,10 @@ def test_help_names_every_command_and_the_exit_codes(done: Run) -> None:
     said = " ".join(done("--help").stdout.split())
     first_words = {name.split()[0] for name in [*COMMANDS, *OTHERS]}
     assert all(re.search(rf" {name} +[A-Z]", said) for name in first_words)
-    group = " ".join(done("labels", "--help").stdout.split())
-    names = [name.split()[1] for name in COMMANDS if " " in name]
-    assert all(re.search(rf" {name} +[A-Z]", group) for name in names)
+    for group in GROUPS:
+        listed = " ".join(done(group, "--help").stdout.split())
+        names = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+        assert all(re.search(rf" {name} +[A-Z]", listed) for name in names)
     for code in ("0 done", "1 failed", "2 wrong usage", "3 label set", "4 stopped"):
         assert code in said
 
@@ -139,7 +143,8 @@ def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run,
         assert re.search(rf"^Usage: .* {field.name.upper()}\b", text)
         assert f"{field.name.upper()}  {field.metadata['help']}" in text
     fields = [f for f in dataclasses.fields(CONFIGS[name]) if f not in words]
-    assert said.keys() == {configs.flag(f.name) for f in fields} | {"--config", "--help"}
+    own = {"--help"} if name.startswith("slurm ") else {"--config", "--help"}
+    assert said.keys() == {configs.flag(f.name) for f in fields} | own
     for field in fields:
         flag, default = configs.flag(field.name), field.default
         text = said[flag].replace("- ", "-")
@@ -161,18 +166,30 @@ def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> Non
     words = shlex.split(example)
     path = ["mealv2", *name.split()]
     assert words[: len(path)] == path
-    context = _command(name).make_context(name, words[len(path) :], resilient_parsing=True)
-    given = {
-        key
-        for key in context.params
-        if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE
-    }
-    flags = {p.opts[0] for p in context.command.params if p.name in given} - given
+    given = _given(name, words[len(path) :])
+    flags = set(given.values()) - given.keys()
+    if name.startswith("slurm "):  # what is left over are flags of a stage
+        rest = _context(name, words[len(path) :]).params["flags"]
+        flags |= set(_given(CONFIGS[name].stage, rest).values())
     assert flags == {w for w in words if w.startswith("--")}
     required = {
         f.name for f in dataclasses.fields(CONFIGS[name]) if f.default is dataclasses.MISSING
     }
-    assert required <= given
+    assert required <= given.keys()
+
+
+def _context(name: str, words: Iterable[str]) -> click.Context:
+    return _command(name).make_context(name, list(words), resilient_parsing=True)
+
+
+def _given(name: str, words: Iterable[str]) -> dict[str, str]:
+    """Return the settings that words give, with how they are spelled."""
+    context = _context(name, words)
+    return {
+        str(p.name): p.opts[0]
+        for p in context.command.params
+        if context.get_parameter_source(str(p.name)) is click.core.ParameterSource.COMMANDLINE
+    }
 
 
 # --- flags and configs --------------------------------------------------------------------------
@@ -538,6 +555,25 @@ WRONG = [
     (2, "labels import", "{tmp}/empty --data-dir /nowhere --out {made}", "/nowhere"),
     (2, "labels import", "{tmp}/empty --out {made}", "--data-dir is required"),
     (2, "labels add-views", "{labels} --num-views 9", "--data-dir is required"),
+    # batch jobs: nothing is submitted before everything was looked at
+    (2, "slurm precompute", "", "FLAGS is required"),
+    (2, "slurm precompute", "--array 0 --out {made}", "--array"),
+    (2, "slurm precompute", "--data-dir {data} --out {made}", "--teacher is required"),
+    (2, "slurm precompute", "--data-dir /nowhere --teacher t --out {made}", "/nowhere/train"),
+    (2, "slurm precompute", "--data-dir {data} --teacher t --out {data}", "is no label set"),
+    (3, "slurm precompute", "--data-dir {data} --teacher t --out {labels}", "--num-views is 4"),
+    (2, "slurm precompute", "--data-dir d --teacher t --out o --job-index 1", "--job-index"),
+    (2, "slurm distill", "--data-dir d --labels l --model m", "--output is required"),
+    (2, "slurm distill", "--data-dir d --labels l --model m --epochs 0", "--epochs"),
+    (2, "slurm distill", "--time '1 day' --data-dir d", "--time"),
+    (2, "slurm distill", "--after finish --data-dir d", "--after"),
+    (2, "slurm distill", "--sbatch-arg exclusive --data-dir d", "--sbatch-arg"),
+    (2, "slurm distill", "--nodes 0 --data-dir d", "--nodes"),
+    (2, "slurm sweep", "--data-dir d", "--vary is required"),
+    (2, "slurm sweep", "--vary seed --data-dir d", "--vary is FLAG="),
+    (2, "slurm sweep", "--vary labels=a,b --data-dir d", "--vary labels"),
+    (2, "slurm sweep", "--vary seed=0,1 --seed 2 --data-dir d", "--seed is given, and varied"),
+    (2, "slurm sweep", "--vary amp=1 --data-dir d", "--vary amp is yes or no"),
     # values
     (2, "precompute", "--topk 4", "--topk 4"),
     (2, "precompute", "--topk most", "--topk"),
@@ -657,6 +693,9 @@ def test_config_file_that_cannot_be_used_is_said_in_one_line(
         (["labels", "verify", "l", "--datadir", "x"], "--data-dir"),
         (["labels", "export", "l", "--to", "parkuet"], "parquet"),
         (["labels", "import", "l", "--label_type", "x"], "--label-type"),
+        (["slurm", "precompute", "--num-view", "3"], "--num-views"),
+        (["slurm", "distill", "--eopchs", "3"], "--epochs"),
+        (["slurm", "sweep", "--vary", "sed=0,1", "--output", "o"], "--seed"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_suggestion(

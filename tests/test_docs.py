@@ -70,7 +70,11 @@ QUICK = {
     "labels add-views": ["--num-views", "3", "--workers", "0"],
     "labels import": ["--img-size", "32"],
     "labels export": [],
+    "slurm precompute": ["--img-size", "32", "--num-views", "2", "--print"],
+    "slurm distill": ["--print"],
+    "slurm sweep": ["--print"],
 }
+GROUPS = {name.split()[0] for name in QUICK if " " in name}
 
 
 def beside(folder: Path, **runs: Path) -> None:
@@ -111,7 +115,7 @@ def commands(path: str) -> list[list[str]]:
         words = shlex.split(line)
         assert words[0] == "mealv2", f"{path}: only mealv2 commands can be tested, not {line!r}"
         words = ["=".join(STAND_INS.get(p, p) for p in word.split("=")) for word in words[1:]]
-        found.append([*words, *QUICK[" ".join(words[: 2 if words[0] == "labels" else 1])]])
+        found.append([*words, *QUICK[" ".join(words[: 2 if words[0] in GROUPS else 1])]])
     return found
 
 
@@ -195,7 +199,7 @@ def test_labels_doc_runs_on_a_small_set(
     assert names["table"].num_rows == 72
     assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
     assert {words.split()[1] for words in said if words.startswith("labels ")} == {
-        name.split()[1] for name in QUICK if " " in name
+        name.split()[1] for name in QUICK if name.startswith("labels ")
     }
 
 

@@ -14,7 +14,17 @@ import cli
 ROOT = Path(cli.__file__).resolve().parent
 
 # Every other module of pipeline/ is support.
-STAGES = {"pack", "precompute", "distill", "finetune", "evaluate", "predict", "export", "bench"}
+STAGES = {
+    "pack",
+    "precompute",
+    "distill",
+    "finetune",
+    "evaluate",
+    "predict",
+    "export",
+    "bench",
+    "slurm",
+}
 GROUP = "pipeline.label_sets"  # its modules are stages too, but for what they share
 SHARED = {"writing", "relabel"}
 DRIVERS = {"demo"}  # run stages one after the other
@@ -189,6 +199,8 @@ def test_the_import_rule_holds() -> None:
             "imports pipeline.label_sets.info: stages never",
         ),
         ("pipeline/bench/lines.py", "from pipeline import distill", "stages never"),
+        ("pipeline/slurm/sweep.py", "from pipeline import distill", "stages never"),
+        ("pipeline/slurm/scripts.py", "import os\nos.getenv('PATH')", "reads the environment"),
         ("pipeline/distill.py", "from pipeline.bench.room import Room", "stages never"),
         ("pipeline/measuring.py", "from pipeline.bench.room import Room", "support never"),
         (
@@ -241,9 +253,11 @@ def test_stages_and_drivers_named_here_exist() -> None:
     there = {path.stem for path in (ROOT / "pipeline").iterdir()}
     assert there >= STAGES
     group = {path.stem for path in (ROOT / GROUP.replace(".", "/")).glob("*.py")}
-    assert {cli.module_of(name).rpartition(".")[2] for name in cli.EXAMPLES if " " in name} == (
-        group - SHARED - {"__init__"}
-    )
+    assert {
+        cli.module_of(name).rpartition(".")[2]
+        for name in cli.EXAMPLES
+        if name.startswith("labels ")
+    } == (group - SHARED - {"__init__"})
 
 
 def _imported_by(statement: str) -> set[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import TEMPORARY_PREFIX, canonical_json, json_sha256, write_whole
+from mealv2.files import canonical_json, content_of, json_sha256, write_whole
 from mealv2.label_set.manifest import PLAN_NAME, read_manifest, read_plan
 from mealv2.label_set.shard_file import ShardFile
 
@@ -24,7 +24,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = canonical_json(plan).encode()
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(TEMPORARY_PREFIX))
+    names = content_of(folder)
     of_plan, of_manifest = _plan_is(folder, plan), _manifest_is(folder, plan)
     if of_plan and of_manifest:
         of_shards = None

@@ -39,6 +39,15 @@ from pipeline.config.label_sets import (
 )
 from pipeline.config.labels import PrecomputeConfig
 from pipeline.config.pack import PackConfig
+from pipeline.config.slurm import (
+    MAX_RESTARTS,
+    SlurmDistillConfig,
+    SlurmJob,
+    SlurmPrecomputeConfig,
+    SlurmSweepConfig,
+    SlurmTraining,
+    StageCommand,
+)
 from pipeline.config.training import FinetuneConfig, TrainConfig
 from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
 
@@ -47,6 +56,7 @@ __all__ = [
     "DEFAULT_IMG_SIZE",
     "DEFAULT_RATE",
     "DEFAULT_SHARD_SIZE",
+    "MAX_RESTARTS",
     "NO_SPLIT",
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
@@ -80,6 +90,12 @@ __all__ = [
     "Reading",
     "ReadyModel",
     "Settings",
+    "SlurmDistillConfig",
+    "SlurmJob",
+    "SlurmPrecomputeConfig",
+    "SlurmSweepConfig",
+    "SlurmTraining",
+    "StageCommand",
     "TrainConfig",
     "flag",
     "is_location",

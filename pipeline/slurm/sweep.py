@@ -1,0 +1,139 @@
+"""`mealv2 slurm sweep`: students of several settings from one label set, by an array."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mealv2.errors import ConfigError
+from pipeline import logs
+from pipeline.config import DistillConfig, SlurmSweepConfig, StageCommand, flag
+from pipeline.slurm import scripts, submitting
+from pipeline.slurm.distill import OURS
+
+Checked = Callable[[Iterable[str]], StageCommand]
+SHARED = ("output", "labels", "data-dir", "resume", "auto-resume")  # by all students of a sweep
+SWITCHES = {
+    flag(f.name) for f in dataclasses.fields(DistillConfig) if f.type in (bool, bool | None)
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of a flag that is varied."""
+
+    flag: str
+    value: str
+
+    @property
+    def words(self) -> list[str]:
+        """How the value is given to distill."""
+        if self.flag not in SWITCHES:
+            return [self.flag, self.value]
+        if self.value not in ("yes", "no"):
+            raise ConfigError(f"--vary {self.flag[2:]} is yes or no, not {self.value!r}")
+        return [self.flag if self.value == "yes" else f"--no-{self.flag[2:]}"]
+
+    @property
+    def name(self) -> str:
+        """How the student's folder calls it."""
+        return re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{self.flag[2:]}={self.value}")
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student of a sweep: its task, its folder, and its command."""
+
+    task: int
+    folder: Path
+    stage: StageCommand
+
+
+def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
+    """Submit the students that are not finished; return the report, or the script with --print.
+
+    Raises MealError: nothing is submitted unless the settings of every student make a config.
+    """
+    varied = [_choices(text, config.flags) for text in config.vary]
+    students = _students(config, list(itertools.product(*varied)), checked)
+    out = students[0].folder.parent
+    todo = [s for s in students if not (s.folder / logs.REPORT_NAME).exists()]
+    folders = {str(student.task): str(student.folder) for student in todo}
+    report = {"output": str(out), "job": None, "students": len(students), "tasks": folders}
+    if not todo:
+        logs.say(f"{out}: every student is finished; nothing to submit")
+        return "" if config.print_ else report
+    this = submitting.next_round(out)
+    names = {choices[0].flag[2:].replace("-", "_") for choices in varied} | {"output"}
+    text = _script(config, todo, names, this)
+    words = submitting.sbatch_words(config, this.path("sweep"))
+    if config.print_:
+        return submitting.printed([(words, text)])
+    submitting.refuse_second(this)
+    submitting.keep(this.path("sweep"), text)
+    report["job"] = submitting.submit(words)
+    submitting.record(this, report)
+    return report
+
+
+def _script(
+    config: SlurmSweepConfig, todo: list[Student], varied: set[str], this: submitting.Round
+) -> str:
+    """Return the script: which task is which student, then the command that all share."""
+    head = scripts.head(
+        config,
+        "Trains students, a task each, from one label set.",
+        {
+            "job-name": scripts.job_name("sweep", this.folder.parent),
+            "array": ",".join(str(student.task) for student in todo),
+            **scripts.training_resources(config),
+            "output": f"{this.log}/sweep-%A_%a.out",
+        },
+    )
+    cases = [f"  {s.task}) student=({_own(s.stage, varied)}) ;;" for s in todo]
+    which = "\n".join(
+        ['case "$SLURM_ARRAY_TASK_ID" in', *cases, '  *) echo "no such student" >&2; exit 2 ;;']
+    )
+    shared = [
+        w for name, words in todo[0].stage.options.items() if name not in varied for w in words
+    ]
+    stage = scripts.command(["mealv2", "distill"], shared, ['"${student[@]}"'])
+    job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
+    return f"{head}{which}\nesac\n\n{scripts.training(config, stage, job=job)}"
+
+
+def _own(stage: StageCommand, varied: set[str]) -> str:
+    return shlex.join(w for name, words in stage.options.items() if name in varied for w in words)
+
+
+def _choices(text: str, flags: tuple[str, ...]) -> list[Choice]:
+    """Return the values that a --vary gives to its flag."""
+    name, equals, values = text.removeprefix("--").partition("=")
+    if not (equals and values and re.fullmatch("[a-z0-9-]+", name)):
+        raise ConfigError(f"--vary is FLAG=V1,V2,…, got {text!r}")
+    if name in SHARED:
+        raise ConfigError(f"--vary {name}: all students of a sweep share it")
+    if any(word.partition("=")[0] == f"--{name}" for word in flags):
+        raise ConfigError(f"--{name} is given, and varied")
+    return [Choice(f"--{name}", value) for value in values.split(",")]
+
+
+def _students(
+    config: SlurmSweepConfig, chosen: list[tuple[Choice, ...]], checked: Checked
+) -> list[Student]:
+    """Return the students, their commands checked; raises ConfigError."""
+    students: list[Student] = []
+    for task, choices in enumerate(chosen):
+        words = [*submitting.training_words(config.flags), *(w for c in choices for w in c.words)]
+        stage = checked(words)
+        submitting.refuse(stage, *OURS)
+        name = ",".join(choice.name for choice in choices)
+        folder = submitting.run_folder(stage) / name
+        if any(folder == student.folder for student in students):
+            raise ConfigError(f"--vary makes two students of the same name, {name}")
+        students.append(Student(task, folder, checked([*words, "--output", str(folder)])))
+    return students

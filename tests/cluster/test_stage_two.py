@@ -1,0 +1,114 @@
+"""Stage two on several nodes of a real Slurm: begun again, and not begun again."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def training(distill_flags: list[str]) -> list[str]:
+    """Stage two of many short epochs, all but --output; flags of mealv2 distill."""
+    return [*distill_flags[1:], "--epochs", "40", "--val-interval", "40", "--log-interval", "50"]
+
+
+def epochs_of(run: Path) -> int:
+    """Return how many epochs a run has brought to an end."""
+    summary = run / "summary.csv"
+    return len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    """Return the report of a run that came to its end."""
+    report = json.loads((run / "report.json").read_text())
+    assert isinstance(report, dict)
+    return report
+
+
+def test_a_training_on_two_nodes_that_was_killed_and_preempted_ends_as_one_left_alone(
+    cluster: Any,
+    training: list[str],
+    weights: Callable[[Path], dict[str, bytes]],
+    tmp_path: Path,
+) -> None:
+    alone, harried = tmp_path / "alone", tmp_path / "harried"
+    first = cluster.submit("distill", "--nodes", 2, *training, "--output", alone)
+    second = cluster.submit(
+        *("distill", "--nodes", 2, "--after", first["job"], *training, "--output", harried)
+    )
+    job = second["job"]
+    cluster.until(lambda: cluster.task(job).state == "RUNNING")
+    assert cluster.task(first["job"]).state == "COMPLETED"
+
+    cluster.until(lambda: epochs_of(harried) > 1)
+    os.kill(cluster.workers("n2", "distill")[-1], signal.SIGKILL)
+    cluster.until(lambda: cluster.task(job).restarts == 1 and cluster.task(job).state == "RUNNING")
+    kept = epochs_of(harried)
+    assert kept > 1
+    cluster.until(lambda: epochs_of(harried) > kept)
+    urgent = int(
+        cluster.run(
+            *("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodelist=n1"),
+            *("--output=/dev/null", "--wrap", "true"),
+        )
+    )
+    cluster.until_ended(urgent)
+    ended = cluster.until_ended(job)
+
+    assert [(task.state, task.restarts) for task in ended.values()] == [("COMPLETED", 2)]
+    assert weights(harried) == weights(alone)
+    again = cluster.submit("distill", "--nodes", 2, *training, "--output", harried)
+    assert again["job"] is None
+
+
+def test_a_cancelled_training_stays_cancelled(
+    cluster: Any, training: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit("distill", "--nodes", 2, *training, "--output", run)["job"]
+    cluster.until(lambda: epochs_of(run) > 0)
+    cluster.run("scancel", job)
+    cluster.until_ended(job)
+    log = run / "slurm" / f"distill-{job}.out"
+    cluster.until(lambda: not cluster.run("squeue", "--noheader", "--states=all", "-t", "CG"))
+
+    cancelled = cluster.task(job)
+    assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 0)
+    assert "told to end: 1" in log.read_text()
+
+
+def test_a_training_that_always_fails_is_begun_again_only_so_often(
+    cluster: Any, training: list[str], tmp_path: Path
+) -> None:
+    wrong = [*training, "--initial-checkpoint", tmp_path / "not-there"]
+    flags = ["--nodes", 2, "--max-requeues", 1]
+    job = cluster.submit("distill", *flags, *wrong, "--output", tmp_path / "run")["job"]
+    cluster.until_ended(job)
+    failed = cluster.task(job)
+    assert (failed.state, failed.restarts) == ("FAILED", 1)
+
+
+def test_a_sweep_trains_students_from_one_set_without_a_teacher(
+    cluster: Any, training: list[str], tmp_path: Path
+) -> None:
+    short = [*training, "--epochs", 2, "--val-interval", 1, "--output", tmp_path]
+    command = ["sweep", "--vary", "seed=0,1", "--vary", "lr=0.01,0.02", *short]
+    swept = cluster.submit(*command)
+    cluster.until_ended(swept["job"])
+
+    folders = {f"seed={seed},lr={lr}" for seed in (0, 1) for lr in (0.01, 0.02)}
+    assert {Path(folder).name for folder in swept["tasks"].values()} == folders
+    reports = {name: report_of(tmp_path / name) for name in folders}
+    assert {report["teacher_forwards"] for report in reports.values()} == {0}
+    for name in folders:
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert name == f"seed={config['seed']},lr={config['lr']}"
+    (tmp_path / "seed=1,lr=0.02" / "report.json").unlink()
+    again = cluster.submit(*command)
+    assert [Path(folder).name for folder in again["tasks"].values()] == ["seed=1,lr=0.02"]
