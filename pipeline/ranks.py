@@ -170,8 +170,10 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 @contextmanager
-def together(rank: int, size: int, *, backend: str) -> Iterator[Ranks]:
+def together(rank: int, size: int, *, attempt: int, backend: str) -> Iterator[Ranks]:
     """Meet the other ranks where the environment says (env://), for as long as the block lasts.
+
+    ``attempt`` tells the ranks that torchrun started again from those before.
 
     An error of a rank is told once, however many have it: the others raise AlreadySaid, and so
     does who lost a rank that told why it ended. Raises ConfigError where there is nobody to meet,
@@ -181,8 +183,10 @@ def together(rank: int, size: int, *, backend: str) -> Iterator[Ranks]:
 
     try:
         store, _, _ = next(rendezvous("env://", rank, size))
-        store_of_group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store_of_group, rank=rank, world_size=size)
+        # torchrun keeps one store for all its attempts: without a prefix these ranks would look
+        # for each other where those before them listened
+        store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"the ranks cannot meet ({reason}); start them with torchrun") from error

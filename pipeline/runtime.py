@@ -152,7 +152,8 @@ def joined(config: Machine) -> Iterator[Runtime]:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
         backend = "cpu:gloo,cuda:nccl"
-    with together(rank, size, backend=backend) as ranks:
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    with together(rank, size, attempt=attempt, backend=backend) as ranks:
         yield replace(machine, ranks=ranks)
 
 

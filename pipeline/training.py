@@ -60,10 +60,16 @@ class _Trainer:
         """Raise ConfigError where ranks would train on different things: they would never meet."""
         if not self.ranks.are_several:
             return
-        machines = ("workers", "device")  # may differ
-        settings = {n: v for n, v in self.config.as_json().items() if n not in machines}
+        settings = {
+            name: value
+            for name, value in self.config.as_json().items()
+            # a machine's own matter, as is where it has its folders
+            if name not in ("workers", "device")
+            and not isinstance(getattr(self.config, name), Path)
+        }
         self.ranks.insist(canonical_json(settings), what="settings")
-        data = [fingerprint(self.work.source), len(self.work.positions), self.work.labels]
+        labels = {name: v for name, v in (self.work.labels or {}).items() if name != "path"}
+        data = [fingerprint(self.work.source), len(self.work.positions), labels]
         self.ranks.insist(canonical_json({"work": data}), what="images or labels")
 
     def _full_batch(self) -> Request:

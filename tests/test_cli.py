@@ -119,6 +119,13 @@ def test_version_is_the_packages(done: Run) -> None:
     assert mealv2.__version__ in done("--version").stdout
 
 
+def test_the_module_is_the_command() -> None:
+    """What torchrun starts."""
+    command = [sys.executable, "-m", "mealv2", "distill", "--help"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert said.startswith("Usage: python -m mealv2 distill")
+
+
 def _entries(text: str) -> dict[str, str]:
     """Return what --help says of each option, by its long flag, in one line."""
     options = text.split("\nOptions:\n")[1].split("\n\n")[0]

@@ -36,7 +36,8 @@ class Warm:
         """Run jobs at once; return of each its exit ``code``, its ``seconds`` and ``events``.
 
         A job has ``args``; ``kill_after_s`` or ``kill_at_event`` (of files in the folder ``out``)
-        say when a SIGKILL hits it, or another ``signal``. ``env`` is set beside what there is.
+        say when a SIGKILL hits it, or ``times`` times another ``signal``. ``env`` is set beside
+        what there is.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -135,7 +136,8 @@ def _fork(job: dict[str, Any], main: Callable[[], None]) -> int:
     def note(event: str, args: tuple[object, ...]) -> None:
         if event in _EVENTS and str(args[0]).startswith(job["out"]):
             if len(seen) == job.get("kill_at_event"):
-                os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
+                for _ in range(job.get("times", 1)):
+                    os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
             seen.append(f"{event} {str(args[0]).removeprefix(job['out'])}")
 
     sys.addaudithook(note)

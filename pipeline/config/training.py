@@ -122,6 +122,11 @@ class TrainConfig(Machine):
                 f"--grad-accum-steps {self.grad_accum_steps} does not fit into --batch-size "
                 f"{self.batch_size}"
             )
+        if self.grad_accum_steps > 1 and self.compile in ("reduce-overhead", "max-autotune"):
+            raise ConfigError(
+                f"--grad-accum-steps does not go with --compile {self.compile}: its CUDA graphs "
+                "may use the memory of gradients that are still added up; use --compile default"
+            )
         if self.sched == "cosine":
             without_effect(self, "with --sched cosine", "lr_milestones", "decay_rate")
         if not self.model_ema:

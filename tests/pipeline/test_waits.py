@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 
 # What may be done on the CPU before labels are on the device, and once before the first step.
 ALLOWED = {"rows", "_prepare"}
-STEP = {"_update", "add", "waiting", "count", "_log"}
+STEP = {"update", "add", "waiting", "count", "_log"}
 
 
 def _waits(run: Callable[[], object]) -> list[list[str]]:

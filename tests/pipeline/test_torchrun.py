@@ -1,0 +1,171 @@
+"""Stage two under a real torchrun: restarts, signals, and the commands of docs/cluster.md."""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import Spawned
+from mealv2.files import file_sha256
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TorchRun(Spawned):
+    """``torchrun FLAGS -m mealv2 ARGS`` on loopback; looked at and ended as Spawned is."""
+
+    def __init__(self, words: tuple[object, ...], folder: Path) -> None:
+        self._err, self._out = folder / "stderr.txt", folder / "stdout.txt"
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                start_new_session=True,
+                env={**os.environ, **own, "TMPDIR": str(folder)},
+            )
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of the ranks that run now."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.fixture
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., TorchRun]]:
+    """Start ``torchrun FLAGS``; what still runs at the end is killed."""
+    started: list[TorchRun] = []
+
+    def start(*words: object, folder: Path | None = None) -> TorchRun:
+        started.append(TorchRun(words, folder or tmp_path_factory.mktemp("torchrun")))
+        return started[-1]
+
+    yield start
+    for spawned in started:
+        with contextlib.suppress(ProcessLookupError):
+            spawned.signal(signal.SIGKILL)
+        spawned.process.wait()
+
+
+@pytest.fixture
+def flags(finetune_flags: list[str]) -> list[object]:
+    """A run of 60 steps with a checkpoint of every fifth, in two ranks."""
+    own = ["--epochs", 20, "--checkpoint-every", 5, "--val-split", "none", "--auto-resume"]
+    return ["-m", "mealv2", *finetune_flags, *own]
+
+
+def sha256(run: Path) -> str:
+    return file_sha256(run / "student" / "model.safetensors")
+
+
+def num_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
+
+
+def test_after_a_kill_torchrun_starts_again_and_it_ends_in_the_same_bits(
+    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path
+) -> None:
+    two = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    left_alone = torchrun(*two, *flags, "--output", alone).result(deadline_s=120)
+    assert left_alone.code == 0, left_alone.stderr
+    assert left_alone.report["steps"] == 60
+
+    process = torchrun(*two, *flags, "--output", run)
+    process.until(lambda: num_logged(run) >= 12)
+    os.kill(process.ranks()[-1], signal.SIGKILL)
+    killed = process.result(deadline_s=120)
+    assert killed.code == 0, killed.stderr
+    assert killed.stderr.count(f"run folder {run}") == 2, "it was to be started twice"
+    assert killed.report["steps"] == 60
+    assert sha256(run) == sha256(alone)
+
+
+def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
+    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path
+) -> None:
+    two = ["--standalone", "--nproc-per-node", 2]
+    run = tmp_path / "run"
+    process = torchrun(*two, *flags, "--output", run)
+    process.until(lambda: num_logged(run) >= 12)
+    os.kill(process.process.pid, signal.SIGTERM)
+    stopped = process.result()
+    assert stopped.code == 1  # torchrun's own: it does not hand on that of the ranks
+    assert stopped.stderr.count("stopped by SIGTERM in epoch") == 1
+    assert stopped.stdout == ""
+    last = max(path.stem for path in (run / "checkpoints").iterdir())
+    assert int(last.split("-")[1]) == num_logged(run)
+
+    went_on = torchrun(*two, *flags, "--output", run).result(deadline_s=120)
+    assert went_on.code == 0, went_on.stderr
+    assert went_on.report["steps"] == num_logged(run) == 60
+
+
+def test_one_word_of_a_rank_that_failed(
+    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path
+) -> None:
+    two = ["--standalone", "--nproc-per-node", 2]
+    failed = torchrun(*two, *flags, "--model", "resnet5", "--output", tmp_path / "r").result()
+    assert failed.code == 1
+    assert failed.stderr.count("mealv2: ") == 1
+    assert failed.stdout == ""
+
+
+def _commands() -> list[list[str]]:
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in found for line in block.splitlines()]
+
+
+def test_commands_of_the_document_run_with_fewer_ranks(
+    torchrun: Callable[..., TorchRun],
+    data_dir: Path,
+    labels_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pictures").symlink_to(data_dir)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    shutil.copytree(student_dir, tmp_path / "runs" / "start")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = {"8": "1", "10.0.0.1": "127.0.0.1", "29500": port, "resnet18": "test_resnet"}
+    quick = ["--epochs", "1", "--workers", "0"]
+    running: list[TorchRun] = []
+    commands = [words for words in _commands() if words[0] == "torchrun"]
+    assert len(commands) == 4
+    for words in commands:
+        own = [here.get(word, word) for word in words[1:]]
+        running.append(torchrun(*own, *quick, folder=_beside(tmp_path, len(running))))
+        if "--standalone" in words or words[words.index("--node-rank") + 1] == "1":
+            results = [process.result(deadline_s=120) for process in running]
+            assert [result.code for result in results] == [0] * len(running), results
+            assert sum(len(result.stdout.splitlines()) for result in results) == 1
+            running = []
+            shutil.rmtree(tmp_path / "runs" / "cached")
+
+
+def _beside(folder: Path, number: int) -> Path:
+    """Return a folder of a machine, with what all of them see."""
+    machine = folder / f"machine-{number}-{time.monotonic_ns()}"
+    machine.mkdir()
+    for name in ("pictures", "labels", "runs"):
+        (machine / name).symlink_to(folder / name)
+    return machine
