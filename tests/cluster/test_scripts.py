@@ -15,6 +15,7 @@ from pipeline.config import SlurmDistillConfig
 from pipeline.slurm import scripts, submitting
 
 pytestmark = pytest.mark.cluster
+Run = Callable[..., Result]
 ROOT = Path(submitting.__file__).resolve().parents[2]
 NAMES = [
     'it\'s a "set"',
@@ -24,13 +25,19 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def user(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The cluster, seen from this process."""
     for key, value in cluster.env.items():
         monkeypatch.setenv(key, value)
+    return cluster
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
+    user: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = SlurmDistillConfig(flags=("x",), sbatch_arg=(f"--comment={name}",))
     this = submitting.next_round(tmp_path / name)
     asked = {
@@ -42,11 +49,11 @@ def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
     submitting.keep(this.path("distill"), scripts.head(config, "Shows.", asked) + show)
 
     job = submitting.submit(submitting.sbatch_words(config, this.path("distill")))
-    cluster.until_ended(job)
+    user.until_ended(job)
 
     log = tmp_path / name / "slurm" / f"distill-{job}.out"
     assert log.read_text() == "".join(f"{word}|" for word in words)
-    assert f"Comment={name} " in cluster.run("scontrol", "-o", "show", "job", job)
+    assert f"Comment={name} " in user.run("scontrol", "-o", "show", "job", job)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
@@ -60,11 +67,11 @@ def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
     ],
 )
 def test_what_slurm_refuses_is_one_line_with_the_script_that_is_kept(
-    cluster: Any, distill_flags: list[str], tmp_path: Path, flags: list[str], why: str
+    user: Any, run_cli: Run, distill_flags: list[str], tmp_path: Path, flags: list[str], why: str
 ) -> None:
     command = ["distill", *flags, *distill_flags[1:], "--output", tmp_path / "run"]
-    said = cluster.command("slurm", *command)
-    assert (said.returncode, said.stdout) == (1, "")
+    said = run_cli("slurm", *command)
+    assert (said.code, said.stdout) == (1, "")
     line = said.stderr.splitlines()[-1]
     assert line.startswith("mealv2: sbatch refused: ")
     assert why in line
@@ -74,16 +81,16 @@ def test_what_slurm_refuses_is_one_line_with_the_script_that_is_kept(
 
 
 def test_a_second_job_for_the_same_run_is_refused(
-    cluster: Any, distill_flags: list[str], tmp_path: Path
+    user: Any, run_cli: Run, distill_flags: list[str], tmp_path: Path
 ) -> None:
     command = ["distill", "--sbatch-arg=--hold", *distill_flags[1:], "--output", tmp_path / "run"]
-    job = cluster.submit(*command)["job"]
-    again = cluster.command("slurm", *command)
-    assert again.returncode == 1
+    job = run_cli("slurm", *command).report["job"]
+    again = run_cli("slurm", *command)
+    assert (again.code, again.stdout) == (1, "")
     assert f"job {job} waiting or at work" in again.stderr
-    cluster.run("scancel", job)
-    cluster.until_ended(job)
-    assert cluster.submit(*command)["job"] == job + 1
+    user.run("scancel", job)
+    user.until_ended(job)
+    assert run_cli("slurm", *command).report["job"] == job + 1
 
 
 def blocks(language: str) -> list[str]:
@@ -98,7 +105,7 @@ def test_the_files_that_the_document_gives_label_and_train_one_after_another(
     data_dir: Path,
     teacher_dirs: dict[str, Path],
     student_dir: Path,
-    done: Callable[..., Result],
+    done: Run,
     tmp_path: Path,
 ) -> None:
     label, train, chain, _ = blocks("bash")
@@ -138,48 +145,3 @@ def test_the_files_that_the_document_gives_label_and_train_one_after_another(
     assert done("labels", "verify", tmp_path / "labels").code == 0
     report = json.loads((tmp_path / "runs" / "student" / "report.json").read_text())
     assert report["teacher_forwards"] == 0
-
-
-def listening(cluster: Any) -> list[str]:
-    """Return where processes of the cluster listen, as this machine sees its network."""
-    lines = subprocess.run(
-        ["ss", "-Htulnp"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return [
-        line for line in lines if any(_is_of(cluster, p) for p in re.findall(r"pid=(\d+)", line))
-    ]
-
-
-def _is_of(cluster: Any, process: str) -> bool:
-    """Return whether a process is a daemon of the cluster or runs in one of its jobs."""
-    path = Path("/proc", process)
-    try:
-        command, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-    except OSError:
-        return False
-    words = (b"slurmctld", b"slurmd", b"munged")
-    return b"SLURMD_NODENAME=" in environment or any(word in command for word in words)
-
-
-def test_nothing_listens_or_speaks_outside_while_two_nodes_train(
-    cluster: Any, distill_flags: list[str], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    flags = [*distill_flags[1:], "--epochs", 200, "--val-interval", 200]
-    job = cluster.submit("distill", "--nodes", 2, *flags, "--output", run)["job"]
-    cluster.until(lambda: (run / "summary.csv").exists())
-
-    found = listening(cluster)
-    if cluster.mode == "net":
-        assert found == []
-        route = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
-        inside = f"{sys.executable} -c {json.dumps(route)} 2>&1"
-        name = tmp_path / "out"
-        probe = int(cluster.run("sbatch", "--parsable", f"--output={name}", "--wrap", inside))
-        cluster.until_ended(probe)
-        assert "Network is unreachable" in name.read_text()
-    else:
-        daemons = [line for line in found if "slurm" in line]
-        assert all(" 127.0.0.1:" in line for line in daemons), daemons
-    cluster.run("scancel", job)
-    cluster.until_ended(job)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,17 @@ def test_a_lost_reply_is_no_error(tmp_path, monkeypatch, waits, name, replace, e
     assert (left, waits) == ([], [])
     assert (tmp_path / "a.h5").read_bytes() == b"mine"
     assert names(tmp_path) == ["a.h5"]
+
+
+def test_a_lost_reply_is_no_error_where_inodes_are_made_up(tmp_path, monkeypatch, waits):
+    def replace(source, target):
+        shutil.copy2(source, target)  # of the same time and size, by another inode
+        source.unlink()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(source))
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    assert write_whole(tmp_path / "a.h5", b"mine") is True
+    assert (waits, names(tmp_path)) == ([], ["a.h5"])
 
 
 @pytest.mark.parametrize(("name", "replace"), [("link", False), ("replace", True)])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conftest import Result, Spawned
 from mealv2.errors import ConfigError
 from mealv2.files import stamp_of
-from mealv2.label_set import Shard, read_shard, write_shard
+from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
 from pipeline import runtime
 from pipeline.jobs import Job
 from pipeline.labelling import Answers, Labeller
@@ -201,6 +201,7 @@ def test_jobs_one_after_another_and_finish_give_the_set_of_one_process(
     assert last.report["failed"] == {}
     assert not (out / "manifest.json").exists()
     assert f"`mealv2 labels finish {out}`" in last.stderr
+    assert [shard.name for shard in planned_shards(read_plan(out))] == names
 
     done("labels", "finish", out, "--batch-size", 16)
     assert contents(out) == contents(labels_dir)

@@ -130,7 +130,8 @@ def test_one_word_of_a_rank_that_failed(
 def _commands() -> list[list[str]]:
     text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     found = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in found for line in block.splitlines()]
+    lines = [line for block in found for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("torchrun ")]
 
 
 def test_commands_of_the_document_run_with_fewer_ranks(
@@ -149,7 +150,7 @@ def test_commands_of_the_document_run_with_fewer_ranks(
     here = {"8": "1", "10.0.0.1": "127.0.0.1", "29500": port, "resnet18": "test_resnet"}
     quick = ["--epochs", "1", "--workers", "0"]
     running: list[TorchRun] = []
-    commands = [words for words in _commands() if words[0] == "torchrun"]
+    commands = _commands()
     assert len(commands) == 4
     for words in commands:
         own = [here.get(word, word) for word in words[1:]]
