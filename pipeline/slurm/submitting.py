@@ -132,11 +132,12 @@ def training_words(flags: Iterable[str]) -> list[str]:
     given = {word.partition("=")[0] for word in flags}
     if "--resume" in given:
         raise ConfigError("--resume: a run that is begun goes on by itself; give it as --output")
-    if "--output" not in given:
-        raise ConfigError("--output is required: a job that begins again goes on there")
-    return [*flags, "--auto-resume"]
+    # without --output the stage's own checks come first; then see run_folder
+    return [*flags, "--auto-resume"] if "--output" in given else [*flags]
 
 
 def run_folder(stage: StageCommand) -> Path:
-    """Return the folder that a training fills, absolute."""
+    """Return the folder that a training fills, absolute; raises ConfigError where none is named."""
+    if "output" not in stage.options:
+        raise ConfigError("--output is required: a job that begins again goes on there")
     return Path(stage.options["output"][-1])
