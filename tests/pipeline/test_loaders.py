@@ -13,7 +13,7 @@ import torch
 
 from mealv2 import pixels as mealv2_pixels
 from mealv2.errors import DataError
-from mealv2.images import ImageFolder
+from mealv2.images import AnyOrder, ImageFolder
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
 from pipeline.loaders import (
@@ -42,7 +42,7 @@ def source(data_dir: Path) -> ImageFolder:
     return ImageFolder(data_dir, "train")
 
 
-class Counting:
+class Counting(AnyOrder):
     """An ImageSource that counts how often each image is read."""
 
     name = "counting"
