@@ -123,10 +123,12 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     up = subprocess.run([HERE / "up.sh"], capture_output=True, text=True, check=False)
     if up.returncode == CANNOT:
         pytest.skip(up.stderr.strip().splitlines()[-1])
-    assert up.returncode == 0, up.stderr
-    folder = os.environ.get("MEALV2_CLUSTER_DIR", "/var/tmp/mealv2-cluster")
-    yield Cluster(Path(folder))
-    subprocess.run([HERE / "down.sh"], check=True)
+    try:
+        assert up.returncode == 0, up.stderr
+        folder = os.environ.get("MEALV2_CLUSTER_DIR", "/var/tmp/mealv2-cluster")
+        yield Cluster(Path(folder))
+    finally:
+        subprocess.run([HERE / "down.sh"], check=True)
 
 
 @pytest.fixture
