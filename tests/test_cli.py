@@ -694,7 +694,7 @@ def test_config_file_that_cannot_be_used_is_said_in_one_line(
         (["labels", "export", "l", "--to", "parkuet"], "parquet"),
         (["labels", "import", "l", "--label_type", "x"], "--label-type"),
         (["slurm", "precompute", "--num-view", "3"], "--num-views"),
-        (["slurm", "distill", "--eopchs", "3"], "--epochs"),
+        (["slurm", "distill", "--output", "o", "--eopchs", "3"], "--epochs"),
         (["slurm", "sweep", "--vary", "sed=0,1", "--output", "o"], "--seed"),
     ],
 )
