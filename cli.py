@@ -458,12 +458,12 @@ def _checked_command(name: str, words: Iterable[str]) -> configs.StageCommand:
         return configs.StageCommand(name, options, _settings_of(CONFIGS[name], context))
 
 
-def _words_of(option: click.Parameter, value: Any) -> tuple[str, ...]:
+def _words_of(option: click.Option, value: Any) -> tuple[str, ...]:
     """Return how a value is given on the command line, paths absolute."""
     flag, value = option.opts[0], configs.plain(value)
     if isinstance(value, bool):
         return (flag if value else option.secondary_opts[0],)
-    if option.multiple:  # type: ignore[attr-defined]  # an argument has no flag
+    if option.multiple:
         return tuple(word for item in value for word in (flag, str(item)))
     return (flag, *map(str, value if isinstance(value, list) else [value]))
 

@@ -564,7 +564,7 @@ WRONG = [
     (3, "slurm precompute", "--data-dir {data} --teacher t --out {labels}", "--num-views is 4"),
     (2, "slurm precompute", "--data-dir d --teacher t --out o --job-index 1", "--job-index"),
     (2, "slurm distill", "--data-dir d --labels l --model m", "--output is required"),
-    (2, "slurm distill", "--data-dir d --labels l --model m --epochs 0", "--epochs"),
+    (2, "slurm distill", "--data-dir d --labels l --model m --epochs 0 --output o", "--epochs"),
     (2, "slurm distill", "--time '1 day' --data-dir d", "--time"),
     (2, "slurm distill", "--after finish --data-dir d", "--after"),
     (2, "slurm distill", "--sbatch-arg exclusive --data-dir d", "--sbatch-arg"),
@@ -573,7 +573,7 @@ WRONG = [
     (2, "slurm sweep", "--vary seed --data-dir d", "--vary is FLAG="),
     (2, "slurm sweep", "--vary labels=a,b --data-dir d", "--vary labels"),
     (2, "slurm sweep", "--vary seed=0,1 --seed 2 --data-dir d", "--seed is given, and varied"),
-    (2, "slurm sweep", "--vary amp=1 --data-dir d", "--vary amp is yes or no"),
+    (2, "slurm sweep", "--vary amp=1 --output o", "--vary amp is yes or no"),
     # values
     (2, "precompute", "--topk 4", "--topk 4"),
     (2, "precompute", "--topk most", "--topk"),
@@ -694,7 +694,7 @@ def test_config_file_that_cannot_be_used_is_said_in_one_line(
         (["labels", "export", "l", "--to", "parkuet"], "parquet"),
         (["labels", "import", "l", "--label_type", "x"], "--label-type"),
         (["slurm", "precompute", "--num-view", "3"], "--num-views"),
-        (["slurm", "distill", "--eopchs", "3"], "--epochs"),
+        (["slurm", "distill", "--output", "o", "--eopchs", "3"], "--epochs"),
         (["slurm", "sweep", "--vary", "sed=0,1", "--output", "o"], "--seed"),
     ],
 )

@@ -31,7 +31,9 @@ class SlurmJob(Settings):
 
     stage: ClassVar[str]  # whose flags the command takes
 
-    flags: tuple[str, ...] = positional("What else is given are flags of the stage, checked now.")
+    flags: tuple[str, ...] = positional(
+        "The stage's own, as after `mealv2 precompute` or `mealv2 distill`; checked at once."
+    )
     time: str | None = setting(
         None, "Time limit of a job: minutes, H:MM:SS or D-HH.", shown="the partition's"
     )

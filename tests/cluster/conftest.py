@@ -89,7 +89,7 @@ class Cluster:
         (task,) = self.tasks(job).values()
         return task
 
-    def until(self, condition: Callable[[], object], *, deadline_s: float = 120.0) -> None:
+    def until(self, condition: Callable[[], object], *, deadline_s: float = 300.0) -> None:
         """Look at ``condition`` until it holds; fail with the queue when time runs out."""
         ends = time.monotonic() + deadline_s
         while not condition():
@@ -97,7 +97,7 @@ class Cluster:
                 pytest.fail("waited in vain:\n" + self.run("scontrol", "-o", "show", "job"))
             threading.Event().wait(0.1)
 
-    def until_ended(self, job: int, *, deadline_s: float = 120.0) -> dict[str, Task]:
+    def until_ended(self, job: int, *, deadline_s: float = 300.0) -> dict[str, Task]:
         """Wait until a job, or every task of an array, has ended; return how."""
 
         def has_ended() -> bool:
@@ -123,10 +123,12 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     up = subprocess.run([HERE / "up.sh"], capture_output=True, text=True, check=False)
     if up.returncode == CANNOT:
         pytest.skip(up.stderr.strip().splitlines()[-1])
-    assert up.returncode == 0, up.stderr
-    folder = os.environ.get("MEALV2_CLUSTER_DIR", "/var/tmp/mealv2-cluster")
-    yield Cluster(Path(folder))
-    subprocess.run([HERE / "down.sh"], check=True)
+    try:
+        assert up.returncode == 0, up.stderr
+        folder = os.environ.get("MEALV2_CLUSTER_DIR", "/var/tmp/mealv2-cluster")
+        yield Cluster(Path(folder))
+    finally:
+        subprocess.run([HERE / "down.sh"], check=True)
 
 
 @pytest.fixture
