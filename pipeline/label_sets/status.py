@@ -187,12 +187,13 @@ def _list_flag(config: LabelsStatusConfig) -> str:
 
 
 def _others(folder: Path, names: set[str]) -> list[str]:
-    """Return what else lies in the folder: neither the set's nor a temporary file."""
+    """Return which other files lie in the folder: neither the set's nor temporary ones."""
     known = names | {MANIFEST_NAME, PLAN_NAME}
     return sorted(
         path.name
         for path in folder.iterdir()
         if path.name not in known
+        and not path.is_dir()
         and not path.name.startswith(TEMPORARY_PREFIX)
         and f"-{APPENDED_PREFIX}" not in path.name
     )
