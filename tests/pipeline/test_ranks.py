@@ -7,7 +7,6 @@ import functools
 import json
 import shutil
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore
 
 from conftest import Result
 from mealv2.files import file_sha256
@@ -120,10 +120,10 @@ def _in_ranks(
     warm: Warm, num: int, *args: object, hit: dict[int, dict[str, Any]] | None = None
 ) -> Ended:
     """Run ``mealv2 ARGS`` in so many ranks; ``hit`` says what befalls some of them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    # as torchrun does: the store in which ranks find each other outlives all of them
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    there |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
     jobs = []
     for rank in range(num):
         mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num)}
@@ -395,8 +395,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_clear_line(
     hit = {1: {"out": str(data_dir / "train"), "kill_at_event": 12 + _LISTED}}
     ended = ranks(3, *finetune_flags, "--output", run, hit=hit)
     assert ended.codes == [1, -signal.SIGKILL, 1]
-    # the first rank keeps the store by which they tell each other, unless torchrun does
-    (line,) = {line.partition("mealv2: ")[2] for line in ended.lines}
+    (line,) = ended.lines
     assert "another rank ended without a word" in line
     assert "--auto-resume" in line
     assert "Traceback" not in "".join(ended.said)
