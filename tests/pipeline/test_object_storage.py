@@ -176,6 +176,54 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
+def damaged(data: bytes) -> bytes:
+    """Return as many bytes, of which some are others."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(b ^ 0xFF for b in data[middle : middle + 64]) + data[middle + 64 :]
+
+
+def test_a_damaged_shard_in_a_bucket_is_made_anew_by_a_machine_that_has_no_copy(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    store.system.pipe_file(f"{labels}/{name}", damaged(local[name]))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
+
+    report = done(*labelling, "--out", labels, *cache).report
+
+    assert report["shards_made"] == 1
+    assert {name: store.data(f"labels/{name}") for name in local} == local
+
+
+def test_a_damaged_copy_of_a_shard_is_fetched_anew(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    done("labels", "info", labels, *cache)
+    (copy,) = cache[1].rglob(name)
+    copy.write_bytes(damaged(local[name]))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
+
+    report = done(*labelling, "--out", labels, *cache).report
+
+    assert report["shards_made"] == 0
+    assert copy.read_bytes() == local[name]
+
+
 @pytest.mark.parametrize(
     "pattern", ["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"]
 )
