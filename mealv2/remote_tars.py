@@ -56,8 +56,18 @@ class RemoteTar:
         return index.images
 
     def open(self) -> int:
-        """Return a descriptor of the copy; it is fetched where it is not there."""
-        return self._cache.open(self._url, self._fetch, size=self.size)
+        """Return a descriptor of the copy; it is fetched where it is not there.
+
+        Raises RemoteError, also where the copy cannot be written: the image is none the worse.
+        """
+        try:
+            return self._cache.open(self._url, self._fetch, size=self.size)
+        except OSError as error:
+            raise RemoteError(
+                f"cannot keep a copy of {self.name}: {error.strerror or error}: "
+                f"{error.filename or self._cache.folder}; see to --cache-dir and run the same "
+                "command again"
+            ) from error
 
     def fetch(self) -> None:
         """See that the copy is there."""

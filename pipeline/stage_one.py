@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import DataError, LabelSetError, StoppedError
+from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
 from mealv2.files import FULL, Stamp, json_sha256, stamp_of
 from mealv2.images import ImageSource
 from mealv2.label_set import Images, PlannedShard, Shard, ShardFile
@@ -30,8 +30,9 @@ from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels, Request, ViewReader, read_views
 from pipeline.mirror import Store
 
-# What can be wrong with one shard and not with the next: its images, the device, the file system.
-_FAILURES = (DataError, OSError, RuntimeError)
+# What can be wrong with one shard and not with the next: its images, the device, the file system,
+# its files in a store.
+_FAILURES = (DataError, RemoteError, OSError, RuntimeError)
 _NO_FAILURES = (NotImplementedError, RecursionError)  # of those: errors of the program
 _NO_ROOM = FULL | {errno.EROFS}
 
@@ -157,7 +158,8 @@ class StageOne:
         left = deque(lacking)
 
         def note(number: int, error: Exception) -> None:
-            if isinstance(error, _NO_FAILURES) or getattr(error, "errno", None) in _NO_ROOM:
+            codes = {getattr(e, "errno", None) for e in (error, error.__cause__)}
+            if isinstance(error, _NO_FAILURES) or codes & _NO_ROOM:
                 raise error
             name = role.planned(number).name
             failed[name] = _reason(error)

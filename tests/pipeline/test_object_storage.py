@@ -1,6 +1,7 @@
 """Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
 
 import csv
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,12 @@ import pytest
 from conftest import Result
 from mealv2 import remote
 from mealv2.cache import Cache
-from mealv2.errors import ConfigError
+from mealv2.errors import ConfigError, RemoteError
+from mealv2.files import file_sha256
 from mealv2.images import open_source
+from mealv2.tar_index import TarIndex, index_bytes
+from mealv2.tar_shards import index_shard
+from pipeline.loaders import CENTRE, ViewReader
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 
@@ -222,6 +227,52 @@ def test_a_damaged_copy_of_a_shard_is_fetched_anew(
 
     assert report["shards_made"] == 0
     assert copy.read_bytes() == local[name]
+
+
+@pytest.fixture
+def indexed(store: Store, tar_dir: Path) -> str:
+    """The tar shards in a bucket, with their indices."""
+    images = store.upload(tar_dir, "images")
+    for tar in tar_dir.glob("*.tar"):
+        index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+        store.system.pipe_file(f"{images}/{tar.name}.index", index_bytes(index))
+    return images
+
+
+def test_a_shard_of_images_that_cannot_be_fetched_fails_alone_in_a_job(
+    store: Store,
+    tar_dir: Path,
+    indexed: str,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    tmp_path: Path,
+    run_cli: Run,
+) -> None:
+    name = "train-000001.tar"
+    store.system.pipe_file(f"{indexed}/{name}", damaged((tar_dir / name).read_bytes()))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", indexed)
+    listed = tmp_path / "list.txt"
+    listed.write_text("train-00000.h5\ntrain-00001.h5\ntrain-00002.h5\n")
+
+    result = run_cli(*labelling, "--out", tmp_path / "labels", *cache, "--shard-list", listed)
+
+    assert result.code == 1
+    assert result.report["failed"].keys() == {"train-00001.h5"}
+    assert "is not the file that its index describes" in result.report["failed"]["train-00001.h5"]
+    assert result.report["shards_made"] == 2
+
+
+def test_a_full_disk_of_copies_is_no_bad_image(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = open_source(indexed, "train", cache=Cache(tmp_path / "cache", 10**9))
+
+    def fetch(url: str, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+    with pytest.raises(RemoteError, match=r"cannot keep a copy of s3://.*No space left"):
+        ViewReader(far, img_size=8).read([(0, (CENTRE,))])
 
 
 @pytest.mark.parametrize(
