@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from conftest import Result
-from mealv2 import remote
+from mealv2 import remote, remote_tars
 from mealv2.cache import Cache
 from mealv2.errors import ConfigError, RemoteError
 from mealv2.files import file_sha256
 from mealv2.images import open_source
+from mealv2.remote_tars import RemoteShards, RemoteTar
 from mealv2.tar_index import TarIndex, index_bytes
 from mealv2.tar_shards import index_shard
 from pipeline.loaders import CENTRE, ViewReader
@@ -324,6 +326,28 @@ def test_a_small_cache_is_kept_small_and_enough(
         assert sum(path.stat().st_size for path in kept) <= cache.limit
     with pytest.raises(ConfigError, match=r"needs 9 of its shards at a time"):
         open_source(url, "train", cache=Cache(tmp_path / "cache", 2 * size))
+
+
+def test_a_process_that_ends_does_not_fetch_all_that_it_would_have_read(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = open_source(indexed, "train", cache=Cache(tmp_path / "cache", 10**9))
+    assert isinstance(far, RemoteShards)
+    far.read(0)
+    begun, may_go_on = list[str](), threading.Event()
+
+    def fetch(tar: RemoteTar) -> None:
+        begun.append(tar.name)
+        may_go_on.wait(30)
+
+    monkeypatch.setattr(RemoteTar, "fetch", fetch)
+    monkeypatch.setattr(remote_tars, "_FETCHED_AT_ONCE", 1)
+    far.announce(range(4))
+    far.read(0)
+    threading.Timer(0.1, may_go_on.set).start()
+    far._threads.shutdown()  # as the interpreter does at the end
+
+    assert len(begun) == 1
 
 
 # --- what goes wrong --------------------------------------------------------------------------
