@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +15,7 @@ from mealv2.files import TEMPORARY_PREFIX, whole_file
 from mealv2.locations import PIPE, shown
 
 _LOCK_PREFIX = ".lock-"
+_OLD_NS = 86_400 * 10**9  # a temporary file that nobody can still be writing: of one who was killed
 _PLAIN = re.compile(r"[A-Za-z0-9_.,=@+-]+")
 
 
@@ -82,10 +84,12 @@ class Cache:
                     found = path.stat()
                     files.append((found.st_mtime_ns, found.st_size, path))
         total = needed + sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        written_since_ns = time.time_ns() - _OLD_NS
+        for time_ns, size, path in sorted(files):
             if total <= self.limit:
                 return
-            if path == keep or path.name.startswith(TEMPORARY_PREFIX) or in_use(path.parent):
+            is_written = path.name.startswith(TEMPORARY_PREFIX) and time_ns > written_since_ns
+            if path == keep or is_written or in_use(path.parent):
                 continue
             path.unlink(missing_ok=True)
             total -= size

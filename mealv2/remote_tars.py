@@ -9,7 +9,7 @@ import posixpath
 import re
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mealv2 import remote
@@ -56,8 +56,18 @@ class RemoteTar:
         return index.images
 
     def open(self) -> int:
-        """Return a descriptor of the copy; it is fetched where it is not there."""
-        return self._cache.open(self._url, self._fetch, size=self.size)
+        """Return a descriptor of the copy; it is fetched where it is not there.
+
+        Raises RemoteError, also where the copy cannot be written: the image is none the worse.
+        """
+        try:
+            return self._cache.open(self._url, self._fetch, size=self.size)
+        except OSError as error:
+            raise RemoteError(
+                f"cannot keep a copy of {self.name}: {error.strerror or error}: "
+                f"{error.filename or self._cache.folder}; see to --cache-dir and run the same "
+                "command again"
+            ) from error
 
     def fetch(self) -> None:
         """See that the copy is there."""
@@ -112,7 +122,8 @@ class RemoteShards(TarShards):
         # of the tar files that have images at all, which are the groups
         self._numbers = [self._shard_of(start) for start in self.groups]
         self._next: dict[int, list[int]] = {}
-        self._ahead: dict[int, Future[None]] = {}
+        self._wanted: dict[int, None] = {}
+        self._num_fetching = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_FETCHED_AT_ONCE, "mealv2-fetch")
         self._refuse_small(cache)
@@ -133,9 +144,29 @@ class RemoteShards(TarShards):
 
     def _fetch_after(self, number: int) -> None:
         with self._lock:
-            for other in self._next.pop(number, []):
-                if other not in self._ahead or self._ahead[other].done():
-                    self._ahead[other] = self._threads.submit(self._tars[other].fetch)
+            self._wanted |= dict.fromkeys(self._next.pop(number, []))
+            while self._wanted and self._num_fetching < _FETCHED_AT_ONCE:
+                self._num_fetching += 1
+                self._begin()
+
+    def _begin(self) -> None:
+        """Begin to fetch what is wanted first, if anything is; the lock is held.
+
+        One after another: what is in the pool's own queue would be fetched even by a process that
+        is about to end.
+        """
+        if not self._wanted:
+            self._num_fetching -= 1
+            return
+        del self._wanted[number := next(iter(self._wanted))]
+        self._threads.submit(self._fetch, number)
+
+    def _fetch(self, number: int) -> None:
+        try:
+            self._tars[number].fetch()
+        finally:
+            with self._lock:
+                self._begin()
 
     def _refuse_small(self, cache: Cache) -> None:
         """Raise ConfigError for a cache that would be emptied before an epoch has used it."""

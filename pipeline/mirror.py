@@ -35,6 +35,9 @@ class Store(Protocol):
     def bring(self, name: str) -> None:
         """See that ``folder`` has a file as it is there."""
 
+    def renew(self, name: str) -> bool:
+        """Bring a file of ``folder`` that is not whole anew; return False where none is there."""
+
     def bring_all(self) -> None:
         """See that ``folder`` has all files as they are there."""
 
@@ -57,6 +60,10 @@ class Folder:
 
     def bring(self, name: str) -> None:
         """Do nothing."""
+
+    def renew(self, name: str) -> bool:
+        """Return False: there is no other."""
+        return False
 
     def bring_all(self) -> None:
         """Do nothing."""
@@ -144,6 +151,13 @@ class Mirror:
         """
         if name in self._there and not self._has(name):
             self._fetch(name)
+
+    def renew(self, name: str) -> bool:
+        """Fetch a file whose copy is not whole, if it is there."""
+        if name not in self._there:
+            return False
+        self._fetch(name)
+        return True
 
     def bring_all(self) -> None:
         """Look again what is there, and bring it."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import DataError, LabelSetError, StoppedError
+from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
 from mealv2.files import FULL, Stamp, json_sha256, stamp_of
 from mealv2.images import ImageSource
 from mealv2.label_set import Images, PlannedShard, Shard, ShardFile
@@ -30,8 +30,9 @@ from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels, Request, ViewReader, read_views
 from pipeline.mirror import Store
 
-# What can be wrong with one shard and not with the next: its images, the device, the file system.
-_FAILURES = (DataError, OSError, RuntimeError)
+# What can be wrong with one shard and not with the next: its images, the device, the file system,
+# its files in a store.
+_FAILURES = (DataError, RemoteError, OSError, RuntimeError)
 _NO_FAILURES = (NotImplementedError, RecursionError)  # of those: errors of the program
 _NO_ROOM = FULL | {errno.EROFS}
 
@@ -157,7 +158,8 @@ class StageOne:
         left = deque(lacking)
 
         def note(number: int, error: Exception) -> None:
-            if isinstance(error, _NO_FAILURES) or getattr(error, "errno", None) in _NO_ROOM:
+            codes = {getattr(e, "errno", None) for e in (error, error.__cause__)}
+            if isinstance(error, _NO_FAILURES) or codes & _NO_ROOM:
                 raise error
             name = role.planned(number).name
             failed[name] = _reason(error)
@@ -182,8 +184,11 @@ class StageOne:
 
     def _lacking(self, role: Role, numbers: Sequence[int]) -> dict[int, Stamp | None]:
         """Return which shards are not there whole, with the stamp of what is in their place."""
-        there_was = {n: stamp_of(role.path(self.folder, n)) for n in numbers}
-        lacking = {n: was for n, was in there_was.items() if self._whole_shard(role, n) is None}
+        lacking = {}
+        for number in numbers:
+            was, file = self._found(role, number)
+            if file is None:
+                lacking[number] = was
         if len(lacking) < len(numbers):
             there = len(numbers) - len(lacking)
             logs.say(f"{role.name}: {there} of {len(numbers)} shards are there")
@@ -246,22 +251,29 @@ class StageOne:
             counts={"top1": top1, "top5": top5} if role.name == "val" else {},
         )
 
-    def _whole_shard(self, role: Role, number: int) -> ShardFile | None:
-        """Return a shard of this plan that is there and checks, or None and say why."""
+    def _found(self, role: Role, number: int) -> tuple[Stamp | None, ShardFile | None]:
+        """Return a shard of this plan that is there and checks, or None and say why.
+
+        Also the stamp of the file that was looked at, which gives way if it does not check.
+        """
         planned = role.planned(number)
         # asked once: one that is made anew elsewhere may differ from what was listed
         listed = self._listed.pop(planned.name, None)
         self.store.bring(planned.name)
+        was = stamp_of(role.path(self.folder, number))
         file = whole_shard(self.folder, planned, self.plan_sha256, listed)
+        if file is None and self.store.renew(planned.name):  # it may be the copy that is damaged
+            was = stamp_of(role.path(self.folder, number))
+            file = whole_shard(self.folder, planned, self.plan_sha256, listed)
         if file is not None and self.store.lacks(planned.name):  # made, and not put there yet
             self.store.publish(planned.name)
-        return file
+        return was, file
 
     def shards(self, role: Role) -> list[ShardFile]:
         """Return every shard of a role; raises LabelSetError for one that is not whole."""
         found = []
         for number in range(len(role.shards)):
-            file = self._whole_shard(role, number)
+            _, file = self._found(role, number)
             if file is None:
                 raise LabelSetError(
                     f"shard {self.folder / role.planned(number).name} vanished or broke after it "

@@ -123,3 +123,21 @@ def test_what_a_process_holds_stays_until_it_ends(tmp_path: Path) -> None:
     assert not (held / "train-00000.h5").exists()
     os.close(hold(held))
     assert not in_use(held)
+
+
+def test_what_a_killed_process_left_half_written_gives_way_after_a_day(tmp_path: Path) -> None:
+    cache, others = Cache(tmp_path, 100), [f"s3://bucket/{name}.tar" for name in "ab"]
+    left, being_written = (
+        cache.path_of(URL).with_name(f".tmp-{name}.tar-host-1-ab") for name in ("left", "new")
+    )
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x" * 60)
+    os.utime(left, (1, 1))
+    being_written.write_bytes(b"x" * 10)
+
+    for url in others:
+        cache.make(url, writer(b"x" * 40))
+
+    assert not left.exists()
+    assert being_written.exists()
+    assert all(cache.path_of(url).exists() for url in others)

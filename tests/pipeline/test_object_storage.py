@@ -1,7 +1,9 @@
 """Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
 
 import csv
+import errno
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ import numpy as np
 import pytest
 
 from conftest import Result
-from mealv2 import remote
+from mealv2 import remote, remote_tars
 from mealv2.cache import Cache
-from mealv2.errors import ConfigError
+from mealv2.errors import ConfigError, RemoteError
+from mealv2.files import file_sha256
 from mealv2.images import open_source
+from mealv2.remote_tars import RemoteShards, RemoteTar
+from mealv2.tar_index import TarIndex, index_bytes
+from mealv2.tar_shards import index_shard
+from pipeline.loaders import CENTRE, ViewReader
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 
@@ -176,6 +183,100 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
+def damaged(data: bytes) -> bytes:
+    """Return as many bytes, of which some are others."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(b ^ 0xFF for b in data[middle : middle + 64]) + data[middle + 64 :]
+
+
+def test_a_damaged_shard_in_a_bucket_is_made_anew_by_a_machine_that_has_no_copy(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    store.system.pipe_file(f"{labels}/{name}", damaged(local[name]))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
+
+    report = done(*labelling, "--out", labels, *cache).report
+
+    assert report["shards_made"] == 1
+    assert {name: store.data(f"labels/{name}") for name in local} == local
+
+
+def test_a_damaged_copy_of_a_shard_is_fetched_anew(
+    store: Store,
+    tar_dir: Path,
+    here: Path,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    done("labels", "info", labels, *cache)
+    (copy,) = cache[1].rglob(name)
+    copy.write_bytes(damaged(local[name]))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
+
+    report = done(*labelling, "--out", labels, *cache).report
+
+    assert report["shards_made"] == 0
+    assert copy.read_bytes() == local[name]
+
+
+@pytest.fixture
+def indexed(store: Store, tar_dir: Path) -> str:
+    """The tar shards in a bucket, with their indices."""
+    images = store.upload(tar_dir, "images")
+    for tar in tar_dir.glob("*.tar"):
+        index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+        store.system.pipe_file(f"{images}/{tar.name}.index", index_bytes(index))
+    return images
+
+
+def test_a_shard_of_images_that_cannot_be_fetched_fails_alone_in_a_job(
+    store: Store,
+    tar_dir: Path,
+    indexed: str,
+    precompute_flags: list[Any],
+    cache: list[Any],
+    tmp_path: Path,
+    run_cli: Run,
+) -> None:
+    name = "train-000001.tar"
+    store.system.pipe_file(f"{indexed}/{name}", damaged((tar_dir / name).read_bytes()))
+    labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", indexed)
+    listed = tmp_path / "list.txt"
+    listed.write_text("train-00000.h5\ntrain-00001.h5\ntrain-00002.h5\n")
+
+    result = run_cli(*labelling, "--out", tmp_path / "labels", *cache, "--shard-list", listed)
+
+    assert result.code == 1
+    assert result.report["failed"].keys() == {"train-00001.h5"}
+    assert "is not the file that its index describes" in result.report["failed"]["train-00001.h5"]
+    assert result.report["shards_made"] == 2
+
+
+def test_a_full_disk_of_copies_is_no_bad_image(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = open_source(indexed, "train", cache=Cache(tmp_path / "cache", 10**9))
+
+    def fetch(url: str, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+    with pytest.raises(RemoteError, match=r"cannot keep a copy of s3://.*No space left"):
+        ViewReader(far, img_size=8).read([(0, (CENTRE,))])
+
+
 @pytest.mark.parametrize(
     "pattern", ["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"]
 )
@@ -225,6 +326,28 @@ def test_a_small_cache_is_kept_small_and_enough(
         assert sum(path.stat().st_size for path in kept) <= cache.limit
     with pytest.raises(ConfigError, match=r"needs 9 of its shards at a time"):
         open_source(url, "train", cache=Cache(tmp_path / "cache", 2 * size))
+
+
+def test_a_process_that_ends_does_not_fetch_all_that_it_would_have_read(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = open_source(indexed, "train", cache=Cache(tmp_path / "cache", 10**9))
+    assert isinstance(far, RemoteShards)
+    far.read(0)
+    begun, may_go_on = list[str](), threading.Event()
+
+    def fetch(tar: RemoteTar) -> None:
+        begun.append(tar.name)
+        may_go_on.wait(30)
+
+    monkeypatch.setattr(RemoteTar, "fetch", fetch)
+    monkeypatch.setattr(remote_tars, "_FETCHED_AT_ONCE", 1)
+    far.announce(range(4))
+    far.read(0)
+    threading.Timer(0.1, may_go_on.set).start()
+    far._threads.shutdown()  # as the interpreter does at the end
+
+    assert len(begun) == 1
 
 
 # --- what goes wrong --------------------------------------------------------------------------
