@@ -3,16 +3,22 @@
 import posixpath
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 Location = Path | str  # a path; text is a URL
 
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+_IN_COMMAND = re.compile(r"://(?:[^\s'\"/@]*@)?([^\s'\"?#|;<>()]*)(?:[?#][^\s'\"|;<>()]*)?")
+_FILE = "file://"
 PIPE = "pipe:"
 
 
 def located(text: str | Path) -> Location:
-    """Return a URL as text, anything else as a path."""
+    """Return a URL as text, anything else as a path: a ``file:`` URL too, for fsspec puts files
+    there in pieces and over others.
+    """
+    if isinstance(text, str) and text.startswith(_FILE):
+        return Path(unquote(text.removeprefix(_FILE).removeprefix("localhost")))
     return text if is_url(text) else Path(text)
 
 
@@ -23,8 +29,10 @@ def is_url(place: object) -> bool:
 
 def shown(place: Location) -> str:
     """Return a place as messages name it: without what a URL has of passwords and signatures."""
-    if not isinstance(place, str) or place.startswith(PIPE):
+    if not isinstance(place, str):
         return str(place)
+    if place.startswith(PIPE):
+        return _IN_COMMAND.sub(r"://\1", place)
     parts = urlsplit(place)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -18,12 +18,21 @@ def test_anything_else_is_a_path(text: str) -> None:
     assert located(text) == Path(text)
 
 
+@pytest.mark.parametrize("url", ["file:///a/b c", "file:///a/b%20c", "file://localhost/a/b%20c"])
+def test_a_file_url_is_a_path(url: str) -> None:
+    assert located(url) == Path("/a/b c")
+
+
 @pytest.mark.parametrize(
     ("url", "named"),
     [
         ("https://user:pw@host/a/b.tar?X-Amz-Signature=s#f", "https://host/a/b.tar"),
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
         ("pipe:cat x?y", "pipe:cat x?y"),
+        (
+            "pipe:curl -s 'https://u:pw@h/a.tar?b=1&c=2' | tee x?",
+            "pipe:curl -s 'https://h/a.tar' | tee x?",
+        ),
     ],
 )
 def test_messages_have_no_secrets(url: str, named: str) -> None:
