@@ -15,6 +15,7 @@ from mealv2.files import TEMPORARY_PREFIX, whole_file
 from mealv2.locations import PIPE, shown
 
 _LOCK_PREFIX = ".lock-"
+NOTES_PREFIX = ".notes-"  # of files that say what copies are of
 _OLD_NS = 86_400 * 10**9  # a temporary file that nobody can still be writing: of one who was killed
 _PLAIN = re.compile(r"[A-Za-z0-9_.,=@+-]+")
 
@@ -65,7 +66,7 @@ class Cache:
             )
         path = self.path_of(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             if not path.exists():
                 self.trim(size)
                 with whole_file(path) as temporary:
@@ -77,7 +78,7 @@ class Cache:
         files = []
         for where, _, names in os.walk(self.folder):
             for name in names:
-                if name.startswith(_LOCK_PREFIX):
+                if name.startswith((_LOCK_PREFIX, NOTES_PREFIX)):
                     continue
                 path = Path(where, name)
                 with contextlib.suppress(FileNotFoundError):
@@ -122,7 +123,7 @@ def in_use(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Let one thread of one process at a time be here for a path."""
     handle = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

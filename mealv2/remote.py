@@ -104,6 +104,14 @@ def listing(url: str) -> dict[str, File]:
     }
 
 
+def info(url: str) -> File:
+    """Return what a listing says of a file; raises RemoteError."""
+    with _in_words(url, "look at"):
+        system, path = _system(url)
+        entry = system.info(path)
+        return File(int(entry["size"]), _stamp(entry))
+
+
 def _stamp(entry: dict[str, Any]) -> str:
     return str(next((entry[k] for k in ("ETag", "etag", "mtime", "created") if k in entry), ""))
 

@@ -8,13 +8,14 @@ it lacks. A file is put there in one step, and the first one wins (mealv2.remote
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from mealv2 import remote
-from mealv2.cache import Cache, hold
+from mealv2 import label_set, remote
+from mealv2.cache import NOTES_PREFIX, Cache, hold, locked
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import file_sha256, whole_file, write_whole
+from mealv2.files import canonical_json, file_sha256, read_json, whole_file, write_whole
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
 from mealv2.locations import Location, is_url, shown, within
 from pipeline import logs
@@ -31,6 +32,9 @@ class Store(Protocol):
 
     place: str
     folder: Path
+
+    def claim(self, plan: dict[str, Any]) -> None:
+        """Make the place that of a plan's label set; raises as label_set.claim."""
 
     def bring(self, name: str) -> None:
         """See that ``folder`` has a file as it is there."""
@@ -57,6 +61,10 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self.place = str(folder)
         self.folder = folder
+
+    def claim(self, plan: dict[str, Any]) -> None:
+        """Make the folder that of a plan's label set."""
+        label_set.claim(self.folder, plan)
 
     def bring(self, name: str) -> None:
         """Do nothing."""
@@ -106,14 +114,28 @@ class Mirror:
         self.folder = cache.path_of(url.rstrip("/"))
         self._cache = cache
         _held.append(hold(self.folder))
-        self.refresh()
+        self._there: dict[str, remote.File] = {}
+        with self._alone():
+            self._refresh()
 
-    def refresh(self) -> None:
-        """Look what is there now, and bring plan and manifest; removes copies of what is not."""
+    def claim(self, plan: dict[str, Any]) -> None:
+        """Make the place that of a plan's label set; raises as label_set.claim."""
+        with self._alone():
+            self._refresh()
+            label_set.claim(self.folder, plan)
+            if not self._put(PLAN_NAME, replace=False):
+                label_set.claim(self.folder, plan)  # another one was first: is it the same?
+
+    def _refresh(self) -> None:
+        """Look what is there now, and bring plan and manifest."""
         listed = remote.listing(self.url)
         self._there = {name: file for name, file in listed.items() if _OURS.fullmatch(name)}
         for name in (PLAN_NAME, MANIFEST_NAME):
             self._bring_text(name)
+        if PLAN_NAME not in self._there:  # a set that was removed, for plans are put there first
+            for path in self.folder.iterdir():
+                if _OURS.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def bring_set(self, *, whole: bool) -> None:
         """Bring the files of the set that the copy lacks.
@@ -121,6 +143,10 @@ class Mirror:
         Raises LabelSetError where ``whole`` is wanted and the set is not finished, or a file is
         not the one that its manifest lists.
         """
+        with self._alone():
+            self._bring_set(whole=whole)
+
+    def _bring_set(self, *, whole: bool) -> None:
         listed: dict[str, str] = {}
         if MANIFEST_NAME in self._there:
             roles = read_manifest(self.folder)["roles"].values()
@@ -134,8 +160,8 @@ class Mirror:
         wanted = [name for name in self._there if not self._has(name, listed.get(name))]
         self._make_room(wanted)
         with ThreadPoolExecutor(_AT_ONCE, "mealv2-labels") as threads:
-            for _ in threads.map(self._fetch, wanted):
-                pass
+            list(threads.map(self._fetch, wanted))
+        self._note(wanted)
         for name in wanted:
             if whole and name in listed and not self._has(name, listed[name]):
                 raise LabelSetError(
@@ -150,19 +176,22 @@ class Mirror:
         there if it is asked for again, see ``publish``.
         """
         if name in self._there and not self._has(name):
-            self._fetch(name)
+            self.renew(name)
 
     def renew(self, name: str) -> bool:
         """Fetch a file whose copy is not whole, if it is there."""
         if name not in self._there:
             return False
-        self._fetch(name)
+        with self._alone():
+            self._fetch(name)
+            self._note([name])
         return True
 
     def bring_all(self) -> None:
         """Look again what is there, and bring it."""
-        self.refresh()
-        self.bring_set(whole=False)
+        with self._alone():
+            self._refresh()
+            self._bring_set(whole=False)
 
     def _fetch(self, name: str) -> None:
         with whole_file(self.folder / name) as temporary:
@@ -173,11 +202,16 @@ class Mirror:
 
         That one takes its place in the copy.
         """
-        path = self.folder / name
-        is_put = remote.put(within(self.url, name), path, replace=replace)
+        with self._alone():
+            return self._put(name, replace=replace)
+
+    def _put(self, name: str, *, replace: bool) -> bool:
+        url = within(self.url, name)
+        is_put = remote.put(url, self.folder / name, replace=replace)
         if not is_put:
             self._fetch(name)
-        self._there[name] = remote.File(path.stat().st_size, "")
+        self._there[name] = remote.info(url)
+        self._note([name])
         return is_put
 
     def lacks(self, name: str) -> bool:
@@ -186,10 +220,33 @@ class Mirror:
 
     def _has(self, name: str, sha256: str | None = None) -> bool:
         """Return whether the copy has a file as it is there, and as a manifest lists it."""
-        path = self.folder / name
-        if not path.is_file() or path.stat().st_size != self._there[name].size:
+        path, file = self.folder / name, self._there[name]
+        if not path.is_file() or path.stat().st_size != file.size:
             return False
-        return sha256 is None or file_sha256(path) == sha256
+        if sha256 is not None:
+            return file_sha256(path) == sha256
+        return self._notes().get(name) == file.stamp  # one of the same size may take its place
+
+    def _notes(self) -> dict[str, str]:
+        """Return the stamps of the files that the copies are of, by name."""
+        try:
+            notes = read_json(self._beside(NOTES_PREFIX))
+        except (OSError, ValueError):
+            return {}
+        return notes if isinstance(notes, dict) else {}
+
+    def _note(self, names: Iterable[str]) -> None:
+        stamps = {name: self._there[name].stamp for name in names}
+        if stamps:
+            data = canonical_json(self._notes() | stamps).encode()
+            write_whole(self._beside(NOTES_PREFIX), data)
+
+    def _beside(self, prefix: str) -> Path:
+        return self.folder.with_name(f"{prefix}{self.folder.name}")
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Let one process of this machine at a time change the copy: ranks fetch it once."""
+        return locked(self._beside("changes-of-"))
 
     def _make_room(self, names: Iterable[str]) -> None:
         """Remove other copies where there is no room; raises ConfigError where it is too little."""

@@ -19,7 +19,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.finishing import accuracy_of, finish, report_of, say_accuracy
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
-from pipeline.mirror import Store, store_at
+from pipeline.mirror import store_at
 from pipeline.planning import open_roles, shards_plan
 from pipeline.stage_one import ReadSettings, Role, StageOne, requests_of
 
@@ -56,7 +56,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
         return _estimate(config, labeller, roles)
     began = time.monotonic()
     store = store_at(config, config.out)
-    _claim(store, plan)
+    store.claim(plan)
     stage = StageOne(store, plan, labeller, _reading(config, machine))
     if job.is_part:
         return jobs.label_share(job, stage, roles)
@@ -70,13 +70,6 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
         "shards_made": made,
         "seconds": round(time.monotonic() - began, 2),
     }
-
-
-def _claim(store: Store, plan: dict[str, Any]) -> None:
-    """Make a place that of the plan's label set; raises as label_set.claim."""
-    label_set.claim(store.folder, plan)
-    if not store.publish(label_set.PLAN_NAME):
-        label_set.claim(store.folder, plan)  # another one was first: is it the same?
 
 
 def _in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:

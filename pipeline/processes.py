@@ -118,7 +118,8 @@ class _Child:
 
     def made(self) -> int:
         """Return how many shards it made, by its report."""
-        return int(json.loads(self._report.read_text(encoding="utf-8"))["shards_made"])
+        last = self._report.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        return int(json.loads(last)["shards_made"])
 
     def end(self) -> str:
         """Return how it ended, in words."""

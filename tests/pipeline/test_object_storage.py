@@ -277,6 +277,29 @@ def test_a_full_disk_of_copies_is_no_bad_image(
         ViewReader(far, img_size=8).read([(0, (CENTRE,))])
 
 
+def test_a_shard_that_another_machine_made_anew_takes_the_place_of_its_copy(
+    store: Store, here: Path, cache: list[Any], done: Run, contents: Files
+) -> None:
+    """Also one of the same size; then a set that was removed leaves nothing behind here."""
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    store.system.pipe_file(f"{labels}/{name}", b"x" * len(local[name]))
+    store.system.rm(f"{labels}/manifest.json")
+    cache_dir = Path(cache[1])
+    with pytest.raises(AssertionError, match="1 damaged"):
+        done("labels", "finish", labels, *cache)
+    store.system.pipe_file(f"{labels}/{name}", local[name])
+
+    done("labels", "finish", labels, *cache, "--batch-size", 256)
+
+    (copy,) = cache_dir.rglob(name)
+    assert copy.read_bytes() == local[name]
+    store.system.rm(labels, recursive=True)
+    with pytest.raises(AssertionError):
+        done("labels", "status", labels, *cache)
+    assert not [path for path in copy.parent.iterdir() if path.suffix in (".h5", ".json")]
+
+
 @pytest.mark.parametrize(
     "pattern", ["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"]
 )
