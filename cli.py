@@ -5,8 +5,10 @@ imported only when a stage runs. The report goes to stdout as one JSON line, all
 """
 
 import dataclasses
+import difflib
 import errno
 import importlib
+import inspect
 import json
 import sys
 import types
@@ -146,7 +148,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         if report:  # of several ranks the first one has it
             click.echo(json.dumps(report))
 
-    text = f"{config.__doc__}{_arguments(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
+    text = f"{_about(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[name])}"
     command = click.option(
         "--config",
         "config_file",
@@ -191,6 +193,11 @@ def _in_reading_order(config: type[configs.Settings]) -> "list[dataclasses.Field
         dataclasses.fields(config),
         key=lambda f: (f.default is not dataclasses.MISSING, f.name in machine),
     )
+
+
+def _about(config: type[configs.Settings]) -> str:
+    """Return what --help says of a command before its example."""
+    return inspect.cleandoc(config.__doc__ or "") + _arguments(config)
 
 
 def _arguments(config: type[configs.Settings]) -> str:
@@ -428,13 +435,17 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
 
     def command(**values: Any) -> None:
         jobs = importlib.import_module(module_of(f"slurm {name}"))
-        report = jobs.run(config.from_json(values), partial(_checked_command, config.stage))
+        try:
+            report = jobs.run(config.from_json(values), partial(_checked_command, config.stage))
+        except click.NoSuchOption as error:  # it may have been meant for Slurm
+            known = [opt for param in _slurm.commands[name].params for opt in param.opts]
+            near = difflib.get_close_matches(error.option_name, known)
+            if near:
+                error.possibilities, error.ctx = near, click.get_current_context()
+            raise
         click.echo(report if isinstance(report, str) else json.dumps(report))
 
-    text = (
-        f"{config.__doc__}{_arguments(config)}\n\n\b\n"
-        f"Example:\n  {_folded(EXAMPLES[f'slurm {name}'])}"
-    )
+    text = f"{_about(config)}\n\n\b\nExample:\n  {_folded(EXAMPLES[f'slurm {name}'])}"
     for field in reversed(_in_reading_order(config)):
         command = (_rest if field.metadata.get("positional") else _option)(field)(command)
     settings = {"ignore_unknown_options": True}  # they are the stage's, and checked by its command

@@ -51,9 +51,10 @@ def fetch(url: str, path: Path) -> None:
             (_run if url.startswith(PIPE) else _download)(url, path)
         except _BrokenOffError as error:
             if tries == _TRIES:
+                what = "the program" if url.startswith(PIPE) else "the connection"
                 raise RemoteError(
                     f"cannot read {shown(url)}: {error}, {tries} times; nothing is lost: run the "
-                    "same command again when the connection is well"
+                    f"same command again when {what} is well"
                 ) from None
             time.sleep(_PAUSE_S * 2 ** (tries - 1))
         else:

@@ -35,7 +35,7 @@ class Job:
         if unknown:
             raise ConfigError(
                 f"--shard-list names {unknown[0]!r}, which is no shard that this command makes: "
-                f"those are {', '.join(names[:1])} to {', '.join(names[-1:])}"
+                f"such as {', '.join(names[:1])}"
             )
         return listed[self.index :: self.count]
 
@@ -60,7 +60,10 @@ def _names_in(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
-    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        raise ConfigError(f"--shard-list {path} is empty: nothing is to be made")
+    return names
 
 
 def label_share(

@@ -345,7 +345,8 @@ def refuse_failures(source: ImageSource, failed: dict[int, str], policy: OnBadIm
     """Raise DataError naming the first bad image, unless the policy is to skip them."""
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
+        where = "/".join(filter(None, (source.name, source.keys[position])))
         raise DataError(
-            f"cannot read image {source.name}/{source.keys[position]}: {reason}; "
+            f"cannot read image {where}: {reason}; "
             "replace it, or leave such images out with --on-bad-image skip"
         )

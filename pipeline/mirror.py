@@ -88,7 +88,7 @@ class Folder:
 def store_at(config: Caching, place: Location) -> Store:
     """Return where a label set is, or is to be, written. Raises RemoteError, ConfigError."""
     if is_url(place):
-        return Mirror(str(place), cache_of(config))
+        return _mirror(config, str(place))
     return Folder(Path(place))
 
 
@@ -100,9 +100,18 @@ def folder_of(config: Caching, labels: Location, *, whole: bool = True) -> Path:
     """
     if not is_url(labels):
         return Path(labels)
-    mirror = Mirror(str(labels), cache_of(config))
+    mirror = _mirror(config, str(labels))
     mirror.bring_set(whole=whole)
     return mirror.folder
+
+
+def _mirror(config: Caching, url: str) -> "Mirror":
+    if re.match("pipe:|https?:", url):
+        raise ConfigError(
+            f"{shown(url)}: a label set is files in a folder, which a program or a web server "
+            "does not list; give a folder or a bucket"
+        )
+    return Mirror(url, cache_of(config))
 
 
 class Mirror:

@@ -45,8 +45,13 @@ def run(command: list[str], config: Jobs, job: Job) -> int:
 def _wait(children: "list[_Child]", stop: runtime.StopFlag) -> None:
     """Wait until all have ended, and hand a signal on to each."""
     is_told = False
+    said: set[int] = set()
     for child in children:
         while child.process.poll() is None:
+            for other in children:
+                if other.process.poll() and other.number not in said:
+                    said.add(other.number)
+                    logs.say(f"{other.end()}; the others go on")
             if stop.signal_name is not None and not is_told:
                 is_told = True
                 for other in children:
@@ -81,7 +86,8 @@ class _Child:
         self.number = number
         self._report = folder / f"{number}.report"
         settings = config.as_json() | {
-            "job_index": job.index * config.num_procs + number,
+            # of the shards that are this job's, whatever other jobs make of theirs
+            "job_index": job.index + number * job.count,
             "num_jobs": job.count * config.num_procs,
             "num_procs": 1,
         }

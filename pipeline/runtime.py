@@ -166,7 +166,7 @@ def refuse_ranks(command: str) -> None:
         raise AlreadySaid(ConfigError.exit_code)
     raise ConfigError(
         f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; torchrun is "
-        "for distill and finetune"
+        "for distill, finetune and precompute"
     )
 
 

@@ -106,10 +106,14 @@ def check_normalisation(config: Any) -> None:
 
 def num_bytes_of(name: str, text: str) -> int:
     """Return the bytes of a size such as 500MB or 1.5TB, in powers of 1000."""
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kMGT]?)B?", text)
-    num_bytes = 0 if found is None else float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kKMGT]?)B?", text)
+    num_bytes = (
+        0 if found is None else float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
+    )
     if num_bytes < 1:
-        raise ConfigError(f"{flag(name)} must be a size such as 500MB or 100GB, got {text!r}")
+        raise ConfigError(
+            f"{flag(name)} must be a size such as 500MB or 100GB (B, KB, MB, GB, TB), got {text!r}"
+        )
     return int(num_bytes)
 
 

@@ -65,6 +65,8 @@ class SlurmJob(Settings):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[!-~]+", value):
                 raise ConfigError(f"{flag(name)} cannot be {value!r}")
+        if self.time is not None and not re.fullmatch(r"[0-9]+([-:][0-9]+)*", self.time):
+            raise ConfigError(f"--time is minutes, H:MM:SS or D-HH, got {self.time!r}")
         for job in self.after:
             if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
                 raise ConfigError(f"--after {job!r} is no job: give its number")

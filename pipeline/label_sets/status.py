@@ -180,10 +180,15 @@ def _again(config: LabelsStatusConfig, plan: dict[str, Any]) -> str:
     """Return the command that makes what is lacking, with what the plan knows of its words."""
     if "derived" in plan:
         return f"the same {maker_of(plan)} again"
-    teachers = "".join(f" --teacher {teacher['model']}" for teacher in plan["teachers"])
+    teachers = "".join(f" --teacher {_spec(teacher['model'])}" for teacher in plan["teachers"])
     num_views = plan["roles"]["train"]["num_views"]
     words = f"mealv2 precompute --data-dir …{teachers} --num-views {num_views}"
     return f"`{words} … --out {shown(config.labels)}{_list_flag(config)}`, as before"
+
+
+def _spec(model: str) -> str:
+    """Return how a teacher is given: one without a tag has weights of its own somewhere."""
+    return model if "." in model else f"{model}=…"
 
 
 def _list_flag(config: LabelsStatusConfig) -> str:

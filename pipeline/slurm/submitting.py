@@ -136,6 +136,16 @@ def training_words(flags: Iterable[str]) -> list[str]:
     return [*flags, "--auto-resume"] if "--output" in given else [*flags]
 
 
+def refuse_lacking_labels(config: SlurmJob, stage: StageCommand) -> None:
+    """Raise ConfigError for labels that are not there, and that no job before is to make."""
+    labels = getattr(stage.config, "labels", None)
+    if isinstance(labels, Path) and not labels.exists() and not config.after:
+        raise ConfigError(
+            f"--labels {labels}: there is nothing; give a label set, or --after JOB, the job that "
+            "finishes it"
+        )
+
+
 def run_folder(stage: StageCommand) -> Path:
     """Return the folder that a training fills, absolute; raises ConfigError where none is named."""
     if "output" not in stage.options:

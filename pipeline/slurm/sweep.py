@@ -133,6 +133,7 @@ def _students(
         submitting.refuse(stage, *OURS)
         name = ",".join(choice.name for choice in choices)
         folder = submitting.run_folder(stage) / name
+        submitting.refuse_lacking_labels(config, stage)
         if any(folder == student.folder for student in students):
             raise ConfigError(f"--vary makes two students of the same name, {name}")
         students.append(Student(task, folder, checked([*words, "--output", str(folder)])))

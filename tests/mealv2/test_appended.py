@@ -352,6 +352,7 @@ def test_a_read_only_folder_is_named_with_the_flag_to_leave_out(tmp_path, monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("os.link", refuse)  # root may write anywhere, so no chmod would do
-    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("os.replace", refuse)
+    monkeypatch.setattr("mealv2.files._PAUSES_S", ())
     with pytest.raises(LabelSetError, match="no permission; leave out --write-back"):
         append(label_set, PLACES)
