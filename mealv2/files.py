@@ -157,23 +157,23 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> bool:
     An error of a share that lost its reply, or that will not last, is not one: it looks whether the
     file is in place, waits and tries again. Raises OSError.
     """
-    written, put = stamp_of(temporary), os.replace if replace else os.link
+    written, links = stamp_of(temporary), not replace
     pauses = iter(_PAUSES_S)
     while True:
         try:
-            put(temporary, path)
+            (os.link if links else os.replace)(temporary, path)
             return True
         except OSError as error:
             there = stamp_of(path)
             if there is not None and there == written:
                 return True
-            if put is os.link and (there or error.errno == errno.EEXIST):
+            if links and (there or error.errno == errno.EEXIST):
                 return False
             # a share can make up inodes; its temporary file went nowhere else
             if there and written and there[:2] == written[:2] and not temporary.exists():
                 return True
-            if put is os.link and error.errno in _NO_LINKS:
-                put = os.replace  # which may replace an equal file
+            if links and error.errno in _NO_LINKS:
+                links = False  # a rename, which may replace an equal file
                 continue
             pause = next(pauses, None)
             if pause is None or error.errno in _CERTAIN:

@@ -17,7 +17,7 @@ def run(
     stage = checked(submitting.training_words(config.flags))
     submitting.refuse(stage, *OURS)
     out = submitting.run_folder(stage)
-    submitting.refuse_lacking_labels(config, stage)
+    submitting.say_lacking_labels(config, stage)
     report: dict[str, Any] = {"output": str(out), "job": None}
     if (out / logs.REPORT_NAME).exists():
         logs.say(f"{out}: the run came to its end; nothing to submit")

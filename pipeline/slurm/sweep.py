@@ -61,6 +61,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     varied = [_choices(text, config.flags) for text in config.vary]
     students = _students(config, list(itertools.product(*varied)), checked)
     out = students[0].folder.parent
+    submitting.say_lacking_labels(config, students[0].stage)
     todo = [s for s in students if not (s.folder / logs.REPORT_NAME).exists()]
     folders = {str(student.task): str(student.folder) for student in todo}
     report = {"output": str(out), "job": None, "students": len(students), "tasks": folders}
@@ -133,7 +134,6 @@ def _students(
         submitting.refuse(stage, *OURS)
         name = ",".join(choice.name for choice in choices)
         folder = submitting.run_folder(stage) / name
-        submitting.refuse_lacking_labels(config, stage)
         if any(folder == student.folder for student in students):
             raise ConfigError(f"--vary makes two students of the same name, {name}")
         students.append(Student(task, folder, checked([*words, "--output", str(folder)])))
