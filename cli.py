@@ -439,8 +439,10 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
             report = jobs.run(config.from_json(values), partial(_checked_command, config.stage))
         except click.NoSuchOption as error:  # it may have been meant for Slurm
             known = [opt for param in _slurm.commands[name].params for opt in param.opts]
-            near = difflib.get_close_matches(error.option_name, known)
-            if near:
+            near = difflib.get_close_matches(
+                error.option_name, [*known, *(error.possibilities or ())], n=1
+            )
+            if near and near[0] in known:
                 error.possibilities, error.ctx = near, click.get_current_context()
             raise
         click.echo(report if isinstance(report, str) else json.dumps(report))

@@ -62,7 +62,7 @@ def _names_in(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
-        raise ConfigError(f"--shard-list {path} is empty: nothing is to be made")
+        logs.say(f"--shard-list {path} is empty: nothing is to be made")
     return names
 
 

@@ -104,7 +104,7 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     broken = [f"train-0000{n}.h5" for n in range(3)] + ["val-00001.h5"]
     assert listed.read_text().splitlines() == broken
     assert "1 missing and 3 damaged of 6 shards" in result.stderr.splitlines()[-1]
-    for word in ("precompute", "--teacher test_resnet ", "--num-views 4 ", f"--out {labels} "):
+    for word in ("precompute", "--teacher test_resnet=… ", "--num-views 4 ", f"--out {labels} "):
         assert word in report["next"]
     assert f"--shard-list {listed}" in report["next"]
 
