@@ -271,14 +271,9 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
         return write_whole(path, data)
 
     flags = ["pack", "--data-dir", data_dir, "--out", tmp_path / "out", "--workers", 2]
-    # a shell starts what runs in the background without it
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(folder, "write_whole", write)
-            result = run_cli(*flags)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_whole", write)
+        result = run_cli(*flags)
     assert result.code == 4
     assert result.stderr.count("mealv2: ") == 1
     assert result.stderr.endswith("run the same command again to go on\n")
