@@ -203,13 +203,8 @@ def _is_pattern(url: str) -> bool:
 
 
 def _in_folder(url: str, split: str) -> list[str]:
-    if re.match("https?:", url):
-        raise ConfigError(
-            f"a web server does not say what is in {shown(url)}; name the shards, such as "
-            f"{shown(url).rstrip('/')}/{split}-{{000000..000146}}.tar"
-        )
+    there = _tars(url)  # first: a server that lists nothing is refused by the name that was given
     inside = [within(url, f"{split}/{name}") for name in _tars(within(url, split))]
-    there = _tars(url)
     urls = sorted(shards_of(split, url.rstrip("/"), inside, there))
     pack_url = within(url, f"{split}{PACK_SUFFIX}")
     if not inside and (data := remote.read(pack_url)) is not None:

@@ -65,6 +65,16 @@ def finish(
     return manifest
 
 
+def finish_and_tell(
+    store: Store, plan: dict[str, Any], *, batch_size: int | None
+) -> dict[str, Any]:
+    """Finish a set that jobs made, say how good its teachers are, and return its report."""
+    report = report_of(store, finish(store, plan, batch_size=batch_size))
+    if "accuracy" in report:
+        say_accuracy(report["accuracy"], len(plan["classes"]))
+    return report
+
+
 def check_all(
     folder: Path, shards: Sequence[PlannedShard], plan_sha256: str
 ) -> Iterator[CheckedShard | str]:

@@ -34,8 +34,8 @@ class Job:
         unknown = sorted(set(listed) - set(names))
         if unknown:
             raise ConfigError(
-                f"--shard-list names {unknown[0]!r}, which is no shard that this command makes: "
-                f"such as {', '.join(names[:1])}"
+                f"--shard-list names {unknown[0]!r}, which is no shard that this command makes; "
+                f"its shards have names such as {', '.join(names[:1])}"
             )
         return listed[self.index :: self.count]
 

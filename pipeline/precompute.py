@@ -16,7 +16,7 @@ from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline import jobs, logs, measuring, processes, runtime, teachers
 from pipeline.config import PrecomputeConfig
-from pipeline.finishing import accuracy_of, finish, report_of, say_accuracy
+from pipeline.finishing import accuracy_of, finish_and_tell, report_of, say_accuracy
 from pipeline.labelling import Labeller, encoding_of, make_labeller
 from pipeline.loaders import CENTRE
 from pipeline.mirror import store_at
@@ -76,16 +76,15 @@ def _in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
     """Label in processes of the same command, then finish the set unless others are at it too."""
     began = time.monotonic()
     made = processes.run(["precompute"], config, job)
-    if job.is_part:
-        return jobs.report_of(job, store_at(config, config.out), made, began)
     store = store_at(config, config.out)
+    if job.is_part:
+        return jobs.report_of(job, store, made, began)
     plan = label_set.read_plan(store.folder)
     asked = config.batch_size if made and config.batch_size != "auto" else None
-    manifest = finish(store, plan, batch_size=asked)
-    report = report_of(store, manifest)
-    if "accuracy" in report:
-        say_accuracy(report["accuracy"], len(plan["classes"]))
-    return report | {"shards_made": made, "seconds": round(time.monotonic() - began, 2)}
+    return finish_and_tell(store, plan, batch_size=asked) | {
+        "shards_made": made,
+        "seconds": round(time.monotonic() - began, 2),
+    }
 
 
 def _roles(config: PrecomputeConfig) -> list[Role]:

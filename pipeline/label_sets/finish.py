@@ -22,8 +22,5 @@ def run(config: LabelsFinishConfig) -> dict[str, Any]:
         label_set.planned_shards(plan)
     except LabelSetError as error:
         raise LabelSetError(f"cannot finish {store.place}: {error}") from None
-    manifest = finishing.finish(store, plan, batch_size=config.batch_size)
-    report = finishing.report_of(store, manifest)
-    if "accuracy" in report:
-        finishing.say_accuracy(report["accuracy"], len(plan["classes"]))
+    report = finishing.finish_and_tell(store, plan, batch_size=config.batch_size)
     return report | {"seconds": round(time.monotonic() - began, 2)}
