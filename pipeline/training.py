@@ -10,7 +10,6 @@ from typing import Any
 
 from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
 from mealv2.files import canonical_json
-from mealv2.images import fingerprint
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier, save_classifier
 from mealv2.targets import SKIPPED, TAUGHT
@@ -68,7 +67,7 @@ class _Trainer:
         }
         self.ranks.insist(canonical_json(settings), what="settings")
         labels = {name: v for name, v in (self.work.labels or {}).items() if name != "path"}
-        data = [fingerprint(self.work.source), len(self.work.positions), labels]
+        data = [self.work.data_sha256, len(self.work.positions), labels]
         self.ranks.insist(canonical_json({"work": data}), what="images or labels")
 
     def _full_batch(self) -> Request:

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from conftest import Result
+from mealv2 import images
 from mealv2.files import file_sha256
+from mealv2.images import fingerprint_of
 from mealv2.metrics import Evaluation
 from pipeline.ranks import Ranks, pieces
 from warm import Warm, warm_process
@@ -279,6 +282,31 @@ def test_teachers_are_asked_once_about_each_view_and_counted(
     assert two["kl"] == pytest.approx(alone["kl"], rel=1e-4)
     cached = done(*distill_flags, "--epochs", 1, "--output", tmp_path / "cached").report
     assert cached["teacher_forwards"] == 0
+
+
+@pytest.fixture
+def as_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process take the ways of several ranks, of which there is one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(Ranks, "are_several", True)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("as_of_several")
+def test_the_images_are_hashed_once(
+    done: Run, finetune_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def hashed(*args: object) -> str:
+        asked.append(args)
+        return fingerprint_of(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images, "fingerprint_of", hashed)
+    done(*finetune_flags, "--epochs", 1, "--val-split", "none", "--output", run)
+    assert len(asked) == 1
+    assert "data_sha256" in newest(run)
 
 
 # --- stopped, and continued on as many ranks or others ------------------------------------------
