@@ -176,6 +176,7 @@ class _Trainer:
         for _, batch in self.state.window.timed(shown):
             # leave out what could not be read
             refuse_failures(work.source, batch.failed, config.on_bad_image)
+            batch = self.steps.usable(batch)
             place.step += 1
             place.total_steps += 1
             num_views, stopped_by = self.ranks.agree(len(batch.positions), self.stop.signal_name)

@@ -467,6 +467,22 @@ def test_bad_images_are_left_out_and_the_mean_is_over_those_that_are_there(
     assert three["num_images"] == alone["num_images"] == 14
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_last_view_that_skipping_left_does_not_end_a_run_with_batch_normalisation(
+    ranks: Callable[..., Ended],
+    with_bad_image: list[str],
+    run: Path,
+    events: Events,
+    num_ranks: int,
+) -> None:
+    flags = [*with_bad_image, "--on-bad-image", "skip", "--epochs", 1, "--val-split", "none"]
+    ended = ranks(num_ranks, *flags, "--batch-size", 2 * num_ranks, "--output", run)
+    assert ended.codes == [0] * num_ranks, ended.said
+    assert ended.report["steps"] == 18 // num_ranks
+    # alone the step has nothing to learn from; of two ranks the other has
+    assert len(events(run, "train")) == (17 if num_ranks == 1 else 9)
+
+
 def test_what_all_ranks_find_wrong_is_said_once(
     ranks: Callable[..., Ended], finetune_flags: list[str], run: Path
 ) -> None:
