@@ -100,6 +100,7 @@ class _Trainer:
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
+        self._say_where()
         self.steps.say_sizes(self._full_batch())
         try:
             return self._run()
@@ -245,6 +246,16 @@ class _Trainer:
         # each rank has its own statistics of batch normalisation
         self.ranks.same(list(model.buffers()))
         return self.work.evaluator(model, num_classes=model.num_classes, stop=self.stop)
+
+    def _say_where(self) -> None:
+        """Say where a run that was taken up goes on."""
+        epoch, last = self.place.epoch, self.config.epochs
+        if self.place.total_steps == 0 or epoch == last:
+            return
+        logs.say(
+            f"goes on in epoch {epoch + 1}/{last} after {self.place.step} of its "
+            f"{len(self.passes.requests(epoch))} steps ({self.place.total_steps} in all)"
+        )
 
     def _say_start(self, figures: dict[str, float]) -> None:
         """Print how good the teachers and the student are before the first step."""

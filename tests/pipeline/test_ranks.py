@@ -339,7 +339,10 @@ def test_on_as_many_ranks_it_ends_in_the_same_bits(
     done_in: Callable[..., Ended], whole: tuple[list[object], Path], run: Path, step: int
 ) -> None:
     _as_stopped_after(step, whole[1], run)
-    done_in(4, "distill", "--resume", run)
+    ended = done_in(4, "distill", "--resume", run)
+    where = {2: "epoch 1/2 after 2 of its 3 steps", 4: "epoch 2/2 after 1 of its 3 steps"}[step]
+    assert f"goes on in {where} ({step} in all)\n" in ended.said[0]
+    assert ended.said[1:] == [""] * 3
     assert sha256(run) == sha256(whole[1])
     assert (run / "summary.csv").read_bytes() == (whole[1] / "summary.csv").read_bytes()
     one, other = newest(run), newest(whole[1])
@@ -410,7 +413,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_saved(
     assert "stopped by SIGTERM in epoch" in line
     assert line.endswith(f"torchrun … -m mealv2 finetune --resume {run}")
     assert newest(run)["total_steps"] == step
-    done_in(2, "finetune", "--resume", run)
+    resumed = done_in(2, "finetune", "--resume", run)
+    where = f"epoch {1 + step // 3}/2 after {step % 3} of its 3 steps"
+    assert f"goes on in {where} ({step} in all)\n" in "".join(resumed.said)
     assert sha256(run) == sha256(whole)
 
 
