@@ -5,6 +5,7 @@ The only reader of os.environ. It imports nothing heavy, so that the command lin
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def rank() -> Rank:
 def local_rank() -> int | None:
     """Return which process of this machine this is; None where nobody counts them."""
     return rank().local if "LOCAL_RANK" in os.environ else None
+
+
+def refuse_ranks(command: str) -> None:
+    """Raise ConfigError where torchrun started several processes of a command that is for one."""
+    if rank().size > 1:
+        raise ConfigError(
+            f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; "
+            "torchrun is for distill, finetune and precompute"
+        )
+
+
+def has_store() -> bool:
+    """Return whether torchrun keeps a store for this process and others."""
+    with suppress(ConfigError):
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank().size > 1
+    return False
 
 
 def job() -> tuple[int, int, str]:

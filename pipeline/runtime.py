@@ -19,7 +19,7 @@ import mealv2
 from mealv2.errors import ConfigError
 from pipeline import environment
 from pipeline.config import Machine
-from pipeline.ranks import AlreadySaid, Ranks, together
+from pipeline.ranks import Ranks, together
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,21 +105,8 @@ def joined(config: Machine) -> Iterator[Runtime]:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
         backend = "cpu:gloo,cuda:nccl"
-    with together(rank.number, rank.size, attempt=rank.attempt, backend=backend) as ranks:
+    with together(rank, backend=backend) as ranks:
         yield replace(machine, ranks=ranks)
-
-
-def refuse_ranks(command: str) -> None:
-    """Raise ConfigError where torchrun started several processes of a command that is for one."""
-    rank = environment.rank()
-    if rank.size == 1:
-        return
-    if rank.number > 0:
-        raise AlreadySaid(ConfigError.exit_code)
-    raise ConfigError(
-        f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; torchrun is "
-        "for distill, finetune and precompute"
-    )
 
 
 def _with_own_device(config: Machine, local_rank: int) -> Machine:
@@ -134,7 +121,7 @@ def _with_own_device(config: Machine, local_rank: int) -> Machine:
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus > 0:
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU: there are {num_gpus}; use "
+            f"this machine has {num_gpus} GPUs, and more ranks; use "
             f"--nproc-per-node {num_gpus}, or --device cpu"
         )
     return replace(config, device=f"cuda:{local_rank}")

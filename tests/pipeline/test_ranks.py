@@ -497,6 +497,25 @@ def test_what_all_ranks_find_wrong_is_said_once(
     assert "resnet5" in line
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--lr", "much"], "'much' is not a valid float"),
+        (["--momentum", "-1"], "--momentum"),
+        (["--config", "/not/there"], "/not/there"),
+    ],
+)
+def test_wrong_usage_is_said_once_before_ranks_have_met(
+    ranks: Callable[..., Ended], finetune_flags: list[str], wrong: list[str], named: str
+) -> None:
+    ended = ranks(3, *finetune_flags, *wrong)
+    assert ended.codes == [2, 2, 2]
+    (line,) = "".join(ended.said).splitlines()
+    assert line.startswith("mealv2: ")
+    assert named in line
+
+
 def test_ranks_of_different_runs_do_not_train_together(
     warm: Warm, ranks: Callable[..., Ended], finetune_flags: list[str], tmp_path: Path
 ) -> None:

@@ -117,11 +117,12 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     assert went_on.report["steps"] == num_logged(run) == 60
 
 
+@pytest.mark.parametrize("wrong", [["--model", "resnet5"], ["--no-such-flag"]])
 def test_one_word_of_a_rank_that_failed(
-    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path
+    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path, wrong: list[object]
 ) -> None:
     two = ["--standalone", "--nproc-per-node", 2]
-    failed = torchrun(*two, *flags, "--model", "resnet5", "--output", tmp_path / "r").result()
+    failed = torchrun(*two, *flags, *wrong, "--output", tmp_path / "r").result()
     assert failed.code == 1
     assert failed.stderr.count("mealv2: ") == 1
     assert failed.stdout == ""
