@@ -88,6 +88,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
+    if (code := environment.refused()) is not None:
+        sys.exit(code)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -126,6 +128,7 @@ def _command_of(error: click.ClickException) -> str:
 def _fail(message: str, code: int) -> typing.NoReturn:
     if message and _says(message):  # there is none where another rank has said why it ended
         click.echo(f"mealv2: {message}", err=True)
+        environment.leave(code)
     sys.exit(code)
 
 

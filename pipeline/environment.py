@@ -1,4 +1,4 @@
-"""What the environment says of this process: which rank or job it is, where its files are.
+"""What the environment says of this process: which rank or job it is, where its files are to go.
 
 The only reader of os.environ. It imports nothing heavy, so that the command line can ask it.
 """
@@ -9,10 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mealv2.errors import ConfigError
+from mealv2.errors import ConfigError, LabelSetError
+from mealv2.files import write_whole
 
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"
+
+# A command that is wrong, or its label set, is so too when it is tried again.
+_REFUSALS = (ConfigError.exit_code, LabelSetError.exit_code)
+_REFUSED = "MEALV2_REFUSED"  # a file of the job: torchrun hands on no exit code of its ranks
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,20 @@ def has_store() -> bool:
     with suppress(ConfigError):
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank().size > 1
     return False
+
+
+def refused() -> int | None:
+    """Return the exit code with which this job refused to run before; None where it did not."""
+    with suppress(OSError, ValueError):
+        return int(Path(os.environ.get(_REFUSED, "")).read_text(encoding="ascii"))
+    return None
+
+
+def leave(exit_code: int) -> None:
+    """Leave an exit code for who would try the job again, where that would be in vain."""
+    if exit_code in _REFUSALS and (path := os.environ.get(_REFUSED)):
+        with suppress(OSError):
+            write_whole(Path(path), f"{exit_code}\n".encode())
 
 
 def job() -> tuple[int, int, str]:

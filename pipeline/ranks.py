@@ -177,14 +177,19 @@ def together(rank: Rank, *, backend: str) -> Iterator[Ranks]:
     """Meet the other ranks where the environment says (env://), for as long as the block lasts.
 
     Who lost a rank that ended for a reason of its own raises AlreadySaid. Raises ConfigError where
-    there is nobody to meet, MealError where a rank was lost without a word.
+    nothing says whom to meet, MealError where they cannot be met, or one was lost without a word.
     """
     try:
         store = _store(rank)
         dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"the ranks cannot meet ({reason}); start them with torchrun") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"the ranks cannot meet ({_first_line(error)}); start them with torchrun"
+        ) from error
+    except RuntimeError as error:  # a machine that is not there (yet): no fault of the command
+        raise MealError(
+            f"the ranks cannot meet ({_first_line(error)}); start them again"
+        ) from error
     try:
         yield Ranks(rank.number, rank.size)
     except BaseException as error:
@@ -227,6 +232,10 @@ def _store(rank: Rank, **settings: timedelta) -> Any:
     # torchrun keeps one store for all its attempts: without a prefix these ranks would look
     # for each other where those before them listened
     return dist.PrefixStore(f"attempt-{rank.attempt}", store)  # type: ignore[attr-defined]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _is_of_a_lost_rank(error: RuntimeError) -> bool:

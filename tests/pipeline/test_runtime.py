@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mealv2.errors import ConfigError
-from pipeline import environment, runtime
+from pipeline import runtime
 from pipeline.config import EvaluateConfig
 
 
@@ -102,24 +102,3 @@ def test_outside_the_main_thread_handlers_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
-
-
-# --- what torchrun says of a process --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
-def test_a_variable_of_torchrun_that_is_no_number_is_named(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "two")
-    with pytest.raises(ConfigError, match=f"{name} is 'two', and no number: start it"):
-        environment.rank()
-    monkeypatch.setenv("LOCAL_RANK", "one")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="and no number"):
-        runtime.start(config(device="auto"))
-
-
-def test_alone_a_process_is_the_only_rank() -> None:
-    assert environment.rank() == environment.Rank(0, size=1, local=0, attempt=0)
-    assert environment.local_rank() is None
