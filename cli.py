@@ -25,6 +25,7 @@ from mealv2 import recipes
 from mealv2.errors import ConfigError, IncompleteError, MealError
 from mealv2.locations import located
 from pipeline import config as configs
+from pipeline import environment
 
 # A run that is resumed keeps its settings, but for these.
 RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
@@ -87,6 +88,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
+    if (code := environment.refused()) is not None:
+        sys.exit(code)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -123,9 +126,18 @@ def _command_of(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
-    if message:  # there is none where another rank has said it
+    if message and _says(message):  # there is none where another rank has said why it ended
         click.echo(f"mealv2: {message}", err=True)
+        environment.leave(code)
     sys.exit(code)
+
+
+def _says(message: str) -> bool:
+    """Return whether a message is this process's to say: of several ranks the first to find it."""
+    if not environment.has_store():
+        return True
+    said: bool = importlib.import_module("pipeline.ranks").claim(message, environment.rank())
+    return said
 
 
 def _add_command(name: str, config: type[configs.Settings]) -> None:
@@ -138,7 +150,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     def command(**values: Any) -> None:
         settings = _settings_of(config, click.get_current_context())
         if name not in IN_RANKS:
-            importlib.import_module("pipeline.runtime").refuse_ranks(name)
+            environment.refuse_ranks(name)
         stage = importlib.import_module(module_of(name))
         try:
             report = stage.run(settings)

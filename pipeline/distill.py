@@ -7,7 +7,7 @@ from torch import nn
 from mealv2.discriminator import PLATEAUS, Discriminator
 from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
-from pipeline import foresight, labels, runtime, training
+from pipeline import environment, foresight, labels, runtime, training
 from pipeline.config import DistillConfig
 from pipeline.evaluation import Evaluator
 from pipeline.mirror import folder_of
@@ -19,7 +19,7 @@ from pipeline.work import CutMix, Work, make_student
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.train."""
     if config.dry_run:
-        runtime.refuse_ranks("distill --dry-run")
+        environment.refuse_ranks("distill --dry-run")
     with runtime.joined(config) as machine:
         return _distil(config, machine)
 

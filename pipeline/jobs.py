@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, IncompleteError
-from pipeline import logs, runtime
+from pipeline import environment, logs
 from pipeline.config import Jobs
 from pipeline.mirror import Store
 from pipeline.stage_one import Role, StageOne
@@ -49,7 +49,7 @@ def chosen(config: Jobs) -> Job:
     if config.job_index is not None and config.num_jobs is not None:
         index, count, where = config.job_index, config.num_jobs, "--job-index"
     else:
-        index, count, where = runtime.job_of_environment()
+        index, count, where = environment.job()
     if count > 1:
         logs.say(f"job {index} of {count}, counted from 0 ({where})")
     return Job(index, count, listed)

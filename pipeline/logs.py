@@ -17,8 +17,8 @@ from tqdm import tqdm
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, content_of, read_json, write_whole
 from pipeline import checkpoint
+from pipeline.environment import on_terminal
 from pipeline.ranks import speaks
-from pipeline.runtime import on_terminal
 
 T = TypeVar("T")
 REPORT_NAME = "report.json"

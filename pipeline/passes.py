@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import overload
 
 import numpy as np
@@ -72,6 +73,18 @@ class Passes:
         Where a source has groups that should be read together, the images of a batch are in the
         order of the source, so that neighbours in it are neighbours there.
         """
+        return self._made(epoch)
+
+    @cached_property
+    def _made(self) -> Callable[[int], PassRequests]:
+        """What makes the batches of a pass, which takes seconds for a million images.
+
+        The two passes made last are kept: who reads and who trains ask for the same one, and
+        who reads is ahead.
+        """
+        return lru_cache(maxsize=2)(self._make)
+
+    def _make(self, epoch: int) -> PassRequests:
         groups = self._groups()
         order = epoch_order(len(self.positions), seed=self.config.seed, epoch=epoch, groups=groups)
         positions_N = np.asarray(self.positions, dtype=np.int64)[order]

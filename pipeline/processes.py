@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
-from pipeline import logs, runtime
+from pipeline import environment, logs, runtime
 from pipeline.config import Jobs
 from pipeline.jobs import Job
 
@@ -96,7 +96,7 @@ class _Child:
         path = folder / f"{number}.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
         self._words = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
-        self._environment = runtime.environment_of_processes(config.num_procs)
+        self._environment = environment.of_processes(config.num_procs)
 
     def __enter__(self) -> "_Child":
         with self._report.open("wb") as report:

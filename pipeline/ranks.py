@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError, MealError
+from pipeline.environment import Rank
 
 T = TypeVar("T")
 
 _SIGNALS = ("SIGINT", "SIGTERM")
+_CLAIM_TIMEOUT = timedelta(seconds=10)
 _LOST = (
     "another rank ended without a word (killed, or its machine is gone); start the run again with "
     "--resume or --auto-resume, it goes on from its newest checkpoint"
@@ -170,28 +173,25 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 @contextmanager
-def together(rank: int, size: int, *, attempt: int, backend: str) -> Iterator[Ranks]:
+def together(rank: Rank, *, backend: str) -> Iterator[Ranks]:
     """Meet the other ranks where the environment says (env://), for as long as the block lasts.
 
-    ``attempt`` tells the ranks that torchrun started again from those before.
-
-    An error of a rank is told once, however many have it: the others raise AlreadySaid, and so
-    does who lost a rank that told why it ended. Raises ConfigError where there is nobody to meet,
-    MealError where a rank was lost without a word.
+    Who lost a rank that ended for a reason of its own raises AlreadySaid. Raises ConfigError where
+    nothing says whom to meet, MealError where they cannot be met, or one was lost without a word.
     """
-    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
-
     try:
-        store, _, _ = next(rendezvous("env://", rank, size))
-        # torchrun keeps one store for all its attempts: without a prefix these ranks would look
-        # for each other where those before them listened
-        store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"the ranks cannot meet ({reason}); start them with torchrun") from error
+        store = _store(rank)
+        dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size)
+    except ValueError as error:
+        raise ConfigError(
+            f"the ranks cannot meet ({_first_line(error)}); start them with torchrun"
+        ) from error
+    except RuntimeError as error:  # a machine that is not there (yet): no fault of the command
+        raise MealError(
+            f"the ranks cannot meet ({_first_line(error)}); start them again"
+        ) from error
     try:
-        yield Ranks(rank, size)
+        yield Ranks(rank.number, rank.size)
     except BaseException as error:
         # the group is left to the end of the process: to close it might wait for who is gone
         told = _told(error, store)
@@ -207,12 +207,35 @@ def _told(error: BaseException, store: Any) -> BaseException:
         # who ends for a reason of its own has said so before its connections closed
         if _count(store, "ended", 0) > 0:
             return AlreadySaid(MealError.exit_code)
-        error = MealError(_LOST)
-    else:
-        _count(store, "ended", 1)
-    if isinstance(error, MealError | OSError) and _count(store, f"said {error}", 1) > 1:
-        return AlreadySaid(getattr(error, "exit_code", MealError.exit_code))
+        return MealError(_LOST)
+    _count(store, "ended", 1)
     return error
+
+
+def claim(text: str, rank: Rank) -> bool:
+    """Return whether this is the first of torchrun's ranks that wants to say something.
+
+    They need not have met. Where torchrun's store cannot be reached all of them may.
+    """
+    try:
+        store = _store(rank, timeout=_CLAIM_TIMEOUT)
+    except (ValueError, RuntimeError):
+        return True
+    return _count(store, f"said {text}", 1) <= 1
+
+
+def _store(rank: Rank, **settings: timedelta) -> Any:
+    """Return where the ranks of an attempt find each other; raises ValueError or RuntimeError."""
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+    store, _, _ = next(rendezvous("env://", rank.number, rank.size, **settings))
+    # torchrun keeps one store for all its attempts: without a prefix these ranks would look
+    # for each other where those before them listened
+    return dist.PrefixStore(f"attempt-{rank.attempt}", store)  # type: ignore[attr-defined]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _is_of_a_lost_rank(error: RuntimeError) -> bool:

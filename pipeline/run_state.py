@@ -8,7 +8,6 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from mealv2.errors import DataError, LabelSetError
-from mealv2.images import fingerprint
 from mealv2.models import Classifier
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.meters import Meter
@@ -37,7 +36,7 @@ class RunState:
         self._device = machine.device
         self._ranks = machine.ranks
         self._work = work
-        self._data_sha256 = fingerprint(work.source)
+        self._data_sha256 = work.data_sha256
         self.place = Place()
         self.window, self.pass_means = Meter(), Meter()
         self.teacher_forwards = 0

@@ -1,19 +1,14 @@
-"""The machine under a stage: device, ranks, precision, seeds, signals.
-
-The only reader of os.environ.
-"""
+"""The machine under a stage: device, ranks, precision, seeds, signals."""
 
 import os
 import platform
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import metadata
-from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -22,11 +17,11 @@ from torch import nn
 
 import mealv2
 from mealv2.errors import ConfigError
+from pipeline import environment
 from pipeline.config import Machine
-from pipeline.ranks import AlreadySaid, Ranks, together
+from pipeline.ranks import Ranks, together
 
 M = TypeVar("M", bound=nn.Module)
-_GIVE_BOTH = "give --job-index and --num-jobs"
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,8 @@ def _gpu() -> str | None:
     """Return the GPU to use, of several the one of this rank; None where there is none."""
     if not torch.cuda.is_available():
         return None
-    rank = os.environ.get("LOCAL_RANK", "")
-    return gpu_of(int(rank)) if rank.isdecimal() else "cuda"
+    number = environment.local_rank()
+    return "cuda" if number is None else gpu_of(number)
 
 
 def gpu_of(number: int) -> str | None:
@@ -95,87 +90,23 @@ def gpu_of(number: int) -> str | None:
     return f"cuda:{number % count}" if count else None
 
 
-def job_of_environment() -> tuple[int, int, str]:
-    """Return which of how many jobs this is, and the variable that says so; (0, 1, "") for none.
-
-    Raises ConfigError for variables that do not fit each other.
-    """
-    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
-    rank, size = 0, 1
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        rank, size = _numbers("RANK", "WORLD_SIZE")
-        if not 0 <= rank < size or (in_array and size > 1):
-            raise ConfigError(
-                f"RANK is {rank} of WORLD_SIZE {size}{' in a Slurm array' if in_array else ''}: "
-                f"{_GIVE_BOTH}"
-            )
-    if not in_array:
-        return rank, size, "RANK" if size > 1 else ""
-    index, first, last, step, count = _numbers(
-        *(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
-    )
-    number, rest = divmod(index - first, max(1, step))
-    if rest or first + max(1, step) * (count - 1) != last or not 0 <= number < count:
-        raise ConfigError(
-            f"this Slurm array has {count} tasks from {first} to {last} in steps of {step}: not "
-            f"evenly spaced, so that nothing says which {index} is; {_GIVE_BOTH}"
-        )
-    return number, count, "SLURM_ARRAY_TASK_ID"
-
-
-def _numbers(*names: str) -> list[int]:
-    """Return the whole numbers that variables hold."""
-    values = [os.environ.get(name, "") for name in names]
-    for name, value in zip(names, values, strict=True):
-        if not value.isdecimal():
-            raise ConfigError(f"{name} is {value or 'not set'!r}, and no number: {_GIVE_BOTH}")
-    return list(map(int, values))
-
-
-def environment_of_processes(count: int) -> dict[str, str]:
-    """Return the environment of one of several processes that share this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ}
-
-
 @contextmanager
 def joined(config: Machine) -> Iterator[Runtime]:
     """Start a training run's part of the machine: all of it, or that of one of torchrun's ranks.
 
     Raises ConfigError as ``start`` does, and where ranks cannot meet; see ranks.together.
     """
-    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if size == 1:
+    rank = environment.rank()
+    if rank.size == 1:
         yield start(config)
         return
-    machine = start(_with_own_device(config, _number("LOCAL_RANK", rank)))
+    machine = start(_with_own_device(config, rank.local))
     backend = "gloo"
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
         backend = "cpu:gloo,cuda:nccl"
-    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    with together(rank, size, attempt=attempt, backend=backend) as ranks:
+    with together(rank, backend=backend) as ranks:
         yield replace(machine, ranks=ranks)
-
-
-def refuse_ranks(command: str) -> None:
-    """Raise ConfigError where torchrun started several processes of a command that is for one."""
-    if _number("WORLD_SIZE", 1) == 1:
-        return
-    if _number("RANK", 0) > 0:
-        raise AlreadySaid(ConfigError.exit_code)
-    raise ConfigError(
-        f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; torchrun is "
-        "for distill, finetune and precompute"
-    )
-
-
-def _number(name: str, default: int) -> int:
-    """Return a number that torchrun puts into the environment; raises ConfigError for no number."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(f"the environment has {name}={text}: no number; start it with torchrun")
-    return int(text)
 
 
 def _with_own_device(config: Machine, local_rank: int) -> Machine:
@@ -190,7 +121,7 @@ def _with_own_device(config: Machine, local_rank: int) -> Machine:
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus > 0:
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU: there are {num_gpus}; use "
+            f"this machine has {num_gpus} GPUs, and more ranks; use "
             f"--nproc-per-node {num_gpus}, or --device cpu"
         )
     return replace(config, device=f"cuda:{local_rank}")
@@ -216,18 +147,6 @@ def versions() -> dict[str, str]:
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
     found = {name: metadata.version(name) for name in libraries}
     return {"mealv2": mealv2.__version__, "python": platform.python_version(), **found}
-
-
-def cache_folder() -> Path:
-    """Return the folder for copies of remote files that nobody named."""
-    if named := os.environ.get("MEALV2_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mealv2"
-
-
-def on_terminal() -> bool:
-    """Return whether a moving progress bar has somewhere to move."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it

@@ -5,13 +5,13 @@ from mealv2.errors import ConfigError
 from mealv2.images import ImageSource, open_source
 from mealv2.locations import Location, shown
 from mealv2.tar_shards import TarShards
-from pipeline import runtime
+from pipeline import environment
 from pipeline.config import NO_SPLIT, Caching
 
 
 def cache_of(config: Caching) -> Cache:
     """Return the folder that a command keeps copies of remote files in."""
-    return Cache(config.cache_dir or runtime.cache_folder(), config.cache_bytes)
+    return Cache(config.cache_dir or environment.cache_folder(), config.cache_bytes)
 
 
 def open_images(config: Caching, data_dir: Location, split: str) -> ImageSource:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -66,6 +65,16 @@ class Steps:
         sizes = [len(views) for _, views in request]
         least = self._least if self.machine.ranks.are_several else 1
         return self.machine.ranks.share(request, sizes, least=least)
+
+    def usable(self, batch: Pixels) -> Pixels:
+        """Return what there is to learn from of a share; nothing where skipping left too little.
+
+        A share is cut such that batch normalisation can learn from it, but of images that are then
+        found to be damaged all but one view may be left out.
+        """
+        if batch.failed and len(batch.positions) < self._least:
+            return _rows(batch, range(0))
+        return batch
 
     def compile(self, request: Request) -> None:
         """Compile the student for this rank's full micro-batches, as those of a full batch."""
@@ -243,11 +252,11 @@ def _synchronise(machine: Runtime, work: Work) -> None:
     convert_sync_batchnorm(work.student)  # type: ignore[no-untyped-call]
 
 
-def _rows(batch: Pixels, cut: Sequence[int]) -> Pixels:
+def _rows(batch: Pixels, cut: range) -> Pixels:
     """Return some neighbouring rows of a batch."""
     if len(cut) == len(batch.positions):
         return batch
-    rows = slice(cut[0], cut[-1] + 1)
+    rows = slice(cut.start, cut.stop)
     return replace(
         batch,
         images_BCHW=batch.images_BCHW[rows],

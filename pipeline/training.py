@@ -5,23 +5,20 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from mealv2.errors import DataError, LabelSetError, MealError, StoppedError
-from mealv2.files import canonical_json
-from mealv2.images import fingerprint
+from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier, save_classifier
 from mealv2.targets import SKIPPED, TAUGHT
 from mealv2.weights import EXPORT_FOLDER
-from pipeline import checkpoint, logs
+from pipeline import beginning, checkpoint, logs
 from pipeline.config import TrainConfig
 from pipeline.loaders import Pixels, Request, read_views, refuse_failures
 from pipeline.passes import Passes
 from pipeline.prefetch import on_device
 from pipeline.run_state import Place
-from pipeline.runtime import Runtime, StopFlag, StopRequested, seed_rank, stop_on_signal
+from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
 from pipeline.steps import Steps
 from pipeline.work import Work
 
@@ -46,30 +43,15 @@ class _Trainer:
         self.ranks = machine.ranks
         if not work.positions:
             raise DataError(f"{work.source.name} has no image to train on")
-        self._insist_on_the_same_work()
+        beginning.insist_on_the_same_work(config, self.ranks, work)
         self.passes = Passes(config, work.source, work.positions, work.targets)
         self.steps = Steps(config, machine, work)
         self.state = self.steps.state
         if config.compile != "off":
             self.steps.compile(self._full_batch())
-        self.folder = self._open_folder()
+        self.folder = beginning.open_folder(config, self.ranks, work, self.state)
+        self.steps.prepared = self.place.total_steps > 0
         self.state.teacher_forwards += work.teacher_forwards
-
-    def _insist_on_the_same_work(self) -> None:
-        """Raise ConfigError where ranks would train on different things: they would never meet."""
-        if not self.ranks.are_several:
-            return
-        settings = {
-            name: value
-            for name, value in self.config.as_json().items()
-            # a machine's own matter, as is where it has its folders
-            if name not in ("workers", "device")
-            and not isinstance(getattr(self.config, name), Path)
-        }
-        self.ranks.insist(canonical_json(settings), what="settings")
-        labels = {name: v for name, v in (self.work.labels or {}).items() if name != "path"}
-        data = [fingerprint(self.work.source), len(self.work.positions), labels]
-        self.ranks.insist(canonical_json({"work": data}), what="images or labels")
 
     def _full_batch(self) -> Request:
         """Return a request as long as that of a full batch."""
@@ -77,30 +59,13 @@ class _Trainer:
         images = math.ceil(self.config.batch_size / width)
         return [(0, tuple(range(width)))] * min(images, len(self.work.positions))
 
-    def _open_folder(self) -> logs.RunFolder:
-        """Make the run folder, or take up the run that is there; the first rank writes."""
-        config, work, ranks = self.config, self.work, self.ranks
-        goes_on = config.resume is not None and checkpoint.exists(config.resume)
-        if ranks.text("resume" if goes_on else "new") == "resume":
-            return self._resume()
-        if not ranks.is_first:
-            seed_rank(config.seed, rank=ranks.rank, step=0)
-            return logs.OthersFolder(Path(ranks.text("")))
-        folder = logs.RunFolder.create(
-            config.resume or config.output,
-            config.as_json() | {"auto_resume": False},  # it was for finding this run
-            name=f"{work.command}-{config.model}",
-            labels=work.labels,
-        )
-        ranks.text(str(folder.path))
-        return folder
-
     @property
     def place(self) -> Place:
         return self.state.place
 
     def run(self) -> dict[str, Any]:
         logs.say(f"run folder {self.folder.path}")
+        self._say_where()
         self.steps.say_sizes(self._full_batch())
         try:
             return self._run()
@@ -177,6 +142,7 @@ class _Trainer:
         for _, batch in self.state.window.timed(shown):
             # leave out what could not be read
             refuse_failures(work.source, batch.failed, config.on_bad_image)
+            batch = self.steps.usable(batch)
             place.step += 1
             place.total_steps += 1
             num_views, stopped_by = self.ranks.agree(len(batch.positions), self.stop.signal_name)
@@ -245,6 +211,16 @@ class _Trainer:
         # each rank has its own statistics of batch normalisation
         self.ranks.same(list(model.buffers()))
         return self.work.evaluator(model, num_classes=model.num_classes, stop=self.stop)
+
+    def _say_where(self) -> None:
+        """Say where a run that was taken up goes on."""
+        epoch, last = self.place.epoch, self.config.epochs
+        if self.place.total_steps == 0 or epoch == last:
+            return
+        logs.say(
+            f"goes on in epoch {epoch + 1}/{last} after {self.place.step} of its "
+            f"{len(self.passes.requests(epoch))} steps ({self.place.total_steps} in all)"
+        )
 
     def _say_start(self, figures: dict[str, float]) -> None:
         """Print how good the teachers and the student are before the first step."""
@@ -321,33 +297,6 @@ class _Trainer:
         if self.ranks.is_first:
             checkpoint.save(self.folder.path, state, step=step, keep=keep)
         self.ranks.wait()
-
-    def _resume(self) -> logs.RunFolder:
-        """Take up the newest whole checkpoint of the run folder; return the folder."""
-        assert self.config.resume is not None
-        path, state = self._load_newest(self.config.resume)
-        try:
-            self.state.restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise MealError(f"checkpoint {path} is of another run: {reason}") from error
-        self.steps.prepared = self.place.total_steps > 0
-        if not self.ranks.is_first:
-            return logs.OthersFolder(self.config.resume)
-        return logs.RunFolder.reopen(
-            self.config.resume, epoch=self.place.epoch, step=self.place.total_steps
-        )
-
-    def _load_newest(self, run: Path) -> tuple[Path, dict[str, Any]]:
-        """Return the newest whole checkpoint, which the first rank finds, and its state."""
-        if not self.ranks.is_first:
-            path = Path(self.ranks.text(""))
-            return path, checkpoint.load(path)
-        path, state, damaged = checkpoint.load_newest(run)
-        for what in damaged:
-            logs.say(f"{what}; going on from the one before, {path.name}")
-        self.ranks.text(str(path))
-        return path, state
 
 
 def _num_views(request: Request) -> int:

@@ -1,12 +1,13 @@
 """What a run trains and on what: the parts that a stage puts together for the one loop."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from mealv2.cutmix import CutMixTarget
-from mealv2.images import ImageSource
+from mealv2.images import ImageSource, fingerprint
 from mealv2.models import Classifier, Preprocessing, create_classifier
 from mealv2.pixels import Resize
 from mealv2.targets import Targets
@@ -54,6 +55,11 @@ class Work:
     teacher_forwards: int = 0
     legend: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """The fingerprint of the images; seconds for a million of them."""
+        return fingerprint(self.source)
 
     def reader(self) -> ViewReader:
         """Return what reads the views of the images."""

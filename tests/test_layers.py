@@ -52,7 +52,7 @@ def _breaches(name: str, tree: ast.AST, root: Path) -> Iterator[tuple[int, str]]
         for target in _imports(node, name, root):
             if reason := _may_not_import(module, target):
                 yield node.lineno, f"imports {target}: {reason}"
-        if module != "pipeline.runtime" and _reads_environment(node):
+        if module != "pipeline.environment" and _reads_environment(node):
             yield node.lineno, "reads the environment"
         if in_library and isinstance(node, ast.Call) and ast.unparse(node.func) in EXITS:
             yield node.lineno, f"calls {ast.unparse(node.func)}"
@@ -227,7 +227,7 @@ def test_a_planted_breach_is_found(tmp_path: Path, name: str, line: str, named: 
         ("pipeline/bench/__init__.py", "from pipeline.bench import lines"),
         ("mealv2/label_set/reader.py", "import h5py"),
         ("pipeline/distill.py", "from pipeline import evaluation, training"),
-        ("pipeline/runtime.py", "import os\nos.environ['HOME']"),
+        ("pipeline/environment.py", "import os\nos.environ['HOME']"),
         ("pipeline/demo.py", "from pipeline import distill, precompute"),
         ("pipeline/label_sets/merge.py", "from pipeline.label_sets.writing import Writer"),
         ("pipeline/label_sets/verify.py", "from pipeline.label_sets.relabel import relabel"),

@@ -33,7 +33,7 @@ def run(
         },
     )
     stage_text = scripts.command(["mealv2", "distill"], stage.words)
-    text = head + scripts.training(config, stage_text, job='"$SLURM_JOB_ID"')
+    text = head + scripts.training(config, stage_text, job='"$SLURM_JOB_ID"', folder=this.folder)
     words = submitting.sbatch_words(config, this.path("distill"))
     if config.print_:
         return submitting.printed([(words, text)])

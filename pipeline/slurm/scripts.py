@@ -22,6 +22,8 @@ _BEGIN_STEP = """\
 told_to_end=
 trap 'told_to_end=1' TERM
 job={job}
+restarts=${{SLURM_RESTART_COUNT:-0}}
+refused={folder}/refused-"$job.$restarts"
 """
 _AFTER_STEP = """\
 step=$!
@@ -34,10 +36,12 @@ done
 
 # Begin again from the checkpoint: after a preemption, a killed process, a lost node.
 # Not if this shell was told to end: then the job was cancelled, or its time is up.
-restarts=${{SLURM_RESTART_COUNT:-0}}
+# Nor if the command was wrong, or its label set (exit codes 2 and 3, left in a file): it still is.
 state=$(squeue --noheader --jobs="$job" --format=%T)
 echo "the step ended with $code; told to end: ${{told_to_end:-0}}; job $state" >&2
-if [ "$code" -ne 0 ] && [ -z "$told_to_end" ] && [ "$state" = RUNNING ]; then
+if [ "$code" -ne 0 ] && [ -s "$refused" ]; then
+  read -r code <"$refused"
+elif [ "$code" -ne 0 ] && [ -z "$told_to_end" ] && [ "$state" = RUNNING ]; then
   [ "$restarts" -ge {most} ] || {{ scontrol requeue "$job" && sleep 60; }}  # that ends this shell
 fi
 exit "$code"
@@ -111,21 +115,21 @@ def alone(start: str) -> str:
     return f"exec {start}\n"
 
 
-def training(config: SlurmTraining, stage: str, *, job: str) -> str:
+def training(config: SlurmTraining, stage: str, *, job: str, folder: Path) -> str:
     """Return the end of a script that trains: ``stage`` is the shell after ``python -m``.
 
-    ``job`` is what Slurm calls the job, as shell.
+    ``job`` is what Slurm calls the job, as shell; ``folder`` is where scripts are kept.
     """
     if config.nodes * config.procs == 1:
         return alone(f"{command(PYTHON, [])} {stage}")
     step = [
         "srun --kill-on-bad-exit=1 --wait=60"
         + (f" --cpus-per-task={config.cpus_per_task}" if config.cpus_per_task else ""),
-        command([*PYTHON, "torch.distributed.run"], []),
+        f'env MEALV2_REFUSED="$refused" {command([*PYTHON, "torch.distributed.run"], [])}',
         f"--nnodes={config.nodes} --nproc-per-node={config.procs} {_meeting(config.nodes)}",
         f"-m {stage} &",
     ]
-    begin = _BEGIN_STEP.format(job=job)
+    begin = _BEGIN_STEP.format(job=job, folder=shlex.quote(str(folder)))
     if config.nodes > 1:
         begin += 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
     return begin + " \\\n  ".join(step) + "\n" + _AFTER_STEP.format(most=config.max_requeues)

@@ -104,7 +104,7 @@ def _script(
     ]
     stage = scripts.command(["mealv2", "distill"], shared, ['"${student[@]}"'])
     job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
-    return f"{head}{which}\nesac\n\n{scripts.training(config, stage, job=job)}"
+    return f"{head}{which}\nesac\n\n{scripts.training(config, stage, job=job, folder=this.folder)}"
 
 
 def _own(stage: StageCommand, varied: set[str]) -> str:

@@ -16,7 +16,7 @@ from conftest import Result, Spawned
 from mealv2.errors import ConfigError
 from mealv2.files import stamp_of
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
-from pipeline import runtime
+from pipeline import environment
 from pipeline.jobs import Job
 from pipeline.labelling import Answers, Labeller
 from pipeline.stage_one import Role, StageOne
@@ -81,7 +81,7 @@ def test_tasks_of_an_array_are_counted_from_0_wherever_it_begins(
         found = []
         for index in range(first, first + step * count, step):
             in_array(patched, ID=index)
-            found.append(runtime.job_of_environment())
+            found.append(environment.job())
     assert found == [(number, count, "SLURM_ARRAY_TASK_ID") for number in range(count)]
 
 
@@ -101,7 +101,7 @@ def test_an_array_that_is_not_regular_is_refused_naming_the_flags(
 ) -> None:
     in_array(monkeypatch, **values)
     with pytest.raises(ConfigError, match=named) as caught:
-        runtime.job_of_environment()
+        environment.job()
     assert str(caught.value).endswith("give --job-index and --num-jobs")
 
 
@@ -118,7 +118,7 @@ def test_ranks_are_jobs(
 ) -> None:
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    assert runtime.job_of_environment() == found
+    assert environment.job() == found
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_ranks_that_do_not_fit_are_refused(
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=named):
-        runtime.job_of_environment()
+        environment.job()
 
 
 def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
@@ -145,10 +145,10 @@ def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
     in_array(monkeypatch, ID=1, MIN=0, MAX=3, STEP=1, COUNT=4)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert runtime.job_of_environment() == (1, 4, "SLURM_ARRAY_TASK_ID")
+    assert environment.job() == (1, 4, "SLURM_ARRAY_TASK_ID")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK is 0 of WORLD_SIZE 2 in a Slurm array"):
-        runtime.job_of_environment()
+        environment.job()
 
 
 @pytest.mark.parametrize(
@@ -474,10 +474,10 @@ def test_cores_are_shared_by_processes_unless_the_user_says(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert runtime.environment_of_processes(1)["OMP_NUM_THREADS"] == str(cores)
-    assert runtime.environment_of_processes(1000)["OMP_NUM_THREADS"] == "1"
+    assert environment.of_processes(1)["OMP_NUM_THREADS"] == str(cores)
+    assert environment.of_processes(1000)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert runtime.environment_of_processes(2)["OMP_NUM_THREADS"] == "7"
+    assert environment.of_processes(2)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import pipeline.passes
 from conftest import Result
 from mealv2.cutmix import draw_mix
 from mealv2.images import ImageFolder
@@ -16,6 +17,7 @@ from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels, Tar
 from mealv2.task import DistillTask
 from pipeline.config import FinetuneConfig
 from pipeline.loaders import ViewReader, centre_requests, read_views
+from pipeline.order import epoch_order
 from pipeline.passes import Passes
 
 Run = Callable[..., Result]
@@ -191,6 +193,22 @@ def test_batches_of_a_pass_are_a_sequence(data_dir: Path) -> None:
     assert list(made[3:5]) == every[3:5]
     with pytest.raises(IndexError):
         made[9]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_of_a_pass_is_drawn_once(
+    done: Run, finetune_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    drawn: list[int] = []
+
+    def noted(*args: Any, epoch: int, **values: Any) -> Any:
+        drawn.append(epoch)
+        return epoch_order(*args, epoch=epoch, **values)
+
+    monkeypatch.setattr(pipeline.passes, "epoch_order", noted)
+    flags = ["--epochs", 3, "--workers", workers, "--val-split", "none", "--output", run]
+    assert done(*finetune_flags, *flags).report["steps"] == 9
+    assert drawn == [0, 1, 2]
 
 
 # --- --views-per-image --------------------------------------------------------------------------

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from conftest import Result
+from mealv2 import images
 from mealv2.files import file_sha256
+from mealv2.images import fingerprint_of
 from mealv2.metrics import Evaluation
 from pipeline.ranks import Ranks, pieces
 from warm import Warm, warm_process
@@ -281,6 +284,31 @@ def test_teachers_are_asked_once_about_each_view_and_counted(
     assert cached["teacher_forwards"] == 0
 
 
+@pytest.fixture
+def as_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process take the ways of several ranks, of which there is one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(Ranks, "are_several", True)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("as_of_several")
+def test_the_images_are_hashed_once(
+    done: Run, finetune_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def hashed(*args: object) -> str:
+        asked.append(args)
+        return fingerprint_of(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images, "fingerprint_of", hashed)
+    done(*finetune_flags, "--epochs", 1, "--val-split", "none", "--output", run)
+    assert len(asked) == 1
+    assert "data_sha256" in newest(run)
+
+
 # --- stopped, and continued on as many ranks or others ------------------------------------------
 
 
@@ -311,7 +339,10 @@ def test_on_as_many_ranks_it_ends_in_the_same_bits(
     done_in: Callable[..., Ended], whole: tuple[list[object], Path], run: Path, step: int
 ) -> None:
     _as_stopped_after(step, whole[1], run)
-    done_in(4, "distill", "--resume", run)
+    ended = done_in(4, "distill", "--resume", run)
+    where = {2: "epoch 1/2 after 2 of its 3 steps", 4: "epoch 2/2 after 1 of its 3 steps"}[step]
+    assert f"goes on in {where} ({step} in all)\n" in ended.said[0]
+    assert ended.said[1:] == [""] * 3
     assert sha256(run) == sha256(whole[1])
     assert (run / "summary.csv").read_bytes() == (whole[1] / "summary.csv").read_bytes()
     one, other = newest(run), newest(whole[1])
@@ -382,7 +413,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_saved(
     assert "stopped by SIGTERM in epoch" in line
     assert line.endswith(f"torchrun … -m mealv2 finetune --resume {run}")
     assert newest(run)["total_steps"] == step
-    done_in(2, "finetune", "--resume", run)
+    resumed = done_in(2, "finetune", "--resume", run)
+    where = f"epoch {1 + step // 3}/2 after {step % 3} of its 3 steps"
+    assert f"goes on in {where} ({step} in all)\n" in "".join(resumed.said)
     assert sha256(run) == sha256(whole)
 
 
@@ -439,6 +472,22 @@ def test_bad_images_are_left_out_and_the_mean_is_over_those_that_are_there(
     assert three["num_images"] == alone["num_images"] == 14
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_last_view_that_skipping_left_does_not_end_a_run_with_batch_normalisation(
+    ranks: Callable[..., Ended],
+    with_bad_image: list[str],
+    run: Path,
+    events: Events,
+    num_ranks: int,
+) -> None:
+    flags = [*with_bad_image, "--on-bad-image", "skip", "--epochs", 1, "--val-split", "none"]
+    ended = ranks(num_ranks, *flags, "--batch-size", 2 * num_ranks, "--output", run)
+    assert ended.codes == [0] * num_ranks, ended.said
+    assert ended.report["steps"] == 18 // num_ranks
+    # alone the step has nothing to learn from; of two ranks the other has
+    assert len(events(run, "train")) == (17 if num_ranks == 1 else 9)
+
+
 def test_what_all_ranks_find_wrong_is_said_once(
     ranks: Callable[..., Ended], finetune_flags: list[str], run: Path
 ) -> None:
@@ -446,6 +495,25 @@ def test_what_all_ranks_find_wrong_is_said_once(
     assert ended.codes == [2, 2]
     (line,) = ended.lines
     assert "resnet5" in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--lr", "much"], "'much' is not a valid float"),
+        (["--momentum", "-1"], "--momentum"),
+        (["--config", "/not/there"], "/not/there"),
+    ],
+)
+def test_wrong_usage_is_said_once_before_ranks_have_met(
+    ranks: Callable[..., Ended], finetune_flags: list[str], wrong: list[str], named: str
+) -> None:
+    ended = ranks(3, *finetune_flags, *wrong)
+    assert ended.codes == [2, 2, 2]
+    (line,) = "".join(ended.said).splitlines()
+    assert line.startswith("mealv2: ")
+    assert named in line
 
 
 def test_ranks_of_different_runs_do_not_train_together(

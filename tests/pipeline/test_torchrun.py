@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Spawned
+from conftest import Result, Spawned
 from mealv2.files import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -117,14 +117,67 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     assert went_on.report["steps"] == num_logged(run) == 60
 
 
+@pytest.mark.parametrize("wrong", [["--model", "resnet5"], ["--no-such-flag"]])
 def test_one_word_of_a_rank_that_failed(
-    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path
+    torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path, wrong: list[object]
 ) -> None:
     two = ["--standalone", "--nproc-per-node", 2]
-    failed = torchrun(*two, *flags, "--model", "resnet5", "--output", tmp_path / "r").result()
+    failed = torchrun(*two, *flags, *wrong, "--output", tmp_path / "r").result()
     assert failed.code == 1
     assert failed.stderr.count("mealv2: ") == 1
     assert failed.stdout == ""
+
+
+# Slurm as a batch script sees it, on a node of its own.
+_SLURM = {
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "squeue": "echo RUNNING",
+    "scontrol": 'echo "$@" >> scontrol.txt',
+    "sleep": ":",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "requeues"),
+    [
+        (["--initial-checkpoint", "not-there"], 2, 0),
+        (["--labels", "not-there"], 3, 0),
+        (["--lr", "1e30"], 1, 1),
+    ],
+)
+def test_a_job_that_refuses_is_not_begun_again_and_one_that_fails_is(
+    done: Callable[..., Result],
+    distill_flags: list[str],
+    tmp_path: Path,
+    flags: list[str],
+    code: int,
+    requeues: int,
+) -> None:
+    folder = tmp_path / "it's a run"
+    command = ["--nproc-per-node", 2, *distill_flags[1:], *flags, "--output", folder]
+    script = done("slurm", "distill", *command, "--print").stdout
+    folder.joinpath("slurm").mkdir(parents=True)  # where the script would be kept
+    if requeues:
+        script = script.replace("--max-restarts=3", "--max-restarts=0")  # which take their time
+    (tmp_path / "bin").mkdir()
+    for name, text in _SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    ran = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, **own, "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == code, ran.stderr
+    assert ran.stderr.count("mealv2: ") == 1, "also where torchrun starts the ranks again"
+    calls = tmp_path / "scontrol.txt"
+    assert (calls.read_text() if calls.exists() else "") == "requeue 4711\n" * requeues
+    assert (folder / "slurm" / "refused-4711.1").exists() == (not requeues)
 
 
 def _commands() -> list[list[str]]:

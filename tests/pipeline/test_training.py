@@ -312,7 +312,19 @@ def test_stopped_anywhere_and_continued_it_ends_in_the_same_bits(
     assert "stopped by SIGINT" in stopped.stderr
     assert max((run / "checkpoints").iterdir()).name == f"step-{steps:08d}.pt"
     assert not (run / "report.json").exists()
-    assert done("distill", "--resume", run).report["steps"] == 10
+    resumed = done("distill", "--resume", run)
+    assert resumed.report["steps"] == 10
+    where = [line for line in resumed.stderr.splitlines() if line.startswith("goes on in")]
+    assert (
+        where
+        == {
+            0: [],
+            1: ["goes on in epoch 1/2 after 1 of its 5 steps (1 in all)"],
+            3: ["goes on in epoch 1/2 after 3 of its 5 steps (3 in all)"],
+            5: ["goes on in epoch 1/2 after 5 of its 5 steps (5 in all)"],
+            10: ["goes on in epoch 2/2 after 5 of its 5 steps (10 in all)"],
+        }[steps]
+    )
     assert weights(run) == weights(finished)
     assert [row["epoch"] for row in summary(run)] == ["1", "2"]
     assert [row["val_kl"] for row in summary(run)] == [row["val_kl"] for row in summary(finished)]
