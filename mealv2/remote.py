@@ -5,25 +5,32 @@ Credentials are the client's own business (its environment variables and files);
 
 import contextlib
 import errno
+import itertools
 import posixpath
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from mealv2.errors import ConfigError, RemoteError
 from mealv2.locations import PIPE, shown
 
+T = TypeVar("T")
+
 _TRIES = 4  # of a transfer that breaks off; clients try some of their own
 _PAUSE_S = 0.5  # before the second try, twice as long before each other
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+# what clients call that which differs between a file and one that takes its place
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
 _REFUSED = ("Credentials", "AccessKey", "Token", "Signature")  # in the names of clients' errors
 
 
 class File(NamedTuple):
-    """A file in a listing: its size in bytes and what tells it from one that takes its place."""
+    """A file as a server describes it: its size in bytes, 0 where that is not said, and what tells
+    it from one that takes its place, empty where nothing does.
+    """
 
     size: int
     stamp: str
@@ -46,9 +53,20 @@ def fetch(url: str, path: Path) -> None:
     Tries again where a transfer breaks off. Raises RemoteError, ConfigError for a file that is not
     there, OSError where ``path`` cannot be written.
     """
-    for tries in range(1, _TRIES + 1):
+    write = _run if url.startswith(PIPE) else _download
+    _tried(url, lambda: write(url, path))
+
+
+def info(url: str) -> File:
+    """Return what a listing says of a file; raises as ``fetch``."""
+    return _tried(url, lambda: _info(url))
+
+
+def _tried(url: str, action: Callable[[], T]) -> T:
+    """Do something, again where it breaks off; raises RemoteError at last."""
+    for tries in itertools.count(1):
         try:
-            (_run if url.startswith(PIPE) else _download)(url, path)
+            return action()
         except _BrokenOffError as error:
             if tries == _TRIES:
                 what = "the program" if url.startswith(PIPE) else "the connection"
@@ -57,8 +75,7 @@ def fetch(url: str, path: Path) -> None:
                     f"same command again when {what} is well"
                 ) from None
             time.sleep(_PAUSE_S * 2 ** (tries - 1))
-        else:
-            return
+    raise AssertionError("count never ends")
 
 
 def put(url: str, path: Path, *, replace: bool) -> bool:
@@ -105,16 +122,8 @@ def listing(url: str) -> dict[str, File]:
     }
 
 
-def info(url: str) -> File:
-    """Return what a listing says of a file; raises RemoteError."""
-    with _in_words(url, "look at"):
-        system, path = _system(url)
-        entry = system.info(path)
-        return File(int(entry["size"]), _stamp(entry))
-
-
 def _stamp(entry: dict[str, Any]) -> str:
-    return str(next((entry[k] for k in ("ETag", "etag", "mtime", "created") if k in entry), ""))
+    return str(next((entry[name] for name in _STAMPS if entry.get(name)), ""))
 
 
 # --- clients ----------------------------------------------------------------------------------
@@ -140,19 +149,26 @@ def _system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _download(url: str, path: Path) -> None:
+def _info(url: str) -> File:
     with _in_words(url, "read"):
-        system, remote = _system(url)
+        system, path = _system(url)
         try:
-            size = system.info(remote).get("size")
+            entry = system.info(path)
         except FileNotFoundError as error:
             if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
                 raise _BrokenOffError(_reason(error.__cause__ or error)) from None
-            _refuse_missing_bucket(system, url, remote)
+            _refuse_missing_bucket(system, url, path)
             raise ConfigError(f"there is no {shown(url)}") from None
+    return File(int(entry.get("size") or 0), _stamp(entry))
+
+
+def _download(url: str, path: Path) -> None:
+    size = _info(url).size
+    with _in_words(url, "read"):
+        system, remote = _system(url)
         with _broken_off():
             system.get_file(remote, str(path))
-    if size is not None and (got := path.stat().st_size) != size:
+    if size and (got := path.stat().st_size) != size:
         raise _BrokenOffError(f"{got} of {size} bytes came")
 
 

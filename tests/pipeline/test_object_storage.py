@@ -1,8 +1,10 @@
 """Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
 
+import contextlib
 import csv
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from conftest import Result
 from mealv2 import remote, remote_tars
 from mealv2.cache import Cache
-from mealv2.errors import ConfigError, RemoteError
+from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.files import file_sha256
 from mealv2.images import open_source
 from mealv2.remote_tars import RemoteShards, RemoteTar
@@ -319,6 +321,90 @@ def test_shards_in_a_bucket_are_found(
         )
         order = np.random.default_rng(0).permutation(len(local)).tolist()
         assert [far.read(p) for p in order] == [local.read(p) for p in order]
+
+
+def flipped(tar: bytes, image: bytes) -> bytes:
+    """Return a tar file of as many bytes, with another image in the place of one."""
+    assert tar.count(image) == 1
+    return tar.replace(image, image[::-1])
+
+
+@pytest.mark.parametrize("kind", ["s3", "http"])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_shard_that_was_replaced_is_fetched_and_indexed_anew(
+    kind: str, with_index: bool, store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    """Also by one of the same size, of which only the bytes of an image differ."""
+    here = tmp_path / "tars"
+    here.mkdir()
+    tars = sorted(tar_dir.glob("train-*.tar"))[:2]
+    for number, tar in enumerate(tars):
+        (here / f"train-{number}.tar").write_bytes(tar.read_bytes())
+    cache, serving = Cache(tmp_path / "cache", 10**9), contextlib.ExitStack()
+    with serving:
+        if kind == "s3":
+            url = store.upload(here, "images")
+        else:
+            url = f"{serving.enter_context(web_server(here))}/train-{{0..1}}.tar"
+
+        def there() -> list[tuple[str, bytes]]:
+            if with_index:
+                for tar in here.glob("*.tar"):
+                    index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+                    tar.with_name(f"{tar.name}.index").write_bytes(index_bytes(index))
+            if kind == "s3":
+                store.upload(here, "images")
+            far = open_source(url, "train", cache=cache)
+            return [(key, far.read(p)) for p, key in enumerate(far.keys)]
+
+        before, path = there(), here / "train-1.tar"
+        key, image = before[-1]
+        path.write_bytes(flipped(path.read_bytes(), image))
+        os.utime(path, (1e9, 1e9))  # a web server tells seconds
+        after = there()
+
+    assert after == [*before[:-1], (key, image[::-1])]
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_no_bad_image(
+    store: Store, tar_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    far = open_source(url, "train", cache=cache)
+    image = open_source(tar_dir, "train").read(0)
+    for copy in cache.folder.rglob("*.tar"):
+        copy.unlink()  # as another process may, that needs the room
+    for tar in tar_dir.glob("train-*.tar"):
+        data = tar.read_bytes()
+        if image in data:
+            store.system.pipe_file(f"{url}/{tar.name}", flipped(data, image))
+
+    with pytest.raises(RemoteError, match=r"train-\d+\.tar was replaced while it was read"):
+        ViewReader(far, img_size=8).read([(0, (CENTRE,))])
+
+
+def test_a_damaged_shard_and_what_is_no_tar_file_go_by_their_urls(
+    store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    name = "train-000001.tar"
+    store.system.pipe_file(f"{url}/{name}", (tar_dir / name).read_bytes()[:5000])
+    with pytest.raises(DataError, match=f"{url}/{name}") as told:
+        open_source(url, "train", cache=cache)
+    assert str(cache.folder) not in str(told.value)
+
+
+def test_a_damaged_index_of_a_copy_is_made_anew(
+    store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    before = open_source(url, "train", cache=cache)
+    for index in cache.folder.rglob("*.index"):
+        index.write_bytes(b"nonsense")
+
+    after = open_source(url, "train", cache=cache)
+
+    assert list(after.keys) == list(before.keys)
 
 
 def test_shards_come_from_a_web_server_or_a_program_too(tar_dir: Path, tmp_path: Path) -> None:
