@@ -78,24 +78,70 @@ def _tried(url: str, action: Callable[[], T]) -> T:
     raise AssertionError("count never ends")
 
 
-def put(url: str, path: Path, *, replace: bool) -> bool:
+def put(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
     """Put a file where a URL says, in one step, so that nobody ever sees a part of it.
 
-    Without ``replace`` the first one wins, and False says that another was there. Raises
+    The first one wins, and False says that another was there; ``damaged`` gives way if it is still
+    that file, and with ``replace`` any does. S3 compares in the same step (If-None-Match,
+    If-Match). Other clients may pass over that: there it is looked before, and read after, so that
+    of two at the very same time the last one stays, and the first may not hear of it. Raises
     RemoteError.
     """
     with _in_words(url, "write"):
         system, target = _system(url)
+        if replace:
+            system.put_file(str(path), target)
+            return True
+        if "s3" in system.protocol and (damaged is None or damaged.stamp):
+            with contextlib.suppress(_NoConditionsError):
+                return _put_if(system, target, path, damaged)
+        return _put_and_look(system, target, path, damaged)
+
+
+def _put_if(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+    for tries in itertools.count(1):
+        settings: dict[str, Any] = {"mode": "create"}
+        if damaged is not None:
+            # whole, however large: s3fs has no condition for the end of several parts
+            settings = {"IfMatch": damaged.stamp, "chunksize": path.stat().st_size + 1}
         try:
-            system.put_file(str(path), target, **({} if replace else {"mode": "create"}))
+            system.put_file(str(path), target, **settings)
         except FileExistsError:
             return False
-        except NotImplementedError:
-            # a store that cannot say "unless it is there": looking first is the best there is
-            if not replace and system.exists(target):
-                return False
-            system.put_file(str(path), target)
-    return True
+        except FileNotFoundError:
+            if damaged is None:
+                raise
+            damaged = None  # it was removed meanwhile
+        except OSError as error:
+            match _status(error):
+                case 412:  # of a store that does not say which condition
+                    return False
+                case 501:
+                    raise _NoConditionsError from None
+                case 409 if tries < _TRIES:  # another one is writing
+                    time.sleep(_PAUSE_S)
+                case _:
+                    raise
+        else:
+            return True
+    raise AssertionError("count never ends")
+
+
+def _put_and_look(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+    try:
+        there = _file_of(system.info(target))
+    except FileNotFoundError:
+        there = None
+    if there is not None and there != damaged:
+        return False
+    may_ask = there is None and "s3" not in system.protocol  # which has answered already
+    try:
+        system.put_file(str(path), target, **({"mode": "create"} if may_ask else {}))
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError):  # a client that knows no such mode
+        system.put_file(str(path), target)
+    return bytes(system.cat_file(target)) == path.read_bytes()
 
 
 def listing(url: str) -> dict[str, File]:
@@ -116,14 +162,15 @@ def listing(url: str) -> dict[str, File]:
             _refuse_missing_bucket(system, url, path)
             return {}
     return {
-        posixpath.basename(entry["name"]): File(int(entry["size"]), _stamp(entry))
+        posixpath.basename(entry["name"]): _file_of(entry)
         for entry in found
         if entry["type"] == "file" and not entry["name"].endswith("/")
     }
 
 
-def _stamp(entry: dict[str, Any]) -> str:
-    return str(next((entry[name] for name in _STAMPS if entry.get(name)), ""))
+def _file_of(entry: dict[str, Any]) -> File:
+    stamp = next((entry[name] for name in _STAMPS if entry.get(name)), "")
+    return File(int(entry.get("size") or 0), str(stamp))
 
 
 # --- clients ----------------------------------------------------------------------------------
@@ -131,6 +178,16 @@ def _stamp(entry: dict[str, Any]) -> str:
 
 class _BrokenOffError(Exception):
     """A transfer that came to an end too early; another try may succeed."""
+
+
+class _NoConditionsError(Exception):
+    """A store that does not know "unless it is there"."""
+
+
+def _status(error: OSError) -> int:
+    """Return the HTTP status that an error of an S3 client stands for, 0 for none."""
+    response = getattr(error.__cause__, "response", {})
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -159,7 +216,7 @@ def _info(url: str) -> File:
                 raise _BrokenOffError(_reason(error.__cause__ or error)) from None
             _refuse_missing_bucket(system, url, path)
             raise ConfigError(f"there is no {shown(url)}") from None
-    return File(int(entry.get("size") or 0), _stamp(entry))
+    return _file_of(entry)
 
 
 def _download(url: str, path: Path) -> None:

@@ -48,10 +48,11 @@ class Store(Protocol):
     def lacks(self, name: str) -> bool:
         """Return whether a file that ``folder`` has is not there."""
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Put a file of ``folder`` there; return False where another one was first.
 
-        That one takes its place in ``folder``.
+        That one takes its place in ``folder``. With ``damaged`` the one that was found there gives
+        way, with ``replace`` any.
         """
 
 
@@ -80,7 +81,7 @@ class Folder:
         """Return False."""
         return False
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Do nothing: it was published as it was written."""
         return True
 
@@ -132,7 +133,7 @@ class Mirror:
         with self._alone():
             self._refresh()
             label_set.claim(self.folder, plan)
-            if not self._put(PLAN_NAME, replace=False):
+            if not self._put(PLAN_NAME):
                 label_set.claim(self.folder, plan)  # another one was first: is it the same?
 
     def _refresh(self) -> None:
@@ -192,6 +193,7 @@ class Mirror:
         if name not in self._there:
             return False
         with self._alone():
+            self._there[name] = remote.info(within(self.url, name))  # before: it is this or later
             self._fetch(name)
             self._note([name])
         return True
@@ -206,17 +208,20 @@ class Mirror:
         with whole_file(self.folder / name) as temporary:
             remote.fetch(within(self.url, name), temporary)
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Put a file of the copy there; return False where another one was first.
 
-        That one takes its place in the copy.
+        That one takes its place in the copy. With ``damaged`` the one that was last brought gives
+        way: of two jobs that made it anew the first one wins, as far as the store can compare (see
+        mealv2.remote.put).
         """
         with self._alone():
-            return self._put(name, replace=replace)
+            there = self._there.get(name) if damaged else None
+            return self._put(name, replace=replace, damaged=there)
 
-    def _put(self, name: str, *, replace: bool) -> bool:
+    def _put(self, name: str, *, replace: bool = False, damaged: remote.File | None = None) -> bool:
         url = within(self.url, name)
-        is_put = remote.put(url, self.folder / name, replace=replace)
+        is_put = remote.put(url, self.folder / name, replace=replace, damaged=damaged)
         if not is_put:
             self._fetch(name)
         self._there[name] = remote.info(url)

@@ -218,7 +218,7 @@ class StageOne:
         # the first whole shard wins, also one that another job made while this one was at it;
         # what was there at the beginning is damaged, or a dead link, and gives way
         label_set.write_shard(path, shard, damaged=there_was)
-        self.store.publish(path.name, replace=there_was is not None)
+        self.store.publish(path.name, damaged=there_was is not None)
 
     def _shard(self, role: Role, number: int, answers: Answers) -> Shard:
         num_views = len(role.views)

@@ -23,6 +23,7 @@ from mealv2.remote_tars import RemoteShards, RemoteTar
 from mealv2.tar_index import TarIndex, index_bytes
 from mealv2.tar_shards import index_shard
 from pipeline.loaders import CENTRE, ViewReader
+from pipeline.mirror import Mirror
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 
@@ -209,6 +210,41 @@ def test_a_damaged_shard_in_a_bucket_is_made_anew_by_a_machine_that_has_no_copy(
 
     assert report["shards_made"] == 1
     assert {name: store.data(f"labels/{name}") for name in local} == local
+
+
+@pytest.mark.parametrize(
+    "size",
+    [1000, pytest.param(101 << 20, marks=pytest.mark.slow)],  # which goes in parts if it may
+)
+def test_of_two_jobs_that_make_a_damaged_shard_anew_the_first_one_wins(
+    size: int, store: Store, tmp_path: Path
+) -> None:
+    url = f"{store.url}/labels"
+    store.system.pipe_file(f"{url}/plan.json", b"{}")
+    store.system.pipe_file(f"{url}/train-00001.h5", b"damaged")
+    mirrors = [Mirror(url, Cache(tmp_path / str(number), 10**9)) for number in range(2)]
+    for letter, mirror in zip((b"a", b"b"), mirrors, strict=True):
+        mirror.bring("train-00001.h5")
+        assert (mirror.folder / "train-00001.h5").read_bytes() == b"damaged"
+        (mirror.folder / "train-00001.h5").write_bytes(letter * size)
+
+    were_first = [mirror.publish("train-00001.h5", damaged=True) for mirror in mirrors]
+
+    assert were_first == [True, False]
+    assert store.data("labels/train-00001.h5") == b"a" * size
+    assert (mirrors[1].folder / "train-00001.h5").read_bytes() == b"a" * size
+
+
+def test_a_damaged_shard_that_was_removed_meanwhile_is_put(store: Store, tmp_path: Path) -> None:
+    there, new = f"{store.url}/labels/train-00001.h5", tmp_path / "new"
+    store.system.pipe_file(there, b"damaged")
+    damaged = remote.info(there)
+    new.write_bytes(b"whole")
+    store.system.rm(there)
+
+    assert remote.put(there, new, damaged=damaged)
+
+    assert store.data("labels/train-00001.h5") == b"whole"
 
 
 def test_a_damaged_copy_of_a_shard_is_fetched_anew(
