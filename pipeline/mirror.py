@@ -127,14 +127,21 @@ class Mirror:
         self._there: dict[str, remote.File] = {}
         with self._alone():
             self._refresh()
+        self._is_new = True  # nothing was done yet since it was looked what is there
 
     def claim(self, plan: dict[str, Any]) -> None:
         """Make the place that of a plan's label set; raises as label_set.claim."""
         with self._alone():
-            self._refresh()
+            self._look_again()
             label_set.claim(self.folder, plan)
             if not self._put(PLAN_NAME):
                 label_set.claim(self.folder, plan)  # another one was first: is it the same?
+
+    def _look_again(self) -> None:
+        """Look what is there now, but for the first time: that was just done."""
+        if not self._is_new:
+            self._refresh()
+        self._is_new = False
 
     def _refresh(self) -> None:
         """Look what is there now, and bring plan and manifest."""
@@ -201,7 +208,7 @@ class Mirror:
     def bring_all(self) -> None:
         """Look again what is there, and bring it."""
         with self._alone():
-            self._refresh()
+            self._look_again()
             self._bring_set(whole=False)
 
     def _fetch(self, name: str) -> None:

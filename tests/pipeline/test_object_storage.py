@@ -150,6 +150,28 @@ def test_labels_made_in_a_bucket_are_those_made_in_a_folder(
     assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
+def test_a_bucket_is_listed_no_more_than_is_needed(
+    store: Store, here: Path, cache: list[Any], done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each listing is a request for every thousand files; a set may have changed after hours."""
+    labels, listed, listing = store.upload(here / "labels", "labels"), list[str](), remote.listing
+
+    def counted(url: str) -> dict[str, remote.File]:
+        listed.append(url)
+        return listing(url)
+
+    monkeypatch.setattr(remote, "listing", counted)
+
+    done("labels", "finish", labels, *cache)
+
+    assert listed == [labels]
+    mirror = Mirror(labels, Cache(cache[1], 10**9))
+    mirror.bring_all()
+    store.system.rm(f"{labels}/train-00001.h5")
+    mirror.bring_all()
+    assert mirror.lacks("train-00001.h5")
+
+
 def with_batch_size(flags: list[Any]) -> Any:
     return flags[flags.index("--batch-size") + 1]
 
