@@ -97,7 +97,8 @@ def main() -> None:
     except MealError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped; what was finished is kept: run the same command again to go on", 4)
+        advice = "; what was finished is kept: run the same command again to go on"
+        _fail(f"stopped{'' if _is_spoken_for() else advice}", 4)
     except OSError as error:
         if error.errno is None:
             raise
@@ -111,6 +112,12 @@ def main() -> None:
         }.get(error.errno, "")
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
+
+
+def _is_spoken_for() -> bool:
+    """Return whether another process says what to do next; who has loaded no stage asks nobody."""
+    runtime = sys.modules.get("pipeline.runtime")
+    return runtime is not None and runtime.is_spoken_for()
 
 
 def _command_of(error: click.ClickException) -> str:

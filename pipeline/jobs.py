@@ -50,7 +50,7 @@ def chosen(config: Jobs) -> Job:
         index, count, where = config.job_index, config.num_jobs, "--job-index"
     else:
         index, count, where = runtime.job_of_environment()
-    if count > 1:
+    if count > 1 and not runtime.is_spoken_for():
         logs.say(f"job {index} of {count}, counted from 0 ({where})")
     return Job(index, count, listed)
 
@@ -77,16 +77,17 @@ def label_share(
     began = time.monotonic()
     names = [role.planned(n).name for role in roles for n in range(len(role.shards))]
     share = job.share(names)
-    logs.say(f"{len(share)} of {len(names)} shards are this job's")
+    is_spoken_for = runtime.is_spoken_for()
+    what = "process" if is_spoken_for else "job"
+    logs.say(f"{len(share)} of {len(names)} shards are this {what}'s")
     made, failed = stage.label_some(roles, frozenset(share))
     report = report_of(job, stage.store, made, began, last=last)
     report |= {"shards": len(share), "failed": failed}
     if failed:
         first, reason = next(iter(failed.items()))
+        advice = "" if is_spoken_for else "; the same command again makes what is missing"
         raise IncompleteError(
-            f"{len(failed)} of {len(share)} shards failed, first {first} ({reason}); the same "
-            "command again makes what is missing",
-            report,
+            f"{len(failed)} of {len(share)} shards failed, first {first} ({reason}){advice}", report
         )
     return report
 
@@ -95,7 +96,8 @@ def report_of(
     job: Job, store: Store, made: int, began: float, *, last: str | None = None
 ) -> dict[str, Any]:
     """Return the report of a job that did its part, and say what ends a set."""
-    logs.say(f"done; after the last job: {last or f'`mealv2 labels finish {store.place}`'}")
+    if not runtime.is_spoken_for():
+        logs.say(f"done; after the last job: {last or f'`mealv2 labels finish {store.place}`'}")
     return {
         "labels": store.place,
         "job_index": job.index,

@@ -26,6 +26,7 @@ from pipeline.config import Machine
 from pipeline.ranks import AlreadySaid, Ranks, together
 
 M = TypeVar("M", bound=nn.Module)
+_SPOKEN_FOR = "MEALV2_SPOKEN_FOR"
 _GIVE_BOTH = "give --job-index and --num-jobs"
 
 
@@ -133,9 +134,17 @@ def _numbers(*names: str) -> list[int]:
 
 
 def environment_of_processes(count: int) -> dict[str, str]:
-    """Return the environment of one of several processes that share this machine's cores."""
+    """Return the environment of one of several processes that share this machine's cores.
+
+    It says that another process speaks to the user for it.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ, _SPOKEN_FOR: "1"}
+
+
+def is_spoken_for() -> bool:
+    """Return whether this is one of the processes of --num-procs: what to do next is not its."""
+    return _SPOKEN_FOR in os.environ
 
 
 @contextmanager
