@@ -16,7 +16,7 @@ from mealv2.errors import LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, maker_of
 from pipeline import logs, runtime
-from pipeline.mirror import Store
+from pipeline.mirror import Folder, Store
 
 MISSING = "missing"
 _READERS = 4  # shards that are read at once
@@ -61,7 +61,7 @@ def finish(
         **{name: value for name, value in known.items() if value is not None},
     )
     store.publish(label_set.MANIFEST_NAME, replace=True)
-    say_strays(folder)
+    say_strays(store)
     return manifest
 
 
@@ -90,7 +90,7 @@ def _checked(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedS
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return str(error)
+        return logs.told(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
@@ -282,14 +282,19 @@ def strays_of(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def say_strays(folder: Path) -> None:
-    """Say which temporary files are left over; whose they are nobody knows, so they stay."""
-    strays = strays_of(folder)
+def say_strays(store: Store) -> None:
+    """Say which temporary files are left over; whose they are nobody knows, so they stay.
+
+    Those of copies are no user's business: the cache removes them.
+    """
+    if not isinstance(store, Folder):
+        return
+    strays = strays_of(store.folder)
     if not strays:
         return
     old = [name for name, stray in strays.items() if stray["age_s"] > _OLD_S]
     logs.say(
-        f"{folder} holds {len(strays)} temporary files of jobs that were killed or still run "
+        f"{store.place} holds {len(strays)} temporary files of jobs that were killed or still run "
         f"({TEMPORARY_PREFIX}*), {len(old)} of them older than a day; remove them when none runs"
     )
 

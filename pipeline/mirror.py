@@ -124,6 +124,7 @@ class Mirror:
         self.folder = cache.path_of(url.rstrip("/"))
         self._cache = cache
         _held.append(hold(self.folder))
+        logs.name_copy(self.folder, self.place.rstrip("/"))
         self._there: dict[str, remote.File] = {}
         with self._alone():
             self._refresh()
@@ -174,13 +175,15 @@ class Mirror:
             raise LabelSetError(
                 f"{shown(self.url)} {what}; `mealv2 precompute` with it as --out makes one"
             )
-        wanted = [name for name in self._there if not self._has(name, listed.get(name))]
+        # who reads a set wants what its manifest lists; who looks after it, what is there now
+        wanted = [n for n in self._there if not self._has(n, listed.get(n), listed_is_enough=whole)]
         self._make_room(wanted)
         with ThreadPoolExecutor(_AT_ONCE, "mealv2-labels") as threads:
             list(threads.map(self._fetch, wanted))
         self._note(wanted)
         for name in wanted:
-            if whole and name in listed and not self._has(name, listed[name]):
+            has_listed = self._has(name, listed.get(name), listed_is_enough=True)
+            if whole and name in listed and not has_listed:
                 raise LabelSetError(
                     f"{shown(within(self.url, name))} is damaged: not the file that the manifest "
                     "lists (SHA-256); run the command that made the set again"
@@ -239,13 +242,16 @@ class Mirror:
         """Return whether a file was not there when it was last looked."""
         return name not in self._there
 
-    def _has(self, name: str, sha256: str | None = None) -> bool:
+    def _has(self, name: str, sha256: str | None = None, *, listed_is_enough: bool = False) -> bool:
         """Return whether the copy has a file as it is there, and as a manifest lists it."""
         path, file = self.folder / name, self._there[name]
         if not path.is_file() or path.stat().st_size != file.size:
             return False
         if sha256 is not None:
-            return file_sha256(path) == sha256
+            if file_sha256(path) != sha256:
+                return False
+            if listed_is_enough:
+                return True
         return self._notes().get(name) == file.stamp  # one of the same size may take its place
 
     def _notes(self) -> dict[str, str]:

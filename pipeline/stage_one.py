@@ -355,7 +355,7 @@ def _reason(error: Exception) -> str:
     """Return what went wrong, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return logs.told((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _until_stopped(pixels: Iterator[Pixels], stop: runtime.StopFlag) -> Iterator[Pixels]:

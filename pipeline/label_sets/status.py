@@ -13,7 +13,7 @@ from mealv2.errors import IncompleteError, LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_whole
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, maker_of
 from mealv2.label_set.shard import APPENDED_PREFIX
-from mealv2.locations import shown
+from mealv2.locations import is_url, shown
 from pipeline import logs
 from pipeline.config import LabelsStatusConfig
 from pipeline.finishing import MISSING, block_views, check_all, how_many, some, strays_of
@@ -88,7 +88,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         "finished": is_finished,
         "blocks": [block.report() for block in blocks],
         "bytes": sum(entry["bytes"] for block in blocks for entry in block.whole),
-        "strays": strays_of(folder),
+        "strays": {} if is_url(config.labels) else strays_of(folder),  # the cache sees to its own
         "others": _others(folder, names),
         "next": next_command,
     }

@@ -548,6 +548,41 @@ def test_a_missing_bucket_and_a_missing_set_are_said(
     assert "holds no label set" in one_line(run_cli(*flags, *cache), 3)
 
 
+def test_a_damaged_set_in_a_bucket_goes_by_its_url(
+    store: Store,
+    here: Path,
+    tar_dir: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    run_cli: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    assert labels in done("labels", "info", labels, *cache).stderr
+    flags = training_flags(distill_flags, tar_dir, labels)
+    refused = run_cli(*flags, *cache, "--no-reuse-views", "--epochs", 99)
+    store.system.pipe_file(f"{labels}/{name}", b"x" * len(local[name]))
+
+    results = [
+        run_cli("labels", "status", labels, *cache),
+        run_cli("labels", "finish", labels, *cache),
+        refused,
+    ]
+    store.system.pipe_file(f"{labels}/plan.json", b"nonsense")
+    store.system.rm(f"{labels}/manifest.json")
+    results.append(run_cli("labels", "finish", labels, *cache))
+
+    for result in results:
+        assert result.code in (1, 2, 3)
+        assert str(cache[1]) not in result.stderr + result.stdout
+        assert labels in result.stderr
+    assert f"{labels}/{name} is" in results[0].stderr
+    assert f"{labels}/{name}" in results[0].report["blocks"][0]["damaged"][name]
+    assert f"{labels}/plan.json" in one_line(results[-1], 3)
+
+
 def test_a_cut_connection_is_tried_again(store: Store, tar_dir: Path, tmp_path: Path) -> None:
     url, local = store.upload(tar_dir, "images"), open_source(tar_dir, "train")
     cut: list[bytes] = []
