@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.errors import IncompleteError, LabelSetError
+from mealv2.errors import ConfigError, IncompleteError, LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_whole
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, maker_of
 from mealv2.label_set.shard import APPENDED_PREFIX
@@ -57,8 +57,11 @@ class _Block:
 def run(config: LabelsStatusConfig) -> dict[str, Any]:
     """Look at every file of a set; return the report. Raises LabelSetError for what is no set.
 
-    Raises IncompleteError, with the report, where shards or the manifest are lacking.
+    Raises IncompleteError, with the report, where shards or the manifest are lacking, ConfigError
+    for a --list that cannot be written.
     """
+    if config.list_ is not None:
+        _refuse_no_file(config.list_)
     folder = folder_of(config, config.labels, whole=False)
     plan = _plan(folder)
     plan_sha256 = json_sha256(plan)
@@ -102,6 +105,14 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     raise IncompleteError(
         f"{shown(config.labels)} is not finished: {problem}; next: {next_command}", report
     )
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise ConfigError for a --list that could not be written when all was looked at."""
+    if path.is_dir():
+        raise ConfigError(f"--list {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--list {path}: there is no folder {path.parent}; make it first")
 
 
 def _plan(folder: Path) -> dict[str, Any]:
