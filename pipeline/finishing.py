@@ -43,8 +43,9 @@ def finish(
     checked = dict(zip(shards, check_all(folder, shards, plan_sha256), strict=True))
     if broken := {s.name: why for s, why in checked.items() if isinstance(why, str)}:
         raise LabelSetError(
-            f"{store.place}: {how_many(broken)} of {len(shards)} shards ({some(broken)}); run the "
-            f"same {maker_of(plan)} again, then `mealv2 labels finish {store.place}`"
+            f"{store.place}: {how_many(broken)} of {logs.count(len(shards), 'shard')} "
+            f"({some(broken)}); run the same {maker_of(plan)} again, then `mealv2 labels finish "
+            f"{store.place}`"
         )
     whole = [(s.role, found) for s, found in checked.items() if isinstance(found, CheckedShard)]
     entries = {
@@ -117,7 +118,7 @@ def _entry(
     """Return what the manifest says of a role."""
     skipped = skipped_in(shards)
     if skipped:
-        logs.say(f"{role}: {len(skipped)} images skipped, listed in manifest.json")
+        logs.say(f"{role}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
     views = [0, plan["roles"][role]["num_views"]]
     block = {"views": views, "shards": [shard.entry for shard in shards]}
     more = added_blocks(folder, role, block, json_sha256(plan), listed=listed)
@@ -143,8 +144,8 @@ def say_other_files(before: Mapping[str, str], roles: Mapping[str, Any]) -> None
     other = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if other:
         logs.say(
-            f"{len(other)} shards are not those of the manifest that was there "
-            f"({some(sorted(other))}): they were made anew since"
+            f"made anew since the manifest that was there: {logs.count(len(other), 'shard')} "
+            f"({some(sorted(other))})"
         )
 
 
@@ -294,8 +295,9 @@ def say_strays(store: Store) -> None:
         return
     old = [name for name, stray in strays.items() if stray["age_s"] > _OLD_S]
     logs.say(
-        f"{store.place} holds {len(strays)} temporary files of jobs that were killed or still run "
-        f"({TEMPORARY_PREFIX}*), {len(old)} of them older than a day; remove them when none runs"
+        f"{store.place} holds {logs.count(len(strays), 'temporary file')} of jobs that were killed "
+        f"or still run ({TEMPORARY_PREFIX}*), {len(old)} of them older than a day; remove them "
+        "when none runs"
     )
 
 

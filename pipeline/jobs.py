@@ -79,7 +79,7 @@ def label_share(
     share = job.share(names)
     is_spoken_for = runtime.is_spoken_for()
     what = "process" if is_spoken_for else "job"
-    logs.say(f"{len(share)} of {len(names)} shards are this {what}'s")
+    logs.say(f"this {what}'s share: {len(share)} of {logs.count(len(names), 'shard')}")
     made, failed = stage.label_some(roles, frozenset(share))
     report = report_of(job, stage.store, made, began, last=last)
     report |= {"shards": len(share), "failed": failed}
@@ -87,7 +87,9 @@ def label_share(
         first, reason = next(iter(failed.items()))
         advice = "" if is_spoken_for else "; the same command again makes what is missing"
         raise IncompleteError(
-            f"{len(failed)} of {len(share)} shards failed, first {first} ({reason}){advice}", report
+            f"{len(failed)} of {logs.count(len(share), 'shard')} failed, first {first} "
+            f"({reason}){advice}",
+            report,
         )
     return report
 

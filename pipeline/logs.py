@@ -103,6 +103,12 @@ def size_of(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
+def count(number: int, unit: str) -> str:
+    """Return a number of things: 1 shard, 2 shards; also of a unit of several words."""
+    first, space, rest = unit.partition(" of ")
+    return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows as aligned columns, the first row as head, text left and figures right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

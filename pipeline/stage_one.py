@@ -191,7 +191,7 @@ class StageOne:
                 lacking[number] = was
         if len(lacking) < len(numbers):
             there = len(numbers) - len(lacking)
-            logs.say(f"{role.name}: {there} of {len(numbers)} shards are there")
+            logs.say(f"{role.name}: {there} of {logs.count(len(numbers), 'shard')} there")
         return lacking
 
     def _answers(

@@ -100,7 +100,9 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         return report
     broken = {name: why for block in blocks for name, why in block.broken.items()}
     problem = (
-        f"{how_many(broken)} of {len(names)} shards" if broken else "no manifest of its shards"
+        f"{how_many(broken)} of {logs.count(len(names), 'shard')}"
+        if broken
+        else "no manifest of its shards"
     )
     raise IncompleteError(
         f"{shown(config.labels)} is not finished: {problem}; next: {next_command}", report
@@ -231,14 +233,14 @@ def _say(report: dict[str, Any]) -> None:
     for why in damaged[:_SHOWN]:
         logs.say(why)
     if len(damaged) > _SHOWN:
-        logs.say(f"and {len(damaged) - _SHOWN} more damaged shards")
+        logs.say(f"and {logs.count(len(damaged) - _SHOWN, 'more damaged shard')}")
     if strays := report["strays"]:
         oldest = max(stray["age_s"] for stray in strays.values())
         logs.say(
-            f"{len(strays)} temporary files of jobs that were killed or still run, the oldest "
-            f"{logs.duration(oldest)} old"
+            f"{logs.count(len(strays), 'temporary file')} of jobs that were killed or still "
+            f"run, the oldest {logs.duration(oldest)} old"
         )
     if others := report["others"]:
-        logs.say(f"{len(others)} files that are not the set's: {some(others)}")
+        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({some(others)})")
     if report["finished"]:
         logs.say("finished: the manifest is there, of these files")

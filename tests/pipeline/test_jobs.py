@@ -238,7 +238,7 @@ def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
     result = run_cli(*flags)
 
     assert result.code == 0
-    assert "shards are this process's" in result.stderr
+    assert "this process's share: 1 of 6 shards" in result.stderr
     for not_its in ("job", "finish", "again"):
         assert not_its not in result.stderr
 
@@ -481,7 +481,7 @@ def test_processes_of_one_command_give_the_set_of_one(
     assert contents(out) == contents(labels_dir)
     talk = result.stderr
     for number in (0, 1):
-        assert f"[{number}] 3 of 6 shards are this process's" in talk
+        assert f"[{number}] this process's share: 3 of 6 shards" in talk
     for not_theirs in ("--job-index", "labels finish", "again"):
         assert not_theirs not in talk
     assert result.report["shards_made"] == 6

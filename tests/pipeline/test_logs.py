@@ -228,3 +228,9 @@ def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) ->
         "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
     }.items():
         assert logs.told(text) == (told or text)
+
+
+def test_one_thing_has_no_plural() -> None:
+    said = [logs.count(n, "shard") for n in (0, 1, 2)] + [logs.count(1, "file of jobs")]
+    assert said == ["0 shards", "1 shard", "2 shards", "1 file of jobs"]
+    assert logs.count(3, "file of jobs") == "3 files of jobs"
