@@ -98,9 +98,10 @@ def main() -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
     except MealError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_told(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped; what was finished is kept: run the same command again to go on", 4)
+        advice = "; what was finished is kept: run the same command again to go on"
+        _fail(f"stopped{'' if environment.is_spoken_for() else advice}", 4)
     except OSError as error:
         if error.errno is None:
             raise
@@ -114,6 +115,12 @@ def main() -> None:
         }.get(error.errno, "")
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
+
+
+def _told(message: str) -> str:
+    """Return a message of a stage with copies called by what they are copies of."""
+    logs = sys.modules.get("pipeline.logs")
+    return message if logs is None else logs.told(message)
 
 
 def _command_of(error: click.ClickException) -> str:

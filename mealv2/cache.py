@@ -31,23 +31,28 @@ class Cache:
         self.folder = folder
         self.limit = limit
 
-    def path_of(self, url: str) -> Path:
-        """Return where the copy of a URL lies: under names that a person recognises."""
+    def path_of(self, url: str, *, version: str = "") -> Path:
+        """Return where the copy of a URL lies: under names that a person recognises.
+
+        Copies of several ``version`` of a file lie beside each other.
+        """
         if url.startswith(PIPE):
             return self.folder / "pipe" / _digest(url)
         parts = urlsplit(url)
         names = [parts.scheme, parts.netloc.rpartition("@")[2], *parts.path.split("/")]
         safe = [name if _is_plain(name) else _digest(name) for name in names if name]
-        if parts.query:
-            safe[-1] = f"{_digest(parts.query)}-{safe[-1]}"
+        for told in filter(None, (parts.query, version)):
+            safe[-1] = f"{_digest(told)}-{safe[-1]}"
         return self.folder.joinpath(*safe)
 
-    def open(self, url: str, fetch: Callable[[Path], None], *, size: int = 0) -> int:
+    def open(
+        self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
+    ) -> int:
         """Return a descriptor of the copy of a URL; ``fetch`` writes it to a path if need be.
 
         Raises what ``fetch`` does, ConfigError for a file of ``size`` bytes that never fits.
         """
-        path = self.path_of(url)
+        path = self.path_of(url, version=version)
         while True:
             with contextlib.suppress(FileNotFoundError):
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -56,15 +61,17 @@ class Cache:
                     return handle
                 os.close(handle)
                 path.unlink(missing_ok=True)  # of another version of the file
-            self.make(url, fetch, size=size)
+            self.make(url, fetch, size=size, version=version)
 
-    def make(self, url: str, fetch: Callable[[Path], None], *, size: int = 0) -> None:
+    def make(
+        self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
+    ) -> None:
         """See that the copy of a URL is there; raises as ``open``."""
         if size > self.limit:
             raise ConfigError(
                 f"{shown(url)} has {size} bytes, more than --cache-size {self.limit}; give more"
             )
-        path = self.path_of(url)
+        path = self.path_of(url, version=version)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             if not path.exists():

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mealv2.errors import DataError
-from mealv2.files import read_json
+from mealv2.formats import AFRESH, AGAIN, checked_json
 
 INDEX_NAME = "pack.json"
 FORMAT = "mealv2-pack"
 FORMAT_VERSION = 1
-_AGAIN = "run the same `mealv2 pack` again"
 
 
 @dataclass(frozen=True)
@@ -55,26 +54,17 @@ class PackIndex:
         if not path.is_file():
             return None
         try:
-            value = read_json(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"cannot read {path}: {reason}; {_AFRESH}") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise DataError(f"{path} is not an index of `mealv2 pack`; {_AFRESH}")
-        if value.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {value.get('format_version')!r}; this mealv2 knows "
-                f"version {FORMAT_VERSION}"
-            )
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; {AFRESH}") from None
+        known, what = (FORMAT, FORMAT_VERSION), "an index of `mealv2 pack`"
+        value = checked_json(data, str(path), what=what, known=known)
         if (problem := _problem(value)) is not None:
-            raise DataError(f"{path} is damaged: {problem}; {_AFRESH}")
+            raise DataError(f"{path} is damaged: {problem}; {AFRESH}")
         images = value["images"]
         if images is not None:
             images = {key: (sizes[0], sizes[1]) for key, sizes in images.items()}
         return cls(value["jpegtran"], value["data_sha256"], images, value["kept"])
-
-
-_AFRESH = f"remove it and {_AGAIN} into a new folder"
 
 
 def finished_index(folder: Path) -> PackIndex | None:
@@ -84,7 +74,7 @@ def finished_index(folder: Path) -> PackIndex | None:
     """
     index = PackIndex.read(folder)
     if index is not None and index.images is None:
-        raise DataError(f"{folder} is packed in part only; {_AGAIN} to go on")
+        raise DataError(f"{folder} is packed in part only; {AGAIN} to go on")
     return index
 
 
@@ -108,12 +98,12 @@ def original_sizes(
         if size != packed:
             raise DataError(
                 f"{folder / key} has {size} bytes, {INDEX_NAME} says {packed}: it was replaced or "
-                f"damaged; {_AGAIN} to make it anew"
+                f"damaged; {AGAIN} to make it anew"
             )
         originals.append(original)
     if len(keys) < len(index.images):
         lost = min(index.images.keys() - set(keys))
-        raise DataError(f"{folder / lost} is missing; {_AGAIN} to make it anew")
+        raise DataError(f"{folder / lost} is missing; {AGAIN} to make it anew")
     return originals
 
 

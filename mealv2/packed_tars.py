@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from mealv2.errors import DataError
-from mealv2.files import parse_json
+from mealv2.formats import AFRESH, AGAIN, checked_json
 
 FORMAT = "mealv2-tar-pack"
 FORMAT_VERSION = 1
 SUFFIX = ".pack.json"
-_AGAIN = "run the same `mealv2 pack` again"
 
 
 class PackedTar(NamedTuple):
@@ -52,20 +51,11 @@ class TarPack:
     @classmethod
     def of_bytes(cls, data: bytes, name: str) -> Self:
         """Parse the file; raises DataError, calling it ``name``, for what is no such file."""
-        try:
-            value = parse_json(data)
-        except ValueError as error:
-            raise DataError(f"cannot read {name}: {error}; {_AFRESH}") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise DataError(f"{name} is not a list of `mealv2 pack`; {_AFRESH}")
-        if value.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{name} has format version {value.get('format_version')!r}; this mealv2 knows "
-                f"version {FORMAT_VERSION}"
-            )
+        known, what = (FORMAT, FORMAT_VERSION), "a list of `mealv2 pack`"
+        value = checked_json(data, name, what=what, known=known)
         pack = _pack_of(value)
         if pack is None:
-            raise DataError(f"{name} is damaged; {_AFRESH}")
+            raise DataError(f"{name} is damaged; {AFRESH}")
         return cls(*pack)
 
     @classmethod
@@ -77,7 +67,7 @@ class TarPack:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; {_AFRESH}") from None
+            raise DataError(f"cannot read {path}: {error.strerror}; {AFRESH}") from None
 
     def check(self, folder: str, sizes: Mapping[str, int]) -> None:
         """Raise DataError where the tar files of the split in a folder are not those listed.
@@ -85,7 +75,7 @@ class TarPack:
         ``sizes`` are their bytes by name, ``folder`` what to call it.
         """
         if self.shards is None:
-            raise DataError(f"{folder} is packed in part only; {_AGAIN} to go on")
+            raise DataError(f"{folder} is packed in part only; {AGAIN} to go on")
         listed = {shard.name: shard.bytes for shard in self.shards}
         for name, size in sizes.items():
             if name not in listed:
@@ -96,13 +86,10 @@ class TarPack:
             if size != listed[name]:
                 raise DataError(
                     f"{folder}/{name} has {size} bytes, not the {listed[name]} that were packed: "
-                    f"it was replaced or damaged; {_AGAIN} to make it anew"
+                    f"it was replaced or damaged; {AGAIN} to make it anew"
                 )
         if lost := sorted(listed.keys() - sizes.keys()):
-            raise DataError(f"{folder}/{lost[0]} is missing; {_AGAIN} to make it anew")
-
-
-_AFRESH = f"remove it and {_AGAIN} into a new folder"
+            raise DataError(f"{folder}/{lost[0]} is missing; {AGAIN} to make it anew")
 
 
 def pack_path(folder: Path, split: str) -> Path:

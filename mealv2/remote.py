@@ -5,25 +5,32 @@ Credentials are the client's own business (its environment variables and files);
 
 import contextlib
 import errno
+import itertools
 import posixpath
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from mealv2.errors import ConfigError, RemoteError
 from mealv2.locations import PIPE, shown
 
+T = TypeVar("T")
+
 _TRIES = 4  # of a transfer that breaks off; clients try some of their own
 _PAUSE_S = 0.5  # before the second try, twice as long before each other
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+# what clients call that which differs between a file and one that takes its place
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
 _REFUSED = ("Credentials", "AccessKey", "Token", "Signature")  # in the names of clients' errors
 
 
 class File(NamedTuple):
-    """A file in a listing: its size in bytes and what tells it from one that takes its place."""
+    """A file as a server describes it: its size in bytes, 0 where that is not said, and what tells
+    it from one that takes its place, empty where nothing does.
+    """
 
     size: int
     stamp: str
@@ -46,9 +53,20 @@ def fetch(url: str, path: Path) -> None:
     Tries again where a transfer breaks off. Raises RemoteError, ConfigError for a file that is not
     there, OSError where ``path`` cannot be written.
     """
-    for tries in range(1, _TRIES + 1):
+    write = _run if url.startswith(PIPE) else _download
+    _tried(url, lambda: write(url, path))
+
+
+def info(url: str) -> File:
+    """Return what a listing says of a file; raises as ``fetch``."""
+    return _tried(url, lambda: _info(url))
+
+
+def _tried(url: str, action: Callable[[], T]) -> T:
+    """Do something, again where it breaks off; raises RemoteError at last."""
+    for tries in itertools.count(1):
         try:
-            (_run if url.startswith(PIPE) else _download)(url, path)
+            return action()
         except _BrokenOffError as error:
             if tries == _TRIES:
                 what = "the program" if url.startswith(PIPE) else "the connection"
@@ -57,28 +75,73 @@ def fetch(url: str, path: Path) -> None:
                     f"same command again when {what} is well"
                 ) from None
             time.sleep(_PAUSE_S * 2 ** (tries - 1))
-        else:
-            return
+    raise AssertionError("count never ends")
 
 
-def put(url: str, path: Path, *, replace: bool) -> bool:
+def put(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
     """Put a file where a URL says, in one step, so that nobody ever sees a part of it.
 
-    Without ``replace`` the first one wins, and False says that another was there. Raises
+    The first one wins, and False says that another was there; ``damaged`` gives way if it is still
+    that file, and with ``replace`` any does. S3 compares in the same step (If-None-Match,
+    If-Match). Other clients may pass over that: there it is looked before, and read after, so that
+    of two at the very same time the last one stays, and the first may not hear of it. Raises
     RemoteError.
     """
     with _in_words(url, "write"):
         system, target = _system(url)
+        if replace:
+            system.put_file(str(path), target)
+            return True
+        if "s3" in system.protocol and (damaged is None or damaged.stamp):
+            with contextlib.suppress(_NoConditionsError):
+                return _put_if(system, target, path, damaged)
+        return _put_and_look(system, target, path, damaged)
+
+
+def _put_if(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+    for tries in itertools.count(1):
+        settings: dict[str, Any] = {"mode": "create"}
+        if damaged is not None:
+            # whole, however large: s3fs has no condition for the end of several parts
+            settings = {"IfMatch": damaged.stamp, "chunksize": path.stat().st_size + 1}
         try:
-            system.put_file(str(path), target, **({} if replace else {"mode": "create"}))
+            system.put_file(str(path), target, **settings)
         except FileExistsError:
             return False
-        except NotImplementedError:
-            # a store that cannot say "unless it is there": looking first is the best there is
-            if not replace and system.exists(target):
-                return False
-            system.put_file(str(path), target)
-    return True
+        except FileNotFoundError:
+            if damaged is None:
+                raise
+            damaged = None  # it was removed meanwhile
+        except OSError as error:
+            match _status(error):
+                case 412:  # of a store that does not say which condition
+                    return False
+                case 501:
+                    raise _NoConditionsError from None
+                case 409 if tries < _TRIES:  # another one is writing
+                    time.sleep(_PAUSE_S)
+                case _:
+                    raise
+        else:
+            return True
+    raise AssertionError("count never ends")
+
+
+def _put_and_look(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+    try:
+        there = _file_of(system.info(target))
+    except FileNotFoundError:
+        there = None
+    if there is not None and there != damaged:
+        return False
+    may_ask = there is None and "s3" not in system.protocol  # which has answered already
+    try:
+        system.put_file(str(path), target, **({"mode": "create"} if may_ask else {}))
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError):  # a client that knows no such mode
+        system.put_file(str(path), target)
+    return bytes(system.cat_file(target)) == path.read_bytes()
 
 
 def listing(url: str) -> dict[str, File]:
@@ -99,22 +162,15 @@ def listing(url: str) -> dict[str, File]:
             _refuse_missing_bucket(system, url, path)
             return {}
     return {
-        posixpath.basename(entry["name"]): File(int(entry["size"]), _stamp(entry))
+        posixpath.basename(entry["name"]): _file_of(entry)
         for entry in found
         if entry["type"] == "file" and not entry["name"].endswith("/")
     }
 
 
-def info(url: str) -> File:
-    """Return what a listing says of a file; raises RemoteError."""
-    with _in_words(url, "look at"):
-        system, path = _system(url)
-        entry = system.info(path)
-        return File(int(entry["size"]), _stamp(entry))
-
-
-def _stamp(entry: dict[str, Any]) -> str:
-    return str(next((entry[k] for k in ("ETag", "etag", "mtime", "created") if k in entry), ""))
+def _file_of(entry: dict[str, Any]) -> File:
+    stamp = next((entry[name] for name in _STAMPS if entry.get(name)), "")
+    return File(int(entry.get("size") or 0), str(stamp))
 
 
 # --- clients ----------------------------------------------------------------------------------
@@ -122,6 +178,16 @@ def _stamp(entry: dict[str, Any]) -> str:
 
 class _BrokenOffError(Exception):
     """A transfer that came to an end too early; another try may succeed."""
+
+
+class _NoConditionsError(Exception):
+    """A store that does not know "unless it is there"."""
+
+
+def _status(error: OSError) -> int:
+    """Return the HTTP status that an error of an S3 client stands for, 0 for none."""
+    response = getattr(error.__cause__, "response", {})
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -140,19 +206,26 @@ def _system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _download(url: str, path: Path) -> None:
+def _info(url: str) -> File:
     with _in_words(url, "read"):
-        system, remote = _system(url)
+        system, path = _system(url)
         try:
-            size = system.info(remote).get("size")
+            entry = system.info(path)
         except FileNotFoundError as error:
             if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
                 raise _BrokenOffError(_reason(error.__cause__ or error)) from None
-            _refuse_missing_bucket(system, url, remote)
+            _refuse_missing_bucket(system, url, path)
             raise ConfigError(f"there is no {shown(url)}") from None
+    return _file_of(entry)
+
+
+def _download(url: str, path: Path) -> None:
+    size = _info(url).size
+    with _in_words(url, "read"):
+        system, remote = _system(url)
         with _broken_off():
             system.get_file(remote, str(path))
-    if size is not None and (got := path.stat().st_size) != size:
+    if size and (got := path.stat().st_size) != size:
         raise _BrokenOffError(f"{got} of {size} bytes came")
 
 

@@ -10,11 +10,12 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from mealv2 import remote
 from mealv2.cache import Cache
-from mealv2.errors import ConfigError, RemoteError
+from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.files import file_sha256, write_whole
 from mealv2.locations import PIPE, beside, file_name, shown, within
 from mealv2.packed_tars import SUFFIX as PACK_SUFFIX
@@ -44,14 +45,22 @@ class RemoteTar:
         self._url = url
         self._cache = cache
         self._sha256 = ""
+        self._has_index = False
+        self._there: remote.File | None = None  # as it was when its samples were found
+        self._version = ""  # what its copy is told by from those of files it has replaced
         self.size = 0  # 0: not known
 
     def index(self) -> ShardIndex:
         """Return its samples, from the index beside it, or by reading it once.
 
-        Raises DataError, RemoteError.
+        Raises DataError, RemoteError, ConfigError where it is not there.
         """
-        index = self._index_there() or self._index_here()
+        index = self._index_there()
+        self._has_index = index is not None
+        if index is not None:
+            self._version = index.sha256
+        else:
+            index = self._index_here()
         self.size, self._sha256 = index.num_bytes, index.sha256
         return index.images
 
@@ -61,7 +70,7 @@ class RemoteTar:
         Raises RemoteError, also where the copy cannot be written: the image is none the worse.
         """
         try:
-            return self._cache.open(self._url, self._fetch, size=self.size)
+            return self._cache.open(self._url, self._fetch, size=self.size, version=self._version)
         except OSError as error:
             raise RemoteError(
                 f"cannot keep a copy of {self.name}: {error.strerror or error}: "
@@ -71,7 +80,7 @@ class RemoteTar:
 
     def fetch(self) -> None:
         """See that the copy is there."""
-        self._cache.make(self._url, self._fetch, size=self.size)
+        self._cache.make(self._url, self._fetch, size=self.size, version=self._version)
 
     def _index_there(self) -> TarIndex | None:
         if self._url.startswith(PIPE):
@@ -81,10 +90,17 @@ class RemoteTar:
         return None if data is None else index_of_bytes(data, shown(url))
 
     def _index_here(self) -> TarIndex:
-        """Return the index of a file that has none beside it; kept beside the copy."""
-        copy = self._cache.path_of(self._url)
+        """Return the index of a file that has none beside it; kept beside the copy.
+
+        It is that of the very file that is there, as far as the server tells files apart; what a
+        program prints is taken for the same.
+        """
+        if not self._url.startswith(PIPE):
+            self._there = remote.info(self._url)
+            self._version = f"{self._there.size} {self._there.stamp}"
+        copy = self._cache.path_of(self._url, version=self._version)
         path = copy.with_name(copy.name + INDEX_SUFFIX)
-        if path.is_file():
+        with suppress(OSError, DataError):  # one that is missing or damaged is made anew
             return index_of_bytes(path.read_bytes(), str(path))
         while True:
             self.fetch()
@@ -92,15 +108,23 @@ class RemoteTar:
                 index = TarIndex(index_shard(copy), copy.stat().st_size, file_sha256(copy))
             except FileNotFoundError:
                 continue  # another process needed the room
+            except DataError as error:
+                raise DataError(str(error).replace(str(copy), self.name)) from None
             write_whole(path, index_bytes(index))
             return index
 
     def _fetch(self, path: Path) -> None:
         remote.fetch(self._url, path)
+        if self._there is not None and remote.info(self._url) != self._there:
+            raise RemoteError(
+                f"{self.name} was replaced while it was read; run the same command again"
+            )
         if self._sha256 and file_sha256(path) != self._sha256:
             raise RemoteError(
                 f"{self.name} is not the file that its index describes (SHA-256); put both there "
                 "anew, as `mealv2 pack` made them"
+                if self._has_index
+                else f"{self.name} is no longer what it was; run the same command again"
             )
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.errors import DataError
-from mealv2.files import parse_json, write_whole
+from mealv2.files import write_whole
+from mealv2.formats import AGAIN, checked_json
 
 SUFFIX = ".index"
 FORMAT = "mealv2-tar-index"
@@ -104,27 +105,18 @@ def index_of_bytes(data: bytes, name: str) -> TarIndex:
     """
     own = _OWN_SHA256.search(data)
     if own is None:
-        raise DataError(f"{name} is no index of a tar file; {_AFRESH}")
+        raise DataError(f"{name} is not an index of a tar file; {_AFRESH}")
     if sha256(_with_own_sha256(data, "0" * 64)).hexdigest().encode() != own[1]:
         raise DataError(f"{name} is damaged: it fails its own SHA-256; {_AFRESH}")
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        raise DataError(f"{name} is damaged: {error}; {_AFRESH}") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise DataError(f"{name} is no index of a tar file; {_AFRESH}")
-    if value.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{name} has format version {value.get('format_version')!r}; this mealv2 knows "
-            f"version {FORMAT_VERSION}: remove it to do without, or pack again"
-        )
+    known, what = (FORMAT, FORMAT_VERSION), "an index of a tar file"
+    value = checked_json(data, name, what=what, known=known, advice=_AFRESH)
     index = _index_of(value)
     if index is None:
         raise DataError(f"{name} is damaged: it describes no tar file; {_AFRESH}")
     return index
 
 
-_AFRESH = "remove it to do without, or run the same `mealv2 pack` again"
+_AFRESH = f"remove it to do without, or {AGAIN}"
 
 
 def _with_own_sha256(data: bytes, digits: str) -> bytes:

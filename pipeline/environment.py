@@ -17,6 +17,7 @@ _GIVE_BOTH = "give --job-index and --num-jobs"
 
 # A command that is wrong, or its label set, is so too when it is tried again.
 _REFUSALS = (ConfigError.exit_code, LabelSetError.exit_code)
+_SPOKEN_FOR = "MEALV2_SPOKEN_FOR"
 _REFUSED = "MEALV2_REFUSED"  # a file of the job: torchrun hands on no exit code of its ranks
 
 
@@ -117,9 +118,17 @@ def _number(name: str, default: int | None = None, *, advice: str) -> int:
 
 
 def of_processes(count: int) -> dict[str, str]:
-    """Return the environment of one of several processes that share this machine's cores."""
+    """Return the environment of one of several processes that share this machine's cores.
+
+    It says that another process speaks to the user for it.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ, _SPOKEN_FOR: "1"}
+
+
+def is_spoken_for() -> bool:
+    """Return whether this is one of the processes of --num-procs: what to do next is not its."""
+    return _SPOKEN_FOR in os.environ
 
 
 def cache_folder() -> Path:

@@ -13,16 +13,30 @@ from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from pipeline import logs
 from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.loaders import Request, ViewReader, centre_requests, read_views, refuse_failures
+from pipeline.loaders import (
+    CENTRE,
+    Request,
+    ViewReader,
+    centre_requests,
+    read_views,
+    refuse_failures,
+)
 from pipeline.prefetch import on_device
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, pieces
 from pipeline.runtime import Runtime, StopFlag, StopRequested
 
 
 def centre_shares(source: ImageSource, batch_size: int, ranks: Ranks) -> list[Request]:
-    """Return requests for the centre crops of all images; of several ranks, for a share of each."""
-    requests = centre_requests(range(len(source)), batch_size)
-    return [ranks.share(request, [1] * len(request)) for request in requests]
+    """Return requests for the centre crops of all images; of several ranks, for this one's.
+
+    Each takes neighbours, which lie in few files, in as many requests as the others: some may be
+    empty.
+    """
+    positions = ranks.share(range(len(source)), [1] * len(source))
+    if not ranks.are_several:
+        return centre_requests(positions, batch_size)
+    cuts = pieces([1] * len(positions), -(-len(source) // batch_size))
+    return [[(p, (CENTRE,)) for p in positions[cut.start : cut.stop]] for cut in cuts]
 
 
 class LabelTable(Protocol):

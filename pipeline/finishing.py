@@ -16,7 +16,7 @@ from mealv2.errors import LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, maker_of
 from pipeline import logs, runtime
-from pipeline.mirror import Store
+from pipeline.mirror import Folder, Store
 
 MISSING = "missing"
 _READERS = 4  # shards that are read at once
@@ -43,8 +43,9 @@ def finish(
     checked = dict(zip(shards, check_all(folder, shards, plan_sha256), strict=True))
     if broken := {s.name: why for s, why in checked.items() if isinstance(why, str)}:
         raise LabelSetError(
-            f"{store.place}: {how_many(broken)} of {len(shards)} shards ({some(broken)}); run the "
-            f"same {maker_of(plan)} again, then `mealv2 labels finish {store.place}`"
+            f"{store.place}: {how_many(broken)} of {logs.count(len(shards), 'shard')} "
+            f"({some(broken)}); run the same {maker_of(plan)} again, then `mealv2 labels finish "
+            f"{store.place}`"
         )
     whole = [(s.role, found) for s, found in checked.items() if isinstance(found, CheckedShard)]
     entries = {
@@ -61,7 +62,7 @@ def finish(
         **{name: value for name, value in known.items() if value is not None},
     )
     store.publish(label_set.MANIFEST_NAME, replace=True)
-    say_strays(folder)
+    say_strays(store)
     return manifest
 
 
@@ -90,7 +91,7 @@ def _checked(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedS
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return str(error)
+        return logs.told(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
@@ -117,7 +118,7 @@ def _entry(
     """Return what the manifest says of a role."""
     skipped = skipped_in(shards)
     if skipped:
-        logs.say(f"{role}: {len(skipped)} images skipped, listed in manifest.json")
+        logs.say(f"{role}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
     views = [0, plan["roles"][role]["num_views"]]
     block = {"views": views, "shards": [shard.entry for shard in shards]}
     more = added_blocks(folder, role, block, json_sha256(plan), listed=listed)
@@ -143,8 +144,8 @@ def say_other_files(before: Mapping[str, str], roles: Mapping[str, Any]) -> None
     other = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if other:
         logs.say(
-            f"{len(other)} shards are not those of the manifest that was there "
-            f"({some(sorted(other))}): they were made anew since"
+            f"made anew since the manifest that was there: {logs.count(len(other), 'shard')} "
+            f"({some(sorted(other))})"
         )
 
 
@@ -282,15 +283,21 @@ def strays_of(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def say_strays(folder: Path) -> None:
-    """Say which temporary files are left over; whose they are nobody knows, so they stay."""
-    strays = strays_of(folder)
+def say_strays(store: Store) -> None:
+    """Say which temporary files are left over; whose they are nobody knows, so they stay.
+
+    Those of copies are no user's business: the cache removes them.
+    """
+    if not isinstance(store, Folder):
+        return
+    strays = strays_of(store.folder)
     if not strays:
         return
     old = [name for name, stray in strays.items() if stray["age_s"] > _OLD_S]
     logs.say(
-        f"{folder} holds {len(strays)} temporary files of jobs that were killed or still run "
-        f"({TEMPORARY_PREFIX}*), {len(old)} of them older than a day; remove them when none runs"
+        f"{store.place} holds {logs.count(len(strays), 'temporary file')} of jobs that were killed "
+        f"or still run ({TEMPORARY_PREFIX}*), {len(old)} of them older than a day; remove them "
+        "when none runs"
     )
 
 

@@ -50,7 +50,7 @@ def chosen(config: Jobs) -> Job:
         index, count, where = config.job_index, config.num_jobs, "--job-index"
     else:
         index, count, where = environment.job()
-    if count > 1:
+    if count > 1 and not environment.is_spoken_for():
         logs.say(f"job {index} of {count}, counted from 0 ({where})")
     return Job(index, count, listed)
 
@@ -77,15 +77,18 @@ def label_share(
     began = time.monotonic()
     names = [role.planned(n).name for role in roles for n in range(len(role.shards))]
     share = job.share(names)
-    logs.say(f"{len(share)} of {len(names)} shards are this job's")
+    is_spoken_for = environment.is_spoken_for()
+    what = "process" if is_spoken_for else "job"
+    logs.say(f"this {what}'s share: {len(share)} of {logs.count(len(names), 'shard')}")
     made, failed = stage.label_some(roles, frozenset(share))
     report = report_of(job, stage.store, made, began, last=last)
     report |= {"shards": len(share), "failed": failed}
     if failed:
         first, reason = next(iter(failed.items()))
+        advice = "" if is_spoken_for else "; the same command again makes what is missing"
         raise IncompleteError(
-            f"{len(failed)} of {len(share)} shards failed, first {first} ({reason}); the same "
-            "command again makes what is missing",
+            f"{len(failed)} of {logs.count(len(share), 'shard')} failed, first {first} "
+            f"({reason}){advice}",
             report,
         )
     return report
@@ -95,7 +98,8 @@ def report_of(
     job: Job, store: Store, made: int, began: float, *, last: str | None = None
 ) -> dict[str, Any]:
     """Return the report of a job that did its part, and say what ends a set."""
-    logs.say(f"done; after the last job: {last or f'`mealv2 labels finish {store.place}`'}")
+    if not environment.is_spoken_for():
+        logs.say(f"done; after the last job: {last or f'`mealv2 labels finish {store.place}`'}")
     return {
         "labels": store.place,
         "job_index": job.index,

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import sys
 import threading
 import time
@@ -30,10 +31,26 @@ _LINE_EVERY_S = 10.0
 tqdm.set_lock(threading.RLock())
 
 
+_copies: dict[str, str] = {}  # what the user calls it that a folder is a copy of
+
+
+def name_copy(folder: Path, place: str) -> None:
+    """Call a folder of copies, and the files in it, by the place that they are copies of."""
+    _copies[str(folder)] = place
+
+
+def told(text: str) -> str:
+    """Return a message with copies called by what they are copies of."""
+    for folder, place in _copies.items():
+        copy = rf"{re.escape(folder)}(?![\w=@+-]|[.,][\w=@+-])"  # not the start of a longer name
+        text = re.sub(copy, place.replace("\\", r"\\"), text)
+    return text
+
+
 def say(text: str) -> None:
     """Print a line of talk to stderr, around a progress bar if there is one; first rank only."""
     if speaks():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(told(text), file=sys.stderr)
 
 
 def progress(
@@ -84,6 +101,12 @@ def size_of(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def count(number: int, unit: str) -> str:
+    """Return a number of things: 1 shard, 2 shards; also of a unit of several words."""
+    first, space, rest = unit.partition(" of ")
+    return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
 
 
 def table(rows: list[list[str]]) -> str:

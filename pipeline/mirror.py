@@ -48,10 +48,11 @@ class Store(Protocol):
     def lacks(self, name: str) -> bool:
         """Return whether a file that ``folder`` has is not there."""
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Put a file of ``folder`` there; return False where another one was first.
 
-        That one takes its place in ``folder``.
+        That one takes its place in ``folder``. With ``damaged`` the one that was found there gives
+        way, with ``replace`` any.
         """
 
 
@@ -80,7 +81,7 @@ class Folder:
         """Return False."""
         return False
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Do nothing: it was published as it was written."""
         return True
 
@@ -123,17 +124,25 @@ class Mirror:
         self.folder = cache.path_of(url.rstrip("/"))
         self._cache = cache
         _held.append(hold(self.folder))
+        logs.name_copy(self.folder, self.place.rstrip("/"))
         self._there: dict[str, remote.File] = {}
         with self._alone():
             self._refresh()
+        self._is_new = True  # nothing was done yet since it was looked what is there
 
     def claim(self, plan: dict[str, Any]) -> None:
         """Make the place that of a plan's label set; raises as label_set.claim."""
         with self._alone():
-            self._refresh()
+            self._look_again()
             label_set.claim(self.folder, plan)
-            if not self._put(PLAN_NAME, replace=False):
+            if not self._put(PLAN_NAME):
                 label_set.claim(self.folder, plan)  # another one was first: is it the same?
+
+    def _look_again(self) -> None:
+        """Look what is there now, but for the first time: that was just done."""
+        if not self._is_new:
+            self._refresh()
+        self._is_new = False
 
     def _refresh(self) -> None:
         """Look what is there now, and bring plan and manifest."""
@@ -166,13 +175,15 @@ class Mirror:
             raise LabelSetError(
                 f"{shown(self.url)} {what}; `mealv2 precompute` with it as --out makes one"
             )
-        wanted = [name for name in self._there if not self._has(name, listed.get(name))]
+        # who reads a set wants what its manifest lists; who looks after it, what is there now
+        wanted = [n for n in self._there if not self._has(n, listed.get(n), listed_is_enough=whole)]
         self._make_room(wanted)
         with ThreadPoolExecutor(_AT_ONCE, "mealv2-labels") as threads:
             list(threads.map(self._fetch, wanted))
         self._note(wanted)
         for name in wanted:
-            if whole and name in listed and not self._has(name, listed[name]):
+            has_listed = self._has(name, listed.get(name), listed_is_enough=True)
+            if whole and name in listed and not has_listed:
                 raise LabelSetError(
                     f"{shown(within(self.url, name))} is damaged: not the file that the manifest "
                     "lists (SHA-256); run the command that made the set again"
@@ -192,6 +203,7 @@ class Mirror:
         if name not in self._there:
             return False
         with self._alone():
+            self._there[name] = remote.info(within(self.url, name))  # before: it is this or later
             self._fetch(name)
             self._note([name])
         return True
@@ -199,24 +211,27 @@ class Mirror:
     def bring_all(self) -> None:
         """Look again what is there, and bring it."""
         with self._alone():
-            self._refresh()
+            self._look_again()
             self._bring_set(whole=False)
 
     def _fetch(self, name: str) -> None:
         with whole_file(self.folder / name) as temporary:
             remote.fetch(within(self.url, name), temporary)
 
-    def publish(self, name: str, *, replace: bool = False) -> bool:
+    def publish(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Put a file of the copy there; return False where another one was first.
 
-        That one takes its place in the copy.
+        That one takes its place in the copy. With ``damaged`` the one that was last brought gives
+        way: of two jobs that made it anew the first one wins, as far as the store can compare (see
+        mealv2.remote.put).
         """
         with self._alone():
-            return self._put(name, replace=replace)
+            there = self._there.get(name) if damaged else None
+            return self._put(name, replace=replace, damaged=there)
 
-    def _put(self, name: str, *, replace: bool) -> bool:
+    def _put(self, name: str, *, replace: bool = False, damaged: remote.File | None = None) -> bool:
         url = within(self.url, name)
-        is_put = remote.put(url, self.folder / name, replace=replace)
+        is_put = remote.put(url, self.folder / name, replace=replace, damaged=damaged)
         if not is_put:
             self._fetch(name)
         self._there[name] = remote.info(url)
@@ -227,13 +242,16 @@ class Mirror:
         """Return whether a file was not there when it was last looked."""
         return name not in self._there
 
-    def _has(self, name: str, sha256: str | None = None) -> bool:
+    def _has(self, name: str, sha256: str | None = None, *, listed_is_enough: bool = False) -> bool:
         """Return whether the copy has a file as it is there, and as a manifest lists it."""
         path, file = self.folder / name, self._there[name]
         if not path.is_file() or path.stat().st_size != file.size:
             return False
         if sha256 is not None:
-            return file_sha256(path) == sha256
+            if file_sha256(path) != sha256:
+                return False
+            if listed_is_enough:
+                return True
         return self._notes().get(name) == file.stamp  # one of the same size may take its place
 
     def _notes(self) -> dict[str, str]:

@@ -16,13 +16,15 @@ from pipeline.config import Jobs
 from pipeline.jobs import Job
 
 _LOOK_EVERY_S = 0.1
+_STOPPED = "stopped; what was finished is kept: run the same command again to go on"
 
 
 def run(command: list[str], config: Jobs, job: Job) -> int:
     """Run `mealv2 COMMAND` in --num-procs processes; return how many shards they made.
 
-    Their talk comes with their number before it. Ctrl-C and SIGTERM are handed on. Raises MealError
-    where one failed, after all have ended: nothing that they made is lost.
+    Their talk comes with their number before it. Ctrl-C and SIGTERM are handed on, and end this
+    process as they do one: by StoppedError, by the signal. Raises MealError where one failed, after
+    all have ended: nothing that they made is lost.
     """
     with tempfile.TemporaryDirectory(prefix="mealv2-") as folder:
         children = [
@@ -33,11 +35,10 @@ def run(command: list[str], config: Jobs, job: Job) -> int:
                 stack.enter_context(child)
             _wait(children, stop)
         if stop.signal_name == "SIGTERM":
+            logs.say(f"mealv2: {len(children)} processes {_STOPPED}")
             signal.raise_signal(signal.SIGTERM)  # and end by it: schedulers requeue what it killed
         if stop.signal_name is not None:
-            raise StoppedError(
-                "stopped; what was finished is kept: run the same command again to go on"
-            )
+            raise StoppedError(f"{len(children)} processes {_STOPPED}")
         _refuse_failures(children)
         return sum(child.made() for child in children)
 

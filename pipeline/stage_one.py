@@ -191,7 +191,7 @@ class StageOne:
                 lacking[number] = was
         if len(lacking) < len(numbers):
             there = len(numbers) - len(lacking)
-            logs.say(f"{role.name}: {there} of {len(numbers)} shards are there")
+            logs.say(f"{role.name}: {there} of {logs.count(len(numbers), 'shard')} there")
         return lacking
 
     def _answers(
@@ -218,7 +218,7 @@ class StageOne:
         # the first whole shard wins, also one that another job made while this one was at it;
         # what was there at the beginning is damaged, or a dead link, and gives way
         label_set.write_shard(path, shard, damaged=there_was)
-        self.store.publish(path.name, replace=there_was is not None)
+        self.store.publish(path.name, damaged=there_was is not None)
 
     def _shard(self, role: Role, number: int, answers: Answers) -> Shard:
         num_views = len(role.views)
@@ -355,7 +355,7 @@ def _reason(error: Exception) -> str:
     """Return what went wrong, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return logs.told((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _until_stopped(pixels: Iterator[Pixels], stop: runtime.StopFlag) -> Iterator[Pixels]:

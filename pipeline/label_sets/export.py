@@ -54,7 +54,7 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
         "bytes": num_bytes,
     }
     write_whole(config.out / _REPORT_NAME, canonical_json(report).encode())
-    logs.say(f"{config.out}: {len(files)} files, {logs.size_of(num_bytes)}")
+    logs.say(f"{config.out}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
     return {"out": str(config.out), **report}
 
 

@@ -79,13 +79,14 @@ def _say_plan(folder: Path, plan: dict[str, Any]) -> None:
 def _say_role(name: str, role: dict[str, Any]) -> None:
     _line(
         name,
-        f"{role['images']} images x {role['views']} views, {role['shards']} shards, "
+        f"{logs.count(role['images'], 'image')} x {logs.count(role['views'], 'view')}, "
+        f"{logs.count(role['shards'], 'shard')}, "
         f"{logs.size_of(role['bytes'])}, {role['bytes_per_view']:.1f} bytes a label",
     )
     if role["skipped"]:
-        _line("", f"{role['skipped']} images skipped")
+        _line("", f"{logs.count(role['skipped'], 'image')} skipped")
     if role["appended_rows"]:
-        _line("", f"{role['appended_rows']} labels appended")
+        _line("", f"{logs.count(role['appended_rows'], 'label')} appended")
     if "accuracy" in role:
         _line("", f"ensemble top-1 {role['accuracy']['ensemble']['top1']:.2f}")
 

@@ -38,7 +38,9 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     _, files = train.blocks[0]
     keys = [key for file in files for key in file.all_keys()]
     if config.parts > len(keys):
-        raise ConfigError(f"--parts {config.parts}: {config.labels} has {len(keys)} images")
+        raise ConfigError(
+            f"--parts {config.parts}: {config.labels} has {logs.count(len(keys), 'image')}"
+        )
     borders = [len(keys) * part // config.parts for part in range(config.parts + 1)]
     parts = [set(keys[a:b]) for a, b in itertools.pairwise(borders)]
     # rows can have been appended of images that the set has no views of: to the last part
@@ -47,7 +49,7 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     reports = []
     for number, (folder, part) in enumerate(zip(folders, parts, strict=True)):
         reports.append(_write_part(folder, f"part {number} of {config.parts}", roles, part))
-        logs.say(f"{folder}: {reports[-1]['images']} images")
+        logs.say(f"{folder}: {logs.count(reports[-1]['images'], 'image')}")
     return {"labels": str(config.labels), "parts": reports}
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.errors import IncompleteError, LabelSetError
+from mealv2.errors import ConfigError, IncompleteError, LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_whole
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, maker_of
 from mealv2.label_set.shard import APPENDED_PREFIX
-from mealv2.locations import shown
+from mealv2.locations import is_url, shown
 from pipeline import logs
 from pipeline.config import LabelsStatusConfig
 from pipeline.finishing import MISSING, block_views, check_all, how_many, some, strays_of
@@ -57,8 +57,11 @@ class _Block:
 def run(config: LabelsStatusConfig) -> dict[str, Any]:
     """Look at every file of a set; return the report. Raises LabelSetError for what is no set.
 
-    Raises IncompleteError, with the report, where shards or the manifest are lacking.
+    Raises IncompleteError, with the report, where shards or the manifest are lacking, ConfigError
+    for a --list that cannot be written.
     """
+    if config.list_ is not None:
+        _refuse_no_file(config.list_)
     folder = folder_of(config, config.labels, whole=False)
     plan = _plan(folder)
     plan_sha256 = json_sha256(plan)
@@ -88,7 +91,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         "finished": is_finished,
         "blocks": [block.report() for block in blocks],
         "bytes": sum(entry["bytes"] for block in blocks for entry in block.whole),
-        "strays": strays_of(folder),
+        "strays": {} if is_url(config.labels) else strays_of(folder),  # the cache sees to its own
         "others": _others(folder, names),
         "next": next_command,
     }
@@ -97,11 +100,21 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         return report
     broken = {name: why for block in blocks for name, why in block.broken.items()}
     problem = (
-        f"{how_many(broken)} of {len(names)} shards" if broken else "no manifest of its shards"
+        f"{how_many(broken)} of {logs.count(len(names), 'shard')}"
+        if broken
+        else "no manifest of its shards"
     )
     raise IncompleteError(
         f"{shown(config.labels)} is not finished: {problem}; next: {next_command}", report
     )
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise ConfigError for a --list that could not be written when all was looked at."""
+    if path.is_dir():
+        raise ConfigError(f"--list {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--list {path}: there is no folder {path.parent}; make it first")
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -220,14 +233,14 @@ def _say(report: dict[str, Any]) -> None:
     for why in damaged[:_SHOWN]:
         logs.say(why)
     if len(damaged) > _SHOWN:
-        logs.say(f"and {len(damaged) - _SHOWN} more damaged shards")
+        logs.say(f"and {logs.count(len(damaged) - _SHOWN, 'more damaged shard')}")
     if strays := report["strays"]:
         oldest = max(stray["age_s"] for stray in strays.values())
         logs.say(
-            f"{len(strays)} temporary files of jobs that were killed or still run, the oldest "
-            f"{logs.duration(oldest)} old"
+            f"{logs.count(len(strays), 'temporary file')} of jobs that were killed or still "
+            f"run, the oldest {logs.duration(oldest)} old"
         )
     if others := report["others"]:
-        logs.say(f"{len(others)} files that are not the set's: {some(others)}")
+        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({some(others)})")
     if report["finished"]:
         logs.say("finished: the manifest is there, of these files")

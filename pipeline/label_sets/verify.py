@@ -58,8 +58,9 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         logs.say(f"{name}: {problem}")
     if found.problems:
         raise LabelSetError(
-            f"{shown(config.labels)}: {len(found.problems)} of {found.shards} files are damaged or "
-            f"missing ({_some(found.problems)}); {_advice(manifest['plan'], found.problems)}"
+            f"{shown(config.labels)}: {len(found.problems)} of {logs.count(found.shards, 'file')} "
+            f"are damaged or missing ({_some(found.problems)}); "
+            f"{_advice(manifest['plan'], found.problems)}"
         )
     report = {
         "labels": shown(config.labels),
@@ -75,7 +76,8 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if config.relabel:
         report["relabelled"] = relabel(config, folder, runtime.start(config))
     logs.say(
-        f"{found.shards} files, {found.images} images, {found.labels} labels: every byte is right"
+        f"{logs.count(found.shards, 'file')}, {logs.count(found.images, 'image')}, "
+        f"{logs.count(found.labels, 'label')}: every byte is right"
     )
     return report
 
@@ -125,7 +127,7 @@ def _where(path: Path) -> str:
         return f" ({str(error).partition(' is damaged: ')[2] or error})"
     if not damaged:
         return " (not in the labels nor in how they are found)"
-    return f" (the labels of {len(damaged)} images: {_some(damaged)})"
+    return f" (the labels of {logs.count(len(damaged), 'image')}: {_some(damaged)})"
 
 
 def _check_role(labels: LabelSet, found: Found) -> None:

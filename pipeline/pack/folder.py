@@ -12,10 +12,11 @@ from typing import Any
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.files import write_whole
-from mealv2.images import ImageSource, fingerprint, open_source
+from mealv2.images import EXTENSIONS, ImageSource, fingerprint, open_source
 from mealv2.packed import INDEX_NAME, PackIndex
 from mealv2.pixels import decode
 from mealv2.restart import is_packed
+from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import PackConfig
 from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
@@ -28,6 +29,9 @@ def run(config: PackConfig) -> dict[str, Any]:
     began = time.monotonic()
     program = Jpegtran.find()
     sources = {name: open_source(config.data_dir, name) for name in splits_of(config)}
+    for source in sources.values():
+        if isinstance(source, TarShards):
+            _refuse_no_tree(source)
     refuse_overlap(config.data_dir, config.out)
     _refuse_what_is_no_pack(config.out)
     indices = {}
@@ -66,6 +70,22 @@ def _refuse_what_is_no_pack(out: Path) -> None:
             raise ConfigError(
                 f"--out {out} is not empty, and {path.name} is not packed; give a new folder"
             )
+
+
+def _refuse_no_tree(tars: TarShards) -> None:
+    """Raise ConfigError for tar files whose images cannot be a tree with the same keys."""
+    for key, label in zip(tars.keys, tars.labels, strict=True):
+        name = tars.classes[label]
+        if not (key.startswith(f"{name}/") and key.lower().endswith(EXTENSIONS)):
+            raise ConfigError(
+                f"{tars.name}: the key {key!r} is not {name}/…/IMAGE.jpg, so that it has no place "
+                "in a tree; pack it with --to tar"
+            )
+    if tars.classes != sorted(tars.classes) or len(set(tars.labels)) < len(tars.classes):
+        raise ConfigError(
+            f"{tars.name}: a tree numbers its classes by name, and needs an image of each; pack it "
+            "with --to tar"
+        )
 
 
 def _claim(out: Path, source: ImageSource, program: Jpegtran) -> PackIndex:
@@ -162,7 +182,7 @@ def _told(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     kept = ", ".join(f"{count} {reason}" for reason, count in report["kept"].items())
     return (
-        f"{report['packed']} of {report['images']} images packed, the same pixels in "
+        f"{report['packed']} of {logs.count(report['images'], 'image')} packed, the same pixels in "
         f"{logs.size_of(after)} instead of {logs.size_of(before)}"
         + (f"; copied as they are: {kept}" if kept else "")
     )

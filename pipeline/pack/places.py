@@ -16,6 +16,11 @@ def splits_of(config: PackConfig) -> list[str]:
         raise ConfigError(f"no folder {config.data_dir}; give the data set as --data-dir")
     folders = sorted(_folders(config.data_dir))
     found = [folder.name for folder in folders if any(_folders(folder))]
+    if not found and _has_tars(config.data_dir):
+        raise ConfigError(
+            f"{config.data_dir} holds tar files and no class folders: say which split of them to "
+            "pack, --split train"
+        )
     if not found:
         raise ConfigError(
             f"no folder in {config.data_dir} has class folders; "
@@ -44,6 +49,10 @@ def strange(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         paths = (p for p in sorted(folder.iterdir()) if not p.name.startswith(TEMPORARY_PREFIX))
         yield from paths
+
+
+def _has_tars(folder: Path) -> bool:
+    return any(folder.glob("*.tar")) or any(folder.glob("*/*.tar"))
 
 
 def _folders(folder: Path) -> Iterator[Path]:

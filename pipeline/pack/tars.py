@@ -54,7 +54,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 3),
     }
     logs.say(
-        f"{report['images']} images in {report['shards']} tar files, "
+        f"{logs.count(report['images'], 'image')} in {logs.count(report['shards'], 'tar file')}, "
         f"{logs.size_of(report['bytes'])}"
     )
     return report

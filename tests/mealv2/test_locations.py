@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mealv2.errors import ConfigError
 from mealv2.locations import beside, located, shown, within
 
 
@@ -13,9 +14,31 @@ def test_urls_stay_as_they_are(text: str) -> None:
     assert isinstance(located(text), str)
 
 
-@pytest.mark.parametrize("text", ["a/b", "/a", "C:x", "s3:/b", "a:b", "pipe"])
+@pytest.mark.parametrize("text", ["a/b", "/a", "C:x", "./s3:/b", "a:b", "pipe"])
 def test_anything_else_is_a_path(text: str) -> None:
     assert located(text) == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("s3:/b/x", "a URL has two slashes behind s3: — s3://b/x"),
+        ("s3:b/x", "s3://b/x"),
+        (
+            "https:/user:secret@h/x.tar?secret",
+            "a URL has two slashes behind https: — https://h/x.tar",
+        ),
+        ("s3://", "a URL names no bucket; give s3://BUCKET/…"),
+        ("s3:///x", "a URL names no bucket; give s3://BUCKET/…"),
+        ("https://user:secret@/", "a URL names no host; give https://HOST/…"),
+        ("pipe: ", "pipe: names no program; give pipe:COMMAND"),
+    ],
+)
+def test_half_a_url_is_refused(text: str, named: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        located(text)
+    assert str(told.value).endswith(named)
+    assert "secret" not in str(told.value)
 
 
 @pytest.mark.parametrize("url", ["file:///a/b c", "file:///a/b%20c", "file://localhost/a/b%20c"])

@@ -160,7 +160,7 @@ def sealed(value: object) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "no index of a tar file"),
+        ({"format": "x"}, "is not an index of a tar file"),
         ({"format_version": 2}, "format version 2; this mealv2 knows version 1"),
         ({"keys": ["a"]}, "describes no tar file"),
         ({"keys": ["a", 1]}, "describes no tar file"),

@@ -223,6 +223,26 @@ def test_a_job_opens_no_shard_of_others(
     assert (out / "train-00001.h5").read_bytes() == b"damaged"
 
 
+def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
+    run_cli: Run,
+    precompute_flags: list[str],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = [*precompute_flags, *job_flags(0, 6), "--out", out]
+    assert "after the last job: `mealv2 labels finish" in run_cli(*flags).stderr
+    told = environment.of_processes(2).items() - os.environ.items()
+    for name, value in told:
+        monkeypatch.setenv(name, value)
+
+    result = run_cli(*flags)
+
+    assert result.code == 0
+    assert "this process's share: 1 of 6 shards" in result.stderr
+    for not_its in ("job", "finish", "again"):
+        assert not_its not in result.stderr
+
+
 def test_a_list_of_shards_is_shared_and_what_it_lacks_is_not_made(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -459,8 +479,11 @@ def test_processes_of_one_command_give_the_set_of_one(
 ) -> None:
     result = done(*precompute_flags, "--num-procs", 2, "--out", out)
     assert contents(out) == contents(labels_dir)
+    talk = result.stderr
     for number in (0, 1):
-        assert f"[{number}] job {number} of 2, counted from 0 (--job-index)" in result.stderr
+        assert f"[{number}] this process's share: 3 of 6 shards" in talk
+    for not_theirs in ("--job-index", "labels finish", "again"):
+        assert not_theirs not in talk
     assert result.report["shards_made"] == 6
     assert "teachers on the validation split" in result.stderr
     again = done(*precompute_flags, "--out", out).report
@@ -545,3 +568,8 @@ def test_a_signal_is_handed_on_to_every_process(
     assert result.code == (4 if number is signal.SIGINT else -signal.SIGTERM)
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     assert "Traceback" not in result.stderr
+    advice = [line for line in result.stderr.splitlines() if "again" in line]
+    assert advice == [
+        "mealv2: 2 processes stopped; what was finished is kept: run the same command again to "
+        "go on"
+    ]

@@ -216,3 +216,21 @@ def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> 
         check=False,
     )
     assert (said.returncode, said.stderr) == (0, "before\nafter\n")
+
+
+def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_copies", {})
+    logs.name_copy(Path("/cache/s3/b/labels"), "s3://b/labels")
+    for text, told in {
+        "/cache/s3/b/labels: no": "s3://b/labels: no",
+        "see /cache/s3/b/labels/a.h5.": "see s3://b/labels/a.h5.",
+        "in /cache/s3/b/labels.": "in s3://b/labels.",
+        "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
+    }.items():
+        assert logs.told(text) == (told or text)
+
+
+def test_one_thing_has_no_plural() -> None:
+    said = [logs.count(n, "shard") for n in (0, 1, 2)] + [logs.count(1, "file of jobs")]
+    assert said == ["0 shards", "1 shard", "2 shards", "1 file of jobs"]
+    assert logs.count(3, "file of jobs") == "3 files of jobs"

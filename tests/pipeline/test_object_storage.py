@@ -1,8 +1,10 @@
 """Both stages against a real S3 endpoint on loopback: the same labels, nothing lost."""
 
+import contextlib
 import csv
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +16,14 @@ import pytest
 from conftest import Result
 from mealv2 import remote, remote_tars
 from mealv2.cache import Cache
-from mealv2.errors import ConfigError, RemoteError
+from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.files import file_sha256
 from mealv2.images import open_source
 from mealv2.remote_tars import RemoteShards, RemoteTar
 from mealv2.tar_index import TarIndex, index_bytes
 from mealv2.tar_shards import index_shard
 from pipeline.loaders import CENTRE, ViewReader
+from pipeline.mirror import Mirror
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 
@@ -147,6 +150,28 @@ def test_labels_made_in_a_bucket_are_those_made_in_a_folder(
     assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
+def test_a_bucket_is_listed_no_more_than_is_needed(
+    store: Store, here: Path, cache: list[Any], done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each listing is a request for every thousand files; a set may have changed after hours."""
+    labels, listed, listing = store.upload(here / "labels", "labels"), list[str](), remote.listing
+
+    def counted(url: str) -> dict[str, remote.File]:
+        listed.append(url)
+        return listing(url)
+
+    monkeypatch.setattr(remote, "listing", counted)
+
+    done("labels", "finish", labels, *cache)
+
+    assert listed == [labels]
+    mirror = Mirror(labels, Cache(cache[1], 10**9))
+    mirror.bring_all()
+    store.system.rm(f"{labels}/train-00001.h5")
+    mirror.bring_all()
+    assert mirror.lacks("train-00001.h5")
+
+
 def with_batch_size(flags: list[Any]) -> Any:
     return flags[flags.index("--batch-size") + 1]
 
@@ -207,6 +232,41 @@ def test_a_damaged_shard_in_a_bucket_is_made_anew_by_a_machine_that_has_no_copy(
 
     assert report["shards_made"] == 1
     assert {name: store.data(f"labels/{name}") for name in local} == local
+
+
+@pytest.mark.parametrize(
+    "size",
+    [1000, pytest.param(101 << 20, marks=pytest.mark.slow)],  # which goes in parts if it may
+)
+def test_of_two_jobs_that_make_a_damaged_shard_anew_the_first_one_wins(
+    size: int, store: Store, tmp_path: Path
+) -> None:
+    url = f"{store.url}/labels"
+    store.system.pipe_file(f"{url}/plan.json", b"{}")
+    store.system.pipe_file(f"{url}/train-00001.h5", b"damaged")
+    mirrors = [Mirror(url, Cache(tmp_path / str(number), 10**9)) for number in range(2)]
+    for letter, mirror in zip((b"a", b"b"), mirrors, strict=True):
+        mirror.bring("train-00001.h5")
+        assert (mirror.folder / "train-00001.h5").read_bytes() == b"damaged"
+        (mirror.folder / "train-00001.h5").write_bytes(letter * size)
+
+    were_first = [mirror.publish("train-00001.h5", damaged=True) for mirror in mirrors]
+
+    assert were_first == [True, False]
+    assert store.data("labels/train-00001.h5") == b"a" * size
+    assert (mirrors[1].folder / "train-00001.h5").read_bytes() == b"a" * size
+
+
+def test_a_damaged_shard_that_was_removed_meanwhile_is_put(store: Store, tmp_path: Path) -> None:
+    there, new = f"{store.url}/labels/train-00001.h5", tmp_path / "new"
+    store.system.pipe_file(there, b"damaged")
+    damaged = remote.info(there)
+    new.write_bytes(b"whole")
+    store.system.rm(there)
+
+    assert remote.put(there, new, damaged=damaged)
+
+    assert store.data("labels/train-00001.h5") == b"whole"
 
 
 def test_a_damaged_copy_of_a_shard_is_fetched_anew(
@@ -321,6 +381,90 @@ def test_shards_in_a_bucket_are_found(
         assert [far.read(p) for p in order] == [local.read(p) for p in order]
 
 
+def flipped(tar: bytes, image: bytes) -> bytes:
+    """Return a tar file of as many bytes, with another image in the place of one."""
+    assert tar.count(image) == 1
+    return tar.replace(image, image[::-1])
+
+
+@pytest.mark.parametrize("kind", ["s3", "http"])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_shard_that_was_replaced_is_fetched_and_indexed_anew(
+    kind: str, with_index: bool, store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    """Also by one of the same size, of which only the bytes of an image differ."""
+    here = tmp_path / "tars"
+    here.mkdir()
+    tars = sorted(tar_dir.glob("train-*.tar"))[:2]
+    for number, tar in enumerate(tars):
+        (here / f"train-{number}.tar").write_bytes(tar.read_bytes())
+    cache, serving = Cache(tmp_path / "cache", 10**9), contextlib.ExitStack()
+    with serving:
+        if kind == "s3":
+            url = store.upload(here, "images")
+        else:
+            url = f"{serving.enter_context(web_server(here))}/train-{{0..1}}.tar"
+
+        def there() -> list[tuple[str, bytes]]:
+            if with_index:
+                for tar in here.glob("*.tar"):
+                    index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+                    tar.with_name(f"{tar.name}.index").write_bytes(index_bytes(index))
+            if kind == "s3":
+                store.upload(here, "images")
+            far = open_source(url, "train", cache=cache)
+            return [(key, far.read(p)) for p, key in enumerate(far.keys)]
+
+        before, path = there(), here / "train-1.tar"
+        key, image = before[-1]
+        path.write_bytes(flipped(path.read_bytes(), image))
+        os.utime(path, (1e9, 1e9))  # a web server tells seconds
+        after = there()
+
+    assert after == [*before[:-1], (key, image[::-1])]
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_no_bad_image(
+    store: Store, tar_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    far = open_source(url, "train", cache=cache)
+    image = open_source(tar_dir, "train").read(0)
+    for copy in cache.folder.rglob("*.tar"):
+        copy.unlink()  # as another process may, that needs the room
+    for tar in tar_dir.glob("train-*.tar"):
+        data = tar.read_bytes()
+        if image in data:
+            store.system.pipe_file(f"{url}/{tar.name}", flipped(data, image))
+
+    with pytest.raises(RemoteError, match=r"train-\d+\.tar was replaced while it was read"):
+        ViewReader(far, img_size=8).read([(0, (CENTRE,))])
+
+
+def test_a_damaged_shard_and_what_is_no_tar_file_go_by_their_urls(
+    store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    name = "train-000001.tar"
+    store.system.pipe_file(f"{url}/{name}", (tar_dir / name).read_bytes()[:5000])
+    with pytest.raises(DataError, match=f"{url}/{name}") as told:
+        open_source(url, "train", cache=cache)
+    assert str(cache.folder) not in str(told.value)
+
+
+def test_a_damaged_index_of_a_copy_is_made_anew(
+    store: Store, tar_dir: Path, tmp_path: Path
+) -> None:
+    url, cache = store.upload(tar_dir, "images"), Cache(tmp_path / "cache", 10**9)
+    before = open_source(url, "train", cache=cache)
+    for index in cache.folder.rglob("*.index"):
+        index.write_bytes(b"nonsense")
+
+    after = open_source(url, "train", cache=cache)
+
+    assert list(after.keys) == list(before.keys)
+
+
 def test_shards_come_from_a_web_server_or_a_program_too(tar_dir: Path, tmp_path: Path) -> None:
     local = open_source(tar_dir, "train")
     last = sorted(tar_dir.glob("train-*.tar"))[-1].stem[-6:]
@@ -402,6 +546,41 @@ def test_a_missing_bucket_and_a_missing_set_are_said(
     assert "no tar files of the split train" in one_line(run_cli(*flags, *cache), 2)
     flags = training_flags(distill_flags, images, f"{store.url}/nothing")
     assert "holds no label set" in one_line(run_cli(*flags, *cache), 3)
+
+
+def test_a_damaged_set_in_a_bucket_goes_by_its_url(
+    store: Store,
+    here: Path,
+    tar_dir: Path,
+    distill_flags: list[Any],
+    cache: list[Any],
+    done: Run,
+    run_cli: Run,
+    contents: Files,
+) -> None:
+    local, name = contents(here / "labels"), "train-00001.h5"
+    labels = store.upload(here / "labels", "labels")
+    assert labels in done("labels", "info", labels, *cache).stderr
+    flags = training_flags(distill_flags, tar_dir, labels)
+    refused = run_cli(*flags, *cache, "--no-reuse-views", "--epochs", 99)
+    store.system.pipe_file(f"{labels}/{name}", b"x" * len(local[name]))
+
+    results = [
+        run_cli("labels", "status", labels, *cache),
+        run_cli("labels", "finish", labels, *cache),
+        refused,
+    ]
+    store.system.pipe_file(f"{labels}/plan.json", b"nonsense")
+    store.system.rm(f"{labels}/manifest.json")
+    results.append(run_cli("labels", "finish", labels, *cache))
+
+    for result in results:
+        assert result.code in (1, 2, 3)
+        assert str(cache[1]) not in result.stderr + result.stdout
+        assert labels in result.stderr
+    assert f"{labels}/{name} is" in results[0].stderr
+    assert f"{labels}/{name}" in results[0].report["blocks"][0]["damaged"][name]
+    assert f"{labels}/plan.json" in one_line(results[-1], 3)
 
 
 def test_a_cut_connection_is_tried_again(store: Store, tar_dir: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from mealv2.pixels import decode
 from mealv2.restart import is_packed, region
 from pipeline import jpegtran
 from pipeline.pack import folder, reading
+from tars import tar_tree
 from warm import warm_process
 
 Run = Callable[..., Result]
@@ -553,3 +554,33 @@ def test_a_file_that_cannot_be_read_at_all_stops_it(
     path.symlink_to("nowhere")
     result = run_cli("pack", "--data-dir", own_data, "--out", tmp_path / "out")
     one_line(result, 1, str(path), "replace it or remove it")
+
+
+# --- tar files into a tree ----------------------------------------------------------------------
+
+
+@needs_jpegtran
+def test_tar_files_that_can_be_a_tree_become_one(done: Run, data_dir: Path, tmp_path: Path) -> None:
+    tars, out = tar_tree(data_dir, tmp_path / "tars", keys=True), tmp_path / "out"
+    done("pack", "--data-dir", tars, "--split", "val", "--out", out)
+    assert fingerprint(ImageFolder(out, "val")) == fingerprint(ImageFolder(data_dir, "val"))
+
+
+@needs_jpegtran
+@pytest.mark.parametrize("what", ["keys", "classes", "no split"])
+def test_tar_files_that_cannot_be_a_tree_are_refused_before_anything_is_written(
+    run_cli: Run, data_dir: Path, tmp_path: Path, what: str
+) -> None:
+    tars, out = tar_tree(data_dir, tmp_path / "tars", keys=what != "keys"), tmp_path / "out"
+    if what == "classes":
+        names = (tars / "classes.txt").read_text()
+        (tars / "classes.txt").write_text(f"{names}zebra\n")
+    split = [] if what == "no split" else ["--split", "train"]
+    result = run_cli("pack", "--data-dir", tars, *split, "--out", out)
+    named = {
+        "keys": ["is not ants/…/IMAGE.jpg", "--to tar"],
+        "classes": ["needs an image of each", "--to tar"],
+        "no split": ["holds tar files and no class folders", "--split train"],
+    }[what]
+    one_line(result, 2, *named)
+    assert not out.exists()

@@ -24,6 +24,8 @@ from mealv2 import images
 from mealv2.files import file_sha256
 from mealv2.images import fingerprint_of
 from mealv2.metrics import Evaluation
+from pipeline.evaluation import centre_shares
+from pipeline.loaders import centre_requests
 from pipeline.ranks import Ranks, pieces
 from warm import Warm, warm_process
 
@@ -62,6 +64,24 @@ def test_a_share_too_small_for_batch_normalisation_is_given_to_others(
 ) -> None:
     cuts = pieces([1] * num_items, 6, least=2)
     assert sorted(map(len, cuts), reverse=True) == expected
+
+
+@given(st.integers(1, 90), st.integers(1, 20), st.integers(1, 5))
+def test_ranks_validate_neighbours_in_as_many_requests(
+    num_images: int, batch_size: int, num: int
+) -> None:
+    """What lies in few files: of shards of ten images a rank reads those of its run alone."""
+    source: Any = range(num_images)
+    shares = [centre_shares(source, batch_size, Ranks(rank, num)) for rank in range(num)]
+    alone = centre_shares(source, batch_size, Ranks())
+
+    assert {len(share) for share in shares} == {len(alone)}
+    runs = [[p for request in share for p, _ in request] for share in shares]
+    assert [position for run in runs for position in run] == list(source)
+    assert max(len(request) for share in shares for request in share) <= batch_size
+    shards = sum(len({position // 10 for position in run}) for run in runs)
+    assert shards <= -(-num_images // 10) + num - 1
+    assert alone == centre_requests(source, batch_size)
 
 
 def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:

@@ -129,7 +129,7 @@ def test_whole_shards_without_a_manifest_of_them_are_to_be_finished(
     report = check(run_cli("labels", "status", labels))
     assert [block["whole"] for block in report["blocks"]] == [4, 2]
     assert report["next"] == f"`mealv2 labels finish {labels}`"
-    assert "1 shards are not those of the manifest" in done("labels", "finish", labels).stderr
+    assert "manifest that was there: 1 shard (" in done("labels", "finish", labels).stderr
     check(run_cli("labels", "status", labels), 0)
 
 
@@ -219,3 +219,24 @@ def test_beside_running_jobs_it_says_what_is_there_and_never_fails(
     finally:
         stop.set()
         job.join()
+
+
+@pytest.mark.parametrize("name", ["nowhere/list.txt", "folder"])
+def test_a_list_that_cannot_be_written_is_refused_before_anything_is_read(
+    run_cli: Run, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    result = run_cli("labels", "status", tmp_path / "no-labels", "--list", tmp_path / name)
+    assert result.code == 2
+    why = "is a folder; give" if name == "folder" else f": there is no folder {tmp_path}/nowhere"
+    assert result.stderr.startswith(f"mealv2: --list {tmp_path / name}")
+    assert why in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/labels", "s3://"])
+def test_half_a_url_is_a_line(run_cli: Run, place: str) -> None:
+    result = run_cli("labels", "status", place)
+    assert result.code == 2
+    assert result.stderr.startswith("mealv2: a URL ")
+    assert len(result.stderr.splitlines()) == 1

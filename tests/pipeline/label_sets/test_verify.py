@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_the_labels_is_named_with_its_images_and_made_again(
 
     result = run_cli("labels", "verify", folder)
     assert result.code == 3
-    assert f"train-00001.h5: its contents fail their SHA-256 (the labels of 1 images: {first})" in (
+    assert f"train-00001.h5: its contents fail their SHA-256 (the labels of 1 image: {first})" in (
         result.stderr
     )
     line = result.stderr.splitlines()[-1]
