@@ -66,8 +66,8 @@ info: $(VENV)/.done  ## what the label set LABELS is, finished or not
 verify: $(VENV)/.done  ## every byte of LABELS (ARGS='--data-dir DATA --relabel 1000' for its images and teachers)
 	$(MEALV2) labels verify '$(LABELS)' $(ARGS)
 
-test: $(VENV)/.done  ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' $(ARGS)
+test: $(VENV)/.done  ## the fast tests, two at a time
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow and not gpu and not cluster' $(ARGS)
 
 test-slow: $(VENV)/.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu and not cluster' $(ARGS)

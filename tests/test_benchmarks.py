@@ -10,15 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "label_set_speed",
-        "label_set_scale",
-        "pixels",
-        pytest.param("jobs", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["label_set_speed", "label_set_scale", "pixels", "jobs"])
 def test_a_benchmark_runs_and_prints_tables(name):
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"],

@@ -138,6 +138,7 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
     assert (tmp_path / "per-class.csv").read_text().startswith("class,")
 
 
+@pytest.mark.slow
 def test_export_doc_runs_on_a_run_folder(
     data_dir: Path,
     make_model: Callable[..., Path],
@@ -203,6 +204,7 @@ def test_labels_doc_runs_on_a_small_set(
     }
 
 
+@pytest.mark.slow
 def test_cluster_doc_runs_on_a_small_set(
     data_dir: Path,
     teacher_dirs: dict[str, Path],

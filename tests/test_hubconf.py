@@ -130,6 +130,7 @@ def photograph() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_published_page_runs_unchanged_on_the_cpu(tmp_path: Path) -> None:
     model = published.drawn("resnet50")
     categories = [f"category {number}" for number in range(1000)]

@@ -495,6 +495,7 @@ def test_a_class_named_twice_is_found_in_any_row():
             check_rows(labels.counts_N.numpy(), labels.payload_P.numpy(), 1000)
 
 
+@pytest.mark.slow
 def test_10000_mutations_are_refused_or_give_valid_labels():
     random = np.random.default_rng(0)
     sets = [

@@ -309,6 +309,7 @@ def cross_entropy(data_dir: Path, model: nn.Module, img_size: int, images: int =
     return float(nn.functional.cross_entropy(found, torch.tensor(labels)))
 
 
+@pytest.mark.slow
 def test_evaluate_runs_a_released_model_by_name(
     server: published.Server, small: nn.Module, imagenet: Path, done: Run
 ) -> None:
@@ -320,6 +321,7 @@ def test_evaluate_runs_a_released_model_by_name(
     assert report["cross_entropy"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["name", "file"])
 def test_evaluate_knows_the_size_of_a_released_model(
     server: published.Server,

@@ -149,6 +149,7 @@ def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> float:
     return stats.ks_2samp(ours, theirs, method="asymp").pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "num_ours", "num_theirs"), SHAPES)
 def test_a_million_views_are_distributed_as_torchvisions(width, height, num_ours, num_theirs):
     ours, theirs = our_boxes(width, height, num_ours), torchvision_boxes(width, height, num_theirs)

@@ -36,6 +36,7 @@ class Work:
             self._matrix @ self._matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("times", "most", "expected"),
     [

@@ -130,6 +130,7 @@ def test_hub_folder_needs_only_torch_and_timm(
 # --- ONNX -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx_file_answers_plain_images_as_torch_does(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
@@ -186,6 +187,7 @@ def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(
 # --- TorchScript ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_torchscript_file_answers_without_timm_or_mealv2(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str

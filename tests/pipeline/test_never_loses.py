@@ -282,6 +282,7 @@ def check_full(result: Result, place: Path, expected: dict[str, bytes], files: F
     return name.lstrip("/")
 
 
+@pytest.mark.slow
 def test_full_disk_at_twenty_places_is_one_line_and_the_same_command_goes_on(
     run_cli: Run,
     flags: list[str],

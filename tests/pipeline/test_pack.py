@@ -222,6 +222,7 @@ def test_the_interval_divides_the_row_and_is_about_4(per_row: int, interval: int
 # --- stopped and gone on ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_ends_in_the_same_bytes(
     done: Run, data_dir: Path, packed_dir: Path, tmp_path: Path, contents: Files
 ) -> None:

@@ -164,6 +164,7 @@ def test_tar_files_are_packed_into_others_in_the_same_order(
 # --- stopped and gone on --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_ends_in_the_same_bytes(
     done: Run, data_dir: Path, packed_dir: Path, tmp_path: Path, contents: Files
 ) -> None:

@@ -440,6 +440,7 @@ def uninterrupted(
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_half_way_and_run_again_the_shards_are_byte_equal(
     spawn: Callable[..., Spawned],
@@ -832,6 +833,7 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
     assert told["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_sample")
 @pytest.mark.parametrize(
     "flags",

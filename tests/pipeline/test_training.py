@@ -80,6 +80,7 @@ def test_report_on_stdout_is_the_report_in_the_folder(
     assert json.loads((run / "report.json").read_text()) == result.report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3])])
 def test_val_interval_spaces_the_validations_and_keeps_the_last(
     done: Run,

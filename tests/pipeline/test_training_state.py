@@ -243,6 +243,7 @@ def test_stopped_by_a_signal_the_log_goes_on_as_if_it_had_not_been(
     assert without_timing(events(run, "train")) == without_timing(events(finished, "train"))
 
 
+@pytest.mark.slow
 def test_a_real_kill_between_checkpoints_costs_the_steps_since_and_no_bit(
     spawn: Callable[..., Spawned],
     done: Run,

@@ -97,6 +97,7 @@ def test_the_manifest_comes_last_and_a_stopped_command_goes_on(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 4), (signal.SIGKILL, -9)])
 def test_a_signal_leaves_a_whole_set_and_the_same_command_finishes(
     done: Run,
