@@ -61,7 +61,6 @@ def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
     ("flags", "why"),
     [
         (["--partition", "nowhere"], "invalid partition"),
-        (["--time", "soon"], "--time"),
         (["--sbatch-arg=--array=0-5000"], "--array 1000 at most"),
         (["--sbatch-arg=--never-heard-of"], "never-heard-of"),
     ],

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,19 @@ def test_killed_powered_off_and_cut_off_tasks_leave_a_set_equal_to_one_made_alon
     assert (third["missing"], third["array"], third["finish"]) == (0, None, None)
 
 
+@pytest.fixture
+def without_grace(cluster: Any) -> Iterator[None]:
+    """Preempted jobs are requeued at once.
+
+    When a grace time ends, the controller's look at time limits, every 30 s, may come before its
+    scheduler: then it ends the task (TIMEOUT) and requeues nothing.
+    """
+    cluster.run("scontrol", "update", "PartitionName=low", "GraceTime=0")
+    yield
+    cluster.run("scontrol", "update", "PartitionName=low", "GraceTime=10")
+
+
+@pytest.mark.usefixtures("without_grace")
 def test_a_preempted_task_comes_back_and_goes_on(
     cluster: Any, labelling: list[str], tmp_path: Path
 ) -> None:

@@ -117,15 +117,22 @@ def test_two_nodes_train_without_a_word_outside_and_stay_cancelled(
     assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 0)
 
 
-def test_a_training_that_fails_is_not_begun_again_more_often_than_said(
-    cluster: Any, training: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("wrong", "code", "restarts"),
+    [
+        (["--initial-checkpoint", "not-there"], 2, 0),  # settings: they will be wrong again
+        (["--lr", "1e30"], 1, 1),  # the loss is not finite: as often as said
+    ],
+)
+def test_a_training_that_fails_is_begun_again_only_where_that_may_help(
+    cluster: Any, training: list[str], tmp_path: Path, wrong: list[str], code: int, restarts: int
 ) -> None:
-    wrong = [*training, "--initial-checkpoint", tmp_path / "not-there"]
-    flags = ["--nodes", 2, "--max-requeues", 0]
-    job = cluster.submit("distill", *flags, *wrong, "--output", tmp_path / "run")["job"]
+    flags = ["--nodes", 2, "--max-requeues", 1]
+    job = cluster.submit("distill", *flags, *training, *wrong, "--output", tmp_path / "run")["job"]
     cluster.until_ended(job)
     failed = cluster.task(job)
-    assert (failed.state, failed.restarts) == ("FAILED", 0)
+    assert (failed.state, failed.restarts) == ("FAILED", restarts)
+    assert f" ExitCode={code}:0 " in cluster.run("scontrol", "-o", "show", "job", job)
 
 
 def test_a_sweep_trains_students_from_one_set_without_a_teacher(

@@ -121,7 +121,7 @@ END
     [ "$MODE" != plain ] || host=$(hostname -s)
     echo "NodeName=n$i NodeHostname=$host NodeAddr=$(address "$i") Port=$(node_port "$i") CPUs=$CPUS RealMemory=1000 Gres=gpu:2"
   done
-  echo "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=2 MaxTime=INFINITE"
+  echo "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 MaxTime=INFINITE"
   echo "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE"
 }
 
