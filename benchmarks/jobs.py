@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a run of a minute, to see it work")
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
-        sizes = (32, 1, 1) if quick else (512, 4, 5)
+        sizes = (32, 1, 1) if quick else (96, 4, 5)
         measure(Path(folder), num_images=sizes[0], num_views=sizes[1], repetitions=sizes[2])
         measure_status(
             Path(folder) / "set", num_shards=3 if quick else 1000, repetitions=1 if quick else 5
