@@ -25,7 +25,7 @@ from mealv2 import recipes
 from mealv2.errors import ConfigError, IncompleteError, MealError
 from mealv2.locations import located
 from pipeline import config as configs
-from pipeline import environment
+from pipeline import copies, environment
 
 # A run that is resumed keeps its settings, but for these.
 RESUMABLE = {"resume", "workers", "device", "log_interval", "checkpoint_hist"}
@@ -98,7 +98,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
     except MealError as error:
-        _fail(_told(str(error)), error.exit_code)
+        _fail(copies.told(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         advice = "; what was finished is kept: run the same command again to go on"
         _fail(f"stopped{'' if environment.is_spoken_for() else advice}", 4)
@@ -115,12 +115,6 @@ def main() -> None:
         }.get(error.errno, "")
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}{hint}", MealError.exit_code)
-
-
-def _told(message: str) -> str:
-    """Return a message of a stage with copies called by what they are copies of."""
-    logs = sys.modules.get("pipeline.logs")
-    return message if logs is None else logs.told(message)
 
 
 def _command_of(error: click.ClickException) -> str:

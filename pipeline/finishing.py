@@ -15,7 +15,7 @@ from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, maker_of
-from pipeline import logs, runtime
+from pipeline import copies, logs, runtime
 from pipeline.mirror import Folder, Store
 
 MISSING = "missing"
@@ -91,7 +91,7 @@ def _checked(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedS
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return logs.told(str(error))
+        return copies.told(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import re
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from mealv2.errors import ConfigError
 from mealv2.files import canonical_json, content_of, read_json, write_whole
 from pipeline import checkpoint
+from pipeline.copies import told
 from pipeline.environment import on_terminal
 from pipeline.ranks import speaks
 
@@ -29,22 +29,6 @@ _LINE_EVERY_S = 10.0
 # tqdm's own lock is shared with forked processes too, and one of them that is killed while it
 # writes a line would stop all others for good; only one process talks here
 tqdm.set_lock(threading.RLock())
-
-
-_copies: dict[str, str] = {}  # what the user calls it that a folder is a copy of
-
-
-def name_copy(folder: Path, place: str) -> None:
-    """Call a folder of copies, and the files in it, by the place that they are copies of."""
-    _copies[str(folder)] = place
-
-
-def told(text: str) -> str:
-    """Return a message with copies called by what they are copies of."""
-    for folder, place in _copies.items():
-        copy = rf"{re.escape(folder)}(?![\w=@+-]|[.,][\w=@+-])"  # not the start of a longer name
-        text = re.sub(copy, place.replace("\\", r"\\"), text)
-    return text
 
 
 def say(text: str) -> None:

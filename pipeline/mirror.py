@@ -18,7 +18,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import canonical_json, file_sha256, read_json, whole_file, write_whole
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
 from mealv2.locations import Location, is_url, shown, within
-from pipeline import logs
+from pipeline import copies, logs
 from pipeline.config import Caching
 from pipeline.sources import cache_of
 
@@ -124,7 +124,7 @@ class Mirror:
         self.folder = cache.path_of(url.rstrip("/"))
         self._cache = cache
         _held.append(hold(self.folder))
-        logs.name_copy(self.folder, self.place.rstrip("/"))
+        copies.name_copy(self.folder, self.place.rstrip("/"))
         self._there: dict[str, remote.File] = {}
         with self._alone():
             self._refresh()

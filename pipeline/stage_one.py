@@ -24,7 +24,7 @@ from mealv2.images import ImageSource
 from mealv2.label_set import Images, PlannedShard, Shard, ShardFile
 from mealv2.pixels import Resize
 from mealv2.views import Views
-from pipeline import logs, runtime
+from pipeline import copies, logs, runtime
 from pipeline.finishing import batch_size_of, finish, whole_shard
 from pipeline.labelling import Answers, Labeller
 from pipeline.loaders import Pixels, Request, ViewReader, read_views
@@ -355,7 +355,7 @@ def _reason(error: Exception) -> str:
     """Return what went wrong, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return logs.told((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return copies.told((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _until_stopped(pixels: Iterator[Pixels], stop: runtime.StopFlag) -> Iterator[Pixels]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mealv2.errors import ConfigError
-from pipeline import checkpoint, logs
+from pipeline import checkpoint, copies, logs
 
 
 @pytest.mark.parametrize(
@@ -219,15 +219,15 @@ def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> 
 
 
 def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_copies", {})
-    logs.name_copy(Path("/cache/s3/b/labels"), "s3://b/labels")
+    monkeypatch.setattr(copies, "_copies", {})
+    copies.name_copy(Path("/cache/s3/b/labels"), "s3://b/labels")
     for text, told in {
         "/cache/s3/b/labels: no": "s3://b/labels: no",
         "see /cache/s3/b/labels/a.h5.": "see s3://b/labels/a.h5.",
         "in /cache/s3/b/labels.": "in s3://b/labels.",
         "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
     }.items():
-        assert logs.told(text) == (told or text)
+        assert copies.told(text) == (told or text)
 
 
 def test_one_thing_has_no_plural() -> None:
