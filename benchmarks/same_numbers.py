@@ -91,7 +91,7 @@ class Training:
 
 LABEL_SETS = {
     "labels-codec": LabelSet(),
-    "labels-rate": LabelSet(["--rate", "0.02"]),
+    "labels-rate": LabelSet(["--rate", "0.0001"]),
     "labels-topk": LabelSet(["--topk", "3"]),
     "labels-topk-float16": LabelSet(["--topk", "3", "--label-dtype", "float16"]),
     "labels-topk-logits": LabelSet(["--topk", "3", "--store-logits"]),
@@ -150,8 +150,9 @@ def _draw(class_id: int, rng: np.random.Generator) -> np.ndarray:
     angle = np.pi * class_id / len(CLASSES)
     stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) / rng.uniform(1, 2))
     colour = np.roll([70.0, 10.0, -40.0], class_id)
-    pixels = 120 + 50 * stripes[..., None] + colour + rng.normal(0, 25, (height, width, 3))
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    noise = rng.normal(0, 25, (height, width, 3))
+    pixels: np.ndarray = 120 + 50 * stripes[..., None] + colour + noise
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def write_tars(folder: Path, root: Path) -> Path:

@@ -92,7 +92,7 @@ def record(root: Path, tree: Path, recorder: Recorder) -> None:
         same_numbers.call(*words)
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     if not recorder.is_done:
         raise RuntimeError("no such step: START and END must name functions of the project")
 
