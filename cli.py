@@ -350,7 +350,7 @@ def _is_begun(values: dict[str, Any]) -> bool:
     All ranks find the same: a checkpoint is written after the first step, which all take together,
     and what a rank that starts late would see was there before.
     """
-    checkpoint = importlib.import_module("pipeline.checkpoint")
+    checkpoint = importlib.import_module("pipeline.training.checkpoint")
     has_run = values["output"] is not None and checkpoint.exists(values["output"])
     return has_run and values["resume"] is None
 

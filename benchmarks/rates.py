@@ -28,7 +28,7 @@ from torch import Tensor
 from mealv2.images import open_source
 from mealv2.label_set import LabelSet
 from mealv2.soft_labels import Labels, joined
-from pipeline import checkpoint, distill, logs, precompute, ready, runtime
+from pipeline import distill, precompute, ready, runtime
 from pipeline.config import (
     DistillConfig,
     EvaluateConfig,
@@ -45,9 +45,11 @@ from pipeline.demo import (
     STUDENT,
     TEACHERS,
 )
-from pipeline.evaluation import Evaluator
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
+from pipeline.training import checkpoint
+from pipeline.training.evaluator import Evaluator
+from pipeline.training.run_folder import REPORT_NAME
 
 QUICK_EPOCHS = 2
 LEAST = 1e-30  # what a label may say at least, where float16 says 0
@@ -132,7 +134,7 @@ class Bench:
     def train(self, arm: Arm, seed: int) -> dict[str, float]:
         """Distil with the demo's settings, go on, or take what is there; return the figures."""
         run = self.out / f"seed-{seed}" / arm.name
-        if not (run / logs.REPORT_NAME).exists():
+        if not (run / REPORT_NAME).exists():
             distill.run(
                 DistillConfig(
                     data_dir=self.data,

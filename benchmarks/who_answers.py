@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mealv2.files import read_json
-from pipeline import distill, logs, precompute, runtime
+from pipeline import distill, precompute, runtime
 from pipeline.config import DistillConfig, PrecomputeConfig
 from pipeline.demo import (
     BATCH_SIZE,
@@ -30,6 +30,7 @@ from pipeline.demo import (
     STUDENT,
     TEACHERS,
 )
+from pipeline.training.run_folder import REPORT_NAME
 
 SETS: dict[str, dict[str, Any]] = {
     "dense": {"num_views": EPOCHS, "topk": "all", "label_dtype": "float32"},
@@ -78,7 +79,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for number, (name, settings) in enumerate(arms.items()):
             folder = options.out / f"seed-{seed}" / f"arm-{number}"
-            if not (folder / logs.REPORT_NAME).exists():
+            if not (folder / REPORT_NAME).exists():
                 distill.run(
                     DistillConfig(
                         data_dir=data,
@@ -95,7 +96,7 @@ def main() -> None:
                         **settings,
                     )
                 )
-            report = read_json(folder / logs.REPORT_NAME)
+            report = read_json(folder / REPORT_NAME)
             found[name].append({**last_row(folder), "seconds": report["seconds"]})
     print(table(found))
     print(

@@ -1,4 +1,4 @@
-"""Who answers for a batch of views: the label set, the teachers now, both, or the class labels."""
+"""Targets of a batch of views: stored labels, labels of online teachers, both, or class ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,67 +16,70 @@ from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
 
-# Where answers came from, in the log.
-STORED, TAUGHT, SKIPPED = "labels_stored", "labels_taught", "labels_skipped"
+# Where labels come from, in the log.
+STORED, ONLINE, SKIPPED = "labels_stored", "labels_online", "labels_skipped"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is known of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
+class BatchTargets:
+    """What supervises B views: soft labels, class ids (int64 B), the ensemble's mean logits.
 
-    ``mean_logits_BC`` is there only when the teachers answered every row just now, ``kept_logits``
-    when the labels come from a set that keeps them. ``sources`` counts the rows by who answered.
+    ``mean_logits_BC`` is there only when the teachers computed every row just now, ``kept_logits``
+    when the labels come from a set that keeps them. ``label_counts`` counts the rows by where their
+    labels come from.
     """
 
     soft: Labels | None = None
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
     kept_logits: KeptLogits | None = None
-    sources: dict[str, int] = field(default_factory=dict)
+    label_counts: dict[str, int] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> "Answer":
-        """Return the same answer on a device."""
-        return Answer(
+    def to(self, device: torch.device) -> "BatchTargets":
+        """Return the same targets on a device."""
+        return BatchTargets(
             None if self.soft is None else self.soft.to(device),
             None if self.classes_B is None else moved(self.classes_B, device),
             None if self.mean_logits_BC is None else moved(self.mean_logits_BC, device),
             None if self.kept_logits is None else self.kept_logits.to(device),
-            self.sources,
+            self.label_counts,
         )
 
-    def rows(self, order_B: Tensor) -> "Answer":
-        """Return the rows in another order, where they are."""
-        return Answer(
+    def rows(self, order_B: Tensor) -> "BatchTargets":
+        """Return the rows in another order, on the same device."""
+        return BatchTargets(
             None if self.soft is None else self.soft.rows(order_B),
             _picked(self.classes_B, order_B),
             _picked(self.mean_logits_BC, order_B),
             None if self.kept_logits is None else self.kept_logits.rows(order_B),
-            self.sources,
+            self.label_counts,
         )
 
 
 class Targets(Protocol):
-    """Says which view of an image an epoch uses, and what the answer to a batch of views is."""
+    """Chooses the view of an image for each epoch, and gives the targets of a batch of views."""
 
     def view(self, key: str, epoch: int) -> int | None:
-        """Return the index of the view of ``key`` that ``epoch`` uses; None leaves it out."""
+        """Return the index of the view of ``key`` that ``epoch`` uses; None skips it."""
 
-    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+    def batch(
+        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+    ) -> BatchTargets:
         """Return the targets of views of the images at ``positions`` of the source.
 
-        ``images_BCHW`` are their pixels, uint8, where the networks compute.
+        ``images_BCHW`` are their pixels, uint8, on the device of the models.
         """
 
     def flush(self) -> None:
-        """Put on disk what is to be kept, by default nothing; called before every checkpoint."""
+        """Write what is to be kept, by default nothing; called before every checkpoint."""
         return
 
 
 class HardLabels(Targets):
-    """Answers with the data set's class ids, for any view.
+    """The data set's class ids, for any view.
 
-    Epoch e uses view e, so that none repeats; with ``num_views`` the views, in the order, that a
-    label set of so many views would give under ``seed``.
+    Epoch e uses view e, so that none repeats; with ``num_views`` the same views in the same order
+    as a label set of so many views under ``seed``.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class HardLabels(Targets):
             return epoch
         return scheduled_view(key, epoch, seed=self._seed, num_views=self._num_views)
 
-    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
-        return Answer(classes_B=_classes_of(self._classes, positions))
+    def batch(
+        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+    ) -> BatchTargets:
+        return BatchTargets(classes_B=_classes_of(self._classes, positions))
 
 
 class OnlineTeachers(Targets):
-    """Answers by asking the ensemble about the very pixels; epoch e uses view e: none repeats.
+    """Labels of the ensemble, computed from the batch's pixels; epoch e uses view e: none repeats.
 
     This is the paper's training: fully random crops, dense labels, mean logits for the
     discriminator (official train.py).
@@ -109,24 +114,26 @@ class OnlineTeachers(Targets):
     def view(self, key: str, epoch: int) -> int:
         return epoch
 
-    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
+    def batch(
+        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+    ) -> BatchTargets:
         probs_BC, mean_logits_BC = self.ensemble(images_BCHW)
-        return Answer(
+        return BatchTargets(
             SoftLabels.of_all(probs_BC),
             _classes_of(self._classes, positions),
             mean_logits_BC,
-            sources={TAUGHT: len(positions)},
+            label_counts={ONLINE: len(positions)},
         )
 
 
 class StoredLabels(Targets):
-    """Answers from a label set; rows it lacks are refused, left out, or asked of its teachers.
+    """Labels from a label set; those it lacks raise, are skipped, or come from its teachers.
 
     With ``reuse`` an epoch uses one of the stored views of each image, all before any repeats;
     without, the stored views once and then view e in epoch e, which the set lacks unless another
-    job appended it. ``ensemble`` answers what the set lacks (only those rows go through it), in
-    the set's own encoding, so that a row is the same whoever answers; ``appender`` keeps these
-    answers for the next job.
+    job appended it. ``ensemble`` labels the views that the set lacks (only those rows go through
+    it), in the set's own encoding, so that a row is the same whether it is stored or online;
+    ``appender`` keeps these labels for the next job.
     """
 
     def __init__(
@@ -142,7 +149,7 @@ class StoredLabels(Targets):
         appender: Appender | None = None,
     ) -> None:
         if (missing == "teach") != (ensemble is not None):
-            raise ValueError("an ensemble is for missing='teach', and that needs one")
+            raise ValueError("missing='teach' needs an ensemble, and nothing else uses one")
         self.label_set = label_set
         self._keys = keys
         self._classes = classes
@@ -162,40 +169,42 @@ class StoredLabels(Targets):
             return None
         return view
 
-    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
-        """Return the answers; raises LabelSetError for a row not there with ``missing='fail'``."""
+    def batch(
+        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+    ) -> BatchTargets:
+        """Return the targets; raises LabelSetError for a missing row with ``missing='fail'``."""
         keys = [self._keys[p] for p in positions]
-        lacking = []
+        online = []
         if self._ensemble is not None:
-            there = map(self.label_set.holds, keys, views)
-            lacking = [row for row, holds in enumerate(there) if not holds]
-        stored = sorted(set(range(len(keys))).difference(lacking))
+            is_stored = map(self.label_set.holds, keys, views)
+            online = [row for row, stored in enumerate(is_stored) if not stored]
+        stored = sorted(set(range(len(keys))).difference(online))
         rows = self.label_set.rows([keys[r] for r in stored], [views[r] for r in stored])
-        if lacking:
-            taught = self._teach(images_BCHW[torch.tensor(lacking, device=images_BCHW.device)])
+        if online:
+            new = self._label_online(images_BCHW[torch.tensor(online, device=images_BCHW.device)])
             if self._appender is not None:
-                self._appender.add([keys[r] for r in lacking], [views[r] for r in lacking], taught)
-            rows = Rows.joined([rows, taught]).rows(torch.tensor(stored + lacking).argsort())
-        sources = {STORED: len(stored)}
+                self._appender.add([keys[r] for r in online], [views[r] for r in online], new)
+            rows = Rows.joined([rows, new]).rows(torch.tensor(stored + online).argsort())
+        label_counts = {STORED: len(stored)}
         if self._ensemble is not None:
-            sources[TAUGHT] = len(lacking)
-        return Answer(
+            label_counts[ONLINE] = len(online)
+        return BatchTargets(
             rows.labels,
             _classes_of(self._classes, positions),
             kept_logits=rows.logits,
-            sources=sources,
+            label_counts=label_counts,
         )
 
     def flush(self) -> None:
-        """Append the teachers' new answers to the label set, if they are to be kept."""
+        """Append the teachers' new labels to the label set, if they are to be kept."""
         if self._appender is not None:
             self._appender.flush()
 
-    def _teach(self, images_BCHW: Tensor) -> Rows:
-        """Ask the ensemble; return its answer as the set would have stored it, on the CPU.
+    def _label_online(self, images_BCHW: Tensor) -> Rows:
+        """Return the ensemble's labels as the set stores them, on the CPU.
 
-        In the precision that the set was made in, whatever the student computes in. Raises
-        DataError for an answer that is not finite: it would never be noticed in a label set.
+        In the precision of the set, whatever the student's precision. Raises DataError for
+        probabilities that are not finite: no later check would find them in a label set.
         """
         assert self._ensemble is not None
         plan = self.label_set.manifest["plan"]
@@ -205,7 +214,7 @@ class StoredLabels(Targets):
             probs_BC, mean_logits_BC = self._ensemble(images_BCHW)
         if not bool(torch.isfinite(probs_BC).all()):
             raise DataError(
-                "the teachers' answers are not finite; check their weights, or the label set's "
+                "the teachers' outputs are not finite; check their weights, or the label set's "
                 f"precision ({plan['precision']})"
             )
         rows = self.label_set.encoding.encode(probs_BC, mean_logits_BC)

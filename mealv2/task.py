@@ -1,4 +1,4 @@
-"""What one training step computes: (images, what is known of them) -> loss, output, parts.
+"""What a step computes: (images, targets) -> loss, output, parts.
 
 The dict follows timm.task's contract by shape: ``loss`` to call backward on, ``output`` the
 student's logits; ``parts`` are detached scalars for the log, complete after backward.
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from mealv2.discriminator import Discriminator, num_dead_outputs, wake
 from mealv2.losses import discriminator_loss, similarity_loss
 from mealv2.soft_labels import EncodedLabels, Labels, logits_through, tempered, through_kept
-from mealv2.targets import Answer
+from mealv2.targets import BatchTargets
 
-# The smallest float16 above 0: a label cannot say less, so the discriminator is told no more, of
-# either side.
+# The smallest float16 above 0: a stored label has no smaller probability, so the discriminator
+# sees none of either side.
 MIN_LOG_PROBABILITY = math.log(2.0**-24)
 
 DiscriminatorInput = Literal["logits", "log-probs", "probs"]
@@ -27,7 +27,7 @@ DISCRIMINATOR_INPUTS: tuple[str, ...] = get_args(DiscriminatorInput)
 GRADIENT_RATIO = "discriminator_gradient_ratio"
 
 
-class Result(TypedDict):
+class TaskResult(TypedDict):
     """A step's outcome; ``parts`` by name: the loss terms and what else is worth a log line."""
 
     loss: Tensor
@@ -36,22 +36,22 @@ class Result(TypedDict):
 
 
 class Mixture(TypedDict):
-    """The second answer to mixed images, and the weight of the first."""
+    """The second targets of mixed images, and the weight of the first."""
 
-    partner: Answer
+    partner: BatchTargets
     own_share: float
 
 
-# The rows of a whole batch, from those of each process that has a share of it.
+# The rows of a whole batch, from those of each rank.
 Join = Callable[[Tensor], Tensor]
 
 
-def _as_it_is(rows_BC: Tensor) -> Tensor:
+def _identity(rows_BC: Tensor) -> Tensor:
     return rows_BC
 
 
 class Task(nn.Module):
-    """What the training loop asks of a task: a call returns a Result.
+    """What the training loop asks of a task: a call returns a TaskResult.
 
     ``through`` is what to call in the student's place, such as a compiled form of it.
     """
@@ -59,18 +59,18 @@ class Task(nn.Module):
     student: nn.Module
     through: Callable[[Tensor], Tensor] | None = None
 
-    def ask(self, images_BCHW: Tensor) -> Tensor:
+    def logits(self, images_BCHW: Tensor) -> Tensor:
         """Return the student's logits, float32."""
         call = self.student if self.through is None else self.through
         logits_BC: Tensor = call(images_BCHW)
         return logits_BC.float()
 
     def prepare(
-        self, images_BCHW: Tensor | None, answer: Answer | None, *, joined: Join = _as_it_is
+        self, images_BCHW: Tensor | None, targets: BatchTargets | None, *, joined: Join = _identity
     ) -> str | None:
-        """Look at the first batch before the first step; return what is worth telling.
+        """Look at the first batch before the first step; return a warning if there is one.
 
-        ``joined`` makes the rows of the whole batch of this process's; it may have none (None).
+        ``joined`` gathers the rows of all ranks; this rank may have none (None).
         """
         return None
 
@@ -82,7 +82,7 @@ class DistillTask(Task):
     teachers' mean logits (official train.py), through the same loss where a label set kept them;
     ``log-probs``, the student's through the same choice of classes, tail and floor as the stored
     labels, so that it cannot win by recognising the compression (docs/adr/0004); ``probs``, softmax
-    against the recovered label (official FKD_train.py). None: logits where the answer has the
+    against the recovered label (official FKD_train.py). None: logits where the targets have the
     teachers', else log-probs.
 
     Off in the paper: ``label_temperature`` T takes labels to q^(1/T), renormalised, in the
@@ -109,16 +109,16 @@ class DistillTask(Task):
         self.hard_label_weight = hard_label_weight
 
     def forward(
-        self, images_BCHW: Tensor, answer: Answer, mixture: Mixture | None = None
-    ) -> Result:
-        """Return the loss of a batch; with ``mixture`` that of two answers, weighted by area."""
-        logits_BC = self.ask(images_BCHW)
+        self, images_BCHW: Tensor, targets: BatchTargets, mixture: Mixture | None = None
+    ) -> TaskResult:
+        """Return the loss of a batch; with ``mixture`` that of two targets, weighted by area."""
+        logits_BC = self.logits(images_BCHW)
         # two views of the logits, so that each side's gradient can be measured on its way back
         for_labels_BC, for_discriminator_BC = (
             logits_BC.view_as(logits_BC),
             logits_BC.view_as(logits_BC),
         )
-        terms = self._terms(for_labels_BC, for_discriminator_BC, answer)
+        terms = self._terms(for_labels_BC, for_discriminator_BC, targets)
         if mixture is not None:
             # L = l L(q) + (1 - l) L(q of the partner)   (official FKD_train.py)
             share = mixture["own_share"]
@@ -133,11 +133,11 @@ class DistillTask(Task):
         if self.discriminator is not None:
             loss = loss + self.discriminator_weight * terms["discriminator_loss"]
             _measure_ratio(parts, for_labels_BC, for_discriminator_BC)
-        return Result(loss=loss, output=logits_BC, parts=parts)
+        return TaskResult(loss=loss, output=logits_BC, parts=parts)
 
     @torch.no_grad()
     def prepare(
-        self, images_BCHW: Tensor | None, answer: Answer | None, *, joined: Join = _as_it_is
+        self, images_BCHW: Tensor | None, targets: BatchTargets | None, *, joined: Join = _identity
     ) -> str | None:
         """Redraw a discriminator with outputs that are dead on this batch; return what was done.
 
@@ -149,23 +149,23 @@ class DistillTask(Task):
         # full precision, as in the step; and autocast may keep weights that it casts without
         # gradient for the step that follows
         with torch.autocast(own_BC.device.type, enabled=False):
-            if images_BCHW is not None and answer is not None:
-                own_BC = self._look(images_BCHW, answer)
+            if images_BCHW is not None and targets is not None:
+                own_BC = self._look(images_BCHW, targets)
             return _revive(self.discriminator, joined(own_BC))
 
-    def _look(self, images_BCHW: Tensor, answer: Answer) -> Tensor:
+    def _look(self, images_BCHW: Tensor, targets: BatchTargets) -> Tensor:
         """Return what the discriminator would be shown of a batch, 2B x C."""
         was_training = self.student.training
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        return torch.cat(self._rows(logits_BC, answer))
+        return torch.cat(self._rows(logits_BC, targets))
 
     def _terms(
-        self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, answer: Answer
+        self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, targets: BatchTargets
     ) -> dict[str, Tensor]:
-        """Return the terms of the loss against one answer, and the discriminator's accuracy."""
-        soft = _soft(answer)
+        """Return the terms of the loss for some targets, and the discriminator's accuracy."""
+        soft = _soft(targets)
         labels: Tensor | EncodedLabels
         if isinstance(soft, EncodedLabels) and self.label_temperature == 1.0:
             labels = soft  # never expanded
@@ -173,29 +173,29 @@ class DistillTask(Task):
             labels = tempered(soft.to_dense(), self.label_temperature)
         terms = {"similarity_loss": similarity_loss(for_labels_BC, labels)}
         if self.hard_label_weight:
-            assert answer.classes_B is not None, "a hard-label weight needs class ids"
-            terms["hard_label_loss"] = F.cross_entropy(for_labels_BC, answer.classes_B)
+            assert targets.classes_B is not None, "a hard-label weight needs class ids"
+            terms["hard_label_loss"] = F.cross_entropy(for_labels_BC, targets.classes_B)
         if self.discriminator is not None:
             # full precision: under autocast the loss's plateaus would blur
             with torch.autocast(for_labels_BC.device.type, enabled=False):
-                rows = self._rows(for_discriminator_BC, answer)
+                rows = self._rows(for_discriminator_BC, targets)
                 adversary, accuracy = discriminator_loss(self.discriminator, *rows)
             terms |= {"discriminator_loss": adversary, "discriminator_accuracy": accuracy}
         return terms
 
-    def _rows(self, logits_BC: Tensor, answer: Answer) -> tuple[Tensor, Tensor]:
+    def _rows(self, logits_BC: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
         """Return what the discriminator is shown, B x C each: the student's and the teachers'."""
         shown = self.discriminator_input
-        soft = _soft(answer)
+        soft = _soft(targets)
         if shown == "probs":
             return torch.softmax(logits_BC, dim=1), soft.to_dense()
-        if shown != "log-probs" and answer.mean_logits_BC is not None:
-            return logits_BC, answer.mean_logits_BC
+        if shown != "log-probs" and targets.mean_logits_BC is not None:
+            return logits_BC, targets.mean_logits_BC
         kept = soft.kept()
-        if shown != "log-probs" and answer.kept_logits is not None:
-            teacher_BC = answer.kept_logits.to_dense(kept, soft.num_classes)
+        if shown != "log-probs" and targets.kept_logits is not None:
+            teacher_BC = targets.kept_logits.to_dense(kept, soft.num_classes)
             return logits_through(logits_BC, kept), teacher_BC
-        assert shown != "logits", "the answer has no logits to show"
+        assert shown != "logits", "the targets have no logits to show"
         return (
             through_kept(logits_BC, kept).clamp_min(MIN_LOG_PROBABILITY),
             soft.to_dense().log().clamp_min(MIN_LOG_PROBABILITY),
@@ -209,11 +209,11 @@ class HardLabelTask(Task):
         super().__init__()
         self.student = student
 
-    def forward(self, images_BCHW: Tensor, answer: Answer) -> Result:
-        assert answer.classes_B is not None, "this task needs class ids"
-        logits_BC = self.ask(images_BCHW)
-        loss = F.cross_entropy(logits_BC, answer.classes_B)
-        return Result(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
+    def forward(self, images_BCHW: Tensor, targets: BatchTargets) -> TaskResult:
+        assert targets.classes_B is not None, "this task needs class ids"
+        logits_BC = self.logits(images_BCHW)
+        loss = F.cross_entropy(logits_BC, targets.classes_B)
+        return TaskResult(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
 
 
 def _revive(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
@@ -226,9 +226,9 @@ def _revive(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
     return f"{what}; redrawn {wake(discriminator, rows_BC)} times"
 
 
-def _soft(answer: Answer) -> Labels:
-    assert answer.soft is not None, "distillation needs soft labels"
-    return answer.soft
+def _soft(targets: BatchTargets) -> Labels:
+    assert targets.soft is not None, "distillation needs soft labels"
+    return targets.soft
 
 
 def _measure_ratio(

@@ -16,8 +16,10 @@ from PIL import Image
 
 from mealv2.errors import ConfigError
 from mealv2.files import read_json
-from pipeline import checkpoint, distill, finetune, logs, precompute, runtime
+from pipeline import distill, finetune, logs, precompute, runtime
 from pipeline.config import DemoConfig, DistillConfig, FinetuneConfig, PrecomputeConfig
+from pipeline.training import checkpoint
+from pipeline.training.run_folder import REPORT_NAME
 
 # The setting of the story; docs/demo.md says how it was found.
 IMG_SIZE = 32
@@ -205,7 +207,7 @@ def _finished(folder: Path, settings: FinetuneConfig | DistillConfig) -> dict[st
     free = ("workers", "device")
     if any(kept.get(name) != value for name, value in asked.items() if name not in free):
         raise ConfigError(f"{folder} holds a run with other settings; give another --output")
-    report = folder / logs.REPORT_NAME
+    report = folder / REPORT_NAME
     return dict(read_json(report)) if report.exists() else None
 
 

@@ -7,49 +7,56 @@ from torch import nn
 from mealv2.discriminator import PLATEAUS, Discriminator
 from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
-from pipeline import environment, foresight, labels, runtime, training
+from pipeline import environment
 from pipeline.config import DistillConfig
-from pipeline.evaluation import Evaluator
 from pipeline.mirror import folder_of
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, joined, seed_everything
 from pipeline.sources import open_split
-from pipeline.work import CutMix, Work, make_student
+from pipeline.training.dry_run import dry_run
+from pipeline.training.evaluator import Evaluator
+from pipeline.training.label_source import (
+    from_label_set,
+    from_online_teachers,
+    open_training_images,
+)
+from pipeline.training.loop import train
+from pipeline.training.spec import CutMix, TrainingSpec, create_student
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
-    """Distil; return the report. Raises MealError and OSError, see training.train."""
+    """Distil; return the report. Raises MealError and OSError, see training.loop.train."""
     if config.dry_run:
         environment.refuse_ranks("distill --dry-run")
-    with runtime.joined(config) as machine:
-        return _distil(config, machine)
+    with joined(config) as runtime:
+        return _distil(config, runtime)
 
 
-def _distil(config: DistillConfig, machine: Runtime) -> dict[str, Any]:
+def _distil(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
     folder = None if config.labels is None else folder_of(config, config.labels)
-    source = labels.open_training_images(config, folder)
+    source = open_training_images(config, folder)
     val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
     if config.dry_run:
         val = None  # online teachers would label all of it first
-    answers = (
-        labels.online(config, machine, source, val)
+    labels = (
+        from_online_teachers(config, runtime, source, val)
         if folder is None
-        else labels.stored(config, folder, machine, source, val)
+        else from_label_set(config, folder, runtime, source, val)
     )
 
-    runtime.seed_everything(config.seed)
-    student = make_student(config, classes=list(source.classes), img_size=answers.img_size)
+    seed_everything(config.seed)
+    student = create_student(config, classes=list(source.classes), img_size=labels.img_size)
     discriminator, extra = _discriminator(config, student.num_classes)
     evaluator = None
     if val is not None:
         evaluator = Evaluator(
             val,
-            machine,
+            runtime,
             config,
-            img_size=answers.img_size,
-            resize=answers.resize,
-            labels=answers.of_validation,
+            img_size=labels.img_size,
+            resize=labels.resize,
+            labels=labels.val_labels,
         )
-    work = Work(
+    spec = TrainingSpec(
         command="distill",
         task=DistillTask(
             student,
@@ -61,28 +68,26 @@ def _distil(config: DistillConfig, machine: Runtime) -> dict[str, Any]:
         ),
         student=student,
         source=source,
-        positions=answers.positions,
-        targets=answers.targets,
-        img_size=answers.img_size,
-        views=answers.views,
-        resize=answers.resize,
+        positions=labels.positions,
+        targets=labels.targets,
+        img_size=labels.img_size,
+        views=labels.views,
+        resize=labels.resize,
         evaluator=evaluator,
         extra=extra,
         cutmix=_cutmix(config),
-        teachers=answers.accuracies,
-        teacher_forwards=answers.num_asked,
-        legend=_legend(config),
-        labels=answers.provenance,
+        teachers=labels.accuracies,
+        teacher_forwards=labels.teacher_forwards,
+        column_notes=_column_notes(config),
+        labels=labels.provenance,
     )
-    if config.dry_run:
-        return foresight.foresee(config, machine, work)
-    return training.train(config, machine, work)
+    return (dry_run if config.dry_run else train)(config, runtime, spec)
 
 
 def _discriminator(
     config: DistillConfig, num_classes: int
 ) -> tuple[Discriminator | None, dict[str, tuple[nn.Module, float]]]:
-    """Return the discriminator, if any, and what the optimizer is to know of it."""
+    """Return the discriminator, if any, and the extra module for the optimizer."""
     if config.discriminator == "off":
         return None, {}
     if num_classes < 2:
@@ -100,9 +105,9 @@ def _cutmix(config: DistillConfig) -> CutMix | None:
     return CutMix(config.cutmix_target, beta, probability)
 
 
-def _legend(config: DistillConfig) -> dict[str, str]:
-    """Return what to print behind an epoch's discriminator loss: the values to know it by."""
+def _column_notes(config: DistillConfig) -> dict[str, str]:
+    """Return what to print behind the discriminator loss: the values of its plateaus."""
     if config.discriminator == "off":
         return {}
-    known = ", ".join(f"{name} {v:.3f}" for name, v in PLATEAUS[config.discriminator].items())
-    return {"train_discriminator_loss": f" ({known})"}
+    plateaus = ", ".join(f"{name} {v:.3f}" for name, v in PLATEAUS[config.discriminator].items())
+    return {"train_discriminator_loss": f" ({plateaus})"}

@@ -9,8 +9,8 @@ from mealv2.files import canonical_json, write_whole
 from mealv2.metrics import Evaluation
 from pipeline import ready, runtime
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation import Evaluator
 from pipeline.sources import open_images
+from pipeline.training.evaluator import Evaluator
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

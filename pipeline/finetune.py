@@ -5,26 +5,26 @@ from typing import Any
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
-from pipeline import runtime, training
 from pipeline.config import FinetuneConfig
-from pipeline.evaluation import Evaluator
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, joined, seed_everything
 from pipeline.sources import open_images, open_split
-from pipeline.work import Work, make_student
+from pipeline.training.evaluator import Evaluator
+from pipeline.training.loop import train
+from pipeline.training.spec import TrainingSpec, create_student
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune; return the report. Raises MealError and OSError, see training.train."""
-    with runtime.joined(config) as machine:
-        return _finetune(config, machine)
+    """Fine-tune; return the report. Raises MealError and OSError, see training.loop.train."""
+    with joined(config) as runtime:
+        return _finetune(config, runtime)
 
 
-def _finetune(config: FinetuneConfig, machine: Runtime) -> dict[str, Any]:
+def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     source = open_images(config, config.data_dir, config.split)
     val = open_split(config, config.data_dir, config.val_split, classes=source.classes)
-    runtime.seed_everything(config.seed)
-    student = make_student(config, classes=source.classes, img_size=config.img_size)
-    work = Work(
+    seed_everything(config.seed)
+    student = create_student(config, classes=source.classes, img_size=config.img_size)
+    spec = TrainingSpec(
         command="finetune",
         task=HardLabelTask(student),
         student=student,
@@ -36,6 +36,6 @@ def _finetune(config: FinetuneConfig, machine: Runtime) -> dict[str, Any]:
         resize=config.resize,
         evaluator=None
         if val is None
-        else Evaluator(val, machine, config, img_size=config.img_size, resize=config.resize),
+        else Evaluator(val, runtime, config, img_size=config.img_size, resize=config.resize),
     )
-    return training.train(config, machine, work)
+    return train(config, runtime, spec)

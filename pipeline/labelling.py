@@ -15,8 +15,8 @@ from mealv2.metrics import num_correct
 from pipeline.batch_size import fastest
 from pipeline.compiling import compile_teachers
 from pipeline.config import DEFAULT_RATE, Labelling, NewEncoding, OnBadImage, PrecomputeConfig
-from pipeline.loaders import Pixels, refuse_failures
-from pipeline.prefetch import on_device
+from pipeline.loading.loader import Batch, on_device
+from pipeline.loading.requests import check_failures
 from pipeline.runtime import Runtime
 
 # Encoded at once: probabilities, 16 MB and as many mean logits, or views, at some 2 kB each.
@@ -27,7 +27,7 @@ _MOST_PROBABILITIES, _MOST_VIEWS = 1 << 22, 1 << 12
 class Answers:
     """The labels of N views: ``positions`` in the source, and ``rows`` on the CPU.
 
-    ``sizes_N2`` and ``boxes_N5`` say of which pixels, as in Pixels. ``correct`` counts the right
+    ``sizes_N2`` and ``boxes_N5`` say of which pixels, as in Batch. ``correct`` counts the right
     answers, int64 2 x (T + 1): at top-1 and top-5, of every teacher and last of the ensemble.
     ``failed`` are the images that could not be read, with the reason.
     """
@@ -64,7 +64,7 @@ class Labeller:
     batch_size: int
     on_bad_image: OnBadImage
 
-    def label(self, source: ImageSource, pixels: Iterable[Pixels], *, score: bool) -> Answers:
+    def label(self, source: ImageSource, pixels: Iterable[Batch], *, score: bool) -> Answers:
         """Answer every view of a stream, batch by batch as it comes.
 
         An image that failed in one batch has labels in none. ``score`` compares with the data's
@@ -78,7 +78,7 @@ class Labeller:
         shape = (2, len(self.ensemble.teachers) + 1)
         correct = torch.zeros(shape, dtype=torch.int64, device=device)
         for item in on_device(pixels, device):
-            refuse_failures(source, item.failed, self.on_bad_image)
+            check_failures(source, item.failed, self.on_bad_image)
             failed |= item.failed
             if not item.positions:
                 continue

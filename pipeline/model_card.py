@@ -20,8 +20,8 @@ from pipeline.config import (
     plain,
     split_teachers,
 )
-from pipeline.logs import LABELS_NAME, REPORT_NAME
 from pipeline.runtime import versions
+from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
 
 SHOWN_CLASSES = 20
 

@@ -14,11 +14,11 @@ from mealv2 import label_set
 from mealv2.images import fingerprint
 from mealv2.pixels import interpolation, probe_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
-from pipeline import jobs, logs, measuring, processes, runtime, teachers
+from pipeline import jobs, logs, processes, runtime, teachers, timing
 from pipeline.config import PrecomputeConfig
 from pipeline.finishing import accuracy_of, finish_and_tell, report_of, say_accuracy
 from pipeline.labelling import Labeller, encoding_of, make_labeller
-from pipeline.loaders import CENTRE
+from pipeline.loading.requests import CENTRE
 from pipeline.mirror import store_at
 from pipeline.planning import open_roles, shards_plan
 from pipeline.stage_one import ReadSettings, Role, StageOne, requests_of
@@ -144,9 +144,9 @@ def _plan(
 def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -> dict[str, Any]:
     """Measure a few seconds of work; return rows, bytes and seconds of the whole."""
     num_labels = sum(role.num_labels for role in roles)
-    measuring.forget_peak(labeller.machine.device)
+    timing.forget_peak(labeller.machine.device)
     sample, label_bytes = _measure(config, labeller, roles[-1])
-    rate, peak_bytes = sample.rate, measuring.peak_bytes(labeller.machine.device)
+    rate, peak_bytes = sample.rate, timing.peak_bytes(labeller.machine.device)
     num_bytes = round(num_labels * label_bytes) + sum(
         sum(len(key.encode()) + _INDEX_BYTES for key in role.source.keys)
         + len(role.shards) * _HEADER_BYTES
@@ -157,7 +157,7 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
         f"{logs.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up to "
         f"{logs.size_of(peak_bytes)}"
     )
-    measuring.say_limit(sample)
+    timing.say_limit(sample)
     if isinstance(config.out, Path):
         free = shutil.disk_usage(_existing(config.out)).free
         if free < num_bytes:
@@ -177,21 +177,21 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
 
 def _measure(
     config: PrecomputeConfig, labeller: Labeller, role: Role
-) -> tuple[measuring.Sample, float]:
+) -> tuple[timing.Sample, float]:
     """Return a sample of the work, and bytes a view."""
     reading, num_views = _reading(config, labeller.machine), len(role.views)
     label_bytes = 0.0
 
-    def label(views: int) -> measuring.Sample:
+    def label(views: int) -> timing.Sample:
         nonlocal label_bytes
         num_images = min(max(1, views // num_views), len(role.source))
         requests = requests_of(role, range(num_images), labeller.batch_size)
-        found, answers = measuring.label(labeller, role.source, reading.pixels(role, requests))
+        found, answers = timing.label(labeller, role.source, reading.pixels(role, requests))
         blocks = labeller.encoding.blocks(answers.rows, num_views)
         label_bytes = sum(map(len, blocks)) / max(1, len(answers.positions))
         return found
 
-    return measuring.sample(label, least=labeller.batch_size), label_bytes
+    return timing.sample(label, least=labeller.batch_size), label_bytes
 
 
 def _existing(path: Path) -> Path:

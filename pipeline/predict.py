@@ -15,14 +15,8 @@ from mealv2.images import EXTENSIONS, AnyOrder, walk_images
 from mealv2.released import find
 from pipeline import logs, ready, runtime
 from pipeline.config import PredictConfig
-from pipeline.loaders import (
-    ViewReader,
-    centre_requests,
-    name_failures,
-    read_views,
-    refuse_failures,
-)
-from pipeline.prefetch import on_device
+from pipeline.loading.loader import ViewReader, on_device, read_views
+from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
 
 IMAGENET_CLASSES = 1000
 
@@ -111,8 +105,8 @@ def _answers(
         size=lambda pixels: len(pixels.positions) + len(pixels.failed),
     )
     for pixels in on_device(shown, machine.device):
-        refuse_failures(source, pixels.failed, config.on_bad_image)
-        skipped.update(name_failures(source, pixels.failed))
+        check_failures(source, pixels.failed, config.on_bad_image)
+        skipped.update(failures_by_key(source, pixels.failed))
         if not pixels.positions:
             continue
         with machine.autocast():

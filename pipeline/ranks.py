@@ -1,7 +1,7 @@
 """The ranks of a training run, its processes: who does which share, and what they tell each other.
 
 Words, counts and random states go through CPU tensors (gloo), so that no device is waited for;
-gradients are averaged by DistributedDataParallel (pipeline.steps).
+gradients are averaged by DistributedDataParallel (pipeline.training.parallel).
 """
 
 import json
@@ -9,16 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mealv2.errors import ConfigError, MealError
 from pipeline.environment import Rank
-
-T = TypeVar("T")
 
 _SIGNALS = ("SIGINT", "SIGTERM")
 _CLAIM_TIMEOUT = timedelta(seconds=10)
@@ -38,25 +36,11 @@ class AlreadySaid(MealError):  # noqa: N818  # the error is the other rank's
         self.exit_code = exit_code
 
 
-def pieces(sizes: Sequence[int], num: int, *, least: int = 1) -> list[range]:
-    """Cut a row of items into ``num`` neighbouring ranges, which differ by at most one item.
-
-    Where one would hold less than ``least``, the sum of its items' ``sizes``, fewer are filled:
-    those at the end are empty.
-    """
-    for filled in range(min(num, len(sizes)), 0, -1):
-        ends = [number * len(sizes) // filled for number in range(filled + 1)]
-        cuts = [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-        if filled == 1 or all(sum(sizes[i] for i in cut) >= least for cut in cuts):
-            return cuts + [range(len(sizes), len(sizes))] * (num - filled)
-    return [range(0)] * num
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a run as one of them sees it; a run of one process has one, which tells nobody.
 
-    Every method but ``share`` is to be called by all ranks, in the same order.
+    All ranks have to call every method, in the same order.
     """
 
     rank: int = 0
@@ -71,11 +55,6 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the one that writes and talks."""
         return self.rank == 0
-
-    def share(self, items: Sequence[T], sizes: Sequence[int], *, least: int = 1) -> list[T]:
-        """Return this rank's piece of a batch; see ``pieces``."""
-        cut = pieces(sizes, self.size, least=least)[self.rank]
-        return list(items[cut.start : cut.stop])
 
     def agree(self, num_views: int, signal_name: str | None) -> tuple[int, str | None]:
         """Return how many views all ranks have together, and a signal that one of them got."""
@@ -161,15 +140,6 @@ class Ranks:
 def speaks() -> bool:
     """Return whether this process is to talk: the first rank of a run, or a process alone."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
-
-
-def has_batch_norm(network: nn.Module) -> bool:
-    """Return whether a network normalises over the images that a process has of a batch."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and not isinstance(module, nn.SyncBatchNorm)
-        for module in network.modules()
-    )
 
 
 @contextmanager

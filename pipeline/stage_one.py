@@ -27,7 +27,8 @@ from mealv2.views import Views
 from pipeline import copies, logs, runtime
 from pipeline.finishing import batch_size_of, finish, whole_shard
 from pipeline.labelling import Answers, Labeller
-from pipeline.loaders import Pixels, Request, ViewReader, read_views
+from pipeline.loading.loader import Batch, ViewReader, read_views
+from pipeline.loading.requests import BatchRequest
 from pipeline.mirror import Store
 
 # What can be wrong with one shard and not with the next: its images, the device, the file system,
@@ -81,7 +82,7 @@ class ReadSettings:
     resize: Resize
     pin_memory: bool = False
 
-    def pixels(self, role: Role, requests: list[Request]) -> Iterator[Pixels]:
+    def pixels(self, role: Role, requests: list[BatchRequest]) -> Iterator[Batch]:
         """Return the views of requests, in order."""
         reader = ViewReader(
             role.source, img_size=self.img_size, views=self.views, resize=self.resize
@@ -287,7 +288,7 @@ class StageOne:
         return finish(self.store, self.plan, batch_size=self._batch_size, listed=self._listed)
 
 
-def requests_of(role: Role, positions: Sequence[int], batch_size: int) -> list[Request]:
+def requests_of(role: Role, positions: Sequence[int], batch_size: int) -> list[BatchRequest]:
     """Cut the views of images into requests of exactly one batch, the last one fewer.
 
     The views of an image follow each other, and go on in the next request where one is full.
@@ -339,11 +340,11 @@ def _after(before: "Future[None] | None", task: Callable[[], None]) -> None:
     task()
 
 
-def _counter(num_views: int) -> Callable[[Pixels], int]:
+def _counter(num_views: int) -> Callable[[Batch], int]:
     """Return a function that says how many views a batch brings to an end, failed ones too."""
     failed: set[int] = set()
 
-    def count(item: Pixels) -> int:
+    def count(item: Batch) -> int:
         new = item.failed.keys() - failed  # an image can fail in several batches
         failed.update(new)
         return len(item.positions) + len(new) * num_views
@@ -358,7 +359,7 @@ def _reason(error: Exception) -> str:
     return copies.told((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def _until_stopped(pixels: Iterator[Pixels], stop: runtime.StopFlag) -> Iterator[Pixels]:
+def _until_stopped(pixels: Iterator[Batch], stop: runtime.StopFlag) -> Iterator[Batch]:
     for item in pixels:
         stop.check()
         yield item

@@ -163,7 +163,7 @@ def test_the_import_rule_holds() -> None:
         ("pipeline/distill.py", "from pipeline import precompute", "imports pipeline.precompute"),
         ("pipeline/distill.py", "from . import finetune", "imports pipeline.finetune"),
         ("pipeline/evaluate.py", "from pipeline.distill import run", "imports pipeline.distill"),
-        ("pipeline/loaders.py", "import pipeline.evaluate", "imports pipeline.evaluate"),
+        ("pipeline/loading/loader.py", "import pipeline.evaluate", "imports pipeline.evaluate"),
         ("pipeline/training.py", "from .distill import run", "imports pipeline.distill"),
         ("pipeline/logs.py", "import cli", "imports cli"),
         ("pipeline/logs.py", "import os\nos.environ.get('TERM')", "reads the environment"),

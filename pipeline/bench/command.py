@@ -10,7 +10,7 @@ import torch
 import mealv2
 from pipeline.bench.lines import Line
 from pipeline.bench.room import Room
-from pipeline.measuring import take_turns
+from pipeline.timing import take_turns
 
 
 def measure(room: Room, wanted: Sequence[str]) -> list[Line]:

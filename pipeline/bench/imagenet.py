@@ -10,11 +10,11 @@ from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.models import create_classifier
 from mealv2.soft_labels import SoftLabels
-from mealv2.targets import Answer
+from mealv2.targets import BatchTargets
 from mealv2.task import DistillTask
 from pipeline import logs
 from pipeline.bench.room import NUM_CLASSES, Room, calibrate
-from pipeline.measuring import repeated, timed, times_for
+from pipeline.timing import repeated, timed, times_for
 
 IMAGES = 1_281_167
 VIEWS = (30, 180)
@@ -78,7 +78,7 @@ def step_rate(room: Room, name: str, img_size: int) -> float:
     def step(images_BCHW: torch.Tensor) -> None:
         even = torch.full((len(images_BCHW), NUM_CLASSES), 1.0 / NUM_CLASSES, device=room.device)
         with room.machine.autocast():
-            loss = task(images_BCHW, Answer(SoftLabels.of_all(even)))["loss"]
+            loss = task(images_BCHW, BatchTargets(SoftLabels.of_all(even)))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

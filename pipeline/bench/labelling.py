@@ -13,9 +13,9 @@ from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
 from pipeline.labelling import Labeller
-from pipeline.measuring import repeated, take_turns, times_for
 from pipeline.mirror import Folder
 from pipeline.stage_one import ReadSettings, Role, StageOne
+from pipeline.timing import repeated, take_turns, times_for
 
 LOOKED_UP = 512  # views of a batch
 _LOOK_UPS = 20  # in a turn

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
-from pipeline.measuring import Turn
+from pipeline.timing import Turn
 
 _LEAST_CPU_S = 0.05  # the counter has steps of a hundredth
 HEAD = ["line", "what", "against", "figure", "range", "goal", ""]

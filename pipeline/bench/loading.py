@@ -19,10 +19,11 @@ from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, Images, Room
 from pipeline.jpegtran import Jpegtran, packed
-from pipeline.loaders import Pixels, Request, ViewReader, read_views, refuse_failures
-from pipeline.measuring import take_turns
-from pipeline.order import batches
+from pipeline.loading.loader import Batch, ViewReader, read_views
+from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.stage_one import Role, requests_of
+from pipeline.timing import take_turns
+from pipeline.training.batches import split_batches
 
 BATCH_SIZE = 128
 _PASSES = 2  # over the images in a turn, of what shows an image once
@@ -97,16 +98,16 @@ def transforms(img_size: int) -> Any:
     )
 
 
-def ours(room: Room, source: ImageSource, requests: list[Request]) -> Work:
+def ours(room: Room, source: ImageSource, requests: list[BatchRequest]) -> Work:
     """Return a turn of our loader: uint8 batches, as both stages get them."""
     reader = ViewReader(source, img_size=room.config.img_size, views=DrawnViews(0))
     loader = read_views(reader, requests, workers=room.config.workers)
     return lambda: sum(map(_num_read(room, source), loader))
 
 
-def _num_read(room: Room, source: ImageSource) -> Callable[[Pixels], int]:
-    def count(pixels: Pixels) -> int:
-        refuse_failures(source, pixels.failed, room.config.on_bad_image)
+def _num_read(room: Room, source: ImageSource) -> Callable[[Batch], int]:
+    def count(pixels: Batch) -> int:
+        check_failures(source, pixels.failed, room.config.on_bad_image)
         return len(pixels.positions)
 
     return count
@@ -116,17 +117,17 @@ def _one_view(room: Room, images: Images) -> Work:
     return ours(room, images.source, single_views(images.positions))
 
 
-def single_views(positions: Iterable[int]) -> list[Request]:
+def single_views(positions: Iterable[int]) -> list[BatchRequest]:
     """Return requests for one view of each image, then another view of each."""
     positions = list(positions)
     rows = [(position, (view,)) for view in range(_PASSES) for position in positions]
-    return batches(rows, BATCH_SIZE)
+    return split_batches(rows, BATCH_SIZE)
 
 
 def _few_views(room: Room, images: Images) -> Work:
     views = tuple(range(_FEW_VIEWS))
     rows = [(position, views) for position in images.positions]
-    return ours(room, images.source, batches(rows, BATCH_SIZE // _FEW_VIEWS))
+    return ours(room, images.source, split_batches(rows, BATCH_SIZE // _FEW_VIEWS))
 
 
 def _stage_one_views(room: Room, images: Images) -> Work:

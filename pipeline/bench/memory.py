@@ -26,11 +26,11 @@ from pipeline.bench.lines import Line, NotMeasuredError
 from pipeline.bench.room import Room, plan_of
 from pipeline.config import DEFAULT_RATE
 from pipeline.labelling import Labeller
-from pipeline.measuring import Turn, processes
 from pipeline.mirror import Folder
 from pipeline.pictures import draw_tree
 from pipeline.runtime import Runtime
 from pipeline.stage_one import ReadSettings, Role, StageOne
+from pipeline.timing import Turn, processes
 
 FEW_VIEWS, MANY_VIEWS = 30, 180
 _NUM_CLASSES = 10

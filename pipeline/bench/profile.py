@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import labeller_of
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
 from pipeline.bench.steps import stored
-from pipeline.loaders import Pixels, Request, ViewReader, read_views
-from pipeline.measuring import forward_macs, settle, step_macs
-from pipeline.order import batches
+from pipeline.loading.loader import Batch, ViewReader, read_views
+from pipeline.loading.requests import BatchRequest
+from pipeline.timing import forward_macs, settle, step_macs
+from pipeline.training.batches import split_batches
 
 _STEPS_CPU, _STEPS_GPU = 4, 30  # of a profile, after one that does not count
 _WAITING = "waiting for images"
@@ -46,7 +48,7 @@ class Phases:
         settle(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def waiting(self, items: Iterator[Pixels]) -> Iterator[Pixels]:
+    def waiting(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """Yield items, counting the time until each is there."""
         while True:
             with self(_WAITING):
@@ -78,20 +80,14 @@ def both_stages(room: Room) -> dict[str, Any]:
 def stage_two(room: Room) -> dict[str, Any]:
     """Profile steps with stored labels, from files to weights."""
     steps = _num_steps(room)
-    stepper = stored(room, room.network(room.config.model))
-    rows: Request = [(position, (0,)) for position in _cycled(room, steps * room.batch_size)]
+    step = stored(room, room.network(room.config.model))
+    rows: BatchRequest = [(position, (0,)) for position in _cycled(room, steps * room.batch_size)]
     phases = Phases(room.device)
-    for number, batch in enumerate(_read(room, phases, batches(rows, room.batch_size))):
+    step.phase = phases
+    for number, batch in enumerate(_read(room, phases, split_batches(rows, room.batch_size))):
         with phases("copy to the device"):
             images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
-        with phases("labels"):
-            answer = stepper.answer(batch.positions, batch.views, images_BCHW)
-        with phases("forward and loss"):
-            result = stepper.forward(images_BCHW, answer)
-        with phases("backward"):
-            stepper.state.backward(result["loss"])
-        with phases("optimizer"):
-            stepper.state.update()
+        step(replace(batch, images_BCHW=images_BCHW), len(batch.positions))
         if number == 0:
             phases.seconds.clear()
     with torch.device("meta"):
@@ -111,10 +107,10 @@ def stage_one(room: Room) -> dict[str, Any]:
     per_image = min(NUM_VIEWS, room.batch_size)
     views = tuple(range(per_image))
     num_images = room.batch_size // per_image
-    rows: Request = [(position, views) for position in _cycled(room, steps * num_images)]
+    rows: BatchRequest = [(position, views) for position in _cycled(room, steps * num_images)]
     phases = Phases(room.device)
     kept: list[Rows] = []
-    for number, batch in enumerate(_read(room, phases, batches(rows, num_images))):
+    for number, batch in enumerate(_read(room, phases, split_batches(rows, num_images))):
         with phases("copy to the device"):
             images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
         with phases("teachers"), torch.inference_mode(), room.machine.autocast():
@@ -141,7 +137,7 @@ def stage_one(room: Room) -> dict[str, Any]:
     }
 
 
-def reading(room: Room, request: Request) -> dict[str, dict[str, float]]:
+def reading(room: Room, request: BatchRequest) -> dict[str, dict[str, float]]:
     """Return what reading a batch takes in one thread, part by part."""
     source, views, size = room.images.source, DrawnViews(0), room.config.img_size
     phases = Phases(torch.device("cpu"))
@@ -165,7 +161,7 @@ def reading(room: Room, request: Request) -> dict[str, dict[str, float]]:
     return phases.per_step(1)
 
 
-def _read(room: Room, phases: Phases, requests: list[Request]) -> Iterator[Pixels]:
+def _read(room: Room, phases: Phases, requests: list[BatchRequest]) -> Iterator[Batch]:
     reader = ViewReader(room.images.source, img_size=room.config.img_size, views=DrawnViews(0))
     return phases.waiting(iter(read_views(reader, requests, workers=room.config.workers)))
 

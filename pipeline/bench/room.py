@@ -19,9 +19,9 @@ from mealv2.views import RECIPE
 from pipeline import logs
 from pipeline.bench.lines import by_cpu_time
 from pipeline.config import DEFAULT_RATE, BenchConfig
-from pipeline.measuring import Turn
 from pipeline.pictures import Drawn, draw_tree, mean_pixels
 from pipeline.runtime import Runtime
+from pipeline.timing import Turn
 
 NUM_CLASSES = 1000
 NUM_VIEWS = 16  # stored of an image, and cut from one decode in stage one

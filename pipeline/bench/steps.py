@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from mealv2.discriminator import Discriminator
@@ -14,15 +15,16 @@ from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
 from pipeline.bench.room import NUM_CLASSES, NUM_VIEWS, Room
 from pipeline.config import DistillConfig
-from pipeline.measuring import (
-    Stepper,
+from pipeline.loading.loader import Batch
+from pipeline.timing import (
     forward_macs,
     repeated,
     step_macs,
     take_turns,
     times_for,
 )
-from pipeline.work import Work
+from pipeline.training.spec import TrainingSpec
+from pipeline.training.step import TrainStep
 
 _TURN_S = 1.0  # about how long a turn takes at least
 _PAPER_MACS = (46.0, 12.3)  # in thousands of millions: a step online, and one without teachers
@@ -86,28 +88,37 @@ def arithmetic(room: Room) -> dict[str, Any]:
     }
 
 
-def stepping(room: Room, stepper: Stepper) -> Callable[[], int]:
+def stepping(room: Room, step: TrainStep) -> Callable[[], int]:
     """Return one step on a batch that lies on the device; lookup included."""
-    positions = room.images.positions
-    batch = [positions[n % len(positions)] for n in range(room.batch_size)]
-    views = [n // len(positions) % NUM_VIEWS for n in range(room.batch_size)]
-    resident_BCHW = room.resident(room.batch_size)
-    return lambda: stepper.step(batch, views, resident_BCHW)
+    positions, size = room.images.positions, room.batch_size
+    batch = Batch(
+        room.resident(size),
+        np.zeros((size, 2), np.uint32),
+        np.zeros((size, 5), np.uint32),
+        [positions[n % len(positions)] for n in range(size)],
+        [n // len(positions) % NUM_VIEWS for n in range(size)],
+    )
+
+    def one_step() -> int:
+        step(batch, size)
+        return size
+
+    return one_step
 
 
-def hard(room: Room, student: Classifier) -> Stepper:
+def hard(room: Room, student: Classifier) -> TrainStep:
     """Return steps with class ids."""
-    return _stepper(room, student, HardLabels(room.images.source.labels), HardLabelTask(student))
+    return _train_step(room, student, HardLabels(room.images.source.labels), HardLabelTask(student))
 
 
-def stored(room: Room, student: Classifier, *, alone: bool = False) -> Stepper:
+def stored(room: Room, student: Classifier, *, alone: bool = False) -> TrainStep:
     """Return steps with labels looked up; ``alone`` leaves out the discriminator."""
     source = room.images.source
     targets = StoredLabels(room.labels, source.keys, source.labels, seed=0)
     return _distilling(room, student, targets, alone=alone)
 
 
-def online(room: Room, student: Classifier) -> Stepper:
+def online(room: Room, student: Classifier) -> TrainStep:
     """Return steps in which the teachers answer."""
     targets = OnlineTeachers(room.ensemble, room.images.source.labels)
     return _distilling(room, student, targets)
@@ -115,12 +126,12 @@ def online(room: Room, student: Classifier) -> Stepper:
 
 def _distilling(
     room: Room, student: Classifier, targets: Targets, *, alone: bool = False
-) -> Stepper:
+) -> TrainStep:
     discriminator = None if alone else Discriminator(NUM_CLASSES, "paper")
-    return _stepper(room, student, targets, DistillTask(student, discriminator))
+    return _train_step(room, student, targets, DistillTask(student, discriminator))
 
 
-def _stepper(room: Room, student: Classifier, targets: Targets, task: Any) -> Stepper:
+def _train_step(room: Room, student: Classifier, targets: Targets, task: Any) -> TrainStep:
     config = DistillConfig(
         data_dir=room.images.root,
         model=room.config.model,
@@ -133,7 +144,7 @@ def _stepper(room: Room, student: Classifier, targets: Targets, task: Any) -> St
         amp_dtype=room.config.amp_dtype,
     )
     discriminator = getattr(task, "discriminator", None)
-    work = Work(
+    spec = TrainingSpec(
         command="bench",
         task=task,
         student=student,
@@ -146,4 +157,7 @@ def _stepper(room: Room, student: Classifier, targets: Targets, task: Any) -> St
         evaluator=None,
         extra={} if discriminator is None else {"discriminator": (discriminator, _LR)},
     )
-    return Stepper(config, room.machine, work)
+    step = TrainStep(config, room.machine, spec)
+    step.state.set_lr(config.lr_factor(0))
+    task.train()
+    return step

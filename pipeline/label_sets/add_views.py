@@ -9,10 +9,15 @@ from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import LabelSet, read_manifest
 from pipeline import jobs, logs, processes, runtime
+from pipeline.compatibility import (
+    build_original_teachers,
+    check_precision,
+    check_same_data,
+    choose_resize,
+)
 from pipeline.config import LabelsAddViewsConfig
 from pipeline.finishing import block_views, describe_block
 from pipeline.labelling import make_labeller
-from pipeline.labels import check_precision, check_same_data, resize_of_set, teachers_of
 from pipeline.mirror import Folder
 from pipeline.sources import open_images
 from pipeline.stage_one import ReadSettings, Role, StageOne
@@ -124,9 +129,9 @@ def _stage(
     """Return what makes the shards, and the images of them, in no views yet."""
     plan = labels.manifest["plan"]
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
-    check_same_data(labels, source, may_lack_images=True)  # a part of a set has some of them
+    check_same_data(labels, source, allow_missing=True)  # a part of a set has some of them
     check_precision(config.labels, plan, machine)
-    ensemble = teachers_of(config.labels, config.teacher, plan, machine)
+    ensemble = build_original_teachers(config.labels, config.teacher, plan, machine)
     labeller = make_labeller(
         config, machine, ensemble, labels.encoding, img_size=labels.img_size, most=len(labels)
     )
@@ -137,7 +142,7 @@ def _stage(
         config.workers,
         labels.img_size,
         labels.views(),
-        resize_of_set(labels),
+        choose_resize(labels),
         pin_memory=machine.pins,
     )
     return StageOne(Folder(config.labels), plan, labeller, reading), Role(

@@ -16,9 +16,9 @@ from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import logs
+from pipeline.compatibility import check_same_data
 from pipeline.config import LabelsExportConfig
 from pipeline.label_sets.writing import all_rows, refuse_inside
-from pipeline.labels import check_same_data
 from pipeline.sources import open_images
 
 # readers of a folder of tables leave out names that begin so
@@ -186,7 +186,7 @@ def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
 def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:
     if not _is_there("webdataset"):
         raise ConfigError("--to webdataset needs webdataset to write: pip install webdataset")
-    check_same_data(labels, _source_of(config, labels), may_lack_images=True)
+    check_same_data(labels, _source_of(config, labels), allow_missing=True)
     keys, taken = list(labels.keys()), dict[str, str]()
     for key in keys:
         name, _ = _sample_name(key)

@@ -11,11 +11,11 @@ from mealv2.ensemble import EnsembleOutput
 from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows
 from pipeline import logs
+from pipeline.compatibility import build_original_teachers, check_precision, choose_resize
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling import Labeller
-from pipeline.labels import check_precision, resize_of_set, teachers_of
-from pipeline.loaders import Request, ViewReader, read_views, refuse_failures
-from pipeline.prefetch import on_device
+from pipeline.loading.loader import ViewReader, on_device, read_views
+from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.runtime import Runtime
 from pipeline.sources import open_images
 
@@ -34,7 +34,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     plan = labels.manifest["plan"]
     check_precision(folder, plan, machine)
     labeller = Labeller(
-        teachers_of(folder, config.teacher, plan, machine),
+        build_original_teachers(folder, config.teacher, plan, machine),
         machine,
         labels.encoding,
         batch_size=config.batch_size,
@@ -43,7 +43,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
     places = _places(labels, config.relabel, seed=config.seed)
     reader = ViewReader(
-        source, img_size=labels.img_size, views=labels.views(), resize=resize_of_set(labels)
+        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
     )
     requests = _requests(source, places, config.batch_size)
     pixels = logs.progress(
@@ -55,7 +55,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     )
     total, num_views = np.zeros(4), 0
     for item in on_device(pixels, machine.device):
-        refuse_failures(source, item.failed, config.on_bad_image)
+        check_failures(source, item.failed, config.on_bad_image)
         if not item.positions:
             continue
         num_views += len(item.positions)
@@ -90,7 +90,7 @@ def _places(labels: LabelSet, number: int, *, seed: int) -> list[tuple[str, int]
 
 def _requests(
     source: ImageSource, places: Sequence[tuple[str, int]], batch_size: int
-) -> list[Request]:
+) -> list[BatchRequest]:
     position_of = {key: position for position, key in enumerate(source.keys)}
     return [
         [(position_of[key], (view,)) for key, view in places[start : start + batch_size]]

@@ -21,9 +21,9 @@ from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
 from mealv2.locations import shown
 from mealv2.views import DrawnViews
 from pipeline import logs, runtime
+from pipeline.compatibility import check_same_data
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
-from pipeline.labels import check_same_data
 from pipeline.mirror import folder_of
 from pipeline.sources import open_images
 
@@ -197,7 +197,7 @@ def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, An
         labels = LabelSet.open(folder, role=role)
         source = open_images(config, config.data_dir, manifest["plan"]["roles"][role]["split"])
         lenient = is_part and role == "train"
-        check_same_data(labels, source, may_lack_images=lenient)
+        check_same_data(labels, source, allow_missing=lenient)
         num_images = len(labels) + len(labels.skipped)
         of = "the" if num_images == len(source) else f"{num_images} of {len(source)}"
         logs.say(f"{role}: it labels {of} images of {source.name}, and they are the same")

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline import logs
 from pipeline.config import SlurmDistillConfig, StageCommand
 from pipeline.slurm import scripts, submitting
+from pipeline.training.run_folder import REPORT_NAME
 
 OURS = ("dry_run",)
 
@@ -19,7 +20,7 @@ def run(
     out = submitting.run_folder(stage)
     submitting.say_lacking_labels(config, stage)
     report: dict[str, Any] = {"output": str(out), "job": None}
-    if (out / logs.REPORT_NAME).exists():
+    if (out / REPORT_NAME).exists():
         logs.say(f"{out}: the run came to its end; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)

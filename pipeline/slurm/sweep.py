@@ -14,6 +14,7 @@ from pipeline import logs
 from pipeline.config import DistillConfig, SlurmSweepConfig, StageCommand, flag
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.distill import OURS
+from pipeline.training.run_folder import REPORT_NAME
 
 Checked = Callable[[Iterable[str]], StageCommand]
 SHARED = ("output", "labels", "data-dir", "resume", "auto-resume")  # by all students of a sweep
@@ -62,7 +63,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     students = _students(config, list(itertools.product(*varied)), checked)
     out = students[0].folder.parent
     submitting.say_lacking_labels(config, students[0].stage)
-    todo = [s for s in students if not (s.folder / logs.REPORT_NAME).exists()]
+    todo = [s for s in students if not (s.folder / REPORT_NAME).exists()]
     folders = {str(student.task): str(student.folder) for student in todo}
     report = {"output": str(out), "job": None, "students": len(students), "tasks": folders}
     if not todo:

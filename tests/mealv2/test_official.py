@@ -20,7 +20,7 @@ from mealv2.fkd import labels_of
 from mealv2.losses import discriminator_loss, similarity_loss
 from mealv2.pixels import cut
 from mealv2.soft_labels import top_k
-from mealv2.targets import Answer, OnlineTeachers
+from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask, HardLabelTask, Mixture
 from mealv2.views import View
 from official import GOLDEN
@@ -102,7 +102,7 @@ def test_every_layers_gradient_and_every_output_are_the_official_codes(case: str
 
 @pytest.mark.parametrize("case", CASES)
 def test_hard_label_loss_is_the_official_codes_in_evaluation(case: str) -> None:
-    answer = Answer(classes_B=tensor(f"{case}_labels_int"))
+    answer = BatchTargets(classes_B=tensor(f"{case}_labels_int"))
     result = HardLabelTask(nn.Identity())(tensor(f"{case}_student_logits"), answer)
     close(result["loss"], GOLDEN[f"{case}_eval_ce"])
 
@@ -149,7 +149,9 @@ class Training:
         assert GOLDEN["E_lr_groups_before_after"].tolist() == [[0.0, 1e-4], [0.01, 0.01]]
         self.optimizer = torch.optim.SGD(self.task.parameters(), lr=0.01, momentum=0.9)
 
-    def step(self, images: Tensor, answer: Answer, mixture: Mixture | None = None) -> list[float]:
+    def step(
+        self, images: Tensor, answer: BatchTargets, mixture: Mixture | None = None
+    ) -> list[float]:
         result = self.task(images, answer, mixture)
         self.optimizer.zero_grad()
         result["loss"].backward()
@@ -194,7 +196,7 @@ def as_recorded(mix: Mix, own_share: float) -> list[float]:
 def test_training_with_online_teachers_is_the_official_train_loop() -> None:
     training, targets = Training(pooled=False), online_teachers(pooled=False)
     for step, images in enumerate(tensor("E_images")):
-        answer = targets.answer(range(6), [step] * 6, images)
+        answer = targets.batch(range(6), [step] * 6, images)
         similarity, adversary = training.step(images, answer)
         close(similarity, GOLDEN["E_g_losses"][step])
         close(adversary, GOLDEN["E_d_losses"][step])
@@ -208,7 +210,7 @@ def test_teachers_that_label_the_mixed_image_are_the_official_cutmix() -> None:
         close(np.array(as_recorded(mix, own_share)), GOLDEN["EC_lam_and_box"][step])
         mixed = mix.paste(images)
         assert torch.equal(mixed, tensor("EC_images_mixed")[step])
-        answer = targets.answer(range(6), [step] * 6, mixed)
+        answer = targets.batch(range(6), [step] * 6, mixed)
         if step == 0:
             assert answer.soft is not None
             close(answer.soft.to_dense(), GOLDEN["EC_soft_labels_step0"])
@@ -218,12 +220,12 @@ def test_teachers_that_label_the_mixed_image_are_the_official_cutmix() -> None:
     training.ends_as("EC")
 
 
-def stored_batches() -> Iterator[tuple[Tensor, Answer]]:
+def stored_batches() -> Iterator[tuple[Tensor, BatchTargets]]:
     """Yield F's batches: 3 images x 2 crops, crop-major, with their labels of k = 5."""
     batches = zip(tensor("F_images"), GOLDEN["F_packed_k5"], GOLDEN["F_labels_int"], strict=True)
     for images, packed, classes in batches:
         soft = labels_of(packed.reshape(6, 2, 5), "marginal_smoothing_k5", 1000)
-        yield images.flatten(0, 1), Answer(soft, torch.from_numpy(classes).flatten())
+        yield images.flatten(0, 1), BatchTargets(soft, torch.from_numpy(classes).flatten())
 
 
 def test_training_from_stored_labels_is_the_official_fkd_loop() -> None:

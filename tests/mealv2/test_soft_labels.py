@@ -25,7 +25,7 @@ from mealv2.soft_labels import (
     through_kept,
     top_k,
 )
-from mealv2.targets import Answer
+from mealv2.targets import BatchTargets
 from mealv2.task import DistillTask
 
 quickly = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -322,7 +322,7 @@ def both_rows(probs: Tensor, label: Labels) -> tuple[Tensor, Tensor]:
     discriminator = Discriminator(label.num_classes)
     discriminator.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs))
     log_probs = probs.double().clamp_min(1e-30).log().float()
-    DistillTask(nn.Identity(), discriminator)(log_probs, Answer(label))
+    DistillTask(nn.Identity(), discriminator)(log_probs, BatchTargets(label))
     student, teacher = rows[0].split(len(label))
     return student, teacher
 

@@ -14,7 +14,7 @@ import reference
 from mealv2.discriminator import Discriminator
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.soft_labels import keep_logits, top_k
-from mealv2.targets import Answer, OnlineTeachers
+from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask
 
 NUM_FEATURES = 5
@@ -97,13 +97,13 @@ def compare(case: dict[str, Any], *, num_steps: int) -> None:
     state = reference.State(*reference_layers, still)
 
     for images in batches:
-        answer = targets.answer(range(len(images)), [0] * len(images), images)
+        answer = targets.batch(range(len(images)), [0] * len(images), images)
         assert answer.soft is not None
         if not case["online"]:
             soft = top_k(answer.soft.to_dense(), case["k"])
             assert answer.mean_logits_BC is not None
             stored = keep_logits(answer.mean_logits_BC, soft.kept())
-            answer = Answer(soft, classes, kept_logits=stored)
+            answer = BatchTargets(soft, classes, kept_logits=stored)
         result = task(images, answer)
         optimizer.zero_grad()
         result["loss"].backward()

@@ -14,7 +14,7 @@ from label_sets import encoded, make_set, same
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import Appender, Encoding, LabelSet, Rows
-from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels
+from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels
 from mealv2.views import scheduled_view
 
 KEYS = ["ant/1.png", "bee/1.png", "猫/1.png"]
@@ -56,8 +56,8 @@ def test_stored_labels_use_the_schedule_of_the_views_the_set_holds(label_set):
 
 def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(label_set):
     source_keys = ["x", "猫/1.png", "ant/1.png", "bee/1.png"]  # another order, one without labels
-    answer = StoredLabels(label_set, source_keys, seed=0).answer([1, 3, 1, 2], [0, 4, 2, 1], NONE)
-    assert answer.sources == {"labels_stored": 4}
+    answer = StoredLabels(label_set, source_keys, seed=0).batch([1, 3, 1, 2], [0, 4, 2, 1], NONE)
+    assert answer.label_counts == {"labels_stored": 4}
     answer = answer.soft
     expected = [("猫/1.png", 0), ("bee/1.png", 4), ("猫/1.png", 2), ("ant/1.png", 1)]
     assert answer.indices_NK.dtype == torch.int64
@@ -72,7 +72,7 @@ def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(lab
 @pytest.mark.parametrize("kind", ["rate, logits", "top-k float32, logits"])
 def test_answers_move_and_turn_with_their_logits(tmp_path, teachers, kind):
     label_set = made_by(tmp_path, teachers, pixels(15), kind)
-    answer = StoredLabels(label_set, KEYS, [4, 5, 6], seed=0).answer([0, 2, 1], [1, 0, 4], NONE)
+    answer = StoredLabels(label_set, KEYS, [4, 5, 6], seed=0).batch([0, 2, 1], [1, 0, 4], NONE)
     for turned in (answer.rows(torch.tensor([2, 0])), pickle.loads(pickle.dumps(answer))):  # noqa: S301
         order = torch.tensor([2, 0]) if len(turned.soft) == 2 else torch.arange(3)
         assert same(rows_of(turned), rows_of(answer).rows(order))
@@ -84,14 +84,14 @@ def test_answers_move_and_turn_with_their_logits(tmp_path, teachers, kind):
 def test_stored_labels_refuse_an_image_or_a_view_without_label(label_set):
     targets = StoredLabels(label_set, ["x", *KEYS], seed=0)
     with pytest.raises(LabelSetError, match="it was skipped: empty"):
-        targets.answer([0], [0], NONE)
+        targets.batch([0], [0], NONE)
     with pytest.raises(LabelSetError, match=f"no view {NUM_VIEWS}"):
-        targets.answer([1], [NUM_VIEWS], NONE)
+        targets.batch([1], [NUM_VIEWS], NONE)
 
 
 def test_hard_labels_answer_with_class_ids_whatever_the_view():
     targets = HardLabels([2, 0, 1])
-    answer = targets.answer([2, 0, 0], [5, 6, 7], NONE).classes_B
+    answer = targets.batch([2, 0, 0], [5, 6, 7], NONE).classes_B
     assert answer.dtype == torch.int64
     assert answer.tolist() == [1, 2, 2]
 
@@ -147,7 +147,7 @@ def test_online_teachers_use_a_view_that_never_repeats(teachers):
 
 def test_online_teachers_answer_with_the_mean_of_softmax_and_the_mean_of_logits(teachers):
     images = pixels(5)
-    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).answer(
+    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
         [2, 0, 0, 1, 2], [9] * 5, images
     )
     probs, mean_logits = reference.ensemble([teacher.logits(images) for teacher in teachers])
@@ -156,12 +156,12 @@ def test_online_teachers_answer_with_the_mean_of_softmax_and_the_mean_of_logits(
     assert answer.soft.probs_NK.shape == (5, NUM_CLASSES), "every class is kept"
     assert not np.allclose(reference.softmax(mean_logits), probs, atol=1e-3), "they differ"
     assert answer.classes_B.tolist() == [5, 4, 4, 0, 5]
-    assert answer.sources == {"labels_taught": 5}
+    assert answer.label_counts == {"labels_online": 5}
     assert not answer.mean_logits_BC.requires_grad
 
 
 def test_rows_of_an_answer_in_another_order_are_those_rows(teachers):
-    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).answer(
+    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
         [0, 1, 2], [0] * 3, pixels(3)
     )
     turned = answer.rows(torch.tensor([2, 0, 0]))
@@ -200,7 +200,7 @@ def made_by(
     return LabelSet.open(folder)
 
 
-def rows_of(answer: Answer) -> Rows:
+def rows_of(answer: BatchTargets) -> Rows:
     assert answer.soft is not None
     return Rows(answer.soft, answer.kept_logits)
 
@@ -213,8 +213,8 @@ def test_only_rows_that_the_set_lacks_go_through_the_teachers(tmp_path, teachers
     )
     images = pixels(6, seed=1)
     # lacking: a new image, a view beyond the stored ones, the new image again
-    answer = targets.answer([1, 0, 2, 3, 1, 0], [0, 0, 7, 4, 1, 3], images)
-    assert answer.sources == {"labels_stored": 3, "labels_taught": 3}
+    answer = targets.batch([1, 0, 2, 3, 1, 0], [0, 0, 7, 4, 1, 3], images)
+    assert answer.label_counts == {"labels_stored": 3, "labels_online": 3}
     for teacher in teachers:
         assert len(teacher.seen) == 3
         assert all(
@@ -232,7 +232,7 @@ def test_a_taught_row_equals_what_the_set_would_hold(tmp_path, teachers, kind):
     targets = StoredLabels(
         label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
     )
-    assert same(rows_of(targets.answer([0] * 15, list(range(15)), images)), stored)
+    assert same(rows_of(targets.batch([0] * 15, list(range(15)), images)), stored)
 
 
 @pytest.mark.parametrize("student", ["float32", "bfloat16"])
@@ -248,7 +248,7 @@ def test_a_taught_row_is_in_the_precision_of_the_set_and_not_of_the_student(
         label_set, ["new.png"], seed=0, missing="teach", ensemble=TeacherEnsemble(teachers)
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=student == "bfloat16"):
-        assert same(rows_of(targets.answer([0] * 15, list(range(15)), images)), stored)
+        assert same(rows_of(targets.batch([0] * 15, list(range(15)), images)), stored)
 
 
 def test_an_answer_that_is_not_finite_is_never_kept(tmp_path, teachers, contents):
@@ -261,7 +261,7 @@ def test_an_answer_that_is_not_finite_is_never_kept(tmp_path, teachers, contents
         label_set, ["new"], seed=0, missing="teach", ensemble=ensemble, appender=appender
     )
     with pytest.raises(DataError, match="not finite"):
-        targets.answer([0], [0], pixels(1))
+        targets.batch([0], [0], pixels(1))
     targets.flush()
     assert contents(tmp_path) == before
 
@@ -281,9 +281,9 @@ def test_rows_stay_in_their_order_whoever_answers(tmp_path, teachers, kind, lack
     )
     rows = [(2, 1), (3, 4), (1, 0), (2, 2)]  # positions and views that the set holds
     shown = images[[(p - 1) * NUM_VIEWS + v for p, v in rows]]
-    expected = targets.answer(*map(list, zip(*rows, strict=True)), shown)
+    expected = targets.batch(*map(list, zip(*rows, strict=True)), shown)
     asked = [(0, v) if row in lacking else (p, v) for row, (p, v) in enumerate(rows)]
-    answer = targets.answer(*map(list, zip(*asked, strict=True)), shown)
+    answer = targets.batch(*map(list, zip(*asked, strict=True)), shown)
     # a batch of one row is multiplied in another order than a batch of fifteen
     within = {"float32": 1e-6, "float16": 1e-3, "curve": 0.05}[KINDS[kind].form]
     dense = answer.soft.to_dense()
@@ -298,14 +298,14 @@ def test_rows_stay_in_their_order_whoever_answers(tmp_path, teachers, kind, lack
     assert answer.classes_B.tolist() == [9 - p for p, _ in asked]
     assert answer.mean_logits_BC is None
     taught = len(lacking)
-    assert answer.sources == {"labels_stored": 4 - taught, "labels_taught": taught}
+    assert answer.label_counts == {"labels_stored": 4 - taught, "labels_online": taught}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_taught_rows_that_were_appended_are_stored_rows_for_the_next_job(tmp_path, teachers, kind):
     label_set = made_by(tmp_path, teachers, pixels(15), kind)
 
-    def job(opened: LabelSet) -> Answer:
+    def job(opened: LabelSet) -> BatchTargets:
         targets = StoredLabels(
             opened,
             ["new.png", *KEYS],
@@ -314,14 +314,14 @@ def test_taught_rows_that_were_appended_are_stored_rows_for_the_next_job(tmp_pat
             ensemble=TeacherEnsemble(teachers),
             appender=Appender(opened),
         )
-        answer = targets.answer([0, 1, 2], [3, 99, 0], pixels(3, seed=1))
+        answer = targets.batch([0, 1, 2], [3, 99, 0], pixels(3, seed=1))
         targets.flush()
         return answer
 
     first = job(label_set)
     second = job(LabelSet.open(tmp_path))
-    assert first.sources == {"labels_stored": 1, "labels_taught": 2}
-    assert second.sources == {"labels_stored": 3, "labels_taught": 0}
+    assert first.label_counts == {"labels_stored": 1, "labels_online": 2}
+    assert second.label_counts == {"labels_stored": 3, "labels_online": 0}
     assert same(rows_of(first), rows_of(second))
     assert len(list(tmp_path.glob("*more*"))) == 1, "the second job had nothing to append"
 
@@ -369,7 +369,7 @@ def test_skip_uses_a_view_that_another_job_appended(tmp_path, teachers):
     targets = StoredLabels(opened, [*KEYS, "new.png"], seed=9, reuse=False, missing="skip")
     assert [targets.view(KEYS[0], e) for e in range(NUM_VIEWS, 8)] == [None, 6, None]
     assert {targets.view("new.png", e) for e in range(NUM_VIEWS)} == {None, 1}
-    assert same(rows_of(targets.answer([3, 0], [1, 6], NONE)), rows)
+    assert same(rows_of(targets.batch([3, 0], [1, 6], NONE)), rows)
 
 
 def test_fail_names_a_view_beyond_the_stored_ones(label_set):
@@ -377,7 +377,7 @@ def test_fail_names_a_view_beyond_the_stored_ones(label_set):
     view = targets.view(KEYS[0], NUM_VIEWS)
     assert view == NUM_VIEWS
     with pytest.raises(LabelSetError, match=f"no view {NUM_VIEWS} of 'ant/1.png'"):
-        targets.answer([0], [view], NONE)
+        targets.batch([0], [view], NONE)
 
 
 @pytest.mark.parametrize("missing", ["fail", "skip"])
@@ -397,6 +397,6 @@ def test_flushing_targets_that_keep_nothing_writes_nothing(tmp_path, teachers, c
     ensemble = TeacherEnsemble(teachers)
     taught = StoredLabels(label_set, ["new"], seed=0, missing="teach", ensemble=ensemble)
     for targets in (taught, OnlineTeachers(ensemble, [0])):
-        targets.answer([0], [0], pixels(1))
+        targets.batch([0], [0], pixels(1))
         targets.flush()
     assert contents(tmp_path) == before

@@ -18,7 +18,7 @@ from mealv2.label_set import Encoding, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
 from mealv2.soft_labels import SoftLabels, tempered, top_k
-from mealv2.targets import Answer, StoredLabels
+from mealv2.targets import BatchTargets, StoredLabels
 from mealv2.task import GRADIENT_RATIO, DistillTask, HardLabelTask, Mixture
 
 NUM_CLASSES = 20
@@ -69,7 +69,7 @@ def test_loss_is_similarity_plus_weighted_discriminator_loss(student, images, va
     labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
     discriminator = Discriminator(NUM_CLASSES, variant)
     result = DistillTask(student, discriminator, discriminator_weight=weight)(
-        images, Answer(labels)
+        images, BatchTargets(labels)
     )
     similarity, seen, logits = distillation(student, images, labels, discriminator)
     assert set(result) == {"loss", "output", "parts"}
@@ -89,7 +89,7 @@ def test_loss_is_similarity_plus_weighted_discriminator_loss(student, images, va
 
 def test_without_a_discriminator_the_loss_is_the_similarity_loss_alone(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
-    result = DistillTask(student)(images, Answer(labels))
+    result = DistillTask(student)(images, BatchTargets(labels))
     expected, _, _ = distillation(student, images, labels, Discriminator(NUM_CLASSES))
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
     assert set(result["parts"]) == {"similarity_loss"}
@@ -98,7 +98,7 @@ def test_without_a_discriminator_the_loss_is_the_similarity_loss_alone(student, 
 def test_one_backward_reaches_student_and_discriminator_and_not_the_labels(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
     task = DistillTask(student, Discriminator(NUM_CLASSES))
-    task(images, Answer(labels))["loss"].backward()
+    task(images, BatchTargets(labels))["loss"].backward()
     parameters = dict(task.named_parameters())
     assert {name.split(".")[0] for name in parameters} == {"student", "discriminator"}
     assert all(int(parameter.grad.count_nonzero()) > 0 for parameter in parameters.values())
@@ -111,7 +111,7 @@ def test_a_step_makes_the_students_output_more_like_the_labels(student, images):
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     losses = []
     for _ in range(20):
-        result = task(images, Answer(labels))
+        result = task(images, BatchTargets(labels))
         losses.append(float(result["parts"]["similarity_loss"]))
         optimizer.zero_grad()
         result["loss"].backward()
@@ -124,7 +124,7 @@ def test_a_step_makes_the_students_output_more_like_the_labels(student, images):
 def test_a_student_that_answers_as_the_labels_leaves_the_discriminator_at_chance(images, k):
     student = nn.Sequential(nn.Flatten(), nn.Linear(12, NUM_CLASSES))
     labels = labels_of(student(images).detach(), k)
-    parts = DistillTask(student, Discriminator(NUM_CLASSES))(images, Answer(labels))["parts"]
+    parts = DistillTask(student, Discriminator(NUM_CLASSES))(images, BatchTargets(labels))["parts"]
     assert float(parts["discriminator_accuracy"]) == 0.5
 
 
@@ -133,7 +133,7 @@ def test_a_label_rounded_to_nothing_gives_a_finite_loss(student, images):
         torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), torch.zeros(6), NUM_CLASSES
     )
     task = DistillTask(student, Discriminator(NUM_CLASSES))
-    loss = task(images, Answer(certain))["loss"]
+    loss = task(images, BatchTargets(certain))["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in task.parameters())
@@ -145,7 +145,7 @@ def test_the_discriminator_sees_no_probability_below_the_smallest_float16(images
     discriminator.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs))
     logits = torch.zeros(6, NUM_CLASSES)
     logits[:, 0] = 100.0
-    DistillTask(nn.Identity(), discriminator)(logits, Answer(labels_of(logits, 3)))
+    DistillTask(nn.Identity(), discriminator)(logits, BatchTargets(labels_of(logits, 3)))
     smallest = float(np.log(np.finfo(np.float16).smallest_subnormal.astype(np.float64)))
     assert rows[0].shape == (12, NUM_CLASSES)
     assert float(rows[0][:, 0].min()) == pytest.approx(0.0, abs=1e-6)
@@ -155,8 +155,8 @@ def test_the_discriminator_sees_no_probability_below_the_smallest_float16(images
 def test_parts_are_detached(student, images):
     labels = labels_of(torch.randn(6, NUM_CLASSES), 5)
     results = (
-        DistillTask(student, Discriminator(NUM_CLASSES))(images, Answer(labels)),
-        HardLabelTask(student)(images, Answer(classes_B=torch.zeros(6, dtype=torch.int64))),
+        DistillTask(student, Discriminator(NUM_CLASSES))(images, BatchTargets(labels)),
+        HardLabelTask(student)(images, BatchTargets(classes_B=torch.zeros(6, dtype=torch.int64))),
     )
     assert not any(part.requires_grad for result in results for part in result["parts"].values())
     assert all(result["loss"].requires_grad for result in results)
@@ -170,14 +170,14 @@ def test_the_discriminator_computes_in_float32_under_autocast(student, images):
         lambda _, inputs, out: seen.extend([inputs[0].dtype, out.dtype])
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = DistillTask(student, discriminator)(images, Answer(labels))
+        result = DistillTask(student, discriminator)(images, BatchTargets(labels))
     assert seen == [torch.float32] * 2
     assert result["loss"].dtype == result["output"].dtype == torch.float32
 
 
 def test_hard_label_task_is_cross_entropy(student, images):
     labels = torch.tensor([0, 3, 19, 7, 7, 1])
-    result = HardLabelTask(student)(images, Answer(classes_B=labels))
+    result = HardLabelTask(student)(images, BatchTargets(classes_B=labels))
     one_hot = np.eye(NUM_CLASSES)[labels.numpy()]
     expected, _ = reference.similarity(student(images).detach().numpy(), one_hot)
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
@@ -188,12 +188,12 @@ def test_hard_label_task_is_cross_entropy(student, images):
 # --- what the discriminator is shown ------------------------------------------------------------
 
 
-def online_answer(*, num_classes: int = NUM_CLASSES, num_rows: int = 6) -> Answer:
+def online_answer(*, num_classes: int = NUM_CLASSES, num_rows: int = 6) -> BatchTargets:
     """Return an answer as OnlineTeachers gives it: dense, with the mean logits of two teachers."""
     logits_TBC = 2 * torch.randn(2, num_rows, num_classes)
     probs_BC, mean_logits_BC = combine(logits_TBC)
     classes_B = torch.arange(num_rows) % num_classes
-    return Answer(top_k(probs_BC, num_classes), classes_B, mean_logits_BC)
+    return BatchTargets(top_k(probs_BC, num_classes), classes_B, mean_logits_BC)
 
 
 def shown_rows(task: DistillTask, images: Tensor, *args: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,9 @@ def test_logits_are_the_students_and_the_teachers_mean_logits(student, images, s
 
 @pytest.mark.parametrize("online", [True, False])
 def test_log_probs_are_both_sides_through_the_labels_top_k(student, images, online):
-    answer = online_answer() if online else Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    answer = (
+        online_answer() if online else BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    )
     shown = "log-probs" if online else None
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
     rows = shown_rows(task, images, answer)
@@ -232,7 +234,9 @@ def test_log_probs_are_both_sides_through_the_labels_top_k(student, images, onli
 
 @pytest.mark.parametrize("online", [True, False])
 def test_probs_are_the_students_softmax_and_the_recovered_label(student, images, online):
-    answer = online_answer() if online else Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    answer = (
+        online_answer() if online else BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    )
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input="probs")
     rows = shown_rows(task, images, answer)
     labels, logits = answer.soft, student(images).detach().numpy()
@@ -253,15 +257,15 @@ ENCODINGS = {
 }
 
 
-def stored_answer(made: Made, *, with_logits: bool = True) -> Answer:
+def stored_answer(made: Made, *, with_logits: bool = True) -> BatchTargets:
     """Return the answer for six images of a set, as a run gets it."""
     source = ["an image of no label", *made.keys]
     targets = StoredLabels(LabelSet.open(made.folder), source, [0] * 6, seed=0)
-    answer = targets.answer([2, 1, 5, 3, 4, 2], [0, 1, 0, 1, 1, 1], torch.empty(0))
+    answer = targets.batch([2, 1, 5, 3, 4, 2], [0, 1, 0, 1, 1, 1], torch.empty(0))
     return answer if with_logits else dataclasses.replace(answer, kept_logits=None)
 
 
-def ids_of(answer: Answer) -> list[list[int]]:
+def ids_of(answer: BatchTargets) -> list[list[int]]:
     kept = answer.soft.kept()
     pairs = zip(kept.indices_NK, kept.is_kept_NK, strict=True)
     return [ids[is_kept].tolist() for ids, is_kept in pairs]
@@ -317,7 +321,9 @@ def test_with_everything_kept_a_set_teaches_as_the_teachers_themselves(
     mean_logits_BC = mean_logits_BC.half().float()  # what float16 keeps is then the same
     made = make_set(tmp_path, ENCODINGS["dense"], num_views=2, answers_N=(probs_BC, mean_logits_BC))
     stored, order = stored_answer(made), [2, 1, 8, 5, 7, 3]
-    online = Answer(SoftLabels.of_all(probs_BC[order]), stored.classes_B, mean_logits_BC[order])
+    online = BatchTargets(
+        SoftLabels.of_all(probs_BC[order]), stored.classes_B, mean_logits_BC[order]
+    )
     task = DistillTask(student, Discriminator(NUM_CLASSES, variant))
     seen = []
     for answer in (stored, online):
@@ -337,7 +343,9 @@ def test_a_student_that_equals_its_teacher_shows_the_rows_that_a_set_keeps(image
     encoding = Encoding(12, rate=1e-2, logits=True)
     rows = encoding.encode(torch.softmax(logits, 1), logits)
     task = DistillTask(nn.Flatten(), Discriminator(12))
-    of_student, of_teachers = shown_rows(task, images, Answer(rows.labels, kept_logits=rows.logits))
+    of_student, of_teachers = shown_rows(
+        task, images, BatchTargets(rows.labels, kept_logits=rows.logits)
+    )
     np.testing.assert_allclose(of_student, of_teachers, rtol=1e-3, atol=2e-3)
 
 
@@ -370,7 +378,7 @@ def learned_accuracy(show: Callable[[Tensor, SoftLabels], tuple[Tensor, Tensor]]
 def test_through_the_channel_nothing_tells_a_student_from_the_teacher_it_equals():
     def through_the_task(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
         task = DistillTask(nn.Identity(), Discriminator(labels.num_classes))
-        student, teacher = shown_rows(task, logits, Answer(labels))
+        student, teacher = shown_rows(task, logits, BatchTargets(labels))
         return torch.from_numpy(student).float(), torch.from_numpy(teacher).float()
 
     assert learned_accuracy(through_the_task) == pytest.approx(0.5, abs=0.03)
@@ -418,7 +426,7 @@ def test_gradient_ratio_is_that_of_the_two_terms_as_they_are_weighted(
 ):
     answer = online_answer()
     if k < NUM_CLASSES:
-        answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), k), answer.classes_B)
+        answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), k), answer.classes_B)
     discriminator = Discriminator(NUM_CLASSES, variant)
     task = DistillTask(
         student,
@@ -483,7 +491,7 @@ def test_gradient_ratio_of_a_perfect_student_is_finite(images):
     nn.init.zeros_(student[1].bias)
     even = top_k(torch.full((6, 16), 1 / 16), 16)
     task = DistillTask(student, Discriminator(16))
-    result = task(images, Answer(even, mean_logits_BC=torch.randn(6, 16)))
+    result = task(images, BatchTargets(even, mean_logits_BC=torch.randn(6, 16)))
     result["loss"].backward()
     assert torch.isfinite(result["parts"][GRADIENT_RATIO])
     assert float(result["parts"][GRADIENT_RATIO]) > 1e3
@@ -505,7 +513,7 @@ def test_temperature_softens_the_labels_of_the_similarity_and_not_of_the_discrim
     student, images, temperature, k
 ):
     labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
-    answer, discriminator = Answer(labels), Discriminator(NUM_CLASSES)
+    answer, discriminator = BatchTargets(labels), Discriminator(NUM_CLASSES)
     task = DistillTask(student, discriminator, label_temperature=temperature)
     similarity = float(task(images, answer)["parts"]["similarity_loss"])
     probs = reference.dense(
@@ -544,7 +552,7 @@ def test_hard_label_weight_takes_so_much_from_the_soft_labels(student, images, w
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mixture_weighs_every_term_of_both_answers_by_area(student, images, share, variant):
-    answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5), torch.arange(6))
+    answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5), torch.arange(6))
     partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
     task = DistillTask(
         student,
@@ -564,7 +572,7 @@ def test_a_mixture_weighs_every_term_of_both_answers_by_area(student, images, sh
 
 
 def test_gradient_of_a_mixture_is_that_of_both_answers_by_area(student, images):
-    answer = Answer(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
     partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
     task = DistillTask(student, Discriminator(NUM_CLASSES))
 
@@ -594,7 +602,7 @@ PICTURES = torch.randint(
 @pytest.mark.parametrize("variant", ["paper", "adversarial"])
 @pytest.mark.parametrize("online", [True, False])
 def test_a_dead_discriminator_is_redrawn_and_that_is_said(classifier, variant, online):
-    answer = online_answer() if online else Answer(labels_of(torch.randn(6, NUM_CLASSES), 5))
+    answer = online_answer() if online else BatchTargets(labels_of(torch.randn(6, NUM_CLASSES), 5))
     task = DistillTask(classifier, dead(variant))
     said = task.prepare(PICTURES, answer)
     assert re.fullmatch(r"1 of the discriminator's outputs .*; redrawn \d+ times", said)

@@ -95,7 +95,7 @@ def test_rows_can_be_appended_to_an_old_set(folder):
 def test_it_answers_a_training_run(folder):
     opened = LabelSet.open(folder)
     targets = StoredLabels(opened, ["class4/c.png", "class0/a.png"], seed=0)
-    answer = targets.answer([1, 0], [1, 0], torch.empty(0))
+    answer = targets.batch([1, 0], [1, 0], torch.empty(0))
     expected = [ROWS["class0/a.png|1"], ROWS["class4/c.png|0"]]
     assert answer.kept_logits is None
     np.testing.assert_array_equal(answer.soft.to_dense().numpy(), np.float32(expected))

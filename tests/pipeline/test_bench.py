@@ -19,17 +19,16 @@ from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
 from pipeline.bench.room import Room
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
-from pipeline.measuring import (
+from pipeline.pictures import draw_picture, draw_tree
+from pipeline.runtime import Runtime
+from pipeline.timing import (
     Sample,
     Turn,
-    Waiting,
     cpu_seconds,
     forward_macs,
     step_macs,
     take_turns,
 )
-from pipeline.pictures import draw_picture, draw_tree
-from pipeline.runtime import Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -287,15 +286,6 @@ def test_a_goal_is_met_or_missed(name: str, figure: float, verdict: str) -> None
 @pytest.mark.parametrize(("waited", "limit"), [(4.0, "reading images"), (0.1, "the networks")])
 def test_what_is_waited_for_is_what_limits(waited: float, limit: str) -> None:
     assert Sample(10, 5.0, waited).limit == limit
-
-
-def test_the_first_wait_is_start_up_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 12.0, 12.0, 15.0, 15.5])
-    monkeypatch.setattr("pipeline.measuring.time.perf_counter", lambda: next(clock))
-    waiting = Waiting([1])
-    assert list(waiting) == [1]
-    waiting = Waiting([])
-    assert (list(waiting), waiting.waited_s) == ([], 0.0)
 
 
 def test_multiplications_are_those_known_of_resnet50() -> None:

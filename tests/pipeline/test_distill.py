@@ -19,13 +19,14 @@ from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.soft_labels import top_k
-from mealv2.targets import Answer, StoredLabels, Targets
+from mealv2.targets import BatchTargets, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import DrawnViews, scheduled_view, view_of
 from mealv2.weights import find_checkpoint
-from pipeline import runtime, training
+from pipeline import runtime
 from pipeline.config import DistillConfig
-from pipeline.work import Work, make_student
+from pipeline.training.loop import train
+from pipeline.training.spec import TrainingSpec, create_student
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -45,9 +46,9 @@ class CuttingTeachers(Targets):
     def view(self, key: str, epoch: int) -> int:
         return scheduled_view(key, epoch, seed=0, num_views=4)
 
-    def answer(
+    def batch(
         self, positions: Sequence[int], views: Sequence[int], images_BCHW: torch.Tensor
-    ) -> Answer:
+    ) -> BatchTargets:
         rows = []
         for position, index in zip(positions, views, strict=True):
             image = decode(self.source.read(position))
@@ -55,7 +56,9 @@ class CuttingTeachers(Targets):
             rows.append(cut(image, view_of(self.source.keys[position], index, seed=7, **size), 32))
         cut_BCHW = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
         probs_BC, mean_logits_BC = self.ensemble(cut_BCHW)
-        return Answer(top_k(probs_BC, 3), mean_logits_BC=mean_logits_BC if self.logits else None)
+        return BatchTargets(
+            top_k(probs_BC, 3), mean_logits_BC=mean_logits_BC if self.logits else None
+        )
 
     def flush(self) -> None:
         """Nothing to keep."""
@@ -70,12 +73,12 @@ def _train_online(
         for name, path in teacher_dirs.items()
     ]
     runtime.seed_everything(config.seed)
-    student = make_student(config, classes=source.classes, img_size=32)
+    student = create_student(config, classes=source.classes, img_size=32)
     discriminator, extra = None, {}
     if config.discriminator != "off":
         discriminator = Discriminator(3, config.discriminator)
         extra = {"discriminator": (discriminator, config.lr)}
-    work = Work(
+    spec = TrainingSpec(
         command="distill",
         task=DistillTask(student, discriminator, discriminator_input=config.discriminator_input),
         student=student,
@@ -90,7 +93,7 @@ def _train_online(
         evaluator=None,
         extra=extra,
     )
-    return training.train(config, runtime.start(config), work)
+    return train(config, runtime.start(config), spec)
 
 
 @pytest.mark.parametrize(
@@ -181,18 +184,18 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
     done: Run, distill_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    answer = StoredLabels.answer
+    answer = StoredLabels.batch
 
     def recording(
         self: StoredLabels,
         positions: Sequence[int],
         views: Sequence[int],
         images_BCHW: torch.Tensor,
-    ) -> Answer:
+    ) -> BatchTargets:
         asked.extend(zip(positions, views, strict=True))
         return answer(self, positions, views, images_BCHW)
 
-    monkeypatch.setattr(StoredLabels, "answer", recording)
+    monkeypatch.setattr(StoredLabels, "batch", recording)
     done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)
     epochs = [asked[start : start + 36] for start in range(0, len(asked), 36)]
     assert len(epochs) == 8
@@ -362,7 +365,7 @@ def test_discriminator_has_a_learning_rate_of_its_own_with_the_same_milestones(
 
 def _remove(data: Path) -> str:
     (data / "train" / "bees" / "03.jpg").unlink()
-    return "labelled images that are gone: 1 (bees/03.jpg)"
+    return "missing images with labels: 1 (bees/03.jpg)"
 
 
 def _add(data: Path) -> str:
@@ -390,7 +393,7 @@ def _add_class(data: Path) -> str:
 
 def _change_val(data: Path) -> str:
     (data / "val" / "bees" / "03.jpg").unlink()
-    return "val: labelled images that are gone: 1 (bees/03.jpg)"
+    return "val: missing images with labels: 1 (bees/03.jpg)"
 
 
 @pytest.mark.parametrize("change", [_remove, _add, _grow, _rename_class, _add_class, _change_val])

@@ -42,12 +42,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     for kind in (HardLabels, StoredLabels):
 
         def recording(
-            self: Any, positions: Any, views: Any, images: Any, answer: Any = kind.answer
+            self: Any, positions: Any, views: Any, images: Any, answer: Any = kind.batch
         ) -> Any:
             pairs.extend(zip(positions, views, strict=True))
             return answer(self, positions, views, images)
 
-        monkeypatch.setattr(kind, "answer", recording)
+        monkeypatch.setattr(kind, "batch", recording)
     return pairs
 
 

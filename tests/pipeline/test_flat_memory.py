@@ -1,6 +1,6 @@
 """Stage two's data path over a million labelled rows: memory does not grow with what was read.
 
-The rows are 8 views each of 125,000 images, in two passes of four views: what is held of an image
+The rows are 8 views each of 125,000 images, in two sampler of four views: what is held of an image
 is held from the beginning, so that more images would take longer and show no more. The pictures
 are of 8 x 8 pixels, 286 bytes each; everything else is what a real run reads through.
 """
@@ -32,8 +32,8 @@ from mealv2.tar_index import write_index
 from mealv2.tar_writing import TarWriter, sample_names
 from mealv2.targets import StoredLabels
 from pipeline.config import DistillConfig
-from pipeline.loaders import ViewReader, read_views
-from pipeline.passes import Passes
+from pipeline.loading.loader import ViewReader, read_views
+from pipeline.training.batches import BatchSampler
 
 NUM_IMAGES, NUM_VIEWS, PER_SHARD, CLASSES = 125_000, 8, 2500, 10
 BATCH_SIZE, WIDTH = 512, 4
@@ -113,13 +113,13 @@ def test_memory_is_flat_over_a_million_labelled_rows(folder: Path) -> None:
         views_per_image=WIDTH,
     )
     targets = StoredLabels(labels, source.keys, source.labels, seed=0)
-    passes = Passes(config, source, range(len(source)), targets)
+    sampler = BatchSampler(config, source, range(len(source)), targets)
     reader = ViewReader(source, img_size=8, views=labels.views())
 
     num_rows, seen = 0, np.zeros(NUM_IMAGES, dtype=np.int64)
     held: list[float] = []
-    for pixels in read_views(reader, passes.requests_from(0), workers=2):
-        answer = targets.answer(pixels.positions, pixels.views, pixels.images_BCHW)
+    for pixels in read_views(reader, sampler.batches_from(0), workers=2):
+        answer = targets.batch(pixels.positions, pixels.views, pixels.images_BCHW)
         assert answer.soft is not None
         names = zip(pixels.positions, pixels.views, strict=True)
         likely = [class_of(number_of(source.keys[p]), view) for p, view in names]

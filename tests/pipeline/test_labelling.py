@@ -16,7 +16,7 @@ from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding
 from mealv2.views import DrawnViews
 from pipeline.labelling import Labeller
-from pipeline.loaders import Pixels, ViewReader, read_views
+from pipeline.loading.loader import Batch, ViewReader, read_views
 from pipeline.runtime import Runtime, StopRequested
 from pipeline.stage_one import Role, _Behind, _counter, requests_of
 from syncs import recorded_syncs
@@ -52,7 +52,7 @@ def role(data_dir: Path) -> Role:
     return Role("train", ImageFolder(data_dir, "train"), (0, 1, 2), [range(36)])
 
 
-def _pixels(role: Role, batch_size: int) -> Iterator[Pixels]:
+def _pixels(role: Role, batch_size: int) -> Iterator[Batch]:
     reader = ViewReader(role.source, img_size=SIZE, views=DrawnViews(0))
     return iter(read_views(reader, requests_of(role, range(36), batch_size)))
 
@@ -89,7 +89,7 @@ def test_teachers_are_asked_in_these_batches(role: Role) -> None:
 def test_an_image_that_fails_in_one_of_its_batches_has_labels_in_none(role: Role) -> None:
     whole = _labeller(Teacher(0)).label(role.source, _pixels(role, 5), score=False)
 
-    def once() -> Iterator[Pixels]:
+    def once() -> Iterator[Batch]:
         for number, item in enumerate(_pixels(role, 5)):
             if number == 1:  # image 1 has views 0 and 1 in batch 0, view 2 in batch 1
                 assert item.positions[0] == 1
@@ -120,7 +120,7 @@ def test_an_image_that_fails_in_several_batches_counts_once() -> None:
     empty = np.empty((0, 2)), np.empty((0, 5))
     count = _counter(6)
     seen = [
-        count(Pixels(none, *empty, positions, [], failed))
+        count(Batch(none, *empty, positions, [], failed))
         for positions, failed in (([1, 1], {}), ([1], {2: "bad"}), ([], {2: "bad", 3: "bad"}))
     ]
     assert seen == [2, 7, 6]

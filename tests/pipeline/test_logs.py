@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from mealv2.errors import ConfigError
-from pipeline import checkpoint, copies, logs
+from pipeline import copies, logs
+from pipeline.training import checkpoint
+from pipeline.training.run_folder import REPORT_NAME, RunFolder
 
 
 @pytest.mark.parametrize(
@@ -124,33 +126,33 @@ def test_progress_on_a_dumb_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> logs.RunFolder:
-    return logs.RunFolder.create(tmp_path / "run", {"lr": 0.1, "output": "here"}, name="x")
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", {"lr": 0.1, "output": "here"}, name="x")
 
 
-def test_run_folder_keeps_the_config_without_its_own_place(run: logs.RunFolder) -> None:
+def test_run_folder_keeps_the_config_without_its_own_place(run: RunFolder) -> None:
     config = json.loads((run.path / "config.json").read_text())
     assert config["lr"] == 0.1
     assert config["output"] is None
 
 
-def test_folder_with_a_checkpoint_is_not_used_again(run: logs.RunFolder) -> None:
+def test_folder_with_a_checkpoint_is_not_used_again(run: RunFolder) -> None:
     checkpoint.save(run.path, {}, step=1, keep=1)
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
-        logs.RunFolder.create(run.path, {}, name="x")
+        RunFolder.create(run.path, {}, name="x")
 
 
 def test_unnamed_folders_are_made_under_runs_one_for_each_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = [logs.RunFolder.create(None, {}, name="distill-m").path for _ in range(3)]
+    paths = [RunFolder.create(None, {}, name="distill-m").path for _ in range(3)]
     assert len(set(paths)) == 3, "runs that begin in the same second share a folder"
     assert all(path.parent == Path("runs") and path.is_dir() for path in paths)
     assert all(path.name.startswith("distill-m-") for path in paths)
 
 
-def test_events_are_json_lines(run: logs.RunFolder) -> None:
+def test_events_are_json_lines(run: RunFolder) -> None:
     run.log("train", step=1, loss=0.5)
     run.log("validation", top1=99.0)
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
@@ -158,12 +160,12 @@ def test_events_are_json_lines(run: logs.RunFolder) -> None:
     assert (lines[0]["step"], lines[0]["loss"], lines[1]["top1"]) == (1, 0.5, 99.0)
 
 
-def _rows(run: logs.RunFolder) -> list[dict[str, Any]]:
+def _rows(run: RunFolder) -> list[dict[str, Any]]:
     with run.summary_path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: logs.RunFolder) -> None:
+def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: RunFolder) -> None:
     run.epoch_row({"epoch": 1, "loss": 2.0})
     run.epoch_row({"epoch": 2, "loss": 1.0, "kl": 0.1})
     assert _rows(run) == [
@@ -172,19 +174,19 @@ def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: logs.RunFol
     ]
 
 
-def test_reopened_folder_forgets_the_rows_that_will_be_made_again(run: logs.RunFolder) -> None:
+def test_reopened_folder_forgets_the_rows_that_will_be_made_again(run: RunFolder) -> None:
     """``epoch`` counts finished epochs: rows 1..epoch stay."""
     for epoch in (1, 2, 3):
         run.epoch_row({"epoch": epoch})
-    again = logs.RunFolder.reopen(run.path, epoch=2, step=20)
+    again = RunFolder.reopen(run.path, epoch=2, step=20)
     again.epoch_row({"epoch": 3})
     assert [row["epoch"] for row in _rows(again)] == ["1", "2", "3"]
 
 
-def test_report_is_written_when_the_run_ends(run: logs.RunFolder) -> None:
-    assert not (run.path / logs.REPORT_NAME).exists()
+def test_report_is_written_when_the_run_ends(run: RunFolder) -> None:
+    assert not (run.path / REPORT_NAME).exists()
     run.finish({"top1": 50.0})
-    assert json.loads((run.path / logs.REPORT_NAME).read_text()) == {"top1": 50.0}
+    assert json.loads((run.path / REPORT_NAME).read_text()) == {"top1": 50.0}
 
 
 def test_progress_does_not_ask_for_more_than_it_yields() -> None:

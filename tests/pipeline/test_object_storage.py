@@ -22,7 +22,8 @@ from mealv2.images import open_source
 from mealv2.remote_tars import RemoteShards, RemoteTar
 from mealv2.tar_index import TarIndex, index_bytes
 from mealv2.tar_shards import index_shard
-from pipeline.loaders import CENTRE, ViewReader
+from pipeline.loading.loader import ViewReader
+from pipeline.loading.requests import CENTRE
 from pipeline.mirror import Mirror
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree

@@ -810,7 +810,7 @@ def test_advice_to_skip_can_be_followed_in_the_same_folder(
 
 @pytest.fixture
 def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.measuring.SAMPLE_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.timing.SAMPLE_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("short_sample")

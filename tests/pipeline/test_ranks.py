@@ -25,9 +25,10 @@ from mealv2 import images
 from mealv2.files import file_sha256
 from mealv2.images import fingerprint_of
 from mealv2.metrics import Evaluation
-from pipeline.evaluation import centre_shares
-from pipeline.loaders import centre_requests
-from pipeline.ranks import Ranks, pieces
+from pipeline.loading.requests import centre_requests
+from pipeline.ranks import Ranks
+from pipeline.training.batches import split_evenly
+from pipeline.training.evaluator import local_centre_requests
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]
@@ -47,7 +48,7 @@ FREE = ["--model", "test_efficientnet_gn", "--no-pretrained", "--lr", "0.003"]
 def test_every_item_is_in_one_share_and_shares_differ_by_at_most_one(
     sizes: list[int], num: int, least: int
 ) -> None:
-    cuts = pieces(sizes, num, least=least)
+    cuts = split_evenly(sizes, num, min_size=least)
     assert len(cuts) == num
     assert [item for cut in cuts for item in cut] == list(range(len(sizes)))
     filled = [cut for cut in cuts if cut]
@@ -63,7 +64,7 @@ def test_every_item_is_in_one_share_and_shares_differ_by_at_most_one(
 def test_a_share_too_small_for_batch_normalisation_is_given_to_others(
     num_items: int, expected: list[int]
 ) -> None:
-    cuts = pieces([1] * num_items, 6, least=2)
+    cuts = split_evenly([1] * num_items, 6, min_size=2)
     assert sorted(map(len, cuts), reverse=True) == expected
 
 
@@ -73,8 +74,8 @@ def test_ranks_validate_neighbours_in_as_many_requests(
 ) -> None:
     """What lies in few files: of shards of ten images a rank reads those of its run alone."""
     source: Any = range(num_images)
-    shares = [centre_shares(source, batch_size, Ranks(rank, num)) for rank in range(num)]
-    alone = centre_shares(source, batch_size, Ranks())
+    shares = [local_centre_requests(source, batch_size, Ranks(rank, num)) for rank in range(num)]
+    alone = local_centre_requests(source, batch_size, Ranks())
 
     assert {len(share) for share in shares} == {len(alone)}
     runs = [[p for request in share for p, _ in request] for share in shares]

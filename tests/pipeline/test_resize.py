@@ -15,7 +15,7 @@ from mealv2 import pixels
 from mealv2.images import ImageFolder
 from mealv2.pixels import probe_sha256
 from mealv2.views import DrawnViews, view_of
-from pipeline.loaders import ViewReader
+from pipeline.loading.loader import ViewReader
 
 Run = Callable[..., Result]
 OTHER = "0" * 64

@@ -18,7 +18,7 @@ from mealv2.label_set import LabelSet, read_manifest
 from mealv2.pixels import cut, decode
 from mealv2.tar_shards import index_shard
 from mealv2.views import DrawnViews, view_of
-from pipeline.loaders import ViewReader, read_views
+from pipeline.loading.loader import ViewReader, read_views
 from tars import tar_tree
 
 Run = Callable[..., Result]

@@ -19,7 +19,7 @@ from mealv2.views import View
 from official import CROPS, GOLDEN, KINDS
 from pictures import size_of
 from pipeline.label_sets import writing
-from pipeline.loaders import ViewReader
+from pipeline.loading.loader import ViewReader
 
 Run = Callable[..., Result]
 

@@ -195,8 +195,8 @@ def test_the_data_it_was_made_from_passes(done: Run, make_set: Make, data_dir: P
     [
         ("train/ants/00.jpg", b"other", "the same names, but other files"),
         ("train/ants/new.png", b"new", "images without labels: 1 (ants/new.png)"),
-        ("train/ants/00.jpg", None, "labelled images that are gone: 1 (ants/00.jpg)"),
-        ("val/bees/01.jpg", None, "labelled images that are gone: 1 (bees/01.jpg)"),
+        ("train/ants/00.jpg", None, "missing images with labels: 1 (ants/00.jpg)"),
+        ("val/bees/01.jpg", None, "missing images with labels: 1 (bees/01.jpg)"),
     ],
 )
 def test_other_data_is_found(

@@ -1,4 +1,4 @@
-"""pipeline.checkpoint: saved whole, the newest few kept, damage noticed."""
+"""pipeline.training.checkpoint: saved whole, the newest few kept, damage noticed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mealv2.errors import MealError
-from pipeline import checkpoint
+from pipeline.training import checkpoint
 
 STATE = {"epoch": 3, "args": {"lr": 0.1, "out": None}, "state_dict": {"w": torch.arange(5000.0)}}
 

@@ -22,8 +22,9 @@ from mealv2.tar_writing import TarWriter, sample_names
 from mealv2.targets import HardLabels
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
-from pipeline.loaders import Request, ViewReader, read_views
-from pipeline.passes import Passes
+from pipeline.loading.loader import ViewReader, read_views
+from pipeline.loading.requests import BatchRequest
+from pipeline.training.batches import BatchSampler
 
 RANKS, WORKERS, SHARDS = range(1, 6), range(4), range(1, 10)
 EPOCHS = 3
@@ -68,7 +69,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
     return found
 
 
-def passes_of(source: TarShards, *, batch_size: int, views: int = 1) -> Passes:
+def passes_of(source: TarShards, *, batch_size: int, views: int = 1) -> BatchSampler:
     config = FinetuneConfig(
         data_dir=Path("tars"),
         model="m",
@@ -78,13 +79,13 @@ def passes_of(source: TarShards, *, batch_size: int, views: int = 1) -> Passes:
         seed=5,
     )
     targets = HardLabels([0] * len(source))
-    return Passes(config, source, range(len(source)), targets)
+    return BatchSampler(config, source, range(len(source)), targets)
 
 
-def share_of(rank: int, ranks: int) -> Callable[[Request], Request]:
+def share_of(rank: int, ranks: int) -> Callable[[BatchRequest], BatchRequest]:
     """Return what takes a rank's piece of a batch: neighbours, of sizes that differ by one."""
 
-    def share(request: Request) -> Request:
+    def share(request: BatchRequest) -> BatchRequest:
         return request[len(request) * rank // ranks : len(request) * (rank + 1) // ranks]
 
     return share
@@ -99,10 +100,10 @@ def runs(drawn: random.Random, ranks: int, steps: list[Step]) -> Iterator[tuple[
             ranks = drawn.choice(RANKS)
 
 
-def steps_of(passes: Passes) -> list[Step]:
-    width = passes.config.views_per_image
+def steps_of(sampler: BatchSampler) -> list[Step]:
+    width = sampler.config.views_per_image
     starts = range(0, EPOCHS, width)
-    return [(epoch, step) for epoch in starts for step in range(len(passes.requests(epoch)))]
+    return [(epoch, step) for epoch in starts for step in range(len(sampler.batches(epoch)))]
 
 
 def test_every_image_is_in_one_share_an_epoch_whatever_the_ranks_and_where_it_was_resumed(
@@ -112,12 +113,12 @@ def test_every_image_is_in_one_share_an_epoch_whatever_the_ranks_and_where_it_wa
     kinds = (TarShards, Grouped)
     for ranks, num_shards, kind, views in itertools.product(RANKS, SHARDS, kinds, (1, 2)):
         source = kind(tars[num_shards], name="tars", split="train")
-        passes = passes_of(source, batch_size=drawn.choice([2, 3, 5, 8, 50]), views=views)
+        sampler = passes_of(source, batch_size=drawn.choice([2, 3, 5, 8, 50]), views=views)
         seen: Counter[tuple[int, int]] = Counter()
-        for num, steps in runs(drawn, ranks, steps_of(passes)):
+        for num, steps in runs(drawn, ranks, steps_of(sampler)):
             epoch, step = steps[0]
             for rank in range(num):
-                requests = passes.requests_from(epoch, step, share=share_of(rank, num))
+                requests = sampler.batches_from(epoch, step, local=share_of(rank, num))
                 mine = list(itertools.islice(requests, len(steps)))
                 assert len(mine) == len(steps), "every rank has every step"
                 seen.update((p, view) for request in mine for p, shown in request for view in shown)
@@ -154,14 +155,14 @@ def test_every_image_is_read_once_an_epoch_in_every_case(tars: dict[int, list[Pa
 
 def check_run(source: TarShards, drawn: random.Random, *, ranks: int, workers: int) -> None:
     """Read all epochs, stopped and gone on at random places, and insist on every image once."""
-    passes = passes_of(source, batch_size=drawn.choice([2, 5, 8, 50]))
+    sampler = passes_of(source, batch_size=drawn.choice([2, 5, 8, 50]))
     seen: Counter[tuple[int, int]] = Counter()
-    for num, steps in runs(drawn, ranks, steps_of(passes)):
+    for num, steps in runs(drawn, ranks, steps_of(sampler)):
         # as a gradient that all ranks must have: who comes once too often is waited for in vain
         barrier = threading.Barrier(num, timeout=WAIT_S)
         with ThreadPoolExecutor(num) as pool:
             reads = [
-                pool.submit(read_share, passes, steps, share_of(rank, num), workers, barrier)
+                pool.submit(read_share, sampler, steps, share_of(rank, num), workers, barrier)
                 for rank in range(num)
             ]
             for read in reads:
@@ -170,15 +171,15 @@ def check_run(source: TarShards, drawn: random.Random, *, ranks: int, workers: i
 
 
 def read_share(
-    passes: Passes,
+    sampler: BatchSampler,
     steps: list[Step],
-    share: Callable[[Request], Request],
+    share: Callable[[BatchRequest], BatchRequest],
     workers: int,
     barrier: threading.Barrier,
 ) -> list[tuple[int, int]]:
     """Read a rank's share of some steps; return the image and view of every row."""
-    reader = ViewReader(passes.source, img_size=8, views=DrawnViews(0))
-    requests = passes.requests_from(*steps[0], share=share)
+    reader = ViewReader(sampler.source, img_size=8, views=DrawnViews(0))
+    requests = sampler.batches_from(*steps[0], local=share)
     seen: list[tuple[int, int]] = []
     for pixels in read_views(reader, itertools.islice(requests, len(steps)), workers=workers):
         greys = pixels.images_BCHW.float().mean((1, 2, 3)).numpy()

@@ -1,32 +1,24 @@
-"""How fast and how big work is: turns on a clock, waiting, memory, multiplications, real steps."""
+"""Measurements: interleaved turns on a clock, time spent waiting, memory, multiplications."""
 
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mealv2.images import ImageSource
-from mealv2.targets import Answer
-from mealv2.task import Result
 from pipeline import logs
-from pipeline.config import TrainConfig
 from pipeline.labelling import Answers, Labeller
-from pipeline.loaders import Pixels
-from pipeline.prefetch import on_device
-from pipeline.run_state import RunState
-from pipeline.runtime import Runtime
-from pipeline.work import Work
+from pipeline.loading.loader import Batch, WaitTimer
 
-T = TypeVar("T")
 _PROC = Path("/proc")
 SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
 _WAITS = 0.1  # share of the time spent waiting for images above which these are what limits
@@ -151,26 +143,6 @@ class Sample:
         return "reading images" if self.waiting_share > _WAITS else "the networks"
 
 
-class Waiting(Generic[T]):
-    """Yields items and counts the seconds until the next one is there; the first is start-up."""
-
-    def __init__(self, items: Iterable[T]) -> None:
-        self._items = items
-        self.waited_s = 0.0
-
-    def __iter__(self) -> Iterator[T]:
-        items = iter(self._items)
-        for number in range(sys.maxsize):
-            asked = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            if number:
-                self.waited_s += time.perf_counter() - asked
-            yield item
-
-
 def sample(measure: Callable[[int], Sample], *, least: int) -> Sample:
     """Measure ``least`` units to warm up, then as many as take a few seconds."""
     units = least
@@ -189,14 +161,15 @@ def say_limit(found: Sample) -> None:
 
 
 def label(
-    labeller: Labeller, source: ImageSource, pixels: Iterable[Pixels]
+    labeller: Labeller, source: ImageSource, pixels: Iterable[Batch]
 ) -> tuple[Sample, Answers]:
     """Label what is read, as stage one does; return a sample in views, and the answers."""
-    waiting = Waiting(pixels)
-    began = time.perf_counter()
-    answers = labeller.label(source, waiting, score=False)
-    seconds = time.perf_counter() - began
-    return Sample(max(1, len(answers.positions)), seconds, waiting.waited_s), answers
+    timer = WaitTimer(pixels)
+    start_s = time.perf_counter()
+    answers = labeller.label(source, timer, score=False)
+    seconds = time.perf_counter() - start_s
+    waited_s = timer.take() - (timer.start_s or 0.0)
+    return Sample(max(1, len(answers.positions)), seconds, waited_s), answers
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -242,50 +215,3 @@ def step_macs(model: nn.Module, img_size: int) -> int:
         model.train()(images).sum().backward()
 
     return count_macs(step) // 2
-
-
-# --- steps ----------------------------------------------------------------------------------------
-
-
-class Stepper:
-    """The steps of a training run, phase by phase as the loop does them, without a run folder."""
-
-    def __init__(self, config: TrainConfig, machine: Runtime, work: Work) -> None:
-        self.machine = machine
-        self.work = work
-        machine.place(work.task)
-        work.task.train()
-        self.state = RunState(config, machine, work)
-        self.state.set_lr(config.lr_factor(0))
-
-    def answer(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> Answer:
-        """Look up, or ask for, what is known of a batch."""
-        with self.machine.autocast():
-            answer = self.work.targets.answer(positions, views, images_BCHW)
-            return answer.to(self.machine.device)
-
-    def forward(self, images_BCHW: Tensor, answer: Answer) -> Result:
-        """Return the task's result."""
-        with self.machine.autocast():
-            result: Result = self.work.task(images_BCHW, answer)
-        return result
-
-    def step(self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor) -> int:
-        """Do one step on a batch of the device; return how many views it has."""
-        result = self.forward(images_BCHW, self.answer(positions, views, images_BCHW))
-        self.state.backward(result["loss"])
-        self.state.update()
-        return len(positions)
-
-    def steps(self, batches: Iterable[Pixels]) -> Sample:
-        """Do a step on every batch that is read; return the steps and what was waited for."""
-        settle(self.machine.device)
-        waiting, units = Waiting(batches), 0
-        on_its_way = on_device(waiting, self.machine.device)
-        began = time.perf_counter()
-        for batch in on_its_way:
-            if batch.positions:
-                self.step(batch.positions, batch.views, batch.images_BCHW)
-                settle(self.machine.device)  # else what is waited for would be the device
-            units += 1
-        return Sample(units, time.perf_counter() - began, waiting.waited_s)

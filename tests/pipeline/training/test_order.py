@@ -1,9 +1,9 @@
-"""pipeline.order: order and batches as pure functions."""
+"""pipeline.training.batches: order and batches as pure functions."""
 
 import numpy as np
 import pytest
 
-from pipeline.order import WINDOW, batches, epoch_order
+from pipeline.training.batches import SHUFFLE_WINDOW, epoch_order, split_batches
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 7, 1000])
@@ -86,11 +86,11 @@ def test_so_many_groups_are_read_at_a_time_and_each_once(case: str) -> None:
     group_of = np.searchsorted(groups, order, side="right") - 1
     windows, left = [], group_of.tolist()
     sizes = np.diff([*groups, 1000])
-    for _ in range(0, len(groups), WINDOW):
+    for _ in range(0, len(groups), SHUFFLE_WINDOW):
         # a window is what its first groups are: it ends when all of their images were read
         window: list[int] = []
         for group in left:
-            if group not in window and len(window) < WINDOW:
+            if group not in window and len(window) < SHUFFLE_WINDOW:
                 window.append(group)
         num_images = int(sum(sizes[group] for group in window))
         assert set(left[:num_images]) == set(window)
@@ -105,9 +105,11 @@ def test_images_of_a_window_are_mixed_and_groups_meet_others_in_every_epoch() ->
     orders = [epoch_order(1000, seed=1, epoch=epoch, groups=groups) for epoch in range(30)]
     met: set[tuple[int, int]] = set()
     for order in orders:
-        first = [int(p) // 50 for p in order[: 50 * WINDOW]]
-        assert len(set(first)) == WINDOW
-        assert len(set(first[:50])) >= WINDOW - 2, "the first batch has images of nearly all"
+        first = [int(p) // 50 for p in order[: 50 * SHUFFLE_WINDOW]]
+        assert len(set(first)) == SHUFFLE_WINDOW
+        assert len(set(first[:50])) >= SHUFFLE_WINDOW - 2, (
+            "the first batch has images of nearly all"
+        )
         met |= {(a, b) for a in first for b in first}
     assert len(met) > 390, "of 400 pairs"
     assert len({tuple(order.tolist()) for order in orders}) == 30
@@ -117,7 +119,7 @@ def test_images_of_a_window_are_mixed_and_groups_meet_others_in_every_epoch() ->
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 50])
 def test_batches_use_every_image_once_in_order(num_images: int, batch_size: int) -> None:
     order = epoch_order(num_images, seed=0, epoch=0)
-    cut_up = batches(order, batch_size)
+    cut_up = split_batches(order, batch_size)
     assert [p for batch in cut_up for p in batch] == order.tolist()
     assert all(len(batch) == batch_size for batch in cut_up[:-1])
     if num_images:
@@ -131,4 +133,4 @@ def test_batches_use_every_image_once_in_order(num_images: int, batch_size: int)
 def test_last_batch_of_one_joins_the_one_before(
     num_images: int, batch_size: int, sizes: list[int]
 ) -> None:
-    assert [len(batch) for batch in batches(range(num_images), batch_size)] == sizes
+    assert [len(batch) for batch in split_batches(range(num_images), batch_size)] == sizes

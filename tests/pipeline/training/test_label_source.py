@@ -1,4 +1,4 @@
-"""pipeline.labels: who answers in a distillation, and for which images."""
+"""pipeline.training.label_source: who answers in a distillation, and for which images."""
 
 import csv
 import json
@@ -22,13 +22,13 @@ from mealv2.label_set import Appender, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
 from mealv2.pixels import centre_crop, cut, decode
-from mealv2.targets import Answer, OnlineTeachers, StoredLabels
+from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weights import find_checkpoint
 from pipeline import runtime
 from pipeline.config import DistillConfig
-from pipeline.order import batches, epoch_order
-from pipeline.work import make_student
+from pipeline.training.batches import epoch_order, split_batches
+from pipeline.training.spec import create_student
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -68,15 +68,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
     seen: list[list[tuple[int, int]]] = []
 
     def record(kind: type) -> None:
-        answer = kind.answer
+        answer = kind.batch
 
         def recording(
             self: Any, positions: Sequence[int], views: Sequence[int], images: torch.Tensor
-        ) -> Answer:
+        ) -> BatchTargets:
             seen.append(list(zip(positions, views, strict=True)))
             return answer(self, positions, views, images)
 
-        monkeypatch.setattr(kind, "answer", recording)
+        monkeypatch.setattr(kind, "batch", recording)
 
     record(StoredLabels)
     record(OnlineTeachers)
@@ -119,14 +119,14 @@ def losses_by_hand(
 ) -> list[list[float]]:
     """Train as the paper says, written out; return (loss, similarity, discriminator) per step."""
     runtime.seed_everything(config.seed)
-    student = make_student(config, classes=list(source.classes), img_size=32).train()
+    student = create_student(config, classes=list(source.classes), img_size=32).train()
     discriminator = Discriminator(3)
     both = [*student.parameters(), *discriminator.parameters()]
     optimizer = torch.optim.SGD(both, lr=config.lr, momentum=0.9)
     losses = []
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = config.lr * (0.1 if epoch else 1.0)
-        for batch in batches(epoch_order(len(source), seed=0, epoch=epoch), 8):
+        for batch in split_batches(epoch_order(len(source), seed=0, epoch=epoch), 8):
             rows = []
             for position in batch:
                 image = decode(source.read(position))
@@ -179,8 +179,8 @@ def test_online_every_label_is_taught_and_no_view_repeats(
     done(*online_flags, "--epochs", 6, "--val-split", "none", "--output", run)
     rows = [row for batch in asked for row in batch]
     assert sorted(rows) == [(position, epoch) for position in range(36) for epoch in range(6)]
-    assert [e["labels_taught"] for e in events(run, "train")] == [8, 8, 8, 8, 4] * 6
-    assert counts(run, "labels_taught") == ["36"] * 6
+    assert [e["labels_online"] for e in events(run, "train")] == [8, 8, 8, 8, 4] * 6
+    assert counts(run, "labels_online") == ["36"] * 6
     assert not any("labels_stored" in event for event in events(run, "train"))
 
 
@@ -252,7 +252,7 @@ def test_teachers_answer_views_beyond_the_stored_ones_and_none_repeats(
     flags = ["--missing", "teach", *teacher_flags, "--epochs", 6, "--val-split", "none"]
     done(*distill_flags, *flags, "--output", run)
     assert counts(run, "labels_stored") == ["36"] * 4 + ["0"] * 2
-    assert counts(run, "labels_taught") == ["0"] * 4 + ["36"] * 2
+    assert counts(run, "labels_online") == ["0"] * 4 + ["36"] * 2
     rows = [row for batch in asked for row in batch]
     assert sorted(rows) == [(position, view) for position in range(36) for view in range(6)]
 
@@ -262,7 +262,7 @@ def test_reused_views_need_no_teachers_for_images_that_the_set_has(
 ) -> None:
     flags = ["--missing", "teach", "--reuse-views", *teacher_flags, "--epochs", 5]
     done(*distill_flags, *flags, "--val-split", "none", "--output", run)
-    assert counts(run, "labels_taught") == ["0"] * 5
+    assert counts(run, "labels_online") == ["0"] * 5
 
 
 @pytest.mark.parametrize("policy", ["teach", "skip"])
@@ -285,7 +285,7 @@ def test_images_added_since_are_taught_or_left_out_and_counted(
         assert "3 images are not in the label set; they are labelled by the teachers" in (
             result.stderr
         )
-        assert counts(run, "labels_taught") == ["3"] * 2
+        assert counts(run, "labels_online") == ["3"] * 2
         assert all(shown.count(key) == 2 for key in keys)
     else:
         assert "3 images are not in the label set; they are left out" in result.stderr
@@ -324,7 +324,7 @@ def test_removed_and_changed_images_are_refused_all_the_same(
         add_images(own_data)
     if change == "removed":
         path.unlink()
-        named = "labelled images that are gone: 1 (bees/03.jpg)"
+        named = "missing images with labels: 1 (bees/03.jpg)"
     else:
         path.write_bytes(path.read_bytes() + b"\0")
         named = "the same names, but other files"
@@ -407,7 +407,7 @@ def test_written_back_answers_are_stored_labels_for_the_next_job(
     flags = ["--data-dir", own_data, "--labels", own_labels, "--missing", "teach", *teacher_flags]
     flags += ["--epochs", 6, "--val-split", "none"]
     done(*distill_flags, *flags, "--write-back", "--output", tmp_path / "first")
-    assert counts(tmp_path / "first", "labels_taught") == ["3"] * 4 + ["39"] * 2
+    assert counts(tmp_path / "first", "labels_online") == ["3"] * 4 + ["39"] * 2
     after = contents(own_labels)
     assert {name: after[name] for name in before} == before
     appended = sorted(after.keys() - before.keys())
@@ -415,7 +415,7 @@ def test_written_back_answers_are_stored_labels_for_the_next_job(
     assert len(appended) == 6, "one for every checkpoint"
 
     done(*distill_flags, *flags, "--output", tmp_path / "second")
-    assert counts(tmp_path / "second", "labels_taught") == ["0"] * 6
+    assert counts(tmp_path / "second", "labels_online") == ["0"] * 6
     assert counts(tmp_path / "second", "labels_stored") == ["39"] * 6
     assert json.loads((tmp_path / "second" / "labels.json").read_text())["appended"] == appended
     assert contents(own_labels) == after

@@ -1,42 +1,30 @@
-"""Running means of a training log, kept on the device so that no step waits for it."""
+"""Running means for the training log, kept on the device so that no step waits for it."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.ranks import Ranks
 
-T = TypeVar("T")
-
 
 class Meter:
-    """Image-weighted means of named scalars, and how fast images go by."""
+    """Image-weighted means of named scalars, and how fast images are processed.
+
+    ``waited_s`` are the seconds of it spent waiting for images; the caller measures them.
+    """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Start anew."""
+        """Start again from nothing."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._images = 0
-        self._waited_s = 0.0
-        self._began = time.perf_counter()
-
-    def timed(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield ``items``, counting the time spent waiting for the next one."""
-        iterator = iter(items)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self._waited_s += time.perf_counter() - asked
-            yield item
+        self.waited_s = 0.0
+        self._start_s = time.perf_counter()
 
     def add(self, num_images: int, parts: dict[str, Tensor]) -> None:
         """Count a batch; ``parts`` are means over its images, on any device."""
@@ -52,11 +40,11 @@ class Meter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The sums of what was counted by name."""
+        """The sums of the named counts."""
         return dict(self._counts)
 
     def collect(self, ranks: Ranks) -> None:
-        """Move what all ranks have counted to the first one; the others begin anew.
+        """Move the sums of all ranks to the main one; the others start again from nothing.
 
         All ranks have to call this. Waits for the device.
         """
@@ -64,9 +52,9 @@ class Meter:
             return
         sums = ranks.totals({name: float(value) for name, value in self._sums.items()})
         counts = ranks.totals(self._counts)
-        own = ranks.totals({"images": self._images, "waited_s": self._waited_s})
+        own = ranks.totals({"images": self._images, "waited_s": self.waited_s})
         self._sums, self._counts, self._images = {}, {}, 0
-        self._waited_s = own["waited_s"] / ranks.size
+        self.waited_s = own["waited_s"] / ranks.size
         if ranks.is_first:
             self._sums = {name: torch.tensor(value) for name, value in sums.items()}
             self._counts = {name: int(number) for name, number in counts.items()}
@@ -77,7 +65,7 @@ class Meter:
         return {"sums": dict(self._sums), "counts": self.counts, "images": self._images}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take up from a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
         self._images = state["images"]
@@ -92,9 +80,9 @@ class Meter:
         return {name: float(value) / max(1, self._images) for name, value in self._sums.items()}
 
     def speed(self) -> dict[str, float]:
-        """Return images per second and the share of the time spent waiting for data."""
-        seconds = max(time.perf_counter() - self._began, 1e-9)
+        """Return images per second and the share of the time spent waiting for images."""
+        seconds = max(time.perf_counter() - self._start_s, 1e-9)
         return {
             "images_per_second": self._images / seconds,
-            "data_wait_share": self._waited_s / seconds,
+            "data_wait_share": self.waited_s / seconds,
         }

@@ -1,4 +1,4 @@
-"""pipeline.prefetch: the same pixels on the device; on a CPU nothing is done."""
+"""pipeline.loading.loader: the same pixels on the device; on a CPU nothing is done."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loaders import Pixels
-from pipeline.prefetch import on_device
+from pipeline.loading.loader import Batch, on_device
 
 
-def _batches(number: int, *, pinned: bool = False) -> list[Pixels]:
+def _batches(number: int, *, pinned: bool = False) -> list[Batch]:
     rng = np.random.default_rng(0)
     found = []
     for n in range(number):
@@ -20,7 +19,7 @@ def _batches(number: int, *, pinned: bool = False) -> list[Pixels]:
             images_BCHW = images_BCHW.pin_memory()
         size = len(images_BCHW)
         boxes_B5, sizes_B2 = np.zeros((size, 5), np.uint32), np.ones((size, 2), np.uint32)
-        found.append(Pixels(images_BCHW, sizes_B2, boxes_B5, [n] * size, [0] * size, {99: "bad"}))
+        found.append(Batch(images_BCHW, sizes_B2, boxes_B5, [n] * size, [0] * size, {99: "bad"}))
     return found
 
 
@@ -28,7 +27,7 @@ def test_on_a_cpu_the_very_pixels_pass_through_one_at_a_time() -> None:
     given = _batches(3)
     read: list[int] = []
 
-    def reading() -> Iterator[Pixels]:
+    def reading() -> Iterator[Batch]:
         for number, item in enumerate(given):
             read.append(number)
             yield item

@@ -1,10 +1,11 @@
-"""pipeline.loaders: the views asked for, in order, the same from any number of threads."""
+"""pipeline.loading.loader: the views asked for, in order, the same from any number of threads."""
 
 import collections
 import gc
 import threading
+import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,8 @@ from mealv2.errors import DataError
 from mealv2.images import AnyOrder, ImageFolder
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
-from pipeline.loaders import (
-    CENTRE,
-    ViewReader,
-    centre_requests,
-    name_failures,
-    read_views,
-    refuse_failures,
-)
+from pipeline.loading.loader import ViewReader, WaitTimer, read_views
+from pipeline.loading.requests import CENTRE, centre_requests, check_failures, failures_by_key
 
 
 def test_centre_requests_ask_each_image_once() -> None:
@@ -142,7 +137,7 @@ def _places(rows: list[tuple[int, int]], start: int) -> list[int]:
 
 
 class _Tracked(np.ndarray):
-    """Pixels of which it is known how many are alive."""
+    """Batch of which it is known how many are alive."""
 
     alive: set[int] = set()  # noqa: RUF012
     most = 0
@@ -239,7 +234,7 @@ def test_bad_image_is_reported_and_its_neighbours_are_read(
     assert len(pixels.images_BCHW) == len(pixels.sizes_B2) == len(pixels.boxes_B5) == 3
     assert list(pixels.failed) == [1]
     assert pixels.failed[1]
-    assert name_failures(source, pixels.failed) == {source.keys[1]: pixels.failed[1]}
+    assert failures_by_key(source, pixels.failed) == {source.keys[1]: pixels.failed[1]}
 
 
 def test_batch_of_bad_images_only_is_empty(own_data: Path) -> None:
@@ -252,7 +247,29 @@ def test_batch_of_bad_images_only_is_empty(own_data: Path) -> None:
 
 
 def test_failures_are_refused_by_name_unless_skipped(source: ImageFolder) -> None:
-    refuse_failures(source, {3: "broken"}, "skip")
-    refuse_failures(source, {}, "fail")
+    check_failures(source, {3: "broken"}, "skip")
+    check_failures(source, {}, "fail")
     with pytest.raises(DataError, match=f"train/{source.keys[3]}: broken; .*--on-bad-image skip"):
-        refuse_failures(source, {3: "broken"}, "fail")
+        check_failures(source, {3: "broken"}, "fail")
+
+
+def test_wait_timer_measures_the_wait_for_items_and_not_the_work_on_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    clock = types.SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr("pipeline.loading.loader.time", clock)
+
+    def items() -> Iterator[int]:
+        nonlocal now
+        for number in range(3):
+            now += 10.0 if number == 0 else 3.0
+            yield number
+
+    timer = WaitTimer(items())
+    assert (timer.start_s, timer.take()) == (None, 0.0)
+    for _ in timer:
+        now += 1.0  # 1 s of work on each item
+    assert timer.start_s == 10.0
+    assert timer.take() == 16.0
+    assert timer.take() == 0.0, "each second counts once"

@@ -1,18 +1,20 @@
-"""pipeline.foresight: `distill --dry-run` says what a run takes, and writes nothing."""
+"""pipeline.training.dry_run: estimates what a run takes by its real steps, and writes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import Result
+from mealv2.task import DistillTask
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.measuring.SAMPLE_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.timing.SAMPLE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -71,3 +73,57 @@ def test_dry_run_of_a_run_to_resume_is_refused(run_cli: Run, tmp_path: Path) -> 
     assert result.code == 2
     assert result.stderr.count("\n") == 1
     assert "dry-run" in result.stderr
+
+
+@pytest.fixture
+def seen_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """What the task sees of each micro-batch: how many rows, and whether they are mixed."""
+    seen: list[tuple[int, bool]] = []
+    forward = DistillTask.forward
+
+    def recording(self: DistillTask, images: Any, targets: Any, mixture: Any = None) -> Any:
+        seen.append((len(images), mixture is not None))
+        return forward(self, images, targets, mixture)
+
+    monkeypatch.setattr(DistillTask, "forward", recording)
+    return seen
+
+
+def test_dry_run_feeds_the_student_what_the_run_does(
+    done: Run,
+    distill_flags: list[object],
+    labels_dir: Path,
+    seen_rows: list[tuple[int, bool]],
+) -> None:
+    """Memory depends on it: 4 micro-batches of 2 mixed views, not one of 8 that are not."""
+    flags = [*distill_flags, "--labels", labels_dir, "--grad-accum-steps", 4, "--epochs", 1]
+    flags += ["--cutmix-target", "mixed-labels", "--val-split", "none"]
+    done(*flags)
+    of_run = set(seen_rows)
+    seen_rows.clear()
+    done(*flags, "--dry-run")
+    assert set(seen_rows) == of_run
+    assert (2, True) in of_run
+
+
+@pytest.mark.parametrize("flag", [["--dry-run"], []])
+def test_dry_run_compiles_as_the_run_does(
+    done: Run,
+    distill_flags: list[object],
+    labels_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: list[str],
+) -> None:
+    sizes: list[int] = []
+
+    def compiled(network: Any, **_: Any) -> Any:
+        def call(images: Any) -> Any:
+            sizes.append(len(images))
+            return network(images)
+
+        return call
+
+    monkeypatch.setattr("torch.compile", compiled)
+    flags = [*distill_flags, "--labels", labels_dir, "--grad-accum-steps", 2, "--epochs", 1]
+    done(*flags, "--compile", "default", "--val-split", "none", *flag)
+    assert set(sizes) == {4}

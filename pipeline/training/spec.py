@@ -1,4 +1,4 @@
-"""What a run trains and on what: the parts that a stage puts together for the one loop."""
+"""What a run trains and on what: the parts that a command puts together for the one loop."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +14,8 @@ from mealv2.targets import Targets
 from mealv2.task import Task
 from mealv2.views import Views
 from pipeline.config import TrainConfig
-from pipeline.evaluation import Evaluator
-from pipeline.loaders import ViewReader
+from pipeline.loading.loader import ViewReader
+from pipeline.training.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class CutMix:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingSpec:
     """What a run trains and on what: everything the loop does not decide itself.
 
     An epoch uses the images of ``source`` at ``positions``, each with the view that ``targets``
     names, cut as ``views`` say and resized by ``resize``. ``extra`` are modules beside the student
-    that learn too, each with its initial learning rate. ``teachers`` are the accuracies to print
-    before the first step, ``teacher_forwards`` how many views they were asked about to know them,
-    ``legend`` what to print behind a figure of an epoch, ``labels`` what the run folder keeps of
-    the labels it was made from.
+    that are trained too, each with its initial learning rate. ``teachers`` are accuracies to print
+    before the first step, ``teacher_forwards`` the views that teachers saw to measure them,
+    ``column_notes`` what to print behind a column of an epoch, ``labels`` what the run folder keeps
+    of the labels it is made from.
     """
 
     command: str
@@ -53,7 +53,7 @@ class Work:
     cutmix: CutMix | None = None
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_forwards: int = 0
-    legend: dict[str, str] = field(default_factory=dict)
+    column_notes: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
 
     @cached_property
@@ -66,7 +66,7 @@ class Work:
         return ViewReader(self.source, img_size=self.img_size, views=self.views, resize=self.resize)
 
 
-def make_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
+def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
     """Build the student from timm's weights, a checkpoint, or at random."""
     given = Preprocessing(config.mean, config.std) if config.mean and config.std else None
     return create_classifier(

@@ -1,17 +1,19 @@
-"""From keys to batches of pixels: one path for stage one, stage two and validation.
+"""From requests to batches of pixels: one path for stage one, stage two and validation.
 
 A request names images and which views of each to cut; threads decode every image once and write its
-views where they stand in the batch, uint8. Decoders and resizes let other threads run.
+views into their rows of the batch, uint8. Decoders and resizes release the GIL.
 """
 
 import math
 import threading
+import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +22,9 @@ from mealv2.errors import DataError
 from mealv2.images import ImageSource
 from mealv2.pixels import Picture, Resize, ViewsOf, centre_crop, decode_for
 from mealv2.views import View, Views
-from pipeline.config import OnBadImage
+from pipeline.loading.requests import CENTRE, BatchRequest, announce
 
-CENTRE = -1  # the view of an evaluation: the centre crop
-
-# One batch: (position in the source, views to cut of it) for each image.
-Request = list[tuple[int, tuple[int, ...]]]
-
+T = TypeVar("T")
 Box = tuple[int, int, int, int, int]  # top, left, height, width, flip
 
 _TASK_VIEWS = 8  # cut by a thread before it takes up the next task
@@ -34,12 +32,12 @@ _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Batch:
     """The views of one request: ``images_BCHW`` uint8 (channels-last in memory), row by row.
 
     ``positions`` and ``views`` name each row; ``sizes_B2`` are the width and height of its image,
     ``boxes_B5`` top, left, height, width and flip of what was cut (0 of a centre crop). ``failed``
-    are the images that could not be read, with the reason: none of their rows are here.
+    are the images that could not be read, with the reason: they have no rows.
     """
 
     images_BCHW: torch.Tensor
@@ -53,7 +51,7 @@ class Pixels:
 class ViewReader:
     """Cuts views of a source's images; an image that cannot be read is reported, not raised.
 
-    ``views`` says what the views are; centre crops need none.
+    ``views`` defines the views; centre crops need none.
     """
 
     def __init__(
@@ -69,12 +67,12 @@ class ViewReader:
         self._views = views
         self._resize = resize
 
-    def read(self, request: Request) -> Pixels:
+    def read(self, request: BatchRequest) -> Batch:
         """Return the pixels of one request, read by this thread."""
-        batch = _Batch(self, request, memory=_Memory(pin_memory=False))
+        batch = _BatchReader(self, request, memory=_Memory(pin_memory=False))
         for task in batch.tasks():
             batch.do(task)
-        return batch.pixels()
+        return batch.batch()
 
     def view(self, position: int, index: int, *, width: int, height: int) -> View:
         """Return the box and flip of a view of an image."""
@@ -91,7 +89,7 @@ class ViewReader:
 
 
 class _Image:
-    """An image, decoded once by whichever thread needs it first, and let go of by the last."""
+    """An image, decoded once by the thread that needs it first, and released by the last."""
 
     def __init__(self, source: ImageSource, position: int) -> None:
         self.position = position
@@ -103,22 +101,22 @@ class _Image:
         self._picture: Picture | None = None
 
     def keep(self, uses: int) -> None:
-        """Keep the pixels until so many more uses are over."""
+        """Keep the pixels for so many more uses."""
         with self._lock:
             self._uses += uses
             self._is_shared = self._uses > 1
 
     def release(self) -> None:
-        """Say that one use is over."""
+        """End one use."""
         with self._lock:
             self._uses -= 1
             if self._uses == 0:
                 self._picture = None
 
     def decoded(self, views_of: ViewsOf | None) -> Picture | None:
-        """Return what ``views_of`` needs, or all if others need it too.
+        """Return the part that ``views_of`` needs, or all if other tasks need the image too.
 
-        None where ``failure`` says why.
+        None where it cannot be read; ``failure`` has the reason.
         """
         with self._lock:
             if self._picture is None and self.failure is None:
@@ -131,9 +129,9 @@ class _Image:
 
 
 class _Memory:
-    """Memory of batches, used again as soon as nothing holds a batch any more.
+    """Memory of batches, reused as soon as nothing holds a batch any more.
 
-    Fresh memory costs a page fault every 4 kB: with these, writing a view takes five times as long.
+    New memory costs a page fault every 4 kB: writing a view takes five times as long with them.
     """
 
     def __init__(self, *, pin_memory: bool) -> None:
@@ -141,16 +139,16 @@ class _Memory:
         self._free: deque[np.ndarray] = deque()
 
     def take(self, num_rows: int, img_size: int) -> torch.Tensor:
-        """Return rows of uint8 pixels B x S x S x 3, with anything in them."""
+        """Return uninitialised rows of uint8 pixels, B x S x S x 3."""
         shape = (num_rows, img_size, img_size, 3)
-        if self._pin_memory:  # torch keeps such memory, and knows when a GPU has read it
+        if self._pin_memory:  # torch caches such memory, and knows when a GPU has read it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         needed = math.prod(shape)
         block = self._free.popleft() if self._free else np.empty(0, dtype=np.uint8)
         if block.size < needed:
             block = np.empty(needed, dtype=np.uint8)
         rows = block[:needed].reshape(shape)
-        # tensors of the batch hold this array, and so tell when the last of them is gone
+        # tensors of the batch hold this array: it is finalized with the last of them
         weakref.finalize(rows, self._free.append, block)
         return torch.from_numpy(rows)
 
@@ -159,16 +157,16 @@ class _Memory:
 _Cut = tuple[_Image, tuple[int, ...], int]
 
 
-class _Batch:
-    """A request on its way to pixels; threads fill its rows.
+class _BatchReader:
+    """A batch while threads fill its rows.
 
-    ``before`` is the last image of the request before: its views may go on here.
+    ``before`` is the last image of the request before: its views may continue here.
     """
 
     def __init__(
         self,
         reader: ViewReader,
-        request: Request,
+        request: BatchRequest,
         *,
         memory: _Memory,
         before: _Image | None = None,
@@ -189,7 +187,7 @@ class _Batch:
             self._positions.extend([position] * len(views))
             self._indices.extend(views)
         if image is not None:
-            image.keep(1)  # until the next request is there
+            image.keep(1)  # until the next request starts
         if before is not None:
             before.release()
         self.last = image
@@ -200,7 +198,7 @@ class _Batch:
         self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
 
     def tasks(self) -> Iterator[list[_Cut]]:
-        """Yield the work in pieces of about _TASK_VIEWS views."""
+        """Yield tasks of about _TASK_VIEWS views."""
         task: list[_Cut] = []
         num_views = 0
         for piece in self._cuts:
@@ -213,14 +211,14 @@ class _Batch:
             yield task
 
     def do(self, task: list[_Cut]) -> None:
-        """Decode images where nobody did and cut their views."""
+        """Decode the images that are not decoded yet and cut their views."""
         for image, views, row in task:
             cut = self._reader.cut
             picture = image.decoded(None if CENTRE in views else self._views_of(image, views))
             if picture is not None:
                 self._sizes_B2[row : row + len(views)] = picture.width, picture.height
-                for place, index in enumerate(views, start=row):
-                    self._rows[place], self._boxes_B5[place] = cut(picture, image.position, index)
+                for at, index in enumerate(views, start=row):
+                    self._rows[at], self._boxes_B5[at] = cut(picture, image.position, index)
             image.release()
 
     def _views_of(self, image: _Image, indices: tuple[int, ...]) -> ViewsOf:
@@ -230,42 +228,42 @@ class _Batch:
             view(position, i, width=width, height=height) for i in indices
         ]
 
-    def pixels(self) -> Pixels:
-        """Return what was read, when all tasks are done."""
+    def batch(self) -> Batch:
+        """Return the batch; all tasks must be done."""
         failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
         images_BHWC, sizes_B2, boxes_B5 = self._images_BHWC, self._sizes_B2, self._boxes_B5
         positions, indices = self._positions, self._indices
         if failed:
-            whole = [row for row, position in enumerate(positions) if position not in failed]
-            images_BHWC = images_BHWC[whole]
-            sizes_B2, boxes_B5 = sizes_B2[whole], boxes_B5[whole]
-            positions = [positions[row] for row in whole]
-            indices = [indices[row] for row in whole]
+            kept = [row for row, position in enumerate(positions) if position not in failed]
+            images_BHWC = images_BHWC[kept]
+            sizes_B2, boxes_B5 = sizes_B2[kept], boxes_B5[kept]
+            positions = [positions[row] for row in kept]
+            indices = [indices[row] for row in kept]
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        return Pixels(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed)
+        return Batch(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed)
 
 
 @dataclass(frozen=True)
-class ViewLoader(Iterable[Pixels]):
+class ViewLoader(Iterable[Batch]):
     """An iterable over the pixels of each request, in order; see read_views."""
 
     reader: ViewReader
-    requests: Iterable[Request]
+    requests: Iterable[BatchRequest]
     workers: int
     pin_memory: bool
 
-    def __iter__(self) -> Iterator[Pixels]:
+    def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.requests, list):
             announce(self.reader.source, self.requests)
-        # odd palettes and EXIF blocks decode as they do elsewhere; all threads share the filters
+        # warnings of odd palettes and EXIF blocks; all threads share the filters
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if self.workers == 0:
             for batch in self._batches():
                 for task in batch.tasks():
                     batch.do(task)
-                yield batch.pixels()
+                yield batch.batch()
             return
-        # an operation of a worker that made threads of its own would only slow the others down
+        # operations that start threads of their own would slow down the other workers
         pool = ThreadPoolExecutor(
             self.workers, "mealv2-read", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -274,79 +272,93 @@ class ViewLoader(Iterable[Pixels]):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self) -> Iterator[_BatchReader]:
         last: _Image | None = None
         memory = _Memory(pin_memory=self.pin_memory)
         for request in self.requests:
-            batch = _Batch(self.reader, request, memory=memory, before=last)
+            batch = _BatchReader(self.reader, request, memory=memory, before=last)
             last = batch.last
             yield batch
 
-    def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[Pixels]:
+    def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
         """Yield batches in order, while the next ones are being read."""
-        begun: deque[tuple[_Batch, list[Future[None]]]] = deque()
+        reading: deque[tuple[_BatchReader, list[Future[None]]]] = deque()
         for batch in self._batches():
-            begun.append((batch, [pool.submit(batch.do, task) for task in batch.tasks()]))
-            num_tasks = sum(len(tasks) for _, tasks in begun)
-            if len(begun) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
-                yield _finished(*begun.popleft())
-        while begun:
-            yield _finished(*begun.popleft())
+            reading.append((batch, [pool.submit(batch.do, task) for task in batch.tasks()]))
+            num_tasks = sum(len(tasks) for _, tasks in reading)
+            if len(reading) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
+                yield _finished(*reading.popleft())
+        while reading:
+            yield _finished(*reading.popleft())
 
 
-def _finished(batch: _Batch, tasks: list[Future[None]]) -> Pixels:
+def _finished(batch: _BatchReader, tasks: list[Future[None]]) -> Batch:
     for task in tasks:
         task.result()
-    return batch.pixels()
+    return batch.batch()
 
 
 def read_views(
     reader: ViewReader,
-    requests: Iterable[Request],
+    requests: Iterable[BatchRequest],
     *,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> ViewLoader:
     """Return an iterable over the pixels of each request, in order, read ahead by threads.
 
-    The source is told what is in a list of requests; who gives another iterable announces it. An
-    image is decoded once for all its views, also where they go on in the next request. Without
-    ``workers`` the calling thread reads. ``pin_memory`` puts batches into page-locked memory.
+    A list of requests is announced to the source; the caller announces other iterables. An image is
+    decoded once for all its views, also where they continue in the next request. With 0 ``workers``
+    the calling thread reads. ``pin_memory`` puts batches into page-locked memory.
     """
     return ViewLoader(reader, requests, workers, pin_memory)
 
 
-def announce(source: ImageSource, requests: Iterable[Request]) -> None:
-    """Tell a source which of its groups requests will read, in the order of their first use."""
-    if source.groups is None:
+class WaitTimer(Generic[T]):
+    """An iterator that measures the seconds spent waiting for the next item.
+
+    ``start_s`` is the wait for the first item, when nothing was read ahead.
+    """
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self._waited_s = 0.0
+        self.start_s: float | None = None
+
+    def __iter__(self) -> "WaitTimer[T]":
+        return self
+
+    def __next__(self) -> T:
+        asked_s = time.perf_counter()
+        item = next(self._items)
+        waited_s = time.perf_counter() - asked_s
+        self._waited_s += waited_s
+        if self.start_s is None:
+            self.start_s = waited_s
+        return item
+
+    def take(self) -> float:
+        """Return the seconds waited since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the same batches with their images on a device, in the same memory layout.
+
+    On a GPU they are copied on a separate stream, from pinned memory. Nothing is read ahead: a host
+    that never waits for the device is ahead of it, and so are its copies.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield replace(batch, images_BCHW=batch.images_BCHW.to(device))
         return
-    used: dict[int, None] = {}
-    for request in requests:
-        positions = [position for position, _ in request]
-        numbers = np.searchsorted(source.groups, positions, side="right") - 1
-        used.update(dict.fromkeys(numbers.tolist()))
-    source.announce(list(used))
-
-
-def centre_requests(positions: Sequence[int], batch_size: int) -> list[Request]:
-    """Return requests for the centre crops of images, ``batch_size`` at a time."""
-    return [
-        [(position, (CENTRE,)) for position in positions[start : start + batch_size]]
-        for start in range(0, len(positions), batch_size)
-    ]
-
-
-def name_failures(source: ImageSource, failed: dict[int, str]) -> dict[str, str]:
-    """Return the reasons by key instead of by position."""
-    return {source.keys[position]: reason for position, reason in failed.items()}
-
-
-def refuse_failures(source: ImageSource, failed: dict[int, str], policy: OnBadImage) -> None:
-    """Raise DataError naming the first bad image, unless the policy is to skip them."""
-    if failed and policy == "fail":
-        position, reason = next(iter(failed.items()))
-        where = "/".join(filter(None, (source.name, source.keys[position])))
-        raise DataError(
-            f"cannot read image {where}: {reason}; "
-            "replace it, or leave such images out with --on-bad-image skip"
-        )
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copies)
+        # else the next copy may take this memory while the model still reads it
+        images_BCHW.record_stream(computing)
+        yield replace(batch, images_BCHW=images_BCHW)

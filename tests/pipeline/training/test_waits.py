@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import Result
-from pipeline.meters import Meter
+from pipeline.training.meters import Meter
 from syncs import recorded_syncs
 
 Run = Callable[..., Result]

@@ -1,4 +1,4 @@
-"""pipeline.passes and the loop over them: several views of an image in a batch, mixed batches."""
+"""pipeline.training.batches: several views of an image in a batch, mixed batches."""
 
 import csv
 from bisect import bisect_right
@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.passes
+import pipeline.training.batches
 from conftest import Result
 from mealv2.cutmix import draw_mix
 from mealv2.images import ImageFolder
-from mealv2.targets import Answer, HardLabels, OnlineTeachers, StoredLabels, Targets
+from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask
 from pipeline.config import FinetuneConfig
-from pipeline.loaders import ViewReader, centre_requests, read_views
-from pipeline.order import epoch_order
-from pipeline.passes import Passes
+from pipeline.loading.loader import ViewReader, read_views
+from pipeline.loading.requests import centre_requests
+from pipeline.training.batches import BatchSampler, epoch_order
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -31,15 +31,15 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, int]
     seen: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
 
     def record(kind: type) -> None:
-        answer = kind.answer
+        answer = kind.batch
 
         def recording(
             self: Any, positions: Sequence[int], views: Sequence[int], images: torch.Tensor
-        ) -> Answer:
+        ) -> BatchTargets:
             seen.append((list(zip(positions, views, strict=True)), images.clone()))
             return answer(self, positions, views, images)
 
-        monkeypatch.setattr(kind, "answer", recording)
+        monkeypatch.setattr(kind, "batch", recording)
 
     record(StoredLabels)
     record(OnlineTeachers)
@@ -53,7 +53,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, Any]]:
     forward = DistillTask.forward
 
     def recording(
-        self: DistillTask, images: torch.Tensor, answer: Answer, mixture: Any = None
+        self: DistillTask, images: torch.Tensor, answer: BatchTargets, mixture: Any = None
     ) -> Any:
         seen.append((images.clone(), mixture))
         return forward(self, images, answer, mixture)
@@ -72,29 +72,29 @@ class Leaving(Targets):
         return None if epoch % 2 and int(key[-6:-4]) % 3 == 0 else epoch
 
 
-def passes(data_dir: Path, targets: Targets, **values: Any) -> Passes:
+def sampler(data_dir: Path, targets: Targets, **values: Any) -> BatchSampler:
     source = ImageFolder(data_dir, "train")
     config = FinetuneConfig(data_dir=data_dir, model="m", **values)
-    return Passes(config, source, range(len(source)), targets)
+    return BatchSampler(config, source, range(len(source)), targets)
 
 
 @pytest.mark.parametrize(("views", "epochs"), [(1, 5), (2, 5), (3, 5), (4, 4), (4, 7)])
 def test_every_image_is_shown_as_many_views_as_there_are_epochs(
     data_dir: Path, views: int, epochs: int
 ) -> None:
-    made = passes(
+    made = sampler(
         data_dir, HardLabels([0] * 36), epochs=epochs, batch_size=12, views_per_image=views
     )
-    rows = [(p, v) for request in made.requests_from(0) for p, shown in request for v in shown]
+    rows = [(p, v) for request in made.batches_from(0) for p, shown in request for v in shown]
     assert sorted(rows) == [(p, e) for p in range(36) for e in range(epochs)]
 
 
 def test_passes_cover_the_epochs_and_the_last_may_be_narrower(data_dir: Path) -> None:
-    made = passes(data_dir, HardLabels([0] * 36), epochs=5, batch_size=12, views_per_image=2)
-    assert [made.width(epoch) for epoch in (0, 2, 4)] == [2, 2, 1]
-    requests = [made.requests(epoch) for epoch in (0, 2, 4)]
-    assert list(made.requests_from(0)) == [r for one in requests for r in one]
-    assert list(made.requests_from(2)) == [r for one in requests[1:] for r in one]
+    made = sampler(data_dir, HardLabels([0] * 36), epochs=5, batch_size=12, views_per_image=2)
+    assert [made.num_epochs(epoch) for epoch in (0, 2, 4)] == [2, 2, 1]
+    requests = [made.batches(epoch) for epoch in (0, 2, 4)]
+    assert list(made.batches_from(0)) == [r for one in requests for r in one]
+    assert list(made.batches_from(2)) == [r for one in requests[1:] for r in one]
     shown = [{len(views) for request in one for _, views in request} for one in requests]
     assert shown == [{2}, {2}, {1}]
     rows = [[sum(len(views) for _, views in request) for request in one] for one in requests]
@@ -102,23 +102,23 @@ def test_passes_cover_the_epochs_and_the_last_may_be_narrower(data_dir: Path) ->
 
 
 def test_views_that_the_targets_leave_out_are_in_no_batch_and_are_counted(data_dir: Path) -> None:
-    made = passes(data_dir, Leaving(), epochs=2, batch_size=8)
-    even, odd = made.requests(0), made.requests(1)
+    made = sampler(data_dir, Leaving(), epochs=2, batch_size=8)
+    even, odd = made.batches(0), made.batches(1)
     assert sum(map(len, even)) == 36
     assert sum(map(len, odd)) == 24
-    assert [made.num_left_out(e, r) for e, r in enumerate((even, odd))] == [0, 12]
-    both = passes(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2)
-    requests = both.requests(0)
+    assert [made.num_skipped(e) for e, r in enumerate((even, odd))] == [0, 12]
+    both = sampler(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2)
+    requests = both.batches(0)
     assert sum(len(views) for request in requests for _, views in request) == 60
-    assert both.num_left_out(0, requests) == 12
+    assert both.num_skipped(0) == 12
 
 
 def test_order_of_a_pass_is_new_every_pass_and_the_same_every_time(data_dir: Path) -> None:
     first, again = (
-        passes(data_dir, HardLabels([0] * 36), epochs=2, batch_size=8) for _ in range(2)
+        sampler(data_dir, HardLabels([0] * 36), epochs=2, batch_size=8) for _ in range(2)
     )
-    assert list(first.requests(1)) == list(again.requests(1))
-    positions = [[p for request in first.requests(e) for p, _ in request] for e in (0, 1)]
+    assert list(first.batches(1)) == list(again.batches(1))
+    positions = [[p for request in first.batches(e) for p, _ in request] for e in (0, 1)]
     assert positions[0] != positions[1]
 
 
@@ -135,15 +135,17 @@ class Grouped(ImageFolder):
         self.told.append(list(groups))
 
 
-def grouped(data_dir: Path, positions: Sequence[int], **values: Any) -> tuple[Grouped, Passes]:
+def grouped(
+    data_dir: Path, positions: Sequence[int], **values: Any
+) -> tuple[Grouped, BatchSampler]:
     source = Grouped(data_dir)
     config = FinetuneConfig(data_dir=data_dir, model="m", **values)
-    return source, Passes(config, source, positions, HardLabels([0] * 36))
+    return source, BatchSampler(config, source, positions, HardLabels([0] * 36))
 
 
 def test_a_batch_of_a_source_with_groups_is_in_the_order_of_the_source(data_dir: Path) -> None:
     _, made = grouped(data_dir, range(36), epochs=3, batch_size=8)
-    batches = [[p for p, _ in request] for request in made.requests_from(0)]
+    batches = [[p for p, _ in request] for request in made.batches_from(0)]
     assert all(batch == sorted(batch) for batch in batches)
     for epoch in range(3):
         part = batches[5 * epoch : 5 * epoch + 5]
@@ -156,7 +158,7 @@ def test_a_source_is_told_which_groups_a_pass_reads_in_the_order_of_their_use(
 ) -> None:
     positions = [p for p in range(36) if not 7 <= p < 12]  # none of the second group
     source, made = grouped(data_dir, positions, epochs=2, batch_size=8)
-    requests = list(made.requests_from(0, 2))
+    requests = list(made.batches_from(0, 2))
 
     def used(some: Sequence[Any]) -> list[int]:
         numbers = [bisect_right(source.groups, p) - 1 for request in some for p, _ in request]
@@ -164,13 +166,13 @@ def test_a_source_is_told_which_groups_a_pass_reads_in_the_order_of_their_use(
 
     assert source.told == [used(requests[:2]), used(requests[2:])]
     assert set(source.told[1]) == {0, 2, 3, 4, 5}
-    assert requests == [*made.requests(0)[2:], *made.requests(1)]
+    assert requests == [*made.batches(0)[2:], *made.batches(1)]
 
 
 def test_a_share_of_each_batch_is_read_and_told(data_dir: Path) -> None:
     source, made = grouped(data_dir, range(36), epochs=1, batch_size=9)
-    requests = list(made.requests_from(0, share=lambda request: request[:2]))
-    assert requests == [request[:2] for request in made.requests(0)]
+    requests = list(made.batches_from(0, local=lambda request: request[:2]))
+    assert requests == [request[:2] for request in made.batches(0)]
     (told,) = source.told
     assert told[0] == bisect_right(source.groups, requests[0][0][0]) - 1
     assert len(told) < 6
@@ -186,7 +188,7 @@ def test_lists_of_requests_are_told_as_they_are_read(data_dir: Path) -> None:
 
 
 def test_batches_of_a_pass_are_a_sequence(data_dir: Path) -> None:
-    made = passes(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2).requests(0)
+    made = sampler(data_dir, Leaving(), epochs=2, batch_size=8, views_per_image=2).batches(0)
     every = list(made)
     assert len(every) == len(made) == 9
     assert [made[i] for i in range(-9, 9)] == every * 2
@@ -205,7 +207,7 @@ def test_the_order_of_a_pass_is_drawn_once(
         drawn.append(epoch)
         return epoch_order(*args, epoch=epoch, **values)
 
-    monkeypatch.setattr(pipeline.passes, "epoch_order", noted)
+    monkeypatch.setattr(pipeline.training.batches, "epoch_order", noted)
     flags = ["--epochs", 3, "--workers", workers, "--val-split", "none", "--output", run]
     assert done(*finetune_flags, *flags).report["steps"] == 9
     assert drawn == [0, 1, 2]

@@ -1,0 +1,305 @@
+"""The one training loop: distil, finetune and others vary its task and targets, not the loop."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mealv2.errors import DataError, LabelSetError, StoppedError
+from mealv2.metrics import Evaluation
+from mealv2.models import Classifier, save_classifier
+from mealv2.targets import ONLINE, SKIPPED
+from mealv2.weights import EXPORT_FOLDER
+from pipeline import logs
+from pipeline.config import TrainConfig
+from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
+from pipeline.loading.requests import check_failures, num_views_of
+from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
+from pipeline.training import checkpoint
+from pipeline.training.batches import BatchSampler
+from pipeline.training.resume import open_run, require_same_inputs
+from pipeline.training.spec import TrainingSpec
+from pipeline.training.step import TrainStep
+
+
+def train(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[str, Any]:
+    """Train to the last epoch and return the report; of several ranks the main one has it.
+
+    Raises StoppedError after a signal (everything is saved), DataError for an unreadable image or a
+    loss that is not finite, OSError where the run folder cannot be written.
+    """
+    alone = not runtime.ranks.are_several
+    with stop_on_signal(signal.SIGINT, signal.SIGTERM, is_alone=alone) as stop:
+        return _Trainer(config, runtime, spec, stop).run()
+
+
+class _Trainer:
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, spec: TrainingSpec, stop: StopFlag
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.spec = spec
+        self.stop = stop
+        self.ranks = runtime.ranks
+        if not spec.positions:
+            raise DataError(f"{spec.source.name} has no image to train on")
+        require_same_inputs(config, self.ranks, spec)
+        self.sampler = BatchSampler(config, spec.source, spec.positions, spec.targets)
+        self.step = TrainStep(config, runtime, spec)
+        self.state = self.step.state
+        if config.compile != "off":
+            self.step.compile(self.sampler.full_batch())
+        self.folder = open_run(config, self.ranks, spec, self.state)
+        self.progress = self.state.progress
+        self.step.is_prepared = self.progress.total_steps > 0
+        self.state.teacher_forwards += spec.teacher_forwards
+
+    def run(self) -> dict[str, Any]:
+        logs.say(f"run folder {self.folder.path}")
+        self._log_resume_point()
+        self.step.log_sizes(self.sampler.full_batch())
+        try:
+            return self._run()
+        except StopRequested as signal_name:
+            self._save()
+            start = "torchrun … -m mealv2" if self.ranks.are_several else "mealv2"
+            raise StoppedError(
+                f"stopped by {signal_name} in epoch {self.progress.epoch + 1}, saved; "
+                f"continue with: {start} {self.spec.command} --resume {self.folder.path}"
+            ) from None
+
+    def _run(self) -> dict[str, Any]:
+        start_s = time.monotonic()
+        progress, num_epochs = self.progress, self.config.epochs
+        metrics: dict[str, float] = {}
+        if progress.epoch == num_epochs and (report := self._finished_report()) is not None:
+            return report
+        if progress.total_steps == 0 or progress.epoch == num_epochs:
+            metrics = self._validate(progress.epoch)
+            self._print_accuracies(metrics)
+        batches = WaitTimer(self._read())
+        while progress.epoch < num_epochs:
+            train_metrics = self._train_pass(batches)
+            epoch = progress.epoch + self.sampler.num_epochs(progress.epoch)
+            interval = self.config.val_interval
+            is_due = epoch // interval > progress.epoch // interval or epoch == num_epochs
+            metrics = self._validate(epoch) if is_due else {}
+            progress.epoch, progress.step = epoch, 0
+            self._end_pass(train_metrics, metrics)
+        self.state.collect()
+        return self._finalize(metrics, seconds=time.monotonic() - start_s)
+
+    # --- one pass over the images -----------------------------------------------------------------
+
+    def _read(self) -> Iterator[Batch]:
+        """Read the images of every batch from here to the end of the run, passes in a row."""
+        requests = self.sampler.batches_from(
+            self.progress.epoch, self.progress.step, local=self.step.local_rows
+        )
+        loader = read_views(
+            self.spec.reader(),
+            requests,
+            workers=self.config.workers,
+            pin_memory=self.runtime.pins,
+        )
+        return on_device(loader, self.runtime.device)
+
+    def _train_pass(self, batches: WaitTimer[Batch]) -> dict[str, float]:
+        """Train on the rest of the pass; return the mean of every part of the loss."""
+        config, spec, state, progress = self.config, self.spec, self.state, self.progress
+        state.set_lr(config.lr_factor(progress.epoch))
+        requests = self.sampler.batches(progress.epoch)[progress.step :]
+        num_skipped = self.sampler.num_skipped(progress.epoch)
+        if progress.step == 0 and num_skipped and self.ranks.is_first:
+            state.pass_means.count({SKIPPED: num_skipped})
+        spec.task.train()
+
+        last = progress.epoch + self.sampler.num_epochs(progress.epoch)
+        total = sum(map(num_views_of, requests))
+        with logs.ProgressBar(total, what=f"epoch {last}/{config.epochs}", unit="images") as bar:
+            for request in requests:
+                batch = next(batches)
+                if batch.failed:  # raise, or leave out images that cannot be read
+                    check_failures(spec.source, batch.failed, config.on_bad_image)
+                    batch = self.step.without_failures(batch)
+                progress.step += 1
+                progress.total_steps += 1
+                num_views, stop_signal = len(batch.positions), self.stop.signal_name
+                if self.ranks.size > 1:  # all ranks take the same steps, and stop at the same one
+                    num_views, stop_signal = self.ranks.agree(num_views, stop_signal)
+                if num_views == 0:
+                    continue
+
+                # forward, backward, update: no wait for the device
+                for output in self.step(batch, num_views):
+                    for meter in (state.window, state.pass_means):
+                        meter.add(output.num_views, output.parts)
+                        meter.count(output.label_counts)
+                    state.teacher_forwards += output.label_counts.get(ONLINE, 0)
+                self._log_task_warning()
+
+                # log: the only place where the host waits for the device
+                if progress.total_steps % config.log_interval == 0:
+                    state.window.waited_s = batches.take()
+                    self._log()
+                if config.checkpoint_every and progress.total_steps % config.checkpoint_every == 0:
+                    self._save()
+                if stop_signal is not None:
+                    raise StopRequested(stop_signal)
+                bar.update(num_views_of(request))
+        return self._pass_metrics()
+
+    def _pass_metrics(self) -> dict[str, float]:
+        """Return the means and counts of the pass, on the main rank those of all."""
+        means = self.state.pass_means
+        means.collect(self.ranks)
+        if self.ranks.is_first and not means.num_images:
+            name, epoch = self.spec.source.name, self.progress.epoch + 1
+            raise DataError(f"epoch {epoch}: no image of {name} could be used")
+        return {**self._check_finite(means.means()), **means.counts}
+
+    def _end_pass(self, trained: dict[str, float], metrics: dict[str, float]) -> None:
+        """Write the epoch's row, the model and a checkpoint."""
+        row = {
+            "epoch": self.progress.epoch,
+            "lr": self.state.lr,
+            **{f"train_{name}": value for name, value in trained.items()},
+            **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
+        }
+        self.folder.epoch_row(row)
+        columns = "  ".join(
+            f"{name} {value:.4g}{self.spec.column_notes.get(name, '')}"
+            for name, value in row.items()
+            if name != "epoch"
+        )
+        logs.say(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
+        if self.ranks.is_first:
+            save_classifier(
+                self.folder.path / EXPORT_FOLDER,
+                self.state.result,
+                classes=self.spec.source.classes,
+                img_size=self.spec.img_size,
+            )
+        self.state.pass_means.clear()
+        self._save()
+
+    # --- validation -------------------------------------------------------------------------------
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """Return the result's metrics after ``epoch`` epochs; none without a validation split.
+
+        With a moving average they are the average's, and the student's own accuracy is added.
+        """
+        if self.spec.evaluator is None:
+            return {}
+        metrics = self._evaluate(self.state.result).summary()
+        if self.state.ema is not None:
+            metrics["student_top1"] = self._evaluate(self.spec.student).top1
+        if self.progress.epoch < self.config.epochs:  # a finished run has it in its log
+            self.folder.log("validation", epoch=epoch, **metrics)
+        return metrics
+
+    def _evaluate(self, model: Classifier) -> Evaluation:
+        """Return the metrics of a model, the same on all ranks."""
+        assert self.spec.evaluator is not None
+        # each rank has its own statistics of batch normalisation
+        self.ranks.same(list(model.buffers()))
+        return self.spec.evaluator(model, num_classes=model.num_classes, stop=self.stop)
+
+    def _print_accuracies(self, metrics: dict[str, float]) -> None:
+        """Print the accuracy of the teachers and of the student before the first step."""
+        if metrics:
+            known = {**self.spec.teachers, f"student at step {self.progress.total_steps}": metrics}
+            rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
+            logs.say(logs.table([["before training", "top-1", "top-5"], *rows]))
+
+    # --- log, checkpoint, report ------------------------------------------------------------------
+
+    def _log_resume_point(self) -> None:
+        """Report where a resumed run continues."""
+        epoch, num_epochs = self.progress.epoch, self.config.epochs
+        if self.progress.total_steps == 0 or epoch == num_epochs:
+            return
+        logs.say(
+            f"resuming in epoch {epoch + 1}/{num_epochs} after {self.progress.step} of its "
+            f"{len(self.sampler.batches(epoch))} steps ({self.progress.total_steps} in all)"
+        )
+
+    def _log_task_warning(self) -> None:
+        """Print and log what the task found in the first batch."""
+        if self.step.warning is not None:
+            logs.say(self.step.warning)
+            self.folder.log("prepared", step=self.progress.total_steps, text=self.step.warning)
+            self.step.warning = None
+
+    def _log(self) -> None:
+        """Write the means since the last line to metrics.jsonl."""
+        window = self.state.window
+        window.collect(self.ranks)
+        self.folder.log(
+            "train",
+            epoch=self.progress.epoch,
+            step=self.progress.total_steps,
+            lr=self.state.lr,
+            **self._check_finite(window.means()),
+            **window.counts,
+            **window.speed(),
+        )
+        window.clear()
+
+    def _check_finite(self, means: dict[str, float]) -> dict[str, float]:
+        if all(map(math.isfinite, means.values())):
+            return means
+        raise DataError(
+            f"the loss is {means['loss']} at step {self.progress.total_steps}; lower --lr, "
+            "or leave out --amp"
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint: all that the rest of the run depends on; the main rank writes it.
+
+        No rank continues before it is written: one that ended would end the others too. Raises
+        DataError rather than keep weights after a loss that is not finite.
+        """
+        self.state.collect()
+        self._check_finite(self.state.pass_means.means())
+        try:
+            self.spec.targets.flush()
+        except (OSError, LabelSetError):
+            self._save_state()  # the run can resume here once the disk has space
+            raise
+        self._save_state()
+
+    def _save_state(self) -> None:
+        keep, step = self.config.checkpoint_hist, self.progress.total_steps
+        state = self.state.as_dict()
+        if self.ranks.is_first:
+            checkpoint.save(self.folder.path, state, step=step, keep=keep)
+        self.ranks.wait()
+
+    def _finished_report(self) -> dict[str, Any] | None:
+        """Return the report of a run that is already finished; the main rank has it."""
+        text = self.ranks.text(json.dumps(self.folder.report()) if self.ranks.is_first else "")
+        report: dict[str, Any] | None = json.loads(text)
+        return report if report is None or self.ranks.is_first else {}
+
+    def _finalize(self, metrics: dict[str, float], *, seconds: float) -> dict[str, Any]:
+        """Write the report and return it; nothing on other ranks than the main one."""
+        if not self.ranks.is_first:
+            return {}
+        spec = self.spec
+        label_fields = {"labels": spec.labels, "teacher_forwards": self.state.teacher_forwards}
+        report = {
+            "run": str(self.folder.path),
+            "model": spec.student.tag,
+            "epochs": self.progress.epoch,
+            "steps": self.progress.total_steps,
+            "seconds": round(seconds, 2),
+            **(label_fields if spec.labels else {}),
+            **metrics,
+        }
+        self.folder.finish(report)
+        return report
