@@ -9,7 +9,7 @@ from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
 from pipeline import environment
 from pipeline.config import DistillConfig
-from pipeline.mirror import folder_of
+from pipeline.labelling.store import folder_of
 from pipeline.runtime import Runtime, joined, seed_everything
 from pipeline.sources import open_split
 from pipeline.training.dry_run import dry_run

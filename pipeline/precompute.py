@@ -1,157 +1,134 @@
-"""Stage one: run the ensemble over views of every image once and keep what it said.
+"""Stage one: run the teachers once on the views of every image and store their soft labels.
 
-The validation split is labelled first, one centre crop an image; it says how good the teachers are.
+A plan names everything that determines the labels; shards of labels are made until all shards of
+the plan are complete; the manifest lists them. Interrupted runs and parallel jobs continue from the
+shards that are there. The validation split is labelled first, one centre crop an image.
 """
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.images import fingerprint
-from mealv2.pixels import interpolation, probe_sha256
-from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
-from pipeline import jobs, logs, processes, runtime, teachers, timing
+from mealv2.files import json_sha256
+from mealv2.images import ImageSource
+from pipeline import logs, timing
 from pipeline.config import PrecomputeConfig
-from pipeline.finishing import accuracy_of, finish_and_tell, report_of, say_accuracy
-from pipeline.labelling import Labeller, encoding_of, make_labeller
-from pipeline.loading.requests import CENTRE
-from pipeline.mirror import store_at
-from pipeline.planning import open_roles, shards_plan
-from pipeline.stage_one import ReadSettings, Role, StageOne, requests_of
+from pipeline.labelling import jobs, manifest, teachers, workers
+from pipeline.labelling.annotate import Annotator, encoding_of, make_annotator
+from pipeline.labelling.plan import LabelSplit, batch_requests, make_plan, open_sources, splits_of
+from pipeline.labelling.shards import (
+    complete_shards,
+    find_missing,
+    label_shards,
+    stop_between_batches,
+)
+from pipeline.labelling.store import store_at
+from pipeline.loading.loader import WaitTimer, read_views
+from pipeline.runtime import start
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # of a shard, about
 
 
 def run(config: PrecomputeConfig) -> dict[str, Any]:
-    """Label a data set, or a job's share of it; return the report.
+    """Label a data set, or a job's part of it; return the report.
 
-    Whole shards stay. Raises MealError and OSError.
+    Complete shards are kept. Raises MealError and OSError.
     """
-    job = jobs.chosen(config)
+    job = jobs.choose_job(config)
     if config.num_procs > 1:
-        return _in_processes(config, job)
-    machine = runtime.start(config)
-    roles = _roles(config)
-    classes = list(roles[-1].source.classes)
-    encoding = encoding_of(config, len(classes))
-    ensemble, described = teachers.build(
-        config.teacher, classes=classes, img_size=config.img_size, runtime=machine
-    )
-    labeller = make_labeller(
-        config,
-        machine,
-        ensemble,
-        encoding,
-        img_size=config.img_size,
-        most=roles[-1].num_labels,
-    )
-    plan = _plan(config, labeller, roles, described)
-    roles = [replace(role, shards=_shards_of(plan, role)) for role in roles]
+        return _run_in_processes(config, job)
+
+    # The plan comes first: equal plans give equal labels, so a later run or another job with the
+    # same plan can continue this one.
+    sources = open_sources(config)
+    annotator, described = _load_annotator(config, sources)
+    plan = make_plan(config, sources, annotator, described)
+    splits = splits_of(config, sources, plan)
     if config.dry_run:
-        return _estimate(config, labeller, roles)
+        return _estimate(config, annotator, splits)
+
+    # Claiming writes the plan into an empty folder, or checks that the folder has this plan.
     began = time.monotonic()
     store = store_at(config, config.out)
     store.claim(plan)
-    stage = StageOne(store, plan, labeller, _reading(config, machine))
-    if job.is_part:
-        return jobs.label_share(job, stage, roles)
-    made = 0
-    for role in roles:
-        made += stage.label([role])
-        if role.name == "val":
-            say_accuracy(accuracy_of(plan, stage.shards(role)), len(classes))
-    manifest = stage.finish()
-    return report_of(store, manifest) | {
-        "shards_made": made,
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    if job.is_part:  # `mealv2 labels finish` writes the manifest after the last job
+        return jobs.label_part(job, splits, annotator, store, workers=config.workers)
+
+    # A manifest from an earlier run lists SHA-256 of files: they detect damage in bytes that the
+    # checksums inside a shard do not cover.
+    listed = label_set.listed_sha256(store.folder, json_sha256(plan))
+    num_made = 0
+    with stop_between_batches() as stop:
+        for split in splits:
+            missing = find_missing(split, store, listed=listed)
+            # for each of them: read views, run the teachers, encode, write
+            label_shards(split, missing, annotator, store, workers=config.workers, stop=stop)
+            num_made += len(missing)
+            if split.name == "val":  # before the hours of train: are the teachers any good?
+                files = complete_shards(split, store)
+                manifest.log_accuracy(manifest.accuracy_of(plan, files), len(plan["classes"]))
+
+    # Only the manifest makes a label set of the shards: readers refuse a folder without it.
+    batch_size = annotator.batch_size
+    if not num_made:  # then the manifest keeps what the labels were made with
+        batch_size = manifest.recorded_batch_size(store.folder) or batch_size
+    written = manifest.write_manifest(store, plan, batch_size=batch_size, listed=listed)
+    return manifest.report_of(store, written) | _made(num_made, began)
 
 
-def _in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
-    """Label in processes of the same command, then finish the set unless others are at it too."""
+def _run_in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
+    """Label in several processes, each a job; then write the manifest unless this is a job too."""
     began = time.monotonic()
-    made = processes.run(["precompute"], config, job)
+    num_made = workers.run_workers(["precompute"], config, job)
     store = store_at(config, config.out)
     if job.is_part:
-        return jobs.report_of(job, store, made, began)
+        return jobs.job_report(job, store, num_made, began)
     plan = label_set.read_plan(store.folder)
-    asked = config.batch_size if made and config.batch_size != "auto" else None
-    return finish_and_tell(store, plan, batch_size=asked) | {
-        "shards_made": made,
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    batch_size = config.batch_size if num_made and config.batch_size != "auto" else None
+    return manifest.finalize(store, plan, batch_size=batch_size) | _made(num_made, began)
 
 
-def _roles(config: PrecomputeConfig) -> list[Role]:
-    """Return what is labelled, validation first; its shards are the plan's to say."""
-    views = {"val": (CENTRE,), "train": tuple(range(config.num_views))}
-    return [Role(name, source, views[name], []) for name, source in open_roles(config).items()]
+def _made(num_shards: int, began: float) -> dict[str, Any]:
+    return {"shards_made": num_shards, "seconds": round(time.monotonic() - began, 2)}
 
 
-def _shards_of(plan: dict[str, Any], role: Role) -> list[Sequence[int]]:
-    """Return the images of each shard of a role."""
-    shards = [shard for shard in label_set.planned_shards(plan) if shard.role == role.name]
-    return [shard.images for shard in shards if shard.images is not None]
-
-
-def _reading(config: PrecomputeConfig, machine: runtime.Runtime) -> ReadSettings:
-    return ReadSettings(
-        config.workers,
-        config.img_size,
-        DrawnViews(config.view_seed),
-        config.resize,
-        pin_memory=machine.pins,
+def _load_annotator(
+    config: PrecomputeConfig, sources: dict[str, ImageSource]
+) -> tuple[Annotator, list[dict[str, Any]]]:
+    """Return the teachers on their device, and their description for the plan."""
+    runtime = start(config)
+    train = sources["train"]
+    encoding = encoding_of(config, len(train.classes))
+    ensemble, described = teachers.build(
+        config.teacher, classes=list(train.classes), img_size=config.img_size, runtime=runtime
     )
+    annotator = make_annotator(
+        config,
+        runtime,
+        ensemble,
+        encoding,
+        img_size=config.img_size,
+        max_batch_size=len(train) * config.num_views,
+    )
+    return annotator, described
 
 
-def _plan(
-    config: PrecomputeConfig, labeller: Labeller, roles: list[Role], described: list[dict[str, Any]]
+# --- --dry-run ------------------------------------------------------------------------------------
+
+
+def _estimate(
+    config: PrecomputeConfig, annotator: Annotator, splits: list[LabelSplit]
 ) -> dict[str, Any]:
-    """Return everything that determines the labels, as JSON."""
-    views = {
-        "train": {**RECIPE, "seed": config.view_seed},
-        "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
-    }
-    shards = shards_plan(config, {role.name: role.source for role in roles})
-    return {
-        **shards,
-        "format": label_set.FORMAT,
-        "classes": list(roles[-1].source.classes),
-        "teachers": described,
-        "ensemble": "mean of softmax",
-        "precision": labeller.machine.precision,
-        "img_size": config.img_size,
-        "interpolation": interpolation(config.resize),
-        "probe_sha256": probe_sha256(config.resize),
-        "labels": labeller.encoding.plan(),
-        "roles": {
-            role.name: {
-                **shards["roles"][role.name],
-                "split": role.source.split,
-                "data_sha256": fingerprint(role.source),
-                "views": views[role.name],
-            }
-            for role in roles
-        },
-    }
-
-
-def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -> dict[str, Any]:
-    """Measure a few seconds of work; return rows, bytes and seconds of the whole."""
-    num_labels = sum(role.num_labels for role in roles)
-    timing.forget_peak(labeller.machine.device)
-    sample, label_bytes = _measure(config, labeller, roles[-1])
-    rate, peak_bytes = sample.rate, timing.peak_bytes(labeller.machine.device)
-    num_bytes = round(num_labels * label_bytes) + sum(
-        sum(len(key.encode()) + _INDEX_BYTES for key in role.source.keys)
-        + len(role.shards) * _HEADER_BYTES
-        for role in roles
-    )
+    """Label for a few seconds; return the views, bytes and seconds of the whole run."""
+    device, train = annotator.runtime.device, splits[-1]
+    num_labels = sum(split.num_labels for split in splits)
+    timing.forget_peak(device)
+    sample, label_bytes = _measure(config, annotator, train)
+    rate, peak_bytes = sample.rate, timing.peak_bytes(device)
+    num_bytes = round(num_labels * label_bytes) + sum(map(_bytes_beside_labels, splits))
     logs.say(
         f"{num_labels} views, {logs.size_of(num_bytes)}, about "
         f"{logs.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up to "
@@ -164,7 +141,7 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
             logs.say(f"only {logs.size_of(free)} are free at {config.out}")
     return {
         "dry_run": True,
-        "images": len(roles[-1].source),
+        "images": len(train.source),
         "views": num_labels,
         "bytes": num_bytes,
         "views_per_second": round(rate, 1),
@@ -176,22 +153,36 @@ def _estimate(config: PrecomputeConfig, labeller: Labeller, roles: list[Role]) -
 
 
 def _measure(
-    config: PrecomputeConfig, labeller: Labeller, role: Role
+    config: PrecomputeConfig, annotator: Annotator, split: LabelSplit
 ) -> tuple[timing.Sample, float]:
-    """Return a sample of the work, and bytes a view."""
-    reading, num_views = _reading(config, labeller.machine), len(role.views)
+    """Return a sample of the work, and the bytes of a label."""
+    num_views, batch_size = len(split.views), annotator.batch_size
     label_bytes = 0.0
 
-    def label(views: int) -> timing.Sample:
+    def label(units: int) -> timing.Sample:
         nonlocal label_bytes
-        num_images = min(max(1, views // num_views), len(role.source))
-        requests = requests_of(role, range(num_images), labeller.batch_size)
-        found, answers = timing.label(labeller, role.source, reading.pixels(role, requests))
-        blocks = labeller.encoding.blocks(answers.rows, num_views)
-        label_bytes = sum(map(len, blocks)) / max(1, len(answers.positions))
-        return found
+        num_images = min(max(1, units // num_views), len(split.source))
+        batches = read_views(
+            split.reader,
+            batch_requests(range(num_images), split.views, batch_size),
+            workers=config.workers,
+            pin_memory=annotator.runtime.pins,
+        )
+        timer, start_s = WaitTimer(batches), time.perf_counter()
+        annotations = annotator.annotate(split.source, timer, count_correct=False)
+        seconds = time.perf_counter() - start_s
+        blocks = annotator.encoding.blocks(annotations.rows, num_views)
+        label_bytes = sum(map(len, blocks)) / max(1, len(annotations.positions))
+        waited_s = timer.take() - (timer.start_s or 0.0)
+        return timing.Sample(max(1, len(annotations.positions)), seconds, waited_s)
 
-    return timing.sample(label, least=labeller.batch_size), label_bytes
+    return timing.sample(label, least=batch_size), label_bytes
+
+
+def _bytes_beside_labels(split: LabelSplit) -> int:
+    """Return about how many bytes the shards of a split need for keys, index and headers."""
+    keys = sum(len(key.encode()) + _INDEX_BYTES for key in split.source.keys)
+    return keys + len(split.shards) * _HEADER_BYTES
 
 
 def _existing(path: Path) -> Path:

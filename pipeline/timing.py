@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mealv2.images import ImageSource
 from pipeline import logs
-from pipeline.labelling import Answers, Labeller
-from pipeline.loading.loader import Batch, WaitTimer
 
 _PROC = Path("/proc")
 SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
@@ -158,18 +155,6 @@ def say_limit(found: Sample) -> None:
         f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
         "the time"
     )
-
-
-def label(
-    labeller: Labeller, source: ImageSource, pixels: Iterable[Batch]
-) -> tuple[Sample, Answers]:
-    """Label what is read, as stage one does; return a sample in views, and the answers."""
-    timer = WaitTimer(pixels)
-    start_s = time.perf_counter()
-    answers = labeller.label(source, timer, score=False)
-    seconds = time.perf_counter() - start_s
-    waited_s = timer.take() - (timer.start_s or 0.0)
-    return Sample(max(1, len(answers.positions)), seconds, waited_s), answers
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -27,16 +27,20 @@ import cli
 import published
 from mealv2 import released
 from mealv2.discriminator import Discriminator
+from mealv2.files import json_sha256
 from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding, read_plan, shard_ranges
 from mealv2.models import Classifier, create_classifier, save_classifier
 from mealv2.pixels import centre_crop, decode
 from mealv2.views import DrawnViews
-from pipeline import teachers
-from pipeline.labelling import Labeller
-from pipeline.mirror import Folder
+from pipeline.labelling import teachers
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.manifest import write_manifest
+from pipeline.labelling.plan import LabelSplit
+from pipeline.labelling.shards import find_missing, label_shards
+from pipeline.labelling.store import Store
+from pipeline.loaders import ViewReader
 from pipeline.runtime import Runtime
-from pipeline.stage_one import ReadSettings, Role, StageOne
 
 ROOT = Path(cli.__file__).resolve().parent
 CLASSES = ("ants", "bees", "cats")
@@ -326,24 +330,23 @@ def add_views(teacher_flags: list[str], data_dir: Path) -> Callable[..., dict[st
 
     def add(labels: Path, views: Sequence[int]) -> dict[str, Any]:
         plan = read_plan(labels)
-        machine = Runtime(torch.device("cpu"), None)
+        runtime = Runtime(torch.device("cpu"), None)
         ensemble, _ = teachers.build(
-            teacher_flags[1::2], classes=plan["classes"], img_size=IMG_SIZE, runtime=machine
+            teacher_flags[1::2], classes=plan["classes"], img_size=IMG_SIZE, runtime=runtime
         )
-        labeller = Labeller(
-            ensemble, machine, Encoding.of_plan(plan), batch_size=16, on_bad_image="fail"
+        annotator = Annotator(
+            ensemble, runtime, Encoding.of_plan(plan), batch_size=16, on_bad_image="fail"
         )
-        more = []
-        for name, kept in plan["roles"].items():
-            source = ImageFolder(data_dir, kept["split"])
-            shards = shard_ranges(len(source), plan["shard_size"])
-            if name == "train":
-                more.append(Role(name, source, tuple(views), list(shards)))
-        views_of = DrawnViews(plan["roles"]["train"]["views"]["seed"])
-        reading = ReadSettings(0, IMG_SIZE, views_of, "torch")
-        stage = StageOne(Folder(labels), plan, labeller, reading)
-        stage.label(more)
-        return stage.finish()
+        train = plan["roles"]["train"]
+        source = ImageFolder(data_dir, train["split"])
+        views_of = DrawnViews(train["views"]["seed"])
+        reader = ViewReader(source, img_size=IMG_SIZE, views=views_of)
+        shards = shard_ranges(len(source), plan["shard_size"])
+        split = LabelSplit("train", reader, tuple(views), list(shards), json_sha256(plan))
+        store = Store(labels)
+        missing = find_missing(split, store)
+        label_shards(split, missing, annotator, store, workers=0)
+        return write_manifest(store, plan)
 
     return add
 

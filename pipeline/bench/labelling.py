@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
-from mealv2 import label_set
+from mealv2.files import json_sha256
 from mealv2.pixels import decode
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
-from pipeline.labelling import Labeller
-from pipeline.mirror import Folder
-from pipeline.stage_one import ReadSettings, Role, StageOne
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.manifest import write_manifest
+from pipeline.labelling.plan import LabelSplit
+from pipeline.labelling.shards import find_missing, label_shards
+from pipeline.labelling.store import Store
+from pipeline.loading.loader import ViewReader
 from pipeline.timing import repeated, take_turns, times_for
 
 LOOKED_UP = 512  # views of a batch
@@ -55,18 +58,18 @@ def measure_lookup(room: Room, wanted: Sequence[str]) -> list[Line]:
 
 def measure_stage_one(room: Room, wanted: Sequence[str]) -> list[Line]:
     """Return the line on stage one: from files to a shard, beside its networks alone."""
-    labeller = labeller_of(room)
+    annotator = annotator_of(room)
     resident_BCHW = room.resident(room.batch_size)
 
     def bare() -> int:
         with torch.inference_mode(), room.machine.autocast():
-            labeller.ensemble.teacher_logits(resident_BCHW)
+            annotator.ensemble.teacher_logits(resident_BCHW)
         return len(resident_BCHW)
 
     times = times_for(bare, room.device, seconds=_TURN_S)
     folders = (room.folder / "stage-one" / str(number) for number in itertools.count())
     works = {
-        "stage one": lambda: label_views(room, labeller, next(folders), times * room.batch_size),
+        "stage one": lambda: label_views(room, annotator, next(folders), times * room.batch_size),
         "teachers alone": repeated(bare, times),
     }
     turns = take_turns(works, rounds=room.config.rounds, device=room.device)
@@ -78,9 +81,9 @@ def measure_stage_one(room: Room, wanted: Sequence[str]) -> list[Line]:
     return [Line("stage-one", ratios(turns, "stage one", "teachers alone"), turns, notes)]
 
 
-def labeller_of(room: Room) -> Labeller:
-    """Return the teachers as stage one asks them."""
-    return Labeller(
+def annotator_of(room: Room) -> Annotator:
+    """Return the teachers as stage one runs them."""
+    return Annotator(
         room.ensemble,
         room.machine,
         room.encoding,
@@ -89,7 +92,7 @@ def labeller_of(room: Room) -> Labeller:
     )
 
 
-def label_views(room: Room, labeller: Labeller, folder: Path, num_views: int) -> int:
+def label_views(room: Room, annotator: Annotator, folder: Path, num_views: int) -> int:
     """Label about so many views, into shards of a new folder; return how many."""
     per_image = min(NUM_VIEWS, num_views)
     num_images = -(-num_views // per_image)
@@ -97,13 +100,13 @@ def label_views(room: Room, labeller: Labeller, folder: Path, num_views: int) ->
         dict.fromkeys(itertools.islice(itertools.cycle(room.images.positions), num_images))
     )
     views = tuple(range(-(-num_views // len(positions))))
-    role = Role("train", room.images.source, views, [positions])
+    reader = ViewReader(room.images.source, img_size=room.config.img_size, views=DrawnViews(0))
     plan = plan_of(room.encoding, num_views=len(views), img_size=room.config.img_size)
     plan["shard_size"] = plan["roles"]["train"]["num_images"] = len(positions)
-    label_set.claim(folder, plan)
-    size, pins = room.config.img_size, room.machine.pins
-    reading = ReadSettings(room.config.workers, size, DrawnViews(0), "torch", pin_memory=pins)
-    stage = StageOne(Folder(folder), plan, labeller, reading)
-    stage.label([role])
-    stage.finish()
+    split = LabelSplit("train", reader, views, [positions], json_sha256(plan))
+    store = Store(folder)
+    store.claim(plan)
+    missing = find_missing(split, store)
+    label_shards(split, missing, annotator, store, workers=room.config.workers)
+    write_manifest(store, plan, batch_size=annotator.batch_size)
     return len(positions) * len(views)

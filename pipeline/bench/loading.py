@@ -19,9 +19,9 @@ from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, Images, Room
 from pipeline.jpegtran import Jpegtran, packed
+from pipeline.labelling.plan import batch_requests
 from pipeline.loading.loader import Batch, ViewReader, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
-from pipeline.stage_one import Role, requests_of
 from pipeline.timing import take_turns
 from pipeline.training.batches import split_batches
 
@@ -132,8 +132,7 @@ def _few_views(room: Room, images: Images) -> Work:
 
 def _stage_one_views(room: Room, images: Images) -> Work:
     positions = images.positions[: max(1, len(images.positions) // 2)]
-    role = Role("train", images.source, tuple(range(NUM_VIEWS)), [positions])
-    return ours(room, images.source, requests_of(role, positions, BATCH_SIZE))
+    return ours(room, images.source, batch_requests(positions, range(NUM_VIEWS), BATCH_SIZE))
 
 
 def _packed(room: Room, images: Images) -> Work:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mealv2 import label_set
 from mealv2.ensemble import TeacherEnsemble
+from mealv2.files import json_sha256
 from mealv2.images import open_source
 from mealv2.label_set import Encoding
 from mealv2.views import DrawnViews
@@ -25,11 +26,13 @@ from pipeline import logs
 from pipeline.bench.lines import Line, NotMeasuredError
 from pipeline.bench.room import Room, plan_of
 from pipeline.config import DEFAULT_RATE
-from pipeline.labelling import Labeller
-from pipeline.mirror import Folder
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.plan import LabelSplit
+from pipeline.labelling.shards import find_missing, label_shards
+from pipeline.labelling.store import Store
+from pipeline.loading.loader import ViewReader
 from pipeline.pictures import draw_tree
 from pipeline.runtime import Runtime
-from pipeline.stage_one import ReadSettings, Role, StageOne
 from pipeline.timing import Turn, processes
 
 FEW_VIEWS, MANY_VIEWS = 30, 180
@@ -139,24 +142,22 @@ def _label(
     shard_size = min(_SHARD_SIZE, -(-num_images // 4))
     encoding = Encoding(_NUM_CLASSES, rate=DEFAULT_RATE)
     shards: list[Sequence[int]] = list(label_set.shard_ranges(len(source), shard_size))
-    role = Role("train", source, tuple(range(num_views)), shards)
+    reader = ViewReader(source, img_size=_IMG_SIZE, views=DrawnViews(0))
     plan = plan_of(encoding, num_views=num_views, img_size=_IMG_SIZE)
-    label_set.claim(folder / "labels", plan)
-    labeller = Labeller(
+    views = tuple(range(num_views))
+    split = LabelSplit("train", reader, views, shards, json_sha256(plan))
+    store = Store(folder / "labels")
+    store.claim(plan)
+    annotator = Annotator(
         TeacherEnsemble([FreeTeacher()]),
         Runtime(torch.device("cpu"), None),
         encoding,
         batch_size=_BATCH_SIZE,
         on_bad_image="fail",
     )
-    stage = StageOne(
-        Folder(folder / "labels"),
-        plan,
-        labeller,
-        ReadSettings(workers, _IMG_SIZE, DrawnViews(0), "torch"),
-    )
     with Peak(folder / "labels", quarter=-(-len(shards) // 4)) as peak:
-        stage.label([role])
+        missing = find_missing(split, store)
+        label_shards(split, missing, annotator, store, workers=workers)
     return peak.at_quarter or peak.at_end, peak.at_end
 
 

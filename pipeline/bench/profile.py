@@ -21,7 +21,7 @@ from mealv2.pixels import cut, decode
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.bench.hardware import peak_tflops
-from pipeline.bench.labelling import labeller_of
+from pipeline.bench.labelling import annotator_of
 from pipeline.bench.room import NUM_VIEWS, Room, plan_of
 from pipeline.bench.steps import stored
 from pipeline.loading.loader import Batch, ViewReader, read_views
@@ -103,7 +103,7 @@ def stage_two(room: Room) -> dict[str, Any]:
 
 def stage_one(room: Room) -> dict[str, Any]:
     """Profile labelling, from files to a shard."""
-    steps, labeller = _num_steps(room), labeller_of(room)
+    steps, annotator = _num_steps(room), annotator_of(room)
     per_image = min(NUM_VIEWS, room.batch_size)
     views = tuple(range(per_image))
     num_images = room.batch_size // per_image
@@ -114,7 +114,7 @@ def stage_one(room: Room) -> dict[str, Any]:
         with phases("copy to the device"):
             images_BCHW = batch.images_BCHW.to(room.device, non_blocking=True)
         with phases("teachers"), torch.inference_mode(), room.machine.autocast():
-            logits_TBC = labeller.ensemble.teacher_logits(images_BCHW)
+            logits_TBC = annotator.ensemble.teacher_logits(images_BCHW)
         with phases("softmax and mean"):
             answer = combine(logits_TBC)
         with phases("encoding"):

@@ -7,51 +7,60 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
+from mealv2.files import json_sha256
 from mealv2.label_set import LabelSet, read_manifest
-from pipeline import jobs, logs, processes, runtime
-from pipeline.compatibility import (
+from pipeline import logs
+from pipeline.config import LabelsAddViewsConfig
+from pipeline.labelling import jobs, workers
+from pipeline.labelling.annotate import Annotator, make_annotator
+from pipeline.labelling.compatibility import (
     build_original_teachers,
     check_precision,
     check_same_data,
     choose_resize,
 )
-from pipeline.config import LabelsAddViewsConfig
-from pipeline.finishing import block_views, describe_block
-from pipeline.labelling import make_labeller
-from pipeline.mirror import Folder
+from pipeline.labelling.manifest import block_views, describe_block
+from pipeline.labelling.plan import LabelSplit
+from pipeline.labelling.shards import (
+    complete_shards,
+    find_missing,
+    label_shards,
+    stop_between_batches,
+)
+from pipeline.labelling.store import Store
+from pipeline.loading.loader import ViewReader
+from pipeline.runtime import start, versions
 from pipeline.sources import open_images
-from pipeline.stage_one import ReadSettings, Role, StageOne
 
 
 def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
-    """Label views up to --num-views, or a job's share of them; return the report.
+    """Label views up to --num-views, or a job's part of them; return the report.
 
     Raises MealError and OSError.
     """
-    job = jobs.chosen(config)
-    last = _last(config, read_manifest(config.labels)["plan"])
+    job = jobs.choose_job(config)
+    last_step = _last_step(config, read_manifest(config.labels)["plan"])
     if config.num_procs == 1:
-        return _run(config, job, last)
+        return _run(config, job, last_step)
     began = time.monotonic()
-    made = processes.run(["labels", "add-views"], config, job)
+    num_made = workers.run_workers(["labels", "add-views"], config, job)
     if job.is_part:
-        return jobs.report_of(job, Folder(config.labels), made, began, last=last)
+        return jobs.job_report(job, Store(config.labels), num_made, began, last_step=last_step)
     alone = replace(config, num_procs=1, job_index=0, num_jobs=1)
-    return _run(alone, jobs.Job(0, 1), last) | {"shards_made": made}
+    return _run(alone, jobs.Job(0, 1), last_step) | {"shards_made": num_made}
 
 
-def _last(config: LabelsAddViewsConfig, plan: dict[str, Any]) -> str | None:
-    """Return what ends a set after jobs, where `labels finish` cannot."""
+def _last_step(config: LabelsAddViewsConfig, plan: dict[str, Any]) -> str | None:
+    """Return what completes a set after jobs, if `labels finish` cannot."""
     again = f"the same `mealv2 labels add-views {config.labels}` with --job-index 0 --num-jobs 1"
     return again if "derived" in plan else None
 
 
-def _run(config: LabelsAddViewsConfig, job: jobs.Job, last: str | None) -> dict[str, Any]:
+def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> dict[str, Any]:
     """Label views in this process.
 
-    Whole shards stay, in blocks that were added before too: those of them that are damaged or
-    missing are made again, also where the set holds --num-views already. Until all are there the
-    set is what it was.
+    Complete shards are kept. Missing or damaged ones are made, also in blocks that were added
+    before. The manifest lists the views when all of their shards are complete.
     """
     manifest = read_manifest(config.labels)
     plan = manifest["plan"]
@@ -65,45 +74,74 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last: str | None) -> dict[
         raise ConfigError(
             f"--num-views {config.num_views}: {config.labels} holds {held} already, and keeps them"
         )
-    # without the views that were added: these are made again where they are damaged
+    # opened without the added views: their damaged shards must not be an error here
     labels = LabelSet.open(config.labels, appended=[], num_views=first.stop)
-    machine = runtime.start(config)
-    stage, role = _stage(config, labels, machine)
-    blocks = [*added, *_to_add(config.labels, held, config.num_views)]
+    annotator, split = _load(config, labels)
     began = time.monotonic()
-    made = 0
-    described = []
-    lacking: set[str] = set()
-    parts = [replace(role, views=tuple(views)) for views in blocks]
+    blocks = [*added, *_blocks_to_add(config.labels, held, config.num_views)]
+    splits = [replace(split, views=tuple(views)) for views in blocks]
+    store = Store(config.labels)
     if job.is_part:
-        return jobs.label_share(job, stage, parts, last=last)
-    for views, block in zip(blocks, parts, strict=True):
-        made += stage.label([block])
-        files = stage.shards(block)
-        described.append(describe_block(views, files))
-        lacking |= {key for file in files for key in file.header["skipped"]}
-    lacking -= labels.skipped.keys()
-    if lacking:
-        logs.say(f"{len(lacking)} images could not be read: they keep their first views alone")
-    entry = manifest["roles"]["train"]
-    entries = {
-        **manifest["roles"],
-        "train": {**entry, "blocks": [entry["blocks"][0], *described]},
-    }
-    kept = {"batch_size": manifest["batch_size"]} if "batch_size" in manifest else {}
-    versions = manifest.get("versions", runtime.versions())
-    label_set.write_manifest(config.labels, plan, roles=entries, versions=versions, **kept)
-    logs.say(f"{config.labels} holds views 0 to {config.num_views - 1} now")
+        return jobs.label_part(
+            job, splits, annotator, store, workers=config.workers, last_step=last_step
+        )
+    listed = label_set.listed_sha256(store.folder, json_sha256(plan))
+    described, num_made, skipped = _label_blocks(config, splits, annotator, store, listed)
+    skipped -= labels.skipped.keys()
+    if skipped:
+        logs.say(f"{len(skipped)} images could not be read: they keep only their first views")
+    _write_manifest(config.labels, manifest, described)
+    logs.say(f"{config.labels} now holds views 0 to {config.num_views - 1}")
     return {
         "labels": str(config.labels),
         "images": len(labels),
         "views": config.num_views,
         "added": [held, config.num_views],
-        "skipped": len(lacking),
+        "skipped": len(skipped),
         "bytes": sum(s["bytes"] for block in described[len(added) :] for s in block["shards"]),
-        "shards_made": made,
+        "shards_made": num_made,
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _label_blocks(
+    config: LabelsAddViewsConfig,
+    blocks: list[LabelSplit],
+    annotator: Annotator,
+    store: Store,
+    listed: dict[str, str],
+) -> tuple[list[dict[str, Any]], int, set[str]]:
+    """Return the manifest entries of the blocks, how many shards were made, and skipped keys."""
+    num_made = 0
+    entries = []
+    skipped: set[str] = set()
+    for block in blocks:
+        with stop_between_batches() as stop:
+            missing = find_missing(block, store, listed=listed)
+            label_shards(block, missing, annotator, store, workers=config.workers, stop=stop)
+        num_made += len(missing)
+        files = complete_shards(block, store)
+        entries.append(describe_block(range(block.views[0], block.views[-1] + 1), files))
+        skipped |= {key for file in files for key in file.header["skipped"]}
+    return entries, num_made, skipped
+
+
+def _write_manifest(
+    folder: Path, manifest: dict[str, Any], described: list[dict[str, Any]]
+) -> None:
+    """Write the manifest with other added blocks; all else stays."""
+    train = manifest["roles"]["train"]
+    kept = {"batch_size": manifest["batch_size"]} if "batch_size" in manifest else {}
+    label_set.write_manifest(
+        folder,
+        manifest["plan"],
+        roles={
+            **manifest["roles"],
+            "train": {**train, "blocks": [train["blocks"][0], *described]},
+        },
+        versions=manifest.get("versions", versions()),
+        **kept,
+    )
 
 
 def _views_of(manifest: dict[str, Any]) -> list[range]:
@@ -113,8 +151,8 @@ def _views_of(manifest: dict[str, Any]) -> list[range]:
     return [range(*block["views"]) for block in manifest["roles"]["train"]["blocks"]]
 
 
-def _to_add(folder: Path, held: int, num_views: int) -> list[range]:
-    """Return the blocks to add: those that were begun, then one of what is lacking."""
+def _blocks_to_add(folder: Path, held: int, num_views: int) -> list[range]:
+    """Return the blocks to add: those that were started before, then one of the rest."""
     blocks = []
     for views in block_views(folder, "train"):
         if views.start == held and views.stop <= num_views:
@@ -123,28 +161,26 @@ def _to_add(folder: Path, held: int, num_views: int) -> list[range]:
     return blocks + ([range(held, num_views)] if held < num_views else [])
 
 
-def _stage(
-    config: LabelsAddViewsConfig, labels: LabelSet, machine: runtime.Runtime
-) -> tuple[StageOne, Role]:
-    """Return what makes the shards, and the images of them, in no views yet."""
+def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, LabelSplit]:
+    """Return the teachers that made the set, and its images, without views so far."""
     plan = labels.manifest["plan"]
+    runtime = start(config)
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
-    check_same_data(labels, source, allow_missing=True)  # a part of a set has some of them
-    check_precision(config.labels, plan, machine)
-    ensemble = build_original_teachers(config.labels, config.teacher, plan, machine)
-    labeller = make_labeller(
-        config, machine, ensemble, labels.encoding, img_size=labels.img_size, most=len(labels)
+    check_same_data(labels, source, allow_missing=True)  # a split set has a part of the images
+    check_precision(config.labels, plan, runtime)
+    ensemble = build_original_teachers(config.labels, config.teacher, plan, runtime)
+    annotator = make_annotator(
+        config,
+        runtime,
+        ensemble,
+        labels.encoding,
+        img_size=labels.img_size,
+        max_batch_size=len(labels),
     )
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     shards = [[position_of[key] for key in file.all_keys()] for file in files]
-    reading = ReadSettings(
-        config.workers,
-        labels.img_size,
-        labels.views(),
-        choose_resize(labels),
-        pin_memory=machine.pins,
+    reader = ViewReader(
+        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
     )
-    return StageOne(Folder(config.labels), plan, labeller, reading), Role(
-        "train", source, (), list(shards)
-    )
+    return annotator, LabelSplit("train", reader, (), shards, json_sha256(plan))

@@ -16,9 +16,9 @@ from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import logs
-from pipeline.compatibility import check_same_data
 from pipeline.config import LabelsExportConfig
 from pipeline.label_sets.writing import all_rows, refuse_inside
+from pipeline.labelling.compatibility import check_same_data
 from pipeline.sources import open_images
 
 # readers of a folder of tables leave out names that begin so

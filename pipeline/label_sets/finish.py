@@ -5,15 +5,15 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
-from pipeline import finishing
 from pipeline.config import LabelsFinishConfig
-from pipeline.mirror import store_at
+from pipeline.labelling.manifest import finalize
+from pipeline.labelling.store import store_at
 
 
 def run(config: LabelsFinishConfig) -> dict[str, Any]:
     """Check every shard of a plan and write the manifest; return the report.
 
-    Raises LabelSetError where not all are whole, and nothing is written.
+    Raises LabelSetError, and writes nothing, if a shard is missing or damaged.
     """
     began = time.monotonic()
     store = store_at(config, config.labels)
@@ -21,6 +21,6 @@ def run(config: LabelsFinishConfig) -> dict[str, Any]:
     try:
         label_set.planned_shards(plan)
     except LabelSetError as error:
-        raise LabelSetError(f"cannot finish {store.place}: {error}") from None
-    report = finishing.finish_and_tell(store, plan, batch_size=config.batch_size)
+        raise LabelSetError(f"cannot finish {store.location}: {error}") from None
+    report = finalize(store, plan, batch_size=config.batch_size)
     return report | {"seconds": round(time.monotonic() - began, 2)}

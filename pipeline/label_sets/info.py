@@ -19,7 +19,7 @@ from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.locations import shown
 from pipeline import logs
 from pipeline.config import LabelsInfoConfig
-from pipeline.mirror import folder_of
+from pipeline.labelling.store import folder_of
 
 _SHARD = re.compile(r"(\w+)-\d+(-views-\d+-\d+)?\.h5")
 
@@ -29,7 +29,7 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
 
     No labels are read, and of each file no more than its head: a large set takes no longer.
     """
-    folder = folder_of(config, config.labels, whole=False)
+    folder = folder_of(config, config.labels, require_complete=False)
     manifest_is_there, plan_is_there = (
         (folder / name).exists() for name in (label_set.MANIFEST_NAME, label_set.PLAN_NAME)
     )

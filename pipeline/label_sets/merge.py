@@ -15,7 +15,6 @@ from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile
 from mealv2.metrics import num_correct
 from pipeline import logs
 from pipeline.config import LabelsMergeConfig
-from pipeline.finishing import accuracy_of
 from pipeline.label_sets.writing import (
     Writer,
     all_rows,
@@ -27,6 +26,7 @@ from pipeline.label_sets.writing import (
     open_roles,
     refuse_inside,
 )
+from pipeline.labelling.manifest import accuracy_of
 
 _COMMAND = "labels merge"
 _SAME = ("classes", "ensemble", "precision", "img_size", "interpolation", "probe_sha256")

@@ -11,9 +11,9 @@ from mealv2.ensemble import EnsembleOutput
 from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows
 from pipeline import logs
-from pipeline.compatibility import build_original_teachers, check_precision, choose_resize
 from pipeline.config import LabelsVerifyConfig
-from pipeline.labelling import Labeller
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.compatibility import build_original_teachers, check_precision, choose_resize
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.runtime import Runtime
@@ -33,7 +33,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     labels = LabelSet.open(folder)
     plan = labels.manifest["plan"]
     check_precision(folder, plan, machine)
-    labeller = Labeller(
+    annotator = Annotator(
         build_original_teachers(folder, config.teacher, plan, machine),
         machine,
         labels.encoding,
@@ -59,7 +59,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
         if not item.positions:
             continue
         num_views += len(item.positions)
-        _, answer = labeller.ask(item.images_BCHW)
+        _, answer = annotator.predict(item.images_BCHW)
         stored = labels.rows([source.keys[p] for p in item.positions], item.views)
         fresh = labels.encoding.encode(*answer).to(torch.device("cpu"))
         total += _compared(answer, stored, fresh)

@@ -16,8 +16,15 @@ from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.locations import is_url, shown
 from pipeline import logs
 from pipeline.config import LabelsStatusConfig
-from pipeline.finishing import MISSING, block_views, check_all, how_many, some, strays_of
-from pipeline.mirror import folder_of
+from pipeline.labelling.manifest import (
+    MISSING,
+    block_views,
+    check_shards,
+    count_incomplete,
+    first_names,
+    temporary_files,
+)
+from pipeline.labelling.store import folder_of
 
 _SHOWN = 20  # damaged shards that are said one by one
 
@@ -62,7 +69,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     """
     if config.list_ is not None:
         _refuse_no_file(config.list_)
-    folder = folder_of(config, config.labels, whole=False)
+    folder = folder_of(config, config.labels, require_complete=False)
     plan = _plan(folder)
     plan_sha256 = json_sha256(plan)
     blocks = [
@@ -70,7 +77,9 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
             shards[0].role,
             shards[0].views,
             dict(
-                zip([s.name for s in shards], check_all(folder, shards, plan_sha256), strict=True)
+                zip(
+                    (s.name for s in shards), check_shards(folder, shards, plan_sha256), strict=True
+                )
             ),
         )
         for shards in _shards_of(folder, plan)
@@ -91,7 +100,8 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         "finished": is_finished,
         "blocks": [block.report() for block in blocks],
         "bytes": sum(entry["bytes"] for block in blocks for entry in block.whole),
-        "strays": {} if is_url(config.labels) else strays_of(folder),  # the cache sees to its own
+        # the cache removes those of copies
+        "strays": {} if is_url(config.labels) else temporary_files(folder),
         "others": _others(folder, names),
         "next": next_command,
     }
@@ -100,7 +110,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         return report
     broken = {name: why for block in blocks for name, why in block.broken.items()}
     problem = (
-        f"{how_many(broken)} of {logs.count(len(names), 'shard')}"
+        f"{count_incomplete(broken)} of {logs.count(len(names), 'shard')}"
         if broken
         else "no manifest of its shards"
     )
@@ -241,6 +251,6 @@ def _say(report: dict[str, Any]) -> None:
             f"run, the oldest {logs.duration(oldest)} old"
         )
     if others := report["others"]:
-        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({some(others)})")
+        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({first_names(others)})")
     if report["finished"]:
         logs.say("finished: the manifest is there, of these files")

@@ -21,10 +21,10 @@ from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
 from mealv2.locations import shown
 from mealv2.views import DrawnViews
 from pipeline import logs, runtime
-from pipeline.compatibility import check_same_data
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
-from pipeline.mirror import folder_of
+from pipeline.labelling.compatibility import check_same_data
+from pipeline.labelling.store import folder_of
 from pipeline.sources import open_images
 
 
@@ -41,7 +41,7 @@ class Found:
 
 def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     """Verify a set; return the report. Raises LabelSetError saying what is damaged."""
-    folder = folder_of(config, config.labels, whole=False)
+    folder = folder_of(config, config.labels, require_complete=False)
     manifest = read_manifest(folder)
     found = Found()
     _check_plan(folder, manifest, found)

@@ -16,8 +16,13 @@ from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, Shar
 from mealv2.soft_labels import Labels, SoftLabels
 from pipeline import runtime
 from pipeline.config import DEFAULT_RATE, NewEncoding
-from pipeline.finishing import added_blocks, describe_block, skipped_in, whole_shard
-from pipeline.labelling import encoding_of
+from pipeline.labelling.annotate import encoding_of
+from pipeline.labelling.manifest import (
+    added_blocks,
+    describe_block,
+    load_complete_shard,
+    skipped_images,
+)
 
 
 class Writer:
@@ -38,7 +43,7 @@ class Writer:
         planned = PlannedShard(role, number, views, None)
         path = self.folder / planned.name
         listed = self._listed.get(planned.name)
-        file = whole_shard(self.folder, planned, self._plan_sha256, listed)
+        file = load_complete_shard(self.folder, planned, self._plan_sha256, listed)
         if file is None:
             shard = replace(
                 make(),
@@ -104,7 +109,7 @@ class Writer:
         return {
             "blocks": described,
             "num_images": sum(file.num_images for file in first),
-            "skipped": skipped_in(first),
+            "skipped": skipped_images(first),
         }
 
 

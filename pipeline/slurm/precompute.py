@@ -11,9 +11,9 @@ from mealv2.files import content_of, json_sha256
 from mealv2.label_set import CheckedShard, PlannedShard
 from pipeline import logs
 from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand, plain
-from pipeline.finishing import check_all
-from pipeline.mirror import Store, store_at
-from pipeline.planning import open_roles, shards_plan
+from pipeline.labelling.manifest import check_shards
+from pipeline.labelling.plan import open_sources, plan_shards
+from pipeline.labelling.store import Store, store_at
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.submitting import Round
 
@@ -113,20 +113,20 @@ def _finish(config: SlurmPrecomputeConfig, stage: PrecomputeConfig, this: Round)
 
 def _missing(config: PrecomputeConfig, store: Store) -> tuple[list[str], bool]:
     """Return the shards that are not there whole, and whether the set is finished."""
-    store.bring_all()
+    store.fetch_all()
     folder = store.folder
     if not (folder / label_set.PLAN_NAME).exists():
         names = folder.is_dir() and content_of(folder)
         if names:
-            raise ConfigError(f"{store.place} is no label set and not empty ({names[0]}, …)")
+            raise ConfigError(f"{store.location} is no label set and not empty ({names[0]}, …)")
         # the first worker writes the plan itself
-        plan = shards_plan(config, open_roles(config))
+        plan = plan_shards(config, open_sources(config))
         return [shard.name for shard in label_set.planned_shards(plan)], False
     plan = label_set.read_plan(folder)
     _refuse_another(config, store, plan)
     shards = label_set.planned_shards(plan)
     plan_sha256 = json_sha256(plan)
-    found = dict(zip(shards, check_all(folder, shards, plan_sha256), strict=True))
+    found = dict(zip(shards, check_shards(folder, shards, plan_sha256), strict=True))
     missing = [shard.name for shard, what in found.items() if isinstance(what, str)]
     listed = label_set.listed_sha256(folder, plan_sha256)
     return missing, not missing and _are_listed(found, listed)
@@ -155,6 +155,6 @@ def _refuse_another(config: PrecomputeConfig, store: Store, plan: dict[str, Any]
     ]
     if differing:
         raise LabelSetError(
-            f"{store.place} holds another label set: {'; '.join(differing)}. Give another --out, "
-            "or the settings it was made with"
+            f"{store.location} holds another label set: {'; '.join(differing)}. Give another "
+            "--out, or the settings it was made with"
         )

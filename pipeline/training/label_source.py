@@ -19,10 +19,11 @@ from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
-from pipeline import logs, teachers
-from pipeline.compatibility import build_original_teachers, check_same_data, choose_resize
+from pipeline import logs
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
-from pipeline.labelling import Labeller
+from pipeline.labelling import teachers
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.compatibility import build_original_teachers, check_same_data, choose_resize
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.runtime import Runtime
 from pipeline.sources import open_images
@@ -220,7 +221,7 @@ def _label_validation(
     """
     num_classes, ranks = len(val.classes), runtime.ranks
     requests = local_centre_requests(val, config.batch_size, ranks)
-    labeller = Labeller(
+    annotator = Annotator(
         ensemble,
         runtime,
         Encoding(num_classes, "float32", topk=min(num_classes, _VAL_TOPK)),
@@ -239,7 +240,7 @@ def _label_validation(
         unit="images",
         size=lambda item: len(item.positions) + len(item.failed),
     )
-    found = labeller.label(val, batches, score=True)
+    found = annotator.annotate(val, batches, count_correct=True)
     num_images = int(ranks.total(torch.tensor(len(found.positions))))
     percent = ranks.total(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
     metrics = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]

@@ -20,7 +20,8 @@ from mealv2 import released
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import read_json
 from mealv2.models import Preprocessing, create_classifier, read_metadata
-from pipeline import config, teachers
+from pipeline import config
+from pipeline.labelling import teachers
 from pipeline.runtime import Runtime
 
 Run = Callable[..., Result]

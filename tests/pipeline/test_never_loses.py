@@ -325,7 +325,7 @@ def test_full_disk_stops_a_job_at_once_and_the_same_job_goes_on(
     result = run_cli(*job, "--out", out)
     # the last one alone, for nothing after the first that had no room was tried
     assert check_full(result, disk.path, expected, contents) == f"set/{shards[9]}"
-    assert "going on without it" not in result.stderr
+    assert "continuing with the other shards" not in result.stderr
 
     out = disk.mount(pages_of({"": reference["plan.json"]}) + 1) / "set"
     result = run_cli(*job, "--out", out)

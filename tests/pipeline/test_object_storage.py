@@ -22,9 +22,9 @@ from mealv2.images import open_source
 from mealv2.remote_tars import RemoteShards, RemoteTar
 from mealv2.tar_index import TarIndex, index_bytes
 from mealv2.tar_shards import index_shard
+from pipeline.labelling.store import RemoteStore
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE
-from pipeline.mirror import Mirror
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 
@@ -166,11 +166,11 @@ def test_a_bucket_is_listed_no_more_than_is_needed(
     done("labels", "finish", labels, *cache)
 
     assert listed == [labels]
-    mirror = Mirror(labels, Cache(cache[1], 10**9))
-    mirror.bring_all()
+    remote_store = RemoteStore(labels, Cache(cache[1], 10**9))
+    remote_store.fetch_all()
     store.system.rm(f"{labels}/train-00001.h5")
-    mirror.bring_all()
-    assert mirror.lacks("train-00001.h5")
+    remote_store.fetch_all()
+    assert remote_store.is_missing("train-00001.h5")
 
 
 def with_batch_size(flags: list[Any]) -> Any:
@@ -245,17 +245,17 @@ def test_of_two_jobs_that_make_a_damaged_shard_anew_the_first_one_wins(
     url = f"{store.url}/labels"
     store.system.pipe_file(f"{url}/plan.json", b"{}")
     store.system.pipe_file(f"{url}/train-00001.h5", b"damaged")
-    mirrors = [Mirror(url, Cache(tmp_path / str(number), 10**9)) for number in range(2)]
-    for letter, mirror in zip((b"a", b"b"), mirrors, strict=True):
-        mirror.bring("train-00001.h5")
-        assert (mirror.folder / "train-00001.h5").read_bytes() == b"damaged"
-        (mirror.folder / "train-00001.h5").write_bytes(letter * size)
+    stores = [RemoteStore(url, Cache(tmp_path / str(number), 10**9)) for number in range(2)]
+    for letter, remote_store in zip((b"a", b"b"), stores, strict=True):
+        remote_store.fetch("train-00001.h5")
+        assert (remote_store.folder / "train-00001.h5").read_bytes() == b"damaged"
+        (remote_store.folder / "train-00001.h5").write_bytes(letter * size)
 
-    were_first = [mirror.publish("train-00001.h5", damaged=True) for mirror in mirrors]
+    were_first = [remote_store.upload("train-00001.h5", damaged=True) for remote_store in stores]
 
     assert were_first == [True, False]
     assert store.data("labels/train-00001.h5") == b"a" * size
-    assert (mirrors[1].folder / "train-00001.h5").read_bytes() == b"a" * size
+    assert (stores[1].folder / "train-00001.h5").read_bytes() == b"a" * size
 
 
 def test_a_damaged_shard_that_was_removed_meanwhile_is_put(store: Store, tmp_path: Path) -> None:

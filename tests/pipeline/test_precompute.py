@@ -555,7 +555,7 @@ def test_damaged_shard_is_noticed_and_it_alone_made_anew(
     assert result.report["shards_made"] == 1
     if damage is not _remove:
         assert "train-00002.h5" in result.stderr
-        assert "making it anew" in result.stderr
+        assert "making it again" in result.stderr
     assert contents(out) == contents(labels_dir)
     stamps.pop("train-00002.h5", None)
     assert {name: _stamps(out)[name] for name in stamps} == stamps

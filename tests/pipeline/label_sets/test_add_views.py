@@ -12,7 +12,7 @@ import stored
 from conftest import Result, Spawned
 from mealv2 import label_set
 from mealv2.label_set import LabelSet
-from pipeline import stage_one
+from pipeline.labelling import shards
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]
@@ -80,7 +80,7 @@ def test_the_manifest_comes_last_and_a_stopped_command_goes_on(
             raise KeyboardInterrupt
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(stage_one.label_set, "write_shard", stopping)
+    monkeypatch.setattr(shards.label_set, "write_shard", stopping)
     assert run_cli(*add(folder)).code == 4
     monkeypatch.undo()
     half_way = stored.files_of(folder)

@@ -282,13 +282,13 @@ def test_images_added_since_are_taught_or_left_out_and_counted(
     shown = [keys[position] for batch in asked for position, _ in batch]
     assert counts(run, "labels_stored") == ["36"] * 2
     if policy == "teach":
-        assert "3 images are not in the label set; they are labelled by the teachers" in (
+        assert "3 images are not in the label set; they are labelled online by the teachers" in (
             result.stderr
         )
         assert counts(run, "labels_online") == ["3"] * 2
         assert all(shown.count(key) == 2 for key in keys)
     else:
-        assert "3 images are not in the label set; they are left out" in result.stderr
+        assert "3 images are not in the label set; they are skipped" in result.stderr
         assert counts(run, "labels_skipped") == ["3"] * 2
         assert not set(new) & set(shown)
         assert result.report["steps"] == 10

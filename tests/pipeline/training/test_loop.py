@@ -315,15 +315,15 @@ def test_stopped_anywhere_and_continued_it_ends_in_the_same_bits(
     assert not (run / "report.json").exists()
     resumed = done("distill", "--resume", run)
     assert resumed.report["steps"] == 10
-    where = [line for line in resumed.stderr.splitlines() if line.startswith("goes on in")]
+    where = [line for line in resumed.stderr.splitlines() if line.startswith("resuming in")]
     assert (
         where
         == {
             0: [],
-            1: ["goes on in epoch 1/2 after 1 of its 5 steps (1 in all)"],
-            3: ["goes on in epoch 1/2 after 3 of its 5 steps (3 in all)"],
-            5: ["goes on in epoch 1/2 after 5 of its 5 steps (5 in all)"],
-            10: ["goes on in epoch 2/2 after 5 of its 5 steps (10 in all)"],
+            1: ["resuming in epoch 1/2 after 1 of its 5 steps (1 in all)"],
+            3: ["resuming in epoch 1/2 after 3 of its 5 steps (3 in all)"],
+            5: ["resuming in epoch 1/2 after 5 of its 5 steps (5 in all)"],
+            10: ["resuming in epoch 2/2 after 5 of its 5 steps (10 in all)"],
         }[steps]
     )
     assert weights(run) == weights(finished)
@@ -460,7 +460,7 @@ def test_torn_newest_checkpoint_is_named_and_the_one_before_serves(
     _truncate(newest)
     result = done("distill", "--resume", run)
     assert f"checkpoint {newest} is damaged" in result.stderr
-    assert "going on from the one before, step-00000005.pt" in result.stderr
+    assert "resuming from the one before, step-00000005.pt" in result.stderr
     assert weights(run) == weights(finished)
     assert result.report["epochs"] == 2
 
@@ -497,7 +497,7 @@ def test_run_is_not_continued_on_other_images(
     next((own_data / "train" / "ants").iterdir()).unlink()
     result = run_cli("finetune", "--resume", run)
     assert (result.code, len(result.stderr.splitlines())) == (1, 1)
-    assert "are not those this run began with" in result.stderr
+    assert "are not those this run started with" in result.stderr
 
 
 def test_run_is_not_continued_on_labels_made_anew(
@@ -511,7 +511,7 @@ def test_run_is_not_continued_on_labels_made_anew(
     done(*precompute_flags, "--view-seed", 99, "--out", labels)
     result = run_cli("distill", "--resume", run)
     assert (result.code, len(result.stderr.splitlines())) == (3, 1)
-    assert "the labels are not those this run began with" in result.stderr
+    assert "the labels are not those this run started with" in result.stderr
 
 
 def test_finished_run_keeps_its_report_and_its_metrics(

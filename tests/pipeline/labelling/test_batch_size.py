@@ -1,4 +1,4 @@
-"""pipeline.batch_size: the size is found by trying, and the set says which it was."""
+"""pipeline.labelling.batch_size: the size is found by trying, and the set says which it was."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from conftest import Result
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, read_manifest
-from pipeline.batch_size import fastest
+from pipeline.labelling.batch_size import find_batch_size
 
 Run = Callable[..., Result]
 CPU = torch.device("cpu")
@@ -51,16 +51,18 @@ def test_it_doubles_while_that_makes_it_faster(
     times: Callable[[int], int], most: int, expected: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = Work(times)
-    assert fastest(work, img_size=8, device=CPU, most=most) == expected
+    assert find_batch_size(work, img_size=8, device=CPU, max_size=most) == expected
     assert max(work.sizes) <= most
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"--batch-size auto: {expected} views a forward pass (")
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"--batch-size auto: {expected} views a forward pass (")
 
 
 def test_what_does_not_fit_into_memory_is_not_taken() -> None:
-    assert fastest(Work(lambda size: 400, fits=40), img_size=8, device=CPU, most=999) == 32
+    assert (
+        find_batch_size(Work(lambda size: 400, fits=40), img_size=8, device=CPU, max_size=999) == 32
+    )
     with pytest.raises(ConfigError, match=r"8 views of 8 pixels do not fit.*cpu; give a smaller"):
-        fastest(Work(lambda size: 1, fits=4), img_size=8, device=CPU, most=999)
+        find_batch_size(Work(lambda size: 1, fits=4), img_size=8, device=CPU, max_size=999)
 
 
 def test_stage_one_finds_it_says_it_and_keeps_it(
@@ -73,7 +75,7 @@ def test_stage_one_finds_it_says_it_and_keeps_it(
     assert f"--batch-size auto: {chosen} views a forward pass" in result.stderr
     assert LabelSet.open(out).num_views == 4
 
-    # who makes nothing changes nothing; a number is said as it is
+    # a run that makes no shard changes nothing
     before = (out / "manifest.json").read_bytes()
     assert done(*precompute_flags, "--batch-size", 5, "--out", out).report["shards_made"] == 0
     assert (out / "manifest.json").read_bytes() == before
@@ -101,8 +103,8 @@ def test_on_a_gpu_it_stays_within_memory() -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     per_image = total // 100  # 64 images fit, 128 do not
 
-    def ask(images_BCHW: torch.Tensor) -> None:
+    def forward(images_BCHW: torch.Tensor) -> None:
         torch.empty(len(images_BCHW) * per_image, dtype=torch.uint8, device=device)
 
-    assert fastest(ask, img_size=8, device=device, most=4096) in (8, 16, 32, 64)
+    assert find_batch_size(forward, img_size=8, device=device, max_size=4096) in (8, 16, 32, 64)
     assert torch.cuda.memory_allocated(device) < total // 100

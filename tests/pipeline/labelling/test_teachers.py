@@ -1,4 +1,4 @@
-"""pipeline.teachers: what --teacher means, and which ensembles are refused."""
+"""pipeline.labelling.teachers: what --teacher means, and which ensembles are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from conftest import Result
 from mealv2.errors import ConfigError
 from mealv2.models import read_metadata
-from pipeline import teachers
+from pipeline.labelling import teachers
 from pipeline.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), None)

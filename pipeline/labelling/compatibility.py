@@ -9,7 +9,8 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.images import ImageSource, fingerprint
 from mealv2.label_set import UNKNOWN, LabelSet
 from mealv2.pixels import Resize, probe_sha256, resize_of
-from pipeline import logs, teachers
+from pipeline import logs
+from pipeline.labelling import teachers
 from pipeline.runtime import Runtime, versions
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}

@@ -1,4 +1,4 @@
-"""pipeline.stage_one: views added to a finished set are files of their own beside the first."""
+"""pipeline.labelling.shards: views added to a finished set are files of their own."""
 
 import shutil
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from mealv2.label_set import (
     write_shard,
 )
 from mealv2.views import view_of
-from pipeline.labelling import Answers
-from pipeline.stage_one import Role, StageOne
+from pipeline.labelling import shards
+from pipeline.labelling.plan import LabelSplit
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -103,7 +103,7 @@ def test_precompute_run_again_keeps_added_views_in_the_manifest(
     assert contents(grown) == before
 
 
-def test_added_views_that_are_not_all_whole_are_left_out_until_they_are(
+def test_added_views_that_are_not_complete_are_not_listed_until_they_are(
     done: Run,
     precompute_flags: list[str],
     grown: Path,
@@ -117,7 +117,7 @@ def test_added_views_that_are_not_all_whole_are_left_out_until_they_are(
     flipped_bit(damaged, ShardFile(damaged).header["columns"]["labels"]["offset"])
     result = done(*precompute_flags, "--out", grown)
     assert result.report["shards_made"] == 0
-    assert "views 4 to 5 are not all there, and left out" in result.stderr
+    assert "views 4 to 5 are not complete and not listed" in result.stderr
     assert contents(grown, "manifest.json") == contents(labels_dir, "manifest.json")
     assert LabelSet.open(grown).num_views == 4
 
@@ -136,7 +136,7 @@ def test_views_that_do_not_follow_the_others_are_not_listed(
     assert LabelSet.open(own_labels).num_views == 8
 
 
-def test_a_whole_shard_that_another_job_made_meanwhile_stays(
+def test_a_complete_shard_that_another_job_made_meanwhile_stays(
     done: Run,
     precompute_flags: list[str],
     labels_dir: Path,
@@ -144,15 +144,15 @@ def test_a_whole_shard_that_another_job_made_meanwhile_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "shared"
-    own = StageOne._shard
+    own = shards.make_shard
     others = replace(read_shard(labels_dir / "train-00001.h5"), counts={"of another job": [1]})
 
-    def late(stage: StageOne, role: Role, number: int, answers: Answers) -> Shard:
-        if (role.name, number) == ("train", 1):
-            assert write_shard(role.path(out, number), others)
-        return own(stage, role, number, answers)
+    def late(split: LabelSplit, number: int, *arguments: Any) -> Shard:
+        if (split.name, number) == ("train", 1):
+            assert write_shard(out / split.planned(number).name, others)
+        return own(split, number, *arguments)
 
-    monkeypatch.setattr(StageOne, "_shard", late)
+    monkeypatch.setattr(shards, "make_shard", late)
     done(*precompute_flags, "--out", out)
     assert read_shard(out / "train-00001.h5").counts == {"of another job": [1]}
     LabelSet.open(out)

@@ -1,4 +1,4 @@
-"""Build the ensemble a command names: --teacher NAME, NAME=CHECKPOINT, or a comma list of them."""
+"""Build the ensemble that --teacher names: NAME, NAME=CHECKPOINT, or a comma list of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipeline.runtime import Runtime
 
 
 def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
-    """Return (model name, checkpoint or None) of every teacher; comma lists are split."""
+    """Return the model name and the checkpoint, if one is given, of every teacher."""
     teachers = []
     for spec in split_teachers(specs):
         name, _, checkpoint = spec.partition("=")
@@ -27,10 +27,10 @@ def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
 def build(
     specs: Sequence[str], *, classes: Sequence[str], img_size: int, runtime: Runtime
 ) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
-    """Return the ensemble on its device, and what the manifest says of each teacher.
+    """Return the ensemble on its device, and the description of each teacher in the plan.
 
-    Raises ConfigError when a head does not have the data's class count, or two teachers turn out to
-    be the same weights.
+    Raises ConfigError if a head has another number of classes than the data, or if two teachers
+    have the same weights.
     """
     models: list[Classifier] = []
     described: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ def build(
         own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
         if own_size not in (None, img_size):
             logs.say(
-                f"teacher {name} was trained at {own_size} pixels and is asked at {img_size} "
+                f"teacher {name} was trained at {own_size} pixels and labels views of {img_size} "
                 f"(--img-size {own_size}?)"
             )
         models.append(model)
@@ -63,17 +63,17 @@ def build(
                 "std": list(model.preprocessing.std),
             }
         )
-    _refuse_twins(described)
+    _check_distinct(described)
     return runtime.place(TeacherEnsemble(models)), described
 
 
-def _refuse_twins(described: list[dict[str, Any]]) -> None:
+def _check_distinct(described: list[dict[str, Any]]) -> None:
     seen: dict[str, str] = {}
     for teacher in described:
-        twin = seen.get(teacher["weights_sha256"])
-        if twin is not None:
+        other = seen.get(teacher["weights_sha256"])
+        if other is not None:
             raise ConfigError(
-                f"teachers {twin} and {teacher['model']} have the same weights; an ensemble of one "
-                "model twice is one model (name the weights by their full tag)"
+                f"teachers {other} and {teacher['model']} have the same weights; an ensemble needs "
+                "different ones (name the weights by their full tag)"
             )
         seen[teacher["weights_sha256"]] = teacher["model"]

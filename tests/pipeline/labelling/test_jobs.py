@@ -1,4 +1,4 @@
-"""pipeline.jobs, pipeline.processes: jobs share the shards, and it is one process's set."""
+"""pipeline.labelling.jobs and workers: jobs divide the shards, and it is one process's set."""
 
 import os
 import shutil
@@ -17,9 +17,10 @@ from mealv2.errors import ConfigError
 from mealv2.files import stamp_of
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
 from pipeline import environment
-from pipeline.jobs import Job
-from pipeline.labelling import Answers, Labeller
-from pipeline.stage_one import Role, StageOne
+from pipeline.labelling import shards
+from pipeline.labelling.annotate import Annotations, Annotator
+from pipeline.labelling.jobs import Job
+from pipeline.labelling.plan import LabelSplit
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -56,11 +57,11 @@ def test_shares_of_any_number_of_jobs_are_disjoint_and_all_together(
     names: list[str], count: int, is_listed: bool
 ) -> None:
     listed = tuple(names[1::3]) if is_listed else None
-    shares = [Job(index, count, listed).share(names) for index in range(count)]
-    together = [name for share in shares for name in share]
+    parts = [Job(index, count, listed).select(names) for index in range(count)]
+    together = [name for part in parts for name in part]
     assert sorted(together) == sorted(names if listed is None else listed)
     assert len(set(together)) == len(together)
-    sizes = [len(share) for share in shares]
+    sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -76,8 +77,8 @@ def test_tasks_of_an_array_are_counted_from_0_wherever_it_begins(
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
         # Slurm says of one task, or of a list, that its step is 1
-        said = step if count > 1 else 1
-        in_array(patched, MIN=first, MAX=first + step * (count - 1), STEP=said, COUNT=count)
+        array_step = step if count > 1 else 1
+        in_array(patched, MIN=first, MAX=first + step * (count - 1), STEP=array_step, COUNT=count)
         found = []
         for index in range(first, first + step * count, step):
             in_array(patched, ID=index)
@@ -231,19 +232,19 @@ def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
 ) -> None:
     flags = [*precompute_flags, *job_flags(0, 6), "--out", out]
     assert "after the last job: `mealv2 labels finish" in run_cli(*flags).stderr
-    told = environment.of_processes(2).items() - os.environ.items()
-    for name, value in told:
+    added = environment.of_processes(2).items() - os.environ.items()
+    for name, value in added:
         monkeypatch.setenv(name, value)
 
     result = run_cli(*flags)
 
     assert result.code == 0
-    assert "this process's share: 1 of 6 shards" in result.stderr
+    assert "this process makes 1 of 6 shards" in result.stderr
     for not_its in ("job", "finish", "again"):
         assert not_its not in result.stderr
 
 
-def test_a_list_of_shards_is_shared_and_what_it_lacks_is_not_made(
+def test_a_list_of_shards_is_divided_and_no_other_shard_is_made(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, tmp_path: Path
 ) -> None:
     listed = tmp_path / "list.txt"
@@ -316,8 +317,8 @@ def test_shards_that_fail_are_named_and_the_rest_go_on(
     contents: Files,
 ) -> None:
     picture = own_data / "train" / "bees" / "03.jpg"
-    whole = picture.read_bytes()
-    picture.write_bytes(b"no image".ljust(len(whole), b"\0"))
+    original = picture.read_bytes()
+    picture.write_bytes(b"no image".ljust(len(original), b"\0"))
     (out / "train-00003.h5").mkdir(parents=True)
     (out / "plan.json").write_bytes((labels_dir / "plan.json").read_bytes())
     flags = [*precompute_flags, "--data-dir", own_data, *job_flags(0, 1), "--out", out]
@@ -331,13 +332,13 @@ def test_shards_that_fail_are_named_and_the_rest_go_on(
     assert "bees/03.jpg" in result.report["failed"]["train-00001.h5"]
     assert "Is a directory" in result.report["failed"]["train-00003.h5"]
     assert result.report["shards_made"] == 4
-    said = result.stderr.splitlines()
-    assert said[-1].startswith("mealv2: 2 of 6 shards failed, first train-00001.h5 (")
-    assert sum("going on without it" in line for line in said) == 2
-    whole_shards = {n: d for n, d in contents(labels_dir, "*.h5").items() if n[-4] not in "13"}
-    assert {n: contents(out)[n] for n in whole_shards} == whole_shards
+    messages = result.stderr.splitlines()
+    assert messages[-1].startswith("mealv2: 2 of 6 shards failed, first train-00001.h5 (")
+    assert sum("continuing with the other shards" in line for line in messages) == 2
+    complete_shards = {n: d for n, d in contents(labels_dir, "*.h5").items() if n[-4] not in "13"}
+    assert {n: contents(out)[n] for n in complete_shards} == complete_shards
 
-    picture.write_bytes(whole)
+    picture.write_bytes(original)
     (out / "train-00003.h5").rmdir()
     assert done(*flags).report["shards_made"] == 2
     assert contents(out) == contents(labels_dir)
@@ -353,14 +354,14 @@ def test_an_error_of_the_device_or_of_a_file_fails_its_shard_alone(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    label, calls = Labeller.label, iter(range(99))
+    annotate, calls = Annotator.annotate, iter(range(99))
 
-    def failing(self: Labeller, *args: Any, **settings: Any) -> Answers:
+    def failing(self: Annotator, *args: Any, **settings: Any) -> Annotations:
         if next(calls) == 1:
             raise error
-        return label(self, *args, **settings)
+        return annotate(self, *args, **settings)
 
-    monkeypatch.setattr(Labeller, "label", failing)
+    monkeypatch.setattr(Annotator, "annotate", failing)
     result = run_cli(*precompute_flags, *job_flags(0, 2), "--out", out)  # val-0, train-0, train-2
     assert result.code == 1
     assert list(result.report["failed"]) == ["train-00000.h5"]
@@ -377,15 +378,15 @@ def test_an_error_of_the_program_ends_the_job(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    def failing(self: Labeller, *args: Any, **settings: Any) -> Answers:
+    def failing(self: Annotator, *args: Any, **settings: Any) -> Annotations:
         raise error
 
-    monkeypatch.setattr(Labeller, "label", failing)
+    monkeypatch.setattr(Annotator, "annotate", failing)
     with pytest.raises(type(error), match=str(error)):
         run_cli(*precompute_flags, *job_flags(0, 2), "--out", out)
 
 
-def test_two_jobs_at_one_damaged_shard_leave_the_first_whole_one(
+def test_two_jobs_at_one_damaged_shard_leave_the_first_complete_one(
     done: Run,
     precompute_flags: list[str],
     labels_dir: Path,
@@ -395,15 +396,15 @@ def test_two_jobs_at_one_damaged_shard_leave_the_first_whole_one(
     shutil.copytree(labels_dir, out)
     damaged = out / "train-00001.h5"
     damaged.write_bytes(damaged.read_bytes()[:-7])
-    seen, make, taken = stamp_of(damaged), StageOne._shard, []
+    seen, make, taken = stamp_of(damaged), shards.make_shard, []
     others = replace(read_shard(labels_dir / "train-00001.h5"), counts={"of another job": [1]})
 
-    def late(stage: StageOne, role: Role, number: int, answers: Answers) -> Shard:
-        assert write_shard(role.path(out, number), others, damaged=seen)
+    def late(split: LabelSplit, number: int, *arguments: Any) -> Shard:
+        assert write_shard(out / split.planned(number).name, others, damaged=seen)
         taken.append(damaged.stat().st_ino)
-        return make(stage, role, number, answers)
+        return make(split, number, *arguments)
 
-    monkeypatch.setattr(StageOne, "_shard", late)
+    monkeypatch.setattr(shards, "make_shard", late)
     report = done(*precompute_flags, *job_flags(1, 2), "--out", out).report
     assert report["shards_made"] == 1
     assert taken == [damaged.stat().st_ino]
@@ -441,11 +442,11 @@ def test_three_jobs_at_once_one_of_them_killed_give_the_bytes_of_one_process(
     assert jobs[1].result().code == -signal.SIGKILL
     assert [job.result().code for job in (jobs[0], jobs[2], twin)] == [0, 0, 0]
     assert not (out / "manifest.json").exists()
-    lacking = contents(alone, "*.h5").keys() - contents(out, "*.h5").keys()
-    assert lacking, "it was killed too late to show anything"
+    missing = contents(alone, "*.h5").keys() - contents(out, "*.h5").keys()
+    assert missing, "it was killed too late to show anything"
 
     result = done(*flags, *job_flags(1, 3))
-    assert result.report["shards_made"] == len(lacking)
+    assert result.report["shards_made"] == len(missing)
     done("labels", "finish", out, "--batch-size", 16)
     final = {n: d for n, d in contents(out).items() if not n.startswith(".tmp-")}
     assert final == contents(alone)
@@ -479,11 +480,11 @@ def test_processes_of_one_command_give_the_set_of_one(
 ) -> None:
     result = done(*precompute_flags, "--num-procs", 2, "--out", out)
     assert contents(out) == contents(labels_dir)
-    talk = result.stderr
+    messages = result.stderr
     for number in (0, 1):
-        assert f"[{number}] this process's share: 3 of 6 shards" in talk
+        assert f"[{number}] this process makes 3 of 6 shards" in messages
     for not_theirs in ("--job-index", "labels finish", "again"):
-        assert not_theirs not in talk
+        assert not_theirs not in messages
     assert result.report["shards_made"] == 6
     assert "teachers on the validation split" in result.stderr
     again = done(*precompute_flags, "--out", out).report
@@ -570,6 +571,6 @@ def test_a_signal_is_handed_on_to_every_process(
     assert "Traceback" not in result.stderr
     advice = [line for line in result.stderr.splitlines() if "again" in line]
     assert advice == [
-        "mealv2: 2 processes stopped; what was finished is kept: run the same command again to "
-        "go on"
+        "mealv2: 2 processes stopped; complete shards are kept: run the same command again to "
+        "continue"
     ]

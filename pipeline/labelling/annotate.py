@@ -1,0 +1,225 @@
+"""Run the ensemble on a stream of views: batches of pixels in, encoded rows of a label set out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mealv2.devices import moved
+from mealv2.ensemble import EnsembleOutput, TeacherEnsemble, combine
+from mealv2.errors import ConfigError, DataError
+from mealv2.images import ImageSource
+from mealv2.label_set import Encoding, Rows
+from mealv2.metrics import num_correct
+from pipeline.compiling import compile_teachers
+from pipeline.config import DEFAULT_RATE, Labelling, NewEncoding, OnBadImage, PrecomputeConfig
+from pipeline.labelling.batch_size import find_batch_size
+from pipeline.loading.loader import Batch, on_device
+from pipeline.loading.requests import check_failures
+from pipeline.runtime import Runtime
+
+# The encoder runs on at most so many rows at once: 16 MB of probabilities and as many bytes of
+# mean logits; of few classes, so many views at about 2 kB each.
+_MAX_PROBABILITIES, _MAX_VIEWS = 1 << 22, 1 << 12
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The labels of N views: ``positions`` in the source, and the encoded ``rows`` on the CPU.
+
+    ``sizes_N2`` and ``boxes_N5`` are those of Batch. ``correct`` counts correct predictions,
+    int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble. ``failed``
+    maps the positions of unreadable images to the reason.
+    """
+
+    positions: list[int]
+    rows: Rows
+    sizes_N2: np.ndarray
+    boxes_N5: np.ndarray
+    correct: np.ndarray
+    failed: dict[int, str]
+
+    def without_failed(self) -> "Annotations":
+        """Return the same without any view of an image that failed.
+
+        ``correct`` stays: it is counted for images with one view, which has no row if it failed.
+        """
+        is_kept_N = np.array([p not in self.failed for p in self.positions], dtype=bool)
+        return replace(
+            self,
+            positions=[p for p in self.positions if p not in self.failed],
+            rows=self.rows.rows(torch.from_numpy(np.flatnonzero(is_kept_N))),
+            sizes_N2=self.sizes_N2[is_kept_N],
+            boxes_N5=self.boxes_N5[is_kept_N],
+        )
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """An ensemble on its device, and the encoding of its labels."""
+
+    ensemble: TeacherEnsemble
+    runtime: Runtime
+    encoding: Encoding
+    batch_size: int
+    on_bad_image: OnBadImage
+
+    def annotate(
+        self, source: ImageSource, batches: Iterable[Batch], *, count_correct: bool
+    ) -> Annotations:
+        """Label every view of a stream, batch by batch as it is read.
+
+        If one view of an image cannot be read, no view of it is kept. ``count_correct`` compares
+        the predictions with the classes of the source. Raises DataError for an unreadable image
+        (unless the policy is to skip it) or an output of the teachers that is not finite.
+        """
+        failed: dict[int, str] = {}
+        positions: list[int] = []
+        encoder = _RowEncoder(self.encoding)
+        sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
+        device = self.runtime.device
+        shape = (2, len(self.ensemble.teachers) + 1)
+        correct = torch.zeros(shape, dtype=torch.int64, device=device)
+        for batch in on_device(batches, device):
+            check_failures(source, batch.failed, self.on_bad_image)
+            failed |= batch.failed
+            if not batch.positions:
+                continue
+            positions += batch.positions
+            sizes.append(batch.sizes_B2)
+            boxes.append(batch.boxes_B5)
+            logits_TBC, output = self.predict(batch.images_BCHW)
+            if count_correct:
+                # on the device: reading a count here would wait for every batch
+                classes_B = torch.tensor([source.labels[p] for p in batch.positions])
+                correct += _count_correct(logits_TBC, output.probs_BC, moved(classes_B, device))
+            encoder.add(output, first_key=source.keys[batch.positions[0]])
+        annotations = Annotations(
+            positions,
+            encoder.rows(),
+            np.concatenate(sizes),
+            np.concatenate(boxes),
+            correct.cpu().numpy(),
+            failed,
+        )
+        if failed.keys().isdisjoint(positions):
+            return annotations
+        return annotations.without_failed()
+
+    def predict(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, EnsembleOutput]:
+        """Return the teachers' logits T x B x C and the output of the ensemble, float32.
+
+        ``images_BCHW`` is uint8 on the device. The host does not wait for the device.
+        """
+        with torch.inference_mode():
+            with self.runtime.autocast():
+                logits_TBC = self.ensemble.teacher_logits(images_BCHW)
+            return logits_TBC, combine(logits_TBC)  # outside autocast: softmax and mean in float32
+
+
+class _RowEncoder:
+    """Collects the outputs of batches and encodes some thousand rows at once.
+
+    One call of the encoder costs milliseconds however few its rows; rows do not depend on each
+    other. The host waits for the device only here.
+    """
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._outputs: list[EnsembleOutput] = []
+        self._finite: list[tuple[str, torch.Tensor]] = []
+        self._num_pending = 0
+        none = torch.zeros(0, encoding.num_classes)
+        self._parts = [encoding.encode(none, none)]
+
+    def add(self, output: EnsembleOutput, *, first_key: str) -> None:
+        """Add the output of a batch; ``first_key`` is the key of its first image.
+
+        Raises DataError, now or at a later call, if the output is not finite.
+        """
+        self._outputs.append(output)
+        self._finite.append((first_key, torch.isfinite(output.probs_BC).all()))
+        self._num_pending += len(output.probs_BC)
+        if self._num_pending >= min(_MAX_VIEWS, _MAX_PROBABILITIES // self._encoding.num_classes):
+            self._encode()
+
+    def rows(self) -> Rows:
+        """Return all rows, on the CPU; raises as ``add``."""
+        self._encode()
+        return Rows.joined(self._parts)
+
+    def _encode(self) -> None:
+        if not self._outputs:
+            return
+        keys, flags = zip(*self._finite, strict=True)
+        is_finite_M = torch.stack(flags)
+        if not bool(is_finite_M.all()):
+            key = keys[is_finite_M.tolist().index(False)]
+            raise DataError(
+                f"the outputs of the teachers near {key} are not finite; "
+                "check their weights, or leave out --amp"
+            )
+        columns = zip(*self._outputs, strict=True)
+        probs_NC, mean_logits_NC = (torch.cat(column) for column in columns)
+        rows = self._encoding.encode(probs_NC, mean_logits_NC)
+        self._parts.append(rows.to(torch.device("cpu")))
+        self._outputs.clear()
+        self._finite.clear()
+        self._num_pending = 0
+
+
+def make_annotator(
+    config: Labelling,
+    runtime: Runtime,
+    ensemble: TeacherEnsemble,
+    encoding: Encoding,
+    *,
+    img_size: int,
+    max_batch_size: int,
+) -> Annotator:
+    """Return an annotator with the batch size and compilation that a config asks for.
+
+    ``max_batch_size`` limits --batch-size auto. Raises ConfigError if no batch fits into memory.
+    """
+    batch_size = config.batch_size if config.batch_size != "auto" else 0
+    annotator = Annotator(ensemble, runtime, encoding, batch_size, config.on_bad_image)
+    if config.batch_size == "auto":
+        found = find_batch_size(
+            annotator.predict, img_size=img_size, device=runtime.device, max_size=max_batch_size
+        )
+        annotator = replace(annotator, batch_size=found)
+    if config.compile != "off":
+        compile_teachers(ensemble, mode=config.compile, batch_size=annotator.batch_size)
+    return annotator
+
+
+def encoding_of(config: PrecomputeConfig | NewEncoding, num_classes: int) -> Encoding:
+    """Return the encoding a config asks for; raises ConfigError if it does not fit the classes."""
+    rate, topk, form = None, None, config.label_dtype or "curve"
+    if config.topk is None:
+        rate = DEFAULT_RATE if config.rate is None else config.rate
+    elif config.topk == "all":
+        topk, form = num_classes, config.label_dtype or "float16"
+    else:
+        topk = int(config.topk)
+        if topk > num_classes:
+            raise ConfigError(
+                f"--topk {topk}: the data has only {num_classes} classes; use a smaller --topk, or "
+                "--topk all"
+            )
+    try:
+        return Encoding(num_classes, form, rate=rate, topk=topk, logits=config.store_logits)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}; --topk all or --label-dtype stores values without coding"
+        ) from None
+
+
+def _count_correct(
+    logits_TBC: torch.Tensor, probs_BC: torch.Tensor, labels_B: torch.Tensor
+) -> torch.Tensor:
+    """Return the numbers of correct predictions at top-1 and top-5, 2 x (T + 1), on the device."""
+    scores = [*logits_TBC, probs_BC]
+    counts = [num_correct(s, labels_B, k) for k in (1, 5) for s in scores]
+    return torch.stack(counts).view(2, -1)

@@ -1,0 +1,130 @@
+"""One of several jobs that label a set together: which job it is, and which shards it makes.
+
+No job claims a shard: job i of n makes the shards i, i + n, ... of the list, whatever others do.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mealv2.errors import ConfigError, IncompleteError
+from pipeline import environment, logs
+from pipeline.config import Jobs
+from pipeline.labelling.annotate import Annotator
+from pipeline.labelling.plan import LabelSplit
+from pipeline.labelling.shards import find_missing, label_shards
+from pipeline.labelling.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """Job ``index`` of ``count``; ``listed`` are the shards to divide, None for all."""
+
+    index: int
+    count: int
+    listed: tuple[str, ...] | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other jobs may make some of the shards, so that this one writes no manifest."""
+        return self.count > 1 or self.listed is not None
+
+    def select(self, names: list[str]) -> list[str]:
+        """Return the shards of this job; raises ConfigError if the list names an unknown shard."""
+        listed = names if self.listed is None else list(self.listed)
+        unknown = sorted(set(listed) - set(names))
+        if unknown:
+            raise ConfigError(
+                f"--shard-list names {unknown[0]!r}, which is no shard that this command makes; "
+                f"its shards have names such as {', '.join(names[:1])}"
+            )
+        return listed[self.index :: self.count]
+
+
+def choose_job(config: Jobs) -> Job:
+    """Return which job this process is, by its flags or its environment, and log it.
+
+    Raises ConfigError.
+    """
+    listed = None if config.shard_list is None else _read_names(config.shard_list)
+    if config.job_index is not None and config.num_jobs is not None:
+        index, count, given_by = config.job_index, config.num_jobs, "--job-index"
+    else:
+        index, count, given_by = environment.job()
+    if count > 1 and not environment.is_spoken_for():
+        logs.say(f"job {index} of {count}, counted from 0 ({given_by})")
+    return Job(index, count, listed)
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
+    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        logs.say(f"--shard-list {path} is empty: no shard to make")
+    return names
+
+
+def label_part(
+    job: Job,
+    splits: Sequence[LabelSplit],
+    annotator: Annotator,
+    store: Store,
+    *,
+    workers: int,
+    last_step: str | None = None,
+) -> dict[str, Any]:
+    """Make the missing shards of a job; return its report.
+
+    A shard that fails does not stop the others. No signal is handled: schedulers requeue jobs that
+    a signal killed. ``last_step`` is as in job_report. Raises IncompleteError with the report, at
+    the end, if shards failed, and OSError if the disk is full.
+    """
+    began = time.monotonic()
+    all_names = [split.planned(n).name for split in splits for n in range(len(split.shards))]
+    names = frozenset(job.select(all_names))
+    is_worker = environment.is_spoken_for()
+    kind = "process" if is_worker else "job"
+    logs.say(f"this {kind} makes {len(names)} of {logs.count(len(all_names), 'shard')}")
+    failed: dict[str, str] = {}
+    num_missing = 0
+    for split in splits:
+        numbers = [n for n in range(len(split.shards)) if split.planned(n).name in names]
+        # without a manifest's SHA-256: it may be older than a shard that another job made again
+        missing = find_missing(split, store, numbers=numbers)
+        num_missing += len(missing)
+        label_shards(split, missing, annotator, store, workers=workers, failed=failed)
+    report = job_report(job, store, num_missing - len(failed), began, last_step=last_step)
+    report |= {"shards": len(names), "failed": failed}
+    if failed:
+        first, reason = next(iter(failed.items()))
+        advice = "" if is_worker else "; the same command again makes what is missing"
+        raise IncompleteError(
+            f"{len(failed)} of {logs.count(len(names), 'shard')} failed, first {first} "
+            f"({reason}){advice}",
+            report,
+        )
+    return report
+
+
+def job_report(
+    job: Job, store: Store, num_made: int, began: float, *, last_step: str | None = None
+) -> dict[str, Any]:
+    """Return the report of a job, and log the command that completes the set after all jobs.
+
+    ``last_step`` describes this command, by default `mealv2 labels finish`.
+    """
+    if not environment.is_spoken_for():
+        command = last_step or f"`mealv2 labels finish {store.location}`"
+        logs.say(f"done; after the last job: {command}")
+    return {
+        "labels": store.location,
+        "job_index": job.index,
+        "num_jobs": job.count,
+        "shards_made": num_made,
+        "seconds": round(time.monotonic() - began, 2),
+    }

@@ -1,0 +1,317 @@
+"""Check the shards of a label set and write its manifest, from the files alone."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mealv2 import label_set
+from mealv2.errors import LabelSetError
+from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
+from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, maker_of
+from pipeline import copies, logs
+from pipeline.labelling.store import RemoteStore, Store
+from pipeline.runtime import versions
+
+MISSING = "missing"
+_NUM_READERS = 4  # threads that read shards
+_OLD_S = 86400.0  # no running job still writes a temporary file of this age
+
+
+def finalize(store: Store, plan: dict[str, Any], *, batch_size: int | None) -> dict[str, Any]:
+    """Write the manifest of a set whose shards other processes made; return the report.
+
+    Logs the accuracy of the teachers. Raises as write_manifest.
+    """
+    report = report_of(store, write_manifest(store, plan, batch_size=batch_size))
+    if "accuracy" in report:
+        log_accuracy(report["accuracy"], len(plan["classes"]))
+    return report
+
+
+def write_manifest(
+    store: Store,
+    plan: dict[str, Any],
+    *,
+    batch_size: int | None = None,
+    listed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Check every shard of a plan; write and return the manifest. Makes no shard.
+
+    Complete blocks of added views are listed too; ``listed`` are the SHA-256 that some of their
+    files must have, by name. ``batch_size`` is what the teachers ran with; None keeps the value of
+    an existing manifest. Raises LabelSetError naming the shards that are missing or damaged.
+    """
+    store.fetch_all()
+    folder, plan_sha256 = store.folder, json_sha256(plan)
+    before = label_set.listed_sha256(folder, plan_sha256)
+    shards = label_set.planned_shards(plan)
+    found = dict(zip(shards, check_shards(folder, shards, plan_sha256), strict=True))
+    if incomplete := {s.name: why for s, why in found.items() if isinstance(why, str)}:
+        raise LabelSetError(
+            f"{store.location}: {count_incomplete(incomplete)} of "
+            f"{logs.count(len(shards), 'shard')} ({first_names(incomplete)}); run the same "
+            f"{maker_of(plan)} again, then `mealv2 labels finish {store.location}`"
+        )
+    complete = [(s.role, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
+    roles = {
+        name: _split_entry(
+            folder, plan, name, [s for split, s in complete if split == name], listed
+        )
+        for name in plan["roles"]
+    }
+    _log_replaced(before, roles)
+    optional = {"batch_size": batch_size or recorded_batch_size(folder)}
+    manifest = label_set.write_manifest(
+        folder,
+        plan,
+        roles=roles,
+        versions=versions(),
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+    store.upload(label_set.MANIFEST_NAME, replace=True)
+    _log_temporary_files(store)
+    return manifest
+
+
+def check_shards(
+    folder: Path, shards: Sequence[PlannedShard], plan_sha256: str
+) -> Iterator[CheckedShard | str]:
+    """Yield the manifest entry of every shard, or why the shard is missing or damaged."""
+    with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checking") as threads:
+        found = threads.map(partial(_check_shard, folder, plan_sha256=plan_sha256), shards)
+        yield from logs.progress(found, total=len(shards), what="checking", unit="shards")
+
+
+def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedShard | str:
+    try:
+        return label_set.check_shard(folder, shard, plan_sha256)
+    except FileNotFoundError:
+        return MISSING
+    except LabelSetError as error:
+        return copies.told(str(error))
+    except OSError as error:
+        return f"cannot read {folder / shard.name}: {error.strerror}"
+
+
+def count_incomplete(incomplete: Mapping[str, str]) -> str:
+    """Return the numbers of missing and of damaged shards as text: "2 missing and 1 damaged"."""
+    num_missing = sum(why == MISSING for why in incomplete.values())
+    counts = {"missing": num_missing, "damaged": len(incomplete) - num_missing}
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def first_names(names: Sequence[str] | Mapping[str, str]) -> str:
+    """Return the first three names, separated by commas."""
+    return ", ".join([*names][:3]) + (", …" if len(names) > 3 else "")
+
+
+def _split_entry(
+    folder: Path,
+    plan: dict[str, Any],
+    split: str,
+    shards: Sequence[CheckedShard],
+    listed: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the entry of a split in the manifest."""
+    skipped = skipped_images(shards)
+    if skipped:
+        logs.say(f"{split}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
+    views = [0, plan["roles"][split]["num_views"]]
+    block = {"views": views, "shards": [shard.entry for shard in shards]}
+    more = added_blocks(folder, split, block, json_sha256(plan), listed=listed)
+    return {
+        "blocks": [block, *more],
+        "num_images": sum(shard.num_images for shard in shards),
+        "skipped": skipped,
+        **({"accuracy": accuracy_of(plan, shards)} if split == "val" else {}),
+    }
+
+
+def skipped_images(files: Sequence[ShardFile | CheckedShard]) -> dict[str, str]:
+    """Return why images have no labels, by key."""
+    return {
+        key: skipped["reason"] for file in files for key, skipped in file.header["skipped"].items()
+    }
+
+
+def _log_replaced(before: Mapping[str, str], roles: Mapping[str, Any]) -> None:
+    """Log which shards have other bytes than the previous manifest lists."""
+    blocks = [block for role in roles.values() for block in role["blocks"]]
+    now = {shard["name"]: shard["sha256"] for block in blocks for shard in block["shards"]}
+    replaced = [name for name in now.keys() & before.keys() if now[name] != before[name]]
+    if replaced:
+        logs.say(
+            f"replaced since the previous manifest: {logs.count(len(replaced), 'shard')} "
+            f"({first_names(sorted(replaced))})"
+        )
+
+
+# --- blocks of views ------------------------------------------------------------------------------
+
+
+def load_complete_shard(
+    folder: Path, shard: PlannedShard, plan_sha256: str, listed_sha256: str | None = None
+) -> ShardFile | None:
+    """Return a shard of a plan; None if it is missing, or damaged, which is logged.
+
+    ``listed_sha256`` is the SHA-256 of the whole file in a manifest. Only it covers the bytes that
+    HDF5 alone reads.
+    """
+    path = folder / shard.name
+    try:
+        file = ShardFile(path)
+        label_set.refuse_broken(file, shard, plan_sha256)
+        is_listed = listed_sha256 in (None, file_sha256(path))
+    except FileNotFoundError:
+        return None
+    except LabelSetError as error:
+        logs.say(f"{error}; making it again")
+        return None
+    if not is_listed:
+        logs.say(f"shard {path} is not the one in the manifest; making it again")
+        return None
+    return file
+
+
+def describe_block(views: range, files: Sequence[ShardFile]) -> dict[str, Any]:
+    """Return the manifest entry of the shards of a block of views."""
+    entries = [label_set.describe_file(f.path, num_images=f.num_images) for f in files]
+    return {"views": [views.start, views.stop], "shards": entries}
+
+
+def added_blocks(
+    folder: Path,
+    split: str,
+    last: dict[str, Any],
+    plan_sha256: str,
+    *,
+    listed: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Return the complete blocks of views that follow the block ``last``.
+
+    ``listed`` are the SHA-256 that some files must have, by name.
+    """
+    stop = last["views"][1]
+    blocks = []
+    for views in block_views(folder, split):
+        if views.start != stop:
+            continue
+        shards = [PlannedShard(split, n, views, None) for n in range(len(last["shards"]))]
+        found = check_shards(folder, shards, plan_sha256)
+        entries = [shard.entry for shard in found if isinstance(shard, CheckedShard)]
+        if len(entries) == len(shards) and all(
+            listed.get(e["name"], e["sha256"]) == e["sha256"] for e in entries
+        ):
+            blocks.append({"views": [views.start, views.stop], "shards": entries})
+            stop = views.stop
+        else:
+            logs.say(
+                f"views {views.start} to {views.stop - 1} are not complete and not listed; "
+                "`mealv2 labels add-views` completes them"
+            )
+    return blocks
+
+
+def block_views(folder: Path, split: str) -> list[range]:
+    """Return the ranges of views in the names of added shards, in order."""
+    named = (re.fullmatch(rf"{split}-\d+-views-(\d+)-(\d+)\.h5", p.name) for p in folder.iterdir())
+    found = {range(int(name[1]), int(name[2]) + 1) for name in named if name}
+    return sorted(found, key=lambda views: (views.start, views.stop))
+
+
+# --- accuracy, report, temporary files ------------------------------------------------------------
+
+
+def accuracy_of(
+    plan: dict[str, Any], files: Sequence[ShardFile] | Sequence[CheckedShard]
+) -> dict[str, Any]:
+    """Return top-1 and top-5 in percent of every teacher and of the ensemble."""
+    images = sum(file.num_images for file in files)
+    top1, top5 = (
+        np.sum([file.header["counts"][name] for file in files], axis=0) * 100.0 / max(1, images)
+        for name in ("top1", "top5")
+    )
+    figures = [
+        {"top1": round(float(a), 4), "top5": round(float(b), 4)}
+        for a, b in zip(top1, top5, strict=True)
+    ]
+    named = zip(plan["teachers"], figures[:-1], strict=True)
+    return {
+        "num_images": images,
+        "teachers": [{"model": teacher["model"], **figure} for teacher, figure in named],
+        "ensemble": figures[-1],
+    }
+
+
+def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
+    """Log the accuracy of the teachers as a table."""
+    ensemble = accuracy["ensemble"]
+    known = [*((t["model"], t) for t in accuracy["teachers"]), ("ensemble", ensemble)]
+    rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known]
+    logs.say(logs.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
+    if ensemble["top1"] < 200.0 / num_classes:
+        logs.say(
+            "the ensemble is hardly better than chance: check that the teachers know these "
+            "classes, in this order"
+        )
+
+
+def report_of(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of stage one about a set with a manifest."""
+    roles = manifest["roles"]
+    train = roles["train"]
+    shards = [s for entry in roles.values() for b in entry["blocks"] for s in b["shards"]]
+    return {
+        "labels": store.location,
+        "images": train["num_images"],
+        "views": train["num_images"] * manifest["plan"]["roles"]["train"]["num_views"],
+        "skipped": sum(len(entry["skipped"]) for entry in roles.values()),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        **({"accuracy": roles["val"]["accuracy"]} if "val" in roles else {}),
+    }
+
+
+def temporary_files(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the temporary files in a folder, with their bytes and their age in seconds."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")):
+        try:
+            stat = path.stat()
+        except OSError:
+            continue  # it has its final name now
+        age_s = max(0.0, time.time() - stat.st_mtime)
+        found[path.name] = {"bytes": stat.st_size, "age_s": round(age_s, 1)}
+    return found
+
+
+def _log_temporary_files(store: Store) -> None:
+    """Log the temporary files of a folder; they stay, because a running job may own them.
+
+    Those of copies are not logged: the cache removes them.
+    """
+    if isinstance(store, RemoteStore):
+        return
+    files = temporary_files(store.folder)
+    if not files:
+        return
+    num_old = sum(file["age_s"] > _OLD_S for file in files.values())
+    logs.say(
+        f"{store.location} holds {logs.count(len(files), 'temporary file')} of jobs that were "
+        f"killed or still run ({TEMPORARY_PREFIX}*), {num_old} of them older than a day; remove "
+        "them when no job runs"
+    )
+
+
+def recorded_batch_size(folder: Path) -> int | None:
+    """Return the batch size in the manifest of a folder, None if there is none."""
+    try:
+        return label_set.read_manifest(folder).get("batch_size")
+    except LabelSetError:
+        return None

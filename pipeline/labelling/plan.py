@@ -1,0 +1,171 @@
+"""The plan of a label set: which views of which images are labelled, by whom, in which shards."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mealv2 import label_set
+from mealv2.errors import ConfigError
+from mealv2.files import json_sha256
+from mealv2.images import ImageSource, fingerprint
+from mealv2.label_set import PlannedShard
+from mealv2.pixels import interpolation, probe_sha256
+from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
+from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
+from pipeline.labelling.annotate import Annotator
+from pipeline.loading.loader import ViewReader
+from pipeline.loading.requests import CENTRE, BatchRequest
+from pipeline.sources import open_images, open_split
+
+
+@dataclass(frozen=True)
+class LabelSplit:
+    """The views of a split that a plan labels: random ones of ``train``, the crop of ``val``.
+
+    ``shards`` holds, for each shard, the positions of its images in the source of ``reader``.
+    """
+
+    name: str
+    reader: ViewReader
+    views: tuple[int, ...]
+    shards: Sequence[Sequence[int]]
+    plan_sha256: str
+
+    @property
+    def source(self) -> ImageSource:
+        """The images of the split."""
+        return self.reader.source
+
+    @property
+    def num_labels(self) -> int:
+        """The number of views to label."""
+        return len(self.source) * len(self.views)
+
+    def planned(self, number: int) -> PlannedShard:
+        """Return the description of a shard; a centre crop is stored as view 0 of its image."""
+        first = self.views[0] if self.name == "train" else 0
+        return PlannedShard(
+            self.name, number, range(first, first + len(self.views)), self.shards[number]
+        )
+
+
+def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
+    """Open the images to label by split, validation first. Raises as open_images."""
+    train = open_images(config, config.data_dir, config.split)
+    val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
+    return {"train": train} if val is None else {"val": val, "train": train}
+
+
+def make_plan(
+    config: PrecomputeConfig,
+    sources: dict[str, ImageSource],
+    annotator: Annotator,
+    described: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return everything that determines the labels, as JSON: equal plans give equal labels.
+
+    ``described`` are the teachers, see ``teachers.build``. Raises ConfigError as plan_shards.
+    """
+    views = {
+        "train": {**RECIPE, "seed": config.view_seed},
+        "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
+    }
+    shards = plan_shards(config, sources)
+    return {
+        **shards,
+        "format": label_set.FORMAT,
+        "classes": list(sources["train"].classes),
+        "teachers": described,
+        "ensemble": "mean of softmax",
+        "precision": annotator.runtime.precision,
+        "img_size": config.img_size,
+        "interpolation": interpolation(config.resize),
+        "probe_sha256": probe_sha256(config.resize),
+        "labels": annotator.encoding.plan(),
+        "roles": {
+            name: {
+                **shards["roles"][name],
+                "split": source.split,
+                "data_sha256": fingerprint(source),
+                "views": views[name],
+            }
+            for name, source in sources.items()
+        },
+    }
+
+
+def plan_shards(config: PrecomputeConfig, sources: dict[str, ImageSource]) -> dict[str, Any]:
+    """Return the part of a plan that needs no teacher: images and shards.
+
+    ``label_set.planned_shards`` reads it. Raises ConfigError if --shard-size has no effect.
+    """
+    num_views = {"train": config.num_views, "val": 1}
+    return {
+        "format_version": label_set.FORMAT_VERSION,
+        **_shard_size(config, list(sources.values())),
+        "roles": {
+            name: {
+                "num_images": len(source),
+                "num_views": num_views[name],
+                **_shard_sizes(source),
+            }
+            for name, source in sources.items()
+        },
+    }
+
+
+def _shard_size(config: PrecomputeConfig, sources: list[ImageSource]) -> dict[str, int]:
+    """Return the size of shards that do not follow tar files."""
+    if any(source.shard_starts is None for source in sources):
+        return {"shard_size": config.shard_size or DEFAULT_SHARD_SIZE}
+    if config.shard_size is not None:
+        raise ConfigError(
+            "--shard-size has no effect on tar shards: each tar file gets its own shard of labels"
+        )
+    return {}
+
+
+def _shard_sizes(source: ImageSource) -> dict[str, list[int]]:
+    """Return the number of images in each shard, for shards that follow tar files."""
+    if source.shard_starts is None:
+        return {}
+    ends = [*source.shard_starts, len(source)]
+    return {"shard_sizes": [b - a for a, b in itertools.pairwise(ends)]}
+
+
+def splits_of(
+    config: PrecomputeConfig, sources: dict[str, ImageSource], plan: dict[str, Any]
+) -> list[LabelSplit]:
+    """Return the splits to label, validation first, with the shards of the plan."""
+    views = {"val": (CENTRE,), "train": tuple(range(config.num_views))}
+    drawn = DrawnViews(config.view_seed)
+    planned = label_set.planned_shards(plan)
+    splits = []
+    for name, source in sources.items():
+        reader = ViewReader(source, img_size=config.img_size, views=drawn, resize=config.resize)
+        shards = [s.images for s in planned if s.role == name and s.images is not None]
+        splits.append(LabelSplit(name, reader, views[name], shards, json_sha256(plan)))
+    return splits
+
+
+def batch_requests(
+    positions: Sequence[int], views: Sequence[int], batch_size: int
+) -> list[BatchRequest]:
+    """Return requests for the views of images, exactly ``batch_size`` views each, the last fewer.
+
+    The views of an image follow each other and continue in the next request if one is full.
+    """
+    num_views = len(views)
+    total = len(positions) * num_views
+    requests = []
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        requests.append(
+            [
+                (positions[image], tuple(views[max(0, start - first) : stop - first]))
+                for image in range(start // num_views, -(-stop // num_views))
+                for first in (image * num_views,)
+            ]
+        )
+    return requests

@@ -1,0 +1,143 @@
+"""Several processes of one command on this computer, each one a job of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
+from pipeline import environment, logs
+from pipeline.config import Jobs
+from pipeline.labelling.jobs import Job
+from pipeline.runtime import StopFlag, gpu_of, stop_on_signal
+
+_POLL_INTERVAL_S = 0.1
+_STOPPED = "stopped; complete shards are kept: run the same command again to continue"
+
+
+def run_workers(command: list[str], config: Jobs, job: Job) -> int:
+    """Run `mealv2 COMMAND` in --num-procs processes; return how many shards they made.
+
+    Their messages are prefixed with the number of the process. Ctrl-C and SIGTERM are passed on to
+    them; then this process ends as each of them does: by StoppedError or by the signal. Raises
+    MealError, after all have ended, if one failed; the shards that were made are kept.
+    """
+    with tempfile.TemporaryDirectory(prefix="mealv2-") as folder:
+        workers = [
+            _Worker(command, config, job, number, Path(folder))
+            for number in range(config.num_procs)
+        ]
+        with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop, ExitStack() as stack:
+            for worker in workers:
+                stack.enter_context(worker)
+            _wait(workers, stop)
+        if stop.signal_name == "SIGTERM":
+            logs.say(f"mealv2: {len(workers)} processes {_STOPPED}")
+            signal.raise_signal(signal.SIGTERM)  # schedulers requeue jobs that a signal killed
+        if stop.signal_name is not None:
+            raise StoppedError(f"{len(workers)} processes {_STOPPED}")
+        _check_exit_codes(workers)
+        return sum(worker.num_shards_made() for worker in workers)
+
+
+def _wait(workers: "list[_Worker]", stop: StopFlag) -> None:
+    """Wait until all processes have ended, and pass a signal on to each."""
+    is_signalled = False
+    logged: set[int] = set()
+    for worker in workers:
+        while worker.process.poll() is None:
+            for other in workers:
+                if other.process.poll() and other.number not in logged:
+                    logged.add(other.number)
+                    logs.say(f"{other.exit_text()}; the others continue")
+            if stop.signal_name is not None and not is_signalled:
+                is_signalled = True
+                for other in workers:
+                    other.process.send_signal(signal.Signals[stop.signal_name])
+            try:
+                worker.process.wait(_POLL_INTERVAL_S)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _check_exit_codes(workers: "list[_Worker]") -> None:
+    """Raise MealError if a process failed; of the kind of its exit code if all failed alike."""
+    failed = [worker for worker in workers if worker.process.returncode]
+    if not failed:
+        return
+    codes = {worker.process.returncode for worker in workers}
+    kinds: dict[int, type[MealError]] = {2: ConfigError, 3: LabelSetError}
+    kind = kinds.get(codes.pop(), MealError) if len(codes) == 1 else MealError
+    raise kind(
+        f"{len(failed)} of {len(workers)} processes failed "
+        f"({', '.join(worker.exit_text() for worker in failed)}); complete shards are kept: run "
+        "the same command again to continue"
+    )
+
+
+class _Worker:
+    """A process that starts at the beginning of a block and has ended at its end."""
+
+    def __init__(
+        self, command: list[str], config: Jobs, job: Job, number: int, folder: Path
+    ) -> None:
+        self.number = number
+        self._report = folder / f"{number}.report"
+        settings = config.as_json() | {
+            # part `number` of the shards of this job, however other jobs divide theirs
+            "job_index": job.index + number * job.count,
+            "num_jobs": job.count * config.num_procs,
+            "num_procs": 1,
+        }
+        if config.device == "auto":
+            settings["device"] = gpu_of(number) or "auto"
+        path = folder / f"{number}.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        self._command = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
+        self._environment = environment.of_processes(config.num_procs)
+
+    def __enter__(self) -> "_Worker":
+        with self._report.open("wb") as report:
+            self.process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=self._environment,
+                process_group=0,  # the Ctrl-C of a terminal reaches it once, through this process
+            )
+        assert self.process.stderr is not None
+        self._relay = threading.Thread(target=_relay, args=(self.process.stderr, self.number))
+        self._relay.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:  # the block ended by an error
+            self.process.terminate()
+            self.process.wait()
+        self._relay.join()
+
+    def num_shards_made(self) -> int:
+        """Return how many shards it made, from its report."""
+        last = self._report.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        return int(json.loads(last)["shards_made"])
+
+    def exit_text(self) -> str:
+        """Return how it ended: its number, and its exit code or signal."""
+        code = self.process.returncode
+        status = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return f"process {self.number}: {status}"
+
+
+def _relay(stream: IO[str], number: int) -> None:
+    with stream:
+        for line in filter(str.strip, stream):
+            logs.say(f"[{number}] {line.rstrip()}")
