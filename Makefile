@@ -37,10 +37,10 @@ demo: $(VENV)/.done  ## the whole story on scikit-learn's digits, a few minutes 
 	$(MEALV2) demo --seeds $(SEEDS) $(ARGS)
 
 pack: $(VENV)/.done  ## re-pack the JPEGs of DATA into PACKED without loss, for faster views (needs jpegtran)
-	$(MEALV2) pack --data-dir '$(DATA)' --out '$(PACKED)' $(ARGS)
+	$(MEALV2) pack --data-dir '$(DATA)' --output '$(PACKED)' $(ARGS)
 
 precompute: $(VENV)/.done  ## stage one: label DATA with TEACHERS into LABELS
-	$(MEALV2) precompute --data-dir '$(DATA)' --teacher '$(TEACHERS)' --num-views $(VIEWS) --out '$(LABELS)' $(ARGS)
+	$(MEALV2) precompute --data-dir '$(DATA)' --teacher '$(TEACHERS)' --num-views $(VIEWS) --output '$(LABELS)' $(ARGS)
 
 distill: $(VENV)/.done  ## stage two: train STUDENT on DATA from LABELS into OUT
 	$(MEALV2) distill --data-dir '$(DATA)' --labels '$(LABELS)' --model '$(STUDENT)' --output '$(OUT)' $(ARGS)

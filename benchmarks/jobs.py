@@ -54,7 +54,7 @@ ARMS = {
 
 def label(folder: Path, out: Path, arm: Arm, *, num_views: int) -> float:
     """Run the command; return its seconds."""
-    words = ["precompute", "--data-dir", folder / "data", "--out", out, "--workers", 0]
+    words = ["precompute", "--data-dir", folder / "data", "--output", out, "--workers", 0]
     words += ["--teacher", f"{TEACHER}={folder / 'teacher'}", "--val-split", "none"]
     words += ["--num-views", num_views, "--shard-size", SHARD_SIZE, "--batch-size", BATCH_SIZE]
     words += ["--num-procs", arm.num_procs]

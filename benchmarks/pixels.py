@@ -79,7 +79,7 @@ def compare_labels(demo: Path, folder: Path) -> None:
     runtime.use_one_thread()
     config = PrecomputeConfig(
         data_dir=demo / "data",
-        out=folder / "torch",
+        output=folder / "torch",
         teacher=tuple(f"{name}={demo / f'teacher-{name}'}" for name in TEACHERS),
         img_size=IMG_SIZE,
         num_views=NUM_VIEWS,
@@ -88,7 +88,7 @@ def compare_labels(demo: Path, folder: Path) -> None:
         workers=0,
     )
     for resize in RESIZES:
-        precompute.run(replace(config, out=folder / resize, exact_pil=resize == "pil"))
+        precompute.run(replace(config, output=folder / resize, exact_pil=resize == "pil"))
     rows = []
     for role in ("train", "val"):
         sets = {resize: LabelSet.open(folder / resize, role=role) for resize in RESIZES}

@@ -116,13 +116,13 @@ class Bench:
         """Make a label set, by the teachers or from another one; nothing where it is there."""
         source, settings = SETS[name]
         if source is not None:
-            folders = {"labels": self.labels(source), "out": self.labels(name)}
+            folders = {"labels": self.labels(source), "output": self.labels(name)}
             convert.run(LabelsConvertConfig(**folders, **settings))
             return
         precompute.run(
             PrecomputeConfig(
                 data_dir=self.data,
-                out=self.labels(name),
+                output=self.labels(name),
                 teacher=tuple(f"{n}={self.demo / f'teacher-{n}'}" for n in TEACHERS),
                 num_views=self.epochs,
                 img_size=IMG_SIZE,

@@ -56,7 +56,7 @@ def main() -> None:
         precompute.run(
             PrecomputeConfig(
                 data_dir=data,
-                out=options.out / f"labels-{name}",
+                output=options.out / f"labels-{name}",
                 teacher=teachers,
                 img_size=IMG_SIZE,
                 workers=0,

@@ -106,11 +106,11 @@ class ImageFolder(AnyOrder):
         self.folder = Path(root) / split
         self.split = split
         pack_index = finished_index(self.folder)
-        class_folders = _class_folders(self.folder)
-        self.classes = [name for name, _ in class_folders]
+        folders = class_folders(self.folder)
+        self.classes = [name for name, _ in folders]
         rows = [
             (key, class_id, size, path)
-            for class_id, (_, class_folder) in enumerate(class_folders)
+            for class_id, (_, class_folder) in enumerate(folders)
             for key, size, path in _images_of(self.folder, class_folder)
         ]
         rows.sort(key=lambda row: row[0])
@@ -183,14 +183,19 @@ def walk_images(folder: Path) -> Iterator[Path]:
                 yield Path(where, name)
 
 
-def _class_folders(folder: Path) -> list[tuple[str, Path]]:
-    """List (class name, its folder), sorted by name; names are in Unicode's composed form."""
+def class_folders(folder: Path) -> list[tuple[str, Path]]:
+    """List (class name, its folder) of a split; names are sorted and in Unicode's composed form.
+
+    Raises ConfigError for a missing folder, or one without class folders.
+    """
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
+        there = f"folders in {folder.parent}: {there}"
+        if not folder.parent.is_dir():
+            there = f"there is no folder {folder.parent}"
         raise ConfigError(
             f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
-            "tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar "
-            f"(folders in {folder.parent}: {there})"
+            f"tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({there})"
         )
     found = sorted(
         (_key_of(path, folder), path)

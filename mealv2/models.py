@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import canonical_json, write_whole
 from mealv2.released import MEAN, NAMES, STD, by_file, download, find
-from mealv2.weights import WEIGHTS_NAME, find_checkpoint, load_weights
+from mealv2.weight_files import WEIGHTS_NAME, find_checkpoint
+from mealv2.weights import load_weights
 
 CONFIG_NAME = "config.json"
 _METADATA_KEY = "mealv2"

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from mealv2.errors import ConfigError
 from mealv2.files import parse_json
 from mealv2.packed_tars import TarPack
-from mealv2.tar_index import SUFFIX as INDEX_SUFFIX
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MOST_FILES = 100_000
+INDEX_SUFFIX = ".index"  # of the file next to a tar file that lists its images
 CLASS_FILES = ("classes.txt", "classes.json")
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from mealv2.errors import DataError
 from mealv2.files import write_whole
 from mealv2.formats import AGAIN, checked_json
+from mealv2.tar_files import INDEX_SUFFIX
 
-SUFFIX = ".index"
+SUFFIX = INDEX_SUFFIX
 FORMAT = "mealv2-tar-index"
 FORMAT_VERSION = 1
 _OWN_SHA256 = re.compile(rb'"index_sha256":"([0-9a-f]{64})"')

@@ -1,4 +1,4 @@
-"""Reading weights: where a checkpoint lies, and its tensors by plain keys."""
+"""Reading weights: the tensors of a checkpoint by plain keys."""
 
 import argparse
 import re
@@ -13,26 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError
-
-WEIGHTS_NAME = "model.safetensors"
-EXPORT_FOLDER = "student"  # where a run folder keeps the model it trained
+from mealv2.weight_files import find_checkpoint
 
 # Where others keep the weights in a checkpoint; the first there is counts, averages before the rest
 # as in timm.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the weights file that a path means: itself, or the model of a run or model folder."""
-    candidates = (
-        [path / EXPORT_FOLDER / WEIGHTS_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path]
-    )
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    looked = " or ".join(str(candidate) for candidate in candidates)
-    raise ConfigError(f"no checkpoint at {path} (looked for {looked})")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class Compiler:
         cause = getattr(error, "inner_exception", error)  # torch wraps what its back end raises
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = lines[0] if lines else type(cause).__name__
-        logs.say(f"--compile: this machine cannot compile ({reason}); computing without")
+        logs.say(f"--torchcompile: this machine cannot compile ({reason}); computing without")
 
 
 class Compiled:

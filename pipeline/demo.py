@@ -17,7 +17,13 @@ from PIL import Image
 from mealv2.errors import ConfigError
 from mealv2.files import read_json
 from pipeline import distill, finetune, logs, precompute, runtime
-from pipeline.config import DemoConfig, DistillConfig, FinetuneConfig, PrecomputeConfig
+from pipeline.config import (
+    DemoConfig,
+    DistillConfig,
+    FinetuneConfig,
+    PrecomputeConfig,
+    current_names,
+)
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME
 
@@ -67,7 +73,7 @@ class Story:
 
     def label(self, settings: PrecomputeConfig) -> None:
         """Do stage one, as far as it is not done."""
-        logs.say(f"\n== labels: {settings.out}")
+        logs.say(f"\n== labels: {settings.output}")
         began = time.monotonic()
         # all of it, also where the environment says that this is one of several jobs
         report = precompute.run(replace(settings, job_index=0, num_jobs=1))
@@ -101,7 +107,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             FinetuneConfig(
                 **base,
                 model=name,
-                split="teacher-train",
+                train_split="teacher-train",
                 pretrained=False,
                 img_size=IMG_SIZE,
                 epochs=TEACHER_EPOCHS,
@@ -117,7 +123,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     story.label(
         PrecomputeConfig(
             data_dir=story.data,
-            out=labels,
+            output=labels,
             teacher=tuple(f"{n}={f}" for n, f in zip(TEACHERS, teachers, strict=True)),
             num_views=EPOCHS,
             img_size=IMG_SIZE,
@@ -203,7 +209,7 @@ def _finished(folder: Path, settings: FinetuneConfig | DistillConfig) -> dict[st
     if not checkpoint.exists(folder):
         return None
     asked = {**settings.as_json(), "output": None, "resume": None}
-    kept = read_json(folder / "config.json")
+    kept = current_names(type(settings), read_json(folder / "config.json"))
     free = ("workers", "device")
     if any(kept.get(name) != value for name, value in asked.items() if name not in free):
         raise ConfigError(f"{folder} holds a run with other settings; give another --output")

@@ -21,7 +21,7 @@ import mealv2
 from mealv2.errors import ConfigError, MealError
 from mealv2.files import TEMPORARY_PREFIX, canonical_json, file_sha256, write_whole
 from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
-from mealv2.weights import EXPORT_FOLDER, find_checkpoint
+from mealv2.weight_files import EXPORT_FOLDER, find_checkpoint
 from pipeline import logs, model_card
 from pipeline.config import ExportConfig
 
@@ -60,7 +60,7 @@ class Subject:
 
 def run(config: ExportConfig) -> dict[str, Any]:
     """Export; return the report. Raises MealError and OSError."""
-    out = config.out or _usual_place(config)
+    out = config.output or _usual_place(config)
     as_file = config.to in TOLERANCES
     _refuse_existing(out, as_file=as_file)
     if config.to == "onnx":
@@ -93,7 +93,7 @@ def _usual_place(config: ExportConfig) -> Path:
 def _refuse_existing(out: Path, *, as_file: bool) -> None:
     """Raise ConfigError for what is there already; an empty folder may become the new one."""
     if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is already there; remove it, or give another --out")
+        raise ConfigError(f"{out} is already there; remove it, or give another --output")
 
 
 def _load(path: Path) -> Subject:

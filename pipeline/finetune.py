@@ -20,7 +20,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
-    source = open_images(config, config.data_dir, config.split)
+    source = open_images(config, config.data_dir, config.train_split)
     val = open_split(config, config.data_dir, config.val_split, classes=source.classes)
     seed_everything(config.seed)
     student = create_student(config, classes=source.classes, img_size=config.img_size)

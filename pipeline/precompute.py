@@ -52,7 +52,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
 
     # Claiming writes the plan into an empty folder, or checks that the folder has this plan.
     began = time.monotonic()
-    store = store_at(config, config.out)
+    store = store_at(config, config.output)
     store.claim(plan)
     if job.is_part:  # `mealv2 labels finish` writes the manifest after the last job
         return jobs.label_part(job, splits, annotator, store, workers=config.workers)
@@ -83,7 +83,7 @@ def _run_in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]
     """Label in several processes, each a job; then write the manifest unless this is a job too."""
     began = time.monotonic()
     num_made = workers.run_workers(["precompute"], config, job)
-    store = store_at(config, config.out)
+    store = store_at(config, config.output)
     if job.is_part:
         return jobs.job_report(job, store, num_made, began)
     plan = label_set.read_plan(store.folder)
@@ -135,10 +135,10 @@ def _estimate(
         f"{logs.size_of(peak_bytes)}"
     )
     timing.say_limit(sample)
-    if isinstance(config.out, Path):
-        free = shutil.disk_usage(_existing(config.out)).free
+    if isinstance(config.output, Path):
+        free = shutil.disk_usage(_existing(config.output)).free
         if free < num_bytes:
-            logs.say(f"only {logs.size_of(free)} are free at {config.out}")
+            logs.say(f"only {logs.size_of(free)} are free at {config.output}")
     return {
         "dry_run": True,
         "images": len(train.source),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier, Preprocessing, create_classifier, read_metadata
 from mealv2.released import find
-from mealv2.weights import find_checkpoint
+from mealv2.weight_files import find_checkpoint
 from pipeline.config import DEFAULT_IMG_SIZE, ReadyModel
 
 

@@ -258,12 +258,16 @@ def done() -> Callable[..., Result]:
 
 @pytest.fixture
 def config_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A function: the config that ``mealv2 ARGS`` hands to its stage, which does not run."""
+    """A function: the config that ``mealv2 ARGS`` hands to its stage, which does not run.
+
+    Its paths need not exist.
+    """
 
     def run(*args: object) -> Any:
         caught: list[Any] = []
         name = " ".join(map(str, args[: 2 if args[0] == "labels" else 1]))
         monkeypatch.setattr(f"{cli.module_of(name)}.run", caught.append)
+        monkeypatch.setattr("pipeline.command_line.paths.check_paths", lambda config, **_: None)
         result = _run_cli(*args)
         assert result.code == 0, result.stderr
         return caught[0]
@@ -273,7 +277,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def plain_precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str]:
-    """Stage one on the tree, all but --out and how labels are kept."""
+    """Stage one on the tree, all but --output and how labels are kept."""
     settings = {
         "--data-dir": data_dir,
         "--img-size": IMG_SIZE,
@@ -289,7 +293,7 @@ def plain_precompute_flags(data_dir: Path, teacher_flags: list[str]) -> list[str
 
 @pytest.fixture(scope="session")
 def precompute_flags(plain_precompute_flags: list[str], teacher_flags: list[str]) -> list[str]:
-    """The same with values kept as they are, all but --out; flags given after these win."""
+    """The same with values kept as they are, all but --output; flags given after these win."""
     place = len(plain_precompute_flags) - len(teacher_flags)
     return [*plain_precompute_flags[:place], *FORMS["float16"], *teacher_flags]
 
@@ -302,7 +306,7 @@ def labels_dir(
 ) -> Path:
     """A finished label set of the tree: 4 views, top 2 of 3 classes, float16. Not to be changed."""
     out = tmp_path_factory.mktemp("labels") / "set"
-    done(*precompute_flags, "--out", out)
+    done(*precompute_flags, "--output", out)
     return out
 
 
@@ -318,7 +322,7 @@ def labels_of(
     def make(form: str, *, logits: bool = False) -> Path:
         out = tmp_path_factory.mktemp("labels") / "set"
         flags = [*FORMS[form], *(["--store-logits"] if logits else [])]
-        done(*plain_precompute_flags, *flags, "--out", out)
+        done(*plain_precompute_flags, *flags, "--output", out)
         return out
 
     return make

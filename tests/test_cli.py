@@ -22,6 +22,7 @@ import mealv2
 from conftest import Result
 from mealv2 import recipes
 from pipeline import config as configs
+from pipeline.command_line import options, settings
 
 Run = Callable[..., Result]
 ROOT = Path(cli.__file__).resolve().parent
@@ -33,11 +34,7 @@ def _words(config: str) -> str:
     return f"{first} {'-'.join(others)}".strip().lower()
 
 
-CONFIGS = {
-    _words(name): kind
-    for name, kind in vars(configs).items()
-    if name.endswith("Config") and name != "TrainConfig"
-}
+CONFIGS = cli.COMMANDS
 COMMANDS = sorted(CONFIGS)
 OTHERS = ["recipes"]  # commands that are no stage
 GROUPS = {"labels": 10, "slurm": 3}  # with so many commands each
@@ -55,6 +52,12 @@ def _command(name: str) -> click.Command:
 
 
 def test_there_is_a_command_for_every_config() -> None:
+    named = {
+        _words(name): kind
+        for name, kind in vars(configs).items()
+        if name.endswith("Config") and name != "TrainConfig"
+    }
+    assert named == CONFIGS
     there = [*cli.cli.commands]
     for name, size in GROUPS.items():
         group = _command(name)
@@ -101,7 +104,7 @@ def test_python_cli_py_is_the_same_command() -> None:
         subprocess.run([*command, "distill", "--help"], capture_output=True, text=True, check=True)
         for command in commands
     ]
-    assert said[0].stdout.split("Options:")[1] == said[1].stdout.split("Options:")[1]
+    assert said[0].stdout.split("Required:")[1] == said[1].stdout.split("Required:")[1]
 
 
 def test_help_names_every_command_and_the_exit_codes(done: Run) -> None:
@@ -129,10 +132,20 @@ def test_the_module_is_the_command() -> None:
 
 def _entries(text: str) -> dict[str, str]:
     """Return what --help says of each option, by its long flag, in one line."""
-    options = text.split("\nOptions:\n")[1].split("\n\n")[0]
-    blocks = re.split(r"\n(?=  (?:-\w, )?--)", "\n" + options)[1:]
-    flat = [re.sub(r"-\n +", "-", block) for block in blocks]
-    return {re.search(r"--[\w-]+", block)[0]: " ".join(block.split()) for block in flat}
+    listed = [entry for options in _sections(text).values() for entry in options]
+    return {re.search(r"--[\w-]+", entry)[0]: entry for entry in listed}
+
+
+def _sections(text: str) -> dict[str, list[str]]:
+    """Return what --help says under each heading: an entry per option, in one line."""
+    headings = "|".join(options.SECTIONS)
+    found = re.findall(rf"^({headings}):\n((?:  .*\n?)+)", text, flags=re.MULTILINE)
+    sections = {}
+    for heading, body in found:
+        blocks = re.split(r"\n(?=  (?:-\w, )?--)", "\n" + body)[1:]
+        flat = [re.sub(r"-\n +", "-", block) for block in blocks]
+        sections[heading] = [" ".join(block.split()) for block in flat]
+    return sections
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -152,11 +165,139 @@ def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run,
         if default is dataclasses.MISSING:
             assert text.endswith("[required]"), text
             continue
+        if need := field.metadata["need"]:
+            assert text.endswith(f"[{need}]"), text
+            continue
         if isinstance(default, bool):
             shown = flag[2:] if default else f"no-{flag[2:]}"
         else:
             shown = f"({field.metadata['shown']})" if field.metadata["shown"] else str(default)
         assert text.endswith(f"[default: {shown}]"), text
+
+
+def test_help_of_distill_groups_options_and_begins_with_what_is_required(done: Run) -> None:
+    sections = _sections(done("distill", "--help").stdout)
+    assert list(sections) == [
+        "Required",
+        "Labels",
+        "Data",
+        "Views",
+        "Model",
+        "Optimisation",
+        "Loss",
+        "Run and checkpoints",
+        "Hardware",
+        "Other",
+    ]
+    flags = {
+        name: [re.search(r"--[\w-]+", e)[0] for e in found] for name, found in sections.items()
+    }
+    assert flags["Required"] == ["--data-dir", "--model", "--labels", "--online"]
+    assert all("required" in entry for entry in sections["Required"])
+    assert flags["Other"] == ["--config", "--help"]
+    assert {"--lr", "--sched", "--decay-milestones"} <= set(flags["Optimisation"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_group_and_required_ones_come_first(name: str) -> None:
+    fields = [f for f in dataclasses.fields(CONFIGS[name]) if not f.metadata.get("positional")]
+    assert all(field.metadata["group"] in options.SECTIONS for field in fields)
+    listed = _sections(_command(name).get_help(click.Context(_command(name))))
+    required = [f for f in fields if f.default is dataclasses.MISSING or f.metadata["need"]]
+    assert len(listed.get("Required", [])) == len(required)
+    assert not required or next(iter(listed)) == "Required"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_hides_the_old_spellings(done: Run, name: str) -> None:
+    text = done(*name.split(), "--help").stdout
+    for field in dataclasses.fields(CONFIGS[name]):
+        for alias in configs.aliases_of(field):
+            assert not re.search(rf"{configs.flag(alias)}\b(?!-)", text)
+
+
+OLD_NAMES = [
+    pytest.param(name, alias, field, id=f"{name}-{alias}")
+    for name, kind in CONFIGS.items()
+    for field in dataclasses.fields(kind)
+    for alias in configs.aliases_of(field)
+]
+
+
+def test_the_renamed_flags_keep_their_old_spelling() -> None:
+    renamed = {(p.values[1], p.values[2].name) for p in OLD_NAMES}
+    assert renamed == {
+        ("compile", "torchcompile"),
+        ("json", "results_file"),
+        ("lr_milestones", "decay_milestones"),
+        ("out", "output"),
+        ("role", "split"),
+        ("split", "train_split"),
+    }
+
+
+@pytest.mark.parametrize(("name", "alias", "field"), OLD_NAMES)
+def test_an_old_spelling_sets_the_same_setting_and_the_last_one_given_wins(
+    name: str, alias: str, field: dataclasses.Field[Any]
+) -> None:
+    (option,) = (p for p in _command(name).params if p.name == field.name)
+    values = ["default", "max-autotune"] if alias == "compile" else ["1", "2"]
+    values = ["val", "train"] if alias == "role" else values
+    old, new = configs.flag(alias), configs.flag(field.name)
+    assert option.opts[0] == new
+
+    def value(*words: str) -> Any:
+        return (
+            _command(name)
+            .make_context(name, list(words), resilient_parsing=True)
+            .params[field.name]
+        )
+
+    assert value(old, values[0]) == value(new, values[0])
+    if option.multiple:
+        assert value(old, values[0], new, values[1]) == (1, 2)
+    else:
+        assert value(old, values[0], new, values[1]) == value(new, values[1])
+        assert value(new, values[0], old, values[1]) == value(new, values[1])
+
+
+def test_an_error_names_the_spelling_of_today(run_cli: Run) -> None:
+    result = run_cli("distill", "--decay-milestones", "x")
+    assert result.code == 2
+    assert "--decay-milestones" in result.stderr
+    assert "--lr-milestones" not in result.stderr
+
+
+def test_a_config_file_may_use_old_names(config_of: Run, run_cli: Run, tmp_path: Path) -> None:
+    settings = {"lr_milestones": [3], "compile": "default", "split": "train", "online": True}
+    settings |= {"teacher": ["a"], "model": "m", "data_dir": "d"}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    found = config_of("distill", "--config", tmp_path / "c.json")
+    assert (found.decay_milestones, found.torchcompile) == ((3,), "default")
+    assert found.train_split == "train"
+    (tmp_path / "c.json").write_text(json.dumps(settings | {"decay_milestones": [4]}))
+    result = run_cli("distill", "--config", tmp_path / "c.json")
+    _said_in_one_line(result, 2, "'lr_milestones' is the old name of 'decay_milestones'")
+
+
+def test_a_run_with_old_names_can_be_resumed(config_of: Run, run_cli: Run, tmp_path: Path) -> None:
+    settings = {"lr_milestones": [3], "compile": "default", "model": "m", "data_dir": "/d"}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"labels": "/l"}))
+    found = config_of("distill", "--resume", tmp_path, "--decay-milestones", 3)
+    assert (found.decay_milestones, found.torchcompile) == ((3,), "default")
+    result = run_cli("distill", "--resume", tmp_path, "--lr-milestones", 4)
+    _said_in_one_line(result, 2, "--decay-milestones (4,) contradicts the run")
+
+
+def test_a_recipe_may_use_old_names(config_of: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.load("resnet18")
+    settings = {
+        "lr_milestones" if n == "decay_milestones" else n: v for n, v in recipe.distill.items()
+    }
+    old = dataclasses.replace(recipe, distill=settings)
+    monkeypatch.setattr(recipes, "load", lambda name: old)
+    found = config_of("distill", "--recipe", "resnet18", "--data-dir", "d", "--labels", "l")
+    assert found.decay_milestones == (100,)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -236,8 +377,8 @@ def test_every_setting_is_reachable_as_a_flag(
         raise ReachedError
 
     monkeypatch.setattr(CONFIGS[name], "from_json", catch)
-    for name_of in ("_resumed", "_with_recipe"):
-        monkeypatch.setattr(cli, name_of, lambda values, context: values)
+    for name_of in ("with_run", "with_recipe"):
+        monkeypatch.setattr(settings, name_of, lambda config, values, context: values)
     (option,) = (p for p in _command(name).params if p.name == field.name)
     flag = configs.flag(field.name)
     is_switch = isinstance(option, click.Option) and option.is_flag
@@ -259,21 +400,23 @@ def test_every_setting_is_reachable_as_a_flag(
 
 def test_defaults_stand_in_config_alone() -> None:
     """No option is written out in cli.py, and no stage has a default of its own."""
-    tree = ast.parse((ROOT / "cli.py").read_text())
+    parts = [ROOT / "cli.py", *(ROOT / "pipeline" / "command_line").glob("*.py")]
     flags = {
         node.value
-        for node in ast.walk(tree)
+        for path in parts
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and re.fullmatch("--[a-z-]+", node.value)
     }
-    assert flags <= {"--batch-size", "--workers", "--help", "--config"}  # short names, and its own
+    assert flags <= {"--help", "--config", "--no-"}
     found = [
         f"{path.name}: {line.strip()}"
         for path in [
             ROOT / "cli.py",
             *(ROOT / "pipeline").glob("*.py"),
             *(ROOT / "pipeline" / "label_sets").glob("*.py"),
+            *(ROOT / "pipeline" / "command_line").glob("*.py"),
         ]
         for line in path.read_text().splitlines()
         if re.match(r"_?[A-Z_]*DEFAULT[A-Z_]*\b.*=", line)
@@ -304,7 +447,7 @@ def test_config_file_for_stage_one_is_read_and_flags_go_before_it(
         "val_split": None,
     }
     (tmp_path / "c.json").write_text(json.dumps(settings))
-    flags = ["--config", tmp_path / "c.json", "--shard-size", 10, "--out", tmp_path / "labels"]
+    flags = ["--config", tmp_path / "c.json", "--shard-size", 10, "--output", tmp_path / "labels"]
     done("precompute", *flags)
     assert contents(tmp_path / "labels") == contents(labels_dir)
 
@@ -355,7 +498,7 @@ def test_flags_go_before_config_before_recipe_before_default(
     assert found.lr == 0.25  # the flag's, against both
     assert (found.momentum, found.data_dir) == (0.5, Path("elsewhere"))  # the file's
     assert (found.model, found.discriminator) == ("resnet18.tv_in1k", "official")  # the recipe's
-    assert found.lr_milestones == (100,)
+    assert found.decay_milestones == (100,)
     assert found.workers == configs.DistillConfig.workers  # nobody's
 
 
@@ -377,8 +520,8 @@ def test_teachers_of_a_recipe_are_for_precompute_and_for_distill_online(config_o
 
     cached = config_of("distill", *given, "--labels", "labels")
     online = config_of("distill", *given, "--online")
-    label = config_of("precompute", *given, "--out", "labels")
-    other = config_of("precompute", *given, "--out", "labels", "--teacher", "resnet18.tv_in1k")
+    label = config_of("precompute", *given, "--output", "labels")
+    other = config_of("precompute", *given, "--output", "labels", "--teacher", "resnet18.tv_in1k")
 
     assert (cached.teacher, cached.img_size) == ((), None)
     assert (online.teacher, online.img_size) == (teachers, 380)
@@ -389,7 +532,7 @@ def test_teachers_of_a_recipe_are_for_precompute_and_for_distill_online(config_o
 @pytest.mark.parametrize("command", ["precompute", "distill"])
 def test_without_a_recipe_nothing_is_filled_in(config_of: Run, command: str) -> None:
     rest = {
-        "precompute": ["--teacher", "resnet18.tv_in1k", "--out", "o"],
+        "precompute": ["--teacher", "resnet18.tv_in1k", "--output", "o"],
         "distill": ["--model", "resnet18.tv_in1k", "--labels", "l"],
     }[command]
     found = config_of(command, "--data-dir", "d", *rest)
@@ -419,13 +562,16 @@ def test_flag_sets_aside_what_has_no_meaning_beside_it(
 
 def test_what_a_recipe_can_be_set_aside_for_exists() -> None:
     fields = {field.name for field in dataclasses.fields(configs.DistillConfig)}
-    assert fields >= {*cli.SET_ASIDE, *(name for names in cli.SET_ASIDE.values() for name in names)}
+    dropped = settings.DROPPED
+    assert fields >= {*dropped, *(name for names in dropped.values() for name in names)}
 
 
 def test_a_run_of_a_recipe_keeps_its_name_and_repeats_from_its_config(
     done: Run, config_of: Run, run_cli: Run, distill_flags: list[str], tmp_path: Path
 ) -> None:
-    done(*distill_flags, "--recipe", "resnet18", "--lr-milestones", 1, "--output", tmp_path / "r")
+    done(
+        *distill_flags, "--recipe", "resnet18", "--decay-milestones", 1, "--output", tmp_path / "r"
+    )
     kept = json.loads((tmp_path / "r" / "config.json").read_text())
     assert kept["recipe"] == "resnet18"
     assert (kept["discriminator"], kept["mean"]) == ("official", [0.485, 0.456, 0.406])
@@ -446,7 +592,7 @@ def test_a_resumed_run_keeps_its_settings_whatever_the_recipe_says_today(
     given = ["distill", "--resume", tmp_path, "--recipe", name]
     if accepted:
         found = config_of(*given)
-        assert (found.lr, found.model, found.lr_milestones) == (0.125, "m", None)
+        assert (found.lr, found.model, found.decay_milestones) == (0.125, "m", None)
     else:
         _said_in_one_line(run_cli(*given), 2, f"--recipe {name} contradicts the run")
 
@@ -502,8 +648,8 @@ WRONG = [
     (2, "precompute", "--data-dir {tmp}/dodos", "dodos/train/dodo"),
     (2, "finetune", "--data-dir {tmp}/dodos", "dodos/train/dodo"),
     (2, "finetune", "--data-dir {tmp}/text", "text/train"),
-    (2, "finetune", "--split trian", "train, val"),
-    (2, "finetune", "--split train/ants", "no class folders"),
+    (2, "finetune", "--train-split trian", "train, val"),
+    (2, "finetune", "--train-split train/ants", "no class folders"),
     (2, "evaluate", "--checkpoint {student} --val-split vla", "data/vla"),
     # models
     (2, "distill", "--model resnet5O", "resnet50"),
@@ -529,9 +675,9 @@ WRONG = [
     (3, "distill", "--labels {tmp}/text", "text"),
     (3, "distill", "--labels {tmp}/empty", "no label set"),
     # places to write to
-    (1, "precompute", "--out {tmp}/text/labels", "text"),
-    (1, "precompute", "--out /proc/labels", "/proc/labels"),
-    (1, "distill", "--output {tmp}/text/run", "text"),
+    (2, "precompute", "--output {tmp}/text/labels", "text"),
+    (1, "precompute", "--output /proc/labels", "/proc/labels"),
+    (2, "distill", "--output {tmp}/text/run", "text"),
     (1, "finetune", "--output /proc/run", "/proc/run"),
     (2, "evaluate", "--checkpoint {student} --results-file {tmp}/text/r.csv", "text"),
     (2, "evaluate", "--checkpoint {student} --results-file {tmp}/r.xls", "--results-file"),
@@ -540,31 +686,31 @@ WRONG = [
     (3, "labels verify", "/nowhere", "no label set there"),
     (3, "labels verify", "{tmp}/empty", "no label set there"),
     (2, "labels info", "", "LABELS is required"),
-    (3, "labels merge", "{tmp}/empty {labels} --out {made}", "empty"),
-    (3, "labels convert", "{tmp}/empty --out {made}", "no label set there"),
-    (2, "labels convert", "{labels}", "--out is required"),
-    (2, "labels convert", "{labels} --rate 0.1 --out {labels}", "is the label set itself"),
-    (2, "labels convert", "{labels} --out {data}", "is no label set and not empty"),
-    (1, "labels convert", "{labels} --out {tmp}/text", "text"),
-    (1, "labels convert", "{labels} --out {tmp}/text/set", "text"),
-    (1, "labels convert", "{labels} --out /proc/set", "/proc/set"),
-    (1, "labels split", "{labels} --out {tmp}/text", "text"),
-    (1, "labels export", "{labels} --out {tmp}/text", "text"),
-    (2, "labels export", "{labels} --out {data}", "not empty"),
-    (3, "labels export", "{tmp}/empty --out {made}", "no label set there"),
-    (3, "labels import", "{tmp}/empty --data-dir {data} --out {made}", "no label files"),
-    (2, "labels import", "{tmp}/empty --data-dir /nowhere --out {made}", "/nowhere"),
-    (2, "labels import", "{tmp}/empty --out {made}", "--data-dir is required"),
+    (3, "labels merge", "{tmp}/empty {labels} --output {made}", "empty"),
+    (3, "labels convert", "{tmp}/empty --output {made}", "no label set there"),
+    (2, "labels convert", "{labels}", "--output is required"),
+    (2, "labels convert", "{labels} --rate 0.1 --output {labels}", "is the label set itself"),
+    (2, "labels convert", "{labels} --output {data}", "is no label set and not empty"),
+    (2, "labels convert", "{labels} --output {tmp}/text", "text"),
+    (2, "labels convert", "{labels} --output {tmp}/text/set", "text"),
+    (1, "labels convert", "{labels} --output /proc/set", "/proc/set"),
+    (2, "labels split", "{labels} --output {tmp}/text", "text"),
+    (2, "labels export", "{labels} --output {tmp}/text", "text"),
+    (2, "labels export", "{labels} --output {data}", "not empty"),
+    (3, "labels export", "{tmp}/empty --output {made}", "no label set there"),
+    (3, "labels import", "{tmp}/empty --data-dir {data} --output {made}", "no label files"),
+    (2, "labels import", "{tmp}/empty --data-dir /nowhere --output {made}", "/nowhere"),
+    (2, "labels import", "{tmp}/empty --output {made}", "--data-dir is required"),
     (2, "labels add-views", "{labels} --num-views 9", "--data-dir is required"),
     # batch jobs: nothing is submitted before everything was looked at
     (2, "slurm precompute", "", "FLAGS is required"),
-    (2, "slurm precompute", "--array 0 --out {made}", "--array"),
-    (2, "slurm precompute", "--data-dir {data} --out {made}", "--teacher is required"),
-    (2, "slurm precompute", "--data-dir /nowhere --teacher t --out {made}", "/nowhere/train"),
-    (2, "slurm precompute", "--data-dir {data} --teacher t --out {data}", "is no label set"),
-    (3, "slurm precompute", "--data-dir {data} --teacher t --out {labels}", "--num-views is 4"),
-    (2, "slurm precompute", "--data-dir d --teacher t --out o --job-index 1", "--job-index"),
-    (2, "slurm distill", "--data-dir d --labels l --model m", "--output is required"),
+    (2, "slurm precompute", "--array 0 --output {made}", "--array"),
+    (2, "slurm precompute", "--data-dir {data} --output {made}", "--teacher is required"),
+    (2, "slurm precompute", "--data-dir /nowhere --teacher t --output {made}", "/nowhere/train"),
+    (2, "slurm precompute", "--data-dir {data} --teacher t --output {data}", "is no label set"),
+    (3, "slurm precompute", "--data-dir {data} --teacher t --output {labels}", "--num-views is 4"),
+    (2, "slurm precompute", "--data-dir d --teacher t --output o --job-index 1", "--job-index"),
+    (2, "slurm distill", "--data-dir {data} --labels l --model m", "--output is required"),
     (2, "slurm distill", "--data-dir d --labels l --model m --epochs 0 --output o", "--epochs"),
     (2, "slurm distill", "--time '1 day' --data-dir d", "--time"),
     (2, "slurm distill", "--after finish --data-dir d", "--after"),
@@ -587,7 +733,7 @@ WRONG = [
     # settings without effect
     (2, "distill", "--discriminator off --discriminator-lr 0.1", "--discriminator-lr"),
     (2, "distill", "--discriminator off --discriminator-weight 2", "--discriminator-weight"),
-    (2, "distill", "--lr-milestones 2", "--lr-milestones 2"),
+    (2, "distill", "--decay-milestones 2", "--decay-milestones 2"),
     (2, "finetune", "--mean 0.1 0.2 0.3", "--std"),
     (2, "distill", "--pretrained", "--initial-checkpoint"),
     (2, "distill", "--amp-dtype float16", "--amp-dtype"),
@@ -621,7 +767,7 @@ def test_what_goes_wrong_is_said_in_one_line(
     added: str,
     named: str,
 ) -> None:
-    place = {"precompute": "--out", "distill": "--output", "finetune": "--output"}.get(command)
+    place = {"precompute": "--output", "distill": "--output", "finetune": "--output"}.get(command)
     made = tmp_path / "made"
     words = shlex.split(added.format(**world, made=made))
     result = run_cli(
@@ -634,7 +780,7 @@ def test_what_goes_wrong_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("command", "flag"),
     [
-        *(("precompute", flag) for flag in ("--data-dir", "--out", "--teacher")),
+        *(("precompute", flag) for flag in ("--data-dir", "--output", "--teacher")),
         *(("distill", flag) for flag in ("--data-dir", "--model")),
         *(("finetune", flag) for flag in ("--data-dir", "--model")),
         ("evaluate", "--data-dir"),
@@ -644,8 +790,8 @@ def test_required_flag_left_out_is_named(
     run_cli: Run, usual: dict[str, list[str]], command: str, flag: str
 ) -> None:
     flags = usual[command]
-    if command == "precompute" and flag != "--out":
-        flags = [*flags, "--out", "/nowhere"]
+    if command == "precompute" and flag != "--output":
+        flags = [*flags, "--output", "/nowhere"]
     while flag in flags:
         place = flags.index(flag)
         flags = [*flags[:place], *flags[place + 2 :]]

@@ -182,8 +182,8 @@ def test_labels_doc_runs_on_a_small_set(
             copy.symlink_to(path)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
     beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
-    done(*precompute_flags, "--topk", "all", "--out", "before")
-    flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--out", "soft_labels"]
+    done(*precompute_flags, "--topk", "all", "--output", "before")
+    flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--output", "soft_labels"]
     done("labels", "export", "before", *flags)
 
     said = {}

@@ -246,7 +246,7 @@ def test_stages_and_drivers_named_here_exist() -> None:
     group = {path.stem for path in (ROOT / GROUP.replace(".", "/")).glob("*.py")}
     assert {
         cli.module_of(name).rpartition(".")[2]
-        for name in cli.EXAMPLES
+        for name in cli.COMMANDS
         if name.startswith("labels ")
     } == (group - SHARED - {"__init__"})
 

@@ -70,7 +70,7 @@ def large(
         flags = [*LARGE[form], *(["--store-logits"] if logits else [])]
         data = ["--data-dir", folder / "data", "--val-split", "none", "--shard-size", 128]
         how = ["--teacher", f"test_resnet={seeded_teacher}", "--img-size", IMG_SIZE, "--workers", 0]
-        done("precompute", *data, *how, "--num-views", 3, *flags, "--out", out)
+        done("precompute", *data, *how, "--num-views", 3, *flags, "--output", out)
         return out
 
     return make

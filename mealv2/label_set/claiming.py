@@ -95,7 +95,7 @@ def _belongs_to_another(folder: Path, plan: dict[str, Any]) -> LabelSetError:
         hint += "; its views were resized to other pixels, by other versions of torch or Pillow"
     return LabelSetError(
         f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
-        f"Give another --out, or the settings it was made with{hint}"
+        f"Give another --output, or the settings it was made with{hint}"
     )
 
 

@@ -73,7 +73,7 @@ def maker_of(plan: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json; raises LabelSetError where it is missing, damaged or changed."""
     path = folder / MANIFEST_NAME
-    missing = "no label set there; give the --out of `mealv2 precompute`"
+    missing = "no label set there; give the --output of `mealv2 precompute`"
     if not path.exists() and (folder / PLAN_NAME).exists():
         again = maker_of(read_plan(folder))
         missing = f"the label set is not finished; run the same {again} again"

@@ -70,9 +70,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "lines": [line.summary() for line in lines],
         **more,
     }
-    if config.json is not None:
+    if config.results_file is not None:
         raw = {**report, "lines": [line.raw() for line in lines]}
-        write_whole(config.json, (json.dumps(raw, indent=1) + "\n").encode(), replace=True)
+        write_whole(config.results_file, (json.dumps(raw, indent=1) + "\n").encode(), replace=True)
     return report
 
 

@@ -6,14 +6,14 @@ from typing import Any
 _INTRODUCTION = """\
 # Speed, each figure a ratio within one run
 
-Written by `python benchmarks/speed.py FILE…` from what `mealv2 bench --json FILE` kept;
+Written by `python benchmarks/speed.py FILE…` from what `mealv2 bench --results-file FILE` kept;
 [bench.md](../bench.md) says what the lines mean. Everything in a line takes turns; the figure is
 the median of the rounds, in brackets the least and the most.
 """
 
 
 def document(reports: Sequence[dict[str, Any]]) -> str:
-    """Return the document of reports of one machine each, as --json keeps them."""
+    """Return the document of reports of one machine each, as --results-file keeps them."""
     return "\n".join([_INTRODUCTION, *(line for report in reports for line in _section(report))])
 
 

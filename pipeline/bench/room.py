@@ -75,13 +75,13 @@ class Room:
             drawn = draw_tree(self.folder / "images" / "train", num_images=config.num_images)
             source = open_source(self.folder / "images", "train")
             return Images(self.folder / "images", "train", source, list(range(len(source))), drawn)
-        source = open_source(config.data_dir, config.split)
+        source = open_source(config.data_dir, config.train_split)
         step = max(1, len(source) // config.num_images)
         positions = list(range(0, len(source), step))[: config.num_images]
         num_bytes = sum(source.sizes[p] for p in positions) / len(positions)
         pixels = mean_pixels(source.read(p) for p in positions)
         described = Drawn(len(positions), num_bytes, pixels)
-        return Images(config.data_dir, config.split, source, positions, described)
+        return Images(config.data_dir, config.train_split, source, positions, described)
 
     @cached_property
     def ensemble(self) -> TeacherEnsemble:

@@ -23,7 +23,18 @@ from pipeline.config.base import (
 )
 from pipeline.config.bench import BenchConfig
 from pipeline.config.distill import DistillConfig
-from pipeline.config.fields import flag, is_location, plain, spelling, split_teachers
+from pipeline.config.fields import (
+    Group,
+    PathKind,
+    aliases_of,
+    current_name,
+    current_names,
+    flag,
+    is_location,
+    plain,
+    spelling,
+    split_teachers,
+)
 from pipeline.config.label_sets import (
     LabelsAddViewsConfig,
     LabelsConvertConfig,
@@ -69,6 +80,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
+    "Group",
     "Jobs",
     "Labelling",
     "LabelsAddViewsConfig",
@@ -85,6 +97,7 @@ __all__ = [
     "NewEncoding",
     "OnBadImage",
     "PackConfig",
+    "PathKind",
     "PrecomputeConfig",
     "PredictConfig",
     "Reading",
@@ -97,6 +110,9 @@ __all__ = [
     "SlurmTraining",
     "StageCommand",
     "TrainConfig",
+    "aliases_of",
+    "current_name",
+    "current_names",
     "flag",
     "is_location",
     "plain",

@@ -1,14 +1,16 @@
 """What several commands have in common, and the numbers that are the paper's."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from mealv2.errors import ConfigError
 from mealv2.locations import is_url
 from pipeline.config.fields import (
     at_least,
+    current_names,
     num_bytes_of,
     plain,
     setting,
@@ -31,15 +33,22 @@ DEFAULT_SHARD_SIZE = 2048  # images, in a file of labels or of images; of ImageN
 MOST_VIEWS = 1_000_000  # of an image, in a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
-DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards, here or behind URLs."
+DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards; a path or a URL."
 EXACT_PIL = (
-    "Resize with Pillow, to its very bits; torch is three times as fast, and within 2 of 255."
+    "Resize with Pillow, bit for bit; torch is three times as fast and differs by at most 2 of 255."
 )
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every command can do with its settings."""
+    """What every command can do with its settings.
+
+    The docstring of a command's config is the description in its ``--help``.
+    """
+
+    example: ClassVar[str] = ""  # a command line for --help
+    in_ranks: ClassVar[bool] = False  # whether torchrun may start several processes of it
 
     def __post_init__(self) -> None:
         """Check the settings; raises ConfigError naming the flag at fault."""
@@ -50,7 +59,11 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Build a config from JSON values; raises ConfigError for an unknown or missing name."""
+        """Build a config from JSON values; old names of settings are accepted too.
+
+        Raises ConfigError for an unknown or missing name.
+        """
+        values = current_names(cls, values)
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - known.keys())
         if unknown:
@@ -70,10 +83,16 @@ class Caching(Settings):
     """What every command has that reads from URLs."""
 
     cache_dir: Path | None = setting(
-        None, "Folder for copies of remote files.", shown="$MEALV2_CACHE, else ~/.cache/mealv2"
+        None,
+        "Folder for copies of remote files.",
+        group="Data",
+        shown="$MEALV2_CACHE, else ~/.cache/mealv2",
+        path="new folder",
     )
     cache_size: str = setting(
-        "100GB", "How much the copies may take in all; those used longest ago are removed."
+        "100GB",
+        "Size limit of the copies; those used longest ago are removed first.",
+        group="Data",
     )
 
     def __post_init__(self) -> None:
@@ -92,19 +111,27 @@ class Caching(Settings):
 class Reading(Settings):
     """What every command has that reads images."""
 
-    workers: int = setting(2, "Threads that read and decode images; 0: none beside the main one.")
-    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
+    workers: int = setting(
+        2, "Threads that read and decode images; 0: only the main thread.", group="Hardware"
+    )
+    device: str = setting(
+        "auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.", group="Hardware"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "workers")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"--device {self.device}: no such device; use auto, cpu, cuda, cuda:N or mps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cutting(Settings):
     """What every command has that says how views are cut."""
 
-    exact_pil: bool = setting(False, EXACT_PIL)
+    exact_pil: bool = setting(False, EXACT_PIL, group="Views")
 
     @property
     def resize(self) -> Literal["torch", "pil"]:
@@ -116,12 +143,12 @@ class Cutting(Settings):
 class Machine(Reading):
     """How a stage computes."""
 
-    amp: bool = setting(False, "Mixed precision (autocast).")
+    amp: bool = setting(False, "Mixed precision (autocast).", group="Hardware")
     amp_dtype: Literal["bfloat16", "float16"] | None = setting(
-        None, "Type that --amp computes in.", shown="bfloat16"
+        None, "Data type of --amp.", group="Hardware", shown="bfloat16"
     )
     on_bad_image: OnBadImage = setting(
-        "fail", "An image that cannot be read: stop there, or leave it out and say so."
+        "fail", "What to do about an unreadable image: stop, or skip it.", group="Data"
     )
 
     def __post_init__(self) -> None:
@@ -135,9 +162,16 @@ class Labelling(Machine):
     """How teachers answer about many views."""
 
     batch_size: int | Literal["auto"] = setting(
-        256, "Views per forward pass; auto: the size that is fastest on this machine, by trying."
+        256,
+        "Views per forward pass; auto: try sizes and take the fastest.",
+        group="Hardware",
     )
-    compile: CompileMode = setting("off", "Compile the teachers with torch.compile, in this mode.")
+    torchcompile: CompileMode = setting(
+        "off",
+        "Compile the teachers with torch.compile, in this mode.",
+        group="Hardware",
+        aliases=("compile",),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,22 +185,28 @@ class Jobs(Labelling):
 
     job_index: int | None = setting(
         None,
-        "Which of --num-jobs this is, counted from 0.",
+        "Index of this job among --num-jobs, counted from 0.",
+        group="Jobs",
         shown="SLURM_ARRAY_TASK_ID in an array, or RANK; else 0",
     )
     num_jobs: int | None = setting(
         None,
-        "Jobs that share the work: job I makes the shards I, I + N, and so on, and no manifest "
-        "where there is more than one.",
+        "Number of jobs that share the work: job I of N makes shards I, I + N, …; with more than "
+        "one job, `mealv2 labels finish` writes the manifest.",
+        group="Jobs",
         shown="SLURM_ARRAY_TASK_COUNT, or WORLD_SIZE; else 1",
     )
     shard_list: Path | None = setting(
         None,
-        "File of shard names, one a line: the jobs share these alone; `mealv2 labels status "
-        "--list` writes it.",
+        "File of shard names, one a line: the jobs make only these; `mealv2 labels status --list` "
+        "writes it.",
+        group="Jobs",
         shown="all shards",
+        path="file",
     )
-    num_procs: int = setting(1, "Processes that share the work of this job, on this machine.")
+    num_procs: int = setting(
+        1, "Processes on this machine that share the work of this job.", group="Jobs"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

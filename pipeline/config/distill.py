@@ -21,18 +21,26 @@ from pipeline.config.training import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Cutting, TrainConfig):
-    """Stage two: train a student and a discriminator from a label set, from teachers online, or
-    both. Defaults are the paper's.
+    """Stage two: train a student from a label set, from teachers online, or both.
+
+    Defaults are the paper's.
     """
+
+    example = "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k"
 
     labels: Location | None = setting(
         None,
-        "Label set that `mealv2 precompute` made, here or at a URL.",
+        "Label set that `mealv2 precompute` wrote; a path or a URL.",
+        group="Labels",
         shown="none; then --online",
+        path="label set",
+        need="one of --labels and --online is required",
     )
     online: bool = setting(
         False,
-        "No label set: ask the --teacher models at every step, about views that never repeat.",
+        "Use no label set: the --teacher models label new views at every step.",
+        group="Labels",
+        need="one of --labels and --online is required",
     )
     teacher: tuple[str, ...] = teachers_setting(
         (),
@@ -42,61 +50,90 @@ class DistillConfig(Cutting, TrainConfig):
     )
     missing: Literal["fail", "skip", "teach"] = setting(
         "fail",
-        "Views the label set lacks, as of images added since: stop, leave them out, or ask its "
-        "teachers.",
+        "Views without a stored label, such as those of images added later: stop, skip them, or "
+        "let the teachers label them.",
+        group="Labels",
     )
     reuse_views: bool | None = setting(
         None,
-        "Stored views come round again; else view e is used in epoch e, stored or not.",
+        "Cycle through the stored views; else epoch e uses view e, stored or not.",
+        group="Views",
         shown="yes, unless --missing teach",
     )
     write_back: bool = setting(
-        False, "Append what the teachers answered to the label set, for the next job."
+        False,
+        "With --missing teach: append the new labels to the label set.",
+        group="Labels",
     )
-    split: str | None = setting(
-        None, "With --online: part of --data-dir to train on.", shown="train"
+    train_split: str | None = setting(
+        None,
+        "With --online: part of --data-dir to train on.",
+        group="Data",
+        shown="train",
+        aliases=("split",),
     )
     img_size: int | None = setting(
-        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
+        None,
+        "With --online: side of a view in pixels.",
+        group="Views",
+        shown=str(DEFAULT_IMG_SIZE),
     )
-    view_seed: int | None = setting(None, "With --online: seed of the views.", shown="0")
+    view_seed: int | None = setting(
+        None, "With --online: seed of the views.", group="Views", shown="0"
+    )
     exact_pil: bool | None = setting(  # type: ignore[assignment]  # here it may be left open
-        None, EXACT_PIL, shown="as the label set was made, else no"
+        None, EXACT_PIL, group="Views", shown="as the label set was made, else no"
     )
     discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
         "paper",
         "The paper's (one sigmoid), the official code's (two outputs, last ReLU), the paper's "
         "behind a gradient reversal, or none.",
+        group="Loss",
     )
     discriminator_lr: float | None = setting(
-        None, "Learning rate of the discriminator, with the same schedule.", shown="--lr"
+        None,
+        "Learning rate of the discriminator, with the student's schedule.",
+        group="Loss",
+        shown="--lr",
     )
-    discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.")
+    discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.", group="Loss")
     discriminator_input: Literal["logits", "log-probs", "probs"] | None = setting(
         None,
-        "What the discriminator is shown of both sides.",
+        "Input of the discriminator, of the student and of the labels.",
+        group="Loss",
         shown="logits with --online or stored logits, else log-probs through the set's top-k",
     )
     cutmix_target: Literal["teachers", "mixed-labels"] | None = setting(
         None,
         "CutMix: the teachers label the mixed image (with --online), or labels mix by area.",
+        group="Loss",
         shown="no CutMix",
     )
-    cutmix_beta: float | None = setting(None, "CutMix: lambda is Beta(b, b).", shown="1.0")
-    cutmix_prob: float | None = setting(None, "CutMix: share of batches mixed.", shown="1.0")
+    cutmix_beta: float | None = setting(
+        None, "CutMix: lambda is drawn from Beta(b, b).", group="Loss", shown="1.0"
+    )
+    cutmix_prob: float | None = setting(
+        None, "CutMix: fraction of batches to mix.", group="Loss", shown="1.0"
+    )
     label_temperature: float = setting(
-        1.0, "Take labels to q^(1/T): softer above 1. The paper has 1."
+        1.0, "Replace labels q by q^(1/T): softer above 1. The paper has 1.", group="Loss"
     )
     hard_label_weight: float = setting(
-        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0."
+        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0.", group="Loss"
     )
     recipe: str | None = recipe_setting()
-    dry_run: bool = setting(False, "Say steps, time and memory from a short sample; write nothing.")
+    dry_run: bool = setting(
+        False,
+        "Estimate steps, time and memory from a short sample; write nothing.",
+        group="Run and checkpoints",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dry_run and self.resume is not None:
-            raise ConfigError("--dry-run says what a new run takes; leave out --resume")
+            raise ConfigError("--dry-run estimates a new run; leave out --resume")
+        if self.dry_run:
+            without_effect(self, "with --dry-run", "auto_resume")
         if self.online == (self.labels is not None):
             raise ConfigError("give --labels DIR, or --online with --teacher; not both")
         if self.online:
@@ -104,7 +141,7 @@ class DistillConfig(Cutting, TrainConfig):
                 raise ConfigError("--online needs --teacher")
             without_effect(self, "with --online", "missing", "reuse_views", "write_back")
         else:
-            without_effect(self, "with --labels", "split", "img_size", "view_seed")
+            without_effect(self, "with --labels", "train_split", "img_size", "view_seed")
         if self.write_back and is_url(self.labels):
             raise ConfigError("--write-back appends to label sets of this machine, not at a URL")
         if not self.online and self.missing != "teach":

@@ -6,43 +6,121 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mealv2.errors import ConfigError
 from mealv2.locations import Location, is_url, located
 
+Group = Literal[
+    "Labels",
+    "Data",
+    "Views",
+    "Model",
+    "Optimisation",
+    "Loss",
+    "Results",
+    "Run and checkpoints",
+    "Jobs",
+    "Hardware",
+    "Batch job",
+]
+PathKind = Literal[
+    "data set",
+    "label set",
+    "new label set",
+    "weights",
+    "teachers",
+    "images",
+    "folder",
+    "new folder",
+    "file",
+    "new file",
+]
 
-def setting(default: Any, text: str, *, shown: str | None = None) -> Any:
-    """A field with its help text; ``shown`` replaces a default that says nothing, such as None."""
-    return field(default=default, metadata={"help": text, "shown": shown})
 
+def setting(
+    default: Any,
+    text: str,
+    *,
+    group: Group,
+    shown: str | None = None,
+    aliases: tuple[str, ...] = (),
+    path: PathKind | None = None,
+    need: str | None = None,
+    convert: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return a field with its help text.
 
-def teachers_setting(default: Any, text: str, *, shown: str | None = None) -> Any:
-    """A field that names teachers; paths become absolute as they are read from the command line."""
-    metadata = {"help": text, "shown": shown, "convert": absolute_teachers}
-    if default is dataclasses.MISSING:
-        return field(metadata=metadata)
+    ``group`` is its heading in ``--help``. ``shown`` replaces a default that says nothing, such as
+    None. ``aliases`` are its old names. ``path`` says what the command line checks before it
+    imports torch. ``need`` says when an optional setting must be given. ``convert`` is applied to
+    values from the command line.
+    """
+    metadata = {
+        "help": text,
+        "group": group,
+        "shown": shown,
+        "aliases": aliases,
+        "path": path,
+        "need": need,
+        "convert": convert,
+    }
     return field(default=default, metadata=metadata)
 
 
+def required(text: str, *, group: Group, **more: Any) -> Any:
+    """Return a field that must be given; ``more`` as in ``setting``."""
+    return setting(dataclasses.MISSING, text, group=group, **more)
+
+
+def positional(text: str, *, path: PathKind | None = None) -> Any:
+    """Return a field that must be given, without a flag: an argument of the command line."""
+    metadata = {"help": text, "shown": None, "positional": True, "path": path}
+    return field(metadata=metadata)
+
+
+def teachers_setting(
+    default: Any, text: str, *, shown: str | None = None, path: PathKind | None = "teachers"
+) -> Any:
+    """Return a field that names teachers; the command line makes their paths absolute."""
+    return setting(default, text, group="Labels", shown=shown, path=path, convert=absolute_teachers)
+
+
 def recipe_setting() -> Any:
-    """The field of a stage that a published recipe can fill in."""
+    """Return the field of a command that a published recipe can fill in."""
     return setting(
-        None, "Published recipe for whatever is not given; see `mealv2 recipes`.", shown="none"
+        None,
+        "Published recipe: its settings apply where no flag is given; `mealv2 recipes` lists them.",
+        group="Run and checkpoints",
+        shown="none",
     )
 
 
-def required(text: str) -> Any:
-    """A field that must be given."""
-    return field(metadata={"help": text, "shown": None})
+def aliases_of(known: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """Return the old names of a field."""
+    found: tuple[str, ...] = known.metadata.get("aliases", ())
+    return found
 
 
-def positional(text: str) -> Any:
-    """A field that must be given, without a flag: the words of the command line say it."""
-    return field(metadata={"help": text, "shown": None, "positional": True})
+def current_name(config: type, name: str) -> str:
+    """Return today's name of a field; unknown names stay as they are."""
+    known = dataclasses.fields(config)
+    return next((f.name for f in known if name in aliases_of(f)), name)
+
+
+def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under today's names; raises ConfigError where two names contradict."""
+    found = {name: value for name, value in values.items() if current_name(config, name) == name}
+    for old in values.keys() - found.keys():
+        name, value = current_name(config, old), values[old]
+        if found.get(name) is None:
+            found[name] = value
+        elif value not in (None, found[name]):
+            raise ConfigError(f"{old!r} is the old name of {name!r}, and the two differ; keep one")
+    return found
 
 
 def split_teachers(specs: Iterable[str]) -> list[str]:

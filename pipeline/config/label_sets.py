@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mealv2.errors import ConfigError
 from mealv2.locations import Location
@@ -32,38 +32,56 @@ _TEACHERS = (
 )
 
 
+def _new_set() -> Any:
+    return required(
+        "Folder of the new label set.", group="Labels", aliases=("out",), path="new label set"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelsInfoConfig(Caching):
-    """What a label set is: views, teachers, encoding, bytes, accuracies."""
+    """Describe a label set: views, teachers, encoding, bytes, accuracies."""
 
-    labels: Location = positional("The label set, here or at a URL.")
+    example = "mealv2 labels info labels"
+
+    labels: Location = positional("Label set; a path or a URL.", path="label set")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsStatusConfig(Caching):
-    """Which shards are whole, missing or damaged, from the files alone, and what to run next.
+    """List which shards are complete, missing or damaged, and the command to run next.
 
-    Also while jobs are at it. Exit code 0: all are whole and the manifest is there.
+    It reads the files alone, also while jobs write them. Exit code 0: all shards are complete and
+    the manifest exists.
     """
 
-    labels: Location = positional("The label set, here or at a URL.")
+    example = "mealv2 labels status labels --list missing.txt"
+
+    labels: Location = positional("Label set; a path or a URL.", path="label set")
     list_: Path | None = setting(
         None,
-        "Write the names of the shards that the next command has to make here, one a line.",
+        "Write the names of the shards that are left to make here, one a line.",
+        group="Results",
         shown="not written",
+        path="new file",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsFinishConfig(Caching):
-    """Write the manifest of a set whose shards were made by jobs.
+    """Write the manifest of a label set whose shards were made by jobs.
 
-    Every shard is checked first; needs neither images nor teachers.
+    It checks every shard first and needs neither images nor teachers.
     """
 
-    labels: Location = positional("The label set, here or at a URL.")
+    example = "mealv2 labels finish labels --batch-size 256"
+
+    labels: Location = positional("Label set; a path or a URL.", path="label set")
     batch_size: int | None = setting(
-        None, "Views per forward pass that the jobs were given, to be kept.", shown="not said"
+        None,
+        "The jobs' views per forward pass, to record in the manifest.",
+        group="Hardware",
+        shown="not recorded",
     )
 
     def __post_init__(self) -> None:
@@ -74,22 +92,30 @@ class LabelsFinishConfig(Caching):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsVerifyConfig(Caching, Machine):
-    """Check a label set to its last byte, its images and its teachers.
+    """Check every file and label of a label set, and the boxes of all views.
 
-    Every file and label, and the boxes of all views; --data-dir adds the images, --relabel the
-    teachers. Damage is named by file and image, exit code 3.
+    --data-dir also checks the images, --relabel the teachers. Damage is reported by file and
+    image, with exit code 3.
     """
 
-    labels: Location = positional("The label set, here or at a URL.")
+    example = "mealv2 labels verify labels --data-dir imagenet --relabel 1000"
+
+    labels: Location = positional("Label set; a path or a URL.", path="label set")
     data_dir: Location | None = setting(
-        None, "Also check that it labels exactly the images there.", shown="not checked"
+        None,
+        "Also check that the set labels exactly the images of this data set.",
+        group="Data",
+        shown="not checked",
+        path="data set",
     )
     relabel: int = setting(
-        0, "Ask the teachers again about so many random views; needs --data-dir."
+        0,
+        "Label this many random views again and compare; needs --data-dir.",
+        group="Labels",
     )
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
-    seed: int = setting(0, "Seed of the choice of views for --relabel.")
-    batch_size: int = setting(256, "Views per forward pass of --relabel.")
+    seed: int = setting(0, "Seed of the choice of views for --relabel.", group="Labels")
+    batch_size: int = setting(256, "Views per forward pass of --relabel.", group="Hardware")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,17 +130,21 @@ class LabelsVerifyConfig(Caching, Machine):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsAddViewsConfig(Caching, Jobs):
-    """Label more views of a set's images with its own teachers.
+    """Label more views of a label set's images with its own teachers.
 
-    The new files lie beside the set's, which stay as they are. Files of added views that are
-    damaged or lost are made again: give the same --num-views.
+    The command adds new files and leaves the old ones unchanged. It makes damaged or missing files
+    of added views again: give the same --num-views.
     """
 
-    labels: Path = positional("The label set.")
+    example = "mealv2 labels add-views labels --data-dir imagenet --num-views 60"
+
+    labels: Path = positional("Label set.", path="label set")
     data_dir: Location = required(
-        "Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards."
+        "Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.",
+        group="Data",
+        path="data set",
     )
-    num_views: int = setting(32, "Views of each image that the set shall hold in the end.")
+    num_views: int = setting(32, "Views per image after the command.", group="Views")
     teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
 
     def __post_init__(self) -> None:
@@ -124,20 +154,28 @@ class LabelsAddViewsConfig(Caching, Jobs):
 
 @dataclass(frozen=True, kw_only=True)
 class NewEncoding(Settings):
-    """How a set that is written keeps its labels."""
+    """How a label set that is written encodes its labels."""
 
     rate: float | None = setting(
-        None, "Classes kept per view: as many as bring KL + RATE * classes to its least."
+        None,
+        "Classes kept per view: the number that minimises KL + RATE * classes.",
+        group="Labels",
     )
     topk: str | None = setting(
-        None, "Classes kept per view: so many of each, or all.", shown="what --rate gives"
+        None,
+        "Classes kept per view: this number, or all.",
+        group="Labels",
+        shown="what --rate gives",
     )
     label_dtype: Literal["float16", "float32"] | None = setting(
         None,
         "With --topk: store probabilities in this type.",
+        group="Labels",
         shown="a curve of a few bits, float16 with all",
     )
-    store_logits: bool = setting(False, "Keep mean logits, where the sets have them.")
+    store_logits: bool = setting(
+        False, "Keep mean logits, where the label sets have them.", group="Labels"
+    )
 
     def __post_init__(self) -> None:
         check_encoding(self)
@@ -145,30 +183,36 @@ class NewEncoding(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConvertConfig(NewEncoding):
-    """Write a label set anew, in another encoding or in today's format."""
+    """Write a label set again, in another encoding or in today's format."""
 
-    labels: Path = positional("The label set.")
-    out: Path = required("Folder of the new label set.")
+    example = "mealv2 labels convert labels --rate 0.005 --output smaller"
+
+    labels: Path = positional("Label set.", path="label set")
+    output: Path = _new_set()
     rate: float | None = setting(
         None,
-        "Classes kept per view: as many as bring KL + RATE * classes to its least.",
-        shown="without --topk too: as the set has it",
+        "Classes kept per view: the number that minimises KL + RATE * classes.",
+        group="Labels",
+        shown="without --topk too: as in the label set",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsMergeConfig(NewEncoding):
-    """Join sets of different images, or average sets of different teachers.
+    """Join label sets of different images, or average label sets of different teachers.
 
     Sets of the same teachers are joined and keep their encoding. Sets of different teachers on the
-    same views become one ensemble's; those are kept as --rate or --topk say.
+    same views are averaged to one ensemble, encoded as --rate or --topk say.
     """
 
-    sets: tuple[Path, ...] = positional("The label sets, two or more.")
-    out: Path = required("Folder of the new label set.")
+    example = "mealv2 labels merge labels-a labels-b --output labels"
+
+    sets: tuple[Path, ...] = positional("Label sets, two or more.", path="label set")
+    output: Path = _new_set()
     rate: float | None = setting(
         None,
-        "Averages keep as many classes as bring KL + RATE * classes to its least.",
+        "Classes kept per view of averages: the number that minimises KL + RATE * classes.",
+        group="Labels",
         shown=f"{DEFAULT_RATE}, without --topk",
     )
 
@@ -180,14 +224,18 @@ class LabelsMergeConfig(NewEncoding):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsSplitConfig(Settings):
-    """Divide a set into parts of disjoint images.
+    """Divide a label set into parts of disjoint images.
 
-    Each is a label set of its own, with the whole validation split: OUT/part-0, OUT/part-1, …
+    Each part is a label set with the complete validation split: OUTPUT/part-0, OUTPUT/part-1, …
     """
 
-    labels: Path = positional("The label set.")
-    out: Path = required("Folder of the parts.")
-    parts: int = setting(2, "How many, of about as many images each.")
+    example = "mealv2 labels split labels --parts 4 --output parts"
+
+    labels: Path = positional("Label set.", path="label set")
+    output: Path = required(
+        "Folder of the parts.", group="Labels", aliases=("out",), path="new folder"
+    )
+    parts: int = setting(2, "Number of parts, of about equal size.", group="Labels")
 
     def __post_init__(self) -> None:
         at_least(self, 2, "parts")
@@ -195,21 +243,37 @@ class LabelsSplitConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsImportConfig(Caching):
-    """Make a label set of labels that other software stored."""
+    """Make a label set from labels that other software wrote."""
 
-    folder: Path = positional("Folder of the labels.")
-    from_: Literal["fkd"] = setting("fkd", "What wrote them: fkd, the FKD and MEAL V2 soft labels.")
-    data_dir: Location = required("Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
-    out: Path = required("Folder of the new label set.")
-    split: str = setting("train", "Part of --data-dir whose images they label.")
+    example = "mealv2 labels import soft_labels --from fkd --data-dir imagenet --output labels"
+
+    folder: Path = positional("Folder of the labels.", path="folder")
+    from_: Literal["fkd"] = setting(
+        "fkd", "Format of the labels: fkd, the FKD and MEAL V2 soft labels.", group="Labels"
+    )
+    data_dir: Location = required(
+        "Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.",
+        group="Data",
+        path="data set",
+    )
+    output: Path = _new_set()
+    train_split: str = setting(
+        "train",
+        "Part of --data-dir whose images they label.",
+        group="Data",
+        aliases=("split",),
+    )
     label_type: str | None = setting(
         None,
-        "The kind of label, as FKD calls it, such as marginal_smoothing_k5 or marginal_renorm.",
+        "FKD's name of the kind of label, such as marginal_smoothing_k5 or marginal_renorm.",
+        group="Labels",
         shown="what the files look like; smoothing, not renorm",
     )
-    teacher_name: str = setting("unknown", "What to call the teacher in the manifest.")
-    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.")
-    shard_size: int = setting(DEFAULT_SHARD_SIZE, "Images per shard file.")
+    teacher_name: str = setting("unknown", "Name of the teacher in the manifest.", group="Labels")
+    img_size: int = setting(
+        DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.", group="Views"
+    )
+    shard_size: int = setting(DEFAULT_SHARD_SIZE, "Images per shard file.", group="Labels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,20 +282,33 @@ class LabelsImportConfig(Caching):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsExportConfig(Caching):
-    """Write a set's labels for other software."""
+    """Export the labels of a label set to other formats."""
 
-    labels: Path = positional("The label set.")
+    example = "mealv2 labels export labels --to parquet --output tables"
+
+    labels: Path = positional("Label set.", path="label set")
     to: Literal["fkd", "webdataset", "parquet"] = setting(
-        "parquet", "FKD's files, tar shards of images and labels, or tables."
+        "parquet", "FKD's files, tar shards of images and labels, or tables.", group="Labels"
     )
-    out: Path = required("Folder to write to; made if missing, continued if unfinished.")
+    output: Path = required(
+        "Folder to write; created if missing, continued if unfinished.",
+        group="Labels",
+        aliases=("out",),
+        path="new folder",
+    )
     data_dir: Location | None = setting(
-        None, "Images to put beside the labels, for webdataset.", shown="none"
+        None,
+        "With --to webdataset: data set of the images.",
+        group="Data",
+        shown="none",
+        path="data set",
     )
     label_type: str = setting(
-        "marginal_smoothing_k5", "For fkd: the kind of label, as FKD calls it."
+        "marginal_smoothing_k5", "With --to fkd: FKD's name of the kind of label.", group="Labels"
     )
-    role: Literal["train", "val"] = setting("train", "Which labels.")
+    split: Literal["train", "val"] = setting(
+        "train", "Part of the label set to export.", group="Labels", aliases=("role",)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,5 +316,5 @@ class LabelsExportConfig(Caching):
             raise ConfigError("--data-dir goes with --to webdataset: the images beside the labels")
         if self.to != "fkd":
             without_effect(self, "without --to fkd", "label_type")
-        elif self.role == "val":
-            raise ConfigError("--to fkd is for views with boxes: --role train")
+        elif self.split == "val":
+            raise ConfigError("--to fkd is for views with boxes: --split train")

@@ -33,45 +33,75 @@ from pipeline.config.fields import (
 class PrecomputeConfig(Cutting, Caching, Jobs):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
-    data_dir: Location = required(DATA_DIR)
-    out: Location = required(
-        "Folder of the label set, or its URL; made if missing, continued if unfinished."
+    example = (
+        "mealv2 precompute --data-dir imagenet --num-views 30 --output labels "
+        "--teacher senet154.gluon_in1k --teacher resnet152s.gluon_in1k"
+    )
+    in_ranks = True
+
+    data_dir: Location = required(DATA_DIR, group="Data", path="data set")
+    output: Location = required(
+        "Folder or URL of the label set; created if missing, continued if unfinished.",
+        group="Labels",
+        aliases=("out",),
+        path="new label set",
     )
     teacher: tuple[str, ...] = teachers_setting(
         dataclasses.MISSING,
         "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
     )
-    split: str = setting("train", "Part of --data-dir whose images get --num-views labels.")
-    val_split: str = setting(
-        "val", "Part of --data-dir labelled once at the centre crop, for validation; or none."
+    train_split: str = setting(
+        "train",
+        "Part of --data-dir to label with --num-views views per image.",
+        group="Data",
+        aliases=("split",),
     )
-    num_views: int = setting(16, "Random views (crops and flips) labelled of each image.")
-    view_seed: int = setting(0, "Seed of the views.")
-    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.")
+    val_split: str = setting(
+        "val",
+        "Part of --data-dir to label once, at the centre crop, for validation; or none.",
+        group="Data",
+    )
+    num_views: int = setting(
+        16, "Random views (crops and flips) to label per image.", group="Views"
+    )
+    view_seed: int = setting(0, "Seed of the views.", group="Views")
+    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.", group="Views")
     rate: float | None = setting(
         None,
-        "Classes kept per view: as many as bring KL + RATE * classes to its least; a smaller rate "
+        "Classes kept per view: the number that minimises KL + RATE * classes; a smaller rate "
         "keeps more.",
+        group="Labels",
         shown=f"{DEFAULT_RATE}, without --topk",
     )
     topk: str | None = setting(
-        None, "Classes kept per view: so many of each, or all.", shown="what --rate gives"
+        None,
+        "Classes kept per view: this number, or all.",
+        group="Labels",
+        shown="what --rate gives",
     )
     label_dtype: Literal["float16", "float32"] | None = setting(
         None,
         "With --topk: store probabilities in this type.",
+        group="Labels",
         shown="a curve of a few bits, float16 with all",
     )
     store_logits: bool = setting(
-        False, "Store the mean logits of the kept classes too, for the discriminator."
+        False,
+        "Also store the mean logits of the kept classes, for the discriminator.",
+        group="Labels",
     )
     shard_size: int | None = setting(
         None,
-        "Images per shard file; of tar shards each has a shard of its own.",
+        "Images per label shard; with tar shards, each tar file gets one label shard.",
+        group="Labels",
         shown=str(DEFAULT_SHARD_SIZE),
     )
     recipe: str | None = recipe_setting()
-    dry_run: bool = setting(False, "Say rows, bytes and time from a short sample; write nothing.")
+    dry_run: bool = setting(
+        False,
+        "Estimate rows, bytes and time from a short sample; write nothing.",
+        group="Run and checkpoints",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

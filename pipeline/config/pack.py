@@ -11,24 +11,41 @@ from pipeline.config.fields import at_least, required, setting, without_effect
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(Settings):
-    """Copy a data set into a form that is faster to read; label sets of DATA are sets of OUT too.
+    """Copy a data set into a form that is faster to read; label sets of DATA fit OUTPUT too.
 
-    To a folder: JPEGs are re-packed without loss, so that a view is cut out before it is decoded;
-    needs jpegtran. To tar: a few big files, their images as they are, in a random order.
+    To a folder: JPEGs are repacked without loss, so that a view is cut out before it is decoded;
+    needs jpegtran. To tar: a few large files; images unchanged, in random order.
     """
 
-    data_dir: Path = required("Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.")
-    out: Path = required("Folder to pack into; made if missing, continued if unfinished.")
+    example = "mealv2 pack --data-dir imagenet --to tar --output shards"
+
+    data_dir: Path = required(
+        "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.", group="Data", path="data set"
+    )
+    output: Path = required(
+        "Folder to write; created if missing, continued if unfinished.",
+        group="Data",
+        aliases=("out",),
+        path="new folder",
+    )
     to: Literal["folder", "tar"] = setting(
-        "folder", "A tree OUT/SPLIT/CLASS/IMAGE, or tar shards OUT/SPLIT-000000.tar, …"
+        "folder",
+        "A tree OUTPUT/SPLIT/CLASS/IMAGE, or tar shards OUTPUT/SPLIT-000000.tar, ….",
+        group="Data",
     )
     split: tuple[str, ...] = setting(
-        (), "Folder under --data-dir to pack; repeat it for several.", shown="all with classes"
+        (),
+        "Split of --data-dir to pack; repeat it for several.",
+        group="Data",
+        shown="all with classes",
     )
     images_per_shard: int | None = setting(
-        None, "With --to tar: images in a tar file.", shown=str(DEFAULT_SHARD_SIZE)
+        None,
+        "With --to tar: images per tar file.",
+        group="Data",
+        shown=str(DEFAULT_SHARD_SIZE),
     )
-    workers: int = setting(4, "Images that are read, and packed, at the same time.")
+    workers: int = setting(4, "Images that are read and packed at the same time.", group="Hardware")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "workers")

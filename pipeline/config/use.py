@@ -17,31 +17,53 @@ from pipeline.config.base import (
 )
 from pipeline.config.fields import at_least, check_normalisation, positional, required, setting
 
+_MODEL = "one of --model and --checkpoint is required"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyModel(Cutting, Machine):
-    """A model that only answers, and how its input is cut and normalised."""
+    """A model that is evaluated, and the size and normalisation of its input."""
 
     model: str | None = setting(
-        None, "timm or released model name.", shown="what the checkpoint says it is"
+        None,
+        "timm or released model name.",
+        group="Model",
+        shown="the one that the checkpoint names",
+        need=_MODEL,
     )
     checkpoint: Path | None = setting(
-        None, "Weights: a file, a run folder or a model folder.", shown="the model's own"
+        None,
+        "Weights to evaluate: a file, a run folder or a model folder.",
+        group="Model",
+        shown="the model's own",
+        path="weights",
+        need=_MODEL,
     )
     img_size: int | None = setting(
         None,
         "Side of the centre crop in pixels.",
-        shown=f"what the checkpoint was trained at, or {DEFAULT_IMG_SIZE}",
+        group="Views",
+        shown=f"the size the checkpoint was trained at, or {DEFAULT_IMG_SIZE}",
     )
-    batch_size: int = setting(256, "Images per forward pass.")
+    batch_size: int = setting(256, "Images per forward pass.", group="Hardware")
     mean: tuple[float, float, float] | None = setting(
-        None, "Per-channel mean of the normalisation.", shown="the model's own"
+        None,
+        "Per-channel mean of the input normalisation.",
+        group="Model",
+        shown="the model's own",
     )
     std: tuple[float, float, float] | None = setting(
-        None, "Per-channel std of the normalisation.", shown="the model's own"
+        None,
+        "Per-channel std of the input normalisation.",
+        group="Model",
+        shown="the model's own",
     )
     results_file: Path | None = setting(
-        None, "Write the results here, as .json or .csv.", shown="not written"
+        None,
+        "Write the results here, as .json or .csv.",
+        group="Results",
+        shown="not written",
+        path="new file",
     )
 
     def __post_init__(self) -> None:
@@ -58,23 +80,37 @@ class ReadyModel(Cutting, Machine):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Caching, ReadyModel):
-    """Accuracy of a checkpoint or a timm model on a split."""
+    """Measure the accuracy of a checkpoint or a timm model on a split."""
 
-    data_dir: Location = required(DATA_DIR)
-    val_split: str = setting("val", "Part of --data-dir to evaluate on.")
+    example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
+
+    data_dir: Location = required(DATA_DIR, group="Data", path="data set")
+    val_split: str = setting("val", "Part of --data-dir to evaluate on.", group="Data")
     results_file: Path | None = setting(
-        None, "Write accuracy per class here, as .json or .csv.", shown="not written"
+        None,
+        "Write the accuracy per class here, as .json or .csv.",
+        group="Results",
+        shown="not written",
+        path="new file",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(ReadyModel):
-    """What a checkpoint or a timm model says of pictures: the best classes of each."""
+    """Predict the best classes of pictures with a checkpoint or a timm model."""
 
-    image: tuple[Path, ...] = positional("Picture, or folder of pictures; several are fine.")
-    topk: int = setting(5, "Classes to name, the most probable ones.")
+    example = "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student"
+
+    image: tuple[Path, ...] = positional(
+        "Picture, or folder of pictures; repeat it for several.", path="images"
+    )
+    topk: int = setting(5, "Number of most probable classes to name.", group="Results")
     results_file: Path | None = setting(
-        None, "Write the answers here, as .json or .csv.", shown="not written"
+        None,
+        "Write the predictions here, as .json or .csv.",
+        group="Results",
+        shown="not written",
+        path="new file",
     )
 
     def __post_init__(self) -> None:
@@ -84,31 +120,51 @@ class PredictConfig(ReadyModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Settings):
-    """Hand a trained model to others: timm or torch.hub folder, ONNX or TorchScript file."""
+    """Export a trained model: timm or torch.hub folder, ONNX or TorchScript file."""
 
-    run: Path = positional("Run folder, or the model folder in it.")
-    to: Literal["timm", "onnx", "torchscript", "hub-folder"] = required("What to make of it.")
-    out: Path | None = setting(
+    example = "mealv2 export runs/my-student --to onnx"
+
+    run: Path = positional("Run folder, or the model folder in it.", path="weights")
+    to: Literal["timm", "onnx", "torchscript", "hub-folder"] = required(
+        "Format to export to.", group="Model"
+    )
+    output: Path | None = setting(
         None,
-        "Folder to make, or file (.onnx, .pt); it must not be there yet.",
+        "Folder to create, or file (.onnx, .pt); it must not exist.",
+        group="Results",
         shown="RUN/export/…",
+        aliases=("out",),
+        path="new folder",
     )
 
     def __post_init__(self) -> None:
         suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(self.to)
-        if self.out is not None and suffix is not None and self.out.suffix != suffix:
-            raise ConfigError(f"--out must end in {suffix} with --to {self.to}, got {self.out}")
+        if self.output is not None and suffix is not None and self.output.suffix != suffix:
+            raise ConfigError(
+                f"--output must end in {suffix} with --to {self.to}, got {self.output}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Reading):
-    """The whole story on scikit-learn's handwritten digits, a few minutes on a CPU."""
+    """Run both stages on scikit-learn's handwritten digits; a few minutes on a CPU."""
+
+    example = "mealv2 demo --seeds 5"
 
     output: Path = setting(
-        Path("demo"), "Folder for data, labels and runs; finished parts are kept."
+        Path("demo"),
+        "Folder for data, labels and runs; finished parts are kept.",
+        group="Run and checkpoints",
+        path="new folder",
     )
-    seeds: int = setting(1, "Students to train, each against its hard-label control.")
-    workers: int = setting(0, "Threads that read and decode images; 0: none beside the main one.")
+    seeds: int = setting(
+        1,
+        "Students to train, each compared with a hard-label control run.",
+        group="Run and checkpoints",
+    )
+    workers: int = setting(
+        0, "Threads that read and decode images; 0: only the main thread.", group="Hardware"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

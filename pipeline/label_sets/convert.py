@@ -21,14 +21,14 @@ from pipeline.label_sets.writing import (
 
 def run(config: LabelsConvertConfig) -> dict[str, Any]:
     """Write the set anew; return the report. Raises MealError and OSError."""
-    refuse_inside(config.out, [config.labels])
+    refuse_inside(config.output, [config.labels])
     roles = open_roles(config.labels)
     train = roles["train"]
     old = train.encoding
     new = new_encoding(config, old.num_classes, default=old, has_logits=old.logits)
     plan = train.manifest["plan"]
     writer = Writer(
-        config.out, derived_plan(plan, "labels convert", "converted", [plan], labels=new.plan())
+        config.output, derived_plan(plan, "labels convert", "converted", [plan], labels=new.plan())
     )
     for name, labels in roles.items():
         files = [(views, file) for views, files in labels.blocks for file in files]
@@ -39,7 +39,7 @@ def run(config: LabelsConvertConfig) -> dict[str, Any]:
         for file in labels.appended_files:
             writer.add_rows(file, range(file.num_images), encoded(all_rows(file, old), old, new))
     report = writer.finish(accuracies_of(roles))
-    logs.say(f"{config.out} keeps {new}, in {logs.size_of(report['bytes'])}")
+    logs.say(f"{config.output} keeps {new}, in {logs.size_of(report['bytes'])}")
     return report
 
 

@@ -32,11 +32,11 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
     _plan.json says what is exported, before the first file, and _export.json how much it was, after
     the last. Every file is whole; those that are there are kept, so it can be run again.
     """
-    refuse_inside(config.out, [config.labels])
-    labels = LabelSet.open(config.labels, role=config.role)
+    refuse_inside(config.output, [config.labels])
+    labels = LabelSet.open(config.labels, role=config.split)
     if labels.num_appended:
         logs.say(f"{labels.num_appended} labels that were appended are left out")
-    labels = LabelSet.open(config.labels, role=config.role, appended=[])
+    labels = LabelSet.open(config.labels, role=config.split, appended=[])
     prepare, write = {
         "fkd": (_check_fkd, _fkd),
         "webdataset": (_check_webdataset, _webdataset),
@@ -53,31 +53,33 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
         "files": len(files),
         "bytes": num_bytes,
     }
-    write_whole(config.out / _REPORT_NAME, canonical_json(report).encode())
-    logs.say(f"{config.out}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
-    return {"out": str(config.out), **report}
+    write_whole(config.output / _REPORT_NAME, canonical_json(report).encode())
+    logs.say(f"{config.output}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
+    return {"out": str(config.output), **report}
 
 
 def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
-    """Make --out the place of this export; raises ConfigError where it holds something else."""
+    """Make --output the place of this export; raises ConfigError where it holds something else."""
     plan = {
         "to": config.to,
-        "role": config.role,
+        "role": config.split,
         "num_views": labels.num_views,
         "label_set": labels.manifest["plan"],
         **({"label_type": config.label_type} if config.to == "fkd" else {}),
     }
-    path = config.out / _PLAN_NAME
-    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.output / _PLAN_NAME
+    config.output.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         if path.read_bytes() != canonical_json(plan).encode():
-            raise ConfigError(f"--out {config.out} holds another export; give a new folder")
+            raise ConfigError(f"--output {config.output} holds another export; give a new folder")
         return
     strange = sorted(
-        p.name for p in config.out.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
+        p.name for p in config.output.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
     )
     if strange:
-        raise ConfigError(f"--out {config.out} is not empty ({strange[0]}, …); give a new folder")
+        raise ConfigError(
+            f"--output {config.output} is not empty ({strange[0]}, …); give a new folder"
+        )
     write_whole(path, canonical_json(plan).encode())
 
 
@@ -157,7 +159,7 @@ def _check_fkd(config: LabelsExportConfig, labels: LabelSet) -> None:
 
 def _fkd(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
     """Write OUT/SPLIT/CLASS/STEM.tar for every image, as FKD names them; return the files."""
-    folder = config.out / labels.manifest["plan"]["roles"]["train"]["split"]
+    folder = config.output / labels.manifest["plan"]["roles"]["train"]["split"]
     names = fkd.label_names(labels.keys())
     kept = fkd.num_kept(config.label_type, labels.num_classes)
     for number, file in _progress(labels, "exporting"):
@@ -207,10 +209,10 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
     source = _source_of(config, labels)
     position_of = {key: position for position, key in enumerate(source.keys)}
-    write_whole(config.out / "classes.json", canonical_json(source.classes).encode())
+    write_whole(config.output / "classes.json", canonical_json(source.classes).encode())
     made = []
     for number, file in _progress(labels, "exporting"):
-        path = config.out / f"{labels.role}-{number:06d}.tar"
+        path = config.output / f"{labels.role}-{number:06d}.tar"
         made.append(path)
         if path.exists():
             continue
@@ -259,7 +261,7 @@ def _parquet(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
     made = []
     for number, _ in _progress(labels, "exporting"):
-        path = config.out / f"{labels.role}-{number:05d}.parquet"
+        path = config.output / f"{labels.role}-{number:05d}.parquet"
         made.append(path)
         if path.exists():
             continue

@@ -31,8 +31,8 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         raise ConfigError(
             f"--label-type {config.label_type}: FKD has none such, but {', '.join(fkd.LABEL_TYPES)}"
         )
-    source = open_images(config, config.data_dir, config.split)
-    matched = fkd.match_files(source.keys, fkd.find_files(config.folder, split=config.split))
+    source = open_images(config, config.data_dir, config.train_split)
+    matched = fkd.match_files(source.keys, fkd.find_files(config.folder, split=config.train_split))
     if not matched.paths:
         matched.require_all()
     for number, what in (
@@ -52,7 +52,7 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         topk=labels.indices_NK.shape[1],
     )
     num_views = len(first.boxes)
-    writer = Writer(config.out, _plan(config, source, positions, encoding, kind, num_views))
+    writer = Writer(config.output, _plan(config, source, positions, encoding, kind, num_views))
     shards = [
         positions[part.start : part.stop]
         for part in label_set.shard_ranges(len(positions), config.shard_size)

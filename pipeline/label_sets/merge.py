@@ -51,7 +51,7 @@ def run(config: LabelsMergeConfig) -> dict[str, Any]:
 
     Sets with the same teachers are joined, and keep their encoding; others are averaged.
     """
-    refuse_inside(config.out, config.sets)
+    refuse_inside(config.output, config.sets)
     sets = [_opened(folder) for folder in config.sets]
     for other in sets[1:]:
         _check_same(other, sets[0])
@@ -126,7 +126,7 @@ def _join(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     }
     plans = [each.plan for each in sets]
     writer = Writer(
-        config.out, derived_plan(first.plan, _COMMAND, "joined", plans, roles=described)
+        config.output, derived_plan(first.plan, _COMMAND, "joined", plans, roles=described)
     )
     accuracies = {}
     for role, chosen in sources.items():
@@ -201,7 +201,7 @@ def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     counts = [len(each.plan["teachers"]) for each in sets]
     plans = [each.plan for each in sets]
     changes = {"teachers": teachers, "labels": encoding.plan()}
-    writer = Writer(config.out, derived_plan(first.plan, _COMMAND, "averaged", plans, **changes))
+    writer = Writer(config.output, derived_plan(first.plan, _COMMAND, "averaged", plans, **changes))
     for role, labels in first.roles.items():
         blocks = enumerate(labels.blocks)
         places = [(b, views, n) for b, (views, files) in blocks for n in range(len(files))]

@@ -30,7 +30,7 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
 
     Training images are divided in their order; every part has the whole validation split.
     """
-    folders = [config.out / f"part-{number}" for number in range(config.parts)]
+    folders = [config.output / f"part-{number}" for number in range(config.parts)]
     for folder in folders:
         refuse_inside(folder, [config.labels])
     roles = open_roles(config.labels)

@@ -206,7 +206,7 @@ def _again(config: LabelsStatusConfig, plan: dict[str, Any]) -> str:
     teachers = "".join(f" --teacher {_spec(teacher['model'])}" for teacher in plan["teachers"])
     num_views = plan["roles"]["train"]["num_views"]
     words = f"mealv2 precompute --data-dir …{teachers} --num-views {num_views}"
-    return f"`{words} … --out {shown(config.labels)}{_list_flag(config)}`, as before"
+    return f"`{words} … --output {shown(config.labels)}{_list_flag(config)}`, as before"
 
 
 def _spec(model: str) -> str:

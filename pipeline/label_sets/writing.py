@@ -185,7 +185,7 @@ def refuse_inside(out: Path, others: Iterable[Path]) -> None:
     for other in others:
         if out.resolve().is_relative_to(other.resolve()):
             what = "is" if out.resolve() == other.resolve() else "lies in"
-            raise ConfigError(f"--out {out} {what} the label set itself; give another folder")
+            raise ConfigError(f"--output {out} {what} the label set itself; give another folder")
 
 
 def new_encoding(

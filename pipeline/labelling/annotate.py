@@ -189,8 +189,8 @@ def make_annotator(
             annotator.predict, img_size=img_size, device=runtime.device, max_size=max_batch_size
         )
         annotator = replace(annotator, batch_size=found)
-    if config.compile != "off":
-        compile_teachers(ensemble, mode=config.compile, batch_size=annotator.batch_size)
+    if config.torchcompile != "off":
+        compile_teachers(ensemble, mode=config.torchcompile, batch_size=annotator.batch_size)
     return annotator
 
 

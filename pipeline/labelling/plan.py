@@ -52,7 +52,7 @@ class LabelSplit:
 
 def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
     """Open the images to label by split, validation first. Raises as open_images."""
-    train = open_images(config, config.data_dir, config.split)
+    train = open_images(config, config.data_dir, config.train_split)
     val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
     return {"train": train} if val is None else {"val": val, "train": train}
 

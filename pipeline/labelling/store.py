@@ -187,7 +187,7 @@ class RemoteStore(Store):
         elif require_complete:
             reason = "is not finished" if self._remote else "holds no label set"
             raise LabelSetError(
-                f"{shown(self.url)} {reason}; `mealv2 precompute` with it as --out makes one"
+                f"{shown(self.url)} {reason}; `mealv2 precompute` with it as --output makes one"
             )
         # readers of a set need the files that its manifest lists, status and repair those that are
         # at the URL now

@@ -32,19 +32,19 @@ def run(config: PackConfig) -> dict[str, Any]:
     for source in sources.values():
         if isinstance(source, TarShards):
             _refuse_no_tree(source)
-    refuse_overlap(config.data_dir, config.out)
-    _refuse_what_is_no_pack(config.out)
+    refuse_overlap(config.data_dir, config.output)
+    _refuse_what_is_no_pack(config.output)
     indices = {}
     num_made = 0
     for name, source in sources.items():
-        index = _claim(config.out, source, program)
+        index = _claim(config.output, source, program)
         indices[name], made = _pack_split(config, source, program, index)
         num_made += made
     images = [sizes for index in indices.values() for sizes in (index.images or {}).values()]
     kept = Counter(reason for index in indices.values() for reason in index.kept.values())
     report = {
         "data_dir": str(config.data_dir),
-        "out": str(config.out),
+        "out": str(config.output),
         "splits": list(indices),
         "images": len(images),
         "packed": len(images) - kept.total(),
@@ -63,12 +63,12 @@ def run(config: PackConfig) -> dict[str, Any]:
 
 
 def _refuse_what_is_no_pack(out: Path) -> None:
-    """Raise ConfigError where --out holds anything but packed splits, finished or not."""
+    """Raise ConfigError where --output holds anything but packed splits, finished or not."""
     refuse_file(out)
     for path in strange(out):
         if not path.is_dir() or (not (path / INDEX_NAME).is_file() and any(strange(path))):
             raise ConfigError(
-                f"--out {out} is not empty, and {path.name} is not packed; give a new folder"
+                f"--output {out} is not empty, and {path.name} is not packed; give a new folder"
             )
 
 
@@ -103,12 +103,12 @@ def _claim(out: Path, source: ImageSource, program: Jpegtran) -> PackIndex:
     if found.data_sha256 != wanted.data_sha256:
         raise ConfigError(
             f"{folder} holds other images than {source.name}, or what that was before it "
-            "changed; give a new folder as --out"
+            "changed; give a new folder as --output"
         )
     if found.jpegtran != wanted.jpegtran:
         raise ConfigError(
             f"{folder} is made by {found.jpegtran}, and here is {wanted.jpegtran}; "
-            "give a new folder as --out"
+            "give a new folder as --output"
         )
     return found
 
@@ -120,7 +120,7 @@ def _pack_split(
     config: PackConfig, source: ImageSource, program: Jpegtran, before: PackIndex
 ) -> tuple[PackIndex, int]:
     """Make what is not there yet; return the finished index and how many images were made."""
-    folder = config.out / source.split
+    folder = config.output / source.split
     images, kept = {}, {}
     num_made = 0
     results = in_threads(
@@ -140,7 +140,9 @@ def _pack_split(
     index = PackIndex(before.jpegtran, before.data_sha256, images, kept)
     if index != before:
         write_whole(folder / INDEX_NAME, index.to_bytes())
-    packed = open_source(config.out, source.split)  # raises, saying what is there that is not ours
+    packed = open_source(
+        config.output, source.split
+    )  # raises, saying what is there that is not ours
     if fingerprint(packed) != index.data_sha256:
         raise DataError(f"{source.name} changed while it was packed; pack it into a new folder")
     return index, num_made

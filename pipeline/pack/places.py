@@ -34,14 +34,14 @@ def refuse_overlap(data_dir: Path, out: Path) -> None:
     data, packed = data_dir.resolve(), out.resolve()
     if packed.is_relative_to(data) or data.is_relative_to(packed):
         raise ConfigError(
-            f"--out {out} and --data-dir {data_dir} lie in one another; give another folder"
+            f"--output {out} and --data-dir {data_dir} lie in one another; give another folder"
         )
 
 
 def refuse_file(out: Path) -> None:
-    """Raise ConfigError where --out is no folder and cannot become one."""
+    """Raise ConfigError where --output is no folder and cannot become one."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder")
+        raise ConfigError(f"--output {out} is a file; give a folder")
 
 
 def strange(folder: Path) -> Iterator[Path]:

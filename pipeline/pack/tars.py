@@ -34,8 +34,8 @@ def run(config: PackConfig) -> dict[str, Any]:
     """Pack a data set into tar files; return the report. Raises MealError and OSError."""
     began = time.monotonic()
     sources = {name: open_source(config.data_dir, name) for name in splits_of(config)}
-    refuse_overlap(config.data_dir, config.out)
-    _refuse_what_is_no_pack(config.out)
+    refuse_overlap(config.data_dir, config.output)
+    _refuse_what_is_no_pack(config.output)
     classes = _class_lines(list(sources.values()))
     num_made, shards = 0, []
     for source in sources.values():
@@ -45,7 +45,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         num_made += made
     report: dict[str, Any] = {
         "data_dir": str(config.data_dir),
-        "out": str(config.out),
+        "out": str(config.output),
         "splits": list(sources),
         "images": sum(shard.images for shard in shards),
         "shards": len(shards),
@@ -64,7 +64,7 @@ def run(config: PackConfig) -> dict[str, Any]:
 
 
 def _refuse_what_is_no_pack(out: Path) -> None:
-    """Raise ConfigError where --out holds anything but tar files that were packed, or their kin."""
+    """Raise ConfigError where --output holds anything but packed tar files and their indexes."""
     refuse_file(out)
     names = [path.name for path in strange(out)]
     splits = [name.removesuffix(PACK_SUFFIX) for name in names if name.endswith(PACK_SUFFIX)]
@@ -74,7 +74,7 @@ def _refuse_what_is_no_pack(out: Path) -> None:
         is_ours = name == _CLASSES or name.endswith(PACK_SUFFIX) or re.fullmatch(tar, name)
         if not is_ours:
             raise ConfigError(
-                f"--out {out} is not empty, and {name} is not packed; give a new folder"
+                f"--output {out} is not empty, and {name} is not packed; give a new folder"
             )
 
 
@@ -93,7 +93,7 @@ def _class_lines(sources: Sequence[ImageSource]) -> bytes:
 
 
 def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> TarPack:
-    """Make --out the place of a split's tar files; return what is known of them.
+    """Make --output the place of a split's tar files; return what is known of them.
 
     Raises ConfigError where it holds others.
     """
@@ -101,17 +101,17 @@ def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> TarPack:
     wanted = TarPack(
         fingerprint(source), fingerprint_of(source.classes, stored), config.num_per_shard
     )
-    found = TarPack.read(config.out, source.split)
-    path = config.out / _CLASSES
+    found = TarPack.read(config.output, source.split)
+    path = config.output / _CLASSES
     if path.is_file() and path.read_bytes() != classes:
-        raise ConfigError(f"{path} lists other classes than {source.name} has; give a new --out")
+        raise ConfigError(f"{path} lists other classes than {source.name} has; give a new --output")
     if found is None:
-        config.out.mkdir(parents=True, exist_ok=True)
+        config.output.mkdir(parents=True, exist_ok=True)
         write_whole(path, classes)
-        write_whole(pack_path(config.out, source.split), wanted.to_bytes())
+        write_whole(pack_path(config.output, source.split), wanted.to_bytes())
         return wanted
     if (what := _difference(found, wanted)) is not None:
-        raise ConfigError(f"{config.out} holds {what.format(source.name)}; give a new --out")
+        raise ConfigError(f"{config.output} holds {what.format(source.name)}; give a new --output")
     return found
 
 
@@ -139,7 +139,7 @@ def _pack_split(
     parts = [
         [order[place] for place in part] for part in shard_ranges(len(order), config.num_per_shard)
     ]
-    paths = [config.out / f"{source.split}-{number:06d}.tar" for number in range(len(parts))]
+    paths = [config.output / f"{source.split}-{number:06d}.tar" for number in range(len(parts))]
     shards = [
         _whole_tar(path, source, part, before) for path, part in zip(paths, parts, strict=True)
     ]
@@ -160,7 +160,7 @@ def _pack_split(
         index = _write(paths[number], source, part, islice(shown, len(part)))
         shards[number] = PackedTar(paths[number].name, len(part), index.num_bytes, index.sha256)
     done = [shard for shard in shards if shard is not None]
-    _finish(config.out, source, before, done)
+    _finish(config.output, source, before, done)
     return done, len(missing)
 
 

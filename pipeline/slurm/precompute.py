@@ -32,9 +32,9 @@ def run(
     stage = checked(config.flags)
     assert isinstance(stage.config, PrecomputeConfig)
     submitting.refuse(stage, *OURS)
-    this = submitting.next_round(stage.config.out)
-    store = store_at(stage.config, stage.config.out)
-    out = plain(stage.config.out)
+    this = submitting.next_round(stage.config.output)
+    store = store_at(stage.config, stage.config.output)
+    out = plain(stage.config.output)
     missing, is_finished = _missing(stage.config, store)
     report = {"labels": out, "missing": len(missing), "array": None, "finish": None}
     if is_finished:
@@ -106,7 +106,7 @@ def _finish(config: SlurmPrecomputeConfig, stage: PrecomputeConfig, this: Round)
             "output": f"{this.log}/finish-%j.out",
         },
     )
-    start = [*scripts.PYTHON, "mealv2", "labels", "finish", str(plain(stage.out))]
+    start = [*scripts.PYTHON, "mealv2", "labels", "finish", str(plain(stage.output))]
     known = [] if stage.batch_size == "auto" else ["--batch-size", str(stage.batch_size)]
     return this.path("finish"), head + scripts.alone(scripts.command(start, known))
 
@@ -156,5 +156,5 @@ def _refuse_another(config: PrecomputeConfig, store: Store, plan: dict[str, Any]
     if differing:
         raise LabelSetError(
             f"{store.location} holds another label set: {'; '.join(differing)}. Give another "
-            "--out, or the settings it was made with"
+            "--output, or the settings it was made with"
         )

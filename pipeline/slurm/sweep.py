@@ -1,8 +1,6 @@
 """`mealv2 slurm sweep`: students of several settings from one label set, by an array."""
 
-import dataclasses
 import itertools
-import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,38 +9,13 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from pipeline import logs
-from pipeline.config import DistillConfig, SlurmSweepConfig, StageCommand, flag
+from pipeline.config import SlurmSweepConfig, StageCommand
+from pipeline.config.slurm import Choice
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.distill import OURS
 from pipeline.training.run_folder import REPORT_NAME
 
 Checked = Callable[[Iterable[str]], StageCommand]
-SHARED = ("output", "labels", "data-dir", "resume", "auto-resume")  # by all students of a sweep
-SWITCHES = {
-    flag(f.name) for f in dataclasses.fields(DistillConfig) if f.type in (bool, bool | None)
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A value of a flag that is varied."""
-
-    flag: str
-    value: str
-
-    @property
-    def words(self) -> list[str]:
-        """How the value is given to distill."""
-        if self.flag not in SWITCHES:
-            return [self.flag, self.value]
-        if self.value not in ("yes", "no"):
-            raise ConfigError(f"--vary {self.flag[2:]} is yes or no, not {self.value!r}")
-        return [self.flag if self.value == "yes" else f"--no-{self.flag[2:]}"]
-
-    @property
-    def name(self) -> str:
-        """How the student's folder calls it."""
-        return re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{self.flag[2:]}={self.value}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +32,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
 
     Raises MealError: nothing is submitted unless the settings of every student make a config.
     """
-    varied = [_choices(text, config.flags) for text in config.vary]
+    varied = config.choices
     students = _students(config, list(itertools.product(*varied)), checked)
     out = students[0].folder.parent
     submitting.say_lacking_labels(config, students[0].stage)
@@ -70,7 +43,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
         logs.say(f"{out}: every student is finished; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)
-    names = {choices[0].flag[2:].replace("-", "_") for choices in varied} | {"output"}
+    names = {choices[0].field for choices in varied} | {"output"}
     text = _script(config, todo, names, this)
     words = submitting.sbatch_words(config, this.path("sweep"))
     if config.print_:
@@ -110,18 +83,6 @@ def _script(
 
 def _own(stage: StageCommand, varied: set[str]) -> str:
     return shlex.join(w for name, words in stage.options.items() if name in varied for w in words)
-
-
-def _choices(text: str, flags: tuple[str, ...]) -> list[Choice]:
-    """Return the values that a --vary gives to its flag."""
-    name, equals, values = text.removeprefix("--").partition("=")
-    if not (equals and values and re.fullmatch("[a-z0-9-]+", name)):
-        raise ConfigError(f"--vary is FLAG=V1,V2,…, got {text!r}")
-    if name in SHARED:
-        raise ConfigError(f"--vary {name}: all students of a sweep share it")
-    if any(word.partition("=")[0] == f"--{name}" for word in flags):
-        raise ConfigError(f"--{name} is given, and varied")
-    return [Choice(f"--{name}", value) for value in values.split(",")]
 
 
 def _students(

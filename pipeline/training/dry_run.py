@@ -64,7 +64,7 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     positions = spec.positions[::stride][:num_images]
     sampler = BatchSampler(config, spec.source, positions, spec.targets)
     step = TrainStep(config, runtime, spec)
-    if config.compile != "off":
+    if config.torchcompile != "off":
         step.compile(sampler.full_batch())
     step.log_sizes(sampler.full_batch())
     step.state.set_lr(config.lr_factor(0))

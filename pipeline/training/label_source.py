@@ -71,9 +71,9 @@ class CentreLabels:
 
 
 def open_training_images(config: DistillConfig, folder: Path | None) -> ImageSource:
-    """Open the images to train on: the split that the label set in a folder names, or --split."""
+    """Open the images to train on: the split that the label set names, or --train-split."""
     if folder is None:
-        return open_images(config, config.data_dir, config.split or "train")
+        return open_images(config, config.data_dir, config.train_split or "train")
     plan = read_manifest(folder)["plan"]
     return open_images(config, config.data_dir, plan["roles"]["train"]["split"])
 

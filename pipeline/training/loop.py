@@ -11,7 +11,7 @@ from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier, save_classifier
 from mealv2.targets import ONLINE, SKIPPED
-from mealv2.weights import EXPORT_FOLDER
+from mealv2.weight_files import EXPORT_FOLDER
 from pipeline import logs
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
@@ -50,7 +50,7 @@ class _Trainer:
         self.sampler = BatchSampler(config, spec.source, spec.positions, spec.targets)
         self.step = TrainStep(config, runtime, spec)
         self.state = self.step.state
-        if config.compile != "off":
+        if config.torchcompile != "off":
             self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state)
         self.progress = self.state.progress

@@ -206,7 +206,7 @@ class TrainStep:
         """Compile the student for the micro-batches of a full batch."""
         num_views = num_views_of(self.local_rows(request))
         size = max(map(len, self._micro_batches(num_views, num_views)))
-        compiler = Compiler(self.config.compile, size)
+        compiler = Compiler(self.config.torchcompile, size)
         self.spec.task.through = compiler.compiled(self.spec.student)
 
     def log_sizes(self, request: BatchRequest) -> None:

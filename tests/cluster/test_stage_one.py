@@ -22,7 +22,7 @@ def labelling(
     teacher_dirs: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[str]:
-    """Stage one of some 20 s in one process, in 27 shards; all but --out."""
+    """Stage one of some 20 s in one process, in 27 shards; all but --output."""
     data_dir = draw_tree(tmp_path_factory.mktemp("images") / "data", num_train=40)
     settings = {
         "--data-dir": data_dir,
@@ -54,7 +54,7 @@ def test_killed_powered_off_and_cut_off_tasks_leave_a_set_equal_to_one_made_alon
     if cluster.mode != "net":
         pytest.skip(f"mode {cluster.mode} has no network to cut nodes off from")
     out, alone = tmp_path / "labels", tmp_path / "alone"
-    command = ["precompute", "--array", NUM_TASKS, *labelling, "--out", out]
+    command = ["precompute", "--array", NUM_TASKS, *labelling, "--output", out]
     first = cluster.submit(*command)
     names = Path(out, "slurm", "precompute-1.txt").read_text().split()
     assert first["missing"] == len(names) == 27
@@ -79,7 +79,7 @@ def test_killed_powered_off_and_cut_off_tasks_leave_a_set_equal_to_one_made_alon
     cluster.node("cut", "n2")
     for process in cut_off:  # held until their twins run: how fast the machine is plays no part
         os.kill(process, signal.SIGSTOP)
-    done("precompute", *labelling, "--out", alone)
+    done("precompute", *labelling, "--output", alone)
     cluster.node("lost", "n1", "n2")
 
     # both copies of a task label the same shards at once
@@ -133,7 +133,7 @@ def test_a_preempted_task_comes_back_and_goes_on(
     cluster: Any, labelling: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "labels"
-    jobs = cluster.submit("precompute", "--array", 1, *labelling, "--out", out)
+    jobs = cluster.submit("precompute", "--array", 1, *labelling, "--output", out)
     cluster.until(lambda: len(list(out.glob("train-*.h5"))) > 1)
     whole = {path: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     (task,) = cluster.tasks(jobs["array"]).values()

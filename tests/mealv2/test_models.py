@@ -22,7 +22,8 @@ from mealv2.models import (
     save_classifier,
     weights_sha256,
 )
-from mealv2.weights import find_checkpoint, load_weights
+from mealv2.weight_files import find_checkpoint
+from mealv2.weights import load_weights
 
 CLASSES = ["ant", "bee", "größer Bär", "猫"]
 

@@ -318,9 +318,9 @@ def rates(**settings: object) -> list[float]:
 
 
 def test_learning_rates_are_those_of_the_official_regime_and_schedules() -> None:
-    regime = rates(epochs=301, lr_milestones=[101])
+    regime = rates(epochs=301, decay_milestones=[101])
     np.testing.assert_allclose(regime, GOLDEN["S_regime_lr_epoch0_300"], rtol=1e-12)
-    step = rates(epochs=200, lr_milestones=[100, 180])[::8]
+    step = rates(epochs=200, decay_milestones=[100, 180])[::8]
     np.testing.assert_allclose(step, GOLDEN["S_fkd_step_lr"], rtol=1e-12)
     cosine = rates(epochs=200, sched="cosine")[::8]
     np.testing.assert_allclose(cosine, GOLDEN["S_fkd_cos_lr"], rtol=1e-12)

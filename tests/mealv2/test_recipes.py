@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
             "pretrained": False,
             "epochs": 120 + 180,
             "lr": 0.1,
-            "lr_milestones": [120, 120 + 100],
+            "decay_milestones": [120, 120 + 100],
             "discriminator_lr": 0.1,
         },
     ),
@@ -75,7 +75,7 @@ SCHEDULE = {
     "epochs": 180,
     "batch_size": 512,
     "lr": 0.01,
-    "lr_milestones": [100],
+    "decay_milestones": [100],
     "decay_rate": 0.1,
     "momentum": 0.9,
     "weight_decay": 0.0,
@@ -219,7 +219,7 @@ def test_every_setting_is_a_field_of_its_stage(name: str) -> None:
     for command, kind in stages.items():
         fields = {field.name for field in dataclasses.fields(kind)}
         settings = recipe.settings(command, online=True)  # type: ignore[arg-type]
-        assert settings.keys() <= fields - {"data_dir", "out", "labels", "recipe", "online"}
+        assert settings.keys() <= fields - {"data_dir", "output", "labels", "recipe", "online"}
 
 
 @EVERY
@@ -246,7 +246,7 @@ def opening(name: str) -> list[list[str]]:
 @EVERY
 def test_a_recipe_opens_with_its_commands(name: str) -> None:
     mixed = ["--cutmix-target", "mixed-labels"] if name == "resnet50-cutmix" else []
-    data, views = ["--data-dir", "imagenet"], ["--num-views", "30", "--out", "labels"]
+    data, views = ["--data-dir", "imagenet"], ["--num-views", "30", "--output", "labels"]
     assert recipes.text(name).startswith(f"# mealv2 distill --recipe {name} --online ")
     assert opening(name) == [
         ["mealv2", "distill", "--recipe", name, "--online", *data],

@@ -61,9 +61,9 @@ def short_turns() -> Any:
 
 @pytest.fixture(scope="module")
 def everything(done: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Any]:
-    """A run of all lines, and what --json kept of it."""
+    """A run of all lines, and what --results-file kept of it."""
     path = tmp_path_factory.mktemp("bench") / "raw.json"
-    result = done("bench", *FLAGS, "--json", path)
+    result = done("bench", *FLAGS, "--results-file", path)
     return result, json.loads(path.read_text())
 
 
@@ -86,7 +86,7 @@ def test_the_report_says_command_day_machine_and_versions_and_no_path(everything
     result, raw = everything
     report = result.report
     assert report["command"].startswith("mealv2 bench ")
-    assert report["command"].endswith("--json JSON")
+    assert report["command"].endswith("--results-file RESULTS_FILE")
     assert {"torch", "timm", "python", "mealv2"} <= report["versions"].keys()
     assert {"cpu", "cores", "memory_gb"} <= report["hardware"].keys()
     assert report["images"]["num_images"] == 12
@@ -165,8 +165,8 @@ def test_chosen_lines_come_in_the_order_of_the_table(done: Run) -> None:
     [
         (["--lines", "loader-1,lables"], "lables"),
         (["--teacher", "resnet18=somewhere"], "--teacher"),
-        (["--split", "val"], "--split"),
-        (["--json", "nowhere/raw.json"], "--json"),
+        (["--train-split", "val"], "--train-split"),
+        (["--results-file", "nowhere/raw.json"], "--results-file"),
         (["--batch-size", 1], "--batch-size"),
     ],
 )

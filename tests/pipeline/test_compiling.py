@@ -79,7 +79,7 @@ def test_without_a_compiler_it_says_so_once_and_computes_the_same(
     call = Compiler("default", 8).compiled(network)
     for seed in range(3):
         torch.testing.assert_close(call(_images(8, seed)), plain(_images(8, seed)), rtol=0, atol=0)
-    said = [line for line in capsys.readouterr().err.splitlines() if "--compile" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "--torchcompile" in line]
     assert len(said) == 1
     assert "this machine cannot compile (" in said[0]
     assert "C++ compiler" in said[0]
@@ -96,7 +96,7 @@ def test_stage_one_goes_on_without_a_compiler_to_the_same_bits(
     tmp_path: Path,
     contents: Callable[..., dict[str, bytes]],
 ) -> None:
-    result = done(*precompute_flags, "--compile", "default", "--out", tmp_path / "labels")
+    result = done(*precompute_flags, "--torchcompile", "default", "--output", tmp_path / "labels")
     assert result.stderr.count("this machine cannot compile") == 1  # of two teachers
     assert contents(tmp_path / "labels") == contents(labels_dir)
 
@@ -159,7 +159,7 @@ def test_runs_that_compile_repeat_resume_and_agree_with_plain_ones(
     events: Events,
     weights: Callable[[Path], dict[str, bytes]],
 ) -> None:
-    flags = [*distill_flags, "--compile", "default", "--checkpoint-every", 1]
+    flags = [*distill_flags, "--torchcompile", "default", "--checkpoint-every", 1]
     done(*flags, "--checkpoint-hist", 99, "--output", tmp_path / "compiled")
     done(*distill_flags, "--output", tmp_path / "plain")
     losses = [[e["loss"] for e in events(tmp_path / n, "train")] for n in ("compiled", "plain")]

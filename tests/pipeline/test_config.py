@@ -19,18 +19,22 @@ from pipeline.config import (
 )
 
 REQUIRED: dict[type[configs.Settings], dict[str, Any]] = {
-    PrecomputeConfig: {"data_dir": Path("/d"), "out": Path("/o"), "teacher": ("a", "b=c")},
+    PrecomputeConfig: {"data_dir": Path("/d"), "output": Path("/o"), "teacher": ("a", "b=c")},
     DistillConfig: {"data_dir": Path("/d"), "labels": Path("/l"), "model": "m"},
     FinetuneConfig: {"data_dir": Path("/d"), "model": "m"},
     EvaluateConfig: {"data_dir": Path("/d"), "model": "m"},
     PredictConfig: {"image": (Path("/i"), Path("/j")), "model": "m"},
     ExportConfig: {"run": Path("/r"), "to": "timm"},
 }
+OTHERS: dict[type[configs.Settings], dict[str, Any]] = {
+    configs.BenchConfig: {},
+    configs.SlurmDistillConfig: {"flags": ("--seed", "1")},
+}
 EVERY = pytest.mark.parametrize("kind", REQUIRED, ids=lambda kind: kind.__name__)
 
 
 def make(kind: type[configs.Settings], **values: Any) -> Any:
-    return kind(**REQUIRED[kind] | values)
+    return kind(**(REQUIRED | OTHERS)[kind] | values)
 
 
 @EVERY
@@ -51,10 +55,10 @@ def test_every_field_explains_itself(kind: type[configs.Settings]) -> None:
 def test_json_there_and_back_is_the_same_config(kind: type[configs.Settings]) -> None:
     triple = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
     extra: dict[type, dict[str, Any]] = {
-        DistillConfig: {"lr_milestones": (3, 5), "resume": Path("/r"), **triple},
+        DistillConfig: {"decay_milestones": (3, 5), "resume": Path("/r"), **triple},
         FinetuneConfig: {"initial_checkpoint": Path("/c"), **triple},
         EvaluateConfig: {"results_file": Path("/x.csv"), **triple},
-        ExportConfig: {"out": Path("/o")},
+        ExportConfig: {"output": Path("/o")},
     }
     config = make(kind, **extra.get(kind, {"workers": 5}))
     assert kind.from_json(json.loads(json.dumps(config.as_json()))) == config
@@ -63,6 +67,21 @@ def test_json_there_and_back_is_the_same_config(kind: type[configs.Settings]) ->
 def test_paths_are_kept_absolute() -> None:
     values = make(DistillConfig, labels=Path("labels")).as_json()
     assert values["labels"] == str(Path.cwd() / "labels")
+
+
+def test_old_names_of_settings_are_read_as_the_new_ones() -> None:
+    values = make(DistillConfig, decay_milestones=(3,), torchcompile="default").as_json()
+    old = {"decay_milestones": "lr_milestones", "torchcompile": "compile", "train_split": "split"}
+    named = {old.get(name, name): value for name, value in values.items()}
+    assert DistillConfig.from_json(named) == DistillConfig.from_json(values)
+    assert DistillConfig.from_json({**named, "decay_milestones": [3]}).decay_milestones == (3,)
+    assert DistillConfig.from_json({**named, "decay_milestones": None}).decay_milestones == (3,)
+
+
+def test_an_old_and_a_new_name_that_differ_are_refused() -> None:
+    values = make(DistillConfig).as_json() | {"torchcompile": "default", "compile": "max-autotune"}
+    with pytest.raises(ConfigError, match="'compile' is the old name of 'torchcompile'"):
+        DistillConfig.from_json(values)
 
 
 @EVERY
@@ -189,7 +208,7 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, {"teacher": ("a",), "missing": "skip"}, "--teacher"),
         (DistillConfig, {"write_back": True}, "--write-back"),
         (DistillConfig, {"write_back": True, "missing": "skip"}, "--write-back"),
-        (DistillConfig, {"split": "train"}, "--split"),
+        (DistillConfig, {"train_split": "train"}, "--train-split"),
         (DistillConfig, {"img_size": 224}, "--img-size"),
         (DistillConfig, {"view_seed": 0}, "--view-seed"),
         (DistillConfig, ONLINE | {"missing": "teach"}, "--missing"),
@@ -201,19 +220,23 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
         (
             DistillConfig,
-            {"sched": "cosine", "epochs": 9, "lr_milestones": (3,)},
-            "--lr-milestones",
+            {"sched": "cosine", "epochs": 9, "decay_milestones": (3,)},
+            "--decay-milestones",
         ),
         (DistillConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
         (FinetuneConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
         (FinetuneConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
-        (FinetuneConfig, {"epochs": 5, "lr_milestones": (5,)}, "--lr-milestones"),
-        (FinetuneConfig, {"epochs": 5, "lr_milestones": (0, 2)}, "--lr-milestones"),
+        (FinetuneConfig, {"epochs": 5, "decay_milestones": (5,)}, "--decay-milestones"),
+        (FinetuneConfig, {"epochs": 5, "decay_milestones": (0, 2)}, "--decay-milestones"),
         (
             FinetuneConfig,
             {"pretrained": True, "initial_checkpoint": Path("c")},
             "--initial-checkpoint",
         ),
+        (DistillConfig, {"dry_run": True, "auto_resume": True, "output": Path("o")}, "--auto-res"),
+        (configs.BenchConfig, {"lines": ("labels",), "memory_images": 9}, "--memory-images"),
+        (configs.BenchConfig, {"train_split": "x"}, "--train-split"),
+        (configs.SlurmDistillConfig, {"max_requeues": 2}, "--max-requeues"),
         (PrecomputeConfig, {"amp_dtype": "float16"}, "--amp-dtype"),
         (PrecomputeConfig, {"label_dtype": "float16"}, "--label-dtype"),
         (PrecomputeConfig, {"label_dtype": "float32", "rate": 0.1}, "--label-dtype"),
@@ -258,7 +281,7 @@ def test_rate_and_topk_exclude_each_other() -> None:
         MIXED | {"cutmix_beta": 1.0, "cutmix_prob": 0.0},
         {"model_ema": True, "model_ema_decay": 0.0},
         ONLINE | {"cutmix_target": "teachers", "discriminator_input": "logits"},
-        ONLINE | {"split": "train", "img_size": 224, "view_seed": 0},
+        ONLINE | {"train_split": "train", "img_size": 224, "view_seed": 0},
     ],
 )
 def test_settings_that_have_an_effect_are_taken(values: dict[str, Any]) -> None:
@@ -297,10 +320,10 @@ def test_cosine_falls_from_the_whole_rate_to_nothing_by_half_a_cosine() -> None:
         ({"epochs": 180}, 179, 0.1),
         ({"epochs": 18}, 9, 1.0),
         ({"epochs": 18}, 10, 0.1),
-        ({"epochs": 9, "lr_milestones": (3, 6)}, 2, 1.0),
-        ({"epochs": 9, "lr_milestones": (3, 6)}, 3, 0.1),
-        ({"epochs": 9, "lr_milestones": (6, 3)}, 6, 0.01),
-        ({"epochs": 9, "lr_milestones": (3,), "decay_rate": 0.5}, 8, 0.5),
+        ({"epochs": 9, "decay_milestones": (3, 6)}, 2, 1.0),
+        ({"epochs": 9, "decay_milestones": (3, 6)}, 3, 0.1),
+        ({"epochs": 9, "decay_milestones": (6, 3)}, 6, 0.01),
+        ({"epochs": 9, "decay_milestones": (3,), "decay_rate": 0.5}, 8, 0.5),
     ],
 )
 def test_learning_rate_falls_at_the_milestones(

@@ -75,13 +75,13 @@ def test_arms_share_start_schedule_and_data(told: tuple[Path, Any]) -> None:
         for arm in ("hard-labels", "distilled")
     )
     # these the label set says, and the command cannot
-    of_labels = {"split", "img_size", "view_seed", "exact_pil"}
+    of_labels = {"train_split", "img_size", "view_seed", "exact_pil"}
     assert all(distilled[name] is None for name in of_labels)
     shared = (control.keys() & distilled.keys()) - of_labels
     assert {name for name in shared if control[name] != distilled[name]} == set()
     labels = json.loads((out / "labels" / "plan.json").read_text())
     plan = labels["roles"]["train"]
-    assert (control["split"], control["img_size"]) == (plan["split"], labels["img_size"])
+    assert (control["train_split"], control["img_size"]) == (plan["split"], labels["img_size"])
     assert (control["num_views"], control["view_seed"]) == (2, plan["views"]["seed"])
     assert plan["num_views"] == 2
 

@@ -22,7 +22,7 @@ from mealv2.soft_labels import top_k
 from mealv2.targets import BatchTargets, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import DrawnViews, scheduled_view, view_of
-from mealv2.weights import find_checkpoint
+from mealv2.weight_files import find_checkpoint
 from pipeline import runtime
 from pipeline.config import DistillConfig
 from pipeline.training.loop import train
@@ -285,7 +285,7 @@ def test_labels_without_a_val_role_train_without_agreement(
     done: Run, precompute_flags: list[str], distill_flags: list[str], tmp_path: Path
 ) -> None:
     labels = tmp_path / "labels"
-    done(*precompute_flags, "--val-split", "none", "--out", labels)
+    done(*precompute_flags, "--val-split", "none", "--output", labels)
     result = done(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
     assert result.report["num_images"] == 15
     assert {"top1", "top5"} < result.report.keys()
@@ -488,7 +488,7 @@ def test_labels_of_no_image_at_all_are_refused(
     for path in (own_data / "train").glob("*/*"):
         path.write_bytes(b"")
     flags = ["--data-dir", own_data, "--on-bad-image", "skip"]
-    result = run_cli(*precompute_flags, *flags, "--out", tmp_path / "labels")
+    result = run_cli(*precompute_flags, *flags, "--output", tmp_path / "labels")
     if result.code == 0:  # if stage one lets them pass, stage two may not
         labels = ["--labels", tmp_path / "labels", "--output", tmp_path / "run"]
         result = run_cli(*distill_flags, *flags, *labels)
@@ -509,7 +509,7 @@ def test_one_class_is_refused_with_a_discriminator(
         shutil.copytree(data_dir / split / "ants", tmp_path / "data" / split / "ants")
     teacher, student = (make_model("test_resnet", seed=s, classes=("ants",)) for s in (1, 2))
     flags = ["--data-dir", tmp_path / "data"]
-    labels = ["--out", tmp_path / "labels", "--topk", 1, "--teacher", f"test_resnet={teacher}"]
+    labels = ["--output", tmp_path / "labels", "--topk", 1, "--teacher", f"test_resnet={teacher}"]
     done(*precompute_flags[:-4], *flags, *labels)
     start = ["--labels", tmp_path / "labels", "--initial-checkpoint", student]
     result = run_cli(*distill_flags, *flags, *start, "--output", tmp_path / "run")

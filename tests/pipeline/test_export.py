@@ -84,7 +84,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 def test_timm_folder_is_the_same_model_to_the_bit(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    done("export", folder_of(name), "--to", "timm", "--out", tmp_path / "out")
+    done("export", folder_of(name), "--to", "timm", "--output", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     original = checkpoint_of(folder_of(name))
     assert same_weights(model, original.backbone)
@@ -98,7 +98,7 @@ def test_timm_folder_is_the_same_model_to_the_bit(
 def test_timm_folder_of_a_run_is_its_student_with_a_card(
     done: Run, distilled: Path, tmp_path: Path, contents: Callable[..., dict[str, bytes]]
 ) -> None:
-    done("export", distilled, "--to", "timm", "--out", tmp_path / "out")
+    done("export", distilled, "--to", "timm", "--output", tmp_path / "out")
     written = contents(tmp_path / "out")
     assert written.pop("README.md")
     assert written == contents(distilled / "student")
@@ -109,7 +109,7 @@ def test_hub_folder_loads_with_torch_hub(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "out"
-    done("export", folder_of(name), "--to", "hub-folder", "--out", out)
+    done("export", folder_of(name), "--to", "hub-folder", "--output", out)
     model = torch.hub.load(str(out), name, source="local")
     assert same_weights(model, checkpoint_of(folder_of(name)).backbone)
     blank = torch.hub.load(str(out), name, source="local", pretrained=False)
@@ -119,7 +119,7 @@ def test_hub_folder_loads_with_torch_hub(
 def test_hub_folder_needs_only_torch_and_timm(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done("export", folder_of("test_resnet"), "--to", "hub-folder", "--out", tmp_path / "out")
+    done("export", folder_of("test_resnet"), "--to", "hub-folder", "--output", tmp_path / "out")
     text = (tmp_path / "out" / "hubconf.py").read_text()
     assert set(re.findall(r"^ *(?:import|from) (\w+)", text, flags=re.MULTILINE)) == {
         "pathlib",
@@ -136,7 +136,7 @@ def test_onnx_file_answers_plain_images_as_torch_does(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "model.onnx"
-    result = done("export", folder_of(name), "--to", "onnx", "--out", out)
+    result = done("export", folder_of(name), "--to", "onnx", "--output", out)
     original = checkpoint_of(folder_of(name))
     session = onnxruntime.InferenceSession(str(out))
     for num_images in (1, 5):
@@ -167,7 +167,7 @@ def test_missing_packages_are_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     out = tmp_path / "model.onnx"
-    result = run_cli("export", folder_of("test_resnet"), "--to", "onnx", "--out", out)
+    result = run_cli("export", folder_of("test_resnet"), "--to", "onnx", "--output", out)
     assert result.code == 2
     (line,) = result.stderr.splitlines()
     assert line == f"mealv2: --to onnx needs {missing}: pip install 'mealv2[export]'"
@@ -178,7 +178,7 @@ def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     out = tmp_path / "model.onnx"
-    result = done("export", folder_of("test_resnet"), "--to", "onnx", "--out", out)
+    result = done("export", folder_of("test_resnet"), "--to", "onnx", "--output", out)
     assert "not compared" in result.stderr
     assert "max_difference" not in result.report
     onnx.checker.check_model(onnx.load(out))
@@ -193,7 +193,7 @@ def test_torchscript_file_answers_without_timm_or_mealv2(
     done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "model.pt"
-    report = done("export", folder_of(name), "--to", "torchscript", "--out", out).report
+    report = done("export", folder_of(name), "--to", "torchscript", "--output", out).report
     assert report["max_difference"] <= 1e-6
     torch.save(images(5), tmp_path / "images.pt")
     code = (
@@ -241,7 +241,7 @@ def test_no_file_names_a_path_of_this_machine(
     """TorchScript and ONNX keep stack traces unless they are taken out."""
     suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(kind, "")
     out = tmp_path / f"out{suffix}"
-    done("export", distilled, "--to", kind, "--out", out)
+    done("export", distilled, "--to", kind, "--output", out)
     unpacked = tmp_path / "unpacked"
     unpacked.mkdir()
     if kind == "torchscript":
@@ -261,7 +261,7 @@ def test_what_is_there_is_never_overwritten(
     mine = out if suffix else out / "mine.txt"
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
-    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--out", out)
+    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--output", out)
     assert result.code == 2
     (line,) = result.stderr.splitlines()
     assert f"{out} is already there" in line
@@ -275,7 +275,7 @@ def test_an_empty_folder_may_become_a_folder_but_no_file(
 ) -> None:
     out = tmp_path / "out.onnx"
     out.mkdir()
-    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--out", out)
+    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--output", out)
     assert result.code == {"timm": 0, "onnx": 2}[kind]
     assert (out / "model.safetensors").exists() == (kind == "timm")
 
@@ -293,7 +293,7 @@ def test_file_that_would_answer_otherwise_is_not_written(
 
     monkeypatch.setattr(export, "_checked", spoilt)
     suffix = {"onnx": ".onnx", "torchscript": ".pt"}[kind]
-    config = ExportConfig(run=folder_of("test_resnet"), to=kind, out=tmp_path / f"model{suffix}")
+    config = ExportConfig(run=folder_of("test_resnet"), to=kind, output=tmp_path / f"model{suffix}")
     with pytest.raises(MealError, match="otherwise than the checkpoint"):
         export.run(config)
     assert list(tmp_path.iterdir()) == []
@@ -307,8 +307,8 @@ def test_file_that_would_answer_otherwise_is_not_written(
         (["{model}", "--to", "tim"], "timm"),
         (["/nowhere", "--to", "timm"], "/nowhere"),
         (["{theirs}", "--to", "timm"], "no model that mealv2 saved"),
-        (["{model}", "--to", "onnx", "--out", "x.pt"], "--out must end in .onnx"),
-        (["{model}", "--to", "torchscript", "--out", "x"], "--out must end in .pt"),
+        (["{model}", "--to", "onnx", "--output", "x.pt"], "--output must end in .onnx"),
+        (["{model}", "--to", "torchscript", "--output", "x"], "--output must end in .pt"),
         (["{model}", "{model}", "--to", "timm"], "extra argument"),
     ],
 )
@@ -332,7 +332,7 @@ def card(done: Run, tmp_path: Path) -> Callable[[Path], str]:
     """A function: the card of a run or model folder."""
 
     def make(run: Path) -> str:
-        done("export", run, "--to", "timm", "--out", tmp_path / "card")
+        done("export", run, "--to", "timm", "--output", tmp_path / "card")
         text = (tmp_path / "card" / "README.md").read_text()
         shutil.rmtree(tmp_path / "card")
         return text

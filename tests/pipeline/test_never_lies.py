@@ -94,7 +94,7 @@ def truth(whole: Path) -> Answers:
 def other(done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished set of the same images, files and names, from another seed of views."""
     out = tmp_path_factory.mktemp("other") / "set"
-    done(*precompute_flags, "--view-seed", 8, "--out", out)
+    done(*precompute_flags, "--view-seed", 8, "--output", out)
     return out
 
 
@@ -115,7 +115,7 @@ def repair(
             return run_cli(*add_flags, folder)
         if "-more-" in name:
             (folder / name).unlink()
-        return run_cli(*precompute_flags, "--out", folder)
+        return run_cli(*precompute_flags, "--output", folder)
 
     return run
 
@@ -352,7 +352,7 @@ def test_a_file_that_is_no_files_of_the_set_is_left_alone(
     before = contents(damaged)
     assert reads_right_or_not(damaged, truth) == "right"
     done("labels", "verify", damaged)
-    assert done(*precompute_flags, "--out", damaged).report["shards_made"] == 0
+    assert done(*precompute_flags, "--output", damaged).report["shards_made"] == 0
     assert contents(damaged) == before
 
 
@@ -400,7 +400,7 @@ def test_a_manifest_is_written_anew_from_the_files(
     else:
         assert reads_right_or_not(damaged, truth) == "refused"
         check_verify(run_cli, damaged)
-    assert done(*precompute_flags, "--out", damaged).report["shards_made"] == 0
+    assert done(*precompute_flags, "--output", damaged).report["shards_made"] == 0
     assert contents(damaged) == contents(whole)
 
 
@@ -436,7 +436,7 @@ def test_a_plan_is_written_anew_where_manifest_or_shards_know_it(
     else:
         assert reads_right_or_not(damaged, truth) == "right"
         check_verify(run_cli, damaged, "plan.json")
-    assert done(*precompute_flags, "--out", damaged).report["shards_made"] == 0
+    assert done(*precompute_flags, "--output", damaged).report["shards_made"] == 0
     assert contents(damaged) == contents(whole)
 
 
@@ -456,7 +456,7 @@ def test_a_stray_file_of_another_set_never_lets_that_set_take_the_folder(
         if manifest == "lost":
             (damaged / "manifest.json").unlink()
             before.pop("manifest.json")
-        result = run_cli(*precompute_flags, "--view-seed", 8, "--out", damaged)
+        result = run_cli(*precompute_flags, "--view-seed", 8, "--output", damaged)
         assert result.code == 3
         assert "holds another label set: " in result.stderr.splitlines()[-1]
         assert contents(damaged) == before
@@ -488,7 +488,7 @@ def test_added_views_that_precompute_left_out_are_taken_up_again(
 ) -> None:
     path = damaged / "train-00001-views-4-5.h5"
     path.write_bytes(path.read_bytes()[:1000])
-    left_out = done(*precompute_flags, "--out", damaged)
+    left_out = done(*precompute_flags, "--output", damaged)
     assert "views 4 to 5 are not complete and not listed" in left_out.stderr
     assert LabelSet.open(damaged).num_views == 4
     report = done(*add_flags, "--num-views", "8", damaged).report
@@ -501,7 +501,7 @@ def test_added_views_that_precompute_left_out_are_taken_up_again(
 def test_a_derived_set_keeps_the_views_that_were_added_to_it(
     done: Run, whole: Path, add_flags: list[str], tmp_path: Path, contents: Files
 ) -> None:
-    convert = ["labels", "convert", whole, "--topk", "all", "--out", tmp_path / "all"]
+    convert = ["labels", "convert", whole, "--topk", "all", "--output", tmp_path / "all"]
     done(*convert)
     done(*add_flags, "--num-views", "7", tmp_path / "all")
     before = contents(tmp_path / "all")

@@ -32,7 +32,7 @@ SMALL = ["--shard-size", "5"]  # 3 shards of val, 8 of train
 
 @pytest.fixture(scope="module")
 def flags(precompute_flags: list[str]) -> list[str]:
-    """Stage one in 11 shards, all but --out."""
+    """Stage one in 11 shards, all but --output."""
     return [*precompute_flags, *SMALL]
 
 
@@ -42,7 +42,7 @@ def reference(
 ) -> dict[str, bytes]:
     """The files of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "set"
-    done(*flags, "--out", out)
+    done(*flags, "--output", out)
     files = contents(out)
     assert len(files) == 13
     return files
@@ -54,7 +54,7 @@ def warm(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator
     if not Path("/proc/self/task").exists():
         pytest.skip("needs /proc, to know that a process has one thread")
     folder = tmp_path_factory.mktemp("warm")
-    with warm_process(folder, [*flags, "--out", folder / "first"]) as process:
+    with warm_process(folder, [*flags, "--output", folder / "first"]) as process:
         yield process
 
 
@@ -94,7 +94,7 @@ def test_killed_two_hundred_times_it_ends_in_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rng = random.Random(2020)
-    undisturbed = warm.done(*flags, "--out", tmp_path / "timed", out=tmp_path / "timed")
+    undisturbed = warm.done(*flags, "--output", tmp_path / "timed", out=tmp_path / "timed")
     seconds, events = undisturbed["seconds"], undisturbed["events"]
     assert "os.link" in " ".join(events), "the timeline says when files are put in place"
     # the first kill of the first sets goes through all that is done to files, so that every phase
@@ -111,7 +111,7 @@ def test_killed_two_hundred_times_it_ends_in_the_same_bytes(
         code = -signal.SIGKILL
         while code:
             before = temporaries(out)
-            job: dict[str, Any] = {"args": [*flags, "--out", str(out)], "out": str(out)}
+            job: dict[str, Any] = {"args": [*flags, "--output", str(out)], "out": str(out)}
             if first is not None:
                 job["kill_at_event"], first = first, None
             elif num_kills % 2:
@@ -162,7 +162,7 @@ def test_killed_as_a_command_at_any_time_it_ends_in_the_same_bytes(
     # come soon after a shard
     for number in range(NUM_COLD_KILLS):
         out = tmp_path / f"set-{number // 4}"
-        process = spawn(*flags, "--num-views", 200, "--out", out)
+        process = spawn(*flags, "--num-views", 200, "--output", out)
         if number % 4 == 0:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.process.wait(timeout=rng.uniform(0, 1))
@@ -175,10 +175,10 @@ def test_killed_as_a_command_at_any_time_it_ends_in_the_same_bytes(
         assert process.result().code == -signal.SIGKILL
         phases[phase(final(contents(out)), reference)] += 1
     expected = tmp_path / "undisturbed"
-    done(*flags, "--num-views", 200, "--out", expected)
+    done(*flags, "--num-views", 200, "--output", expected)
     for number in range(NUM_COLD_KILLS // 4):
         out = tmp_path / f"set-{number}"
-        assert spawn(*flags, "--num-views", 200, "--out", out).result().code == 0
+        assert spawn(*flags, "--num-views", 200, "--output", out).result().code == 0
         assert final(contents(out)) == contents(expected)
         done("labels", "verify", out)
     with capsys.disabled():
@@ -196,11 +196,11 @@ def test_two_writers_at_once_one_of_them_killed_end_in_the_same_bytes(
     contents: Files,
 ) -> None:
     rng = random.Random(2022)
-    seconds = warm.done(*flags, "--out", tmp_path / "timed", out=tmp_path / "timed")["seconds"]
+    seconds = warm.done(*flags, "--output", tmp_path / "timed", out=tmp_path / "timed")["seconds"]
     killed = 0
     for number in range(40):
         out = tmp_path / f"set-{number}"
-        job: dict[str, Any] = {"args": [*flags, "--out", str(out)], "out": str(out)}
+        job: dict[str, Any] = {"args": [*flags, "--output", str(out)], "out": str(out)}
         other = {**job, "kill_after_s": rng.uniform(0, seconds)} if number % 2 else job
         result, others = warm.run(job, other)
         assert result["code"] == 0, warm.log.with_name("log-0").read_text()
@@ -298,9 +298,9 @@ def test_full_disk_at_twenty_places_is_one_line_and_the_same_command_goes_on(
     named = []
     for size in sizes:
         out = disk.mount(size) / "set"
-        named.append(check_full(run_cli(*flags, "--out", out), disk.path, expected, contents))
+        named.append(check_full(run_cli(*flags, "--output", out), disk.path, expected, contents))
         disk.remount("size=10m")
-        assert run_cli(*flags, "--out", out).code == 0
+        assert run_cli(*flags, "--output", out).code == 0
         assert contents(disk.path) == expected
     with capsys.disabled():
         print(f"\nno room at {dict(Counter(named))}")
@@ -309,7 +309,7 @@ def test_full_disk_at_twenty_places_is_one_line_and_the_same_command_goes_on(
     # an empty disk: no room for the plan
     out = disk.mount(1) / "set"
     (disk.path / "all").write_bytes(bytes(PAGE))
-    result = run_cli(*flags, "--out", out)
+    result = run_cli(*flags, "--output", out)
     assert "No space left on device" in result.stderr.splitlines()[-1]
     assert str(out / "plan.json") in result.stderr
     assert contents(disk.path, "set/*") == {}
@@ -322,18 +322,18 @@ def test_full_disk_stops_a_job_at_once_and_the_same_job_goes_on(
     job = [*flags, "--job-index", "1", "--num-jobs", "2"]
     expected = {f"set/{name}": reference[name] for name in ["plan.json", *shards[1::2]]}
     out = disk.mount(pages_of(expected) - 1) / "set"
-    result = run_cli(*job, "--out", out)
+    result = run_cli(*job, "--output", out)
     # the last one alone, for nothing after the first that had no room was tried
     assert check_full(result, disk.path, expected, contents) == f"set/{shards[9]}"
     assert "continuing with the other shards" not in result.stderr
 
     out = disk.mount(pages_of({"": reference["plan.json"]}) + 1) / "set"
-    result = run_cli(*job, "--out", out)
+    result = run_cli(*job, "--output", out)
     check_full(result, disk.path, expected, contents)
     assert contents(disk.path).keys() < expected.keys() - {f"set/{shards[9]}"}
     assert result.stdout == ""
     disk.remount("size=10m")
-    assert run_cli(*job, "--out", out).code == 0
+    assert run_cli(*job, "--output", out).code == 0
     assert contents(disk.path) == expected
 
 
@@ -341,7 +341,7 @@ def test_full_disk_stops_a_job_at_once_and_the_same_job_goes_on(
 def own_set(done: Run, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished set with appended rows."""
     out = tmp_path_factory.mktemp("own") / "set"
-    done(*flags, "--out", out)
+    done(*flags, "--output", out)
     append_rows(out)
     return out
 
@@ -368,14 +368,14 @@ def others_set(
     out = tmp_path_factory.mktemp("other") / "set"
     place = flags.index("--teacher")
     teacher = f"test_vit={make_model('test_vit', seed=5)}"
-    done(*flags[:place], "--teacher", teacher, *SMALL, "--out", out)
+    done(*flags[:place], "--teacher", teacher, *SMALL, "--output", out)
     return out
 
 
 COMMANDS: dict[str, list[str]] = {
-    "merge": ["merge", "OWN", "OTHERS", "--topk", "2", "--out", "OUT"],
-    "convert": ["convert", "OWN", "--topk", "all", "--out", "OUT"],
-    "split": ["split", "OWN", "--parts", "3", "--out", "OUT"],
+    "merge": ["merge", "OWN", "OTHERS", "--topk", "2", "--output", "OUT"],
+    "convert": ["convert", "OWN", "--topk", "all", "--output", "OUT"],
+    "split": ["split", "OWN", "--parts", "3", "--output", "OUT"],
     "add-views": ["add-views", "OUT", "--num-views", "7"],
 }
 
@@ -429,7 +429,7 @@ def test_a_folder_that_may_only_be_read_is_read_and_a_command_that_writes_says_s
     disk.remount("ro")
     done("labels", "verify", out)
     for folder, command in ((out, flags), (disk.path / "new", flags)):
-        result = run_cli(*command, "--out", folder)
+        result = run_cli(*command, "--output", folder)
         assert result.code == 1
         assert result.stderr.splitlines()[-1].startswith(f"mealv2: Read-only file system: {folder}")
         assert "Traceback" not in result.stderr

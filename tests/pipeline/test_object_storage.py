@@ -79,7 +79,7 @@ def here(
     """A label set and a run of the shards in a folder."""
     folder = tmp_path_factory.mktemp("here")
     labelling = without_flag(precompute_flags, "--shard-size")
-    done(*with_flag(labelling, "--data-dir", tar_dir), "--out", folder / "labels")
+    done(*with_flag(labelling, "--data-dir", tar_dir), "--output", folder / "labels")
     flags = training_flags(distill_flags, tar_dir, folder / "labels")
     done(*flags, "--output", folder / "run")
     return folder
@@ -129,7 +129,7 @@ def test_labels_made_in_a_bucket_are_those_made_in_a_folder(
 ) -> None:
     images, labels = store.upload(tar_dir, "images"), f"{store.url}/labels"
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", images)
-    labelling += ["--out", labels]
+    labelling += ["--output", labels]
     jobs = ["--num-jobs", 2, "--job-index"]
 
     first = done(*labelling, *cache, *jobs, 0).report
@@ -190,7 +190,7 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
 ) -> None:
     monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
-    labelling += ["--out", f"{store.url}/labels", *cache]
+    labelling += ["--output", f"{store.url}/labels", *cache]
 
     def may_pass(request: bytes) -> int | None:
         return 0 if request.startswith(b"PUT") and b"train-00001.h5" in request[:200] else None
@@ -229,7 +229,7 @@ def test_a_damaged_shard_in_a_bucket_is_made_anew_by_a_machine_that_has_no_copy(
     store.system.pipe_file(f"{labels}/{name}", damaged(local[name]))
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
 
-    report = done(*labelling, "--out", labels, *cache).report
+    report = done(*labelling, "--output", labels, *cache).report
 
     assert report["shards_made"] == 1
     assert {name: store.data(f"labels/{name}") for name in local} == local
@@ -286,7 +286,7 @@ def test_a_damaged_copy_of_a_shard_is_fetched_anew(
     copy.write_bytes(damaged(local[name]))
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
 
-    report = done(*labelling, "--out", labels, *cache).report
+    report = done(*labelling, "--output", labels, *cache).report
 
     assert report["shards_made"] == 0
     assert copy.read_bytes() == local[name]
@@ -317,7 +317,7 @@ def test_a_shard_of_images_that_cannot_be_fetched_fails_alone_in_a_job(
     listed = tmp_path / "list.txt"
     listed.write_text("train-00000.h5\ntrain-00001.h5\ntrain-00002.h5\n")
 
-    result = run_cli(*labelling, "--out", tmp_path / "labels", *cache, "--shard-list", listed)
+    result = run_cli(*labelling, "--output", tmp_path / "labels", *cache, "--shard-list", listed)
 
     assert result.code == 1
     assert result.report["failed"].keys() == {"train-00001.h5"}

@@ -43,7 +43,7 @@ def packed_dir(done: Run, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
     if shutil.which("jpegtran") is None:
         pytest.skip("needs jpegtran (Debian: libjpeg-turbo-progs)")
     out = tmp_path_factory.mktemp("packed") / "out"
-    done("pack", "--data-dir", data_dir, "--out", out)
+    done("pack", "--data-dir", data_dir, "--output", out)
     return out
 
 
@@ -103,7 +103,7 @@ def test_the_report_counts_images_bytes_and_reasons(
     if shutil.which("jpegtran") is None:
         pytest.skip("needs jpegtran (Debian: libjpeg-turbo-progs)")
     out = tmp_path / "out"
-    report = done("pack", "--data-dir", data_dir, "--out", out, "--split", "val").report
+    report = done("pack", "--data-dir", data_dir, "--output", out, "--split", "val").report
     files = [p for p in out.rglob("*.*") if p.name != INDEX_NAME]
     assert report["splits"] == ["val"]
     assert (report["images"], report["packed"], report["made_now"]) == (15, 12, 15)
@@ -111,7 +111,10 @@ def test_the_report_counts_images_bytes_and_reasons(
     assert report["bytes_before"] == sum(ImageFolder(data_dir, "val").sizes)
     assert report["bytes_after"] == sum(p.stat().st_size for p in files)
     assert report["seconds"] >= 0
-    assert done("pack", "--data-dir", data_dir, "--out", out).report["splits"] == ["train", "val"]
+    assert done("pack", "--data-dir", data_dir, "--output", out).report["splits"] == [
+        "train",
+        "val",
+    ]
 
 
 def test_labels_of_the_originals_are_labels_of_the_packed_and_the_other_way_round(
@@ -132,7 +135,7 @@ def test_labels_of_the_originals_are_labels_of_the_packed_and_the_other_way_roun
     assert again["relabelled"]["views"] == 20
     assert again["relabelled"]["top1_agreement"] == 100
     done(*distill_flags, "--data-dir", packed_dir, "--epochs", 1, "--output", tmp_path / "run")
-    done(*precompute_flags, "--data-dir", packed_dir, "--out", tmp_path / "labels")
+    done(*precompute_flags, "--data-dir", packed_dir, "--output", tmp_path / "labels")
     assert contents(tmp_path / "labels") == contents(labels_dir)
     done("labels", "verify", tmp_path / "labels", "--data-dir", data_dir)
 
@@ -162,7 +165,7 @@ def test_each_kind_of_file_is_packed_or_copied_for_its_reason(
         path = tmp_path / "data" / "train" / "ants" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    result = done("pack", "--data-dir", tmp_path / "data", "--out", tmp_path / "out")
+    result = done("pack", "--data-dir", tmp_path / "data", "--output", tmp_path / "out")
     kept = PackIndex.read(tmp_path / "out" / "train")
     assert kept is not None
     assert kept.kept == {
@@ -205,7 +208,7 @@ def test_a_jpegtran_that_does_something_else_makes_no_file(
         }[wrong]
 
     monkeypatch.setattr(jpegtran.Jpegtran, "restarted", restarted)
-    result = done("pack", "--data-dir", own_data, "--out", tmp_path / "out", "--split", "val")
+    result = done("pack", "--data-dir", own_data, "--output", tmp_path / "out", "--split", "val")
     copy = tmp_path / "out" / name.relative_to(own_data)
     assert copy.read_bytes() == name.read_bytes()
     reason = jpegtran.DIFFERENT if wrong in ("other pixels", "no image") else jpegtran.REFUSED
@@ -231,13 +234,13 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
     reference = contents(packed_dir)
     flags = ["pack", "--data-dir", str(data_dir), "--workers", "2"]
     kills, unfinished = 0, 0
-    with warm_process(tmp_path, [*flags, "--out", tmp_path / "first"]) as warm:
+    with warm_process(tmp_path, [*flags, "--output", tmp_path / "first"]) as warm:
         out = tmp_path / "timed"
-        num_events = len(warm.done(*flags, "--out", out, out=out)["events"])
+        num_events = len(warm.done(*flags, "--output", out, out=out)["events"])
         assert contents(out) == reference
         out = tmp_path / "out"
         for event in [0, 1, 2, 4, *range(8, num_events, num_events // 12)]:
-            job = {"args": [*flags, "--out", str(out)], "out": str(out), "kill_at_event": event}
+            job = {"args": [*flags, "--output", str(out)], "out": str(out), "kill_at_event": event}
             kills += warm.run(job)[0]["code"] == -signal.SIGKILL
             left = final(contents(out))
             # nothing torn; only the index is there before it is finished
@@ -249,7 +252,7 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
                     ImageFolder(out, "train")
     assert kills >= 8
     assert unfinished >= 4
-    report = done(*flags, "--out", out).report
+    report = done(*flags, "--output", out).report
     assert report["made_now"] < 51
     assert final(contents(out)) == reference
 
@@ -272,7 +275,7 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
             os.kill(os.getpid(), signal.SIGINT)
         return write_whole(path, data)
 
-    flags = ["pack", "--data-dir", data_dir, "--out", tmp_path / "out", "--workers", 2]
+    flags = ["pack", "--data-dir", data_dir, "--output", tmp_path / "out", "--workers", 2]
     with monkeypatch.context() as patched:
         patched.setattr(folder, "write_whole", write)
         result = run_cli(*flags)
@@ -312,7 +315,7 @@ def test_nothing_is_begun_once_the_reader_stops(monkeypatch: pytest.MonkeyPatch)
 def test_a_finished_pack_is_left_alone_and_one_with_holes_is_mended(
     done: Run, own_pack: Path, data_dir: Path, packed_dir: Path, contents: Files
 ) -> None:
-    flags = ["pack", "--data-dir", data_dir, "--out", own_pack]
+    flags = ["pack", "--data-dir", data_dir, "--output", own_pack]
     times = {p: p.stat().st_mtime_ns for p in own_pack.rglob("*.*")}
     report = done(*flags).report
     assert report["made_now"] == 0
@@ -337,7 +340,7 @@ def test_half_a_file_of_an_unfinished_pack_is_made_again(
     original.write_bytes((data_dir / "train/ants/01.jpg").read_bytes())
     others = own_pack / "train/ants/03.jpg"
     others.write_bytes((own_pack / "train/ants/04.jpg").read_bytes())
-    report = done("pack", "--data-dir", data_dir, "--out", own_pack).report
+    report = done("pack", "--data-dir", data_dir, "--output", own_pack).report
     assert report["made_now"] == 3 + 12  # and the PNGs, which say nothing of themselves
     assert contents(own_pack) == contents(packed_dir)
 
@@ -431,7 +434,7 @@ def test_without_jpegtran_it_says_what_to_install(
     run_cli: Run, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    result = run_cli("pack", "--data-dir", data_dir, "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out")
     one_line(result, 2, "jpegtran", "libjpeg-turbo-progs")
     assert not (tmp_path / "out").exists()
 
@@ -444,7 +447,7 @@ def test_a_program_that_is_no_jpegtran_is_refused(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    result = run_cli("pack", "--data-dir", data_dir, "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out")
     one_line(result, 2, str(program), "does not put restart markers")
     assert not (tmp_path / "out").exists()
 
@@ -461,7 +464,7 @@ def test_a_jpegtran_that_is_killed_stops_the_run(
         return real(["sh", "-c", "kill -9 $$"], **options)
 
     monkeypatch.setattr(subprocess, "run", killed)
-    result = run_cli("pack", "--data-dir", data_dir, "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out")
     one_line(result, 1, "killed by signal 9", "run the same command again")
     index = PackIndex.read(tmp_path / "out" / "train")
     assert index is not None
@@ -475,7 +478,7 @@ def test_out_and_data_may_not_lie_in_one_another(
 ) -> None:
     own_data = own_data.rename(own_data.with_name("data"))
     before = contents(own_data.parent)
-    result = run_cli("pack", "--data-dir", own_data, "--out", own_data.parent / place)
+    result = run_cli("pack", "--data-dir", own_data, "--output", own_data.parent / place)
     one_line(result, 2, "lie in one another")
     assert contents(own_data.parent) == before
 
@@ -488,7 +491,7 @@ def test_out_with_something_else_is_refused(
     path = tmp_path / "out" / there
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    result = run_cli("pack", "--data-dir", data_dir, "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out")
     one_line(result, 2, "is not empty", there.split("/")[0])
     assert contents(tmp_path / "out") == {there: b"mine"}
 
@@ -496,7 +499,7 @@ def test_out_with_something_else_is_refused(
 @needs_jpegtran
 def test_out_that_is_a_file_is_refused(run_cli: Run, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    one_line(run_cli("pack", "--data-dir", data_dir, "--out", tmp_path / "out"), 2, "is a file")
+    one_line(run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out"), 2, "is a file")
 
 
 def test_a_pack_of_other_images_or_by_another_jpegtran_is_refused(
@@ -504,14 +507,14 @@ def test_a_pack_of_other_images_or_by_another_jpegtran_is_refused(
 ) -> None:
     before = contents(own_pack)
     (own_data / "train" / "ants" / "00.jpg").write_bytes(b"another")
-    result = run_cli("pack", "--data-dir", own_data, "--out", own_pack)
+    result = run_cli("pack", "--data-dir", own_data, "--output", own_pack)
     one_line(result, 2, "holds other images", str(own_pack / "train"))
     assert contents(own_pack) == before
     index = PackIndex.read(own_pack / "val")
     assert index is not None
     other = PackIndex("another 1.0", index.data_sha256, index.images, index.kept)
     (own_pack / "val" / INDEX_NAME).write_bytes(other.to_bytes())
-    result = run_cli("pack", "--data-dir", own_data, "--out", own_pack, "--split", "val")
+    result = run_cli("pack", "--data-dir", own_data, "--output", own_pack, "--split", "val")
     one_line(result, 2, "is made by another 1.0")
 
 
@@ -535,7 +538,7 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(
     run_cli: Run, data_dir: Path, tmp_path: Path, flags: list[str], named: str
 ) -> None:
     out = tmp_path / "out"
-    one_line(run_cli("pack", "--data-dir", data_dir, "--out", out, *flags), 2, named)
+    one_line(run_cli("pack", "--data-dir", data_dir, "--output", out, *flags), 2, named)
     assert not out.exists()
 
 
@@ -543,7 +546,7 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(
 def test_a_folder_of_classes_without_splits_is_named(
     run_cli: Run, data_dir: Path, tmp_path: Path
 ) -> None:
-    result = run_cli("pack", "--data-dir", data_dir / "train", "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", data_dir / "train", "--output", tmp_path / "out")
     one_line(result, 2, "has class folders", "ROOT/SPLIT/CLASS/IMAGE")
 
 
@@ -553,7 +556,7 @@ def test_a_file_that_cannot_be_read_at_all_stops_it(
 ) -> None:
     path = own_data / "train" / "ants" / "gone.jpg"
     path.symlink_to("nowhere")
-    result = run_cli("pack", "--data-dir", own_data, "--out", tmp_path / "out")
+    result = run_cli("pack", "--data-dir", own_data, "--output", tmp_path / "out")
     one_line(result, 1, str(path), "replace it or remove it")
 
 
@@ -563,7 +566,7 @@ def test_a_file_that_cannot_be_read_at_all_stops_it(
 @needs_jpegtran
 def test_tar_files_that_can_be_a_tree_become_one(done: Run, data_dir: Path, tmp_path: Path) -> None:
     tars, out = tar_tree(data_dir, tmp_path / "tars", keys=True), tmp_path / "out"
-    done("pack", "--data-dir", tars, "--split", "val", "--out", out)
+    done("pack", "--data-dir", tars, "--split", "val", "--output", out)
     assert fingerprint(ImageFolder(out, "val")) == fingerprint(ImageFolder(data_dir, "val"))
 
 
@@ -577,7 +580,7 @@ def test_tar_files_that_cannot_be_a_tree_are_refused_before_anything_is_written(
         names = (tars / "classes.txt").read_text()
         (tars / "classes.txt").write_text(f"{names}zebra\n")
     split = [] if what == "no split" else ["--split", "train"]
-    result = run_cli("pack", "--data-dir", tars, *split, "--out", out)
+    result = run_cli("pack", "--data-dir", tars, *split, "--output", out)
     named = {
         "keys": ["is not ants/…/IMAGE.jpg", "--to tar"],
         "classes": ["needs an image of each", "--to tar"],

@@ -28,7 +28,7 @@ PER_SHARD = 10
 
 
 def flags(data_dir: Path, out: Path, *more: object) -> list[object]:
-    words = ["pack", "--to", "tar", "--data-dir", data_dir, "--out", out]
+    words = ["pack", "--to", "tar", "--data-dir", data_dir, "--output", out]
     return [*words, "--images-per-shard", PER_SHARD, *more]
 
 
@@ -141,7 +141,7 @@ def test_tar_files_of_a_packed_tree_are_the_original_data_in_packed_files(
     done: Run, run_cli: Run, data_dir: Path, labels_dir: Path, packed_dir: Path, tmp_path: Path
 ) -> None:
     tree, out = tmp_path / "tree", tmp_path / "out"
-    done("pack", "--data-dir", data_dir, "--out", tree)
+    done("pack", "--data-dir", data_dir, "--output", tree)
     done(*flags(tree, out))
     assert done("labels", "verify", labels_dir, "--data-dir", out).report["data"] == "the same"
     source, packed = open_source(out, "train"), ImageFolder(tree, "train")
@@ -173,13 +173,13 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
     reference = contents(packed_dir)
     words = [str(word) for word in flags(data_dir, tmp_path, "--workers", 2)]
     kills, unfinished = 0, 0
-    with warm_process(tmp_path, [*words, "--out", tmp_path / "first"]) as warm:
+    with warm_process(tmp_path, [*words, "--output", tmp_path / "first"]) as warm:
         out = tmp_path / "timed"
-        num_events = len(warm.done(*words, "--out", out, out=out)["events"])
+        num_events = len(warm.done(*words, "--output", out, out=out)["events"])
         assert contents(out) == reference
         out = tmp_path / "out"
         for event in [0, 1, 2, 4, *range(7, num_events, max(1, num_events // 16))]:
-            job = {"args": [*words, "--out", str(out)], "out": str(out), "kill_at_event": event}
+            job = {"args": [*words, "--output", str(out)], "out": str(out), "kill_at_event": event}
             kills += warm.run(job)[0]["code"] == -signal.SIGKILL
             left = final(contents(out))
             different = {name for name, data in left.items() if data != reference[name]}
@@ -190,7 +190,7 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
                     open_source(out, "train")
     assert kills >= 8
     assert unfinished >= 4
-    done(*words, "--out", out)
+    done(*words, "--output", out)
     assert final(contents(out)) == reference
 
 
@@ -373,7 +373,7 @@ def test_an_image_that_changes_or_goes_while_it_is_packed_stops_it(
 
 
 def test_images_per_shard_needs_tar_files(run_cli: Run, data_dir: Path, tmp_path: Path) -> None:
-    words = ["pack", "--data-dir", data_dir, "--out", tmp_path / "out", "--images-per-shard", 7]
+    words = ["pack", "--data-dir", data_dir, "--output", tmp_path / "out", "--images-per-shard", 7]
     one_line(run_cli(*words), 2, "--images-per-shard has no effect without --to tar")
 
 

@@ -108,7 +108,7 @@ def _all_train_views(data_dir: Path, keys: list[str], num_views: int) -> np.ndar
 def test_dense_labels_are_the_mean_of_the_teachers_softmax(
     done: Run, precompute_flags: list[str], teacher_dirs: dict[str, Path], data_dir: Path, out: Path
 ) -> None:
-    done(*precompute_flags, "--topk", "all", "--label-dtype", "float32", "--out", out)
+    done(*precompute_flags, "--topk", "all", "--label-dtype", "float32", "--output", out)
     labels = LabelSet.open(out)
     keys = list(labels.keys())
     by_hand = _answers(teacher_dirs, _all_train_views(data_dir, keys, 4)).mean(axis=0)
@@ -279,7 +279,7 @@ def test_shards_are_byte_equal_for_any_number_of_workers(
     contents: Files,
     workers: int,
 ) -> None:
-    done(*precompute_flags, "--workers", workers, "--out", out)
+    done(*precompute_flags, "--workers", workers, "--output", out)
     assert contents(out) == contents(labels_dir)
 
 
@@ -291,7 +291,7 @@ def test_curves_and_logits_are_byte_equal_for_any_number_of_workers(
     contents: Files,
 ) -> None:
     flags = [*FORMS["rate"], "--store-logits", "--workers", 2]
-    done(*plain_precompute_flags, *flags, "--out", out)
+    done(*plain_precompute_flags, *flags, "--output", out)
     assert contents(out) == contents(labels_of("rate", logits=True))
 
 
@@ -299,7 +299,7 @@ def test_curves_and_logits_are_byte_equal_for_any_number_of_workers(
 def test_batch_size_changes_probabilities_by_less_than_a_thousandth(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, batch_size: int
 ) -> None:
-    done(*precompute_flags, "--batch-size", batch_size, "--out", out)
+    done(*precompute_flags, "--batch-size", batch_size, "--output", out)
     made, first = LabelSet.open(out), LabelSet.open(labels_dir)
     assert list(made.keys()) == list(first.keys())
     np.testing.assert_allclose(lookup_all(made), lookup_all(first), rtol=0, atol=1e-3)
@@ -308,7 +308,7 @@ def test_batch_size_changes_probabilities_by_less_than_a_thousandth(
 def test_view_seed_changes_the_train_labels_and_not_the_val_labels(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path
 ) -> None:
-    done(*precompute_flags, "--view-seed", 8, "--out", out)
+    done(*precompute_flags, "--view-seed", 8, "--output", out)
     train = [lookup_all(LabelSet.open(path)) for path in (out, labels_dir)]
     val = [lookup_all(LabelSet.open(path, role="val")) for path in (out, labels_dir)]
     assert not np.array_equal(*train)
@@ -330,7 +330,9 @@ def test_each_image_is_read_once_for_all_its_views(
         return read(self, position)
 
     monkeypatch.setattr(ImageFolder, "read", counting)
-    done(*precompute_flags, "--batch-size", 3, "--out", out)  # fewer than the 4 views of an image
+    done(
+        *precompute_flags, "--batch-size", 3, "--output", out
+    )  # fewer than the 4 views of an image
     images = {path.relative_to(data_dir).as_posix() for path in data_dir.glob("*/*/*")}
     assert reads == dict.fromkeys(images, 1)
 
@@ -338,7 +340,7 @@ def test_each_image_is_read_once_for_all_its_views(
 def test_val_split_none_labels_the_train_split_alone(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, contents: Files
 ) -> None:
-    result = done(*precompute_flags, "--val-split", "none", "--out", out)
+    result = done(*precompute_flags, "--val-split", "none", "--output", out)
     labels = LabelSet.open(out)
     assert list(labels.manifest["roles"]) == ["train"]
     assert "accuracy" not in result.report
@@ -349,7 +351,7 @@ def test_val_split_none_labels_the_train_split_alone(
 def test_default_is_a_curve_over_as_many_classes_as_each_view_needs(
     done: Run, plain_precompute_flags: list[str], out: Path
 ) -> None:
-    done(*plain_precompute_flags, "--out", out)
+    done(*plain_precompute_flags, "--output", out)
     assert LabelSet.open(out).manifest["plan"]["labels"] == {
         "form": "curve",
         "rate": 0.001,
@@ -405,7 +407,7 @@ def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str,
 def test_report_counts_what_was_made(
     done: Run, precompute_flags: list[str], out: Path, contents: Files
 ) -> None:
-    report = done(*precompute_flags, "--out", out).report
+    report = done(*precompute_flags, "--output", out).report
     assert (report["images"], report["views"], report["skipped"]) == (36, 144, 0)
     assert report["shards_made"] == 6  # 36 and 15 images, ten in a shard
     assert report["bytes"] == sum(map(len, contents(out, "*.h5").values()))
@@ -436,7 +438,7 @@ def uninterrupted(
     done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted") / "labels"
-    done(*precompute_flags, *LONG, "--out", out)
+    done(*precompute_flags, *LONG, "--output", out)
     return out
 
 
@@ -451,7 +453,7 @@ def test_stopped_half_way_and_run_again_the_shards_are_byte_equal(
     contents: Files,
     number: signal.Signals,
 ) -> None:
-    run = spawn(*precompute_flags, *LONG, "--workers", 1, "--out", out)
+    run = spawn(*precompute_flags, *LONG, "--workers", 1, "--output", out)
     run.until(lambda: any(name.startswith("train") for name in _whole_shards(out)))
     run.signal(number)
     stopped = run.result()
@@ -466,7 +468,7 @@ def test_stopped_half_way_and_run_again_the_shards_are_byte_equal(
         assert not list(out.glob(".tmp-*"))
 
     before = _stamps(out)
-    again = done(*precompute_flags, *LONG, "--out", out)
+    again = done(*precompute_flags, *LONG, "--output", out)
     assert contents(out, "*.h5") == contents(uninterrupted, "*.h5")
     assert contents(out, "*.json") == contents(uninterrupted, "*.json")
     assert again.report["shards_made"] == 8 + 18 - len(there)
@@ -485,7 +487,7 @@ def test_plan_of_a_finished_set_is_written_anew_from_what_the_manifest_repeats(
         text = plan.read_text()
         plan.write_text(text[:100] if harm == "damaged" else text.replace('"topk": 2', '"topk": 3'))
         assert plan.read_text() != text
-    report = done(*precompute_flags, "--out", out).report
+    report = done(*precompute_flags, "--output", out).report
     assert report["shards_made"] == 0
     assert contents(out) == before
 
@@ -495,7 +497,7 @@ def test_finished_set_is_left_as_it_is(
 ) -> None:
     shutil.copytree(labels_dir, out)
     before, stamps = contents(out), _stamps(out)
-    assert done(*precompute_flags, "--out", out).report["shards_made"] == 0
+    assert done(*precompute_flags, "--output", out).report["shards_made"] == 0
     assert contents(out) == before
     assert _stamps(out) == stamps
 
@@ -551,7 +553,7 @@ def test_damaged_shard_is_noticed_and_it_alone_made_anew(
     shutil.copytree(labels_dir, out)
     damage(out / "train-00002.h5", flipped_bit, out)
     stamps = _stamps(out)
-    result = done(*precompute_flags, "--out", out)
+    result = done(*precompute_flags, "--output", out)
     assert result.report["shards_made"] == 1
     if damage is not _remove:
         assert "train-00002.h5" in result.stderr
@@ -568,7 +570,7 @@ def _refused_untouched(
     run_cli: Run, contents: Files, folder: Path, flags: list[object], named: str
 ) -> None:
     before, stamps = contents(folder), _stamps(folder)
-    result = run_cli(*flags, "--out", folder)
+    result = run_cli(*flags, "--output", folder)
     assert result.code == 3
     assert result.stdout == ""
     last = result.stderr.splitlines()[-1]
@@ -651,7 +653,7 @@ def test_folder_that_holds_something_else_is_refused_untouched(
 ) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    result = run_cli(*precompute_flags, "--out", out)
+    result = run_cli(*precompute_flags, "--output", out)
     assert result.code == 2
     assert "thesis.txt" in result.stderr
     assert contents(out) == {"thesis.txt": b"years of work"}
@@ -671,11 +673,11 @@ def test_curve_over_one_class_is_refused_naming_the_way_out(
         shutil.copytree(data_dir / split / "ants", tmp_path / "data" / split / "ants")
     teacher = f"test_resnet={make_model('test_resnet', classes=('ants',))}"
     command = [*plain_precompute_flags[:-4], "--data-dir", tmp_path / "data", "--teacher", teacher]
-    result = run_cli(*command, *flags, "--out", tmp_path / "labels")
+    result = run_cli(*command, *flags, "--output", tmp_path / "labels")
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
     assert "--topk all" in result.stderr
     assert not (tmp_path / "labels").exists()
-    done(*command, "--topk", "all", "--out", tmp_path / "labels")
+    done(*command, "--topk", "all", "--output", tmp_path / "labels")
     assert len(LabelSet.open(tmp_path / "labels")) == 12
 
 
@@ -683,7 +685,7 @@ def test_curve_over_one_class_is_refused_naming_the_way_out(
 def test_topk_above_the_class_count_is_refused_and_nothing_written(
     run_cli: Run, precompute_flags: list[str], out: Path, topk: str
 ) -> None:
-    result = run_cli(*precompute_flags, "--topk", topk, "--out", out)
+    result = run_cli(*precompute_flags, "--topk", topk, "--output", out)
     assert result.code == 2
     assert f"--topk {topk}" in result.stderr
     assert "3 classes" in result.stderr
@@ -715,7 +717,7 @@ def test_bad_image_stops_stage_one_and_is_named(
 ) -> None:
     path = own_data / name
     path.write_bytes(BAD[name](path.read_bytes()))
-    flags = ["--data-dir", own_data, "--workers", workers, "--out", out]
+    flags = ["--data-dir", own_data, "--workers", workers, "--output", out]
     result = run_cli(*precompute_flags, *flags)
     assert result.code == 1
     assert str(path) in result.stderr.splitlines()[-1]
@@ -727,7 +729,7 @@ def test_skipped_images_stand_in_the_manifest_with_the_reason(
     done: Run, precompute_flags: list[str], bad_data: Path, out: Path, shard_size: int
 ) -> None:
     flags = ["--data-dir", bad_data, "--on-bad-image", "skip", "--shard-size", shard_size]
-    report = done(*precompute_flags, *flags, "--out", out).report
+    report = done(*precompute_flags, *flags, "--output", out).report
     assert (report["skipped"], report["images"], report["views"]) == (4, 33, 132)
     roles = LabelSet.open(out).manifest["roles"]
     named = {f"{role}/{key}" for role in roles for key in roles[role]["skipped"]}
@@ -741,7 +743,7 @@ def test_skipped_images_stand_in_the_manifest_with_the_reason(
 def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
     done: Run, precompute_flags: list[str], bad_data: Path, out: Path
 ) -> None:
-    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--out", out)
+    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--output", out)
     found = {
         (path.name, key): missing
         for path in sorted(out.glob("*.h5"))
@@ -771,7 +773,7 @@ def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
 def test_skipped_images_change_no_other_label(
     done: Run, precompute_flags: list[str], bad_data: Path, labels_dir: Path, out: Path
 ) -> None:
-    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--out", out)
+    done(*precompute_flags, "--data-dir", bad_data, "--on-bad-image", "skip", "--output", out)
     labels, whole = LabelSet.open(out), LabelSet.open(labels_dir)
     keys = list(labels.keys())
     assert set(whole.keys()) - set(keys) == {k.split("/", 1)[1] for k in BAD if k[:5] == "train"}
@@ -788,7 +790,7 @@ def test_stage_two_leaves_out_what_stage_one_skipped(
     tmp_path: Path,
 ) -> None:
     flags = ["--data-dir", bad_data, "--on-bad-image", "skip"]
-    done(*precompute_flags, *flags, "--out", out)
+    done(*precompute_flags, *flags, "--output", out)
     run = ["--labels", out, "--output", tmp_path / "run", "--epochs", 1, "--batch-size", 11]
     report = done(*distill_flags, *flags, *run).report
     assert (report["steps"], report["num_images"]) == (3, 14)  # 33 and 14 of 36 and 15
@@ -797,7 +799,7 @@ def test_stage_two_leaves_out_what_stage_one_skipped(
 def test_advice_to_skip_can_be_followed_in_the_same_folder(
     run_cli: Run, done: Run, precompute_flags: list[str], bad_data: Path, out: Path
 ) -> None:
-    flags = [*precompute_flags, "--data-dir", bad_data, "--out", out]
+    flags = [*precompute_flags, "--data-dir", bad_data, "--output", out]
     first = run_cli(*flags)
     assert "--on-bad-image skip" in first.stderr
     there = _whole_shards(out)
@@ -821,7 +823,7 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = done(*precompute_flags, "--dry-run", "--out", tmp_path / "labels")
+    result = done(*precompute_flags, "--dry-run", "--output", tmp_path / "labels")
     assert list(tmp_path.iterdir()) == []
     told = result.report
     assert told["dry_run"] is True
@@ -857,8 +859,8 @@ def test_dry_run_foretells_the_bytes(
 ) -> None:
     out = tmp_path / "labels"
     kept = [] if "--topk" in flags else FORMS[form]
-    told = done(*plain_precompute_flags, *kept, *flags, "--dry-run", "--out", out).report
-    done(*plain_precompute_flags, *kept, *flags, "--batch-size", 512, "--out", out)
+    told = done(*plain_precompute_flags, *kept, *flags, "--dry-run", "--output", out).report
+    done(*plain_precompute_flags, *kept, *flags, "--batch-size", 512, "--output", out)
     real = sum(map(len, contents(out, "*.h5").values()))
     assert told["bytes"] == pytest.approx(real, rel=0.2, abs=10_000)
 
@@ -895,7 +897,7 @@ def test_full_disk_is_one_line_and_what_is_there_is_whole_and_counts(
     contents: Files,
 ) -> None:
     out = small_disk / "labels"
-    flags = [*precompute_flags, "--num-views", 40, "--out", out]
+    flags = [*precompute_flags, "--num-views", 40, "--output", out]
     result = run_cli(*flags)
     assert result.code == 1
     assert "No space left on device" in result.stderr.splitlines()[-1]

@@ -609,7 +609,10 @@ def test_auto_resume_refuses_settings_of_another_run(
     [
         (["--auto-resume"], "--auto-resume needs --output"),
         (["--sync-bn"], "--sync-bn has no effect in one process"),
-        (["--grad-accum-steps", 2, "--compile", "max-autotune"], "does not go with --compile"),
+        (
+            ["--grad-accum-steps", 2, "--torchcompile", "max-autotune"],
+            "does not go with --torchcompile",
+        ),
         (["--grad-accum-steps", 13], "--grad-accum-steps 13 does not fit into --batch-size 12"),
     ],
 )

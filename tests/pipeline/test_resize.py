@@ -41,7 +41,7 @@ def pil_dir(
 ) -> Path:
     """A label set of Pillow's pixels. Not to be changed."""
     out = tmp_path_factory.mktemp("pil") / "set"
-    done(*precompute_flags, "--exact-pil", "--out", out)
+    done(*precompute_flags, "--exact-pil", "--output", out)
     return out
 
 
@@ -129,7 +129,7 @@ def test_a_machine_with_other_pixels_adds_nothing_to_a_set(
     run_cli: Run, precompute_flags: list[str], other_set: Path, contents: Callable[..., Any]
 ) -> None:
     before = contents(other_set)
-    result = run_cli(*precompute_flags, "--out", other_set)
+    result = run_cli(*precompute_flags, "--output", other_set)
     assert result.code == 3
     assert "probe_sha256 is 0000" in result.stderr
     assert "by other versions of torch or Pillow" in result.stderr

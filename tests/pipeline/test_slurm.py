@@ -127,14 +127,14 @@ def test_one_process_is_the_shell_itself_and_several_are_a_step(done: Run) -> No
 
 def test_paths_are_absolute_and_flags_are_those_that_were_given(done: Run) -> None:
     flags = [*TRAIN, "-b", 64, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1, "--no-model-ema"]
-    flags += ["--teacher", "a=x,b", "--missing", "teach", "--lr-milestones", 3]
+    flags += ["--teacher", "a=x,b", "--missing", "teach", "--decay-milestones", 3]
     said = done("slurm", "distill", *flags, "--output", "run", "--print").stdout
 
     here = Path.cwd()
     words = shlex.split(said.partition("distill \\\n")[2].replace("\\\n", ""))
     assert words == [
         *("--data-dir", f"{here}/pictures", "--model", "resnet18.tv_in1k", "--batch-size", "64"),
-        *("--lr-milestones", "3", "--mean", "0.1", "0.2", "0.3", "--std", "1.0", "1.0", "1.0"),
+        *("--decay-milestones", "3", "--mean", "0.1", "0.2", "0.3", "--std", "1.0", "1.0", "1.0"),
         *("--no-model-ema", "--output", f"{here}/run", "--auto-resume"),
         *("--labels", f"{here}/labels", "--teacher", f"a={here}/x", "--teacher", "b"),
         *("--missing", "teach"),
@@ -148,7 +148,7 @@ def test_an_array_and_the_manifest_behind_it_are_printed_and_nothing_is_written(
     done: Run, precompute_flags: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "labels"
-    flags = ["--array", 3, "--gpus", 1, *precompute_flags[1:], "--out", out]
+    flags = ["--array", 3, "--gpus", 1, *precompute_flags[1:], "--output", out]
     said = done("slurm", "precompute", *flags, "--print")
 
     (array, finish) = parts(said.stdout)
@@ -177,7 +177,7 @@ def test_the_list_has_what_is_missing_or_damaged_and_the_stage_finds_the_folder_
     (out / "manifest.json").unlink()
     (out / "train-00002.h5").unlink()
     (out / "train-00000.h5").write_bytes(b"half a file")
-    command = ["slurm", "precompute", *precompute_flags[1:], "--out", out]
+    command = ["slurm", "precompute", *precompute_flags[1:], "--output", out]
 
     refused = run_cli(*command)
     assert refused.code == 1
@@ -188,7 +188,7 @@ def test_the_list_has_what_is_missing_or_damaged_and_the_stage_finds_the_folder_
     assert "--array=0-1\n" in (out / "slurm" / "precompute-1.sbatch").read_text()
     kept = contents(out / "slurm")
 
-    done(*precompute_flags, "--out", out)
+    done(*precompute_flags, "--output", out)
     whole = {name: data for name, data in contents(out).items() if not name.startswith("slurm/")}
     assert whole == contents(labels_dir)
     assert contents(out / "slurm") == kept
@@ -203,14 +203,14 @@ def test_a_set_begins_where_there_is_nothing_but_scripts(
     done: Run, run_cli: Run, precompute_flags: list[str], labels_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "labels"
-    run_cli("slurm", "precompute", *precompute_flags[1:], "--out", out)
+    run_cli("slurm", "precompute", *precompute_flags[1:], "--output", out)
     assert [path.name for path in out.iterdir()] == ["slurm"]
     names = (out / "slurm" / "precompute-1.txt").read_text().split()
     assert names == sorted(
         (path.name for path in labels_dir.glob("*.h5")), key=lambda n: (n[0] != "v", n)
     )
     part = ["--shard-list", out / "slurm" / "precompute-1.txt", "--job-index", 0, "--num-jobs", 1]
-    assert done(*precompute_flags, "--out", out, *part).report["shards_made"] == len(names)
+    assert done(*precompute_flags, "--output", out, *part).report["shards_made"] == len(names)
 
 
 # --- stage two ------------------------------------------------------------------------------------

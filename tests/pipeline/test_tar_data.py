@@ -78,7 +78,7 @@ def test_labels_of_tar_shards_are_those_of_the_folder_in_a_shard_for_each_tar_fi
 ) -> None:
     tree = tar_tree(data_dir, tmp_path / "tars", keys=True, **LAYOUTS[layout])
     labels = tmp_path / "labels"
-    done(*on(tree, precompute_flags), "--out", labels, "--workers", 2)
+    done(*on(tree, precompute_flags), "--output", labels, "--workers", 2)
     assert_same_labels(labels, labels_dir)
     plan = read_manifest(labels)["plan"]
     assert "shard_size" not in plan
@@ -93,7 +93,7 @@ def test_labels_of_tar_shards_are_those_of_the_folder_in_a_shard_for_each_tar_fi
 def test_shard_size_is_refused_where_tar_files_say_it(
     run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
 ) -> None:
-    words = [*on(twin, precompute_flags), "--out", tmp_path / "labels", "--shard-size", 10]
+    words = [*on(twin, precompute_flags), "--output", tmp_path / "labels", "--shard-size", 10]
     result = run_cli(*words)
     assert result.code == 2
     assert "--shard-size has no effect on tar shards" in result.stderr
@@ -106,7 +106,7 @@ def test_shard_size_is_of_the_split_that_is_no_tar_files(
     tree = tmp_path / "mixed"
     shutil.copytree(twin, tree, ignore=shutil.ignore_patterns("val-*"))
     shutil.copytree(data_dir / "val", tree / "val")
-    words = [*on(tree, precompute_flags), "--out", tmp_path / "labels", "--shard-size", 4]
+    words = [*on(tree, precompute_flags), "--output", tmp_path / "labels", "--shard-size", 4]
     done(*words)
     blocks = [LabelSet.open(tmp_path / "labels", role=r).blocks[0][1] for r in ("train", "val")]
     assert [[file.num_images for file in files] for files in blocks] == [
@@ -119,7 +119,7 @@ def test_labels_that_an_earlier_mealv2_began_on_tar_files_are_refused_in_clear_w
     done: Run, run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
 ) -> None:
     labels = tmp_path / "labels"
-    words = [*on(twin, precompute_flags), "--out", labels]
+    words = [*on(twin, precompute_flags), "--output", labels]
     done(*words)
     plan = json.loads((labels / "plan.json").read_bytes())
     for role in plan["roles"].values():
@@ -136,7 +136,7 @@ def test_info_knows_how_many_shards_an_unfinished_set_of_tar_files_is_to_have(
     done: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
 ) -> None:
     labels = tmp_path / "labels"
-    done(*on(twin, precompute_flags), "--out", labels)
+    done(*on(twin, precompute_flags), "--output", labels)
     (labels / "manifest.json").unlink()
     (labels / "train-00001.h5").unlink()
     roles = done("labels", "info", labels).report["roles"]
@@ -148,9 +148,9 @@ def test_sets_made_of_sets_of_tar_files_do_not_say_their_shards(
     done: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
 ) -> None:
     labels, parts = tmp_path / "labels", tmp_path / "parts"
-    done(*on(twin, precompute_flags), "--out", labels)
-    done("labels", "split", labels, "--parts", 2, "--out", parts)
-    done("labels", "merge", parts / "part-0", parts / "part-1", "--out", tmp_path / "joined")
+    done(*on(twin, precompute_flags), "--output", labels)
+    done("labels", "split", labels, "--parts", 2, "--output", parts)
+    done("labels", "merge", parts / "part-0", parts / "part-1", "--output", tmp_path / "joined")
     assert_same_labels(tmp_path / "joined", labels)
     for folder in (parts / "part-0", tmp_path / "joined"):
         assert "shard_sizes" not in (folder / "plan.json").read_text()
@@ -160,7 +160,7 @@ def test_a_pattern_gives_both_splits(
     done: Run, precompute_flags: list[str], labels_dir: Path, twin: Path, tmp_path: Path
 ) -> None:
     pattern = f"{twin}/{{train-{{000000..000003}},val-*}}.tar"
-    done(*on(pattern, precompute_flags), "--out", tmp_path / "labels")
+    done(*on(pattern, precompute_flags), "--output", tmp_path / "labels")
     assert_same_labels(tmp_path / "labels", labels_dir)
 
 
@@ -190,7 +190,7 @@ def test_one_set_of_plain_tar_shards_goes_through_all_stages(
 ) -> None:
     tree = tar_tree(data_dir, tmp_path / "tars")
     labels, run = tmp_path / "labels", tmp_path / "run"
-    done(*on(tree, precompute_flags), "--out", labels)
+    done(*on(tree, precompute_flags), "--output", labels)
     assert done("labels", "verify", labels, "--data-dir", tree, "--workers", 0).report["data"]
     assert read_manifest(labels)["plan"]["classes"] == ["ants", "bees", "cats"]
     assert next(iter(LabelSet.open(labels).keys())) == "ants/00"
@@ -250,7 +250,7 @@ def test_validation_shards_without_class_names_say_what_to_do(
     shutil.copytree(twin, tree)
     (tree / "classes.txt").unlink()
     (tree / "val-000001.tar").unlink()  # the third class
-    result = run_cli(*on(tree, precompute_flags), "--out", tmp_path / "labels")
+    result = run_cli(*on(tree, precompute_flags), "--output", tmp_path / "labels")
     assert result.code == 2
     assert "other classes than the training data: 2; name them in classes.txt" in result.stderr
 
@@ -263,11 +263,11 @@ def test_an_exported_set_is_data_that_its_labels_fit(
 ) -> None:
     for name, data in (("from-folder", data_dir), ("from-tars", twin)):
         words = ["labels", "export", labels_dir, "--to", "webdataset", "--data-dir", data]
-        done(*words, "--out", tmp_path / name)
+        done(*words, "--output", tmp_path / name)
     exported = contents(tmp_path / "from-folder")
     assert contents(tmp_path / "from-tars") == exported
-    done("labels", "export", labels_dir, "--to", "webdataset", "--role", "val",
-         "--data-dir", data_dir, "--out", tmp_path / "val")  # fmt: skip
+    done("labels", "export", labels_dir, "--to", "webdataset", "--split", "val",
+         "--data-dir", data_dir, "--output", tmp_path / "val")  # fmt: skip
     for path in (tmp_path / "val").glob("*.tar"):
         shutil.copy(path, tmp_path / "from-tars")
     report = done(
@@ -281,8 +281,8 @@ def test_labels_of_plain_tar_shards_are_exported_with_their_images(
 ) -> None:
     tree = tar_tree(data_dir, tmp_path / "tars")
     labels, out = tmp_path / "labels", tmp_path / "out"
-    done(*on(tree, precompute_flags), "--val-split", "none", "--out", labels)
-    done("labels", "export", labels, "--to", "webdataset", "--data-dir", tree, "--out", out)
+    done(*on(tree, precompute_flags), "--val-split", "none", "--output", labels)
+    done("labels", "export", labels, "--to", "webdataset", "--data-dir", tree, "--output", out)
     before, after = (open_source(place, "train") for place in (tree, out))
     assert after.keys == before.keys
     assert after.classes == before.classes
@@ -295,7 +295,7 @@ WITHOUT = """
 import sys
 sys.modules["webdataset"] = None
 import cli, importlib
-for name in cli.EXAMPLES:
+for name in cli.COMMANDS:
     importlib.import_module(cli.module_of(name))
 from mealv2.images import open_source
 from pathlib import Path
@@ -309,7 +309,17 @@ def test_nothing_but_writing_tar_files_needs_webdataset(
     labels_dir: Path, twin: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = ["labels", "export", labels_dir, "--to", "webdataset", "--data-dir", twin, "--out", out]
+    words = [
+        "labels",
+        "export",
+        labels_dir,
+        "--to",
+        "webdataset",
+        "--data-dir",
+        twin,
+        "--output",
+        out,
+    ]
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT, twin, *words],
         cwd=ROOT,

@@ -18,7 +18,7 @@ DENSE = ("--topk", "all", "--label-dtype", "float32")
 def label(
     done: Callable[..., Result], data_dir: Path, teacher_dirs: dict[str, Path]
 ) -> Callable[..., list[object]]:
-    """A function: the words of a precompute on the tree by some of the teachers, all but --out."""
+    """A function: the words of a precompute on the tree by some teachers, all but --output."""
 
     def words(*flags: object, teachers: Sequence[str] = tuple(teacher_dirs)) -> list[object]:
         settings: dict[str, object] = {
@@ -50,7 +50,7 @@ def make_set(
         if name not in made:
             out = tmp_path_factory.mktemp("labels") / "set"
             given = {"teachers": teachers} if teachers else {}
-            done(*label(*flags, **given), "--out", out)
+            done(*label(*flags, **given), "--output", out)
             made[name] = out
         return made[name]
 

@@ -205,8 +205,8 @@ def test_images_skipped_from_the_start_stay_skipped(
 ) -> None:
     _spoil(own_data / "train" / "bees" / "04.jpg")
     flags = ("--data-dir", own_data, "--on-bad-image", "skip")
-    done(*label("--topk", 2, *flags), "--out", tmp_path / "four")
-    done(*label("--topk", 2, "--num-views", 7, *flags), "--out", tmp_path / "seven")
+    done(*label("--topk", 2, *flags), "--output", tmp_path / "four")
+    done(*label("--topk", 2, "--num-views", 7, *flags), "--output", tmp_path / "seven")
     assert done(*add(tmp_path / "four", *flags)).report["skipped"] == 0
     assert stored.rows_of(tmp_path / "four") == stored.rows_of(tmp_path / "seven")
 
@@ -242,7 +242,7 @@ def test_an_old_format_is_refused_with_the_command_that_helps(
 def test_a_part_of_a_set_gets_more_views_from_the_whole_data(
     done: Run, make_set: Make, add: Add, tmp_path: Path
 ) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path)
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     done(*add(tmp_path / "part-1"))
     whole = stored.rows_of(make_set("--topk", 2, "--num-views", 7))
     part = stored.rows_of(tmp_path / "part-1")
@@ -264,7 +264,7 @@ def test_a_damaged_added_shard_is_made_again_in_two_steps(
     (folder / "train-00001-views-4-6.h5").unlink()
     line = run_cli("labels", "verify", folder).stderr.splitlines()[-1]
     assert "the same `mealv2 precompute`, then the same `mealv2 labels add-views`" in line
-    done(*label("--topk", 2), "--out", folder)
+    done(*label("--topk", 2), "--output", folder)
     assert LabelSet.open(folder).num_views == 4
     assert done(*add(folder)).report["shards_made"] == 1
     assert stored.rows_of(folder) == whole

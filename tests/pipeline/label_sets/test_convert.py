@@ -29,7 +29,7 @@ def out(tmp_path: Path) -> Path:
 def test_a_dense_set_converted_is_what_precompute_makes_at_once(
     done: Run, make_set: Make, out: Path, flags: tuple[object, ...]
 ) -> None:
-    report = done("labels", "convert", make_set(*DENSE), *flags, "--out", out).report
+    report = done("labels", "convert", make_set(*DENSE), *flags, "--output", out).report
     for role in ("train", "val"):
         assert stored.rows_of(out, role) == stored.rows_of(make_set(*flags), role)
     mine, theirs = stored.manifest_of(out), stored.manifest_of(make_set(*flags))
@@ -40,7 +40,7 @@ def test_a_dense_set_converted_is_what_precompute_makes_at_once(
 
 
 def test_format_1_becomes_todays_with_the_same_labels(done: Run, out: Path) -> None:
-    done("labels", "convert", GOLDEN, "--out", out)
+    done("labels", "convert", GOLDEN, "--output", out)
     for role in ("train", "val"):
         old, new = stored.dense_of(GOLDEN, role), stored.dense_of(out, role)
         assert old.keys() == new.keys()
@@ -59,7 +59,7 @@ def test_without_an_encoding_the_set_keeps_its_own(
     done: Run, make_set: Make, out: Path, flags: tuple[object, ...]
 ) -> None:
     folder = make_set(*flags)
-    done("labels", "convert", folder, "--out", out)
+    done("labels", "convert", folder, "--output", out)
     assert stored.rows_of(out) == stored.rows_of(folder)
     assert LabelSet.open(out).encoding == LabelSet.open(folder).encoding
 
@@ -78,7 +78,7 @@ def test_logits_are_kept_where_they_are_asked_for_or_nothing_is(
     done: Run, make_set: Make, out: Path, stored_logits: bool, flags: list[Any], kept: bool
 ) -> None:
     folder = make_set(*DENSE, *(["--store-logits"] if stored_logits else []))
-    done("labels", "convert", folder, *flags, "--out", out)
+    done("labels", "convert", folder, *flags, "--output", out)
     labels = LabelSet.open(out)
     assert labels.encoding.logits is kept
     if kept and flags == ["--topk", 2, "--store-logits"]:
@@ -86,7 +86,7 @@ def test_logits_are_kept_where_they_are_asked_for_or_nothing_is(
 
 
 def test_logits_that_are_not_there_cannot_be_kept(run_cli: Run, make_set: Make, out: Path) -> None:
-    result = run_cli("labels", "convert", make_set(*DENSE), "--store-logits", "--out", out)
+    result = run_cli("labels", "convert", make_set(*DENSE), "--store-logits", "--output", out)
     assert result.code == 2
     assert "--store-logits: the set holds no logits" in result.stderr
 
@@ -95,10 +95,10 @@ def test_a_set_is_not_converted_onto_itself(run_cli: Run, make_set: Make) -> Non
     folder = make_set(*DENSE)
     before = stored.files_of(folder)
     for out in (folder, folder / ".." / folder.name):
-        result = run_cli("labels", "convert", folder, "--rate", 0.1, "--out", out)
+        result = run_cli("labels", "convert", folder, "--rate", 0.1, "--output", out)
         assert result.code == 2
         assert "is the label set itself" in result.stderr
-    inside = run_cli("labels", "convert", folder, "--rate", 0.1, "--out", folder / "smaller")
+    inside = run_cli("labels", "convert", folder, "--rate", 0.1, "--output", folder / "smaller")
     assert (inside.code, "lies in the label set itself" in inside.stderr) == (2, True)
     assert stored.files_of(folder) == before
 
@@ -108,7 +108,7 @@ def test_appended_rows_and_added_views_are_converted_too(
 ) -> None:
     words = ["labels", "add-views", appended_set, "--data-dir", data_dir, "--num-views", 6]
     done(*words, "--batch-size", 16, *teach_flags)
-    done("labels", "convert", appended_set, "--topk", 1, "--out", out)
+    done("labels", "convert", appended_set, "--topk", 1, "--output", out)
     old, new = LabelSet.open(appended_set), LabelSet.open(out)
     assert (new.num_appended, new.num_views) == (3, 6)
     assert stored.rows_of(out).keys() == stored.rows_of(appended_set).keys()
@@ -132,7 +132,7 @@ def test_appended_rows_and_added_views_are_converted_too(
 def test_encodings_that_do_not_exist_are_named(
     run_cli: Run, make_set: Make, out: Path, flags: list[object], named: str
 ) -> None:
-    result = run_cli("labels", "convert", make_set(*DENSE), *flags, "--out", out)
+    result = run_cli("labels", "convert", make_set(*DENSE), *flags, "--output", out)
     assert result.code == 2
     assert named in result.stderr
     assert not out.exists()
@@ -147,7 +147,7 @@ def test_a_damaged_set_is_not_converted(
     (at,) = (f._columns["labels"][0] for _, fs in LabelSet.open(folder).blocks for f in fs[1:2])
     data[at] ^= 1
     path.write_bytes(bytes(data))
-    result = run_cli("labels", "convert", folder, "--topk", 1, "--out", out)
+    result = run_cli("labels", "convert", folder, "--topk", 1, "--output", out)
     assert result.code == 3
     assert "CRC-32" in result.stderr
     assert not (out / "manifest.json").exists()

@@ -62,7 +62,7 @@ def test_fkds_own_reading_gives_our_labels_and_boxes(
     done: Run, make_set: Make, data_dir: Path, out: Path, kind: str
 ) -> None:
     folder = make_set(*DENSE)
-    words = ["labels", "export", folder, "--to", "fkd", "--label-type", kind, "--out", out]
+    words = ["labels", "export", folder, "--to", "fkd", "--label-type", kind, "--output", out]
     assert done(*words).report["files"] == 36
     labels, dense = LabelSet.open(folder), stored.dense_of(folder)
     source = ImageFolder(data_dir, "train")
@@ -103,10 +103,10 @@ def test_an_export_to_fkd_comes_back_equal(
     done: Run, make_set: Make, data_dir: Path, out: Path, tmp_path: Path
 ) -> None:
     folder = make_set(*DENSE)
-    flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--out", out]
+    flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--output", out]
     done("labels", "export", folder, *flags)
     words = ["labels", "import", out, "--data-dir", data_dir, "--img-size", 32]
-    done(*words, "--out", tmp_path / "back")
+    done(*words, "--output", tmp_path / "back")
     back, dense = stored.dense_of(tmp_path / "back"), stored.dense_of(folder)
     assert back.keys() == dense.keys()
     for place, row in dense.items():
@@ -118,7 +118,7 @@ def test_an_export_to_fkd_comes_back_equal(
         for view in range(4):
             sizes = {"width": width, "height": height}
             assert ours.view(key, view, **sizes) == theirs.view(key, view, **sizes)
-    again = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--out", tmp_path / "again"]
+    again = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--output", tmp_path / "again"]
     done("labels", "export", tmp_path / "back", *again)
     for path in out.glob("train/*/*.tar"):
         one, two = (torch.load(p) for p in (path, tmp_path / "again" / path.relative_to(out)))
@@ -138,7 +138,7 @@ def test_added_views_are_exported_too(
     folder = copied(make_set(*DENSE))
     words = ["labels", "add-views", folder, "--data-dir", data_dir, "--num-views", 6]
     done(*words, *teach_flags)
-    done("labels", "export", folder, "--to", "fkd", "--label-type", "ori", "--out", out)
+    done("labels", "export", folder, "--to", "fkd", "--label-type", "ori", "--output", out)
     boxes, _, labels = torch.load(out / "train" / "bees" / "03.tar")
     assert (len(boxes), len(labels)) == (6, 6)
     np.testing.assert_allclose(labels[5], stored.dense_of(folder)["bees/03.jpg", 5], atol=1e-6)
@@ -156,7 +156,7 @@ def test_added_views_of_a_curve_are_in_the_order_of_the_views(
     for num_views in (5, 7):
         words = ["labels", "add-views", folder, "--data-dir", data_dir, "--num-views", num_views]
         done(*words, *teach_flags)
-    done("labels", "export", folder, "--out", out)
+    done("labels", "export", folder, "--output", out)
     table = pyarrow.parquet.read_table(out).to_pylist()
     labels = LabelSet.open(folder)
     keys = list(labels.keys())
@@ -182,7 +182,7 @@ def test_webdataset_reads_images_classes_and_the_rows(
 ) -> None:
     folder = make_set(*flags)
     words = ["labels", "export", folder, "--to", "webdataset", "--data-dir", data_dir]
-    report = done(*words, "--role", role, "--out", out).report
+    report = done(*words, "--split", role, "--output", out).report
     source = ImageFolder(data_dir, role)
     assert (report["images"], report["files"]) == (len(source), len(list(out.glob("*.tar"))))
     exported = json.loads((out / "_plan.json").read_text())
@@ -215,7 +215,7 @@ def test_tar_shards_are_the_same_bytes_every_time(
 ) -> None:
     words = ["labels", "export", make_set("--topk", 2), "--to", "webdataset"]
     for name in ("one", "two"):
-        done(*words, "--data-dir", data_dir, "--out", tmp_path / name)
+        done(*words, "--data-dir", data_dir, "--output", tmp_path / name)
         os.utime(data_dir / "train" / "ants" / "00.jpg")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     with tarfile.open(tmp_path / "one" / "train-000000.tar") as tar:
@@ -233,10 +233,10 @@ def test_images_that_a_tar_shard_cannot_tell_apart_are_refused(
 ) -> None:
     folder = own_data / "train" / "cats"
     (folder / "11.png").rename(folder / "10.b.png")
-    done(*label("--data-dir", own_data), "--out", tmp_path / "set")
+    done(*label("--data-dir", own_data), "--output", tmp_path / "set")
     for to in ("webdataset", "fkd"):
         flags = ["--data-dir", own_data] if to == "webdataset" else ["--label-type", "ori"]
-        result = run_cli("labels", "export", tmp_path / "set", "--to", to, *flags, "--out", out)
+        result = run_cli("labels", "export", tmp_path / "set", "--to", to, *flags, "--output", out)
         assert result.code == 3
         assert "cats/10.b.png" in result.stderr
         assert "cats/10.jpg" in result.stderr
@@ -248,7 +248,7 @@ def test_other_images_are_not_put_beside_the_labels(
 ) -> None:
     (own_data / "train" / "ants" / "00.jpg").write_bytes(b"other")
     words = ["labels", "export", make_set("--topk", 2), "--to", "webdataset"]
-    result = run_cli(*words, "--data-dir", own_data, "--out", out)
+    result = run_cli(*words, "--data-dir", own_data, "--output", out)
     assert result.code == 3
     assert not out.exists()
 
@@ -261,7 +261,7 @@ def test_tables_hold_the_labels_and_where_they_were_cut(
     done: Run, make_set: Make, data_dir: Path, out: Path, flags: tuple[object, ...]
 ) -> None:
     folder = make_set(*flags)
-    assert done("labels", "export", folder, "--out", out).report["to"] == "parquet"
+    assert done("labels", "export", folder, "--output", out).report["to"] == "parquet"
     rows = pyarrow.parquet.read_table(out).to_pylist()
     assert len(rows) == 36 * 4
     dense, labels = stored.dense_of(folder), LabelSet.open(folder)
@@ -288,7 +288,7 @@ def test_tables_hold_the_labels_and_where_they_were_cut(
 
 
 def test_the_validation_labels_are_a_table_too(done: Run, make_set: Make, out: Path) -> None:
-    done("labels", "export", make_set("--topk", 2), "--role", "val", "--out", out)
+    done("labels", "export", make_set("--topk", 2), "--split", "val", "--output", out)
     table = pyarrow.parquet.read_table(out / "val-00000.parquet")
     assert table.num_rows == 10
     assert "box_top" not in table.column_names
@@ -298,7 +298,7 @@ def test_without_pyarrow_it_says_what_to_install(make_set: Make, out: Path, tmp_
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
         f"sys.argv = ['mealv2', 'labels', 'export', {str(make_set('--topk', 2))!r}, "
-        f"'--out', {str(out)!r}]\n"
+        f"'--output', {str(out)!r}]\n"
         "import cli; cli.main()"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -322,7 +322,7 @@ def exporting(make_set: Make, data_dir: Path, out: Path) -> Callable[..., list[o
 
     def words(to: str, *flags: object) -> list[object]:
         data = ["--data-dir", data_dir] if to == "webdataset" else []
-        return ["labels", "export", make_set(*DENSE), *ALL[to], *data, "--out", out, *flags]
+        return ["labels", "export", make_set(*DENSE), *ALL[to], *data, "--output", out, *flags]
 
     return words
 
@@ -338,7 +338,7 @@ def test_a_stopped_export_goes_on_and_ends_in_the_same_bytes(
     contents: Callable[..., dict[str, bytes]],
     to: str,
 ) -> None:
-    done(*exporting(to, "--out", tmp_path / "at-once"))
+    done(*exporting(to, "--output", tmp_path / "at-once"))
     real, calls = files._sync_folder, 0
 
     def stopping(folder: Path) -> None:
@@ -375,19 +375,19 @@ def test_a_folder_of_something_else_is_refused(
     done: Run, run_cli: Run, exporting: Callable[..., list[object]], make_set: Make, out: Path
 ) -> None:
     done(*exporting("parquet"))
-    other = run_cli("labels", "export", make_set("--topk", 2), "--out", out)
+    other = run_cli("labels", "export", make_set("--topk", 2), "--output", out)
     assert (other.code, "holds another export" in other.stderr) == (2, True)
-    onto_itself = run_cli(*exporting("parquet", "--out", make_set(*DENSE)))
+    onto_itself = run_cli(*exporting("parquet", "--output", make_set(*DENSE)))
     assert (onto_itself.code, "is the label set itself" in onto_itself.stderr) == (2, True)
     strange = out.with_name("strange")
     strange.mkdir()
     (strange / "notes.txt").touch()
-    full = run_cli(*exporting("parquet", "--out", strange))
+    full = run_cli(*exporting("parquet", "--output", strange))
     assert (full.code, "is not empty (notes.txt, …)" in full.stderr) == (2, True)
 
 
 def test_appended_rows_are_left_out_with_a_note(done: Run, appended_set: Path, out: Path) -> None:
-    result = done("labels", "export", appended_set, "--out", out)
+    result = done("labels", "export", appended_set, "--output", out)
     assert "3 labels that were appended are left out" in result.stderr
     assert result.report["views"] == 36 * 4
 
@@ -398,18 +398,18 @@ def test_appended_rows_are_left_out_with_a_note(done: Run, appended_set: Path, o
         (["--to", "fkd"], "--label-type marginal_smoothing_k5"),  # of 3 classes
         (["--to", "fkd", "--label-type", "marginal_renorm"], "--label-type marginal_renorm"),
         (["--to", "fkd", "--label-type", "soft"], "unknown FKD label type 'soft'"),
-        (["--to", "fkd", "--label-type", "ori", "--role", "val"], "--role train"),
+        (["--to", "fkd", "--label-type", "ori", "--split", "val"], "--split train"),
         (["--to", "webdataset"], "--data-dir"),
         (["--data-dir", "/nowhere"], "--data-dir goes with --to webdataset"),
         (["--label-type", "ori"], "--label-type has no effect without --to fkd"),
         (["--to", "csv"], "parquet"),
-        (["--role", "test"], "train"),
+        (["--split", "test"], "train"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(
     run_cli: Run, make_set: Make, out: Path, flags: list[object], named: str
 ) -> None:
-    result = run_cli("labels", "export", make_set("--topk", 2), *flags, "--out", out)
+    result = run_cli("labels", "export", make_set("--topk", 2), *flags, "--output", out)
     assert result.code == 2
     assert named in result.stderr
     assert not out.exists()
@@ -418,11 +418,11 @@ def test_flags_that_do_not_fit_are_named(
 def test_format_1_has_no_boxes_to_export_but_labels(done: Run, run_cli: Run, out: Path) -> None:
     golden = Path(__file__).parents[2] / "golden" / "label_set_v1"
     refused = run_cli(
-        "labels", "export", golden, "--to", "fkd", "--label-type", "ori", "--out", out
+        "labels", "export", golden, "--to", "fkd", "--label-type", "ori", "--output", out
     )
     assert refused.code == 3
     assert "format 1" in refused.stderr
     assert not out.exists()
-    done("labels", "export", golden, "--out", out)
+    done("labels", "export", golden, "--output", out)
     table = pyarrow.parquet.read_table(out / "train-00000.parquet")
     assert table.column_names == ["key", "view", "classes", "probs", "prob_of_each_other"]

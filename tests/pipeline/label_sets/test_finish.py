@@ -49,7 +49,7 @@ def test_images_that_were_skipped_are_listed(
 ) -> None:
     (own_data / "train" / "bees" / "03.jpg").write_bytes(b"no image")
     flags = [*label("--topk", 2), "--data-dir", own_data, "--on-bad-image", "skip"]
-    done(*flags, "--out", tmp_path / "set")
+    done(*flags, "--output", tmp_path / "set")
     before = contents(tmp_path / "set")
     (tmp_path / "set" / "manifest.json").unlink()
     done("labels", "finish", tmp_path / "set", "--batch-size", 16)
@@ -85,7 +85,7 @@ def test_a_set_that_is_not_whole_gets_no_manifest(
 def test_a_set_of_others_is_its_own_commands_to_finish(
     run_cli: Run, done: Run, make_set: Make, tmp_path: Path
 ) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path)
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     result = run_cli("labels", "finish", tmp_path / "part-0")
     assert (result.code, len(result.stderr.splitlines())) == (3, 1)
     assert "the same `mealv2 labels split` again" in result.stderr

@@ -98,7 +98,7 @@ def importing(data_dir: Path, fkd_folder: Path, tmp_path: Path) -> Callable[...,
 
     def words(*flags: object, folder: Path = fkd_folder) -> list[object]:
         given = ["--data-dir", data_dir, "--img-size", 32, "--shard-size", 10]
-        return ["labels", "import", folder, *given, "--out", tmp_path / "imported", *flags]
+        return ["labels", "import", folder, *given, "--output", tmp_path / "imported", *flags]
 
     return words
 
@@ -123,7 +123,7 @@ def test_labels_of_every_kind_are_what_fkd_recovers(
         _write(
             tmp_path / "soft" / "train" / f"{key.removesuffix('.png')}.tar", boxes, flips, packed
         )
-    flags = ["--data-dir", many_classes, "--out", tmp_path / "out"]
+    flags = ["--data-dir", many_classes, "--output", tmp_path / "out"]
     if kind == "marginal_renorm_k5":
         flags += ["--label-type", "marginal_renorm"]  # what FKD's training calls it
     result = done("labels", "import", tmp_path / "soft", *flags)
@@ -191,9 +191,9 @@ def test_labels_of_two_teachers_on_the_same_crops_are_averaged(
     for seed, name in enumerate(("one", "two")):
         folder = _label_tree(data_dir, tmp_path / f"soft-{name}", seed=seed)
         folders.append(tmp_path / name)
-        done(*importing("--teacher-name", name, "--out", folders[-1], folder=folder))
+        done(*importing("--teacher-name", name, "--output", folders[-1], folder=folder))
     dense = ["--topk", "all", "--label-dtype", "float32"]
-    report = done("labels", "merge", *folders, *dense, "--out", tmp_path / "both").report
+    report = done("labels", "merge", *folders, *dense, "--output", tmp_path / "both").report
     assert (report["merged"], report["teachers"]) == ("averaged", 2)
     one, two = (stored.dense_of(folder) for folder in folders)
     for place, row in stored.dense_of(tmp_path / "both").items():
@@ -208,12 +208,12 @@ def test_labels_on_other_crops_are_not_averaged(
     fkd_folder: Path,
     tmp_path: Path,
 ) -> None:
-    done(*importing("--teacher-name", "one", "--out", tmp_path / "one"))
+    done(*importing("--teacher-name", "one", "--output", tmp_path / "one"))
     path = fkd_folder / "imagenet" / "train" / "ants" / "00.tar"
     boxes, flips, labels = torch.load(path, weights_only=False)
     _write(path, boxes * np.float32(0.5), flips, labels.numpy())
-    done(*importing("--teacher-name", "two", "--out", tmp_path / "two"))
-    words = ["labels", "merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both"]
+    done(*importing("--teacher-name", "two", "--output", tmp_path / "two"))
+    words = ["labels", "merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both"]
     result = run_cli(*words)
     assert result.code == 3
     assert "other images or views" in result.stderr
@@ -307,7 +307,7 @@ def test_a_damaged_label_file_is_named_and_the_import_goes_on_when_it_is_mended(
     assert str(path) in result.stderr
     path.write_bytes(data)
     done(*importing())
-    done(*importing("--out", tmp_path / "at-once"))
+    done(*importing("--output", tmp_path / "at-once"))
     assert stored.rows_of(tmp_path / "imported") == stored.rows_of(tmp_path / "at-once")
 
 
@@ -334,7 +334,7 @@ def test_a_stopped_import_goes_on(
     done(*importing())
     after = stored.files_of(tmp_path / "imported")
     assert {name: after[name] for name in before} == before
-    done(*importing("--out", tmp_path / "at-once"))
+    done(*importing("--output", tmp_path / "at-once"))
     assert contents(tmp_path / "imported") == contents(tmp_path / "at-once")
 
 
@@ -343,8 +343,8 @@ def test_a_stopped_import_goes_on(
     [
         (["--label-type", "marginal_smoothing_k4"], 3, "marginal_smoothing_k4 cannot be"),
         (["--label-type", "smoth"], 2, "--label-type smoth: FKD has none such"),
-        (["--split", "val"], 3, "36 label files have no image"),
-        (["--split", "trian"], 2, "no folder"),
+        (["--train-split", "val"], 3, "36 label files have no image"),
+        (["--train-split", "trian"], 2, "no folder"),
         (["--from", "relabel"], 2, "relabel"),
         (["--img-size", 0], 2, "--img-size must be at least 1"),
     ],
@@ -367,8 +367,10 @@ def test_a_folder_without_label_files_is_said_so(
     run_cli: Run, importing: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
-        result = run_cli(*importing(folder=folder))
-        assert result.code == 3
-        assert f"no label files in {folder}; expected" in result.stderr
-        assert "CLASS/STEM.tar" in result.stderr
+    result = run_cli(*importing(folder=tmp_path / "empty"))
+    assert result.code == 3
+    assert f"no label files in {tmp_path / 'empty'}; expected" in result.stderr
+    assert "CLASS/STEM.tar" in result.stderr
+    missing = run_cli(*importing(folder=tmp_path / "nowhere"))
+    assert missing.code == 2
+    assert f"FOLDER: no file or folder at {tmp_path / 'nowhere'}" in missing.stderr

@@ -56,7 +56,7 @@ def test_a_set_of_format_1_is_described(done: Run) -> None:
 
 
 def test_a_derived_set_says_how_it_was_made(done: Run, make_set: Make, tmp_path: Path) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path)
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     result = done("labels", "info", tmp_path / "part-1")
     assert "`mealv2 labels split`: part 1 of 2" in result.stderr
     derived = result.report["derived"]
@@ -82,7 +82,7 @@ def test_an_unfinished_set_says_what_is_there_and_what_to_run(
 def test_an_unfinished_set_of_another_command_names_that(
     done: Run, make_set: Make, tmp_path: Path
 ) -> None:
-    done("labels", "convert", make_set("--topk", 2), "--topk", 1, "--out", tmp_path / "out")
+    done("labels", "convert", make_set("--topk", 2), "--topk", 1, "--output", tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     result = done("labels", "info", tmp_path / "out")
     assert "run the same `mealv2 labels convert` again" in result.stderr

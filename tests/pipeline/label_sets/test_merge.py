@@ -29,7 +29,7 @@ def halves(
 ) -> list[Path]:
     """Sets of the same teachers: one of ants and half of the bees, one of all the others."""
     out = tmp_path_factory.mktemp("halves")
-    done("labels", "split", make_set("--topk", 2), "--out", out)
+    done("labels", "split", make_set("--topk", 2), "--output", out)
     return [out / "part-0", out / "part-1"]
 
 
@@ -39,7 +39,7 @@ def halves(
 def test_joined_rows_are_those_of_the_parts_to_the_bit(
     done: Run, halves: list[Path], out: Path
 ) -> None:
-    report = done("labels", "merge", *reversed(halves), "--out", out).report
+    report = done("labels", "merge", *reversed(halves), "--output", out).report
     assert (report["merged"], report["sets"], report["images"]) == ("joined", 2, 36)
     assert stored.rows_of(out) == stored.rows_of(halves[0]) | stored.rows_of(halves[1])
     assert stored.rows_of(out, "val") == stored.rows_of(halves[0], "val")
@@ -49,7 +49,7 @@ def test_joined_rows_are_those_of_the_parts_to_the_bit(
 def test_parts_joined_are_the_set_that_was_split(
     done: Run, make_set: Make, halves: list[Path], out: Path
 ) -> None:
-    done("labels", "merge", *halves, "--out", out)
+    done("labels", "merge", *halves, "--output", out)
     whole, joined = stored.manifest_of(make_set("--topk", 2)), stored.manifest_of(out)
     assert stored.rows_of(out) == stored.rows_of(make_set("--topk", 2))
     assert joined["plan"]["roles"] == whole["plan"]["roles"]  # data_sha256 is in there
@@ -65,7 +65,7 @@ def test_parts_joined_are_the_set_that_was_split(
 def test_images_that_two_sets_have_are_refused_by_name(
     run_cli: Run, make_set: Make, halves: list[Path], out: Path
 ) -> None:
-    result = run_cli("labels", "merge", halves[1], make_set("--topk", 2), "--out", out)
+    result = run_cli("labels", "merge", halves[1], make_set("--topk", 2), "--output", out)
     assert result.code == 3
     shared = next(iter(LabelSet.open(halves[1]).keys()))
     assert f"both have train labels of {shared!r}" in result.stderr
@@ -91,7 +91,7 @@ def test_sets_that_cannot_be_joined_are_refused_with_what_differs(
     flags: Sequence[object],
     named: str,
 ) -> None:
-    result = run_cli("labels", "merge", halves[0], make_set(*flags), "--out", out)
+    result = run_cli("labels", "merge", halves[0], make_set(*flags), "--output", out)
     assert result.code == 3
     assert named in result.stderr.replace("train, val", "train").replace("val, train", "train")
     assert str(halves[0]) in result.stderr
@@ -110,8 +110,18 @@ def test_sets_of_other_classes_are_refused(
     data = draw_tree(tmp_path / "pets", classes=("ants", "dogs"), num_train=2, num_val=1)
     teacher = make_model("test_resnet", classes=("ants", "dogs"))
     words = ["precompute", "--data-dir", data, "--teacher", f"test_resnet={teacher}"]
-    done(*words, "--img-size", 32, "--num-views", 4, "--workers", 0, "--out", tmp_path / "pets-set")
-    result = run_cli("labels", "merge", halves[0], tmp_path / "pets-set", "--out", out)
+    done(
+        *words,
+        "--img-size",
+        32,
+        "--num-views",
+        4,
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "pets-set",
+    )
+    result = run_cli("labels", "merge", halves[0], tmp_path / "pets-set", "--output", out)
     assert result.code == 3
     assert "classes differs" in result.stderr
 
@@ -119,7 +129,7 @@ def test_sets_of_other_classes_are_refused(
 def test_joining_keeps_the_encoding_and_says_who_changes_it(
     run_cli: Run, halves: list[Path], out: Path
 ) -> None:
-    result = run_cli("labels", "merge", *halves, "--topk", 1, "--out", out)
+    result = run_cli("labels", "merge", *halves, "--topk", 1, "--output", out)
     assert result.code == 2
     assert "`mealv2 labels convert`" in result.stderr
 
@@ -127,10 +137,10 @@ def test_joining_keeps_the_encoding_and_says_who_changes_it(
 def test_appended_rows_are_joined_too(
     done: Run, appended_set: Path, tmp_path: Path, out: Path
 ) -> None:
-    done("labels", "split", appended_set, "--parts", 3, "--out", tmp_path / "parts")
+    done("labels", "split", appended_set, "--parts", 3, "--output", tmp_path / "parts")
     parts = [tmp_path / "parts" / f"part-{n}" for n in range(3)]
     assert [LabelSet.open(part).num_appended for part in parts] == [1, 0, 2]
-    done("labels", "merge", *parts, "--out", out)
+    done("labels", "merge", *parts, "--output", out)
     assert LabelSet.open(out).num_appended == 3
     assert stored.rows_of(out) == stored.rows_of(appended_set)
     assert (next(iter(LabelSet.open(out).keys())), 9) in stored.rows_of(out)
@@ -150,8 +160,8 @@ def test_validation_labels_of_different_images_are_joined(
         for path in data.glob("*/*/*"):
             path.rename(path.with_name(f"{number}-{path.name}"))
         folders.append(tmp_path / f"set-{number}")
-        done(*label("--data-dir", data), "--out", folders[-1])
-    done("labels", "merge", *folders, "--out", out)
+        done(*label("--data-dir", data), "--output", folders[-1])
+    done("labels", "merge", *folders, "--output", out)
     rows = [stored.rows_of(folder, "val") for folder in folders]
     assert stored.rows_of(out, "val") == rows[0] | rows[1]
     accuracy, *parts = (
@@ -171,7 +181,7 @@ def test_a_killed_join_goes_on_and_ends_in_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     contents: Callable[..., dict[str, bytes]],
 ) -> None:
-    done("labels", "merge", *halves, "--out", tmp_path / "at-once")
+    done("labels", "merge", *halves, "--output", tmp_path / "at-once")
     real, calls = writing.label_set.write_shard, 0
 
     def stopping(*args: Any, **kwargs: Any) -> bool:
@@ -182,7 +192,7 @@ def test_a_killed_join_goes_on_and_ends_in_the_same_bytes(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(writing.label_set, "write_shard", stopping)
-    stopped = run_cli("labels", "merge", *halves, "--out", out)
+    stopped = run_cli("labels", "merge", *halves, "--output", out)
     assert stopped.code == 4
     assert "run the same command again" in stopped.stderr
     monkeypatch.undo()
@@ -192,7 +202,7 @@ def test_a_killed_join_goes_on_and_ends_in_the_same_bytes(
     assert "not finished; run the same `mealv2 labels merge` again" in half_way.stderr
     before = stored.files_of(out)
 
-    done("labels", "merge", *halves, "--out", out)
+    done("labels", "merge", *halves, "--output", out)
     after = stored.files_of(out)
     assert {name: after[name] for name in before} == before
     assert contents(out) == contents(tmp_path / "at-once")
@@ -207,13 +217,13 @@ def test_a_damaged_shard_of_a_joined_set_is_made_again_and_added_views_stay(
     teach_flags: list[object],
     flipped_bit: Callable[..., None],
 ) -> None:
-    done("labels", "merge", *halves, "--out", out)
+    done("labels", "merge", *halves, "--output", out)
     words = ["labels", "add-views", out, "--data-dir", data_dir, "--num-views", 6]
     done(*words, "--batch-size", 16, *teach_flags)
     whole = stored.rows_of(out)
     flipped_bit(out / "train-00000.h5")
     assert "`mealv2 labels merge`" in run_cli("labels", "verify", out).stderr.splitlines()[-1]
-    done("labels", "merge", *halves, "--out", out)
+    done("labels", "merge", *halves, "--output", out)
     assert stored.rows_of(out) == whole
     assert {view for _, view in whole} == set(range(6))
     done("labels", "verify", out)
@@ -228,7 +238,7 @@ def test_a_damaged_shard_of_a_joined_set_is_made_again_and_added_views_stay(
 def test_the_average_of_dense_sets_is_what_both_teachers_say_at_once(
     done: Run, make_set: Make, dense_sets: list[Path], out: Path, flags: Sequence[object]
 ) -> None:
-    report = done("labels", "merge", *dense_sets, *flags, "--out", out).report
+    report = done("labels", "merge", *dense_sets, *flags, "--output", out).report
     assert (report["merged"], report["teachers"]) == ("averaged", 2)
     at_once = make_set(*flags)
     assert stored.rows_of(out) == stored.rows_of(at_once)
@@ -252,8 +262,8 @@ def test_every_teacher_weighs_the_same_whatever_set_it_is_in(
     other = f"test_resnet={make_model('test_resnet', seed=3, steps=2)}"
     words = label(*DENSE)
     words[words.index("--teacher") + 1] = other
-    done(*words, "--out", tmp_path / "third")
-    done("labels", "merge", make_set(*DENSE), tmp_path / "third", *DENSE, "--out", out)
+    done(*words, "--output", tmp_path / "third")
+    done("labels", "merge", make_set(*DENSE), tmp_path / "third", *DENSE, "--output", out)
     sets = [stored.dense_of(folder) for folder in [*dense_sets, tmp_path / "third"]]
     for place, row in stored.dense_of(out).items():
         expected = np.mean([dense[place].astype(float) for dense in sets], axis=0)
@@ -271,7 +281,7 @@ def test_mean_logits_are_averaged_where_all_sets_have_them(
 ) -> None:
     flags = (*DENSE, "--store-logits")
     sets = [make_set(*flags, teachers=[name]) for name in teacher_dirs]
-    done("labels", "merge", *sets, *flags, "--out", out)
+    done("labels", "merge", *sets, *flags, "--output", out)
     found, expected = (LabelSet.open(folder) for folder in (out, make_set(*flags)))
     places = stored.places_of(found)
     keys, views = [key for key, _ in places], [view for _, view in places]
@@ -287,7 +297,7 @@ def test_mean_logits_are_averaged_where_all_sets_have_them(
         sets[0],
         make_set(*DENSE, teachers=["test_efficientnet"]),
         *flags,
-        "--out",
+        "--output",
         out.with_name("other"),
     )
     assert refused.code == 2
@@ -306,7 +316,7 @@ def test_sets_that_are_not_aligned_are_refused_with_what_to_do(
     run_cli: Run, make_set: Make, dense_sets: list[Path], out: Path, flags: Any, named: str
 ) -> None:
     other = make_set(*DENSE, *flags, teachers=["test_efficientnet"])
-    result = run_cli("labels", "merge", dense_sets[0], other, "--out", out)
+    result = run_cli("labels", "merge", dense_sets[0], other, "--output", out)
     assert result.code == 3
     assert named in result.stderr
     assert not out.exists()
@@ -315,7 +325,7 @@ def test_sets_that_are_not_aligned_are_refused_with_what_to_do(
 def test_sets_that_share_a_teacher_are_refused(
     run_cli: Run, make_set: Make, dense_sets: list[Path], out: Path
 ) -> None:
-    result = run_cli("labels", "merge", dense_sets[0], make_set(*DENSE), "--out", out)
+    result = run_cli("labels", "merge", dense_sets[0], make_set(*DENSE), "--output", out)
     assert result.code == 2
     assert "share a teacher" in result.stderr
 
@@ -323,9 +333,11 @@ def test_sets_that_share_a_teacher_are_refused(
 def test_sets_that_lost_something_are_averaged_with_a_note(
     done: Run, make_set: Make, dense_sets: list[Path], out: Path
 ) -> None:
-    assert "not all sets are dense" not in done("labels", "merge", *dense_sets, "--out", out).stderr
+    assert (
+        "not all sets are dense" not in done("labels", "merge", *dense_sets, "--output", out).stderr
+    )
     lossy = make_set("--topk", 1, teachers=["test_efficientnet"])
-    result = done("labels", "merge", dense_sets[0], lossy, "--out", out.with_name("lossy"))
+    result = done("labels", "merge", dense_sets[0], lossy, "--output", out.with_name("lossy"))
     assert "not all sets are dense" in result.stderr
     assert "--topk all" in result.stderr
 
@@ -342,7 +354,7 @@ def test_one_shard_at_a_time_is_read(
 
     monkeypatch.setattr(writing, "_SLICE", 7)
     monkeypatch.setattr(writing.Encoding, "encode", watched)
-    done("labels", "merge", *dense_sets, *DENSE, "--out", out)
+    done("labels", "merge", *dense_sets, *DENSE, "--output", out)
     assert max(sizes) == 7
     assert sum(sizes) == 36 * 4 + 15
 
@@ -351,14 +363,14 @@ def test_one_set_alone_or_none_is_wrong_usage(
     run_cli: Run, dense_sets: list[Path], out: Path
 ) -> None:
     for sets, named in (([dense_sets[0]], "two label sets or more"), ([], "SETS is required")):
-        result = run_cli("labels", "merge", *sets, "--out", out)
+        result = run_cli("labels", "merge", *sets, "--output", out)
         assert result.code == 2
         assert named in result.stderr
 
 
 def test_the_out_folder_is_none_of_the_sets(run_cli: Run, dense_sets: list[Path]) -> None:
     before = stored.files_of(dense_sets[1])
-    result = run_cli("labels", "merge", *dense_sets, "--out", dense_sets[1])
+    result = run_cli("labels", "merge", *dense_sets, "--output", dense_sets[1])
     assert result.code == 2
     assert "is the label set itself" in result.stderr
     assert stored.files_of(dense_sets[1]) == before
@@ -368,10 +380,10 @@ def test_imports_of_unknown_teachers_are_not_merged_by_guess(
     run_cli: Run, done: Run, dense_sets: list[Path], data_dir: Path, out: Path, tmp_path: Path
 ) -> None:
     files = tmp_path / "fkd"
-    done("labels", "export", dense_sets[0], "--to", "fkd", "--label-type", "ori", "--out", files)
+    done("labels", "export", dense_sets[0], "--to", "fkd", "--label-type", "ori", "--output", files)
     for name in ("one", "other"):
-        flags = ["--data-dir", data_dir, "--img-size", 32, "--out", tmp_path / name]
+        flags = ["--data-dir", data_dir, "--img-size", 32, "--output", tmp_path / name]
         done("labels", "import", files, *flags)
-    result = run_cli("labels", "merge", tmp_path / "one", tmp_path / "other", "--out", out)
+    result = run_cli("labels", "merge", tmp_path / "one", tmp_path / "other", "--output", out)
     assert result.code == 2
     assert "--teacher-name" in result.stderr

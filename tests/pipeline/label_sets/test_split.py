@@ -23,7 +23,7 @@ def test_parts_are_whole_sets_of_disjoint_images_in_order(
     done: Run, make_set: Make, tmp_path: Path, number: int, data_dir: Path
 ) -> None:
     whole = make_set("--topk", 2)
-    report = done("labels", "split", whole, "--parts", number, "--out", tmp_path).report
+    report = done("labels", "split", whole, "--parts", number, "--output", tmp_path).report
     assert [part["labels"] for part in report["parts"]] == [
         str(path) for path in _parts(tmp_path, number)
     ]
@@ -50,7 +50,7 @@ def test_a_student_learns_from_one_part(
     tmp_path: Path,
     events: Callable[..., list[dict[str, int]]],
 ) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path)
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     words = [*distill_flags, "--labels", tmp_path / "part-1", "--epochs", 1]
     refused = run_cli(*words, "--output", tmp_path / "refused")
     assert refused.code == 3
@@ -66,8 +66,8 @@ def test_skipped_images_go_along(
         path = own_data / "train" / name
         path.write_bytes(bytes(path.stat().st_size))
     whole = tmp_path / "whole"
-    done(*label("--data-dir", own_data, "--on-bad-image", "skip"), "--out", whole)
-    done("labels", "split", whole, "--parts", 3, "--out", tmp_path / "parts")
+    done(*label("--data-dir", own_data, "--on-bad-image", "skip"), "--output", whole)
+    done("labels", "split", whole, "--parts", 3, "--output", tmp_path / "parts")
     parts = _parts(tmp_path / "parts", 3)
     skipped = [LabelSet.open(part).skipped for part in parts]
     assert [list(keys) for keys in skipped] == [["ants/00.jpg"], ["bees/06.jpg"], ["cats/11.png"]]
@@ -75,7 +75,7 @@ def test_skipped_images_go_along(
         done("labels", "verify", part, "--data-dir", own_data)
     order = [k for part in parts for f in LabelSet.open(part).blocks[0][1] for k in f.all_keys()]
     assert order == list(ImageFolder(own_data, "train").keys)
-    done("labels", "merge", *parts, "--out", tmp_path / "joined")
+    done("labels", "merge", *parts, "--output", tmp_path / "joined")
     assert stored.rows_of(tmp_path / "joined") == stored.rows_of(whole)
     mine, theirs = stored.manifest_of(tmp_path / "joined"), stored.manifest_of(whole)
     assert mine["plan"]["roles"] == theirs["plan"]["roles"]
@@ -93,7 +93,7 @@ def test_added_views_go_along(
     whole = copied(make_set("--topk", 2))
     words = ["labels", "add-views", whole, "--data-dir", data_dir, "--num-views", 6]
     done(*words, "--batch-size", 16, *teach_flags)
-    done("labels", "split", whole, "--out", tmp_path / "parts")
+    done("labels", "split", whole, "--output", tmp_path / "parts")
     parts = _parts(tmp_path / "parts", 2)
     assert stored.rows_of(parts[0]) | stored.rows_of(parts[1]) == stored.rows_of(whole)
     assert LabelSet.open(parts[1]).num_views == 6
@@ -103,7 +103,7 @@ def test_added_views_go_along(
 def test_a_changed_image_of_a_part_is_found_and_one_of_another_part_is_not(
     done: Run, run_cli: Run, make_set: Make, own_data: Path, tmp_path: Path
 ) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path / "parts")
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path / "parts")
     (own_data / "train" / "ants" / "00.jpg").write_bytes(b"other")
     first, second = (
         run_cli("labels", "verify", part, "--data-dir", own_data)
@@ -122,7 +122,7 @@ def test_a_number_of_parts_that_makes_no_sense_is_refused(
     run_cli: Run, make_set: Make, tmp_path: Path, parts: int, named: str
 ) -> None:
     out = tmp_path / "parts"
-    result = run_cli("labels", "split", make_set("--topk", 2), "--parts", parts, "--out", out)
+    result = run_cli("labels", "split", make_set("--topk", 2), "--parts", parts, "--output", out)
     assert result.code == 2
     assert named in result.stderr
     assert not out.exists()
@@ -131,7 +131,7 @@ def test_a_number_of_parts_that_makes_no_sense_is_refused(
 def test_the_same_command_again_changes_nothing_and_another_number_is_refused(
     done: Run, run_cli: Run, make_set: Make, tmp_path: Path
 ) -> None:
-    words = ["labels", "split", make_set("--topk", 2), "--out", tmp_path / "parts"]
+    words = ["labels", "split", make_set("--topk", 2), "--output", tmp_path / "parts"]
     first = done(*words).report
     shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*/*.h5")}
     assert done(*words).report == first
@@ -143,7 +143,7 @@ def test_the_same_command_again_changes_nothing_and_another_number_is_refused(
 
 def test_a_set_of_format_1_says_what_it_lacks(run_cli: Run, tmp_path: Path) -> None:
     golden = Path(__file__).parents[2] / "golden" / "label_set_v1"
-    result = run_cli("labels", "split", golden, "--out", tmp_path / "parts")
+    result = run_cli("labels", "split", golden, "--output", tmp_path / "parts")
     assert result.code == 3
     assert "format 1" in result.stderr
 
@@ -153,6 +153,6 @@ def test_boxes_that_drifted_are_not_written_anew_as_if_they_had_been_labelled(
 ) -> None:
     whole = make_set("--topk", 2)
     monkeypatch.setattr("mealv2.label_set.boxes.boxes_of", lambda shard, views: "0" * 64)
-    result = run_cli("labels", "split", whole, "--out", tmp_path / "parts")
+    result = run_cli("labels", "split", whole, "--output", tmp_path / "parts")
     assert result.code == 3
     assert "not those that were labelled" in result.stderr

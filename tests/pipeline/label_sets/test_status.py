@@ -104,12 +104,12 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     broken = [f"train-0000{n}.h5" for n in range(3)] + ["val-00001.h5"]
     assert listed.read_text().splitlines() == broken
     assert "1 missing and 3 damaged of 6 shards" in result.stderr.splitlines()[-1]
-    for word in ("precompute", "--teacher test_resnet=… ", "--num-views 4 ", f"--out {labels} "):
+    for word in ("precompute", "--teacher test_resnet=… ", "--num-views 4 ", f"--output {labels} "):
         assert word in report["next"]
     assert f"--shard-list {listed}" in report["next"]
 
     (labels / "val-00001.h5").rmdir()
-    flags = [*label("--topk", 2), "--out", labels, "--shard-list", listed]
+    flags = [*label("--topk", 2), "--output", labels, "--shard-list", listed]
     assert run_cli(*flags).report["shards_made"] == 4
     result = run_cli("labels", "status", labels, "--list", listed)
     assert check(result, 0)["finished"], "the manifest was there all the time, and is of these"
@@ -166,7 +166,7 @@ def test_views_that_were_begun_are_a_block_of_their_own(
 def test_a_set_made_of_others_is_known_by_its_manifest(
     run_cli: Run, done: Run, make_set: Make, tmp_path: Path
 ) -> None:
-    done("labels", "split", make_set("--topk", 2), "--out", tmp_path)
+    done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     part = tmp_path / "part-0"
     assert check(run_cli("labels", "status", part), 0)["finished"]
     name = next(path.name for path in sorted(part.glob("train-*.h5")))

@@ -97,7 +97,7 @@ def test_a_flipped_bit_in_the_labels_is_named_with_its_images_and_made_again(
     assert "`mealv2 precompute`" in line
     assert result.stdout == ""
 
-    done(*label("--topk", 2), "--out", folder)
+    done(*label("--topk", 2), "--output", folder)
     done("labels", "verify", folder)
     assert {n: digest for n, (digest, _) in stored.files_of(folder).items()} == {
         n: digest for n, (digest, _) in whole.items()

@@ -69,7 +69,7 @@ def test_stage_one_finds_it_says_it_and_keeps_it(
     done: Run, run_cli: Run, precompute_flags: list[str], tmp_path: Path, labels_dir: Path
 ) -> None:
     out = tmp_path / "labels"
-    result = done(*precompute_flags, "--batch-size", "auto", "--out", out)
+    result = done(*precompute_flags, "--batch-size", "auto", "--output", out)
     chosen = read_manifest(out)["batch_size"]
     assert chosen in (8, 16, 32, 64, 128)  # of 144 views
     assert f"--batch-size auto: {chosen} views a forward pass" in result.stderr
@@ -77,11 +77,11 @@ def test_stage_one_finds_it_says_it_and_keeps_it(
 
     # a run that makes no shard changes nothing
     before = (out / "manifest.json").read_bytes()
-    assert done(*precompute_flags, "--batch-size", 5, "--out", out).report["shards_made"] == 0
+    assert done(*precompute_flags, "--batch-size", 5, "--output", out).report["shards_made"] == 0
     assert (out / "manifest.json").read_bytes() == before
     assert read_manifest(labels_dir)["batch_size"] == 16
 
-    refused = run_cli(*precompute_flags, "--batch-size", "automatic", "--out", out)
+    refused = run_cli(*precompute_flags, "--batch-size", "automatic", "--output", out)
     assert (refused.code, refused.stderr.count("\n")) == (2, 1)
     assert "'automatic' is not a valid integer" in refused.stderr
 
@@ -92,7 +92,7 @@ def test_a_settings_file_may_say_auto(
     flags = [f for f in precompute_flags if f != "--batch-size"]
     flags.remove("16")
     (tmp_path / "c.json").write_text('{"batch_size": "auto"}')
-    found = config_of(*flags, "--config", tmp_path / "c.json", "--out", tmp_path / "labels")
+    found = config_of(*flags, "--config", tmp_path / "c.json", "--output", tmp_path / "labels")
     assert found.batch_size == "auto"
 
 

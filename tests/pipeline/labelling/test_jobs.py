@@ -168,7 +168,7 @@ def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
 def test_flags_that_do_not_fit_are_one_line(
     run_cli: Run, precompute_flags: list[str], out: Path, flags: list[object], named: str
 ) -> None:
-    result = run_cli(*precompute_flags, *flags, "--out", out)
+    result = run_cli(*precompute_flags, *flags, "--output", out)
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
     assert named in result.stderr
     assert not out.exists()
@@ -186,7 +186,7 @@ def test_jobs_one_after_another_and_finish_give_the_set_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = [*(f"val-{n:05d}.h5" for n in range(2)), *(f"train-{n:05d}.h5" for n in range(4))]
-    first = done(*precompute_flags, *job_flags(1, 3), "--out", out)
+    first = done(*precompute_flags, *job_flags(1, 3), "--output", out)
     assert {path.name for path in out.glob("*.h5")} == set(names[1::3])
     assert {name: first.report[name] for name in ("job_index", "num_jobs", "shards")} == {
         "job_index": 1,
@@ -195,10 +195,10 @@ def test_jobs_one_after_another_and_finish_give_the_set_of_one_process(
     }
     assert "job 1 of 3, counted from 0 (--job-index)" in first.stderr
     in_array(monkeypatch, ID=5, MIN=5, MAX=11, STEP=3, COUNT=3)
-    second = done(*precompute_flags, "--out", out)
+    second = done(*precompute_flags, "--output", out)
     assert "job 0 of 3, counted from 0 (SLURM_ARRAY_TASK_ID)" in second.stderr
     assert second.report["shards_made"] == 2
-    last = done(*precompute_flags, *job_flags(2, 3), "--out", out)
+    last = done(*precompute_flags, *job_flags(2, 3), "--output", out)
     assert last.report["failed"] == {}
     assert not (out / "manifest.json").exists()
     assert f"`mealv2 labels finish {out}`" in last.stderr
@@ -207,7 +207,7 @@ def test_jobs_one_after_another_and_finish_give_the_set_of_one_process(
     done("labels", "finish", out, "--batch-size", 16)
     assert contents(out) == contents(labels_dir)
     # a job looks at its own shards alone, and a finished set stays as it is
-    again = done(*precompute_flags, *job_flags(1, 2), "--out", out)
+    again = done(*precompute_flags, *job_flags(1, 2), "--output", out)
     assert (again.report["shards"], again.report["shards_made"]) == (3, 0)
     assert contents(out) == contents(labels_dir)
 
@@ -218,7 +218,7 @@ def test_a_job_opens_no_shard_of_others(
     shutil.copytree(labels_dir, out)
     (out / "manifest.json").unlink()
     (out / "train-00001.h5").write_bytes(b"damaged")  # number 3 of all
-    result = done(*precompute_flags, *job_flags(0, 2), "--out", out)
+    result = done(*precompute_flags, *job_flags(0, 2), "--output", out)
     assert result.report["shards_made"] == 0
     assert "train-00001.h5" not in result.stderr
     assert (out / "train-00001.h5").read_bytes() == b"damaged"
@@ -230,7 +230,7 @@ def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = [*precompute_flags, *job_flags(0, 6), "--out", out]
+    flags = [*precompute_flags, *job_flags(0, 6), "--output", out]
     assert "after the last job: `mealv2 labels finish" in run_cli(*flags).stderr
     added = environment.of_processes(2).items() - os.environ.items()
     for name, value in added:
@@ -249,7 +249,7 @@ def test_a_list_of_shards_is_divided_and_no_other_shard_is_made(
 ) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("train-00003.h5\n\n  val-00001.h5\ntrain-00003.h5\ntrain-00000.h5\n")
-    flags = [*precompute_flags, "--shard-list", listed, "--out", out]
+    flags = [*precompute_flags, "--shard-list", listed, "--output", out]
     report = done(*flags, *job_flags(0, 2)).report
     assert {path.name for path in out.glob("*.h5")} == {"train-00003.h5", "train-00000.h5"}
     assert report["shards"] == 2
@@ -267,7 +267,7 @@ def test_a_list_with_an_unknown_name_is_refused(
 ) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text(f"train-00000.h5\n{text}")
-    result = run_cli(*precompute_flags, "--shard-list", listed, "--out", out)
+    result = run_cli(*precompute_flags, "--shard-list", listed, "--output", out)
     assert result.code == 2
     assert f"--shard-list names {text.strip()!r}" in result.stderr.splitlines()[-1]
     assert not list(out.glob("*.h5"))
@@ -276,7 +276,7 @@ def test_a_list_with_an_unknown_name_is_refused(
 def test_a_list_that_is_not_there_is_one_line(
     run_cli: Run, precompute_flags: list[str], out: Path, tmp_path: Path
 ) -> None:
-    flags = ["--shard-list", tmp_path / "none.txt", "--out", out]
+    flags = ["--shard-list", tmp_path / "none.txt", "--output", out]
     result = run_cli(*precompute_flags, *flags)
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
     assert "none.txt" in result.stderr
@@ -321,7 +321,7 @@ def test_shards_that_fail_are_named_and_the_rest_go_on(
     picture.write_bytes(b"no image".ljust(len(original), b"\0"))
     (out / "train-00003.h5").mkdir(parents=True)
     (out / "plan.json").write_bytes((labels_dir / "plan.json").read_bytes())
-    flags = [*precompute_flags, "--data-dir", own_data, *job_flags(0, 1), "--out", out]
+    flags = [*precompute_flags, "--data-dir", own_data, *job_flags(0, 1), "--output", out]
     names = sorted(path.name for path in labels_dir.glob("*.h5"))
     listed = out.with_name("list.txt")
     listed.write_text("\n".join(names))
@@ -362,7 +362,9 @@ def test_an_error_of_the_device_or_of_a_file_fails_its_shard_alone(
         return annotate(self, *args, **settings)
 
     monkeypatch.setattr(Annotator, "annotate", failing)
-    result = run_cli(*precompute_flags, *job_flags(0, 2), "--out", out)  # val-0, train-0, train-2
+    result = run_cli(
+        *precompute_flags, *job_flags(0, 2), "--output", out
+    )  # val-0, train-0, train-2
     assert result.code == 1
     assert list(result.report["failed"]) == ["train-00000.h5"]
     assert "\n" not in result.report["failed"]["train-00000.h5"]
@@ -383,7 +385,7 @@ def test_an_error_of_the_program_ends_the_job(
 
     monkeypatch.setattr(Annotator, "annotate", failing)
     with pytest.raises(type(error), match=str(error)):
-        run_cli(*precompute_flags, *job_flags(0, 2), "--out", out)
+        run_cli(*precompute_flags, *job_flags(0, 2), "--output", out)
 
 
 def test_two_jobs_at_one_damaged_shard_leave_the_first_complete_one(
@@ -405,7 +407,7 @@ def test_two_jobs_at_one_damaged_shard_leave_the_first_complete_one(
         return make(split, number, *arguments)
 
     monkeypatch.setattr(shards, "make_shard", late)
-    report = done(*precompute_flags, *job_flags(1, 2), "--out", out).report
+    report = done(*precompute_flags, *job_flags(1, 2), "--output", out).report
     assert report["shards_made"] == 1
     assert taken == [damaged.stat().st_ino]
     assert read_shard(damaged).counts == {"of another job": [1]}
@@ -421,7 +423,7 @@ LONG = ["--num-views", "240", "--shard-size", "2"]  # 8 shards of val, 18 of tra
 def alone(done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The long set, by one process."""
     folder = tmp_path_factory.mktemp("alone") / "labels"
-    done(*precompute_flags, *LONG, "--out", folder)
+    done(*precompute_flags, *LONG, "--output", folder)
     return folder
 
 
@@ -434,7 +436,7 @@ def test_three_jobs_at_once_one_of_them_killed_give_the_bytes_of_one_process(
     alone: Path,
     contents: Files,
 ) -> None:
-    flags = [*precompute_flags, *LONG, "--out", out]
+    flags = [*precompute_flags, *LONG, "--output", out]
     jobs = [spawn(*flags, *job_flags(index, 3)) for index in range(3)]
     twin = spawn(*flags, *job_flags(0, 3))  # two nodes that do not know of each other
     jobs[1].until(lambda: (out / "train-00002.h5").exists())  # number 10 of all: its own
@@ -460,7 +462,7 @@ def test_a_signal_ends_a_job_as_any_process(
     out: Path,
     number: signal.Signals,
 ) -> None:
-    flags = ["--num-views", 4000, "--shard-size", 2, *job_flags(0, 2), "--out", out]
+    flags = ["--num-views", 4000, "--shard-size", 2, *job_flags(0, 2), "--output", out]
     job = spawn(*precompute_flags, *flags)
     job.until(lambda: list(out.glob("*.h5")))
     job.signal(number)
@@ -478,7 +480,7 @@ def test_processes_of_one_command_give_the_set_of_one(
     out: Path,
     contents: Files,
 ) -> None:
-    result = done(*precompute_flags, "--num-procs", 2, "--out", out)
+    result = done(*precompute_flags, "--num-procs", 2, "--output", out)
     assert contents(out) == contents(labels_dir)
     messages = result.stderr
     for number in (0, 1):
@@ -487,7 +489,7 @@ def test_processes_of_one_command_give_the_set_of_one(
         assert not_theirs not in messages
     assert result.report["shards_made"] == 6
     assert "teachers on the validation split" in result.stderr
-    again = done(*precompute_flags, "--out", out).report
+    again = done(*precompute_flags, "--output", out).report
     assert {n: again[n] for n in ("images", "views", "bytes", "accuracy")} == {
         n: result.report[n] for n in ("images", "views", "bytes", "accuracy")
     }
@@ -509,7 +511,7 @@ def test_processes_refuse_as_one_does(
     run_cli: Run, precompute_flags: list[str], labels_dir: Path, contents: Files
 ) -> None:
     before = contents(labels_dir)
-    flags = ["--num-procs", 2, "--view-seed", 8, "--out", labels_dir]
+    flags = ["--num-procs", 2, "--view-seed", 8, "--output", labels_dir]
     result = run_cli(*precompute_flags, *flags)
     assert result.code == 3
     assert "2 of 2 processes failed (process 0: exit code 3, " in result.stderr.splitlines()[-1]
@@ -540,7 +542,7 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(
     alone: Path,
     contents: Files,
 ) -> None:
-    flags = [*precompute_flags, *LONG, "--num-procs", "2", "--out", out]
+    flags = [*precompute_flags, *LONG, "--num-procs", "2", "--output", out]
     engine = spawn(*flags)
     engine.until(lambda: len(list(out.glob("train-*.h5"))) > 1)
     os.kill(children_of(engine.process.pid)[1], signal.SIGKILL)
@@ -559,7 +561,7 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(
 def test_a_signal_is_handed_on_to_every_process(
     spawn: Callable[..., Spawned], precompute_flags: list[str], out: Path, number: signal.Signals
 ) -> None:
-    flags = ["--num-views", 4000, "--shard-size", 2, "--num-procs", 2, "--out", out]
+    flags = ["--num-views", 4000, "--shard-size", 2, "--num-procs", 2, "--output", out]
     engine = spawn(*precompute_flags, *flags)
     engine.until(lambda: list(out.glob("*.h5")))
     children = children_of(engine.process.pid)

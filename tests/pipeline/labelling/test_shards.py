@@ -65,7 +65,7 @@ def test_added_views_are_a_block_beside_files_that_stay_as_they_are(
 def test_added_labels_are_those_of_a_set_that_had_the_views_from_the_start(
     done: Run, precompute_flags: list[str], grown: Path, labels_dir: Path, tmp_path: Path
 ) -> None:
-    done(*precompute_flags, "--num-views", 6, "--out", tmp_path / "at-once")
+    done(*precompute_flags, "--num-views", 6, "--output", tmp_path / "at-once")
     at_once, labels, first = map(LabelSet.open, (tmp_path / "at-once", grown, labels_dir))
     assert (labels.num_views, first.num_views) == (6, 4)
     keys = list(labels.keys())
@@ -99,7 +99,7 @@ def test_precompute_run_again_keeps_added_views_in_the_manifest(
     before = contents(grown)
     if manifest == "lost":
         (grown / "manifest.json").unlink()
-    assert done(*precompute_flags, "--out", grown).report["shards_made"] == 0
+    assert done(*precompute_flags, "--output", grown).report["shards_made"] == 0
     assert contents(grown) == before
 
 
@@ -115,7 +115,7 @@ def test_added_views_that_are_not_complete_are_not_listed_until_they_are(
     before = contents(grown)
     damaged = grown / ADDED[2]
     flipped_bit(damaged, ShardFile(damaged).header["columns"]["labels"]["offset"])
-    result = done(*precompute_flags, "--out", grown)
+    result = done(*precompute_flags, "--output", grown)
     assert result.report["shards_made"] == 0
     assert "views 4 to 5 are not complete and not listed" in result.stderr
     assert contents(grown, "manifest.json") == contents(labels_dir, "manifest.json")
@@ -153,6 +153,6 @@ def test_a_complete_shard_that_another_job_made_meanwhile_stays(
         return own(split, number, *arguments)
 
     monkeypatch.setattr(shards, "make_shard", late)
-    done(*precompute_flags, "--out", out)
+    done(*precompute_flags, "--output", out)
     assert read_shard(out / "train-00001.h5").counts == {"of another job": [1]}
     LabelSet.open(out)

@@ -24,7 +24,7 @@ from mealv2.models import Classifier, create_classifier
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
-from mealv2.weights import find_checkpoint
+from mealv2.weight_files import find_checkpoint
 from pipeline import runtime
 from pipeline.config import DistillConfig
 from pipeline.training.batches import epoch_order, split_batches
@@ -235,7 +235,9 @@ def test_online_run_folder_says_who_taught(
 def test_online_split_names_the_images_to_train_on(
     done: Run, online_flags: list[str], run: Path, asked: list[list[tuple[int, int]]]
 ) -> None:
-    done(*online_flags, "--split", "val", "--epochs", 1, "--val-split", "none", "--output", run)
+    done(
+        *online_flags, "--train-split", "val", "--epochs", 1, "--val-split", "none", "--output", run
+    )
     assert sorted(row for batch in asked for row in batch) == [(p, 0) for p in range(15)]
 
 

@@ -113,8 +113,8 @@ def test_newest_checkpoints_are_kept(
     ("flags", "rates"),
     [
         (["--lr", 0.5], [0.5, 0.5, 0.05, 0.05]),  # 100/180 of 4 epochs: from epoch 2
-        (["--lr-milestones", 1, "--lr-milestones", 3], [0.01, 0.001, 0.001, 0.0001]),
-        (["--lr-milestones", 3, "--decay-rate", 0.5], [0.01, 0.01, 0.01, 0.005]),
+        (["--decay-milestones", 1, "--decay-milestones", 3], [0.01, 0.001, 0.001, 0.0001]),
+        (["--decay-milestones", 3, "--decay-rate", 0.5], [0.01, 0.01, 0.01, 0.005]),
     ],
 )
 def test_learning_rate_of_every_epoch_is_the_schedules(
@@ -174,7 +174,7 @@ def test_config_with_triples_and_milestones_repeats_a_finetune(
 ) -> None:
     special = [
         *("--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6),
-        *("--lr-milestones", 1, "--lr-milestones", 2, "--epochs", 3),
+        *("--decay-milestones", 1, "--decay-milestones", 2, "--epochs", 3),
     ]
     done(*finetune_flags, *special, "--output", tmp_path / "first")
     flags = ["--config", tmp_path / "first" / "config.json", "--output", tmp_path / "second"]
@@ -402,7 +402,7 @@ def test_finished_run_is_reported_again(
         ["--discriminator", "official"],
         ["--model", "test_vit"],
         ["--amp"],
-        ["--lr-milestones", 1],
+        ["--decay-milestones", 1],
         ["--output", "elsewhere"],
     ],
     ids=lambda flags: flags[0],
@@ -504,11 +504,11 @@ def test_run_is_not_continued_on_labels_made_anew(
     done: Run, run_cli: Run, precompute_flags: list[str], distill_flags: list[str], tmp_path: Path
 ) -> None:
     labels, run = tmp_path / "labels", tmp_path / "run"
-    done(*precompute_flags, "--out", labels)
+    done(*precompute_flags, "--output", labels)
     done(*distill_flags, "--labels", labels, "--output", run)
     (run / "report.json").unlink()
     shutil.rmtree(labels)
-    done(*precompute_flags, "--view-seed", 99, "--out", labels)
+    done(*precompute_flags, "--view-seed", 99, "--output", labels)
     result = run_cli("distill", "--resume", run)
     assert (result.code, len(result.stderr.splitlines())) == (3, 1)
     assert "the labels are not those this run started with" in result.stderr

@@ -1,0 +1,168 @@
+"""The settings of a command line: its flags, then --config, then --recipe, or a run's own."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mealv2 import recipes
+from mealv2.errors import ConfigError
+from pipeline import config as configs
+
+# Settings that --resume may change: those of the machine and of the log.
+RESUMABLE = {
+    "resume",
+    "workers",
+    "device",
+    "log_interval",
+    "checkpoint_hist",
+    "grad_accum_steps",
+    "sync_bn",
+    "cache_dir",
+    "cache_size",
+}
+
+# A flag on the left drops the recipe's settings on the right: they have no effect beside it.
+DROPPED = {
+    "initial_checkpoint": {"pretrained"},
+    "discriminator": {"discriminator_lr", "discriminator_weight"},
+    "epochs": {"decay_milestones"},
+    "lr": {"discriminator_lr"},
+    "sched": {"decay_milestones", "decay_rate"},
+}
+
+_IN_CONFIG = "mealv2.in_config"  # the names that --config sets, in click's context
+
+
+def config_option() -> click.Option:
+    """Return the option --config, which sets the defaults of the other options."""
+    return click.Option(
+        ["--config", "config_file"],
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        callback=_read_config,
+        help="JSON file of settings of this command, such as RUN/config.json; flags override it.",
+    )
+
+
+def config_of(config: type[configs.Settings], context: click.Context) -> configs.Settings:
+    """Return the config of a command line; raises ConfigError."""
+    values = dict(context.params)
+    config_file = values.pop("config_file", None)
+    if values.get("auto_resume") and _is_begun(values):
+        values = with_run(config, values | {"resume": values["output"]}, context)
+    elif values.get("resume") is not None:
+        if config_file is not None:
+            raise ConfigError("--config has no effect with --resume: the run keeps its settings")
+        values = with_run(config, values, context)
+    elif values.get("recipe") is not None:
+        values = with_recipe(config, values, context)
+    return config.from_json(values)
+
+
+def given_names(context: click.Context) -> set[str]:
+    """Return the names of the settings that stand on the command line."""
+    on_command_line = click.core.ParameterSource.COMMANDLINE
+    return {n for n in context.params if context.get_parameter_source(n) is on_command_line}
+
+
+def with_recipe(
+    config: type[configs.Settings], values: dict[str, Any], context: click.Context
+) -> dict[str, Any]:
+    """Return the values, with the recipe's where neither a flag nor --config sets them."""
+    recipe = recipes.load(values["recipe"])
+    command: Any = context.info_name
+    settings = recipe.settings(command, online=values.get("online", False))
+    settings = configs.current_names(config, settings)
+    in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
+    if "recipe" in given and in_config >= settings.keys():
+        raise ConfigError("--recipe has no effect with a --config that has all its settings")
+    given |= in_config
+    dropped = {name for flag in DROPPED.keys() & given for name in DROPPED[flag]}
+    return values | {n: value for n, value in settings.items() if n not in given | dropped}
+
+
+def with_run(
+    config: type[configs.Settings], values: dict[str, Any], context: click.Context
+) -> dict[str, Any]:
+    """Return the settings of the run to resume; raises ConfigError for a flag that contradicts it.
+
+    With --auto-resume, a setting of --config that contradicts it is an error too.
+    """
+    run = values["resume"]
+    kept = _settings_of_run(config, run, context)
+    in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
+    for name, value in values.items():
+        is_given = name in given or (name in in_config and value not in (None, ()))
+        if not is_given or (values["auto_resume"] and name in ("auto_resume", "output")):
+            continue  # the two by which this run was found
+        if name in RESUMABLE:
+            kept[name] = value
+        elif configs.plain(value) != kept.get(name):
+            raise ConfigError(
+                f"{configs.flag(name)} {value} contradicts the run, which has {kept.get(name)}; "
+                "leave it out, or start a new run"
+            )
+    return {**kept, "resume": run}
+
+
+def _settings_of_run(
+    config: type[configs.Settings], run: Path, context: click.Context
+) -> dict[str, Any]:
+    path = run / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"no run at {run}: it has no config.json")
+    try:
+        return {n: value for n, value in _read(config, path).items() if value is not None}
+    except ConfigError as error:
+        raise ConfigError(
+            f"{run} is no run of `mealv2 {context.info_name}`, or damaged ({error})"
+        ) from None
+
+
+def _is_begun(values: dict[str, Any]) -> bool:
+    """Return whether --output holds a run to continue.
+
+    All ranks find the same: a checkpoint is written after the first step, which all take together,
+    and what a rank that starts late would see was there before.
+    """
+    if values["output"] is None or values["resume"] is not None or not values["output"].is_dir():
+        return False
+    exists: bool = importlib.import_module("pipeline.training.checkpoint").exists(values["output"])
+    return exists
+
+
+def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Make a JSON file's settings the defaults of the other options."""
+    if path is not None:
+        config: type[configs.Settings] = context.command.config  # type: ignore[attr-defined]
+        settings = _read(config, path)
+        context.meta[_IN_CONFIG] = set(settings)
+        # numbers go to click as text, as on the command line
+        context.default_map = {
+            name: str(value) if type(value) in (int, float) else value
+            for name, value in settings.items()
+            if value is not None
+        }
+    return path
+
+
+def _read(config: type[configs.Settings], path: Path) -> dict[str, Any]:
+    """Return the settings in a file, under today's names; raises ConfigError for an unknown one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object of settings")
+    try:
+        values = configs.current_names(config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(config)})
+    if unknown:
+        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}")
+    return values
