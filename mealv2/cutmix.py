@@ -6,7 +6,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from mealv2.devices import moved
 
 CutMixTarget = Literal["teachers", "mixed-labels"]
-CUTMIX_TARGETS: tuple[str, ...] = get_args(CutMixTarget)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files that are whole under their final name or not there: temporary name, fsync, publish."""
+"""Files that are whole under their final name or not there, and files that are read in parts."""
 
 import contextlib
 import errno
@@ -10,10 +10,12 @@ import re
 import secrets
 import socket
 import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Stamp = tuple[int, int, int]  # size, time and inode of a file
 
@@ -138,6 +140,65 @@ def stamp_of(path: Path) -> Stamp | None:
     except FileNotFoundError:
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+class File(Protocol):
+    """What can be opened to be read, wherever it lies."""
+
+    def open(self) -> int:
+        """Return a new descriptor of the file."""
+
+
+class OpenFiles:
+    """Reads parts of some files by their number, at most ``most`` of them open in each process.
+
+    Any thread, and any forked or spawned process, may read.
+    """
+
+    def __init__(self, files: Sequence[File], *, most: int) -> None:
+        self._files = list(files)
+        self._most = most
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._pid = os.getpid()
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """Return up to ``size`` bytes, fewer at the end; raises what the file's ``open`` does."""
+        if self._pid != os.getpid():  # a fork: a lock may be held there by nobody
+            self._start()
+        with self._lock:
+            file = self._open.get(number)
+            if file is not None:
+                self._open.move_to_end(number)
+        if file is None:
+            file = _Descriptor(self._files[number])  # others read on while it is fetched
+            with self._lock:
+                file = self._open.setdefault(number, file)
+                if len(self._open) > self._most:
+                    self._open.popitem(last=False)
+        return os.pread(file.fd, size, offset)
+
+    def __getstate__(self) -> tuple[list[File], int]:
+        return self._files, self._most
+
+    def __setstate__(self, state: tuple[list[File], int]) -> None:
+        self._files, self._most = state
+        self._start()
+
+
+class _Descriptor:
+    """An open file, closed when the last thread that reads it lets it go."""
+
+    def __init__(self, file: File) -> None:
+        self.fd = -1
+        self.fd = file.open()
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 def _temporary(path: Path) -> Path:

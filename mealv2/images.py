@@ -12,7 +12,7 @@ from typing import Protocol
 from mealv2.cache import Cache
 from mealv2.errors import ConfigError
 from mealv2.locations import Location, is_url
-from mealv2.packed import finished_index, original_sizes
+from mealv2.packed import INDEX_NAME, Pack
 from mealv2.tar_files import find_split
 
 # torchvision: the file names that ImageFolder takes for images
@@ -105,7 +105,9 @@ class ImageFolder(AnyOrder):
         self.name = str(Path(root) / split)
         self.folder = Path(root) / split
         self.split = split
-        pack_index = finished_index(self.folder)
+        pack = Pack.read(self.folder / INDEX_NAME)
+        if pack is not None:
+            pack.require_finished(self.name)
         folders = class_folders(self.folder)
         self.classes = [name for name, _ in folders]
         rows = [
@@ -119,8 +121,10 @@ class ImageFolder(AnyOrder):
         self._paths = [row[3] for row in rows]
         _refuse_twins([(row[0], row[3]) for row in rows])
         self.sizes = self.stored_sizes = [row[2] for row in rows]
-        if pack_index is not None:
-            self.sizes = original_sizes(pack_index, self.folder, keys=self.keys, sizes=self.sizes)
+        if pack is not None:
+            pack.check(self.name, dict(zip(self.keys, self.sizes, strict=True)))
+            images = pack.images()
+            self.sizes = [images[key].original_bytes for key in self.keys]
 
     def __len__(self) -> int:
         return len(self.keys)

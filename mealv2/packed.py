@@ -1,130 +1,121 @@
-"""pack.json: what `mealv2 pack` says of the images of a packed split.
+"""pack.json: which files `mealv2 pack` made of a split, JPEGs in a tree or tar files.
 
-Labels belong to the original files; the index keeps those files' sizes, so that both trees are one
-data set, and the packed files' sizes, so that a file that was replaced is noticed.
+Labels belong to the original files. The index has their fingerprint, and of a tree their sizes, so
+that the original and the packed files are one data set. It has the sizes of the packed files, so
+that a file that was replaced is noticed.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 from mealv2.errors import DataError
-from mealv2.formats import AFRESH, AGAIN, checked_json
+from mealv2.formats import AFRESH, AGAIN, checked_json, sealed_json
 
-INDEX_NAME = "pack.json"
-FORMAT = "mealv2-pack"
-FORMAT_VERSION = 1
+INDEX_NAME = "pack.json"  # in the folder of a split, of a tree
+SUFFIX = f".{INDEX_NAME}"  # after the name of a split, beside its tar files
+_KNOWN = ("mealv2-pack", 1)
+
+
+class PackedImage(NamedTuple):
+    """An image file of a packed tree; ``kept`` says why it is a copy of the original."""
+
+    bytes: int
+    original_bytes: int
+    kept: str = ""
+
+
+class PackedTar(NamedTuple):
+    """A tar file of a pack, and its SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
-class PackIndex:
-    """What pack.json says: the fingerprint of the originals, and what became of each.
+class Pack:
+    """What an index says: the fingerprint of the original images, and the files made of them.
 
-    ``images`` has the bytes of the original and of the packed file by key, None until all are
-    there; ``kept`` says why a file is the original's copy.
+    ``settings`` are what else the bytes of the files depend on. ``files``, by path below the split
+    or by name of the tar file, is None until all files are there.
     """
 
-    jpegtran: str
     data_sha256: str
-    images: dict[str, tuple[int, int]] | None = None
-    kept: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str | int]
+    files: Mapping[str, PackedImage | PackedTar] | None = None
 
     def to_bytes(self) -> bytes:
-        """Return the file: compact JSON, the same for equal indices."""
-        value = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "jpegtran": self.jpegtran,
-            "data_sha256": self.data_sha256,
-            "images": self.images,
-            "kept": self.kept,
-        }
-        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return (text + "\n").encode()
+        """Return the file; equal indices give equal bytes."""
+        files = None
+        if self.files is not None:
+            files = {name: [v for v in file if v != ""] for name, file in self.files.items()}
+        value = {"data_sha256": self.data_sha256, "settings": self.settings, "files": files}
+        return sealed_json(_KNOWN, value)
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """Read the index of a split's folder; None where it has none.
-
-        Raises DataError for a file that `mealv2 pack` did not write.
-        """
-        path = folder / INDEX_NAME
-        if not path.is_file():
-            return None
+    def of_bytes(cls, data: bytes, name: str) -> Self:
+        """Parse an index; raises DataError, which calls it ``name``, for anything else."""
+        value = checked_json(data, name, what="an index of `mealv2 pack`", known=_KNOWN)
         try:
-            data = path.read_bytes()
+            files = value["files"]
+            if files is not None:
+                files = {name: _file(row) for name, row in files.items()}
+            return cls(value["data_sha256"], dict(value["settings"]), files)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{name} is damaged; {AFRESH}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read an index, None where there is none; raises DataError as ``of_bytes``."""
+        try:
+            return cls.of_bytes(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; {AFRESH}") from None
-        known, what = (FORMAT, FORMAT_VERSION), "an index of `mealv2 pack`"
-        value = checked_json(data, str(path), what=what, known=known)
-        if (problem := _problem(value)) is not None:
-            raise DataError(f"{path} is damaged: {problem}; {AFRESH}")
-        images = value["images"]
-        if images is not None:
-            images = {key: (sizes[0], sizes[1]) for key, sizes in images.items()}
-        return cls(value["jpegtran"], value["data_sha256"], images, value["kept"])
+
+    def require_finished(self, place: str) -> None:
+        """Raise DataError where not all files of the pack are there; ``place`` is its name."""
+        if self.files is None:
+            raise DataError(f"{place} is packed in part only; {AGAIN} to go on")
+
+    def check(self, place: str, sizes: Mapping[str, int]) -> None:
+        """Raise DataError where the files of the split are not those of the index.
+
+        ``sizes`` are the bytes of the files there, ``place`` is the name of their folder.
+        """
+        self.require_finished(place)
+        files = self.files or {}
+        for name, size in sizes.items():
+            if name not in files:
+                raise DataError(
+                    f"{place}/{name} was not put there by `mealv2 pack`; move it away, or pack its "
+                    "data set into a new folder"
+                )
+            if size != files[name].bytes:
+                raise DataError(
+                    f"{place}/{name} has {size} bytes, not the {files[name].bytes} that were "
+                    f"packed: it was replaced or damaged; {AGAIN} to make it anew"
+                )
+        if len(sizes) < len(files):
+            lost = min(files.keys() - sizes.keys())
+            raise DataError(f"{place}/{lost} is missing; {AGAIN} to make it anew")
+
+    def images(self) -> dict[str, PackedImage]:
+        """Return the image files of a packed tree; raises DataError for a pack of tar files."""
+        images = {n: f for n, f in (self.files or {}).items() if isinstance(f, PackedImage)}
+        if len(images) < len(self.files or {}):
+            raise DataError(f"{INDEX_NAME} lists tar files and no images; {AFRESH}")
+        return images
 
 
-def finished_index(folder: Path) -> PackIndex | None:
-    """Read the index of a split's folder; None where the split is not packed.
-
-    Raises DataError for one that is damaged, or of a pack that did not come to its end.
-    """
-    index = PackIndex.read(folder)
-    if index is not None and index.images is None:
-        raise DataError(f"{folder} is packed in part only; {AGAIN} to go on")
-    return index
-
-
-def original_sizes(
-    index: PackIndex, folder: Path, *, keys: Sequence[str], sizes: Sequence[int]
-) -> list[int]:
-    """Return the sizes in bytes of the originals of a packed split's images, in their order.
-
-    ``sizes`` are those of the files. Raises DataError where the index does not tell of exactly
-    these files.
-    """
-    assert index.images is not None, "finished"
-    originals = []
-    for key, size in zip(keys, sizes, strict=True):
-        original, packed = index.images.get(key, (-1, -1))
-        if original < 0:
-            raise DataError(
-                f"{folder / key} was not put there by `mealv2 pack` ({INDEX_NAME} lacks it); "
-                "move it away, or pack its data set into a new folder"
-            )
-        if size != packed:
-            raise DataError(
-                f"{folder / key} has {size} bytes, {INDEX_NAME} says {packed}: it was replaced or "
-                f"damaged; {AGAIN} to make it anew"
-            )
-        originals.append(original)
-    if len(keys) < len(index.images):
-        lost = min(index.images.keys() - set(keys))
-        raise DataError(f"{folder / lost} is missing; {AGAIN} to make it anew")
-    return originals
-
-
-def _problem(value: dict[str, Any]) -> str | None:
-    """Return what of an index is not as it should be."""
-    for name in ("jpegtran", "data_sha256"):
-        if not isinstance(value.get(name), str):
-            return f"{name} is no text"
-    kept = value.get("kept")
-    if not isinstance(kept, dict) or not all(isinstance(reason, str) for reason in kept.values()):
-        return "kept is no object of texts"
-    images = value.get("images", 0)
-    if images is None:
-        return None
-    if not isinstance(images, dict):
-        return "images is no object"
-    for key, sizes in images.items():
-        if not (isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_count, sizes))):
-            return f"the sizes of {key!r} are not two byte counts"
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _file(row: list[object]) -> PackedImage | PackedTar:
+    match row:
+        case [int(size), str(sha256)]:
+            return PackedTar(size, sha256)
+        case [int(size), int(original_size)]:
+            return PackedImage(size, original_size)
+        case [int(size), int(original_size), str(kept)]:
+            return PackedImage(size, original_size, kept)
+    raise ValueError("no file of a pack")

@@ -1,9 +1,6 @@
 """The eight models that the authors of MEAL V2 published: names, files, how to get them."""
 
-import contextlib
 import http.client
-import os
-import secrets
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 import torch.hub
 
 from mealv2.errors import ConfigError, MealError
+from mealv2.files import whole_file
 from mealv2.weights import read_state
 
 BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
@@ -167,20 +165,16 @@ def download(model: Released, *, progress: bool = True) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".tmp-{model.file_name}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)
-        read_state(temporary)  # torch takes a connection that was cut for the end of the file
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)
+            read_state(temporary)  # torch takes a connection that was cut for the end of the file
     except _NETWORK as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise _not_to_be_had(model, folder, " ".join(str(error).split())) from error
     except ConfigError as error:
         raise _not_to_be_had(model, folder, "what came is damaged or no weights") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
     return path
 
 

@@ -18,8 +18,8 @@ from mealv2.cache import Cache
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.files import file_sha256, write_whole
 from mealv2.locations import PIPE, beside, file_name, shown, within
-from mealv2.packed_tars import SUFFIX as PACK_SUFFIX
-from mealv2.packed_tars import TarPack
+from mealv2.packed import SUFFIX as PACK_SUFFIX
+from mealv2.packed import Pack
 from mealv2.tar_files import (
     CLASS_FILES,
     class_names,
@@ -232,7 +232,7 @@ def _in_folder(url: str, split: str) -> list[str]:
     urls = sorted(shards_of(split, url.rstrip("/"), inside, there))
     pack_url = within(url, f"{split}{PACK_SUFFIX}")
     if not inside and (data := remote.read(pack_url)) is not None:
-        pack = TarPack.of_bytes(data, shown(pack_url))
+        pack = Pack.of_bytes(data, shown(pack_url))
         pack.check(shown(url).rstrip("/"), {n: there[n] for n in map(file_name, urls)})
     return urls
 

@@ -5,13 +5,16 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from braceexpand import braceexpand  # comes with webdataset
+
 from mealv2.errors import ConfigError
 from mealv2.files import parse_json
-from mealv2.packed_tars import TarPack
+from mealv2.packed import SUFFIX as PACK_SUFFIX
+from mealv2.packed import Pack
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MOST_FILES = 100_000
@@ -50,7 +53,7 @@ def _in_folder(root: Path, split: str) -> Split | None:
     inside = _tars(folder) if folder.is_dir() else []
     names = [path.name for path in _tars(root)]
     paths = [*map(Path, shards_of(split, str(root), map(str, inside), names))]
-    if not inside and (pack := TarPack.read(root, split)) is not None:
+    if not inside and (pack := Pack.read(root / f"{split}{PACK_SUFFIX}")) is not None:
         pack.check(str(root), {path.name: path.stat().st_size for path in paths})
     return Split(paths, str(folder), _class_names([root])) if paths else None
 
@@ -139,50 +142,18 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def without_braces(pattern: str) -> list[str]:
-    """Return what a pattern with ``{a,b}`` and ``{000..146}`` stands for, as shells expand it."""
-    names = list(itertools.islice(_braces(pattern), _MOST_FILES + 1))
-    if len(names) > _MOST_FILES:
+    """Return what a pattern with ``{a,b}`` and ``{000..146}`` stands for, as in webdataset."""
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
+    names: list[str] = []
+    # braceexpand makes a list of each range at once
+    if all(abs(int(last) - int(first)) <= _MOST_FILES for first, last in ranges):
+        try:
+            names = list(itertools.islice(braceexpand(pattern, escape=False), _MOST_FILES + 1))
+        except ValueError:  # unbalanced braces stand for themselves, as in bash
+            return [pattern]
+    if not 0 < len(names) <= _MOST_FILES:
         raise ConfigError(f"--data-dir {pattern} names more than {_MOST_FILES} files")
     return names
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """Yield what a pattern with ``{a,b}`` and ``{000..146}`` stands for, as shells expand it."""
-    for begin in (place for place, letter in enumerate(pattern) if letter == "{"):
-        parts, end = _parts(pattern, begin)
-        choices = _numbers(parts[0]) if len(parts) == 1 else parts
-        if choices is not None:
-            for choice in choices:
-                for middle in _braces(choice):
-                    for rest in _braces(pattern[end:]):
-                        yield pattern[:begin] + middle + rest
-            return
-    yield pattern
-
-
-def _parts(pattern: str, begin: int) -> tuple[list[str], int]:
-    """Split at the commas between an opening brace and its partner; return the end too."""
-    depth, starts = 0, [begin + 1]
-    for place in range(begin, len(pattern)):
-        depth += {"{": 1, "}": -1}.get(pattern[place], 0)
-        if depth == 1 and pattern[place] == ",":
-            starts.append(place + 1)
-        if depth == 0:
-            ends = [*(start - 1 for start in starts[1:]), place]
-            return [pattern[a:b] for a, b in zip(starts, ends, strict=True)], place + 1
-    return [""], begin
-
-
-def _numbers(text: str) -> Iterator[str] | None:
-    """Return the numbers of ``FIRST..LAST`` or ``FIRST..LAST..STEP``; None where it is none."""
-    found = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})(?:\.\.([0-9]{1,18}))?", text)
-    if found is None:
-        return None
-    ends = found[1], found[2]
-    first, last, step = int(ends[0]), int(ends[1]), int(found[3] or 1) or 1
-    width = max(map(len, ends)) if any(end[0] == "0" != end for end in ends) else 0
-    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-    return (f"{number:0{width}d}" for number in numbers)
 
 
 # --- class names ------------------------------------------------------------------------------

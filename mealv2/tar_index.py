@@ -5,10 +5,7 @@ path. Whoever uses one compares the tar file's size with it, and what is before 
 CRC whenever that is read: an index of another file is found out, not followed.
 """
 
-import json
-import re
 from array import array
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +13,12 @@ import numpy as np
 
 from mealv2.errors import DataError
 from mealv2.files import write_whole
-from mealv2.formats import AGAIN, checked_json
+from mealv2.formats import AGAIN, checked_json, sealed_json
 from mealv2.tar_files import INDEX_SUFFIX
 
 SUFFIX = INDEX_SUFFIX
-FORMAT = "mealv2-tar-index"
-FORMAT_VERSION = 1
-_OWN_SHA256 = re.compile(rb'"index_sha256":"([0-9a-f]{64})"')
+_KNOWN = ("mealv2-tar-index", 1)
+_AFRESH = f"remove it to do without, or {AGAIN}"
 _COLUMNS = {
     "classes": "q",
     "sizes": "q",
@@ -81,9 +77,6 @@ def index_bytes(index: TarIndex) -> bytes:
     images = index.images
     is_packed = images.original_sizes != images.sizes
     value = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "index_sha256": "0" * 64,
         "bytes": index.num_bytes,
         "sha256": index.sha256,
         "keys": images.keys,
@@ -94,9 +87,7 @@ def index_bytes(index: TarIndex) -> bytes:
         "head_crc32s": images.head_crc32s.tolist(),
         "original_sizes": images.original_sizes.tolist() if is_packed else None,
     }
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    data = (text + "\n").encode()
-    return _with_own_sha256(data, sha256(data).hexdigest())
+    return sealed_json(_KNOWN, value)
 
 
 def index_of_bytes(data: bytes, name: str) -> TarIndex:
@@ -104,25 +95,11 @@ def index_of_bytes(data: bytes, name: str) -> TarIndex:
 
     It is not compared with the tar file: that is for whoever has both.
     """
-    own = _OWN_SHA256.search(data)
-    if own is None:
-        raise DataError(f"{name} is not an index of a tar file; {_AFRESH}")
-    if sha256(_with_own_sha256(data, "0" * 64)).hexdigest().encode() != own[1]:
-        raise DataError(f"{name} is damaged: it fails its own SHA-256; {_AFRESH}")
-    known, what = (FORMAT, FORMAT_VERSION), "an index of a tar file"
-    value = checked_json(data, name, what=what, known=known, advice=_AFRESH)
+    value = checked_json(data, name, what="an index of a tar file", known=_KNOWN, advice=_AFRESH)
     index = _index_of(value)
     if index is None:
         raise DataError(f"{name} is damaged: it describes no tar file; {_AFRESH}")
     return index
-
-
-_AFRESH = f"remove it to do without, or {AGAIN}"
-
-
-def _with_own_sha256(data: bytes, digits: str) -> bytes:
-    """Return the file with other digits as its own hash."""
-    return _OWN_SHA256.sub(b'"index_sha256":"%b"' % digits.encode(), data, count=1)
 
 
 def _index_of(value: dict[str, Any]) -> TarIndex | None:

@@ -1,16 +1,14 @@
 """WebDataset tar shards as an image source: the samples in them, and their images by position.
 
-Needs no webdataset. A shard is indexed and read on its own, through ``index_shard`` and ``_Files``.
+A shard is indexed on its own, through ``index_shard``, and read through ``files.OpenFiles``.
 """
 
 import os
 import re
-import threading
 import unicodedata
 import zlib
 from array import array
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from mealv2.errors import ConfigError, DataError
+from mealv2.files import OpenFiles
 from mealv2.images import EXTENSIONS, AnyOrder
 from mealv2.keys import Keys
 from mealv2.tar_headers import BLOCK, Archive, Member
@@ -28,7 +27,7 @@ from mealv2.tar_index import ShardIndex, index_path, is_key, read_index
 _INDEXED_AT_ONCE = 16  # on a cold disk or a share every header waits for a read of its own
 _KEPT_OPEN = 64  # files a process; the usual limit is 1024, on some systems 256
 _TEXTS = {"cls": 32, "key": 4096}  # members that are read with the headers, at most so long
-_META = re.compile(r"__[^/]*__(/|$)")
+META = re.compile(r"__[^/]*__(/|$)")
 _MOST_CLASSES = 1_000_000  # without a file of names
 
 
@@ -84,7 +83,8 @@ class TarShards(AnyOrder):
         split: str,
         classes: list[str] | None = None,
     ) -> None:
-        self._files = _Files([LocalTar(f) if isinstance(f, Path) else f for f in files])
+        self._tar_files = [LocalTar(f) if isinstance(f, Path) else f for f in files]
+        self._files = OpenFiles(self._tar_files, most=_KEPT_OPEN)
         self.name = name
         self.split = split
         self.labels, self.sizes, self.stored_sizes = array("q"), array("q"), array("q")
@@ -92,7 +92,7 @@ class TarShards(AnyOrder):
         self._first: list[int] = []  # position of each shard's first image
         keys = []
         with ThreadPoolExecutor(_INDEXED_AT_ONCE) as threads:
-            for index in threads.map(lambda file: file.index(), self._files.files):
+            for index in threads.map(lambda file: file.index(), self._tar_files):
                 self._first.append(len(self.labels))
                 keys.append(Keys.of(index.keys))
                 self.labels += index.labels
@@ -130,7 +130,7 @@ class TarShards(AnyOrder):
         data = self._files.read(number, wanted, self._offsets[position] - head)
         if len(data) != wanted or zlib.crc32(data[:head]) != self._crcs[position]:
             raise DataError(
-                f"{self._files.files[number].name} was changed since it was opened or indexed"
+                f"{self._tar_files[number].name} was changed since it was opened or indexed"
             )
         return data[head:]
 
@@ -138,7 +138,7 @@ class TarShards(AnyOrder):
         return bisect_right(self._first, position) - 1
 
     def _name_at(self, position: int) -> str:
-        return self._files.files[self._shard_of(position)].name
+        return self._tar_files[self._shard_of(position)].name
 
     def _refuse_twins(self) -> None:
         hashes_N = np.fromiter(map(hash, self.keys), np.int64, len(self.keys))
@@ -158,53 +158,6 @@ class TarShards(AnyOrder):
             raise DataError(f"{name} has the class id {most}; ids are counted from 0")
         width = len(str(most))
         return [f"{class_id:0{width}d}" for class_id in range(most + 1)]
-
-
-class _Files:
-    """Reads parts of some files by their number, few of them open at a time in each process."""
-
-    def __init__(self, files: Sequence[TarFile]) -> None:
-        self.files = list(files)
-        self._start()
-
-    def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._pid = os.getpid()
-
-    def read(self, number: int, size: int, offset: int) -> bytes:
-        """Return up to ``size`` bytes of a file, fewer at its end."""
-        if self._pid != os.getpid():  # a fork: a lock may be held there by nobody
-            self._start()
-        with self._lock:
-            file = self._open.get(number)
-        if file is None:
-            file = _Descriptor(self.files[number])  # others read on while it is fetched
-        with self._lock:
-            file = self._open.setdefault(number, file)
-            self._open.move_to_end(number)
-            if len(self._open) > _KEPT_OPEN:
-                self._open.popitem(last=False)
-        return os.pread(file.fd, size, offset)
-
-    def __getstate__(self) -> list[TarFile]:
-        return self.files
-
-    def __setstate__(self, files: list[TarFile]) -> None:
-        self.files = files
-        self._start()
-
-
-class _Descriptor:
-    """An open file, closed when the last thread that reads it lets it go."""
-
-    def __init__(self, file: TarFile) -> None:
-        self.fd = -1
-        self.fd = file.open()
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 # --- samples ----------------------------------------------------------------------------------
@@ -263,7 +216,7 @@ def _samples(archive: Archive) -> Iterator[_Sample]:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         # webdataset: names without a dot, and what lies in __some__/, are no samples
-        if not (stem and dot) or (folder[:2] == "__" and _META.match(folder)):
+        if not (stem and dot) or (folder[:2] == "__" and META.match(folder)):
             continue
         if (name := folder + slash + stem) != sample.name:
             if sample.members:

@@ -6,7 +6,7 @@ student's logits; ``parts`` are detached scalars for the log, complete after bac
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from mealv2.targets import BatchTargets
 MIN_LOG_PROBABILITY = math.log(2.0**-24)
 
 DiscriminatorInput = Literal["logits", "log-probs", "probs"]
-DISCRIMINATOR_INPUTS: tuple[str, ...] = get_args(DiscriminatorInput)
 
 GRADIENT_RATIO = "discriminator_gradient_ratio"
 

@@ -103,6 +103,12 @@ def count(number: int, unit: str) -> str:
     return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
 
 
+def first_names(names: Iterable[str], *, most: int = 3) -> str:
+    """Return the first few of some names, with an ellipsis for the rest."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows as aligned columns, the first row as head, text left and figures right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -73,7 +73,7 @@ def history_of(run: Path | None) -> History:
         return History()
     settings, report = _object(run / "config.json"), _object(run / REPORT_NAME)
     noted = report.get("labels") or _object(run / LABELS_NAME)
-    known = noted.get("plan_sha256") if isinstance(noted, dict) else noted
+    known = noted.get("plan_sha256")
     manifest: dict[str, Any] = {}
     if isinstance(settings.get("labels"), str):
         try:
@@ -88,7 +88,7 @@ def history_of(run: Path | None) -> History:
         _date_of(run, report),
         manifest.get("plan", {}),
         known or manifest.get("plan_sha256"),
-        noted.get("teachers", []) if isinstance(noted, dict) else [],
+        noted.get("teachers", []),
     )
 
 

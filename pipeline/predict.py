@@ -1,7 +1,5 @@
 """What a model says of pictures that nobody labelled: the best classes, by name, of each."""
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,13 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import canonical_json, write_whole
 from mealv2.images import EXTENSIONS, AnyOrder, walk_images
 from mealv2.released import find
 from pipeline import logs, ready, runtime
 from pipeline.config import PredictConfig
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
+from pipeline.training.evaluator import finite_logits
 
 IMAGENET_CLASSES = 1000
 
@@ -62,7 +60,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     answers = []
     for answer in _answers(config, machine, source, found, skipped):
-        best = [{"class": names[c], "class_id": c, "prob": prob} for c, prob in answer["best"]]
+        best = [{"class_id": c, "class": names[c], "prob": prob} for c, prob in answer["best"]]
         answers.append({"image": answer["image"], "best": best})
         logs.say(_shown(answers[-1]))
     if not answers:
@@ -77,7 +75,12 @@ def run(config: PredictConfig) -> dict[str, Any]:
         "predictions": answers,
     }
     if config.results_file is not None:
-        _write_results(config.results_file, report)
+        rows = [
+            {"image": answer["image"], "rank": rank, **best}
+            for answer in answers
+            for rank, best in enumerate(answer["best"], start=1)
+        ]
+        ready.write_results(config.results_file, report, rows)
     return report
 
 
@@ -109,11 +112,7 @@ def _answers(
         skipped.update(failures_by_key(source, pixels.failed))
         if not pixels.positions:
             continue
-        with machine.autocast():
-            logits = model(pixels.images_BCHW).float()
-        logits = logits.cpu()  # the one wait of a batch
-        if not bool(torch.isfinite(logits).all()):
-            raise DataError("the model's logits are not finite; leave out --amp")
+        logits = finite_logits(model, pixels, machine, advice="leave out --amp")
         probs, classes = logits.softmax(1).topk(min(config.topk, logits.shape[1]))
         rows = zip(pixels.positions, classes.tolist(), probs.tolist(), strict=True)
         for position, ids, values in rows:
@@ -160,19 +159,3 @@ def _class_names(config: PredictConfig, found: ready.Ready) -> list[str]:
 def _shown(answer: dict[str, Any]) -> str:
     rows = [f"{100 * best['prob']:6.2f} %  {best['class']}" for best in answer["best"]]
     return "\n".join([answer["image"], *rows])
-
-
-def _write_results(path: Path, report: dict[str, Any]) -> None:
-    """Write the report as JSON, or a CSV row for every class named of every image."""
-    if path.suffix == ".json":
-        data = canonical_json(report)
-    else:
-        text = io.StringIO()
-        names = ["image", "rank", "class_id", "class", "prob"]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        for answer in report["predictions"]:
-            for rank, best in enumerate(answer["best"], start=1):
-                writer.writerow({"image": answer["image"], "rank": rank, **best})
-        data = text.getvalue()
-    write_whole(path, data.encode())

@@ -1,9 +1,14 @@
 """A model that only answers, as --model and --checkpoint name it: one way for every stage."""
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mealv2.errors import ConfigError
+from mealv2.files import canonical_json, write_whole
 from mealv2.models import Classifier, Preprocessing, create_classifier, read_metadata
 from mealv2.released import find
 from mealv2.weight_files import find_checkpoint
@@ -48,3 +53,16 @@ def load(config: ReadyModel, *, classes: Sequence[str] | None = None) -> Ready:
         else None,
     )
     return Ready(name, model, img_size, stored.get("classes"))
+
+
+def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a report as JSON, or its rows as CSV, as the name of the file asks."""
+    if path.suffix == ".json":
+        data = canonical_json(report)
+    else:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue()
+    write_whole(path, data.encode())

@@ -217,13 +217,11 @@ class Case:
 def make_case(rng: random.Random, whole: Set) -> Case:
     """Return a set with something wrong."""
     files = dict(whole.files)
-    is_old = whole.name == "version 1"
-    kinds = ["raw"] * 5 + ([] if is_old else ["header"] * 3 + ["column"] + ["manifest"] * 2)
-    kind = rng.choice(kinds)
+    kind = rng.choice(["raw"] * 5 + ["header"] * 3 + ["column"] + ["manifest"] * 2)
     if kind == "raw":
         name = rng.choice(sorted(files))
         files[name] = raw(rng, files[name])
-        must = files != whole.files and not (is_old and name == "manifest.json")
+        must = files != whole.files
         return Case(f"raw {Path(name).suffix[1:]}", files, must=must)
     if kind == "manifest":
         manifest = json.loads(files["manifest.json"])
@@ -405,7 +403,7 @@ def make_sets(folder: Path) -> list[Set]:
     """Write whole sets of many kinds."""
     import numpy as np
 
-    from label_sets import ENCODINGS, KEYS, look_up, make_set
+    from label_sets import ENCODINGS, KEYS, make_set
     from mealv2.label_set import Appender, Images, LabelSet
 
     images = Images(np.full((5, 2), 40), np.full(5, 1000), np.zeros(5))
@@ -429,11 +427,7 @@ def make_sets(folder: Path) -> list[Set]:
             appender.flush()
             where += [(key, 7) for key in keys]
         sets.append(_read_whole(name, place, where))
-    golden = Path(__file__).parent / "golden" / "label_set_v1"
-    old = LabelSet.open(golden)
-    places = [(key, view) for key in list(old.keys()) for view in range(old.num_views)]
-    assert look_up(old, places)
-    return [*sets, _read_whole("version 1", golden, places)]
+    return sets
 
 
 def _read_whole(name: str, place: Path, places: list[tuple[str, int]]) -> Set:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from mealv2.images import ImageFolder
+from mealv2.tar_index import TarIndex, write_index
+from mealv2.tar_writing import index_of, sample, sample_names, tar_writer
 
 Files = Iterable[tuple[str, bytes]]
 
@@ -44,6 +46,23 @@ def write_with_webdataset(path: Path, files: Files) -> Path:
                 writer.write({"__key__": name, **of_sample})
             writer.close()
     return path
+
+
+def write_packed(
+    path: Path, samples: Iterable[tuple[str, int, bytes]], *, extra: int = 0
+) -> TarIndex:
+    """Write a tar file of (key, class, image) and its index, as `mealv2 pack` does.
+
+    The originals of the images had ``extra`` bytes more.
+    """
+    samples = list(samples)
+    names = sample_names([key for key, _, _ in samples])
+    with path.open("wb") as stream, tar_writer(stream) as writer:
+        for name, (key, class_id, image) in zip(names, samples, strict=True):
+            writer.write(sample(name, key, class_id, image))
+    index = index_of(path, [len(image) + extra for _, _, image in samples])
+    write_index(path, index)
+    return index
 
 
 def files_of(

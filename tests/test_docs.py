@@ -17,8 +17,8 @@ import pytest
 import safetensors.torch
 import timm
 
+from benchmarks.speed import document
 from mealv2.label_set import LabelSet
-from pipeline.bench.document import document
 from pipeline.config.bench import LINES
 from stores import Store, s3_server
 from tars import tar_tree

@@ -20,7 +20,7 @@ def boxes_of(shard: Shard, views: Views | None = None) -> str:
     stored = shard.stored_views
     if stored is not None:
         return boxes_sha256(np.concatenate([stored.boxes_NV4, stored.flips_NV[..., None]], axis=2))
-    assert shard.images is not None, "shards of format 1 have no boxes"
+    assert shard.images is not None, "no sizes of the images"
     assert views is not None, "neither stored boxes nor a recipe"
     indices = range(shard.first_view, shard.first_view + shard.num_views)
     boxes = [

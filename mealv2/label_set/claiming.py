@@ -86,11 +86,6 @@ def _belongs_to_another(folder: Path, plan: dict[str, Any]) -> LabelSetError:
     more = len(differing) - _MAX_DIFFERENCES
     only_views = len(differing) == 1 and differing[0].startswith("roles.train.num_views ")
     hint = "; `mealv2 labels add-views` adds views to a set" if only_views else ""
-    if any(re.match(r"roles\.\w+\.shard_sizes is None there", line) for line in differing):
-        hint += (
-            "; an earlier mealv2 cut labels of tar shards into --shard-size images: a set that it "
-            "finished stays good, one that it began must be labelled anew"
-        )
     if any(line.startswith("probe_sha256 ") for line in differing):
         hint += "; its views were resized to other pixels, by other versions of torch or Pillow"
     return LabelSetError(

@@ -149,12 +149,6 @@ class Encoding:
         logits = keep_logits(mean_logits_NC.float().clamp(-most, most), labels.kept())
         return Rows(labels, logits.rounded(torch.float16))
 
-    def num_label_bytes(self, counts_N: np.ndarray) -> int:
-        """Return the bytes in their blocks of views that keep so many classes."""
-        return int(self._sizes(counts_N).sum() + self._logit_sizes(counts_N).sum()) + (
-            self.count_size * len(counts_N)
-        )
-
     # --- bytes ------------------------------------------------------------------------------------
 
     def blocks(self, rows: Rows, num_views: int) -> list[bytes]:

@@ -6,6 +6,7 @@ repeats it, lists the shards that were found whole, with their hashes, and is th
 
 import itertools
 import re
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mealv2.files import (
     parse_json,
     write_whole,
 )
+from mealv2.formats import own_sha256, with_own_sha256
 from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
 
 FORMAT = "mealv2 label set"
@@ -25,7 +27,7 @@ MANIFEST_NAME = "manifest.json"
 UNKNOWN = "unknown"  # of imported labels: the hash of a teacher's weights, for one
 _MAKE_ANEW = "the command that made the set writes it anew from the shards"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
-_OWN_SHA256 = re.compile(rb'^  "manifest_sha256": "([0-9a-f]{64})"', re.MULTILINE)
+_OWN_SHA256 = "manifest_sha256"
 
 
 def shard_name(role: str, number: int, views: range | None = None) -> str:
@@ -78,12 +80,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         again = maker_of(read_plan(folder))
         missing = f"the label set is not finished; run the same {again} again"
     data = _read_bytes(path, missing)
-    own = _OWN_SHA256.search(data)
-    if own is not None and sha256(_blanked(data)).hexdigest().encode() != own[1]:
+    own = own_sha256(data, _OWN_SHA256)
+    if own is not None and with_own_sha256(data, _OWN_SHA256) != data:
         raise LabelSetError(f"{path} is damaged: it fails its own SHA-256; {_MAKE_ANEW}")
     manifest = _parsed(path, data)
-    version = manifest.get("plan", {}).get("format_version")
-    if own is None and version != 1:
+    if own is None:
         raise LabelSetError(f"{path} is damaged: it lacks its own SHA-256; {_MAKE_ANEW}")
     if not isinstance(manifest.get("plan"), dict) or not _is_plan(manifest["plan"]):
         raise LabelSetError(f"{path} lacks its plan")
@@ -93,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise LabelSetError(f"{path} is damaged: it is nested too deep") from None
     if manifest.get("plan_sha256") != plan_sha256:
         raise LabelSetError(f"{path} was changed: its plan has another SHA-256; {_MAKE_ANEW}")
-    if not _lists_shards(manifest.get("roles"), version):
+    if not _lists_shards(manifest.get("roles")):
         raise LabelSetError(f"{path} lacks its shards")
     return manifest
 
@@ -101,15 +102,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, plan: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """Write and return manifest.json: the plan, its hash, and ``parts`` (roles, versions)."""
     manifest = {
-        "manifest_sha256": "0" * 64,
+        _OWN_SHA256: "0" * 64,
         "plan": plan,
         "plan_sha256": json_sha256(plan),
         **parts,
     }
-    own = sha256(canonical_json(manifest).encode()).hexdigest()
-    manifest["manifest_sha256"] = own
-    write_whole(folder / MANIFEST_NAME, canonical_json(manifest).encode())
-    return manifest
+    data = with_own_sha256(canonical_json(manifest).encode(), _OWN_SHA256)
+    write_whole(folder / MANIFEST_NAME, data)
+    return manifest | {_OWN_SHA256: own_sha256(data, _OWN_SHA256)}
 
 
 def listed_sha256(folder: Path, plan_sha256: str) -> dict[str, str]:
@@ -120,9 +120,12 @@ def listed_sha256(folder: Path, plan_sha256: str) -> dict[str, str]:
         return {}
     if manifest["plan_sha256"] != plan_sha256:
         return {}
-    roles = manifest["roles"].values()
-    blocks = [block for role in roles for block in role.get("blocks", [role])]
-    return {shard["name"]: shard["sha256"] for block in blocks for shard in block["shards"]}
+    return {shard["name"]: shard["sha256"] for shard in listed_shards(manifest["roles"])}
+
+
+def listed_shards(roles: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the roles of a manifest say of their shard files."""
+    return [s for role in roles.values() for block in role["blocks"] for s in block["shards"]]
 
 
 def describe_file(path: Path, *, num_images: int) -> dict[str, Any]:
@@ -140,11 +143,6 @@ def describe_file(path: Path, *, num_images: int) -> dict[str, Any]:
         "sha256": digest.hexdigest(),
         "head_sha256": sha256(head).hexdigest(),
     }
-
-
-def _blanked(data: bytes) -> bytes:
-    """Return a manifest's bytes with zeros for the digits of its own hash."""
-    return _OWN_SHA256.sub(lambda found: found[0].replace(found[1], b"0" * 64), data, count=1)
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
@@ -175,10 +173,10 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     plan = value.get("plan", value)
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise LabelSetError(f"{path} does not describe a {FORMAT}")
-    if plan.get("format_version") not in (1, FORMAT_VERSION):
+    if plan.get("format_version") != FORMAT_VERSION:
         raise LabelSetError(
             f"{path} has format version {plan.get('format_version')}; "
-            f"this mealv2 reads 1 and {FORMAT_VERSION}; use the version that wrote it"
+            f"this mealv2 reads {FORMAT_VERSION}; use the version that wrote it"
         )
     return value
 
@@ -211,7 +209,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 62
 
 
-def _lists_shards(roles: object, version: int) -> bool:
+def _lists_shards(roles: object) -> bool:
     """Return whether every role lists shard files of the folder itself, with size and hashes."""
     if not isinstance(roles, dict) or not roles:
         return False
@@ -222,7 +220,7 @@ def _lists_shards(roles: object, version: int) -> bool:
             return False
         if "accuracy" in role and not _is_accuracy(role["accuracy"]):
             return False
-        blocks = role.get("blocks") if version > 1 else [{"views": [0, 1], **role}]
+        blocks = role.get("blocks")
         if not (isinstance(blocks, list) and blocks and all(map(_is_block, blocks))):
             return False
         begins = [0, *(block["views"][1] for block in blocks[:-1])]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import maker_of, planned_ranges, shard_name
-from mealv2.label_set.shard import FORMAT_VERSION
 from mealv2.label_set.shard_file import ShardFile
 
 
@@ -47,15 +46,13 @@ def planned_shards(plan: dict[str, Any]) -> list[PlannedShard]:
     """Return the shards of a plan, validation first, as stage one makes them.
 
     Views that were added are not in the plan. Raises LabelSetError for a plan that does not say its
-    shards: of a set made of others, or of an old format.
+    shards, as that of a set made of others.
     """
     if "derived" in plan:
         raise LabelSetError(
             f"its plan does not name its shards; the same {maker_of(plan)} again finds and makes "
             "what it lacks"
         )
-    if plan["format_version"] != FORMAT_VERSION:
-        raise LabelSetError("it is of an old format; `mealv2 labels convert` it first")
     try:
         return [
             PlannedShard(name, number, range(role["num_views"]), images)

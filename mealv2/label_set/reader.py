@@ -1,8 +1,8 @@
 """LabelSet: open a finished label set, look labels up by (key, view)."""
 
 import os
+import resource
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,7 @@ import torch
 
 from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
-from mealv2.label_set import version1
 from mealv2.label_set.encoding import Encoding, Rows
-from mealv2.label_set.label_reader import most_open
 from mealv2.label_set.manifest import maker_of, read_manifest
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile
@@ -56,12 +54,9 @@ class LabelSet:
         self.classes: list[str] = plan["classes"]
         self.num_classes = len(self.classes)
         self.img_size = int(plan["img_size"])
-        is_old = plan["format_version"] == 1
-        self.encoding = version1.encoding_of(plan) if is_old else Encoding.of_plan(plan)
+        self.encoding = Encoding.of_plan(plan)
         entry = manifest["roles"][role]
-        views = [range(plan["roles"][role]["num_views"])]
-        if not is_old:
-            views = [range(*block["views"]) for block in entry["blocks"]]
+        views = [range(*block["views"]) for block in entry["blocks"]]
         self.num_views = views[-1].stop if num_views is None else num_views
         if self.num_views not in {block.stop for block in views}:
             raise LabelSetError(
@@ -69,20 +64,18 @@ class LabelSet:
                 f"image, {num_views} are needed"
             )
         views = [block for block in views if block.stop <= self.num_views]
-        if is_old:
-            files = [version1.shard_files(folder, manifest, role)]
-        else:
-            listed = zip(views, entry["blocks"], strict=False)
-            files = [[self._open_shard(s, v) for s in block["shards"]] for v, block in listed]
-        self._tables = [Table(*table) for table in zip(files, views, strict=True)]
+        listed = zip(views, entry["blocks"], strict=False)
+        files = [[self._open_shard(s, v) for s in block["shards"]] for v, block in listed]
+        most_open = max(1, _most_open() // (len(views) + 1))
+        self._tables = [
+            Table(*table, most_open=most_open) for table in zip(files, views, strict=True)
+        ]
         self.appended = list(appended)
         more = [_open_appended(folder / name, manifest, role) for name in self.appended]
-        self._more = Table(more, range(0, 1))
+        self._more = Table(more, range(0, 1), most_open=most_open)
         self._more_rows: dict[tuple[str, int], int] = {}
         for row, place in enumerate(self._more.places()):
             self._more_rows.setdefault(place, row)
-        for file in islice((file for table in self._tables for file in table.files), most_open()):
-            file.stays_open = True
 
     @classmethod
     def open(
@@ -257,6 +250,13 @@ class LabelSet:
 
 
 _BEYOND = 1 << 62
+_MOST_OPEN = 1024
+
+
+def _most_open() -> int:
+    """Return how many shards of a set may stay open: a part of what the process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 4 - 16)
 
 
 def _whole_numbers(views: Sequence[int]) -> np.ndarray:
@@ -269,8 +269,6 @@ def _whole_numbers(views: Sequence[int]) -> np.ndarray:
 
 def _open_appended(path: Path, manifest: dict[str, Any], role: str) -> ShardFile:
     """Check a file of appended rows; raises LabelSetError where it is none of this set."""
-    if manifest["plan"]["format_version"] == 1 and version1.is_old(path):
-        return version1.appended_file(path, manifest, role)
     try:
         file = ShardFile(path)
     except FileNotFoundError:

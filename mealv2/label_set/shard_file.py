@@ -1,7 +1,6 @@
 """Reading a shard: everything is checked before it is used, and no HDF5 library is needed."""
 
 import os
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +23,12 @@ class ShardFile:
 
     ``header`` is its JSON, ``size`` the bytes of the file, ``head_sha256`` the SHA-256 of its first
     512 bytes, which cover all the rest.
-    ``data`` is the file's content where it is not on disk. With ``stays_open`` it keeps the
-    descriptor with which its labels are read.
+    ``data`` is the file's content where it is not on disk.
     """
 
     def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
         self.head_sha256, self.header, self._columns, self.size = read_head(path, data)
-        self.stays_open = False
-        self._handles: list[int] = []  # of a file that stays open: more than one if threads race
-        weakref.finalize(self, _close_all, self._handles)
         self._data = data
         self._buffer: np.ndarray | None = None
         self._labels: memoryview | None = None
@@ -86,11 +81,6 @@ class ShardFile:
         """Return the keys of the images it was made from, skipped ones in their places."""
         keys = self.keys()
         skipped = self.header["skipped"]
-        if any("position" not in missing for missing in skipped.values()):
-            raise LabelSetError(
-                f"{self.path} does not say where its skipped images belong, as sets of format 1 "
-                "do not; label them again for that"
-            )
         for key in sorted(skipped, key=lambda key: int(skipped[key]["position"])):
             keys.insert(skipped[key]["position"], key)
         return keys
@@ -102,23 +92,17 @@ class ShardFile:
             self._labels = self.column(LABELS).data
         return self._labels
 
-    def open_labels(self) -> tuple[int, int]:
-        """Return a descriptor, -1 where all is in memory, and where in the file the blocks begin.
-
-        Whoever asks closes it unless the file ``stays_open``. Raises LabelSetError.
-        """
-        offset = self._columns[LABELS].offset
-        if self._data is not None:
-            return -1, offset
-        if self._handles:
-            return self._handles[0], offset
+    def open(self) -> int:
+        """Return a descriptor of the file; raises LabelSetError."""
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise LabelSetError(f"cannot read shard {self.path}: {error.strerror}") from None
-        if self.stays_open:
-            self._handles.append(handle)
-        return handle, offset
+
+    @property
+    def labels_at(self) -> int:
+        """Where in the file the blocks begin."""
+        return self._columns[LABELS].offset
 
     def unmap(self) -> None:
         """Let go of what is mapped of the file; the next use maps it again."""
@@ -175,11 +159,6 @@ class ShardFile:
             self._buffer = mapped.numpy()
             self._buffer.flags.writeable = False
         return self._buffer
-
-
-def _close_all(handles: list[int]) -> None:
-    for handle in handles:
-        os.close(handle)
 
 
 def damaged_rows(file: ShardFile, key: str) -> LabelSetError:

@@ -175,7 +175,7 @@ def _is_skipped(missing: object) -> bool:
         isinstance(missing, dict)
         and isinstance(missing.get("reason"), str)
         and all(
-            type(missing.get(name, 0)) is int and missing.get(name, 0) >= 0
+            type(missing.get(name)) is int and missing[name] >= 0
             for name in ("position", "bytes", "class")
         )
     )

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mealv2.errors import LabelSetError
+from mealv2.files import OpenFiles
 from mealv2.label_set.encoding import Encoding, Rows
-from mealv2.label_set.label_reader import LabelReader
 from mealv2.label_set.shard import block_crc, key_hash
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.views import View, Views, unpacked_view
@@ -20,8 +20,11 @@ def encoded(keys: Sequence[str]) -> list[bytes]:
 class Table:
     """Shards of one range of views: images by key, and their labels."""
 
-    def __init__(self, files: list[ShardFile], views: range) -> None:
+    def __init__(self, files: list[ShardFile], views: range, *, most_open: int) -> None:
         self.files = files
+        # read and not mapped: pages of a mapped file count as the process's memory, and where
+        # blocks are picked at random these are in the end all
+        self._open = OpenFiles(files, most=most_open)
         self.views = views
         counts = [file.num_images for file in files]
         self._first_rows = np.cumsum([0, *counts])
@@ -76,12 +79,11 @@ class Table:
         order_N = np.argsort(numbers_N, kind="stable")  # one file after another
         places_N = (numbers_N, begins_N, ends_N - begins_N, self._crcs[rows_N])
         places = (column_N[order_N].tolist() for column_N in places_N)
-        with LabelReader() as reader:
-            for row, number, begin, size, crc in zip(order_N.tolist(), *places, strict=True):
-                block = reader.read(self.files[number], begin, size)
-                if block_crc(keys[row], block) != crc:
-                    raise damaged_rows(self.files[number], keys[row].decode())
-                blocks[row] = block
+        for row, number, begin, size, crc in zip(order_N.tolist(), *places, strict=True):
+            block = self._open.read(number, size, self.files[number].labels_at + begin)
+            if block_crc(keys[row], block) != crc:
+                raise damaged_rows(self.files[number], keys[row].decode())
+            blocks[row] = block
         data = np.frombuffer(b"".join(blocks), np.uint8)
         sizes_N = ends_N - begins_N
         try:

@@ -1,12 +1,9 @@
 """The lines on reading images: our loader beside torchvision's and webdataset's recipes."""
 
 import gc
-import io
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +171,9 @@ def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
     images = room.images
     tar_root = room.folder / "tar"
     paths = write_tars(images, tar_root / "train")
+    source = open_source(tar_root, "train")
     works = {
-        "ours": ours(room, tar_source(tar_root), single_views(range(len(images.positions)))),
+        "ours": ours(room, source, single_views(range(len(images.positions)))),
         "webdataset": webdataset(room, paths),
     }
     with warnings.catch_warnings():
@@ -187,40 +185,26 @@ def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
     return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
 
 
-def tar_source(root: Path) -> ImageSource:
-    """Open the training split of a folder of WebDataset tar shards."""
-    if find_spec("mealv2.tar_shards") is None:
-        raise NotMeasuredError("needs mealv2.tar_shards")
-    return open_source(root, "train")
-
-
 def write_tars(images: Images, folder: Path) -> list[str]:
-    """Write the images as WebDataset shards: KEY.jpg and KEY.cls; return the paths."""
+    """Write the images as WebDataset shards; return the paths."""
+    from mealv2.tar_writing import sample, tar_writer  # which imports webdataset
+
     folder.mkdir(parents=True)
     paths = []
     for shard in range(_TAR_SHARDS):
         path = folder / f"train-{shard:06d}.tar"
-        with tarfile.open(path, "w") as tar:
+        with path.open("xb") as stream, tar_writer(stream) as writer:
             for position in images.positions[shard::_TAR_SHARDS]:
-                name = f"{position:08d}"
-                _put(tar, f"{name}.jpg", images.source.read(position))
-                _put(tar, f"{name}.cls", str(images.source.labels[position]).encode())
+                name, class_id = f"{position:08d}", images.source.labels[position]
+                writer.write(sample(name, f"{name}.jpg", class_id, images.source.read(position)))
         paths.append(str(path))
     return paths
 
 
-def _put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 def webdataset(room: Room, paths: list[str]) -> Work:
     """Return a turn of webdataset's own pipeline: decode("pil") and torchvision's transforms."""
-    try:
-        import webdataset as wds
-    except ImportError:
-        raise NotMeasuredError("needs webdataset") from None
+    import webdataset as wds
+
     workers = room.config.workers
     dataset = (
         wds.WebDataset(paths, shardshuffle=False, empty_check=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.errors import ConfigError, LabelSetError
+from mealv2.errors import ConfigError
 from mealv2.files import json_sha256
 from mealv2.label_set import LabelSet, read_manifest
 from pipeline import logs
@@ -64,10 +64,6 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     """
     manifest = read_manifest(config.labels)
     plan = manifest["plan"]
-    if plan["format_version"] != label_set.FORMAT_VERSION:
-        raise LabelSetError(
-            f"{config.labels} is of an old format; `mealv2 labels convert` it first"
-        )
     first, *added = _views_of(manifest)
     held = added[-1].stop if added else first.stop
     if config.num_views < held:

@@ -1,4 +1,4 @@
-"""`mealv2 labels convert`: a label set in another encoding, or of an old format in today's."""
+"""`mealv2 labels convert`: a label set in another encoding."""
 
 from dataclasses import replace
 from functools import partial

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 
 from mealv2 import fkd
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import TEMPORARY_PREFIX, canonical_json, whole_file, write_whole
-from mealv2.images import EXTENSIONS, ImageSource, extension_of
+from mealv2.files import canonical_json, content_of, whole_file, write_whole
+from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
+from mealv2.tar_writing import sample, sample_names, tar_writer
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import logs
 from pipeline.config import LabelsExportConfig
@@ -73,12 +74,9 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
         if path.read_bytes() != canonical_json(plan).encode():
             raise ConfigError(f"--output {config.output} holds another export; give a new folder")
         return
-    strange = sorted(
-        p.name for p in config.output.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
-    )
-    if strange:
+    if names := content_of(config.output):
         raise ConfigError(
-            f"--output {config.output} is not empty ({strange[0]}, …); give a new folder"
+            f"--output {config.output} is not empty ({names[0]}, …); give a new folder"
         )
     write_whole(path, canonical_json(plan).encode())
 
@@ -131,9 +129,7 @@ def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray
     if file.stored_views is not None:
         return file.stored_views.boxes_NV4 / BOX_UNIT, file.stored_views.flips_NV.astype(bool)
     if images is None:
-        raise LabelSetError(
-            f"{file.path} does not say how large its images are, as sets of format 1 do not"
-        )
+        raise LabelSetError(f"{file.path} does not say how large its images are")
     recipe = labels.views()
     boxes, flips = [], []
     for key, (width, height) in zip(file.keys(), images.sizes_N2.tolist(), strict=True):
@@ -186,18 +182,7 @@ def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
 
 
 def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:
-    if not _is_there("webdataset"):
-        raise ConfigError("--to webdataset needs webdataset to write: pip install webdataset")
     check_same_data(labels, _source_of(config, labels), allow_missing=True)
-    keys, taken = list(labels.keys()), dict[str, str]()
-    for key in keys:
-        name, _ = _sample_name(key)
-        if name in taken:
-            raise LabelSetError(
-                f"images {taken[name]} and {key} are one sample of a tar shard, which goes by the "
-                "name up to the first dot; rename one of them and label it again"
-            )
-        taken[name] = key
 
 
 def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
@@ -205,8 +190,6 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
     Equal inputs give equal bytes. The class names go into classes.json.
     """
-    import webdataset
-
     source = _source_of(config, labels)
     position_of = {key: position for position, key in enumerate(source.keys)}
     write_whole(config.output / "classes.json", canonical_json(source.classes).encode())
@@ -216,34 +199,18 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
         made.append(path)
         if path.exists():
             continue
+        keys = file.keys()
         blocks = labels.encoding.blocks(_rows_of(labels, number), labels.num_views)
-        with whole_file(path) as temporary, temporary.open("xb") as stream:
-            writer = webdataset.TarWriter(stream, mtime=0, encoder=False, format="GNU_FORMAT")
-            for key, block in zip(file.keys(), blocks, strict=True):
-                writer.write(_sample(source, position_of[key], key, block))
-            writer.close()
+        with (
+            whole_file(path) as temporary,
+            temporary.open("xb") as stream,
+            tar_writer(stream) as writer,
+        ):
+            for key, name, block in zip(keys, sample_names(keys), blocks, strict=True):
+                position = position_of[key]
+                class_id, image = source.labels[position], source.read(position)
+                writer.write(sample(name, key, class_id, image, mealv2=member_bytes(key, block)))
     return made
-
-
-def _sample(source: ImageSource, position: int, key: str, block: bytes) -> dict[str, Any]:
-    name, suffix = _sample_name(key)
-    image = source.read(position)
-    if f".{suffix}" not in EXTENSIONS:  # a key of other tar shards
-        suffix = extension_of(image)
-    return {
-        "__key__": name,
-        suffix: image,
-        "cls": str(source.labels[position]).encode(),
-        "key": key.encode(),
-        "mealv2": member_bytes(key, block),
-    }
-
-
-def _sample_name(key: str) -> tuple[str, str]:
-    """Return WebDataset's key of an image, which ends at the first dot, and the last extension."""
-    path = PurePosixPath(key)
-    stem = path.name.partition(".")[0]
-    return (path.parent / stem).as_posix(), path.suffix[1:].lower()
 
 
 # --- Parquet --------------------------------------------------------------------------------------

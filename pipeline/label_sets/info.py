@@ -6,15 +6,7 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
-from mealv2.label_set import (
-    Encoding,
-    LabelSet,
-    maker_of,
-    read_header,
-    read_manifest,
-    read_plan,
-    version1,
-)
+from mealv2.label_set import Encoding, maker_of, read_header, read_manifest, read_plan
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.locations import shown
 from pipeline import logs
@@ -50,8 +42,7 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
     _say_plan(folder, plan)
     if not is_finished:
         return report | {"roles": _unfinished(folder, plan)}
-    describe = _role_of_version_1 if plan["format_version"] == 1 else _role
-    roles = {name: describe(folder, manifest, name) for name in manifest["roles"]}
+    roles = {name: _role(folder, manifest, name) for name in manifest["roles"]}
     for name, role in roles.items():
         _say_role(name, role)
     return report | {"roles": roles}
@@ -62,14 +53,12 @@ def _line(name: str, value: str) -> None:
 
 
 def _say_plan(folder: Path, plan: dict[str, Any]) -> None:
-    is_old = plan["format_version"] == 1
-    kept = version1.encoding_of(plan) if is_old else Encoding.of_plan(plan)
     views = plan["roles"].get("train", {}).get("views", {})
     _line("label set", str(folder))
     _line("format version", str(plan["format_version"]))
     _line("classes", str(len(plan["classes"])))
     _line("teachers", ", ".join(teacher["model"] for teacher in plan.get("teachers", [])))
-    _line("labels keep", str(kept))
+    _line("labels keep", str(Encoding.of_plan(plan)))
     _line("image size", f"{plan['img_size']} pixels")
     _line("views", f"{views.get('name')}" + (f", seed {views['seed']}" if "seed" in views else ""))
     if "derived" in plan:
@@ -129,22 +118,6 @@ def _header(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"cannot read shard {path}: {error.strerror}; run the same "
             f"{maker_of(manifest['plan'])} again to make it anew"
         ) from None
-
-
-def _role_of_version_1(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    labels, entry = LabelSet.open(folder, role=name), manifest["roles"][name]
-    num_bytes = sum(shard["bytes"] for shard in entry["shards"])
-    return {
-        "images": len(labels),
-        "views": labels.num_views,
-        "shards": len(entry["shards"]),
-        "bytes": num_bytes,
-        "label_bytes": num_bytes,  # with the keys: its files are compressed as a whole
-        "bytes_per_view": round(num_bytes / max(1, len(labels) * labels.num_views), 2),
-        "skipped": len(labels.skipped),
-        "appended_rows": labels.num_appended,
-        **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
-    }
 
 
 def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from pipeline.labelling.manifest import (
     block_views,
     check_shards,
     count_incomplete,
-    first_names,
     temporary_files,
 )
 from pipeline.labelling.store import folder_of
@@ -166,7 +165,7 @@ def _listed(folder: Path, plan: dict[str, Any], role: str | None = None) -> list
         manifest = label_set.read_manifest(folder)
     except LabelSetError:
         return []
-    if manifest["plan"] != plan or plan["format_version"] != label_set.FORMAT_VERSION:
+    if manifest["plan"] != plan:
         return []
     entries = manifest["roles"]
     return [block for name in entries if role in (None, name) for block in entries[name]["blocks"]]
@@ -251,6 +250,6 @@ def _say(report: dict[str, Any]) -> None:
             f"run, the oldest {logs.duration(oldest)} old"
         )
     if others := report["others"]:
-        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({first_names(others)})")
+        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({logs.first_names(others)})")
     if report["finished"]:
         logs.say("finished: the manifest is there, of these files")

@@ -46,7 +46,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     found = Found()
     _check_plan(folder, manifest, found)
     for role, entry in manifest["roles"].items():
-        listed = [s for b in entry.get("blocks", [entry]) for s in b["shards"]]
+        listed = [s for b in entry["blocks"] for s in b["shards"]]
         for shard in logs.progress(
             listed, total=len(listed), what=f"bytes of {role}", unit="shards"
         ):
@@ -59,7 +59,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if found.problems:
         raise LabelSetError(
             f"{shown(config.labels)}: {len(found.problems)} of {logs.count(found.shards, 'file')} "
-            f"are damaged or missing ({_some(found.problems)}); "
+            f"are damaged or missing ({logs.first_names(found.problems)}); "
             f"{_advice(manifest['plan'], found.problems)}"
         )
     report = {
@@ -92,11 +92,6 @@ def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
     return f"{', '.join(steps)} makes these again, and only these"
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
 def _check_plan(folder: Path, manifest: dict[str, Any], found: Found) -> None:
     """Compare plan.json with the manifest, which repeats it."""
     found.shards += 1
@@ -127,7 +122,7 @@ def _where(path: Path) -> str:
         return f" ({str(error).partition(' is damaged: ')[2] or error})"
     if not damaged:
         return " (not in the labels nor in how they are found)"
-    return f" (the labels of {logs.count(len(damaged), 'image')}: {_some(damaged)})"
+    return f" (the labels of {logs.count(len(damaged), 'image')}: {logs.first_names(damaged)})"
 
 
 def _check_role(labels: LabelSet, found: Found) -> None:
@@ -151,7 +146,7 @@ def _check_role(labels: LabelSet, found: Found) -> None:
 def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
     bad = [key.decode() for key, _, whole in file.blocks() if not whole]
     if bad:
-        yield f"the labels of {len(bad)} images fail their CRC-32: {_some(bad)}"
+        yield f"the labels of {len(bad)} images fail their CRC-32: {logs.first_names(bad)}"
         return
     keys = file.keys()
     hashes = np.frombuffer(b"".join(key_hash(key.encode()) for key in keys), "<u8")

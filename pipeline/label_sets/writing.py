@@ -86,7 +86,6 @@ class Writer:
             for role in self._files
         }
         label_set.write_manifest(self.folder, self.plan, roles=roles, versions=runtime.versions())
-        shards = [s for role in roles.values() for b in role["blocks"] for s in b["shards"]]
         views = sum(
             len(views) * sum(file.num_images for file in files)
             for views, files in self._files.get("train", {}).items()
@@ -95,7 +94,7 @@ class Writer:
             "labels": str(self.folder),
             "images": roles["train"]["num_images"] if "train" in roles else 0,
             "views": views,
-            "bytes": sum(shard["bytes"] for shard in shards),
+            "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(roles)),
         }
 
     def _entry(self, role: str) -> dict[str, Any]:
@@ -207,8 +206,7 @@ def derived_plan(
     """Return the plan of a set made of others; it names them, so no precompute takes it for its."""
     made_of = [json_sha256(other) for other in sets]
     made = {
-        **{name: value for name, value in plan.items() if name not in _OLD},
-        "format_version": label_set.FORMAT_VERSION,
+        **plan,
         "derived": {"command": command, "how": how, "from": made_of},
         **changes,
     }
@@ -219,7 +217,6 @@ def derived_plan(
 
 
 _SLICE = 4096  # rows
-_OLD = ("topk", "label_dtype", "tail")  # what only plans of format 1 have
 
 
 def images_of(file: ShardFile) -> list[tuple[int, str, int]]:
@@ -227,8 +224,8 @@ def images_of(file: ShardFile) -> list[tuple[int, str, int]]:
     images = file.images
     if images is None:
         raise LabelSetError(
-            f"{file.path} does not say how large its images are, as sets of format 1 do not; "
-            "label them again to divide or join them"
+            f"{file.path} does not say how large its images are; label them again to divide or "
+            "join them"
         )
     listed = zip(images.classes_N.tolist(), file.keys(), images.file_bytes_N.tolist(), strict=True)
     skipped = file.header["skipped"].items()

@@ -11,6 +11,7 @@ from mealv2.label_set import UNKNOWN, LabelSet
 from mealv2.pixels import Resize, probe_sha256, resize_of
 from pipeline import logs
 from pipeline.labelling import teachers
+from pipeline.logs import first_names
 from pipeline.runtime import Runtime, versions
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
@@ -28,7 +29,8 @@ def check_same_data(
         odd = sorted(set(source.classes) ^ set(labels.classes))
         raise LabelSetError(
             f"{labels.folder} is a label set of {labels.num_classes} classes, {source.name} has "
-            f"{len(source.classes)} (only in one of them: {_some(odd)}); give its own --data-dir"
+            f"{len(source.classes)} (only in one of them: {first_names(odd)}); "
+            "give its own --data-dir"
         )
     known = set(labels.keys()) | labels.skipped.keys()
     made_from = labels.manifest["plan"]["roles"][labels.role]["data_sha256"]
@@ -37,8 +39,10 @@ def check_same_data(
     new, gone = sorted(set(source.keys) - known), sorted(known - set(source.keys))
     if allow_missing:
         new = []
-    differences = [f"images without labels: {len(new)} ({_some(new)})"] if new else []
-    differences += [f"missing images with labels: {len(gone)} ({_some(gone)})"] if gone else []
+    differences = [f"images without labels: {len(new)} ({first_names(new)})"] if new else []
+    differences += (
+        [f"missing images with labels: {len(gone)} ({first_names(gone)})"] if gone else []
+    )
     fix = "give the data it was made from, or precompute labels for this data"
     if new and not gone:
         fix += advice
@@ -122,7 +126,3 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
             f"{versions()[library]} on this machine gives slightly different pixels"
         )
     return resize
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

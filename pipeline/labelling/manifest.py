@@ -56,7 +56,7 @@ def write_manifest(
     if incomplete := {s.name: why for s, why in found.items() if isinstance(why, str)}:
         raise LabelSetError(
             f"{store.location}: {count_incomplete(incomplete)} of "
-            f"{logs.count(len(shards), 'shard')} ({first_names(incomplete)}); run the same "
+            f"{logs.count(len(shards), 'shard')} ({logs.first_names(incomplete)}); run the same "
             f"{maker_of(plan)} again, then `mealv2 labels finish {store.location}`"
         )
     complete = [(s.role, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
@@ -107,11 +107,6 @@ def count_incomplete(incomplete: Mapping[str, str]) -> str:
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
-def first_names(names: Sequence[str] | Mapping[str, str]) -> str:
-    """Return the first three names, separated by commas."""
-    return ", ".join([*names][:3]) + (", …" if len(names) > 3 else "")
-
-
 def _split_entry(
     folder: Path,
     plan: dict[str, Any],
@@ -143,13 +138,12 @@ def skipped_images(files: Sequence[ShardFile | CheckedShard]) -> dict[str, str]:
 
 def _log_replaced(before: Mapping[str, str], roles: Mapping[str, Any]) -> None:
     """Log which shards have other bytes than the previous manifest lists."""
-    blocks = [block for role in roles.values() for block in role["blocks"]]
-    now = {shard["name"]: shard["sha256"] for block in blocks for shard in block["shards"]}
+    now = {shard["name"]: shard["sha256"] for shard in label_set.listed_shards(roles)}
     replaced = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if replaced:
         logs.say(
             f"replaced since the previous manifest: {logs.count(len(replaced), 'shard')} "
-            f"({first_names(sorted(replaced))})"
+            f"({logs.first_names(sorted(replaced))})"
         )
 
 
@@ -267,13 +261,12 @@ def report_of(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the report of stage one about a set with a manifest."""
     roles = manifest["roles"]
     train = roles["train"]
-    shards = [s for entry in roles.values() for b in entry["blocks"] for s in b["shards"]]
     return {
         "labels": store.location,
         "images": train["num_images"],
         "views": train["num_images"] * manifest["plan"]["roles"]["train"]["num_views"],
         "skipped": sum(len(entry["skipped"]) for entry in roles.values()),
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(roles)),
         **({"accuracy": roles["val"]["accuracy"]} if "val" in roles else {}),
     }
 

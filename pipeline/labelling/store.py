@@ -181,9 +181,8 @@ class RemoteStore(Store):
     def _fetch_set(self, *, require_complete: bool) -> None:
         sha256_of: dict[str, str] = {}
         if MANIFEST_NAME in self._remote:
-            roles = read_manifest(self.folder)["roles"].values()
-            blocks = [block for role in roles for block in role.get("blocks", [role])]
-            sha256_of = {shard["name"]: shard["sha256"] for b in blocks for shard in b["shards"]}
+            roles = read_manifest(self.folder)["roles"]
+            sha256_of = {s["name"]: s["sha256"] for s in label_set.listed_shards(roles)}
         elif require_complete:
             reason = "is not finished" if self._remote else "holds no label set"
             raise LabelSetError(

@@ -1,10 +1,12 @@
 """Which splits are packed, and into which folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mealv2.errors import ConfigError
-from mealv2.files import TEMPORARY_PREFIX
+from mealv2.files import TEMPORARY_PREFIX, write_whole
+from mealv2.images import ImageSource
+from mealv2.packed import Pack
 from pipeline.config import PackConfig
 
 
@@ -29,19 +31,54 @@ def splits_of(config: PackConfig) -> list[str]:
     return found
 
 
-def refuse_overlap(data_dir: Path, out: Path) -> None:
-    """Raise ConfigError where one of two folders is in the other."""
+def check_out(config: PackConfig, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ConfigError where --output cannot be the folder of a pack.
+
+    It must be a folder that neither lies in the data nor has it inside, and whose files and folders
+    ``is_ours`` accepts.
+    """
+    out, data_dir = config.output, config.data_dir
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output {out} is a file; give a folder")
     data, packed = data_dir.resolve(), out.resolve()
     if packed.is_relative_to(data) or data.is_relative_to(packed):
         raise ConfigError(
             f"--output {out} and --data-dir {data_dir} lie in one another; give another folder"
         )
+    for path in strange(out):
+        if not is_ours(path):
+            raise ConfigError(
+                f"--output {out} is not empty, and {path.name} is not packed; give a new folder"
+            )
 
 
-def refuse_file(out: Path) -> None:
-    """Raise ConfigError where --output is no folder and cannot become one."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--output {out} is a file; give a folder")
+def claim(path: Path, wanted: Pack, source: ImageSource) -> Pack:
+    """Write the index of a pack that begins, or return the one that is there, finished or not.
+
+    Raises ConfigError where that is of other images or has other settings.
+    """
+    found = Pack.read(path)
+    if found is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, wanted.to_bytes())
+        return wanted
+    if found.data_sha256 != wanted.data_sha256:
+        raise ConfigError(
+            f"{path.parent} holds other images than {source.name}, or what that was before it "
+            "changed; give a new folder as --output"
+        )
+    for name, value in wanted.settings.items():
+        if (other := found.settings.get(name)) != value:
+            if name == "stored_sha256":
+                raise ConfigError(
+                    f"{path.parent} holds the images of {source.name} as they were before, or "
+                    "after, `mealv2 pack` re-packed them; give a new folder as --output"
+                )
+            raise ConfigError(
+                f"{path.parent} was packed with {name} {other}, which is {value} now; give a new "
+                "folder as --output"
+            )
+    return found
 
 
 def strange(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,8 @@ are of; that it lists them is written last.
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,41 +17,41 @@ from mealv2.errors import ConfigError, DataError
 from mealv2.files import file_sha256, whole_file, write_whole
 from mealv2.images import ImageSource, fingerprint, fingerprint_of, open_source
 from mealv2.label_set import shard_ranges
-from mealv2.packed_tars import SUFFIX as PACK_SUFFIX
-from mealv2.packed_tars import PackedTar, TarPack, pack_path
+from mealv2.packed import SUFFIX as PACK_SUFFIX
+from mealv2.packed import Pack, PackedTar
 from mealv2.tar_index import SUFFIX as INDEX_SUFFIX
 from mealv2.tar_index import TarIndex, read_index, write_index
 from mealv2.tar_shards import TarShards
-from mealv2.tar_writing import TarWriter, pack_order, sample_names
+from mealv2.tar_writing import index_of, pack_order, sample, sample_names, tar_writer
 from pipeline import logs
 from pipeline.config import PackConfig
-from pipeline.pack.places import refuse_file, refuse_overlap, splits_of, strange
+from pipeline.pack.places import check_out, claim, splits_of
 from pipeline.pack.reading import in_threads, read_image
 
 _CLASSES = "classes.txt"
+_Tars = dict[str, PackedTar]
 
 
 def run(config: PackConfig) -> dict[str, Any]:
     """Pack a data set into tar files; return the report. Raises MealError and OSError."""
     began = time.monotonic()
     sources = {name: open_source(config.data_dir, name) for name in splits_of(config)}
-    refuse_overlap(config.data_dir, config.output)
-    _refuse_what_is_no_pack(config.output)
+    check_out(config, _are_ours(config.output))
     classes = _class_lines(list(sources.values()))
-    num_made, shards = 0, []
+    num_made = 0
+    tars: _Tars = {}
     for source in sources.values():
-        before = _claim(config, source, classes)
-        listed, made = _pack_split(config, source, before)
-        shards += listed
+        listed, made = _pack_split(config, source, _claim(config, source, classes))
+        tars |= listed
         num_made += made
     report: dict[str, Any] = {
         "data_dir": str(config.data_dir),
         "out": str(config.output),
         "splits": list(sources),
-        "images": sum(shard.images for shard in shards),
-        "shards": len(shards),
+        "images": sum(map(len, sources.values())),
+        "shards": len(tars),
         "made_now": num_made,
-        "bytes": sum(shard.bytes for shard in shards),
+        "bytes": sum(tar.bytes for tar in tars.values()),
         "seconds": round(time.monotonic() - began, 3),
     }
     logs.say(
@@ -63,19 +64,12 @@ def run(config: PackConfig) -> dict[str, Any]:
 # --- where to -----------------------------------------------------------------------------------
 
 
-def _refuse_what_is_no_pack(out: Path) -> None:
-    """Raise ConfigError where --output holds anything but packed tar files and their indexes."""
-    refuse_file(out)
-    names = [path.name for path in strange(out)]
-    splits = [name.removesuffix(PACK_SUFFIX) for name in names if name.endswith(PACK_SUFFIX)]
-    either = "|".join(map(re.escape, splits))
-    tar = rf"({either})-\d+\.tar({re.escape(INDEX_SUFFIX)})?" if splits else "(?!)"
-    for name in names:
-        is_ours = name == _CLASSES or name.endswith(PACK_SUFFIX) or re.fullmatch(tar, name)
-        if not is_ours:
-            raise ConfigError(
-                f"--output {out} is not empty, and {name} is not packed; give a new folder"
-            )
+def _are_ours(out: Path) -> Callable[[Path], bool]:
+    """Return what tells the files of packs in a folder: tar files, indices and class names."""
+    splits = [path.name.removesuffix(PACK_SUFFIX) for path in out.glob(f"*{PACK_SUFFIX}")]
+    tar = rf"({'|'.join(map(re.escape, splits))})-\d+\.tar({re.escape(INDEX_SUFFIX)})?"
+    ours = re.compile(rf"{re.escape(_CLASSES)}|.*{re.escape(PACK_SUFFIX)}|{tar}")
+    return lambda path: ours.fullmatch(path.name) is not None
 
 
 def _class_lines(sources: Sequence[ImageSource]) -> bytes:
@@ -92,75 +86,62 @@ def _class_lines(sources: Sequence[ImageSource]) -> bytes:
     return "".join(f"{name}\n" for name in first.classes).encode()
 
 
-def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> TarPack:
-    """Make --output the place of a split's tar files; return what is known of them.
+def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> Pack:
+    """Make --output the folder of a split's tar files; return its index, finished or not.
 
     Raises ConfigError where it holds others.
     """
     stored = zip(source.labels, source.keys, source.stored_sizes, strict=True)
-    wanted = TarPack(
-        fingerprint(source), fingerprint_of(source.classes, stored), config.num_per_shard
-    )
-    found = TarPack.read(config.output, source.split)
+    settings: dict[str, str | int] = {
+        "images_per_shard": config.num_per_shard,
+        "stored_sha256": fingerprint_of(source.classes, stored),
+    }
     path = config.output / _CLASSES
     if path.is_file() and path.read_bytes() != classes:
         raise ConfigError(f"{path} lists other classes than {source.name} has; give a new --output")
-    if found is None:
-        config.output.mkdir(parents=True, exist_ok=True)
+    pack = claim(_index_of(config, source), Pack(fingerprint(source), settings), source)
+    if not path.is_file():
         write_whole(path, classes)
-        write_whole(pack_path(config.output, source.split), wanted.to_bytes())
-        return wanted
-    if (what := _difference(found, wanted)) is not None:
-        raise ConfigError(f"{config.output} holds {what.format(source.name)}; give a new --output")
-    return found
+    return pack
 
 
-def _difference(found: TarPack, wanted: TarPack) -> str | None:
-    if found.data_sha256 != wanted.data_sha256:
-        return "other images than {}, or what that was before it changed"
-    if found.stored_sha256 != wanted.stored_sha256:
-        return "the images of {} as they were before, or after, `mealv2 pack` re-packed them"
-    if found.images_per_shard != wanted.images_per_shard:
-        return (
-            f"shards of {found.images_per_shard} images of {{}}, and these would have "
-            f"{wanted.images_per_shard}"
-        )
-    return None
+def _index_of(config: PackConfig, source: ImageSource) -> Path:
+    return config.output / f"{source.split}{PACK_SUFFIX}"
 
 
 # --- packing ------------------------------------------------------------------------------------
 
 
-def _pack_split(
-    config: PackConfig, source: ImageSource, before: TarPack
-) -> tuple[list[PackedTar], int]:
-    """Make what is not there yet; return all tar files and how many were made."""
+def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[_Tars, int]:
+    """Make what is not there yet; return all tar files by name, and how many were made."""
     order = pack_order(source.keys)
     parts = [
         [order[place] for place in part] for part in shard_ranges(len(order), config.num_per_shard)
     ]
     paths = [config.output / f"{source.split}-{number:06d}.tar" for number in range(len(parts))]
-    shards = [
-        _whole_tar(path, source, part, before) for path, part in zip(paths, parts, strict=True)
+    tars = {
+        path.name: _whole_tar(path, source, part, before)
+        for path, part in zip(paths, parts, strict=True)
+    }
+    missing = [
+        (path, part) for path, part in zip(paths, parts, strict=True) if tars[path.name] is None
     ]
-    missing = [number for number, shard in enumerate(shards) if shard is None]
     images = in_threads(
         lambda position: _image(source, position),
-        (position for number in missing for position in parts[number]),
+        (position for _, part in missing for position in part),
         workers=config.workers,
     )
     shown = logs.progress(
         images,
-        total=sum(len(parts[number]) for number in missing),
+        total=sum(len(part) for _, part in missing),
         what=f"packing {source.split}",
         unit="images",
     )
-    for number in missing:
-        part = parts[number]
-        index = _write(paths[number], source, part, islice(shown, len(part)))
-        shards[number] = PackedTar(paths[number].name, len(part), index.num_bytes, index.sha256)
-    done = [shard for shard in shards if shard is not None]
-    _finish(config.output, source, before, done)
+    for path, part in missing:
+        index = _write(path, source, part, islice(shown, len(part)))
+        tars[path.name] = PackedTar(index.num_bytes, index.sha256)
+    done = {name: tar for name, tar in tars.items() if tar is not None}
+    _finish(config, source, before, done)
     return done, len(missing)
 
 
@@ -180,19 +161,18 @@ def _write(
 ) -> TarIndex:
     """Write a tar file whole, then its index; return it."""
     keys = [source.keys[position] for position in part]
-    with whole_file(path) as temporary, temporary.open("xb") as stream:
-        writer = TarWriter(stream)
-        samples = zip(part, keys, sample_names(keys), images, strict=True)
-        for position, key, name, image in samples:
-            label, size = source.labels[position], source.sizes[position]
-            writer.add(name, key, label, image, original_size=size)
-        index = writer.finish()
+    with whole_file(path) as temporary:
+        with temporary.open("xb") as stream, tar_writer(stream) as writer:
+            samples = zip(part, keys, sample_names(keys), images, strict=True)
+            for position, key, name, image in samples:
+                writer.write(sample(name, key, source.labels[position], image))
+        index = index_of(temporary, [source.sizes[position] for position in part])
     write_index(path, index)
     return index
 
 
 def _whole_tar(
-    path: Path, source: ImageSource, part: Sequence[int], before: TarPack
+    path: Path, source: ImageSource, part: Sequence[int], before: Pack
 ) -> PackedTar | None:
     """Return a tar file that is there whole with its index, None where it must be made.
 
@@ -204,24 +184,24 @@ def _whole_tar(
             return None
     except (DataError, FileNotFoundError):
         return None
-    found = PackedTar(path.name, len(index.images.keys), index.num_bytes, index.sha256)
-    if before.shards is not None:
-        return found if found in before.shards else None
+    found = PackedTar(index.num_bytes, index.sha256)
+    if before.files is not None:
+        return found if found == before.files.get(path.name) else None
     is_ours = index.images.keys == [source.keys[position] for position in part]
     return found if is_ours and file_sha256(path) == index.sha256 else None
 
 
-def _finish(out: Path, source: ImageSource, before: TarPack, shards: list[PackedTar]) -> None:
+def _finish(config: PackConfig, source: ImageSource, before: Pack, tars: _Tars) -> None:
     """Write that all tar files are there, having opened them; raises DataError."""
-    tars = TarShards(
-        [out / shard.name for shard in shards],
-        name=str(out),
+    opened = TarShards(
+        [config.output / name for name in tars],
+        name=str(config.output),
         split=source.split,
         classes=list(source.classes),
     )
-    if fingerprint(tars) != before.data_sha256:
+    if fingerprint(opened) != before.data_sha256:
         raise _changed(source)
-    pack = TarPack(before.data_sha256, before.stored_sha256, before.images_per_shard, shards)
-    pack.check(str(out), {shard.name: (out / shard.name).stat().st_size for shard in shards})
+    pack = replace(before, files=tars)
+    pack.check(str(config.output), {name: (config.output / name).stat().st_size for name in tars})
     if pack != before:
-        write_whole(pack_path(out, source.split), pack.to_bytes())
+        write_whole(_index_of(config, source), pack.to_bytes())

@@ -35,11 +35,4 @@ def run(
     )
     stage_text = scripts.command(["mealv2", "distill"], stage.words)
     text = head + scripts.training(config, stage_text, job='"$SLURM_JOB_ID"', folder=this.folder)
-    words = submitting.sbatch_words(config, this.path("distill"))
-    if config.print_:
-        return submitting.printed([(words, text)])
-    submitting.refuse_second(this)
-    submitting.keep(this.path("distill"), text)
-    report["job"] = submitting.submit(words)
-    submitting.record(this, report)
-    return report
+    return submitting.hand_in(config, this, "distill", text, report)

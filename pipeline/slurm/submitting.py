@@ -120,6 +120,23 @@ def record(this: Round, report: Mapping[str, Any]) -> None:
     write_whole(this.path("jobs", "json"), canonical_json(dict(report)).encode())
 
 
+def hand_in(
+    config: SlurmJob, this: Round, what: str, text: str, report: dict[str, Any]
+) -> dict[str, Any] | str:
+    """Submit the one script of a submission, or return it with --print; return the report.
+
+    Raises MealError, also where an earlier job is at the same folder.
+    """
+    words = sbatch_words(config, this.path(what))
+    if config.print_:
+        return printed([(words, text)])
+    refuse_second(this)
+    keep(this.path(what), text)
+    report["job"] = submit(words)
+    record(this, report)
+    return report
+
+
 def refuse(stage: StageCommand, *names: str) -> None:
     """Raise ConfigError for a flag of the stage that is not the user's in a batch job."""
     for name in names:

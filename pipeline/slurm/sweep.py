@@ -45,14 +45,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     this = submitting.next_round(out)
     names = {choices[0].field for choices in varied} | {"output"}
     text = _script(config, todo, names, this)
-    words = submitting.sbatch_words(config, this.path("sweep"))
-    if config.print_:
-        return submitting.printed([(words, text)])
-    submitting.refuse_second(this)
-    submitting.keep(this.path("sweep"), text)
-    report["job"] = submitting.submit(words)
-    submitting.record(this, report)
-    return report
+    return submitting.hand_in(config, this, "sweep", text, report)
 
 
 def _script(

@@ -13,7 +13,7 @@ from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from pipeline import logs
 from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.loading.loader import ViewReader, on_device, read_views
+from pipeline.loading.loader import Batch, ViewReader, on_device, read_views
 from pipeline.loading.requests import CENTRE, BatchRequest, centre_requests, check_failures
 from pipeline.ranks import Ranks
 from pipeline.runtime import Runtime, StopFlag, StopRequested
@@ -31,6 +31,18 @@ def local_centre_requests(source: ImageSource, batch_size: int, ranks: Ranks) ->
         return centre_requests(positions, batch_size)
     cuts = split_evenly([1] * len(positions), -(-len(source) // batch_size))
     return [[(p, (CENTRE,)) for p in positions[cut.start : cut.stop]] for cut in cuts]
+
+
+def finite_logits(model: nn.Module, batch: Batch, runtime: Runtime, *, advice: str) -> torch.Tensor:
+    """Return a model's logits of a batch, float32 on the CPU; raises DataError, with ``advice``,
+    where one is not finite.
+    """
+    with runtime.autocast():
+        logits: torch.Tensor = model(batch.images_BCHW).float()
+    logits = logits.cpu()  # the only wait for the device
+    if not bool(torch.isfinite(logits).all()):
+        raise DataError(f"the model's logits are not finite; {advice}")
+    return logits
 
 
 class LabelTable(Protocol):
@@ -100,11 +112,9 @@ class Evaluator:
                     raise StopRequested(stopped_by)
             if not batch.positions:
                 continue
-            with self._runtime.autocast():
-                logits = model(batch.images_BCHW).float()
-            logits = logits.cpu()  # the only wait for the device
-            if not bool(torch.isfinite(logits).all()):
-                raise DataError("the model's logits are not finite; lower --lr, or leave out --amp")
+            logits = finite_logits(
+                model, batch, self._runtime, advice="lower --lr, or leave out --amp"
+            )
             truth = torch.tensor([self.source.labels[p] for p in batch.positions])
             metrics.add(logits, truth, self._soft_labels(batch.positions))
         model.train(was_training)

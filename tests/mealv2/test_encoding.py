@@ -116,15 +116,6 @@ def test_the_reference_reads_the_same_from_the_bytes(case):
         assert all(view.logits_C is None for view in views)
 
 
-@quickly
-@given(cases())
-def test_the_number_of_bytes_is_told_before_they_are_written(case):
-    encoding, num_views, rows = case
-    counts_N = rows.labels.kept().is_kept_NK.sum(dim=1).numpy()
-    written = sum(map(len, encoding.blocks(rows, num_views)))
-    assert encoding.num_label_bytes(counts_N) == written
-
-
 @pytest.mark.parametrize(
     "encoding",
     [

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.speed import document
 from conftest import ROOT, Result
 from mealv2 import recipes
 from pipeline.bench import command_of, hardware, imagenet
-from pipeline.bench.document import document
 from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
 from pipeline.bench.room import Room
 from pipeline.config import BenchConfig
@@ -182,27 +182,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 def test_a_line_whose_package_is_missing_is_not_measured(
     done: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.setattr("pipeline.bench.loading.tar_source", lambda root: _one_picture(root))
     monkeypatch.setattr("shutil.which", lambda name: None)
-    report = done("bench", *FLAGS, "--lines", "loader-tar,loader-packed").report
-    assert [line["verdict"] for line in report["lines"]] == [
-        "not measured: needs jpegtran",
-        "not measured: needs webdataset",
-    ]
+    report = done("bench", *FLAGS, "--lines", "loader-packed").report
+    assert [line["verdict"] for line in report["lines"]] == ["not measured: needs jpegtran"]
 
 
-def _one_picture(root: Path) -> Any:
-    from mealv2.images import ImageFolder
-
-    draw_tree(root / "drawn" / "train", num_images=12, num_classes=2)
-    return ImageFolder(root / "drawn", "train")
-
-
-def test_webdatasets_pipeline_reads_all_that_was_written(
-    done: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.bench.loading.tar_source", lambda root: _one_picture(root))
+def test_webdatasets_pipeline_reads_all_that_was_written(done: Run) -> None:
     (line,) = done("bench", *FLAGS, "--lines", "loader-tar").report["lines"]
     assert line["figure"] > 0
 

@@ -28,12 +28,11 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
-from mealv2.tar_index import write_index
-from mealv2.tar_writing import TarWriter, sample_names
 from mealv2.targets import StoredLabels
 from pipeline.config import DistillConfig
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.training.batches import BatchSampler
+from tars import write_packed
 
 NUM_IMAGES, NUM_VIEWS, PER_SHARD, CLASSES = 125_000, 8, 2500, 10
 BATCH_SIZE, WIDTH = 512, 4
@@ -59,11 +58,7 @@ def write_images(folder: Path) -> None:
         path = folder / f"train-{shard:06d}.tar"
         keys = [f"n{n % 1000:08d}/n{n:08d}.JPEG" for n in range(NUM_IMAGES)[shard * PER_SHARD :]]
         keys = keys[:PER_SHARD]
-        with path.open("wb") as stream:
-            writer = TarWriter(stream)
-            for key, name in zip(keys, sample_names(keys), strict=True):
-                writer.add(name, key, 0, image, original_size=len(image))
-            write_index(path, writer.finish())
+        write_packed(path, [(key, 0, image) for key in keys])
 
 
 def write_labels(folder: Path, source: ImageSource) -> None:

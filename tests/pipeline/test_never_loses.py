@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packs import final
 
 from conftest import Result, Spawned
 from mealv2.files import TEMPORARY_PREFIX
@@ -56,11 +57,6 @@ def warm(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("warm")
     with warm_process(folder, [*flags, "--output", folder / "first"]) as process:
         yield process
-
-
-def final(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the files under their final names."""
-    return {name: data for name, data in files.items() if not name.startswith(TEMPORARY_PREFIX)}
 
 
 def phase(files: dict[str, bytes], reference: dict[str, bytes]) -> str:

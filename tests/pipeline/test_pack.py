@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -10,18 +9,21 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from packs import final, one_line
 from PIL import Image
 
 from conftest import Result
 from mealv2.errors import DataError
-from mealv2.files import TEMPORARY_PREFIX, write_whole
+from mealv2.files import write_whole
+from mealv2.formats import sealed_json
 from mealv2.images import ImageFolder, fingerprint
-from mealv2.packed import INDEX_NAME, PackIndex
+from mealv2.packed import INDEX_NAME, Pack, PackedImage, PackedTar
 from mealv2.pixels import decode
 from mealv2.restart import is_packed, region
 from pipeline import jpegtran
@@ -51,18 +53,6 @@ def packed_dir(done: Run, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 def own_pack(packed_dir: Path, tmp_path: Path) -> Path:
     """A copy of the packed tree that a test may change."""
     return Path(shutil.copytree(packed_dir, tmp_path / "own-pack"))
-
-
-def final(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {n: d for n, d in files.items() if not Path(n).name.startswith(TEMPORARY_PREFIX)}
-
-
-def one_line(result: Result, code: int, *named: str) -> None:
-    assert result.code == code, result.stderr
-    assert result.stderr.startswith("mealv2: ")
-    assert result.stderr.count("\n") == 1
-    for text in named:
-        assert text in result.stderr
 
 
 def jpeg(image: Image.Image, **options: Any) -> bytes:
@@ -166,9 +156,10 @@ def test_each_kind_of_file_is_packed_or_copied_for_its_reason(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     result = done("pack", "--data-dir", tmp_path / "data", "--output", tmp_path / "out")
-    kept = PackIndex.read(tmp_path / "out" / "train")
-    assert kept is not None
-    assert kept.kept == {
+    pack = Pack.read(tmp_path / "out" / "train" / INDEX_NAME)
+    assert pack is not None
+    kept = {key: image.kept for key, image in pack.images().items() if image.kept}
+    assert kept == {
         "ants/cmyk.jpg": jpegtran.OTHER_KIND,
         "ants/cut short.jpg": jpegtran.UNREADABLE,
         "ants/empty.jpg": jpegtran.UNREADABLE,
@@ -180,8 +171,8 @@ def test_each_kind_of_file_is_packed_or_copied_for_its_reason(
     assert result.stderr.count("cannot be read, copied as it is") == 3
     for name, data in files.items():
         there = (tmp_path / "out" / "train" / "ants" / name).read_bytes()
-        assert is_packed(there) == (f"ants/{name}" not in kept.kept)
-        assert (there == data) == (f"ants/{name}" in kept.kept)
+        assert is_packed(there) == (f"ants/{name}" not in kept)
+        assert (there == data) == (f"ants/{name}" in kept)
         if is_packed(there):
             assert decode(there).tobytes() == decode(data).tobytes()
     assert b"kept" in (tmp_path / "out" / "train" / "ants" / "exif.jpg").read_bytes()
@@ -330,10 +321,9 @@ def test_a_finished_pack_is_left_alone_and_one_with_holes_is_mended(
 def test_half_a_file_of_an_unfinished_pack_is_made_again(
     done: Run, own_pack: Path, data_dir: Path, packed_dir: Path, contents: Files
 ) -> None:
-    index = PackIndex.read(own_pack / "train")
-    assert index is not None
-    begun = PackIndex(index.jpegtran, index.data_sha256)
-    (own_pack / "train" / INDEX_NAME).write_bytes(begun.to_bytes())
+    pack = Pack.read(own_pack / "train" / INDEX_NAME)
+    assert pack is not None
+    (own_pack / "train" / INDEX_NAME).write_bytes(replace(pack, files=None).to_bytes())
     torn = own_pack / "train/ants/00.jpg"
     torn.write_bytes(torn.read_bytes()[:-300])
     original = own_pack / "train/ants/01.jpg"
@@ -365,6 +355,11 @@ def test_files_that_are_not_those_of_the_index_are_named(
     one_line(run_cli("labels", "verify", labels_dir, "--data-dir", own_pack), 1, str(path), *said)
 
 
+def sealed(**change: Any) -> str:
+    value = {"data_sha256": "0", "settings": {"jpegtran": "j"}, "files": {}, **change}
+    return sealed_json(("mealv2-pack", 1), value).decode()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -373,36 +368,11 @@ def test_files_that_are_not_those_of_the_index_are_named(
         "{}",
         "null",
         "[" * 100_000,
-        '{"format":"mealv2-pack"}',
-        '{"format":"mealv2-pack","format_version":2}',
         '{"format":"mealv2-pack","format_version":1}',
-        *(
-            json.dumps(
-                {
-                    "format": "mealv2-pack",
-                    "format_version": 1,
-                    "jpegtran": "j",
-                    "data_sha256": "0",
-                    "images": {},
-                    "kept": {},
-                    **change,
-                }
-            )
-            for change in (
-                {"jpegtran": 1},
-                {"data_sha256": None},
-                {"kept": []},
-                {"kept": {"a": 1}},
-                {"images": []},
-                {"images": {"a": 1}},
-                {"images": {"a": [1]}},
-                {"images": {"a": [1, 2, 3]}},
-                {"images": {"a": [1, -2]}},
-                {"images": {"a": [1.0, 2]}},
-                {"images": {"a": [True, 2]}},
-                {"images": {"a": ["1", 2]}},
-            )
-        ),
+        sealed(format="x"),
+        *(sealed(settings=value) for value in (1, None)),
+        *(sealed(files=value) for value in ([], {"a": 1}, {"a": [1]}, {"a": [1, 2, 3]})),
+        *(sealed(files={"a": row}) for row in ([1.0, 2], ["1", 2], [None, 2])),
     ],
 )
 def test_a_damaged_index_is_one_line(
@@ -414,17 +384,33 @@ def test_a_damaged_index_is_one_line(
 
 
 def test_an_index_of_a_later_version_is_named(tmp_path: Path) -> None:
-    text = PackIndex("j", "0", {}).to_bytes().replace(b'version":1', b'version":2')
-    (tmp_path / INDEX_NAME).write_bytes(text)
+    data = sealed_json(("mealv2-pack", 2), {"data_sha256": "0", "settings": {}, "files": {}})
     with pytest.raises(DataError, match="has format version 2; this mealv2 knows version 1"):
-        PackIndex.read(tmp_path)
+        Pack.of_bytes(data, "here")
 
 
-def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
-    index = PackIndex("j 1", "0f", {"ü/1.jpg": (3, 2), "a/1.jpg": (0, 0)}, {"a/1.jpg": "why"})
-    (tmp_path / INDEX_NAME).write_bytes(index.to_bytes())
-    assert PackIndex.read(tmp_path) == index
-    assert PackIndex.read(tmp_path / "nowhere") is None
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        {"ü/1.jpg": PackedImage(3, 2), "a/1.jpg": PackedImage(0, 0, "why")},
+        {"train-000000.tar": PackedTar(512, "0f")},
+    ],
+)
+def test_an_index_is_read_as_it_was_written(tmp_path: Path, files: Any) -> None:
+    pack = Pack("0f", {"jpegtran": "j 1", "images_per_shard": 3}, files)
+    (tmp_path / INDEX_NAME).write_bytes(pack.to_bytes())
+    assert Pack.read(tmp_path / INDEX_NAME) == pack
+    assert Pack.read(tmp_path / "nowhere") is None
+
+
+def test_no_byte_of_an_index_can_change_unnoticed() -> None:
+    data = Pack("0f", {"jpegtran": "j"}, {"a/1.jpg": PackedImage(3, 2)}).to_bytes()
+    for place, bit in itertools.product(range(len(data)), (1, 16, 128)):
+        changed = bytearray(data)
+        changed[place] ^= bit
+        with pytest.raises(DataError, match=r"^here "):
+            Pack.of_bytes(bytes(changed), "here")
 
 
 # --- refused before anything is written ---------------------------------------------------------
@@ -466,9 +452,9 @@ def test_a_jpegtran_that_is_killed_stops_the_run(
     monkeypatch.setattr(subprocess, "run", killed)
     result = run_cli("pack", "--data-dir", data_dir, "--output", tmp_path / "out")
     one_line(result, 1, "killed by signal 9", "run the same command again")
-    index = PackIndex.read(tmp_path / "out" / "train")
-    assert index is not None
-    assert index.images is None
+    pack = Pack.read(tmp_path / "out" / "train" / INDEX_NAME)
+    assert pack is not None
+    assert pack.files is None
 
 
 @needs_jpegtran
@@ -510,12 +496,12 @@ def test_a_pack_of_other_images_or_by_another_jpegtran_is_refused(
     result = run_cli("pack", "--data-dir", own_data, "--output", own_pack)
     one_line(result, 2, "holds other images", str(own_pack / "train"))
     assert contents(own_pack) == before
-    index = PackIndex.read(own_pack / "val")
-    assert index is not None
-    other = PackIndex("another 1.0", index.data_sha256, index.images, index.kept)
+    pack = Pack.read(own_pack / "val" / INDEX_NAME)
+    assert pack is not None
+    other = replace(pack, settings={"jpegtran": "another 1.0"})
     (own_pack / "val" / INDEX_NAME).write_bytes(other.to_bytes())
     result = run_cli("pack", "--data-dir", own_data, "--output", own_pack, "--split", "val")
-    one_line(result, 2, "is made by another 1.0")
+    one_line(result, 2, "was packed with jpegtran another 1.0, which is ")
 
 
 @needs_jpegtran

@@ -212,7 +212,13 @@ CASES: dict[str, list[object]] = {
 }
 
 
-@pytest.mark.parametrize("case", ["plain"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "plain"),
+    ],
+)
 def test_losses_of_one_two_and_four_ranks_agree(
     done: Run,
     done_in: Callable[..., Ended],
@@ -224,32 +230,6 @@ def test_losses_of_one_two_and_four_ranks_agree(
 ) -> None:
     flags = [*_of_a_free_student(distill_flags), *CASES[case]]
     flags += teacher_flags if "teach" in flags else []
-    _losses_agree(done, done_in, flags, tmp_path, events)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["views", "micro-batches", "official", "teachers"])
-def test_losses_agree_in_other_forms_of_a_run(
-    done: Run,
-    done_in: Callable[..., Ended],
-    distill_flags: list[str],
-    teacher_flags: list[str],
-    tmp_path: Path,
-    events: Events,
-    case: str,
-) -> None:
-    flags = [*_of_a_free_student(distill_flags), *CASES[case]]
-    flags += teacher_flags if "teach" in flags else []
-    _losses_agree(done, done_in, flags, tmp_path, events)
-
-
-def _losses_agree(
-    done: Run,
-    done_in: Callable[..., Ended],
-    flags: list[object],
-    tmp_path: Path,
-    events: Events,
-) -> None:
     alone = tmp_path / "alone"
     report = done(*flags, "--output", alone).report
     assert losses(alone, events)[-1] != pytest.approx(losses(alone, events)[0], rel=0.01)

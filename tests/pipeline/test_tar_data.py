@@ -1,9 +1,6 @@
 """Every stage on tar shards: labels, runs and figures as on the folder they were made of."""
 
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import IMG_SIZE, ROOT, Result
-from mealv2 import label_set
+from conftest import IMG_SIZE, Result
 from mealv2.images import ImageFolder, open_source
 from mealv2.label_set import LabelSet, read_manifest
 from mealv2.pixels import cut, decode
@@ -113,23 +109,6 @@ def test_shard_size_is_of_the_split_that_is_no_tar_files(
         [10, 10, 10, 6],
         [4, 4, 4, 3],
     ]
-
-
-def test_labels_that_an_earlier_mealv2_began_on_tar_files_are_refused_in_clear_words(
-    done: Run, run_cli: Run, precompute_flags: list[str], twin: Path, tmp_path: Path
-) -> None:
-    labels = tmp_path / "labels"
-    words = [*on(twin, precompute_flags), "--output", labels]
-    done(*words)
-    plan = json.loads((labels / "plan.json").read_bytes())
-    for role in plan["roles"].values():
-        del role["shard_sizes"]
-    shutil.rmtree(labels)
-    label_set.claim(labels, {**plan, "shard_size": 2048})
-    result = run_cli(*words)
-    assert result.code == 3
-    assert "an earlier mealv2 cut labels of tar shards into --shard-size images" in result.stderr
-    assert done("labels", "info", labels).report["roles"]["train"]["of"] == 1
 
 
 def test_info_knows_how_many_shards_an_unfinished_set_of_tar_files_is_to_have(
@@ -287,47 +266,3 @@ def test_labels_of_plain_tar_shards_are_exported_with_their_images(
     assert after.keys == before.keys
     assert after.classes == before.classes
     assert [after.read(p) for p in range(36)] == [before.read(p) for p in range(36)]
-
-
-# --- without webdataset ---------------------------------------------------------------------------
-
-WITHOUT = """
-import sys
-sys.modules["webdataset"] = None
-import cli, importlib
-for name in cli.COMMANDS:
-    importlib.import_module(cli.module_of(name))
-from mealv2.images import open_source
-from pathlib import Path
-assert len(open_source(Path(sys.argv.pop(1)), "train")) == 36
-cli.main()
-"""
-
-
-@pytest.mark.slow
-def test_nothing_but_writing_tar_files_needs_webdataset(
-    labels_dir: Path, twin: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    words = [
-        "labels",
-        "export",
-        labels_dir,
-        "--to",
-        "webdataset",
-        "--data-dir",
-        twin,
-        "--output",
-        out,
-    ]
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT, twin, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    assert "needs webdataset to write: pip install webdataset" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not out.exists()

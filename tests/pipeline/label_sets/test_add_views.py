@@ -185,7 +185,7 @@ def test_an_image_unreadable_meanwhile_stops_or_is_left_out(
 
     result = done(*add(folder, "--data-dir", own_data, "--on-bad-image", "skip"))
     assert result.report["skipped"] == 1
-    assert "1 images could not be read: they keep their first views alone" in result.stderr
+    assert "1 images could not be read: they keep only their first views" in result.stderr
     labels = LabelSet.open(folder)
     assert labels.holds("ants/01.jpg", 3)
     assert not labels.holds("ants/01.jpg", 4)
@@ -228,15 +228,6 @@ def test_other_data_other_weights_and_another_precision_are_refused(
     precision = run_cli(*add(folder, "--amp"))
     assert precision.code == 2
     assert "--amp" in precision.stderr
-
-
-def test_an_old_format_is_refused_with_the_command_that_helps(
-    run_cli: Run, add: Add, copied: Copy
-) -> None:
-    golden = Path(__file__).parents[2] / "golden" / "label_set_v1"
-    result = run_cli(*add(copied(golden)))
-    assert result.code == 3
-    assert "`mealv2 labels convert`" in result.stderr
 
 
 def test_a_part_of_a_set_gets_more_views_from_the_whole_data(

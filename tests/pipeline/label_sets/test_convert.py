@@ -39,21 +39,6 @@ def test_a_dense_set_converted_is_what_precompute_makes_at_once(
     done("labels", "verify", out)
 
 
-def test_format_1_becomes_todays_with_the_same_labels(done: Run, out: Path) -> None:
-    done("labels", "convert", GOLDEN, "--output", out)
-    for role in ("train", "val"):
-        old, new = stored.dense_of(GOLDEN, role), stored.dense_of(out, role)
-        assert old.keys() == new.keys()
-        for place in old:
-            np.testing.assert_array_equal(old[place], new[place])
-        assert stored.rows_of(GOLDEN, role) == stored.rows_of(out, role)
-    plan = stored.manifest_of(out)["plan"]
-    assert plan["format_version"] == 2
-    assert not {"topk", "label_dtype", "tail"} & plan.keys()
-    assert done("labels", "verify", out).report["boxes"] == "not known"
-    assert LabelSet.open(out).num_appended == 1
-
-
 @pytest.mark.parametrize("flags", [("--rate", 0.05), ("--topk", 2, "--store-logits"), DENSE])
 def test_without_an_encoding_the_set_keeps_its_own(
     done: Run, make_set: Make, out: Path, flags: tuple[object, ...]

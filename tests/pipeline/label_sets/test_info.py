@@ -48,13 +48,6 @@ def test_skipped_appended_and_added_are_counted(
     assert (train["views"], train["shards"], train["appended_rows"]) == (6, 8, 3)
 
 
-def test_a_set_of_format_1_is_described(done: Run) -> None:
-    folder = Path(__file__).parents[2] / "golden" / "label_set_v1"
-    report = done("labels", "info", folder).report
-    assert (report["format_version"], report["finished"]) == (1, True)
-    assert (report["roles"]["train"]["images"], report["roles"]["train"]["appended_rows"]) == (3, 1)
-
-
 def test_a_derived_set_says_how_it_was_made(done: Run, make_set: Make, tmp_path: Path) -> None:
     done("labels", "split", make_set("--topk", 2), "--output", tmp_path)
     result = done("labels", "info", tmp_path / "part-1")

@@ -141,13 +141,6 @@ def test_the_same_command_again_changes_nothing_and_another_number_is_refused(
     assert "holds another label set" in other.stderr
 
 
-def test_a_set_of_format_1_says_what_it_lacks(run_cli: Run, tmp_path: Path) -> None:
-    golden = Path(__file__).parents[2] / "golden" / "label_set_v1"
-    result = run_cli("labels", "split", golden, "--output", tmp_path / "parts")
-    assert result.code == 3
-    assert "format 1" in result.stderr
-
-
 def test_boxes_that_drifted_are_not_written_anew_as_if_they_had_been_labelled(
     run_cli: Run, make_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

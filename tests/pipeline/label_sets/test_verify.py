@@ -48,11 +48,6 @@ def test_whole_sets_of_every_form_pass(done: Run, make_set: Make) -> None:
         assert "every byte is right" in result.stderr
 
 
-def test_a_set_of_format_1_passes_but_for_boxes_that_nobody_knows(done: Run) -> None:
-    report = done("labels", "verify", GOLDEN).report
-    assert (report["images"], report["boxes"]) == (3 + 1, "not known")
-
-
 def test_appended_rows_are_verified_too(
     done: Run, run_cli: Run, appended_set: Path, flipped_bit: Callable[..., None]
 ) -> None:

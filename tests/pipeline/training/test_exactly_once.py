@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 from mealv2.tar_shards import TarShards
-from mealv2.tar_writing import TarWriter, sample_names
 from mealv2.targets import HardLabels
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.requests import BatchRequest
 from pipeline.training.batches import BatchSampler
+from tars import write_packed
 
 RANKS, WORKERS, SHARDS = range(1, 6), range(4), range(1, 10)
 EPOCHS = 3
@@ -58,13 +58,9 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
         for shard in range(num_shards):
             paths.append(folder / f"{num_shards}-{shard}.tar")
             some = list(itertools.islice(numbers, drawn.randint(1, 7)))
-            keys = [f"a/{number}.jpg" for number in some]
-            with paths[-1].open("wb") as stream:
-                writer = TarWriter(stream)
-                for number, key, name in zip(some, keys, sample_names(keys), strict=True):
-                    image = picture(3 * number)
-                    writer.add(name, key, 0, image, original_size=len(image))
-                writer.finish()
+            write_packed(
+                paths[-1], [(f"a/{number}.jpg", 0, picture(3 * number)) for number in some]
+            )
         found[num_shards] = paths
     return found
 
