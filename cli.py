@@ -82,7 +82,7 @@ def _slurm() -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    if (code := environment.refused()) is not None:
+    if (code := environment.saved_exit_code()) is not None:
         sys.exit(code)
     try:
         cli.main(standalone_mode=False)
@@ -92,10 +92,10 @@ def main() -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
     except MealError as error:
-        _fail(copies.told(str(error)), error.exit_code)
+        _fail(copies.use_display_names(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         advice = "; what was finished is kept: run the same command again to go on"
-        _fail(f"stopped{'' if environment.is_spoken_for() else advice}", 4)
+        _fail(f"stopped{'' if environment.is_child_process() else advice}", 4)
     except OSError as error:
         if error.errno is None:
             raise
@@ -113,18 +113,20 @@ def _command_of(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if message and _says(message):  # there is none where another rank has said why it ended
+    if message and _without_prefix(
+        message
+    ):  # there is none where another rank has said why it ended
         click.echo(f"mealv2: {message}", err=True)
-        environment.leave(code)
+        environment.save_exit_code(code)
     sys.exit(code)
 
 
-def _says(message: str) -> bool:
+def _without_prefix(message: str) -> bool:
     """Return whether a message is this process's to say: of several ranks the first to find it."""
-    if not environment.has_store():
+    if not environment.has_torchrun_store():
         return True
-    said: bool = importlib.import_module("pipeline.ranks").claim(message, environment.rank())
-    return said
+    text: bool = importlib.import_module("pipeline.ranks").claim(message, environment.rank())
+    return text
 
 
 def module_of(name: str) -> str:
@@ -145,7 +147,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     def callback(**values: Any) -> None:
         made = settings.config_of(config, click.get_current_context())
         if not config.in_ranks:
-            environment.refuse_ranks(name)
+            environment.require_single_process(name)
         _check_paths(made)
         try:
             report = importlib.import_module(module_of(name)).run(made)
@@ -193,9 +195,11 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
 def _suggest(error: click.NoSuchOption, command: click.Command) -> None:
     """Suggest an option of Slurm's where it is nearer than those of the other command."""
     known = [opt for param in command.params for opt in param.opts]
-    near = difflib.get_close_matches(error.option_name, [*known, *(error.possibilities or ())], n=1)
-    if near and near[0] in known:
-        error.possibilities, error.ctx = near, click.get_current_context()
+    suggestion = difflib.get_close_matches(
+        error.option_name, [*known, *(error.possibilities or ())], n=1
+    )
+    if suggestion and suggestion[0] in known:
+        error.possibilities, error.ctx = suggestion, click.get_current_context()
 
 
 def _checked_command(name: str, words: Iterable[str], *, has_paths: bool) -> configs.StageCommand:

@@ -144,9 +144,9 @@ def main() -> None:
         measure_status(
             Path(folder) / "set", num_shards=3 if quick else 1000, repetitions=1 if quick else 5
         )
-    machine = hardware.describe(torch.device("cpu"))
+    runtime = hardware.describe(torch.device("cpu"))
     print(
-        f"{datetime.date.today()}, {machine['cpu']}, {machine['cores']} cores, no GPU used, "
+        f"{datetime.date.today()}, {runtime['cpu']}, {runtime['cores']} cores, no GPU used, "
         f"torch {torch.__version__}, python {platform.python_version()}; medians, least and most."
     )
 

@@ -231,7 +231,7 @@ class Ours:
             self.encoding.encode(probs_NC[n : n + self.encode_size])
             for n in range(0, len(probs_NC), self.encode_size)
         ]
-        blocks = self.encoding.blocks(Rows.joined(rows), sample.num_views)
+        blocks = self.encoding.blocks(Rows.concat(rows), sample.num_views)
         shards = [put_shard(folder, plan, 0, sample.keys, blocks)]
         finish(folder, plan, shards)
 

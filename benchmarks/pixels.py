@@ -24,10 +24,11 @@ import torch
 from mealv2.label_set import LabelSet
 from mealv2.pixels import RESIZES, centre_crop, cut, decode
 from mealv2.views import view_of
-from pipeline import logs, precompute, runtime
+from pipeline import logs, precompute
 from pipeline.config import PrecomputeConfig
 from pipeline.demo import IMG_SIZE, TEACHERS
 from pipeline.pictures import draw_picture
+from pipeline.runtime import library_versions, use_one_thread
 
 NUM_PICTURES, VIEWS_OF_EACH = 495, 2
 NUM_VIEWS = 4  # labelled of each image of the demo
@@ -39,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(words)
-    versions = runtime.versions()
+    versions = library_versions()
     print(f"{datetime.date.today()}, torch {versions['torch']}, Pillow {versions['pillow']}\n")
     compare_pixels(5 if options.quick else NUM_PICTURES)
     if options.demo is not None:
@@ -76,7 +77,7 @@ def compare_pixels(num_pictures: int) -> None:
 
 def compare_labels(demo: Path, folder: Path) -> None:
     """Print how much labels of the demo's images differ by who resized."""
-    runtime.use_one_thread()
+    use_one_thread()
     config = PrecomputeConfig(
         data_dir=demo / "data",
         output=folder / "torch",
@@ -90,8 +91,8 @@ def compare_labels(demo: Path, folder: Path) -> None:
     for resize in RESIZES:
         precompute.run(replace(config, output=folder / resize, exact_pil=resize == "pil"))
     rows = []
-    for role in ("train", "val"):
-        sets = {resize: LabelSet.open(folder / resize, role=role) for resize in RESIZES}
+    for split in ("train", "val"):
+        sets = {resize: LabelSet.open(folder / resize, split=split) for resize in RESIZES}
         keys = list(sets["torch"].keys())
         places = [(key, view) for key in keys for view in range(sets["torch"].num_views)]
         pil_NC, fast_NC = (
@@ -103,7 +104,7 @@ def compare_labels(demo: Path, folder: Path) -> None:
         agree = (pil_NC.argmax(1) == fast_NC.argmax(1)).double().mean()
         rows.append(
             [
-                f"{len(places)} of {role}",
+                f"{len(places)} of {split}",
                 f"{float(kl_NC.sum(1).mean()):.2e}",
                 f"{float(kl_NC.sum(1).max()):.2e}",
                 f"{100 * float(agree):.3f}",
@@ -119,5 +120,5 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    logs.say("drawing and cutting")
+    logs.info("drawing and cutting")
     main()

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from mealv2.images import open_source
 from mealv2.label_set import LabelSet
-from mealv2.soft_labels import Labels, joined
-from pipeline import distill, precompute, ready, runtime
+from mealv2.soft_labels import Labels, concat
+from pipeline import distill, precompute, ready
 from pipeline.config import (
     DistillConfig,
     EvaluateConfig,
@@ -47,6 +47,7 @@ from pipeline.demo import (
 )
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
+from pipeline.runtime import create_runtime, use_one_thread
 from pipeline.training import checkpoint
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.run_folder import REPORT_NAME
@@ -168,11 +169,11 @@ class Bench:
         found = ready.load(config, classes=source.classes)
         evaluator = Evaluator(
             source,
-            runtime.start(config),
+            create_runtime(config),
             config,
             img_size=found.img_size,
             resize=config.resize,
-            labels=LabelSet.open(self.labels("dense"), role="val"),
+            labels=LabelSet.open(self.labels("dense"), split="val"),
         )
         return evaluator(found.model, num_classes=len(source.classes)).summary()
 
@@ -184,7 +185,7 @@ def of_training(folder: Path) -> Labels:
     """Return every training label of a set, image by image."""
     labels = LabelSet.open(folder)
     files = [file for _, files in labels.blocks for file in files]
-    return joined([all_rows(file, labels.encoding).labels for file in files])
+    return concat([all_rows(file, labels.encoding).labels for file in files])
 
 
 def divergence(probs_NC: Tensor, recovered_NC: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def only_cut(probs_NC: Tensor, labels: Labels) -> Tensor:
 def labels_row(folder: Path, dense_NC: Tensor) -> list[str]:
     """Return the cells of a set: what it keeps, its bytes, classes, and what is lost."""
     labels = of_training(folder)
-    role = info.run(LabelsInfoConfig(labels=folder))["roles"]["train"]
+    split = info.run(LabelsInfoConfig(labels=folder))["roles"]["train"]
     num_kept_N = labels.kept().is_kept_NK.sum(1).double()
     lost_N = divergence(dense_NC, labels.to_dense())
     cut = float(divergence(dense_NC, only_cut(dense_NC, labels)).mean())
@@ -216,7 +217,7 @@ def labels_row(folder: Path, dense_NC: Tensor) -> list[str]:
     uncut = 100.0 * float((num_kept_N >= dense_NC.shape[1] - 1).double().mean())
     return [
         str(LabelSet.open(folder).encoding),
-        f"{role['bytes_per_view']:.2f}",
+        f"{split['bytes_per_view']:.2f}",
         f"{float(num_kept_N.mean()):.2f}",
         f"{uncut:.1f}",
         f"{float(lost_N.mean()):.5f}",
@@ -292,7 +293,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="*", choices=names, default=names, metavar="ARM")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(words)
-    runtime.use_one_thread()
+    use_one_thread()
 
     bench = Bench(options.demo, options.out, QUICK_EPOCHS if options.quick else EPOCHS)
     seeds = range(1 if options.quick else options.seeds)

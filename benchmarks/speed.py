@@ -27,8 +27,8 @@ def document(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _section(report: dict[str, Any]) -> Iterator[str]:
-    machine = report["hardware"]
-    yield f"## {machine.get('gpu') or machine['cpu']}, {machine['cores']} cores\n"
+    runtime = report["hardware"]
+    yield f"## {runtime.get('gpu') or runtime['cpu']}, {runtime['cores']} cores\n"
     yield f"```\n{report['command']}\n```\n"
     yield _about(report)
     if report["lines"]:
@@ -44,10 +44,10 @@ def _section(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _about(report: dict[str, Any]) -> str:
-    machine = report["hardware"]
-    said = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB"]
-    if "gpu" in machine:
-        said.append(f"{machine['gpu']}, {machine['gpu_memory_gb']:.0f} GB")
+    runtime = report["hardware"]
+    said = [f"{runtime['cpu']}, {runtime['cores']} cores, {runtime['memory_gb']:.0f} GB"]
+    if "gpu" in runtime:
+        said.append(f"{runtime['gpu']}, {runtime['gpu_memory_gb']:.0f} GB")
     said += [f"networks in {report['precision']}", f"{report['seconds']:.0f} s in all"]
     if images := report.get("images"):
         said.append(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mealv2.files import read_json
-from pipeline import distill, precompute, runtime
+from pipeline import distill, precompute
 from pipeline.config import DistillConfig, PrecomputeConfig
 from pipeline.demo import (
     BATCH_SIZE,
@@ -30,6 +30,7 @@ from pipeline.demo import (
     STUDENT,
     TEACHERS,
 )
+from pipeline.runtime import use_one_thread
 from pipeline.training.run_folder import REPORT_NAME
 
 SETS: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    runtime.use_one_thread()
+    use_one_thread()
 
     data, teachers = (
         options.demo / "data",

@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mealv2.errors import ConfigError
-from mealv2.files import TEMPORARY_PREFIX, whole_file
+from mealv2.files import TEMPORARY_PREFIX, atomic_file
 from mealv2.locations import PIPE, shown
 
 _LOCK_PREFIX = ".lock-"
-NOTES_PREFIX = ".notes-"  # of files that say what copies are of
+STAMPS_PREFIX = ".notes-"  # of files that say what copies are of
 _OLD_NS = 86_400 * 10**9  # a temporary file that nobody can still be writing: of one who was killed
 _PLAIN = re.compile(r"[A-Za-z0-9_.,=@+-]+")
 
@@ -41,8 +41,8 @@ class Cache:
         parts = urlsplit(url)
         names = [parts.scheme, parts.netloc.rpartition("@")[2], *parts.path.split("/")]
         safe = [name if _is_plain(name) else _digest(name) for name in names if name]
-        for told in filter(None, (parts.query, version)):
-            safe[-1] = f"{_digest(told)}-{safe[-1]}"
+        for hint in filter(None, (parts.query, version)):
+            safe[-1] = f"{_digest(hint)}-{safe[-1]}"
         return self.folder.joinpath(*safe)
 
     def open(
@@ -76,7 +76,7 @@ class Cache:
         with locked(path):
             if not path.exists():
                 self.trim(size)
-                with whole_file(path) as temporary:
+                with atomic_file(path) as temporary:
                     fetch(temporary)
         self.trim(0, keep=path)
 
@@ -85,7 +85,7 @@ class Cache:
         files = []
         for where, _, names in os.walk(self.folder):
             for name in names:
-                if name.startswith((_LOCK_PREFIX, NOTES_PREFIX)):
+                if name.startswith((_LOCK_PREFIX, STAMPS_PREFIX)):
                     continue
                 path = Path(where, name)
                 with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.devices import moved
+from mealv2.devices import to_device
 
 CutMixTarget = Literal["teachers", "mixed-labels"]
 
@@ -36,7 +36,7 @@ class Mix:
 
     def to(self, device: torch.device) -> "Mix":
         """Return the same with the order where the images are."""
-        return Mix(moved(self.order_B, device), self.box)
+        return Mix(to_device(self.order_B, device), self.box)
 
     def paste(self, images_BCHW: Tensor) -> Tensor:
         """Return the mixed images, any type; the images given stay as they are."""
@@ -47,19 +47,19 @@ class Mix:
         ]
         return mixed_BCHW
 
-    def own_share(self, img_size: int) -> float:
+    def lam(self, img_size: int) -> float:
         """Return the share of an image's area that is still its own (the corrected lambda)."""
-        pasted = (self.box.bottom - self.box.top) * (self.box.right - self.box.left)
-        return 1.0 - pasted / img_size**2
+        num_pasted = (self.box.bottom - self.box.top) * (self.box.right - self.box.left)
+        return 1.0 - num_pasted / img_size**2
 
 
-def cutmix_box(own_share: float, row: int, column: int, img_size: int) -> Box:
-    """Return the box of area 1 - ``own_share`` around a centre, cut off at the image's border.
+def cutmix_box(lam: float, row: int, column: int, img_size: int) -> Box:
+    """Return the box of area 1 - ``lam`` around a centre, cut off at the image's border.
 
     Side int(S sqrt(1 - lambda)), corners clip(centre -+ side // 2, 0, S) (CutMix's rand_bbox, as in
     the official train.py).
     """
-    half = int(img_size * math.sqrt(1.0 - own_share)) // 2
+    half = int(img_size * math.sqrt(1.0 - lam)) // 2
     top, bottom = (min(max(row + d, 0), img_size) for d in (-half, half))
     left, right = (min(max(column + d, 0), img_size) for d in (-half, half))
     return Box(top, left, bottom, right)
@@ -71,18 +71,18 @@ def draw_mix(
     *,
     beta: float,
     probability: float,
-    place: tuple[int, ...],
+    seed: tuple[int, ...],
 ) -> Mix | None:
     """Draw how a batch is mixed; None where it is not (probability, CutMix's coin per batch).
 
-    A pure function of ``place`` (seed, epoch, step, and what else names a batch), so that a run
+    A pure function of ``seed`` (seed, epoch, step, and what else names a batch), so that a run
     can go on anywhere: lambda ~ Beta(beta, beta), a uniform centre, a random partner for every
     image.
     """
-    rng = np.random.default_rng(place)
+    rng = np.random.default_rng(seed)
     if rng.random() >= probability:
         return None
-    own_share = rng.beta(beta, beta)
+    lam = rng.beta(beta, beta)
     order_B = torch.from_numpy(rng.permutation(batch_size))
     row, column = rng.integers(img_size, size=2).tolist()
-    return Mix(order_B, cutmix_box(own_share, row, column, img_size))
+    return Mix(order_B, cutmix_box(lam, row, column, img_size))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; on the CPU it is there when this returns.
 
     To a GPU it goes through page-locked memory: from any other, the copy waits for what the device

@@ -24,7 +24,9 @@ PLATEAUS: dict[str, dict[str, float]] = {
     },
 }
 
-_TRIES = 100  # of the official widths about one draw in four has a dead output, so this is plenty
+_MAX_REDRAWS = (
+    100  # of the official widths about one draw in four has a dead output, so this is plenty
+)
 
 
 class Discriminator(nn.Module):
@@ -102,12 +104,12 @@ def num_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
     return dead
 
 
-def wake(discriminator: Discriminator, rows_BC: Tensor) -> int:
+def redraw_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
     """Redraw the weights until every output reacts to some row; return how often.
 
     Raises RuntimeError when 100 draws do not do it.
     """
-    for redraws in range(_TRIES):
+    for redraws in range(_MAX_REDRAWS):
         if not num_dead_outputs(discriminator, rows_BC):
             return redraws
         discriminator.redraw()

@@ -23,10 +23,15 @@ TEMPORARY_PREFIX = ".tmp-"
 SCRIPTS_NAME = "slurm"  # batch jobs keep their scripts there, in the folder that they fill
 # Between tries to put a file in place. Some network shares lose the reply to what they did, and
 # show a folder as it was some seconds ago.
-_PAUSES_S = (0.2, 0.8, 2.0, 5.0)
-FULL = {errno.ENOSPC, errno.EDQUOT}
-_CERTAIN = FULL | {errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}  # the same again
-_NO_LINKS = {
+_RETRY_DELAYS_S = (0.2, 0.8, 2.0, 5.0)
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PERMANENT = DISK_FULL | {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}  # the same again
+_LINKS_UNSUPPORTED = {
     errno.EPERM,
     errno.EACCES,
     errno.EINVAL,
@@ -38,7 +43,7 @@ _NO_LINKS = {
 _SURROGATE = re.compile(r"\\u[dD]")
 
 
-def content_of(folder: Path) -> list[str]:
+def list_folder(folder: Path) -> list[str]:
     """Return the names in a folder, but for temporary files and the scripts that fill it."""
     names = sorted(path.name for path in folder.iterdir())
     return [n for n in names if not n.startswith(TEMPORARY_PREFIX) and n != SCRIPTS_NAME]
@@ -87,7 +92,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def write_whole(
+def write_atomic(
     path: Path, data: bytes, *, replace: bool = True, damaged: Stamp | None = None
 ) -> bool:
     """Write a file so that no reader ever sees a part of it; return whether it was put in place.
@@ -105,8 +110,8 @@ def write_whole(
             file.flush()
             os.fsync(file.fileno())
         if damaged is not None:
-            _take_away(path, damaged)
-        if not _put(temporary, path, replace=replace and damaged is None):
+            _move_aside(path, damaged)
+        if not _publish(temporary, path, replace=replace and damaged is None):
             return False
         _sync_folder(path.parent)
         return True
@@ -117,23 +122,23 @@ def write_whole(
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes ``path`` at the end, or is removed.
 
-    For what is too large for the memory, or written by a library. Raises as write_whole.
+    For what is too large for the memory, or written by a library. Raises as write_atomic.
     """
     temporary = _temporary(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        _put(temporary, path, replace=True)
+        _publish(temporary, path, replace=True)
         _sync_folder(path.parent)
     finally:
         _unlink(temporary)
 
 
-def stamp_of(path: Path) -> Stamp | None:
+def file_stamp(path: Path) -> Stamp | None:
     """Return what tells a file from one that takes its place; None where there is none."""
     try:
         found = path.lstat()
@@ -212,53 +217,53 @@ def _unlink(temporary: Path) -> None:
             temporary.unlink()
 
 
-def _put(temporary: Path, path: Path, *, replace: bool) -> bool:
+def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
     """Give a file its final name; return False where another file has it and is to keep it.
 
     An error of a share that lost its reply, or that will not last, is not one: it looks whether the
     file is in place, waits and tries again. Raises OSError.
     """
-    written, links = stamp_of(temporary), not replace
-    pauses = iter(_PAUSES_S)
+    written, links = file_stamp(temporary), not replace
+    pauses = iter(_RETRY_DELAYS_S)
     while True:
         try:
             (os.link if links else os.replace)(temporary, path)
             return True
         except OSError as error:
-            there = stamp_of(path)
-            if there is not None and there == written:
+            existing = file_stamp(path)
+            if existing is not None and existing == written:
                 return True
-            if links and (there or error.errno == errno.EEXIST):
+            if links and (existing or error.errno == errno.EEXIST):
                 return False
             # a share can make up inodes; its temporary file went nowhere else
-            if there and written and there[:2] == written[:2] and not temporary.exists():
+            if existing and written and existing[:2] == written[:2] and not temporary.exists():
                 return True
-            if links and error.errno in _NO_LINKS:
+            if links and error.errno in _LINKS_UNSUPPORTED:
                 links = False  # a rename, which may replace an equal file
                 continue
             pause = next(pauses, None)
-            if pause is None or error.errno in _CERTAIN:
+            if pause is None or error.errno in _PERMANENT:
                 raise
             time.sleep(pause)
 
 
-def _take_away(path: Path, damaged: Stamp) -> None:
+def _move_aside(path: Path, damaged: Stamp) -> None:
     """Remove a damaged file, and no whole one that another job put in its place meanwhile.
 
     It is looked at again after it was moved aside, for between a look and a rename, or in a rename
     that a network held up, another job may have been at it. Raises OSError.
     """
-    if stamp_of(path) != damaged:
+    if file_stamp(path) != damaged:
         return
     if stat.S_ISDIR(path.lstat().st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     aside = _temporary(path)
     with contextlib.suppress(FileNotFoundError):  # another job was first
         path.rename(aside)
-    if (found := stamp_of(aside)) is None:
+    if (found := file_stamp(aside)) is None:
         return
     if found[:2] != damaged[:2]:
-        _put(aside, path, replace=False)
+        _publish(aside, path, replace=False)
     with contextlib.suppress(FileNotFoundError):
         aside.unlink()
 

@@ -8,8 +8,8 @@ from typing import Any
 from mealv2.errors import DataError
 from mealv2.files import parse_json
 
-AGAIN = "run the same `mealv2 pack` again"
-AFRESH = f"remove it and {AGAIN} into a new folder"
+ADVICE_RERUN = "run the same `mealv2 pack` again"
+ADVICE_RECREATE = f"remove it and {ADVICE_RERUN} into a new folder"
 _SHA256 = "index_sha256"  # the field with the hash
 _ZEROS = "0" * 64
 
@@ -35,7 +35,7 @@ def sealed_json(known: tuple[str, int], value: dict[str, Any]) -> bytes:
 
 
 def checked_json(
-    data: bytes, name: str, *, what: str, known: tuple[str, int], advice: str = AFRESH
+    data: bytes, name: str, *, what: str, known: tuple[str, int], advice: str = ADVICE_RECREATE
 ) -> dict[str, Any]:
     """Return the JSON object of a file that ``sealed_json`` made.
 

@@ -81,7 +81,7 @@ class ImageSource(Protocol):
         """Return the encoded image at ``position``; raises OSError where it cannot be read."""
 
 
-class AnyOrder:
+class UnorderedSource:
     """What an image source says whose images lie on this machine, each in a file of its own."""
 
     shard_starts: Sequence[int] | None = None
@@ -91,7 +91,7 @@ class AnyOrder:
         """Do nothing: any order costs the same."""
 
 
-class ImageFolder(AnyOrder):
+class ImageFolder(UnorderedSource):
     """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
 
     Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
@@ -119,7 +119,7 @@ class ImageFolder(AnyOrder):
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
         self._paths = [row[3] for row in rows]
-        _refuse_twins([(row[0], row[3]) for row in rows])
+        _check_unique([(row[0], row[3]) for row in rows])
         self.sizes = self.stored_sizes = [row[2] for row in rows]
         if pack is not None:
             pack.check(self.name, dict(zip(self.keys, self.sizes, strict=True)))
@@ -193,13 +193,13 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
     Raises ConfigError for a missing folder, or one without class folders.
     """
     if not folder.is_dir():
-        there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
-        there = f"folders in {folder.parent}: {there}"
+        folders = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
+        folders = f"folders in {folder.parent}: {folders}"
         if not folder.parent.is_dir():
-            there = f"there is no folder {folder.parent}"
+            folders = f"there is no folder {folder.parent}"
         raise ConfigError(
             f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
-            f"tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({there})"
+            f"tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({folders})"
         )
     found = sorted(
         (_key_of(path, folder), path)
@@ -208,11 +208,11 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
     )
     if not found:
         raise ConfigError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE.jpg")
-    _refuse_twins(found)
+    _check_unique(found)
     return found
 
 
-def _refuse_twins(named: Sequence[tuple[str, Path | str]]) -> None:
+def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
     """Raise ConfigError where two neighbours of a sorted list have the same name."""
     for (name, path), (other_name, other_path) in itertools.pairwise(named):
         if name == other_name:

@@ -23,7 +23,7 @@ class Keys(Sequence[str]):
         return cls(b"".join(encoded), np.cumsum([len(key) for key in encoded], dtype=np.int64))
 
     @classmethod
-    def joined(cls, parts: Sequence["Keys"]) -> "Keys":
+    def concat(cls, parts: Sequence["Keys"]) -> "Keys":
         """Return the texts of all parts, in their order."""
         begins = np.cumsum([0, *(len(part._data) for part in parts)])
         ends = [part._ends_N + begin for part, begin in zip(parts, begins[:-1], strict=True)]

@@ -24,13 +24,13 @@ def located(text: str | Path) -> Location:
     Raises ConfigError for what was to be a URL and is none.
     """
     if isinstance(text, str):
-        _refuse_half(text)
+        _check_url(text)
     if isinstance(text, str) and text.startswith(_FILE):
         return Path(unquote(text.removeprefix(_FILE).removeprefix("localhost")))
     return text if is_url(text) else Path(text)
 
 
-def _refuse_half(text: str) -> None:
+def _check_url(text: str) -> None:
     """Raise ConfigError for a URL that lacks a slash, or what is behind its slashes."""
     kind, _, rest = text.partition(":")
     if _HALF.match(text):
@@ -46,18 +46,18 @@ def _refuse_half(text: str) -> None:
         raise ConfigError(f"a URL names no {what}; give {kind}://{what.upper()}/…")
 
 
-def is_url(place: object) -> bool:
+def is_url(location: object) -> bool:
     """Return whether a place is a URL: ``s3://…``, ``https://…``, ``pipe:COMMAND``, …"""
-    return isinstance(place, str) and _URL.match(place) is not None
+    return isinstance(location, str) and _URL.match(location) is not None
 
 
-def shown(place: Location) -> str:
+def shown(location: Location) -> str:
     """Return a place as messages name it: without what a URL has of passwords and signatures."""
-    if not isinstance(place, str):
-        return str(place)
-    if place.startswith(PIPE):
-        return _IN_COMMAND.sub(r"://\1", place)
-    parts = urlsplit(place)
+    if not isinstance(location, str):
+        return str(location)
+    if location.startswith(PIPE):
+        return _IN_COMMAND.sub(r"://\1", location)
+    parts = urlsplit(location)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 

@@ -39,7 +39,7 @@ class Evaluation:
         self._correct1_C = torch.zeros(self.num_classes, dtype=torch.int64)
         self._images_C = torch.zeros(self.num_classes, dtype=torch.int64)
 
-    def add(self, logits_BC: Tensor, labels_B: Tensor, soft: Labels | None = None) -> None:
+    def add(self, logits_BC: Tensor, labels_B: Tensor, soft_labels: Labels | None = None) -> None:
         """Count a batch: logits, class ids and, where there are any, the ensemble's soft labels."""
         log_probs_BC = torch.log_softmax(logits_BC.cpu().double(), dim=1)
         labels_B = labels_B.cpu()
@@ -50,10 +50,10 @@ class Evaluation:
         self._correct1_C += torch.bincount(hits_B, minlength=self.num_classes)
         self._correct5 += int(num_correct(log_probs_BC, labels_B, 5))
         self._cross_entropy -= float(log_probs_BC.gather(1, labels_B[:, None]).sum())
-        if soft is not None:
-            probs_BC = soft.to_dense().cpu().double()
+        if soft_labels is not None:
+            probs_BC = soft_labels.to_dense().cpu().double()
             self._labelled += len(labels_B)
-            self._agree += int((soft.likeliest().cpu() == best_B).sum())
+            self._agree += int((soft_labels.argmax().cpu() == best_B).sum())
             # KL(q || p) = sum_c q_c (log q_c - log p_c), 0 log 0 = 0
             self._kl += float((torch.xlogy(probs_BC, probs_BC) - probs_BC * log_probs_BC).sum())
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.files import canonical_json, write_whole
+from mealv2.files import canonical_json, write_atomic
 from mealv2.released import MEAN, NAMES, STD, by_file, download, find
 from mealv2.weight_files import WEIGHTS_NAME, find_checkpoint
 from mealv2.weights import load_weights
@@ -154,8 +154,8 @@ def _timm_config(name: str) -> dict[str, Any]:
             tags = ", ".join(_tags(architecture)) or "none"
             raise ConfigError(f"{architecture} has no weights {name!r}; tags: {tags}") from None
     every = [*timm.list_models(), *timm.list_pretrained(), *NAMES]
-    near = difflib.get_close_matches(name, every, n=4)
-    hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+    suggestion = difflib.get_close_matches(name, every, n=4)
+    hint = f"did you mean {', '.join(suggestion)}?" if suggestion else "see timm.list_models()"
     if Path(name).exists():
         own = read_metadata(Path(name)).get("architecture") if Path(name).is_dir() else None
         hint = (
@@ -248,7 +248,7 @@ def save_classifier(
     state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
     # one entry: safetensors writes several in a random order
     metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
-    write_whole(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
+    write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
     of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]
     config = {
         "architecture": architecture,
@@ -266,4 +266,4 @@ def save_classifier(
             **{name: of_timm[name] for name in _KEPT_CONFIG if name in of_timm},
         },
     }
-    write_whole(folder / CONFIG_NAME, canonical_json(config).encode())
+    write_atomic(folder / CONFIG_NAME, canonical_json(config).encode())

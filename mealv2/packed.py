@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from mealv2.errors import DataError
-from mealv2.formats import AFRESH, AGAIN, checked_json, sealed_json
+from mealv2.formats import ADVICE_RECREATE, ADVICE_RERUN, checked_json, sealed_json
 
 INDEX_NAME = "pack.json"  # in the folder of a split, of a tree
 SUFFIX = f".{INDEX_NAME}"  # after the name of a split, beside its tar files
@@ -63,7 +63,7 @@ class Pack:
                 files = {name: _file(row) for name, row in files.items()}
             return cls(value["data_sha256"], dict(value["settings"]), files)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{name} is damaged; {AFRESH}") from None
+            raise DataError(f"{name} is damaged; {ADVICE_RECREATE}") from None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -73,12 +73,12 @@ class Pack:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; {AFRESH}") from None
+            raise DataError(f"cannot read {path}: {error.strerror}; {ADVICE_RECREATE}") from None
 
     def require_finished(self, place: str) -> None:
         """Raise DataError where not all files of the pack are there; ``place`` is its name."""
         if self.files is None:
-            raise DataError(f"{place} is packed in part only; {AGAIN} to go on")
+            raise DataError(f"{place} is packed in part only; {ADVICE_RERUN} to go on")
 
     def check(self, place: str, sizes: Mapping[str, int]) -> None:
         """Raise DataError where the files of the split are not those of the index.
@@ -96,17 +96,17 @@ class Pack:
             if size != files[name].bytes:
                 raise DataError(
                     f"{place}/{name} has {size} bytes, not the {files[name].bytes} that were "
-                    f"packed: it was replaced or damaged; {AGAIN} to make it anew"
+                    f"packed: it was replaced or damaged; {ADVICE_RERUN} to make it anew"
                 )
         if len(sizes) < len(files):
             lost = min(files.keys() - sizes.keys())
-            raise DataError(f"{place}/{lost} is missing; {AGAIN} to make it anew")
+            raise DataError(f"{place}/{lost} is missing; {ADVICE_RERUN} to make it anew")
 
     def images(self) -> dict[str, PackedImage]:
         """Return the image files of a packed tree; raises DataError for a pack of tar files."""
         images = {n: f for n, f in (self.files or {}).items() if isinstance(f, PackedImage)}
         if len(images) < len(self.files or {}):
-            raise DataError(f"{INDEX_NAME} lists tar files and no images; {AFRESH}")
+            raise DataError(f"{INDEX_NAME} lists tar files and no images; {ADVICE_RECREATE}")
         return images
 
 

@@ -91,7 +91,7 @@ ViewsOf = Callable[[int, int], Sequence[View]]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A decoded image of ``width`` x ``height`` pixels, or the part of it from (top, left) on."""
 
     pixels_HWC: np.ndarray
@@ -106,7 +106,7 @@ class Picture:
         return cut(self.pixels_HWC, inside, img_size, resize=resize)
 
 
-def decode_for(data: bytes, views_of: ViewsOf | None) -> Picture:
+def decode_for(data: bytes, views_of: ViewsOf | None) -> DecodedImage:
     """Decode an image, or a part that holds its views where restart markers allow it.
 
     ``views_of(width, height)`` are the views; None takes the whole. The pixels are the same.
@@ -119,11 +119,11 @@ def decode_for(data: bytes, views_of: ViewsOf | None) -> Picture:
         width = max(view.left + view.width for view in views) - left
         part = file.region(top, left, height, width)
         if part is not None:
-            place = top - part.top, left - part.left
-            return Picture(decode(part.data), file.width, file.height, *place)
+            corner = top - part.top, left - part.left
+            return DecodedImage(decode(part.data), file.width, file.height, *corner)
     pixels_HWC = decode(data)
     height, width, _ = pixels_HWC.shape
-    return Picture(pixels_HWC, width, height)
+    return DecodedImage(pixels_HWC, width, height)
 
 
 def cut(

@@ -9,7 +9,7 @@ from typing import Any
 import torch.hub
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.files import whole_file
+from mealv2.files import atomic_file
 from mealv2.weights import read_state
 
 BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
@@ -166,19 +166,19 @@ def download(model: Released, *, progress: bool = True) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)
             read_state(temporary)  # torch takes a connection that was cut for the end of the file
     except _NETWORK as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        raise _not_to_be_had(model, folder, " ".join(str(error).split())) from error
+        raise _download_error(model, folder, " ".join(str(error).split())) from error
     except ConfigError as error:
-        raise _not_to_be_had(model, folder, "what came is damaged or no weights") from error
+        raise _download_error(model, folder, "what came is damaged or no weights") from error
     return path
 
 
-def _not_to_be_had(model: Released, folder: Path, reason: str) -> MealError:
+def _download_error(model: Released, folder: Path, reason: str) -> MealError:
     return MealError(
         f"cannot download {model.url} ({reason}); fetch it by hand and put it into {folder}, or "
         "give it with --checkpoint FILE, --initial-checkpoint FILE or --teacher NAME=FILE"

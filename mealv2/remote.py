@@ -19,8 +19,8 @@ from mealv2.locations import PIPE, shown
 
 T = TypeVar("T")
 
-_TRIES = 4  # of a transfer that breaks off; clients try some of their own
-_PAUSE_S = 0.5  # before the second try, twice as long before each other
+_MAX_ATTEMPTS = 4  # of a transfer that breaks off; clients try some of their own
+_RETRY_DELAY_S = 0.5  # before the second try, twice as long before each other
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 # what clients call that which differs between a file and one that takes its place
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
@@ -38,12 +38,12 @@ class File(NamedTuple):
 
 def read(url: str) -> bytes | None:
     """Return the bytes of a small file, None where there is none. Raises RemoteError."""
-    with _in_words(url, "read"):
+    with _as_remote_error(url, "read"):
         system, path = _system(url)
         try:
             return bytes(system.cat_file(path))
         except FileNotFoundError:
-            _refuse_missing_bucket(system, url, path)
+            _check_bucket(system, url, path)
             return None
 
 
@@ -54,31 +54,32 @@ def fetch(url: str, path: Path) -> None:
     there, OSError where ``path`` cannot be written.
     """
     write = _run if url.startswith(PIPE) else _download
-    _tried(url, lambda: write(url, path))
+    _retry(url, lambda: write(url, path))
 
 
 def info(url: str) -> File:
     """Return what a listing says of a file; raises as ``fetch``."""
-    return _tried(url, lambda: _info(url))
+    return _retry(url, lambda: _info(url))
 
 
-def _tried(url: str, action: Callable[[], T]) -> T:
+def _retry(url: str, action: Callable[[], T]) -> T:
     """Do something, again where it breaks off; raises RemoteError at last."""
-    for tries in itertools.count(1):
+    for attempts in itertools.count(1):
         try:
             return action()
-        except _BrokenOffError as error:
-            if tries == _TRIES:
+        except _InterruptedError as error:
+            if attempts == _MAX_ATTEMPTS:
                 what = "the program" if url.startswith(PIPE) else "the connection"
                 raise RemoteError(
-                    f"cannot read {shown(url)}: {error}, {tries} times; nothing is lost: run the "
+                    f"cannot read {shown(url)}: {error}, {attempts} times; nothing is lost: run "
+                    f"the "
                     f"same command again when {what} is well"
                 ) from None
-            time.sleep(_PAUSE_S * 2 ** (tries - 1))
+            time.sleep(_RETRY_DELAY_S * 2 ** (attempts - 1))
     raise AssertionError("count never ends")
 
 
-def put(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
+def upload(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
     """Put a file where a URL says, in one step, so that nobody ever sees a part of it.
 
     The first one wins, and False says that another was there; ``damaged`` gives way if it is still
@@ -87,19 +88,19 @@ def put(url: str, path: Path, *, replace: bool = False, damaged: File | None = N
     of two at the very same time the last one stays, and the first may not hear of it. Raises
     RemoteError.
     """
-    with _in_words(url, "write"):
+    with _as_remote_error(url, "write"):
         system, target = _system(url)
         if replace:
             system.put_file(str(path), target)
             return True
         if "s3" in system.protocol and (damaged is None or damaged.stamp):
-            with contextlib.suppress(_NoConditionsError):
-                return _put_if(system, target, path, damaged)
-        return _put_and_look(system, target, path, damaged)
+            with contextlib.suppress(_ConditionsUnsupportedError):
+                return _upload_if_unchanged(system, target, path, damaged)
+        return _upload_and_compare(system, target, path, damaged)
 
 
-def _put_if(system: Any, target: str, path: Path, damaged: File | None) -> bool:
-    for tries in itertools.count(1):
+def _upload_if_unchanged(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+    for attempts in itertools.count(1):
         settings: dict[str, Any] = {"mode": "create"}
         if damaged is not None:
             # whole, however large: s3fs has no condition for the end of several parts
@@ -117,9 +118,9 @@ def _put_if(system: Any, target: str, path: Path, damaged: File | None) -> bool:
                 case 412:  # of a store that does not say which condition
                     return False
                 case 501:
-                    raise _NoConditionsError from None
-                case 409 if tries < _TRIES:  # another one is writing
-                    time.sleep(_PAUSE_S)
+                    raise _ConditionsUnsupportedError from None
+                case 409 if attempts < _MAX_ATTEMPTS:  # another one is writing
+                    time.sleep(_RETRY_DELAY_S)
                 case _:
                     raise
         else:
@@ -127,14 +128,14 @@ def _put_if(system: Any, target: str, path: Path, damaged: File | None) -> bool:
     raise AssertionError("count never ends")
 
 
-def _put_and_look(system: Any, target: str, path: Path, damaged: File | None) -> bool:
+def _upload_and_compare(system: Any, target: str, path: Path, damaged: File | None) -> bool:
     try:
-        there = _file_of(system.info(target))
+        existing = _file_of(system.info(target))
     except FileNotFoundError:
-        there = None
-    if there is not None and there != damaged:
+        existing = None
+    if existing is not None and existing != damaged:
         return False
-    may_ask = there is None and "s3" not in system.protocol  # which has answered already
+    may_ask = existing is None and "s3" not in system.protocol  # which has answered already
     try:
         system.put_file(str(path), target, **({"mode": "create"} if may_ask else {}))
     except FileExistsError:
@@ -149,7 +150,7 @@ def listing(url: str) -> dict[str, File]:
 
     Raises RemoteError, ConfigError where the bucket is missing or the server lists nothing.
     """
-    with _in_words(url, "list"):
+    with _as_remote_error(url, "list"):
         system, path = _system(url)
         if "http" in system.protocol:
             raise ConfigError(
@@ -159,7 +160,7 @@ def listing(url: str) -> dict[str, File]:
         try:
             found = system.ls(path.rstrip("/"), detail=True)
         except FileNotFoundError:
-            _refuse_missing_bucket(system, url, path)
+            _check_bucket(system, url, path)
             return {}
     return {
         posixpath.basename(entry["name"]): _file_of(entry)
@@ -176,11 +177,11 @@ def _file_of(entry: dict[str, Any]) -> File:
 # --- clients ----------------------------------------------------------------------------------
 
 
-class _BrokenOffError(Exception):
+class _InterruptedError(Exception):
     """A transfer that came to an end too early; another try may succeed."""
 
 
-class _NoConditionsError(Exception):
+class _ConditionsUnsupportedError(Exception):
     """A store that does not know "unless it is there"."""
 
 
@@ -207,26 +208,26 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _info(url: str) -> File:
-    with _in_words(url, "read"):
+    with _as_remote_error(url, "read"):
         system, path = _system(url)
         try:
             entry = system.info(path)
         except FileNotFoundError as error:
             if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
-                raise _BrokenOffError(_reason(error.__cause__ or error)) from None
-            _refuse_missing_bucket(system, url, path)
+                raise _InterruptedError(_reason(error.__cause__ or error)) from None
+            _check_bucket(system, url, path)
             raise ConfigError(f"there is no {shown(url)}") from None
     return _file_of(entry)
 
 
 def _download(url: str, path: Path) -> None:
     size = _info(url).size
-    with _in_words(url, "read"):
+    with _as_remote_error(url, "read"):
         system, remote = _system(url)
-        with _broken_off():
+        with _as_interrupted():
             system.get_file(remote, str(path))
     if size and (got := path.stat().st_size) != size:
-        raise _BrokenOffError(f"{got} of {size} bytes came")
+        raise _InterruptedError(f"{got} of {size} bytes came")
 
 
 def _is_connection(error: BaseException | None) -> bool:
@@ -241,11 +242,11 @@ def _run(url: str, path: Path) -> None:
         done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.PIPE)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _BrokenOffError(f"it ended with code {done.returncode}{': ' if last else ''}{last}")
+        raise _InterruptedError(f"it ended with code {done.returncode}{': ' if last else ''}{last}")
 
 
 @contextlib.contextmanager
-def _broken_off() -> Iterator[None]:
+def _as_interrupted() -> Iterator[None]:
     """Turn what clients raise when a connection is cut into one error."""
     try:
         yield
@@ -254,19 +255,19 @@ def _broken_off() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise  # of the file that is written
-        raise _BrokenOffError(_reason(error)) from None
+        raise _InterruptedError(_reason(error)) from None
     except Exception as error:  # each client has kinds of its own: botocore's, aiohttp's
         if any(word in type(error).__name__ for word in _REFUSED):
             raise
-        raise _BrokenOffError(_reason(error)) from None
+        raise _InterruptedError(_reason(error)) from None
 
 
 @contextlib.contextmanager
-def _in_words(url: str, what: str) -> Iterator[None]:
+def _as_remote_error(url: str, what: str) -> Iterator[None]:
     """Turn what clients raise into a RemoteError that says what to do."""
     try:
         yield
-    except (RemoteError, ConfigError, _BrokenOffError):
+    except (RemoteError, ConfigError, _InterruptedError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
@@ -290,7 +291,7 @@ def _reason(error: BaseException) -> str:
     return text if text and len(text) < 120 and "://" not in text else type(error).__name__
 
 
-def _refuse_missing_bucket(system: Any, url: str, path: str) -> None:
+def _check_bucket(system: Any, url: str, path: str) -> None:
     """Raise ConfigError where a file is missing because its whole bucket is."""
     if "s3" not in system.protocol:
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from mealv2 import remote
 from mealv2.cache import Cache
 from mealv2.errors import ConfigError, DataError, RemoteError
-from mealv2.files import file_sha256, write_whole
+from mealv2.files import file_sha256, write_atomic
 from mealv2.locations import PIPE, beside, file_name, shown, within
 from mealv2.packed import SUFFIX as PACK_SUFFIX
 from mealv2.packed import Pack
@@ -25,7 +25,7 @@ from mealv2.tar_files import (
     class_names,
     has_word,
     is_tar,
-    refuse_others,
+    require_plain_tars,
     shards_of,
     without_braces,
 )
@@ -46,7 +46,7 @@ class RemoteTar:
         self._cache = cache
         self._sha256 = ""
         self._has_index = False
-        self._there: remote.File | None = None  # as it was when its samples were found
+        self._remote: remote.File | None = None  # as it was when its samples were found
         self._version = ""  # what its copy is told by from those of files it has replaced
         self.size = 0  # 0: not known
 
@@ -55,12 +55,12 @@ class RemoteTar:
 
         Raises DataError, RemoteError, ConfigError where it is not there.
         """
-        index = self._index_there()
+        index = self._remote_index()
         self._has_index = index is not None
         if index is not None:
             self._version = index.sha256
         else:
-            index = self._index_here()
+            index = self._cached_index()
         self.size, self._sha256 = index.num_bytes, index.sha256
         return index.images
 
@@ -82,22 +82,22 @@ class RemoteTar:
         """See that the copy is there."""
         self._cache.make(self._url, self._fetch, size=self.size, version=self._version)
 
-    def _index_there(self) -> TarIndex | None:
+    def _remote_index(self) -> TarIndex | None:
         if self._url.startswith(PIPE):
             return None
         url = beside(self._url, file_name(self._url) + INDEX_SUFFIX)
         data = remote.read(url)
         return None if data is None else index_of_bytes(data, shown(url))
 
-    def _index_here(self) -> TarIndex:
+    def _cached_index(self) -> TarIndex:
         """Return the index of a file that has none beside it; kept beside the copy.
 
         It is that of the very file that is there, as far as the server tells files apart; what a
         program prints is taken for the same.
         """
         if not self._url.startswith(PIPE):
-            self._there = remote.info(self._url)
-            self._version = f"{self._there.size} {self._there.stamp}"
+            self._remote = remote.info(self._url)
+            self._version = f"{self._remote.size} {self._remote.stamp}"
         copy = self._cache.path_of(self._url, version=self._version)
         path = copy.with_name(copy.name + INDEX_SUFFIX)
         with suppress(OSError, DataError):  # one that is missing or damaged is made anew
@@ -110,12 +110,12 @@ class RemoteTar:
                 continue  # another process needed the room
             except DataError as error:
                 raise DataError(str(error).replace(str(copy), self.name)) from None
-            write_whole(path, index_bytes(index))
+            write_atomic(path, index_bytes(index))
             return index
 
     def _fetch(self, path: Path) -> None:
         remote.fetch(self._url, path)
-        if self._there is not None and remote.info(self._url) != self._there:
+        if self._remote is not None and remote.info(self._url) != self._remote:
             raise RemoteError(
                 f"{self.name} was replaced while it was read; run the same command again"
             )
@@ -150,7 +150,7 @@ class RemoteShards(TarShards):
         self._num_fetching = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_FETCHED_AT_ONCE, "mealv2-fetch")
-        self._refuse_small(cache)
+        self._check_cache_size(cache)
 
     def announce(self, groups: Sequence[int]) -> None:
         """Take note in which order shards will be read, to fetch them ahead of it."""
@@ -192,7 +192,7 @@ class RemoteShards(TarShards):
             with self._lock:
                 self._begin()
 
-    def _refuse_small(self, cache: Cache) -> None:
+    def _check_cache_size(self, cache: Cache) -> None:
         """Raise ConfigError for a cache that would be emptied before an epoch has used it."""
         needed = sum(sorted((tar.size for tar in self._tars), reverse=True)[: AHEAD + 1])
         if needed > cache.limit:
@@ -227,30 +227,30 @@ def _is_pattern(url: str) -> bool:
 
 
 def _in_folder(url: str, split: str) -> list[str]:
-    there = _tars(url)  # first: a server that lists nothing is refused by the name that was given
+    listed = _tars(url)  # first: a server that lists nothing is refused by the name that was given
     inside = [within(url, f"{split}/{name}") for name in _tars(within(url, split))]
-    urls = sorted(shards_of(split, url.rstrip("/"), inside, there))
+    urls = sorted(shards_of(split, url.rstrip("/"), inside, listed))
     pack_url = within(url, f"{split}{PACK_SUFFIX}")
     if not inside and (data := remote.read(pack_url)) is not None:
         pack = Pack.of_bytes(data, shown(pack_url))
-        pack.check(shown(url).rstrip("/"), {n: there[n] for n in map(file_name, urls)})
+        pack.check(shown(url).rstrip("/"), {n: listed[n] for n in map(file_name, urls)})
     return urls
 
 
 def _by_pattern(pattern: str, split: str) -> list[str]:
     named = without_braces(pattern)
     if pattern.startswith(PIPE):
-        ours = [command for command in named if has_word(command, split)]
+        tar_urls = [command for command in named if has_word(command, split)]
     else:
         named = [url for name in named for url in _matching(name)]
-        ours = [url for url in named if _is_of(split, url)]
-        refuse_others(map(shown, ours))
-    if named and not ours:
+        tar_urls = [url for url in named if _is_of(split, url)]
+        require_plain_tars(map(shown, tar_urls))
+    if named and not tar_urls:
         raise ConfigError(
             f"--data-dir {shown(pattern)}: none of its {len(named)} tar files is of the split "
             f"{split}, whose name must be a word of the file's or its folder's name"
         )
-    return sorted(set(ours))
+    return sorted(set(tar_urls))
 
 
 def _is_of(split: str, url: str) -> bool:

@@ -160,8 +160,8 @@ def with_index(data: bytes) -> bytes:
         struct.pack(">BBH", 0xFF, _INDEX, size) + _INDEX_NAME + lengths.astype("<u2").tobytes()
     )
     # JFIF: its segment is the first
-    place = next((end for marker, _, end in _segments(data) if marker == _JFIF), len(_SOI))
-    return data[:place] + segment + data[place:]
+    insert_at = next((end for marker, _, end in _segments(data) if marker == _JFIF), len(_SOI))
+    return data[:insert_at] + segment + data[insert_at:]
 
 
 def _without_index(data: bytes) -> bytes:
@@ -321,8 +321,8 @@ def _copied(
     runs = zip(begins_R.tolist(), ends_R.tolist(), strict=True)
     part = bytearray().join([header, *[coded[begin:end] for begin, end in runs]])
     codes_R = (ends_R - begins_R).cumsum() - ends_R + (len(header) + 1)
-    places = (kept_RC + codes_R[:, None]).ravel()
-    np.frombuffer(part, np.uint8)[places] = _restarts(len(places))
+    offsets = (kept_RC + codes_R[:, None]).ravel()
+    np.frombuffer(part, np.uint8)[offsets] = _restarts(len(offsets))
     part[-1] = _EOI[1]
     return bytes(part)
 

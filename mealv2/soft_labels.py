@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mealv2.codec import EncodedLabels as EncodedLabels  # the public names, used from here
 from mealv2.codec import Kept
 from mealv2.codec import encode as encode
-from mealv2.devices import moved
+from mealv2.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SoftLabels:
     num_classes: int
 
     @staticmethod
-    def of_all(probs_NC: Tensor) -> "SoftLabels":
+    def from_dense(probs_NC: Tensor) -> "SoftLabels":
         """Return dense labels, in class order."""
         indices_NC = torch.arange(probs_NC.shape[1], device=probs_NC.device).expand(probs_NC.shape)
         rest_N = probs_NC.new_zeros(len(probs_NC))
@@ -50,18 +50,21 @@ class SoftLabels:
 
     def to(self, device: torch.device) -> "SoftLabels":
         """Return the same labels on a device; on the CPU they are there when this returns."""
-        probs_NK = moved(self.probs_NK, device)
+        probs_NK = to_device(self.probs_NK, device)
         if self.is_dense:
-            return SoftLabels.of_all(probs_NK)
+            return SoftLabels.from_dense(probs_NK)
         return SoftLabels(
-            moved(self.indices_NK, device), probs_NK, moved(self.rest_N, device), self.num_classes
+            to_device(self.indices_NK, device),
+            probs_NK,
+            to_device(self.rest_N, device),
+            self.num_classes,
         )
 
     def rows(self, order_N: Tensor) -> "SoftLabels":
         """Return rows by index, in that order."""
-        order_N = moved(order_N, self.probs_NK.device)
+        order_N = to_device(order_N, self.probs_NK.device)
         if self.is_dense:
-            return SoftLabels.of_all(self.probs_NK[order_N])
+            return SoftLabels.from_dense(self.probs_NK[order_N])
         return SoftLabels(
             self.indices_NK[order_N], self.probs_NK[order_N], self.rest_N[order_N], self.num_classes
         )
@@ -73,11 +76,11 @@ class SoftLabels:
         )
 
     @staticmethod
-    def joined(parts: "Sequence[SoftLabels]") -> "SoftLabels":
+    def concat(parts: "Sequence[SoftLabels]") -> "SoftLabels":
         """Return the rows of several labels of the same K and classes, one after another."""
         probs_NK = torch.cat([part.probs_NK for part in parts])
         if parts[0].is_dense:
-            return SoftLabels.of_all(probs_NK)
+            return SoftLabels.from_dense(probs_NK)
         return SoftLabels(
             torch.cat([part.indices_NK for part in parts]),
             probs_NK,
@@ -97,7 +100,7 @@ class SoftLabels:
             rest_N / max(1, num_others) / total_N,
         )
 
-    def likeliest(self) -> Tensor:
+    def argmax(self) -> Tensor:
         """Return the likeliest class of each row, int64 N."""
         return self.probs_NK.argmax(dim=1) if self.is_dense else self.indices_NK[:, 0]
 
@@ -115,13 +118,13 @@ class SoftLabels:
 Labels = SoftLabels | EncodedLabels
 
 
-def joined(parts: Sequence[Labels]) -> Labels:
+def concat(parts: Sequence[Labels]) -> Labels:
     """Return the rows of several labels of one form, one after another."""
     exact = [part for part in parts if isinstance(part, SoftLabels)]
     encoded = [part for part in parts if isinstance(part, EncodedLabels)]
     if exact and encoded:
         raise ValueError("labels of two forms cannot be joined")
-    return SoftLabels.joined(exact) if exact else EncodedLabels.joined(encoded)
+    return SoftLabels.concat(exact) if exact else EncodedLabels.concat(encoded)
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,11 @@ class KeptLogits:
 
     def to(self, device: torch.device) -> "KeptLogits":
         """Return the same on a device; on the CPU it is there when this returns."""
-        return KeptLogits(moved(self.values_NK, device), moved(self.rest_N, device))
+        return KeptLogits(to_device(self.values_NK, device), to_device(self.rest_N, device))
 
     def rows(self, order_N: Tensor) -> "KeptLogits":
         """Return rows by index, in that order."""
-        order_N = moved(order_N, self.rest_N.device)
+        order_N = to_device(order_N, self.rest_N.device)
         return KeptLogits(self.values_NK[order_N], self.rest_N[order_N])
 
     def rounded(self, dtype: torch.dtype) -> "KeptLogits":
@@ -149,7 +152,7 @@ class KeptLogits:
         return KeptLogits(self.values_NK.to(dtype), self.rest_N.to(dtype))
 
     @staticmethod
-    def joined(parts: "Sequence[KeptLogits]") -> "KeptLogits":
+    def concat(parts: "Sequence[KeptLogits]") -> "KeptLogits":
         """Return the rows of several, one after another."""
         longest = max(part.values_NK.shape[1] for part in parts)
         padded = [F.pad(p.values_NK, (0, longest - p.values_NK.shape[1])) for p in parts]
@@ -171,7 +174,7 @@ def keep_logits(logits_NC: Tensor, kept: Kept) -> KeptLogits:
     return KeptLogits(values_NK, rest_NC.sum(dim=1) / num_others_N.clamp_min(1))
 
 
-def logits_through(logits_NC: Tensor, kept: Kept) -> Tensor:
+def compress_logits(logits_NC: Tensor, kept: Kept) -> Tensor:
     """Return a model's logits, float32 N x C, after the loss that stored mean logits went through.
 
     Those of the kept classes stay; every other class gets the mean of the others.
@@ -203,13 +206,13 @@ def top_k(probs_NC: Tensor, k: int) -> SoftLabels:
     if not 1 <= k <= num_classes:
         raise ValueError(f"k must lie in 1..{num_classes}, got {k}")
     if k == num_classes:
-        return SoftLabels.of_all(probs_NC)
+        return SoftLabels.from_dense(probs_NC)
     probs_NK, indices_NK = probs_NC.topk(k, dim=1, sorted=True)
     rest_N = probs_NC.scatter(1, indices_NK, 0.0).sum(dim=1)
     return SoftLabels(indices_NK, probs_NK, rest_N, num_classes)
 
 
-def through_kept(logits_NC: Tensor, kept: Kept) -> Tensor:
+def compress_log_probs(logits_NC: Tensor, kept: Kept) -> Tensor:
     """Return log-probabilities N x C of a model after the loss that stored labels went through.
 
     The model's probabilities at the kept classes stay; every other class gets the mean of the rest,

@@ -70,7 +70,7 @@ def shards_of(split: str, root: str, inside: Iterable[str], names: Iterable[str]
         raise ConfigError(
             f"both {inside[0]} and {beside[0]} are shards of {split}; move one kind elsewhere"
         )
-    refuse_others([*inside, *beside])
+    require_plain_tars([*inside, *beside])
     series = {re.sub(r"\d+", "#", base := path.rpartition("/")[2]): base for path in beside}
     if len(series) > 1:
         one, two = sorted(series.values())[:2]
@@ -84,22 +84,22 @@ def shards_of(split: str, root: str, inside: Iterable[str], names: Iterable[str]
 
 def _by_pattern(pattern: str, split: str) -> Split:
     named = [Path(name) for name in _expanded(pattern)]
-    ours = [path for path in named if path.parent.name == split or has_word(path.name, split)]
-    missing = [path for path in ours if not path.is_file()]
+    own_paths = [path for path in named if path.parent.name == split or has_word(path.name, split)]
+    missing = [path for path in own_paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"--data-dir {pattern}: there is no file {missing[0]}{more}")
     if not named:
         raise ConfigError(f"--data-dir {pattern}: there is no such file")
-    if not ours:
+    if not own_paths:
         raise ConfigError(
             f"--data-dir {pattern}: none of its {len(named)} tar files is of the split {split}, "
             f"whose name must be a word of the file's or its folder's name (first: {named[0]})"
         )
-    refuse_others(map(str, ours))
-    folders = {path.parent for path in ours}
+    require_plain_tars(map(str, own_paths))
+    folders = {path.parent for path in own_paths}
     folders |= {folder.parent for folder in folders if folder.name == split}
-    return Split(sorted(set(ours)), pattern, _class_names(sorted(folders)))
+    return Split(sorted(set(own_paths)), pattern, _class_names(sorted(folders)))
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -113,7 +113,7 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar") or _COMPRESSED.search(name) is not None
 
 
-def refuse_others(paths: Iterable[str]) -> None:
+def require_plain_tars(paths: Iterable[str]) -> None:
     """Raise ConfigError for a name that is not a plain tar file's."""
     for path in paths:
         if _COMPRESSED.search(path):
@@ -185,7 +185,7 @@ def class_names(files: Sequence[tuple[str, bytes]]) -> list[str] | None:
         raise ConfigError(f"{file} must be a list of class names, by class id, none of them empty")
     names = [unicodedata.normalize("NFC", name) for name in names]
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise ConfigError(f"{file} has the class {twice} twice")
     return names
 

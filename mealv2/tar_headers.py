@@ -58,11 +58,11 @@ class Archive:
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._window):
             if offset + size > self._size:
-                self._refuse(offset, "it is cut off there")
+                self._error(offset, "it is cut off there")
             self._window = os.pread(self._fd, max(size, _WINDOW), offset)
             self._start, begin = offset, 0
             if len(self._window) < size:
-                self._refuse(offset, "it was cut off while it was read")
+                self._error(offset, "it was cut off while it was read")
         return self._window[begin : begin + size]
 
     def members(self) -> Iterator[Member]:
@@ -84,7 +84,7 @@ class Archive:
                     long_name = record.partition(b"\0")[0]
                 elif kind == b"g":
                     if {b"path", b"size"} & self._pax(record, offset).keys():
-                        self._refuse(offset, "a pax header gives all members one name or size")
+                        self._error(offset, "a pax header gives all members one name or size")
                 elif kind != b"K":
                     pax = self._pax(record, offset)
                 offset = data + _padded(size)
@@ -95,17 +95,15 @@ class Archive:
                 size = 0
             elif kind not in _REGULAR:
                 what = _NAMES.get(kind, f"of the kind {kind!r}")
-                self._refuse(
-                    offset, f"{_shown(name)} is {what}; only files are read", damaged=False
-                )
+                self._error(offset, f"{_shown(name)} is {what}; only files are read", damaged=False)
             elif data + size > self._size:
-                self._refuse(offset, f"it is cut off within {_shown(name)}")
+                self._error(offset, f"it is cut off within {_shown(name)}")
             else:
                 yield Member(self._text(name, offset), data, size, zlib.crc32(header))
             long_name, pax = None, {}
             offset = data + _padded(size)
         if long_name is not None or pax:
-            self._refuse(offset, "a long name has no file")
+            self._error(offset, "a long name has no file")
         self._check_end(offset)
 
     def _check_header(self, header: bytes, offset: int) -> None:
@@ -116,9 +114,9 @@ class Archive:
         if ((zlib.adler32(others) & 0xFFFF) - 1 - stored) % _ADLER:
             signed = sum(byte - 256 if byte > 127 else byte for byte in others)
             if signed != stored:  # some old programs add signed bytes
-                self._refuse(offset, self._what_is_here(offset, header))
+                self._error(offset, self._describe_block(offset, header))
 
-    def _what_is_here(self, offset: int, header: bytes) -> str:
+    def _describe_block(self, offset: int, header: bytes) -> str:
         packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
         if offset == 0 and header.startswith(packed):
             return "it is compressed; unpack it to a plain .tar"
@@ -136,11 +134,11 @@ class Archive:
                 raise ValueError
             return int(digits or b"0", base)
         except ValueError:
-            self._refuse(offset, self._what_is_here(offset, self._window[:6]))
+            self._error(offset, self._describe_block(offset, self._window[:6]))
 
     def _record(self, offset: int, size: int) -> bytes:
         if size > _LONGEST_RECORD:
-            self._refuse(offset, f"a name or record of {size} bytes")
+            self._error(offset, f"a name or record of {size} bytes")
         return self.read(offset, size)
 
     def _pax(self, record: bytes, offset: int) -> dict[bytes, bytes]:
@@ -153,9 +151,9 @@ class Archive:
             line = record[at : at + length]
             key, equals, value = line[len(digits) + 1 : -1].partition(b"=")
             if not (key and equals and len(line) == length and line.endswith(b"\n")):
-                self._refuse(offset, "a damaged pax record")
+                self._error(offset, "a damaged pax record")
             if key.startswith(b"GNU.sparse."):
-                self._refuse(offset, "a sparse file; only whole ones are read", damaged=False)
+                self._error(offset, "a sparse file; only whole ones are read", damaged=False)
             found[key] = value
             at += length
         return found
@@ -166,7 +164,7 @@ class Archive:
         except UnicodeDecodeError:
             text = ""
         if not text or "\0" in text:
-            self._refuse(offset, f"the name {name[:80]!r} is not UTF-8 text", damaged=False)
+            self._error(offset, f"the name {name[:80]!r} is not UTF-8 text", damaged=False)
         return text
 
     def _check_end(self, offset: int) -> None:
@@ -176,12 +174,12 @@ class Archive:
             if not rest:
                 return
             if rest.strip(b"\0"):
-                self._refuse(
+                self._error(
                     offset, "there is more behind the end; tar files cannot be joined with cat"
                 )
             offset += len(rest)
 
-    def _refuse(self, offset: int, what: str, *, damaged: bool = True) -> NoReturn:
+    def _error(self, offset: int, what: str, *, damaged: bool = True) -> NoReturn:
         state, advice = (
             ("is damaged", "; copy or make it again") if damaged else ("cannot be read", "")
         )

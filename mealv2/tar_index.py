@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.errors import DataError
-from mealv2.files import write_whole
-from mealv2.formats import AGAIN, checked_json, sealed_json
+from mealv2.files import write_atomic
+from mealv2.formats import ADVICE_RERUN, checked_json, sealed_json
 from mealv2.tar_files import INDEX_SUFFIX
 
 SUFFIX = INDEX_SUFFIX
 _KNOWN = ("mealv2-tar-index", 1)
-_AFRESH = f"remove it to do without, or {AGAIN}"
+_ADVICE_RECREATE = f"remove it to do without, or {ADVICE_RERUN}"
 _COLUMNS = {
     "classes": "q",
     "sizes": "q",
@@ -69,7 +69,7 @@ def read_index(tar: Path) -> TarIndex | None:
 
 def write_index(tar: Path, index: TarIndex) -> None:
     """Write the index beside a tar file."""
-    write_whole(index_path(tar), index_bytes(index))
+    write_atomic(index_path(tar), index_bytes(index))
 
 
 def index_bytes(index: TarIndex) -> bytes:
@@ -95,10 +95,12 @@ def index_of_bytes(data: bytes, name: str) -> TarIndex:
 
     It is not compared with the tar file: that is for whoever has both.
     """
-    value = checked_json(data, name, what="an index of a tar file", known=_KNOWN, advice=_AFRESH)
+    value = checked_json(
+        data, name, what="an index of a tar file", known=_KNOWN, advice=_ADVICE_RECREATE
+    )
     index = _index_of(value)
     if index is None:
-        raise DataError(f"{name} is damaged: it describes no tar file; {_AFRESH}")
+        raise DataError(f"{name} is damaged: it describes no tar file; {_ADVICE_RECREATE}")
     return index
 
 

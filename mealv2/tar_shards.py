@@ -19,7 +19,7 @@ import numpy as np
 
 from mealv2.errors import ConfigError, DataError
 from mealv2.files import OpenFiles
-from mealv2.images import EXTENSIONS, AnyOrder
+from mealv2.images import EXTENSIONS, UnorderedSource
 from mealv2.keys import Keys
 from mealv2.tar_headers import BLOCK, Archive, Member
 from mealv2.tar_index import ShardIndex, index_path, is_key, read_index
@@ -65,7 +65,7 @@ class LocalTar:
         return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-class TarShards(AnyOrder):
+class TarShards(UnorderedSource):
     """Images in tar files as WebDataset lays them out, in the order of the shards' names.
 
     A sample is a run of members with one name up to the first dot of the base name, which is its
@@ -101,17 +101,18 @@ class TarShards(AnyOrder):
                 self._offsets += index.offsets
                 self._head_sizes += index.head_sizes
                 self._crcs += index.head_crc32s
-        self.keys = Keys.joined(keys)
+        self.keys = Keys.concat(keys)
         stops = [*self._first[1:], len(self.keys)]
         self.shard_starts = [a for a, b in zip(self._first, stops, strict=True) if a < b]
         if not self.keys:
             raise ConfigError(f"{name} holds no samples: images with a .cls member each")
-        self._refuse_twins()
+        self._check_unique()
         self.classes = classes or self._numbered_classes()
-        if (most := max(self.labels)) >= len(self.classes):
-            key = self.keys[self.labels.index(most)]
+        if (max_classes := max(self.labels)) >= len(self.classes):
+            key = self.keys[self.labels.index(max_classes)]
             raise ConfigError(
-                f"image {key} of {name} has the class id {most}, but only {len(self.classes)} "
+                f"image {key} of {name} has the class id {max_classes}, but only "
+                f"{len(self.classes)} "
                 "classes have names, counted from 0; complete the file of class names"
             )
 
@@ -140,24 +141,24 @@ class TarShards(AnyOrder):
     def _name_at(self, position: int) -> str:
         return self._tar_files[self._shard_of(position)].name
 
-    def _refuse_twins(self) -> None:
+    def _check_unique(self) -> None:
         hashes_N = np.fromiter(map(hash, self.keys), np.int64, len(self.keys))
         if len(np.unique(hashes_N)) == len(hashes_N):
             return
-        places: dict[str, int] = {}
+        positions: dict[str, int] = {}
         for position, key in enumerate(self.keys):
-            if (other := places.setdefault(key, position)) != position:
+            if (other := positions.setdefault(key, position)) != position:
                 one, two = (self._name_at(p) for p in (other, position))
                 where = f"twice in {one}" if one == two else f"in {one} and in {two}"
                 raise DataError(f"sample {key} is {where}; every image needs a key of its own")
 
     def _numbered_classes(self) -> list[str]:
-        most = max(self.labels)
-        if most >= _MOST_CLASSES:
-            name = self._name_at(self.labels.index(most))
-            raise DataError(f"{name} has the class id {most}; ids are counted from 0")
-        width = len(str(most))
-        return [f"{class_id:0{width}d}" for class_id in range(most + 1)]
+        max_classes = max(self.labels)
+        if max_classes >= _MOST_CLASSES:
+            name = self._name_at(self.labels.index(max_classes))
+            raise DataError(f"{name} has the class id {max_classes}; ids are counted from 0")
+        width = len(str(max_classes))
+        return [f"{class_id:0{width}d}" for class_id in range(max_classes + 1)]
 
 
 # --- samples ----------------------------------------------------------------------------------

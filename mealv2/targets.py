@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mealv2.devices import moved
+from mealv2.devices import to_device
 from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
@@ -29,7 +29,7 @@ class BatchTargets:
     labels come from.
     """
 
-    soft: Labels | None = None
+    soft_labels: Labels | None = None
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
     kept_logits: KeptLogits | None = None
@@ -38,9 +38,9 @@ class BatchTargets:
     def to(self, device: torch.device) -> "BatchTargets":
         """Return the same targets on a device."""
         return BatchTargets(
-            None if self.soft is None else self.soft.to(device),
-            None if self.classes_B is None else moved(self.classes_B, device),
-            None if self.mean_logits_BC is None else moved(self.mean_logits_BC, device),
+            None if self.soft_labels is None else self.soft_labels.to(device),
+            None if self.classes_B is None else to_device(self.classes_B, device),
+            None if self.mean_logits_BC is None else to_device(self.mean_logits_BC, device),
             None if self.kept_logits is None else self.kept_logits.to(device),
             self.label_counts,
         )
@@ -48,9 +48,9 @@ class BatchTargets:
     def rows(self, order_B: Tensor) -> "BatchTargets":
         """Return the rows in another order, on the same device."""
         return BatchTargets(
-            None if self.soft is None else self.soft.rows(order_B),
-            _picked(self.classes_B, order_B),
-            _picked(self.mean_logits_BC, order_B),
+            None if self.soft_labels is None else self.soft_labels.rows(order_B),
+            _select_rows(self.classes_B, order_B),
+            _select_rows(self.mean_logits_BC, order_B),
             None if self.kept_logits is None else self.kept_logits.rows(order_B),
             self.label_counts,
         )
@@ -97,7 +97,7 @@ class HardLabels(Targets):
     def batch(
         self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
     ) -> BatchTargets:
-        return BatchTargets(classes_B=_classes_of(self._classes, positions))
+        return BatchTargets(classes_B=_class_ids(self._classes, positions))
 
 
 class OnlineTeachers(Targets):
@@ -119,8 +119,8 @@ class OnlineTeachers(Targets):
     ) -> BatchTargets:
         probs_BC, mean_logits_BC = self.ensemble(images_BCHW)
         return BatchTargets(
-            SoftLabels.of_all(probs_BC),
-            _classes_of(self._classes, positions),
+            SoftLabels.from_dense(probs_BC),
+            _class_ids(self._classes, positions),
             mean_logits_BC,
             label_counts={ONLINE: len(positions)},
         )
@@ -177,20 +177,20 @@ class StoredLabels(Targets):
         online = []
         if self._ensemble is not None:
             is_stored = map(self.label_set.holds, keys, views)
-            online = [row for row, stored in enumerate(is_stored) if not stored]
-        stored = sorted(set(range(len(keys))).difference(online))
-        rows = self.label_set.rows([keys[r] for r in stored], [views[r] for r in stored])
+            online = [row for row, stored_rows in enumerate(is_stored) if not stored_rows]
+        stored_rows = sorted(set(range(len(keys))).difference(online))
+        rows = self.label_set.rows([keys[r] for r in stored_rows], [views[r] for r in stored_rows])
         if online:
             new = self._label_online(images_BCHW[torch.tensor(online, device=images_BCHW.device)])
             if self._appender is not None:
                 self._appender.add([keys[r] for r in online], [views[r] for r in online], new)
-            rows = Rows.joined([rows, new]).rows(torch.tensor(stored + online).argsort())
-        label_counts = {STORED: len(stored)}
+            rows = Rows.concat([rows, new]).rows(torch.tensor(stored_rows + online).argsort())
+        label_counts = {STORED: len(stored_rows)}
         if self._ensemble is not None:
             label_counts[ONLINE] = len(online)
         return BatchTargets(
             rows.labels,
-            _classes_of(self._classes, positions),
+            _class_ids(self._classes, positions),
             kept_logits=rows.logits,
             label_counts=label_counts,
         )
@@ -221,9 +221,9 @@ class StoredLabels(Targets):
         return rows.to(torch.device("cpu"))
 
 
-def _picked(values: Tensor | None, order_B: Tensor) -> Tensor | None:
-    return None if values is None else values[moved(order_B, values.device)]
+def _select_rows(values: Tensor | None, order_B: Tensor) -> Tensor | None:
+    return None if values is None else values[to_device(order_B, values.device)]
 
 
-def _classes_of(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+def _class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
     return torch.tensor([classes[p] for p in positions], dtype=torch.int64) if classes else None

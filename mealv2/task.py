@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mealv2.discriminator import Discriminator, num_dead_outputs, wake
+from mealv2.discriminator import Discriminator, num_dead_outputs, redraw_dead_outputs
 from mealv2.losses import discriminator_loss, similarity_loss
-from mealv2.soft_labels import EncodedLabels, Labels, logits_through, tempered, through_kept
+from mealv2.soft_labels import EncodedLabels, Labels, compress_log_probs, compress_logits, tempered
 from mealv2.targets import BatchTargets
 
 # The smallest float16 above 0: a stored label has no smaller probability, so the discriminator
@@ -38,11 +38,11 @@ class Mixture(TypedDict):
     """The second targets of mixed images, and the weight of the first."""
 
     partner: BatchTargets
-    own_share: float
+    lam: float
 
 
 # The rows of a whole batch, from those of each rank.
-Join = Callable[[Tensor], Tensor]
+GatherRows = Callable[[Tensor], Tensor]
 
 
 def _identity(rows_BC: Tensor) -> Tensor:
@@ -52,24 +52,28 @@ def _identity(rows_BC: Tensor) -> Tensor:
 class Task(nn.Module):
     """What the training loop asks of a task: a call returns a TaskResult.
 
-    ``through`` is what to call in the student's place, such as a compiled form of it.
+    ``compiled_student`` is what to call in the student's place, such as a compiled form of it.
     """
 
     student: nn.Module
-    through: Callable[[Tensor], Tensor] | None = None
+    compiled_student: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Return the student's logits, float32."""
-        call = self.student if self.through is None else self.through
+        call = self.student if self.compiled_student is None else self.compiled_student
         logits_BC: Tensor = call(images_BCHW)
         return logits_BC.float()
 
     def prepare(
-        self, images_BCHW: Tensor | None, targets: BatchTargets | None, *, joined: Join = _identity
+        self,
+        images_BCHW: Tensor | None,
+        targets: BatchTargets | None,
+        *,
+        gather_rows: GatherRows = _identity,
     ) -> str | None:
         """Look at the first batch before the first step; return a warning if there is one.
 
-        ``joined`` gathers the rows of all ranks; this rank may have none (None).
+        ``gather_rows`` gathers the rows of all ranks; this rank may have none (None).
         """
         return None
 
@@ -117,26 +121,28 @@ class DistillTask(Task):
             logits_BC.view_as(logits_BC),
             logits_BC.view_as(logits_BC),
         )
-        terms = self._terms(for_labels_BC, for_discriminator_BC, targets)
+        terms = self._loss_terms(for_labels_BC, for_discriminator_BC, targets)
         if mixture is not None:
             # L = l L(q) + (1 - l) L(q of the partner)   (official FKD_train.py)
-            share = mixture["own_share"]
-            others = self._terms(for_labels_BC, for_discriminator_BC, mixture["partner"])
-            terms = {
-                name: share * term + (1.0 - share) * others[name] for name, term in terms.items()
-            }
+            lam = mixture["lam"]
+            others = self._loss_terms(for_labels_BC, for_discriminator_BC, mixture["partner"])
+            terms = {name: lam * term + (1.0 - lam) * others[name] for name, term in terms.items()}
         loss = (1.0 - self.hard_label_weight) * terms["similarity_loss"]
         if self.hard_label_weight:
             loss = loss + self.hard_label_weight * terms["hard_label_loss"]
         parts = {name: term.detach() for name, term in terms.items()}
         if self.discriminator is not None:
             loss = loss + self.discriminator_weight * terms["discriminator_loss"]
-            _measure_ratio(parts, for_labels_BC, for_discriminator_BC)
+            _record_gradient_ratio(parts, for_labels_BC, for_discriminator_BC)
         return TaskResult(loss=loss, output=logits_BC, parts=parts)
 
     @torch.no_grad()
     def prepare(
-        self, images_BCHW: Tensor | None, targets: BatchTargets | None, *, joined: Join = _identity
+        self,
+        images_BCHW: Tensor | None,
+        targets: BatchTargets | None,
+        *,
+        gather_rows: GatherRows = _identity,
     ) -> str | None:
         """Redraw a discriminator with outputs that are dead on this batch; return what was done.
 
@@ -149,27 +155,27 @@ class DistillTask(Task):
         # gradient for the step that follows
         with torch.autocast(own_BC.device.type, enabled=False):
             if images_BCHW is not None and targets is not None:
-                own_BC = self._look(images_BCHW, targets)
-            return _revive(self.discriminator, joined(own_BC))
+                own_BC = self._eval_discriminator_inputs(images_BCHW, targets)
+            return _redraw_or_report(self.discriminator, gather_rows(own_BC))
 
-    def _look(self, images_BCHW: Tensor, targets: BatchTargets) -> Tensor:
+    def _eval_discriminator_inputs(self, images_BCHW: Tensor, targets: BatchTargets) -> Tensor:
         """Return what the discriminator would be shown of a batch, 2B x C."""
         was_training = self.student.training
         self.student.eval()
         logits_BC = self.student(images_BCHW).float()
         self.student.train(was_training)
-        return torch.cat(self._rows(logits_BC, targets))
+        return torch.cat(self._discriminator_inputs(logits_BC, targets))
 
-    def _terms(
+    def _loss_terms(
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, targets: BatchTargets
     ) -> dict[str, Tensor]:
         """Return the terms of the loss for some targets, and the discriminator's accuracy."""
-        soft = _soft(targets)
+        soft_labels = _soft_labels(targets)
         labels: Tensor | EncodedLabels
-        if isinstance(soft, EncodedLabels) and self.label_temperature == 1.0:
-            labels = soft  # never expanded
+        if isinstance(soft_labels, EncodedLabels) and self.label_temperature == 1.0:
+            labels = soft_labels  # never expanded
         else:
-            labels = tempered(soft.to_dense(), self.label_temperature)
+            labels = tempered(soft_labels.to_dense(), self.label_temperature)
         terms = {"similarity_loss": similarity_loss(for_labels_BC, labels)}
         if self.hard_label_weight:
             assert targets.classes_B is not None, "a hard-label weight needs class ids"
@@ -177,27 +183,29 @@ class DistillTask(Task):
         if self.discriminator is not None:
             # full precision: under autocast the loss's plateaus would blur
             with torch.autocast(for_labels_BC.device.type, enabled=False):
-                rows = self._rows(for_discriminator_BC, targets)
+                rows = self._discriminator_inputs(for_discriminator_BC, targets)
                 adversary, accuracy = discriminator_loss(self.discriminator, *rows)
             terms |= {"discriminator_loss": adversary, "discriminator_accuracy": accuracy}
         return terms
 
-    def _rows(self, logits_BC: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+    def _discriminator_inputs(
+        self, logits_BC: Tensor, targets: BatchTargets
+    ) -> tuple[Tensor, Tensor]:
         """Return what the discriminator is shown, B x C each: the student's and the teachers'."""
         shown = self.discriminator_input
-        soft = _soft(targets)
+        soft_labels = _soft_labels(targets)
         if shown == "probs":
-            return torch.softmax(logits_BC, dim=1), soft.to_dense()
+            return torch.softmax(logits_BC, dim=1), soft_labels.to_dense()
         if shown != "log-probs" and targets.mean_logits_BC is not None:
             return logits_BC, targets.mean_logits_BC
-        kept = soft.kept()
+        kept = soft_labels.kept()
         if shown != "log-probs" and targets.kept_logits is not None:
-            teacher_BC = targets.kept_logits.to_dense(kept, soft.num_classes)
-            return logits_through(logits_BC, kept), teacher_BC
+            teacher_BC = targets.kept_logits.to_dense(kept, soft_labels.num_classes)
+            return compress_logits(logits_BC, kept), teacher_BC
         assert shown != "logits", "the targets have no logits to show"
         return (
-            through_kept(logits_BC, kept).clamp_min(MIN_LOG_PROBABILITY),
-            soft.to_dense().log().clamp_min(MIN_LOG_PROBABILITY),
+            compress_log_probs(logits_BC, kept).clamp_min(MIN_LOG_PROBABILITY),
+            soft_labels.to_dense().log().clamp_min(MIN_LOG_PROBABILITY),
         )
 
 
@@ -215,22 +223,22 @@ class HardLabelTask(Task):
         return TaskResult(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
 
 
-def _revive(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
+def _redraw_or_report(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
     dead = num_dead_outputs(discriminator, rows_BC)
     if not dead:
         return None
     what = f"{dead} of the discriminator's outputs react to nothing (dead at initialisation)"
     if discriminator.variant == "official":
         return f"{what}; kept, as the official code does"
-    return f"{what}; redrawn {wake(discriminator, rows_BC)} times"
+    return f"{what}; redrawn {redraw_dead_outputs(discriminator, rows_BC)} times"
 
 
-def _soft(targets: BatchTargets) -> Labels:
-    assert targets.soft is not None, "distillation needs soft labels"
-    return targets.soft
+def _soft_labels(targets: BatchTargets) -> Labels:
+    assert targets.soft_labels is not None, "distillation needs soft labels"
+    return targets.soft_labels
 
 
-def _measure_ratio(
+def _record_gradient_ratio(
     parts: dict[str, Tensor], for_labels_BC: Tensor, for_discriminator_BC: Tensor
 ) -> None:
     """Add to ``parts``, during backward: |gradient from the discriminator| / |from the labels|.
@@ -240,15 +248,15 @@ def _measure_ratio(
     """
     norms: dict[str, Tensor] = {}
 
-    def note(side: str, grad_BC: Tensor) -> None:
+    def record(side: str, grad_BC: Tensor) -> None:
         norms[side] = grad_BC.norm()
         if len(norms) == 2:
             parts[GRADIENT_RATIO] = norms["discriminator"] / norms["labels"].clamp_min(1e-30)
 
     if for_labels_BC.requires_grad:
         for_labels_BC.register_hook(  # type: ignore[no-untyped-call]
-            lambda grad: note("labels", grad)
+            lambda grad: record("labels", grad)
         )
         for_discriminator_BC.register_hook(  # type: ignore[no-untyped-call]
-            lambda grad: note("discriminator", grad)
+            lambda grad: record("discriminator", grad)
         )

@@ -18,11 +18,13 @@ _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 @dataclass
 class Compiler:
-    """How networks are compiled, for batches of ``batch_size``; ``works`` until it was tried."""
+    """How networks are compiled, for batches of ``batch_size``; ``is_usable`` until it was
+    tried.
+    """
 
     mode: CompileMode
     batch_size: int
-    works: bool = True
+    is_usable: bool = True
 
     def compiled(self, network: nn.Module, *, begins_step: bool = True) -> "Compiled":
         """Return what to call in a network's place.
@@ -35,11 +37,11 @@ class Compiler:
 
     def give_up(self, error: RuntimeError) -> None:
         """Say why nothing compiles here; once, for all networks."""
-        self.works = False
+        self.is_usable = False
         cause = getattr(error, "inner_exception", error)  # torch wraps what its back end raises
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = lines[0] if lines else type(cause).__name__
-        logs.say(f"--torchcompile: this machine cannot compile ({reason}); computing without")
+        logs.info(f"--torchcompile: this machine cannot compile ({reason}); computing without")
 
 
 class Compiled:
@@ -56,7 +58,7 @@ class Compiled:
         self._call: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        if not self._compiler.works or len(images_BCHW) != self._compiler.batch_size:
+        if not self._compiler.is_usable or len(images_BCHW) != self._compiler.batch_size:
             logits_BC: Tensor = self._network(images_BCHW)
             return logits_BC
         if self._marks:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mealv2.errors import ConfigError
 from mealv2.files import read_json
-from pipeline import distill, finetune, logs, precompute, runtime
+from pipeline import distill, finetune, logs, precompute
 from pipeline.config import (
     DemoConfig,
     DistillConfig,
@@ -24,6 +24,7 @@ from pipeline.config import (
     PrecomputeConfig,
     current_names,
 )
+from pipeline.runtime import use_one_thread
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME
 
@@ -45,7 +46,7 @@ _PARTS = ("teachers", "labels", "student start", "hard-label control", "distille
 
 
 @dataclass
-class Story:
+class DemoRun:
     """The reports of every stage, by part, and the seconds that this call spent on each."""
 
     config: DemoConfig
@@ -57,7 +58,7 @@ class Story:
         """Do a training run, go on with it, or take the report it left; return its folder."""
         assert settings.output is not None
         folder = settings.output
-        logs.say(f"\n== {part}: {folder}")
+        logs.info(f"\n== {part}: {folder}")
         began = time.monotonic()
         report = _finished(folder, settings)
         if report is None:
@@ -73,7 +74,7 @@ class Story:
 
     def label(self, settings: PrecomputeConfig) -> None:
         """Do stage one, as far as it is not done."""
-        logs.say(f"\n== labels: {settings.output}")
+        logs.info(f"\n== labels: {settings.output}")
         began = time.monotonic()
         # all of it, also where the environment says that this is one of several jobs
         report = precompute.run(replace(settings, job_index=0, num_jobs=1))
@@ -91,18 +92,18 @@ class Story:
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Tell the story; return its figures. Raises MealError and OSError."""
-    runtime.use_one_thread()
-    story = Story(config, write_digits(config.output / "data"))
-    machine: dict[str, Any] = {"device": config.device, "workers": config.workers}
+    use_one_thread()
+    demo = DemoRun(config, write_digits(config.output / "data"))
+    hardware: dict[str, Any] = {"device": config.device, "workers": config.workers}
     base: dict[str, Any] = {
-        "data_dir": story.data,
+        "data_dir": demo.data,
         "val_interval": 10,
         "log_interval": 10,
-        **machine,
+        **hardware,
     }
 
     teachers = [
-        story.train(
+        demo.train(
             "teachers",
             FinetuneConfig(
                 **base,
@@ -120,20 +121,20 @@ def run(config: DemoConfig) -> dict[str, Any]:
         for name in TEACHERS
     ]
     labels = config.output / "labels"
-    story.label(
+    demo.label(
         PrecomputeConfig(
-            data_dir=story.data,
+            data_dir=demo.data,
             output=labels,
             teacher=tuple(f"{n}={f}" for n, f in zip(TEACHERS, teachers, strict=True)),
             num_views=EPOCHS,
             img_size=IMG_SIZE,
             topk="all",  # of ten classes there is nothing to leave out
-            **machine,
+            **hardware,
         )
     )
     for seed in range(config.seeds):
         folder = config.output / f"seed-{seed}"
-        start = story.train(
+        start = demo.train(
             "student start",
             FinetuneConfig(
                 **base,
@@ -150,13 +151,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
         # the two arms see the same views in the same order and differ in who labels them
         arm = {**base, "model": STUDENT, "initial_checkpoint": start, "epochs": EPOCHS, "lr": LR}
         arm |= {"seed": seed, "weight_decay": 0.0, "batch_size": BATCH_SIZE}
-        story.train(
+        demo.train(
             "hard-label control",
             FinetuneConfig(
                 **arm, img_size=IMG_SIZE, num_views=EPOCHS, output=folder / "hard-labels"
             ),
         )
-        story.train(
+        demo.train(
             "distilled",
             DistillConfig(
                 **arm,
@@ -165,8 +166,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 output=folder / "distilled",
             ),
         )
-    report = _report(story)
-    logs.say("\n" + _table(story, report))
+    report = _report(demo)
+    logs.info("\n" + _table(demo, report))
     return report
 
 
@@ -208,39 +209,39 @@ def _finished(folder: Path, settings: FinetuneConfig | DistillConfig) -> dict[st
     """Return the report of a run that is done; raises ConfigError where it is another run."""
     if not checkpoint.exists(folder):
         return None
-    asked = {**settings.as_json(), "output": None, "resume": None}
+    expected = {**settings.as_json(), "output": None, "resume": None}
     kept = current_names(type(settings), read_json(folder / "config.json"))
     free = ("workers", "device")
-    if any(kept.get(name) != value for name, value in asked.items() if name not in free):
+    if any(kept.get(name) != value for name, value in expected.items() if name not in free):
         raise ConfigError(f"{folder} holds a run with other settings; give another --output")
     report = folder / REPORT_NAME
     return dict(read_json(report)) if report.exists() else None
 
 
-def _report(story: Story) -> dict[str, Any]:
-    control = story.figures("hard-label control", "top1")
-    distilled = story.figures("distilled", "top1")
+def _report(demo: DemoRun) -> dict[str, Any]:
+    control = demo.figures("hard-label control", "top1")
+    distilled = demo.figures("distilled", "top1")
     differences = [d - c for d, c in zip(distilled, control, strict=True)]
-    labels = story.reports["labels"][0]
+    labels = demo.reports["labels"][0]
     return {
-        "output": str(story.config.output),
-        "seeds": story.config.seeds,
+        "output": str(demo.config.output),
+        "seeds": demo.config.seeds,
         "teachers": [
             {"model": t["model"], "top1": t["top1"]} for t in labels["accuracy"]["teachers"]
         ],
         "ensemble": labels["accuracy"]["ensemble"]["top1"],
-        "start": story.figures("student start", "top1"),
+        "start": demo.figures("student start", "top1"),
         "control": control,
         "distilled": distilled,
         "difference": mean(differences),
         "interval_95": interval(differences),
         "label_bytes": labels["bytes"],
         "label_views": labels["views"],
-        "seconds": {part: round(s, 1) for part, s in story.seconds.items()},
+        "seconds": {part: round(s, 1) for part, s in demo.seconds.items()},
     }
 
 
-def _table(story: Story, report: dict[str, Any]) -> str:
+def _table(demo: DemoRun, report: dict[str, Any]) -> str:
     """Return the story as a table and a few lines."""
     rows = [["", "top-1 %", "per seed"]]
     for teacher in report["teachers"]:
@@ -267,7 +268,7 @@ def _table(story: Story, report: dict[str, Any]) -> str:
         f"{logs.size_of(report['label_bytes'])}, {per_view:.0f} bytes a view"
     )
     times = [
-        f"{part} {logs.duration(story.seconds[part])}" if part in story.seconds else f"{part} kept"
+        f"{part} {logs.duration(demo.seconds[part])}" if part in demo.seconds else f"{part} kept"
         for part in _PARTS
     ]
     lines.append("time: " + ", ".join(times))

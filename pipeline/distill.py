@@ -9,8 +9,8 @@ from mealv2.errors import ConfigError
 from mealv2.task import DistillTask
 from pipeline import environment
 from pipeline.config import DistillConfig
-from pipeline.labelling.store import folder_of
-from pipeline.runtime import Runtime, joined, seed_everything
+from pipeline.labelling.store import local_folder
+from pipeline.runtime import Runtime, distributed_runtime, seed_everything
 from pipeline.sources import open_split
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluator import Evaluator
@@ -26,13 +26,13 @@ from pipeline.training.spec import CutMix, TrainingSpec, create_student
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.loop.train."""
     if config.dry_run:
-        environment.refuse_ranks("distill --dry-run")
-    with joined(config) as runtime:
-        return _distil(config, runtime)
+        environment.require_single_process("distill --dry-run")
+    with distributed_runtime(config) as runtime:
+        return _train_distillation(config, runtime)
 
 
-def _distil(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
-    folder = None if config.labels is None else folder_of(config, config.labels)
+def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
+    folder = None if config.labels is None else local_folder(config, config.labels)
     source = open_training_images(config, folder)
     val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
     if config.dry_run:
@@ -75,7 +75,7 @@ def _distil(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
         resize=labels.resize,
         evaluator=evaluator,
         extra=extra,
-        cutmix=_cutmix(config),
+        cutmix=_cutmix_settings(config),
         teachers=labels.accuracies,
         teacher_forwards=labels.teacher_forwards,
         column_notes=_column_notes(config),
@@ -97,7 +97,7 @@ def _discriminator(
     return discriminator, {"discriminator": (discriminator, lr)}
 
 
-def _cutmix(config: DistillConfig) -> CutMix | None:
+def _cutmix_settings(config: DistillConfig) -> CutMix | None:
     if config.cutmix_target is None:
         return None
     beta = 1.0 if config.cutmix_beta is None else config.cutmix_beta

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"
 
 # A command that is wrong, or its label set, is so too when it is tried again.
-_REFUSALS = (ConfigError.exit_code, LabelSetError.exit_code)
-_SPOKEN_FOR = "MEALV2_SPOKEN_FOR"
-_REFUSED = "MEALV2_REFUSED"  # a file of the job: torchrun hands on no exit code of its ranks
+_FINAL_EXIT_CODES = (ConfigError.exit_code, LabelSetError.exit_code)
+_CHILD_PROCESS = "MEALV2_SPOKEN_FOR"
+_EXIT_CODE_FILE = "MEALV2_REFUSED"  # a file of the job: torchrun hands on no exit code of its ranks
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def local_rank() -> int | None:
     return rank().local if "LOCAL_RANK" in os.environ else None
 
 
-def refuse_ranks(command: str) -> None:
+def require_single_process(command: str) -> None:
     """Raise ConfigError where torchrun started several processes of a command that is for one."""
     if rank().size > 1:
         raise ConfigError(
@@ -59,25 +59,25 @@ def refuse_ranks(command: str) -> None:
         )
 
 
-def has_store() -> bool:
+def has_torchrun_store() -> bool:
     """Return whether torchrun keeps a store for this process and others."""
     with suppress(ConfigError):
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank().size > 1
     return False
 
 
-def refused() -> int | None:
+def saved_exit_code() -> int | None:
     """Return the exit code with which this job refused to run before; None where it did not."""
     with suppress(OSError, ValueError):
-        return int(Path(os.environ.get(_REFUSED, "")).read_text(encoding="ascii"))
+        return int(Path(os.environ.get(_EXIT_CODE_FILE, "")).read_text(encoding="ascii"))
     return None
 
 
-def leave(exit_code: int) -> None:
+def save_exit_code(exit_code: int) -> None:
     """Leave an exit code for who would try the job again, where that would be in vain."""
-    if exit_code in _REFUSALS and (path := os.environ.get(_REFUSED)):
+    if exit_code in _FINAL_EXIT_CODES and (path := os.environ.get(_EXIT_CODE_FILE)):
         with suppress(OSError):
-            write_whole(Path(path), f"{exit_code}\n".encode())
+            write_atomic(Path(path), f"{exit_code}\n".encode())
 
 
 def job() -> tuple[int, int, str]:
@@ -117,18 +117,22 @@ def _number(name: str, default: int | None = None, *, advice: str) -> int:
     return int(value)
 
 
-def of_processes(count: int) -> dict[str, str]:
+def child_environment(count: int) -> dict[str, str]:
     """Return the environment of one of several processes that share this machine's cores.
 
     It says that another process speaks to the user for it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count)), **os.environ, _SPOKEN_FOR: "1"}
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "OMP_NUM_THREADS": str(max(1, (num_cores or 1) // count)),
+        **os.environ,
+        _CHILD_PROCESS: "1",
+    }
 
 
-def is_spoken_for() -> bool:
+def is_child_process() -> bool:
     """Return whether this is one of the processes of --num-procs: what to do next is not its."""
-    return _SPOKEN_FOR in os.environ
+    return _CHILD_PROCESS in os.environ
 
 
 def cache_folder() -> Path:

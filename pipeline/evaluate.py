@@ -3,15 +3,16 @@
 from typing import Any
 
 from mealv2.errors import ConfigError
-from pipeline import ready, runtime
+from pipeline import ready
 from pipeline.config import EvaluateConfig
+from pipeline.runtime import create_runtime
 from pipeline.sources import open_images
 from pipeline.training.evaluator import Evaluator
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
-    machine = runtime.start(config)
+    runtime = create_runtime(config)
     source = open_images(config, config.data_dir, config.val_split)
     found = ready.load(config, classes=source.classes)
     model = found.model
@@ -20,8 +21,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"{found.name} knows {model.num_classes} classes, {source.name} has "
             f"{len(source.classes)}"
         )
-    evaluator = Evaluator(source, machine, config, img_size=found.img_size, resize=config.resize)
-    figures = evaluator(machine.place(model), num_classes=model.num_classes)
+    evaluator = Evaluator(source, runtime, config, img_size=found.img_size, resize=config.resize)
+    figures = evaluator(runtime.to_device(model), num_classes=model.num_classes)
     report = {"model": model.tag, "img_size": found.img_size, **figures.summary()}
     if config.results_file is not None:
         rows = [

@@ -19,7 +19,7 @@ import torch
 
 import mealv2
 from mealv2.errors import ConfigError, MealError
-from mealv2.files import TEMPORARY_PREFIX, canonical_json, file_sha256, write_whole
+from mealv2.files import TEMPORARY_PREFIX, canonical_json, file_sha256, write_atomic
 from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
 from mealv2.weight_files import EXPORT_FOLDER, find_checkpoint
 from pipeline import logs, model_card
@@ -50,7 +50,7 @@ def {entry}(pretrained=True, **kwargs):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportedModel:
     """The model to export, what its checkpoint says of itself, and its run folder if it has one."""
 
     model: Classifier
@@ -60,43 +60,43 @@ class Subject:
 
 def run(config: ExportConfig) -> dict[str, Any]:
     """Export; return the report. Raises MealError and OSError."""
-    out = config.output or _usual_place(config)
+    out = config.output or _default_out(config)
     as_file = config.to in TOLERANCES
-    _refuse_existing(out, as_file=as_file)
+    _check_out(out, as_file=as_file)
     if config.to == "onnx":
         _require_onnx()
-    subject = _load(config.run)
+    exported = _load(config.run)
     report: dict[str, Any] = {"path": str(out), "kind": config.to}
     out.parent.mkdir(parents=True, exist_ok=True)
     if as_file:
-        data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](subject)
+        data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](exported)
         if difference is not None:
             report["max_difference"] = difference
-            logs.say(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
-        if not write_whole(out, data, replace=False):
-            _refuse_existing(out, as_file=True)
+            logs.info(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
+        if not write_atomic(out, data, replace=False):
+            _check_out(out, as_file=True)
     else:
-        _write_folder(out, subject, hub=config.to == "hub-folder")
+        _write_folder(out, exported, hub=config.to == "hub-folder")
     files = sorted(out.iterdir()) if out.is_dir() else [out]
     report["bytes"] = sum(path.stat().st_size for path in files)
     report["sha256"] = {path.name: file_sha256(path) for path in files}
-    logs.say(f"wrote {out}, {logs.size_of(report['bytes'])}")
+    logs.info(f"wrote {out}, {logs.size_of(report['bytes'])}")
     return report
 
 
-def _usual_place(config: ExportConfig) -> Path:
+def _default_out(config: ExportConfig) -> Path:
     folder = config.run if config.run.is_dir() else config.run.parent
     names = {"onnx": "model.onnx", "torchscript": "model.pt"}
     return folder / "export" / names.get(config.to, config.to)
 
 
-def _refuse_existing(out: Path, *, as_file: bool) -> None:
+def _check_out(out: Path, *, as_file: bool) -> None:
     """Raise ConfigError for what is there already; an empty folder may become the new one."""
     if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is already there; remove it, or give another --output")
 
 
-def _load(path: Path) -> Subject:
+def _load(path: Path) -> ExportedModel:
     """Load a model that mealv2 saved; raises ConfigError for what is none."""
     checkpoint = find_checkpoint(path)
     stored = read_metadata(checkpoint)
@@ -114,26 +114,28 @@ def _load(path: Path) -> Subject:
     )
     folder = checkpoint.absolute().parent
     in_run = folder.name == EXPORT_FOLDER and (folder.parent / CONFIG_NAME).is_file()
-    return Subject(model.eval().requires_grad_(False), stored, folder.parent if in_run else None)
+    return ExportedModel(
+        model.eval().requires_grad_(False), stored, folder.parent if in_run else None
+    )
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _write_folder(out: Path, subject: Subject, *, hub: bool) -> None:
+def _write_folder(out: Path, exported: ExportedModel, *, hub: bool) -> None:
     """Write a timm folder with a model card, and with a hubconf.py for torch.hub."""
-    stored = subject.stored
+    stored = exported.stored
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY_PREFIX) as temporary:
         folder = Path(temporary) / "folder"
         save_classifier(
-            folder, subject.model, classes=stored["classes"], img_size=stored["img_size"]
+            folder, exported.model, classes=stored["classes"], img_size=stored["img_size"]
         )
-        card = model_card.model_card(stored, model_card.history_of(subject.run))
-        write_whole(folder / "README.md", card.encode())
+        card = model_card.model_card(stored, model_card.history_of(exported.run))
+        write_atomic(folder / "README.md", card.encode())
         if hub:
             entry = re.sub(r"\W", "_", stored["architecture"])
-            write_whole(folder / "hubconf.py", _HUBCONF.format(entry=entry).encode())
-            logs.say(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
+            write_atomic(folder / "hubconf.py", _HUBCONF.format(entry=entry).encode())
+            logs.info(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
         folder.rename(out)
 
 
@@ -146,9 +148,9 @@ def _require_onnx() -> None:
         raise ConfigError(f"--to onnx needs {' and '.join(missing)}: pip install 'mealv2[export]'")
 
 
-def _onnx(subject: Subject) -> tuple[bytes, float | None]:
+def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
     """Return the ONNX file and its difference to the model, None without onnxruntime."""
-    weights = sum(t.numel() * t.element_size() for t in subject.model.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in exported.model.state_dict().values())
     if weights > _MAX_ONNX_BYTES:
         raise ConfigError(
             f"{logs.size_of(weights)} of weights do not fit into one ONNX file; use another --to"
@@ -156,8 +158,8 @@ def _onnx(subject: Subject) -> tuple[bytes, float | None]:
     import onnx
 
     program = torch.onnx.export(
-        subject.model,
-        (_images(subject, 2),),
+        exported.model,
+        (_images(exported, 2),),
         dynamo=True,
         input_names=["images"],
         output_names=["logits"],
@@ -166,26 +168,26 @@ def _onnx(subject: Subject) -> tuple[bytes, float | None]:
     )
     assert program is not None
     proto = program.model_proto
-    _forget_the_machine(proto)
+    _remove_local_paths(proto)
     proto.producer_name, proto.producer_version = "mealv2", mealv2.__version__
-    onnx.helper.set_model_props(proto, _properties(subject))
+    onnx.helper.set_model_props(proto, _properties(exported))
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
-        logs.say("not compared with the checkpoint: pip install onnxruntime to have that done")
+        logs.info("not compared with the checkpoint: pip install onnxruntime to have that done")
         return data, None
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
-    def answer(images_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
         (logits,) = session.run(["logits"], {"images": images_BCHW.numpy()})
         return torch.from_numpy(logits)
 
-    return data, _checked("onnx", subject, answer)
+    return data, _checked("onnx", exported, forward)
 
 
-def _forget_the_machine(proto: Any) -> None:
+def _remove_local_paths(proto: Any) -> None:
     """Remove what torch notes for debugging: stack traces with the paths of this machine."""
     graph = proto.graph
     noted = [proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info]
@@ -194,19 +196,19 @@ def _forget_the_machine(proto: Any) -> None:
         part.doc_string = ""
 
 
-def _torchscript(subject: Subject) -> tuple[bytes, float | None]:
+def _torchscript(exported: ExportedModel) -> tuple[bytes, float | None]:
     """Return the TorchScript file, traced, and its difference to the model."""
-    buffer, extra = io.BytesIO(), {"mealv2.json": canonical_json(_properties(subject))}
+    buffer, extra = io.BytesIO(), {"mealv2.json": canonical_json(_properties(exported))}
     with warnings.catch_warnings():
         # torch: TorchScript is no longer developed; what can load it stays
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is deprecated")
         # the shapes that a vision transformer looks at are those of the one input size
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        traced = torch.jit.trace(subject.model, _images(subject, 2))  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(exported.model, _images(exported, 2))  # type: ignore[no-untyped-call]
         torch.jit.save(traced, buffer, _extra_files=extra)
         data = _without_debug_records(buffer)
         loaded = torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
-    return data, _checked("torchscript", subject, loaded)
+    return data, _checked("torchscript", exported, loaded)
 
 
 def _without_debug_records(archive: io.BytesIO) -> bytes:
@@ -219,28 +221,30 @@ def _without_debug_records(archive: io.BytesIO) -> bytes:
     return buffer.getvalue()
 
 
-def _properties(subject: Subject) -> dict[str, str]:
+def _properties(exported: ExportedModel) -> dict[str, str]:
     """Return what a file says of the model in it, each value as JSON."""
-    stored = subject.stored
+    stored = exported.stored
     values = {name: stored[name] for name in ("architecture", "classes", "img_size", "mean", "std")}
     return {name: json.dumps(v) for name, v in values.items()} | {"mealv2": mealv2.__version__}
 
 
-def _images(subject: Subject, num_images: int) -> torch.Tensor:
-    size = subject.stored["img_size"]
+def _images(exported: ExportedModel, num_images: int) -> torch.Tensor:
+    size = exported.stored["img_size"]
     generator = torch.Generator().manual_seed(num_images)
     return torch.rand(num_images, 3, size, size, generator=generator)
 
 
-def _checked(kind: str, subject: Subject, answer: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def _checked(
+    kind: str, exported: ExportedModel, forward: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
     """Return the greatest difference to the model's logits, relative to the greatest of them.
 
     Raises MealError above the tolerance. The batch sizes are others than the one that was traced.
     """
     greatest = 0.0
     for num_images in (1, 3):
-        images_BCHW = _images(subject, num_images)
-        expected, found = subject.model(images_BCHW), answer(images_BCHW)
+        images_BCHW = _images(exported, num_images)
+        expected, found = exported.model(images_BCHW), forward(images_BCHW)
         scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
         greatest = max(greatest, float((found - expected).abs().max()) / scale)
     if not greatest <= TOLERANCES[kind]:  # nan is not

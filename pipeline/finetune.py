@@ -6,7 +6,7 @@ from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
-from pipeline.runtime import Runtime, joined, seed_everything
+from pipeline.runtime import Runtime, distributed_runtime, seed_everything
 from pipeline.sources import open_images, open_split
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.loop import train
@@ -15,7 +15,7 @@ from pipeline.training.spec import TrainingSpec, create_student
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; return the report. Raises MealError and OSError, see training.loop.train."""
-    with joined(config) as runtime:
+    with distributed_runtime(config) as runtime:
         return _finetune(config, runtime)
 
 

@@ -40,8 +40,8 @@ class Jpegtran:
                 "mealv2 pack needs the program jpegtran: install libjpeg-turbo-progs (Debian, "
                 "Ubuntu), libjpeg-turbo-utils (Fedora) or jpeg-turbo (Homebrew)"
             )
-        said = subprocess.run([path, "-version"], input=b"", capture_output=True, check=False)
-        lines = (said.stderr + said.stdout).decode(errors="replace").strip().splitlines()
+        output = subprocess.run([path, "-version"], input=b"", capture_output=True, check=False)
+        lines = (output.stderr + output.stdout).decode(errors="replace").strip().splitlines()
         program = cls(path, lines[0].strip() if lines else "unknown")
         sample = BytesIO()
         Image.new("RGB", (64, 16)).save(sample, "JPEG")

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.copies import told
+from pipeline.copies import use_display_names
 from pipeline.environment import on_terminal
-from pipeline.ranks import speaks
+from pipeline.ranks import is_main_process
 
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
@@ -20,10 +20,10 @@ _LINE_EVERY_S = 10.0
 tqdm.set_lock(threading.RLock())
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """Print a line of talk to stderr, around a progress bar if there is one; first rank only."""
-    if speaks():
-        tqdm.write(told(text), file=sys.stderr)
+    if is_main_process():
+        tqdm.write(use_display_names(text), file=sys.stderr)
 
 
 class ProgressBar:
@@ -39,7 +39,7 @@ class ProgressBar:
         self._done = 0
         self._bar: tqdm | None = None
         self._start_s = self._last_s = time.monotonic()
-        self._is_shown = speaks()
+        self._is_shown = is_main_process()
         if self._is_shown and on_terminal():
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, leave=False)
 
@@ -61,7 +61,9 @@ class ProgressBar:
             self._last_s = now
             rate = self._done / (now - self._start_s)
             left = duration((self._total - self._done) / rate)
-            say(f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.0f}/s, {left} left")
+            info(
+                f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.0f}/s, {left} left"
+            )
 
 
 def progress(

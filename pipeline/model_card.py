@@ -20,7 +20,7 @@ from pipeline.config import (
     plain,
     split_teachers,
 )
-from pipeline.runtime import versions
+from pipeline.runtime import library_versions
 from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
 
 SHOWN_CLASSES = 20
@@ -123,7 +123,7 @@ def _how(history: History) -> str:
 
 def _facts(stored: dict[str, Any], history: History) -> list[tuple[str, str]]:
     """Return the rows on student, teachers, data and labels that are known."""
-    settings, plan, version = history.settings, history.plan, versions()
+    settings, plan, version = history.settings, history.plan, library_versions()
     recipe = settings.get("recipe") or history.report.get("recipe")
     rows = [
         ("recipe", escaped(_without_folders(recipe)) if recipe else ""),
@@ -150,9 +150,9 @@ def _teachers(history: History) -> list[str]:
 
 def _data(history: History) -> str:
     """Return the split that was trained on, and how many images it has if that was recorded."""
-    role = history.plan.get("roles", {}).get("train", {})
-    if role:
-        return f"split {escaped(role['split'])}, {role['num_images']} images"
+    part = history.plan.get("roles", {}).get("train", {})
+    if part:
+        return f"split {escaped(part['split'])}, {part['num_images']} images"
     split = history.settings.get("split")
     return f"split {escaped(split)}" if split else ""
 
@@ -188,8 +188,8 @@ def _settings(history: History) -> str:
         default = None if known.default is dataclasses.MISSING else known.default
         if known.name not in _LEFT_OUT and value is not None and value != plain(default):
             rows.append((known.name.replace("_", " "), escaped(_without_folders(value))))
-    said = _table(["", ""], rows) if rows else "None.\n"
-    return f"## Settings that differ from the defaults\n\n{said}"
+    recorded = _table(["", ""], rows) if rows else "None.\n"
+    return f"## Settings that differ from the defaults\n\n{recorded}"
 
 
 def _without_folders(value: Any) -> str:

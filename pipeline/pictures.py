@@ -93,8 +93,8 @@ def mean_pixels(files: Iterable[bytes]) -> float:
 
 
 def _size(rng: np.random.Generator) -> tuple[int, int]:
-    shares = [share for share, _, _ in SIZES]
-    _, width, height = SIZES[rng.choice(len(SIZES), p=shares)]
+    probabilities = [probability for probability, _, _ in SIZES]
+    _, width, height = SIZES[rng.choice(len(SIZES), p=probabilities)]
     return (height, width) if rng.random() < UPRIGHT else (width, height)
 
 
@@ -147,7 +147,7 @@ def _filling(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 def _encoded(rng: np.random.Generator, image: Image.Image) -> bytes:
     draw = rng.random()
-    subsampling = next((name for share, name in _summed() if draw < share), None)
+    subsampling = next((name for probability, name in _summed() if draw < probability), None)
     if subsampling is None:
         image, subsampling = image.convert("L"), "4:4:4"
     file = io.BytesIO()
@@ -163,7 +163,7 @@ def _encoded(rng: np.random.Generator, image: Image.Image) -> bytes:
 
 def _summed() -> list[tuple[float, str]]:
     total, summed = 0.0, []
-    for share, name in SUBSAMPLINGS:
-        total += share
+    for probability, name in SUBSAMPLINGS:
+        total += probability
         summed.append((total, name))
     return summed

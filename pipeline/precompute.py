@@ -24,9 +24,9 @@ from pipeline.labelling.shards import (
     label_shards,
     stop_between_batches,
 )
-from pipeline.labelling.store import store_at
+from pipeline.labelling.store import open_store
 from pipeline.loading.loader import WaitTimer, read_views
-from pipeline.runtime import start
+from pipeline.runtime import create_runtime
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # of a shard, about
@@ -52,7 +52,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
 
     # Claiming writes the plan into an empty folder, or checks that the folder has this plan.
     began = time.monotonic()
-    store = store_at(config, config.output)
+    store = open_store(config, config.output)
     store.claim(plan)
     if job.is_part:  # `mealv2 labels finish` writes the manifest after the last job
         return jobs.label_part(job, splits, annotator, store, workers=config.workers)
@@ -83,7 +83,7 @@ def _run_in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]
     """Label in several processes, each a job; then write the manifest unless this is a job too."""
     began = time.monotonic()
     num_made = workers.run_workers(["precompute"], config, job)
-    store = store_at(config, config.output)
+    store = open_store(config, config.output)
     if job.is_part:
         return jobs.job_report(job, store, num_made, began)
     plan = label_set.read_plan(store.folder)
@@ -99,7 +99,7 @@ def _load_annotator(
     config: PrecomputeConfig, sources: dict[str, ImageSource]
 ) -> tuple[Annotator, list[dict[str, Any]]]:
     """Return the teachers on their device, and their description for the plan."""
-    runtime = start(config)
+    runtime = create_runtime(config)
     train = sources["train"]
     encoding = encoding_of(config, len(train.classes))
     ensemble, described = teachers.build(
@@ -125,20 +125,20 @@ def _estimate(
     """Label for a few seconds; return the views, bytes and seconds of the whole run."""
     device, train = annotator.runtime.device, splits[-1]
     num_labels = sum(split.num_labels for split in splits)
-    timing.forget_peak(device)
+    timing.reset_peak_memory(device)
     sample, label_bytes = _measure(config, annotator, train)
     rate, peak_bytes = sample.rate, timing.peak_bytes(device)
     num_bytes = round(num_labels * label_bytes) + sum(map(_bytes_beside_labels, splits))
-    logs.say(
+    logs.info(
         f"{num_labels} views, {logs.size_of(num_bytes)}, about "
         f"{logs.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up to "
         f"{logs.size_of(peak_bytes)}"
     )
-    timing.say_limit(sample)
+    timing.print_limit(sample)
     if isinstance(config.output, Path):
         free = shutil.disk_usage(_existing(config.output)).free
         if free < num_bytes:
-            logs.say(f"only {logs.size_of(free)} are free at {config.output}")
+            logs.info(f"only {logs.size_of(free)} are free at {config.output}")
     return {
         "dry_run": True,
         "images": len(train.source),
@@ -166,7 +166,7 @@ def _measure(
             split.reader,
             batch_requests(range(num_images), split.views, batch_size),
             workers=config.workers,
-            pin_memory=annotator.runtime.pins,
+            pin_memory=annotator.runtime.should_pin_memory,
         )
         timer, start_s = WaitTimer(batches), time.perf_counter()
         annotations = annotator.annotate(split.source, timer, count_correct=False)
@@ -176,7 +176,7 @@ def _measure(
         waited_s = timer.take() - (timer.start_s or 0.0)
         return timing.Sample(max(1, len(annotations.positions)), seconds, waited_s)
 
-    return timing.sample(label, least=batch_size), label_bytes
+    return timing.sample(label, min_size=batch_size), label_bytes
 
 
 def _bytes_beside_labels(split: LabelSplit) -> int:

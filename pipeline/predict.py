@@ -8,18 +8,19 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.images import EXTENSIONS, AnyOrder, walk_images
+from mealv2.images import EXTENSIONS, UnorderedSource, walk_images
 from mealv2.released import find
-from pipeline import logs, ready, runtime
+from pipeline import logs, ready
 from pipeline.config import PredictConfig
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
+from pipeline.runtime import Runtime, create_runtime
 from pipeline.training.evaluator import finite_logits
 
 IMAGENET_CLASSES = 1000
 
 
-class Pictures(AnyOrder):
+class ImageFiles(UnorderedSource):
     """An image source of files by path, without classes: keys are paths as they were given.
 
     Folders stand for the pictures under them, sorted; names that begin with a dot are left out, and
@@ -31,7 +32,7 @@ class Pictures(AnyOrder):
     split = ""
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
-        found = [str(picture) for path in paths for picture in _pictures(path)]
+        found = [str(image) for path in paths for image in _image_files(path)]
         self.keys = list(dict.fromkeys(found))
         self.labels: list[int] = []
         self.classes: list[str] = []
@@ -53,74 +54,74 @@ class Pictures(AnyOrder):
 
 def run(config: PredictConfig) -> dict[str, Any]:
     """Predict; return the report. Raises MealError and OSError."""
-    machine = runtime.start(config)
-    source = Pictures(config.image)
+    runtime = create_runtime(config)
+    source = ImageFiles(config.image)
     found = ready.load(config)
     names = _class_names(config, found)
     skipped: dict[str, str] = {}
-    answers = []
-    for answer in _answers(config, machine, source, found, skipped):
-        best = [{"class_id": c, "class": names[c], "prob": prob} for c, prob in answer["best"]]
-        answers.append({"image": answer["image"], "best": best})
-        logs.say(_shown(answers[-1]))
-    if not answers:
+    predictions = []
+    for prediction in _predictions(config, runtime, source, found, skipped):
+        best = [{"class_id": c, "class": names[c], "prob": prob} for c, prob in prediction["best"]]
+        predictions.append({"image": prediction["image"], "best": best})
+        logs.info(_shown(predictions[-1]))
+    if not predictions:
         raise DataError("no image could be read")
     for key, reason in skipped.items():
-        logs.say(f"left out {key}: {reason}")
+        logs.info(f"left out {key}: {reason}")
     report = {
         "model": found.model.tag,
         "img_size": found.img_size,
-        "num_images": len(answers),
+        "num_images": len(predictions),
         "skipped": skipped,
-        "predictions": answers,
+        "predictions": predictions,
     }
     if config.results_file is not None:
         rows = [
-            {"image": answer["image"], "rank": rank, **best}
-            for answer in answers
-            for rank, best in enumerate(answer["best"], start=1)
+            {"image": prediction["image"], "rank": rank, **best}
+            for prediction in predictions
+            for rank, best in enumerate(prediction["best"], start=1)
         ]
         ready.write_results(config.results_file, report, rows)
     return report
 
 
 @torch.no_grad()
-def _answers(
+def _predictions(
     config: PredictConfig,
-    machine: runtime.Runtime,
-    source: Pictures,
-    found: ready.Ready,
+    runtime: Runtime,
+    source: ImageFiles,
+    found: ready.LoadedModel,
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
-    model = machine.place(found.model).eval()
+    model = runtime.to_device(found.model).eval()
     loader = read_views(
         ViewReader(source, img_size=found.img_size, resize=config.resize),
         centre_requests(range(len(source)), config.batch_size),
         workers=config.workers,
-        pin_memory=machine.pins,
+        pin_memory=runtime.should_pin_memory,
     )
     shown = logs.progress(
         loader,
         total=len(source),
         what="predicting",
         unit="images",
-        size=lambda pixels: len(pixels.positions) + len(pixels.failed),
+        size=lambda batch: len(batch.positions) + len(batch.failed),
     )
-    for pixels in on_device(shown, machine.device):
-        check_failures(source, pixels.failed, config.on_bad_image)
-        skipped.update(failures_by_key(source, pixels.failed))
-        if not pixels.positions:
+    for batch in on_device(shown, runtime.device):
+        check_failures(source, batch.failed, config.on_bad_image)
+        skipped.update(failures_by_key(source, batch.failed))
+        if not batch.positions:
             continue
-        logits = finite_logits(model, pixels, machine, advice="leave out --amp")
+        logits = finite_logits(model, batch, runtime, advice="leave out --amp")
         probs, classes = logits.softmax(1).topk(min(config.topk, logits.shape[1]))
-        rows = zip(pixels.positions, classes.tolist(), probs.tolist(), strict=True)
+        rows = zip(batch.positions, classes.tolist(), probs.tolist(), strict=True)
         for position, ids, values in rows:
             best = list(zip(ids, values, strict=True))
             yield {"image": source.keys[position], "best": best}
 
 
-def _pictures(path: Path) -> Iterator[Path]:
+def _image_files(path: Path) -> Iterator[Path]:
     """Yield a picture, or those under a folder, links followed, in order."""
     _check_name(path)
     if not path.is_dir():
@@ -131,9 +132,9 @@ def _pictures(path: Path) -> Iterator[Path]:
     found = sorted(walk_images(path))
     if not found:
         raise ConfigError(f"folder {path} holds no picture ({', '.join(EXTENSIONS)})")
-    for picture in found:
-        _check_name(picture)
-        yield picture
+    for image in found:
+        _check_name(image)
+        yield image
 
 
 def _check_name(path: Path) -> None:
@@ -143,7 +144,7 @@ def _check_name(path: Path) -> None:
         raise ConfigError(f"the file name {str(path)!a} is not valid UTF-8; rename it") from None
 
 
-def _class_names(config: PredictConfig, found: ready.Ready) -> list[str]:
+def _class_names(config: PredictConfig, found: ready.LoadedModel) -> list[str]:
     """Return the names that the checkpoint keeps, ImageNet's for its models, else the class ids."""
     if found.classes is not None:
         return found.classes
@@ -156,6 +157,6 @@ def _class_names(config: PredictConfig, found: ready.Ready) -> list[str]:
     return [str(number) for number in range(num_classes)]
 
 
-def _shown(answer: dict[str, Any]) -> str:
-    rows = [f"{100 * best['prob']:6.2f} %  {best['class']}" for best in answer["best"]]
-    return "\n".join([answer["image"], *rows])
+def _shown(prediction: dict[str, Any]) -> str:
+    rows = [f"{100 * best['prob']:6.2f} %  {best['class']}" for best in prediction["best"]]
+    return "\n".join([prediction["image"], *rows])

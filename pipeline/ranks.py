@@ -20,15 +20,20 @@ from pipeline.environment import Rank
 
 _SIGNALS = ("SIGINT", "SIGTERM")
 _CLAIM_TIMEOUT = timedelta(seconds=10)
-_LOST = (
+_LOST_MESSAGE = (
     "another rank ended without a word (killed, or its machine is gone); start the run again with "
     "--resume or --auto-resume, it goes on from its newest checkpoint"
 )
 # what torch's back ends say when a connection breaks: gloo has no error class of its own
-_BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_CONNECTION_ERRORS = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 
 
-class AlreadySaid(MealError):  # noqa: N818  # the error is the other rank's
+class ReportedElsewhereError(MealError):  # the error is the other rank's
     """An error that another rank has told the user of; this one ends with its code, silently."""
 
     def __init__(self, exit_code: int) -> None:
@@ -47,58 +52,58 @@ class Ranks:
     size: int = 1
 
     @property
-    def are_several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there are others."""
         return self.size > 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the one that writes and talks."""
         return self.rank == 0
 
-    def agree(self, num_views: int, signal_name: str | None) -> tuple[int, str | None]:
+    def sync_step(self, num_views: int, signal_name: str | None) -> tuple[int, str | None]:
         """Return how many views all ranks have together, and a signal that one of them got."""
-        if not self.are_several:
+        if not self.is_distributed:
             return num_views, signal_name
-        told = torch.tensor([num_views, *(signal_name == name for name in _SIGNALS)])
-        dist.all_reduce(told)
-        total, *signals = told.tolist()
+        counts = torch.tensor([num_views, *(signal_name == name for name in _SIGNALS)])
+        dist.all_reduce(counts)
+        total, *signals = counts.tolist()
         return total, next((n for n, got in zip(_SIGNALS, signals, strict=True) if got), None)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.agree(0, None)
+        self.sync_step(0, None)
 
-    def total(self, sums: Tensor) -> Tensor:
+    def all_reduce(self, sums: Tensor) -> Tensor:
         """Return the sum of a CPU tensor over the ranks."""
-        if self.are_several:
+        if self.is_distributed:
             sums = sums.clone()
             dist.all_reduce(sums)
         return sums
 
-    def texts(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Return the text of every rank."""
         row = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        return [bytes(other.tolist()).decode() for other in self.rows(row)]
+        return [bytes(other.tolist()).decode() for other in self.all_gather(row)]
 
-    def text(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return the first rank's text."""
-        return self.texts(text if self.is_first else "")[0]
+        return self.all_gather_text(text if self.is_main_process else "")[0]
 
-    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_counts(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Return the sums of named numbers; a rank may lack names that others have."""
-        if not self.are_several:
+        if not self.is_distributed:
             return dict(numbers)
         sums: dict[str, float] = {}
-        for text in self.texts(json.dumps(dict(numbers))):
+        for text in self.all_gather_text(json.dumps(dict(numbers))):
             for name, number in json.loads(text).items():
                 sums[name] = sums.get(name, 0) + number
         return sums
 
-    def rows(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return a tensor of every rank, on the CPU; they may differ in their first size."""
         tensor = tensor.detach().cpu()
-        if not self.are_several:
+        if not self.is_distributed:
             return [tensor]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(tensor)]))
@@ -109,15 +114,15 @@ class Ranks:
         dist.all_gather(found, padded)
         return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
 
-    def joined(self, rows_BC: Tensor) -> Tensor:
+    def gather_rows(self, rows_BC: Tensor) -> Tensor:
         """Return the rows of all ranks in their order, on the device of this one's."""
-        if not self.are_several:
+        if not self.is_distributed:
             return rows_BC
-        return torch.cat(self.rows(rows_BC)).to(rows_BC.device)
+        return torch.cat(self.all_gather(rows_BC)).to(rows_BC.device)
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors, weights or buffers of a module, with the first rank's."""
-        if not self.are_several:
+        if not self.is_distributed:
             return
         with torch.no_grad():
             for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
@@ -128,26 +133,27 @@ class Ranks:
                 for tensor, part in zip(of_type, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
 
-    def insist(self, text: str, *, what: str) -> None:
+    def require_equal(self, text: str, *, what: str) -> None:
         """Raise ConfigError where the ranks' texts differ; ``what`` they describe."""
-        if len(set(self.texts(text))) > 1:
+        if len(set(self.all_gather_text(text))) > 1:
             raise ConfigError(
                 f"the ranks do not have the same {what}; start all of them with the same command, "
                 "with data, labels and run folder where every machine sees them"
             )
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Return whether this process is to talk: the first rank of a run, or a process alone."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 @contextmanager
-def together(rank: Rank, *, backend: str) -> Iterator[Ranks]:
+def process_group(rank: Rank, *, backend: str) -> Iterator[Ranks]:
     """Meet the other ranks where the environment says (env://), for as long as the block lasts.
 
-    Who lost a rank that ended for a reason of its own raises AlreadySaid. Raises ConfigError where
-    nothing says whom to meet, MealError where they cannot be met, or one was lost without a word.
+    Who lost a rank that ended for a reason of its own raises ReportedElsewhereError. Raises
+    ConfigError where nothing says whom to meet, MealError where they cannot be met, or one was lost
+    without a word.
     """
     try:
         store = _store(rank)
@@ -164,25 +170,25 @@ def together(rank: Rank, *, backend: str) -> Iterator[Ranks]:
         yield Ranks(rank.number, rank.size)
     except BaseException as error:
         # the group is left to the end of the process: to close it might wait for who is gone
-        told = _told(error, store)
-        if told is error:
+        counts = _error_to_raise(error, store)
+        if counts is error:
             raise
-        raise told from error
+        raise counts from error
     dist.destroy_process_group()
 
 
-def _told(error: BaseException, store: Any) -> BaseException:
+def _error_to_raise(error: BaseException, store: Any) -> BaseException:
     """Return what a rank that ends with ``error`` is to raise."""
-    if isinstance(error, RuntimeError) and _is_of_a_lost_rank(error):
+    if isinstance(error, RuntimeError) and _is_connection_error(error):
         # who ends for a reason of its own has said so before its connections closed
         if _count(store, "ended", 0) > 0:
-            return AlreadySaid(MealError.exit_code)
-        return MealError(_LOST)
+            return ReportedElsewhereError(MealError.exit_code)
+        return MealError(_LOST_MESSAGE)
     _count(store, "ended", 1)
     return error
 
 
-def claim(text: str, rank: Rank) -> bool:
+def claim_message(text: str, rank: Rank) -> bool:
     """Return whether this is the first of torchrun's ranks that wants to say something.
 
     They need not have met. Where torchrun's store cannot be reached all of them may.
@@ -208,8 +214,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _is_of_a_lost_rank(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in _BROKEN)
+def _is_connection_error(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(
+        text in str(error) for text in _CONNECTION_ERRORS
+    )
 
 
 def _count(store: Any, key: str, number: int) -> int:

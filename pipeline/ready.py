@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, write_whole
+from mealv2.files import canonical_json, write_atomic
 from mealv2.models import Classifier, Preprocessing, create_classifier, read_metadata
 from mealv2.released import find
 from mealv2.weight_files import find_checkpoint
-from pipeline.config import DEFAULT_IMG_SIZE, ReadyModel
+from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedModel:
     """A model, the side of its centre crop, and the class names its checkpoint keeps, if any."""
 
     name: str
@@ -25,7 +25,7 @@ class Ready:
     classes: list[str] | None
 
 
-def load(config: ReadyModel, *, classes: Sequence[str] | None = None) -> Ready:
+def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> LoadedModel:
     """Build the model; with ``classes``, refuse a checkpoint that was trained on others.
 
     Raises ConfigError and MealError as mealv2.models.create_classifier does.
@@ -52,7 +52,7 @@ def load(config: ReadyModel, *, classes: Sequence[str] | None = None) -> Ready:
         if config.mean and config.std
         else None,
     )
-    return Ready(name, model, img_size, stored.get("classes"))
+    return LoadedModel(name, model, img_size, stored.get("classes"))
 
 
 def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -65,4 +65,4 @@ def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, A
         writer.writeheader()
         writer.writerows(rows)
         data = text.getvalue()
-    write_whole(path, data.encode())
+    write_atomic(path, data.encode())

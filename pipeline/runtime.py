@@ -18,8 +18,8 @@ from torch import nn
 import mealv2
 from mealv2.errors import ConfigError
 from pipeline import environment
-from pipeline.config import Machine
-from pipeline.ranks import Ranks, together
+from pipeline.config import RuntimeConfig
+from pipeline.ranks import Ranks, process_group
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,19 +43,19 @@ class Runtime:
         """The name of the type that networks compute in."""
         return str(self.amp_dtype or torch.float32).removeprefix("torch.")
 
-    def place(self, network: M) -> M:
+    def to_device(self, network: M) -> M:
         """Return a network on the device, with its weights laid out as images are."""
         # tensor cores want channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
         # 0.72 and resnet50 0.83 of its time with weights and images as timm lays them out
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     @property
-    def pins(self) -> bool:
+    def should_pin_memory(self) -> bool:
         """Whether pixels are to be read into page-locked memory, for this device."""
         return self.device.type == "cuda"
 
 
-def start(config: Machine) -> Runtime:
+def create_runtime(config: RuntimeConfig) -> Runtime:
     """Choose device and precision; raises ConfigError for a device this machine does not have."""
     if config.device == "auto":
         device = torch.device(_gpu() or "cpu")
@@ -91,25 +91,26 @@ def gpu_of(number: int) -> str | None:
 
 
 @contextmanager
-def joined(config: Machine) -> Iterator[Runtime]:
+def distributed_runtime(config: RuntimeConfig) -> Iterator[Runtime]:
     """Start a training run's part of the machine: all of it, or that of one of torchrun's ranks.
 
-    Raises ConfigError as ``start`` does, and where ranks cannot meet; see ranks.together.
+    Raises ConfigError as ``create_runtime`` does, and where ranks cannot meet; see
+    ranks.process_group.
     """
     rank = environment.rank()
     if rank.size == 1:
-        yield start(config)
+        yield create_runtime(config)
         return
-    machine = start(_with_own_device(config, rank.local))
+    runtime = create_runtime(_with_own_device(config, rank.local))
     backend = "gloo"
-    if machine.device.type == "cuda":
-        torch.cuda.set_device(machine.device)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
         backend = "cpu:gloo,cuda:nccl"
-    with together(rank, backend=backend) as ranks:
-        yield replace(machine, ranks=ranks)
+    with process_group(rank, backend=backend) as ranks:
+        yield replace(runtime, ranks=ranks)
 
 
-def _with_own_device(config: Machine, local_rank: int) -> Machine:
+def _with_own_device(config: RuntimeConfig, local_rank: int) -> RuntimeConfig:
     """Return the settings with the device of one of several ranks: the CPU, or a GPU of its own."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return replace(config, device="cpu")
@@ -142,7 +143,7 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Return the versions that can change a number."""
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
     found = {name: metadata.version(name) for name in libraries}

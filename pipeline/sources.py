@@ -6,31 +6,31 @@ from mealv2.images import ImageSource, open_source
 from mealv2.locations import Location, shown
 from mealv2.tar_shards import TarShards
 from pipeline import environment
-from pipeline.config import NO_SPLIT, Caching
+from pipeline.config import NO_SPLIT, CacheConfig
 
 
-def cache_of(config: Caching) -> Cache:
+def cache_of(config: CacheConfig) -> Cache:
     """Return the folder that a command keeps copies of remote files in."""
     return Cache(config.cache_dir or environment.cache_folder(), config.cache_bytes)
 
 
-def open_images(config: Caching, data_dir: Location, split: str) -> ImageSource:
+def open_images(config: CacheConfig, data_dir: Location, split: str) -> ImageSource:
     """Open a split of a data set. Raises ConfigError, DataError and RemoteError."""
     return open_source(data_dir, split, cache=cache_of(config))
 
 
 def open_split(
-    config: Caching, data_dir: Location, split: str, *, classes: list[str]
+    config: CacheConfig, data_dir: Location, split: str, *, classes: list[str]
 ) -> ImageSource | None:
     """Open a validation split; None for ``none``. Raises ConfigError where the classes differ."""
     if split == NO_SPLIT:
         return None
     source = open_images(config, data_dir, split)
     if source.classes != classes:
-        odd = sorted(set(source.classes) ^ set(classes))
+        unmatched = sorted(set(source.classes) ^ set(classes))
         advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
         raise ConfigError(
             f"split {split} of {shown(data_dir)} has other classes than the training data: "
-            f"{', '.join(odd[:4])}{advice}"
+            f"{', '.join(unmatched[:4])}{advice}"
         )
     return source

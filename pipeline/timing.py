@@ -21,7 +21,7 @@ SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
 _WAITS = 0.1  # share of the time spent waiting for images above which these are what limits
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -48,10 +48,10 @@ class Turn:
 
 def timed(work: Callable[[], int], device: torch.device) -> Turn:
     """Do work once, from an idle device to an idle device; ``work`` returns how many units."""
-    settle(device)
+    synchronize(device)
     cpu_began, began = cpu_seconds(), time.perf_counter()
     units = work()
-    settle(device)
+    synchronize(device)
     seconds = time.perf_counter() - began
     return Turn(units, seconds, cpu_seconds() - cpu_began)
 
@@ -87,15 +87,15 @@ def _ticks(pid: int) -> int:
 
 
 def take_turns(
-    works: Mapping[str, Callable[[], int]], *, rounds: int, device: torch.device
+    workloads: Mapping[str, Callable[[], int]], *, rounds: int, device: torch.device
 ) -> dict[str, list[Turn]]:
     """Do every work once a round, one after another: A B C A B C …; a first round does not count.
 
     What else the machine does weighs on all of a round alike, so compare within a round.
     """
-    turns: dict[str, list[Turn]] = {name: [] for name in works}
+    turns: dict[str, list[Turn]] = {name: [] for name in workloads}
     for number in range(rounds + 1):
-        for name, work in works.items():
+        for name, work in workloads.items():
             turn = timed(work, device)
             if number:
                 turns[name].append(turn)
@@ -140,18 +140,18 @@ class Sample:
         return "reading images" if self.waiting_share > _WAITS else "the networks"
 
 
-def sample(measure: Callable[[int], Sample], *, least: int) -> Sample:
-    """Measure ``least`` units to warm up, then as many as take a few seconds."""
-    units = least
+def sample(measure: Callable[[int], Sample], *, min_size: int) -> Sample:
+    """Measure ``min_size`` units to warm up, then as many as take a few seconds."""
+    units = min_size
     for _ in range(2):
         found = measure(units)
-        units = max(least, int(found.rate * SAMPLE_SECONDS))
+        units = max(min_size, int(found.rate * SAMPLE_SECONDS))
     return found
 
 
-def say_limit(found: Sample) -> None:
+def print_limit(found: Sample) -> None:
     """Say what limits the rate."""
-    logs.say(
+    logs.info(
         f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
         "the time"
     )
@@ -160,14 +160,16 @@ def say_limit(found: Sample) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Begin anew with the peak of a GPU's memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory in use: of a GPU since forget_peak, else of this process ever."""
+    """Return the most memory in use: of a GPU since reset_peak_memory, else of this process
+    ever.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -173,8 +173,8 @@ def signed_manifest(files: Files, manifest: Tree, write: Callable[[Tree], bytes]
     from mealv2.files import canonical_json
 
     with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
-        for role in manifest["roles"].values():
-            for block in role["blocks"]:
+        for split in manifest["roles"].values():
+            for block in split["blocks"]:
                 for entry in block["shards"]:
                     data = files[entry["name"]]
                     entry["bytes"] = len(data)
@@ -355,8 +355,8 @@ class Reader:
     def _outcome(self, whole: Set, case: Case, rng: random.Random) -> str:
         opened: list[Any] = []
         reasons = [self._refusal(lambda: opened.append(self._open(self.folder)))]
-        some = rng.sample(range(len(whole.places)), 3)
-        for order in (range(len(whole.places)), *([n] for n in some)):
+        some = rng.sample(range(len(whole.columns)), 3)
+        for order in (range(len(whole.columns)), *([n] for n in some)):
             for labels in opened:
                 check = partial(self._check_rows, labels, whole, case, list(order))
                 reasons.append(self._refusal(check))
@@ -369,7 +369,7 @@ class Reader:
     def _check_rows(self, labels: Any, whole: Set, case: Case, order: list[int]) -> None:
         import torch
 
-        rows = self._look_up(labels, [whole.places[n] for n in order])
+        rows = self._look_up(labels, [whole.columns[n] for n in order])
         rows.labels.kept()
         if not case.is_forged:
             expected = whole.rows.rows(torch.tensor(order))
@@ -419,7 +419,7 @@ def make_sets(folder: Path) -> list[Set]:
             place, ENCODINGS[name], KEYS, 4, block_ends=ends, skipped=skipped, images=known
         )
         labels = LabelSet.open(place)
-        where = made.places()
+        where = made.addresses()
         if number % 3 == 0:
             keys = KEYS[:2]
             appender = Appender(labels)

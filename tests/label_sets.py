@@ -55,17 +55,17 @@ class Made(NamedTuple):
     keys: list[str]
     num_views: int
 
-    def of(self, places: Sequence[tuple[str, int]]) -> Rows:
+    def of(self, addresses: Sequence[tuple[str, int]]) -> Rows:
         """Return what was put in for views of images."""
-        order = [self.keys.index(key) * self.num_views + view for key, view in places]
+        order = [self.keys.index(key) * self.num_views + view for key, view in addresses]
         return self.rows.rows(torch.tensor(order, dtype=torch.int64))
 
-    def places(self) -> list[tuple[str, int]]:
+    def addresses(self) -> list[tuple[str, int]]:
         """Return all (key, view), in the order of ``rows``."""
         return [(key, view) for key in self.keys for view in range(self.num_views)]
 
 
-def answers(num_rows: int, num_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def ensemble_outputs(num_rows: int, num_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return (probabilities, mean logits) of two teachers, sure of some rows and not of others."""
     generator = torch.Generator().manual_seed(seed)
     scale_N1 = torch.rand(num_rows, 1, generator=generator) * 6
@@ -75,7 +75,7 @@ def answers(num_rows: int, num_classes: int, *, seed: int = 0) -> tuple[Tensor, 
 
 def encoded(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
     """Return random answers as a set of this encoding keeps them."""
-    return encoding.encode(*answers(num_rows, encoding.num_classes, seed=seed))
+    return encoding.encode(*ensemble_outputs(num_rows, encoding.num_classes, seed=seed))
 
 
 def plan_of(
@@ -106,11 +106,11 @@ def make_set(
     shard_size: int = 3,
     skipped: Mapping[str, str] | None = None,
     seed: int = 0,
-    answers_N: tuple[Tensor, Tensor | None] | None = None,
+    outputs_N: tuple[Tensor, Tensor | None] | None = None,
     images: Images | None = None,
     **plan_changes: Any,
 ) -> Made:
-    """Write a finished set of the role ``train`` with random labels, or those of ``answers_N``.
+    """Write a finished set of the role ``train`` with random labels, or those of ``outputs_N``.
 
     ``block_ends``: where blocks of views end, the last at ``num_views`` (one block otherwise);
     images of ``first_block_only`` are left out of all blocks but the first. ``skipped`` images come
@@ -120,10 +120,10 @@ def make_set(
     plan = plan_of(encoding, first_stop, **plan_changes)
     claim(folder, plan)
     num_rows = len(keys) * num_views
-    if answers_N is None:
+    if outputs_N is None:
         rows = encoded(encoding, num_rows, seed=seed)
     else:
-        rows = encoding.encode(*answers_N)
+        rows = encoding.encode(*outputs_N)
     made = Made(
         folder,
         rows.labels.to_dense().numpy().reshape(len(keys), num_views, encoding.num_classes),
@@ -145,7 +145,7 @@ def make_set(
             reasons = (skipped or {}) if not part else {}
             shard = Shard(
                 plan_sha256=json_sha256(plan),
-                role="train",
+                split="train",
                 number=number,
                 first_view=start,
                 num_views=stop - start,
@@ -160,14 +160,14 @@ def make_set(
             write_shard(path, shard)
             listed.append(describe_file(path, num_images=len(part)))
         blocks.append({"views": [start, stop], "shards": listed})
-    role = {"blocks": blocks, "skipped": dict(skipped or {}), "num_images": len(keys)}
-    write_manifest(folder, plan, roles={"train": role})
+    split = {"blocks": blocks, "skipped": dict(skipped or {}), "num_images": len(keys)}
+    write_manifest(folder, plan, roles={"train": split})
     return made
 
 
-def look_up(labels: LabelSet, places: Sequence[tuple[str, int]]) -> Rows:
+def look_up(labels: LabelSet, addresses: Sequence[tuple[str, int]]) -> Rows:
     """Return the rows of views of images."""
-    return labels.rows([key for key, _ in places], [view for _, view in places])
+    return labels.rows([key for key, _ in addresses], [view for _, view in addresses])
 
 
 def tensors_of(rows: Rows) -> list[Tensor]:

@@ -132,7 +132,7 @@ def fkd_recovery(packed: np.ndarray, kind: str, num_classes: int) -> np.ndarray:
     return np.array(rows)
 
 
-def through_top_k(
+def compress_top_k(
     logits_NC: np.ndarray, indices_NK: np.ndarray | Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Log-probabilities whose not-kept classes all have the mean probability of the not-kept.
@@ -188,10 +188,10 @@ def shown_rows(
         for slope, kept in zip(slopes, indices_NK, strict=True):
             others = np.setdiff1d(np.arange(num_classes), kept)
             slope[np.ix_(others, others)] = 1.0 / max(1, len(others))
-        return logits_through(logits_NC, indices_NK), slopes
+        return compress_logits(logits_NC, indices_NK), slopes
     if shown == "probs":
         return probs, probs[:, :, None] * (eye - probs[:, None, :])
-    rows = through_top_k(logits_NC, indices_NK)
+    rows = compress_top_k(logits_NC, indices_NK)
     slopes = np.empty((num_rows, num_classes, num_classes))
     for i, kept in enumerate(indices_NK):
         slopes[i] = eye - probs[i]  # d log p_j / d s = e_j - p
@@ -237,7 +237,7 @@ def whole_step(
     if settings.variant is not None:
         student_rows, slopes = shown_rows(logits, indices, settings.shown)
         teacher_rows = {
-            "logits": logits_through(mean_logits, indices),
+            "logits": compress_logits(mean_logits, indices),
             "probs": labels,
             "log-probs": np.maximum(np.log(labels), MIN_LOG),
         }[settings.shown]
@@ -417,7 +417,9 @@ def _float_record(
     return ids, row / row.sum()
 
 
-def logits_through(logits_NC: np.ndarray, kept: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
+def compress_logits(
+    logits_NC: np.ndarray, kept: np.ndarray | Sequence[Sequence[int]]
+) -> np.ndarray:
     """Return logits whose classes not kept all have the mean logit of those."""
     rows = np.array(logits_NC, dtype=np.float64)
     for row, ids in zip(rows, kept, strict=True):

@@ -18,33 +18,35 @@ from mealv2.label_set import (
     write_shard,
 )
 
-Place = tuple[str, int]
+Address = tuple[str, int]
 
 
-def places_of(labels: LabelSet, *, appended: bool = False) -> list[Place]:
+def addresses_of(labels: LabelSet, *, appended: bool = False) -> list[Address]:
     """Return (key, view) of every label of a set."""
     keys = list(labels.keys())
     there = [(key, view) for key in keys for view in range(labels.num_views)]
     if appended:
         for file in labels.appended_files:
             there += zip(file.keys(), file.column("views").tolist(), strict=True)
-    return [place for place in there if labels.holds(*place)]
+    return [address for address in there if labels.holds(*address)]
 
 
-def rows_of(folder: Path, role: str = "train", *, appended: bool = True) -> dict[Place, bytes]:
+def rows_of(folder: Path, split: str = "train", *, appended: bool = True) -> dict[Address, bytes]:
     """Return every label of a set as the bytes that it is kept in."""
-    labels = LabelSet.open(folder, role=role, appended=None if appended else [])
-    places = places_of(labels, appended=appended)
-    rows = labels.rows([key for key, _ in places], [view for _, view in places])
-    return dict(zip(places, labels.encoding.blocks(rows, 1), strict=True))
+    labels = LabelSet.open(folder, split=split, appended=None if appended else [])
+    addresses = addresses_of(labels, appended=appended)
+    rows = labels.rows([key for key, _ in addresses], [view for _, view in addresses])
+    return dict(zip(addresses, labels.encoding.blocks(rows, 1), strict=True))
 
 
-def dense_of(folder: Path, role: str = "train") -> dict[Place, np.ndarray]:
+def dense_of(folder: Path, split: str = "train") -> dict[Address, np.ndarray]:
     """Return every label of a set as a distribution."""
-    labels = LabelSet.open(folder, role=role)
-    places = places_of(labels)
-    dense = labels.rows([key for key, _ in places], [view for _, view in places]).labels.to_dense()
-    return dict(zip(places, dense.numpy(), strict=True))
+    labels = LabelSet.open(folder, split=split)
+    addresses = addresses_of(labels)
+    dense = labels.rows(
+        [key for key, _ in addresses], [view for _, view in addresses]
+    ).labels.to_dense()
+    return dict(zip(addresses, dense.numpy(), strict=True))
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -57,20 +59,20 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 def signed_again(folder: Path, change: Any) -> None:
     """Change plan and manifest with ``change(plan, roles)``, and make every hash right again."""
     manifest = read_manifest(folder)
-    plan, roles = manifest["plan"], manifest["roles"]
-    change(plan, roles)
+    plan, splits = manifest["plan"], manifest["roles"]
+    change(plan, splits)
     (folder / "plan.json").unlink()
     (folder / "plan.json").write_text(
         json.dumps(plan, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
     )
-    for role in roles.values():
-        for block in role["blocks"]:
+    for split in splits.values():
+        for block in split["blocks"]:
             for number, entry in enumerate(block["shards"]):
                 path = folder / entry["name"]
                 shard = replace(read_shard(path), plan_sha256=json_sha256(plan))
                 write_shard(path, shard, replace=True)
                 block["shards"][number] = describe_file(path, num_images=entry["images"])
-    write_manifest(folder, plan, roles=roles, versions=manifest["versions"])
+    write_manifest(folder, plan, roles=splits, versions=manifest["versions"])
     assert read_manifest(folder)["plan_sha256"] == json_sha256(plan)
 
 

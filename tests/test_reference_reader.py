@@ -76,23 +76,23 @@ def large(
     return make
 
 
-def _agrees(read: LabelSetReader, folder: Path, role: str = "train") -> np.ndarray:
+def _agrees(read: LabelSetReader, folder: Path, split: str = "train") -> np.ndarray:
     """Compare every row of a set with LabelSet's; return how many each view's label keeps."""
-    labels = LabelSet.open(folder, role=role)
-    found = dict(read(folder, role))
+    labels = LabelSet.open(folder, split=split)
+    found = dict(read(folder, split))
     assert found.keys() == {(k, v) for k in labels.keys() for v in range(labels.num_views)}  # noqa: SIM118
     rows = labels.soft_labels([key for key, _ in found], [view for _, view in found])
     np.testing.assert_allclose(list(found.values()), rows.to_dense(), rtol=0, atol=1e-6)
     return rows.kept().is_kept_NK.sum(dim=1).numpy()
 
 
-@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_reader_agrees_on_three_classes(
-    read: LabelSetReader, labels_of: Callable[..., Path], form: str, logits: bool, role: str
+    read: LabelSetReader, labels_of: Callable[..., Path], form: str, logits: bool, split: str
 ) -> None:
-    _agrees(read, labels_of(form, logits=logits), role)
+    _agrees(read, labels_of(form, logits=logits), split)
 
 
 @pytest.mark.parametrize("logits", [False, True])

@@ -72,7 +72,7 @@ def encode(
         _encode_chunk(chunk_NC, rate, topk, count_size)
         for chunk_NC in (probs_NC[n : n + rows].detach() for n in range(0, len(probs_NC), rows))
     ]
-    return EncodedLabels.joined([empty, *parts])
+    return EncodedLabels.concat([empty, *parts])
 
 
 # --- which classes a view keeps -------------------------------------------------------------------
@@ -82,15 +82,15 @@ def _encode_chunk(
     probs_NC: Tensor, rate: float | None, topk: int | None, count_size: int
 ) -> EncodedLabels:
     num_rows, num_classes = probs_NC.shape
-    most = min(num_classes, RATE_MAX_KEPT) if topk is None else topk
-    keys_NK = torch.empty((num_rows, most), dtype=torch.int64, device=probs_NC.device)
+    max_kept = min(num_classes, RATE_MAX_KEPT) if topk is None else topk
+    keys_NK = torch.empty((num_rows, max_kept), dtype=torch.int64, device=probs_NC.device)
     total_N = torch.empty(num_rows, dtype=torch.float64, device=probs_NC.device)
-    counts_N = torch.full_like(total_N, most, dtype=torch.int64)
+    counts_N = torch.full_like(total_N, max_kept, dtype=torch.int64)
     block_rows = max(1, _BLOCK // num_classes) if probs_NC.device.type == "cpu" else num_rows
     for block in (slice(n, n + block_rows) for n in range(0, num_rows, block_rows)):
         keys_BC, total_N[block] = _keys(probs_NC[block])
         if rate is None:
-            keys_NK[block] = _largest(keys_BC, most)
+            keys_NK[block] = _largest(keys_BC, max_kept)
         else:
             counts_N[block] = _choose(keys_BC, total_N[block], rate, keys_NK[block])
 
@@ -103,7 +103,7 @@ def _encode_chunk(
             counts_W = counts_N[rows_W]
             keys_WK = keys_NK[:, : int(counts_W.max())].index_select(0, rows_W)
             parts.append(_write(keys_WK, total_N[rows_W], counts_W, num_classes, count_size))
-    return EncodedLabels.joined(parts)[order_N.argsort()]
+    return EncodedLabels.concat(parts)[order_N.argsort()]
 
 
 def _keys(probs_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,13 +142,13 @@ def _largest(keys_NC: Tensor, k: int) -> Tensor:
 
 def _choose(keys_NC: Tensor, total_N: Tensor, rate: float, keys_NK: Tensor) -> Tensor:
     """Return the best k of each row; its k largest keys, or more, go into ``keys_NK``."""
-    num_classes, most = keys_NC.shape[1], keys_NK.shape[1]
-    first = min(most, _FIRST_LOOK)
+    num_classes, max_kept = keys_NC.shape[1], keys_NK.shape[1]
+    first = min(max_kept, _FIRST_LOOK)
     keys_NK[:, :first] = _largest(keys_NC, first)
     counts_N, is_best_N = _best_counts(_probs(keys_NK[:, :first], total_N), num_classes, rate)
-    if first < most:
+    if first < max_kept:
         (wide_W,) = (~is_best_N).nonzero(as_tuple=True)
-        keys_WK = _largest(keys_NC[wide_W], most)
+        keys_WK = _largest(keys_NC[wide_W], max_kept)
         keys_NK[wide_W] = keys_WK
         counts_N[wide_W] = _best_counts(_probs(keys_WK, total_N[wide_W]), num_classes, rate)[0]
     return counts_N

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mealv2.codec.record import check_rows
 from mealv2.codec.tensors import Kept, decode, num_bits
-from mealv2.devices import moved
+from mealv2.devices import to_device
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQ")  # magic, classes, bytes of a count, rows
@@ -78,11 +78,11 @@ class EncodedLabels:
         longest = self.longest
         if longest is None and self.counts_N.device.type == "cpu":
             longest = int(self.counts_N.numpy().max(initial=1))
-        counts_N, payload_P = moved(self.counts_N, device), moved(self.payload_P, device)
+        counts_N, payload_P = to_device(self.counts_N, device), to_device(self.payload_P, device)
         return EncodedLabels(counts_N, payload_P, self.num_classes, self.count_size, longest)
 
     @staticmethod
-    def joined(parts: "Sequence[EncodedLabels]") -> "EncodedLabels":
+    def concat(parts: "Sequence[EncodedLabels]") -> "EncodedLabels":
         """Return the rows of several labels of the same classes, one after another."""
         if len({(part.num_classes, part.count_size) for part in parts}) != 1:
             raise ValueError("labels of different classes or count sizes cannot be joined")
@@ -93,7 +93,7 @@ class EncodedLabels:
             parts[0].count_size,
         )
 
-    def likeliest(self) -> Tensor:
+    def argmax(self) -> Tensor:
         """Return the likeliest class of each row, int64 N; its step may be 0 to the next."""
         return self.kept().indices_NK[:, 0]
 

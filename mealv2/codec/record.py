@@ -123,9 +123,9 @@ def check_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
         raise LabelSetError(
             f"encoded labels of {num_classes} classes: {MIN_CLASSES} to 10^6 may be"
         )
-    most = min(num_classes, MAX_KEPT)
-    if len(counts_N) and not 1 <= counts_N.min() <= counts_N.max() <= most:
-        raise LabelSetError(f"an encoded label must keep 1 to {most} classes")
+    max_kept = min(num_classes, MAX_KEPT)
+    if len(counts_N) and not 1 <= counts_N.min() <= counts_N.max() <= max_kept:
+        raise LabelSetError(f"an encoded label must keep 1 to {max_kept} classes")
     ends_N = np.cumsum(num_bytes(counts_N, num_classes))
     expected = int(ends_N[-1]) if len(ends_N) else 0
     if expected != len(payload_P):

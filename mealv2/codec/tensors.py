@@ -76,9 +76,9 @@ def _levels(
 ) -> tuple[Tensor, Tensor]:
     """Return levels, whole float32: of rank 1 and every anchor N x (1 + A), of the tail N."""
     device = counts_N.device
-    most = int(anchors_of(np.array(longest)))
-    slot_A = torch.arange(most, dtype=torch.int32, device=device)
-    at_NA = TAIL_BITS * has_tail_N.int()[:, None] + curve_offsets(most, device).int()
+    max_levels = int(anchors_of(np.array(longest)))
+    slot_A = torch.arange(max_levels, dtype=torch.int32, device=device)
+    at_NA = TAIL_BITS * has_tail_N.int()[:, None] + curve_offsets(max_levels, device).int()
     is_first_A = slot_A == 0
     masks_A = torch.where(is_first_A, (1 << FIRST_BITS) - 1, (1 << CURVE_BITS) - 1)
     tables_A = torch.where(is_first_A, 0, len(FIRST_STEPS))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mealv2.errors import LabelSetError
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 from mealv2.fkd.labels import kind_of, labels_of
 from mealv2.fkd.torch_files import read_arrays
 from mealv2.soft_labels import SoftLabels
@@ -62,7 +62,7 @@ def write_file(path: Path, boxes: np.ndarray, flips: np.ndarray, labels: Tensor)
     boxes, flips, stored = _checked(boxes, flips, labels.detach().cpu().numpy())
     buffer = io.BytesIO()
     torch.save([torch.tensor(array) for array in (boxes, flips, stored)], buffer)
-    write_whole(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _checked(
@@ -89,7 +89,7 @@ def _check_boxes(boxes: np.ndarray) -> None:
     allowed = 1.0 + float(np.finfo(boxes.dtype).eps)
     top, left, height, width = boxes.astype(np.float64).T
     inside = (top >= 0) & (left >= 0) & (top + height <= allowed) & (left + width <= allowed)
-    wrong = ~(inside & (height > 0) & (width > 0))  # true for NaN, too
-    if wrong.any():
-        first = int(wrong.argmax())
+    invalid = ~(inside & (height > 0) & (width > 0))  # true for NaN, too
+    if invalid.any():
+        first = int(invalid.argmax())
         raise ValueError(f"box {first} is not inside the image: {boxes[first].tolist()}")

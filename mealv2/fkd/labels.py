@@ -74,7 +74,7 @@ def labels_of(packed: np.ndarray, label_type: str, num_classes: int) -> SoftLabe
     rest_N = np.maximum(0.0, 1.0 - mass_N) if kind in _WITH_REST else np.zeros(len(mass_N))
     if ids_NK.shape[1] == num_classes:
         probs_NC = np.take_along_axis(probs_NK, ids_NK.argsort(axis=1), axis=1)
-        return SoftLabels.of_all(torch.from_numpy(probs_NC.astype(np.float32)))
+        return SoftLabels.from_dense(torch.from_numpy(probs_NC.astype(np.float32)))
     return SoftLabels(
         torch.from_numpy(ids_NK),
         torch.from_numpy(probs_NK.astype(np.float32)),
@@ -161,9 +161,9 @@ def _columns(packed: np.ndarray, kind: str, num_classes: int) -> tuple[np.ndarra
 def _check_ids(ids_NK: np.ndarray, num_classes: int, dtype: np.dtype[np.generic]) -> None:
     if dtype == np.float16 and num_classes > 2049:  # float16: every whole number up to 2048
         raise LabelSetError(f"FKD labels in float16 cannot tell {num_classes} classes apart")
-    whole = ids_NK == np.floor(ids_NK)  # false for NaN
-    if not whole.all():
-        raise LabelSetError(f"FKD labels name class {ids_NK[~whole][0]}, no whole number")
+    integral = ids_NK == np.floor(ids_NK)  # false for NaN
+    if not integral.all():
+        raise LabelSetError(f"FKD labels name class {ids_NK[~integral][0]}, no whole number")
     outside = (ids_NK < 0) | (ids_NK >= num_classes)
     if outside.any():
         raise LabelSetError(f"FKD labels name class {ids_NK[outside][0]:.0f} of {num_classes}")

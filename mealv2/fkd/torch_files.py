@@ -84,8 +84,8 @@ def _from_zip(data: bytes) -> tuple[object, dict[str, bytes]]:
     """Return the value, and the bytes of every storage by its key."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
-        stored_plainly = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored_plainly or sum(member.file_size for member in members) > len(data):
+        is_uncompressed = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not is_uncompressed or sum(member.file_size for member in members) > len(data):
             raise ValueError("its zip holds more than its size accounts for")
         content = {member.filename: archive.read(member) for member in members}
     (name,) = [name for name in content if name.endswith("/data.pkl")]
@@ -103,8 +103,8 @@ def _from_legacy(data: bytes) -> tuple[object, dict[str, bytes]]:
     types: dict[str, str] = {}
     if data[:1] != b"\x80" or _description(stream) != _LEGACY_MAGIC:
         raise ValueError("it is no file of torch.save")
-    _version, machine = _description(stream), _description(stream)
-    if not isinstance(machine, dict) or machine["little_endian"] is not True:
+    _version, system_info = _description(stream), _description(stream)
+    if not isinstance(system_info, dict) or system_info["little_endian"] is not True:
         raise ValueError("it was written on a big-endian machine")
     value, keys = _description(stream, types), _description(stream)
     stored = {}
@@ -238,7 +238,7 @@ def _strided(elements: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.
 def _sizes(shape: Any, num_elements: int) -> tuple[int, ...]:
     """Return a shape from a file; raises ValueError unless so many elements fill or exceed it."""
     sizes = tuple(shape)
-    whole = len(sizes) <= 3 and all(type(n) is int and n > 0 for n in sizes)
-    if not whole or math.prod(sizes) > num_elements:
+    is_valid = len(sizes) <= 3 and all(type(n) is int and n > 0 for n in sizes)
+    if not is_valid or math.prod(sizes) > num_elements:
         raise ValueError(f"an array of {num_elements} numbers cannot have its shape")
     return sizes

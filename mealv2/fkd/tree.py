@@ -12,7 +12,7 @@ SUFFIX = ".tar"  # FKD's, though the files are no tar archives
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedFiles:
     """Label files by image key, and what is left over on either side, sorted."""
 
     paths: dict[str, Path]
@@ -51,14 +51,14 @@ def find_files(folder: Path, *, split: str = "train") -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def match_files(keys: Iterable[str], files: dict[str, Path]) -> Matched:
+def match_files(keys: Iterable[str], files: dict[str, Path]) -> MatchedFiles:
     """Return which of ``find_files``' label files belongs to which image.
 
     An image's label file has its name up to the first dot. Raises LabelSetError where two images
     share a label file.
     """
     named = {path.removesuffix(SUFFIX): key for key, path in label_names(keys).items()}
-    return Matched(
+    return MatchedFiles(
         paths={key: files[name] for name, key in named.items() if name in files},
         without_label=sorted(key for name, key in named.items() if name not in files),
         without_image=sorted(files.keys() - named.keys()),

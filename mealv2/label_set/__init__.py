@@ -1,7 +1,7 @@
 """The label set: what an ensemble said about some views of some images, as a verified artifact."""
 
 from mealv2.label_set.appended import Appender, write_rows
-from mealv2.label_set.boxes import boxes_of, boxes_sha256, refuse_drift
+from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
 from mealv2.label_set.encoding import Encoding, Form, Rows
 from mealv2.label_set.manifest import (
@@ -9,10 +9,10 @@ from mealv2.label_set.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     UNKNOWN,
+    creating_command,
     describe_file,
     listed_sha256,
     listed_shards,
-    maker_of,
     read_manifest,
     read_plan,
     shard_name,
@@ -22,9 +22,9 @@ from mealv2.label_set.manifest import (
 from mealv2.label_set.planned import (
     CheckedShard,
     PlannedShard,
+    check_planned_shard,
     check_shard,
     planned_shards,
-    refuse_broken,
 )
 from mealv2.label_set.reader import LabelSet, Lookup
 from mealv2.label_set.shard import (
@@ -60,20 +60,20 @@ __all__ = [
     "block_of_member",
     "boxes_of",
     "boxes_sha256",
+    "check_box_drift",
+    "check_planned_shard",
     "check_shard",
     "claim",
+    "creating_command",
     "describe_file",
     "listed_sha256",
     "listed_shards",
-    "maker_of",
     "member_bytes",
     "planned_shards",
     "read_header",
     "read_manifest",
     "read_plan",
     "read_shard",
-    "refuse_broken",
-    "refuse_drift",
     "shard_name",
     "shard_ranges",
     "write_manifest",

@@ -31,7 +31,7 @@ def boxes_of(shard: Shard, views: Views | None = None) -> str:
     return boxes_sha256(np.array(boxes, dtype=np.uint32))
 
 
-def refuse_drift(file: ShardFile, views: Views) -> None:
+def check_box_drift(file: ShardFile, views: Views) -> None:
     """Raise LabelSetError where ``views`` gives other boxes than those that a shard labels."""
     known = file.header["boxes_sha256"]
     if known is not None and boxes_of(file.shard(), views) != known:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import canonical_json, content_of, json_sha256, write_whole
+from mealv2.files import canonical_json, json_sha256, list_folder, write_atomic
 from mealv2.label_set.manifest import PLAN_NAME, read_manifest, read_plan
 from mealv2.label_set.shard_file import ShardFile
 
@@ -24,28 +24,30 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = canonical_json(plan).encode()
-    names = content_of(folder)
-    of_plan, of_manifest = _plan_is(folder, plan), _manifest_is(folder, plan)
-    if of_plan and of_manifest:
-        of_shards = None
+    names = list_folder(folder)
+    plan_matches, manifest_matches = _plan_matches(folder, plan), _manifest_matches(folder, plan)
+    if plan_matches and manifest_matches:
+        shards_match = None
     else:
-        of_shards = _shards_are(folder, names, json_sha256(plan))
-    says = (of_plan, of_manifest, of_shards)
-    ours, others = says.count(True), says.count(False)
-    if ours < others or (ours == others > 0 and of_shards is False):
-        raise _belongs_to_another(folder, plan)
-    if ours and not (of_plan and (folder / PLAN_NAME).read_bytes() == data):
-        write_whole(folder / PLAN_NAME, data)
-    elif not ours:
+        shards_match = _shards_match(folder, names, json_sha256(plan))
+    evidence = (plan_matches, manifest_matches, shards_match)
+    num_matching, num_other = evidence.count(True), evidence.count(False)
+    if num_matching < num_other or (num_matching == num_other > 0 and shards_match is False):
+        raise _other_label_set(folder, plan)
+    if num_matching and not (plan_matches and (folder / PLAN_NAME).read_bytes() == data):
+        write_atomic(folder / PLAN_NAME, data)
+    elif not num_matching:
         if names and PLAN_NAME not in names:
             raise ConfigError(f"{folder} is no label set and not empty ({names[0]}, …)")
         # a plan that cannot be read, and nothing else: no label can be lost
-        write_whole(folder / PLAN_NAME, data, replace=of_plan is None and names == [PLAN_NAME])
+        write_atomic(
+            folder / PLAN_NAME, data, replace=plan_matches is None and names == [PLAN_NAME]
+        )
         if read_plan(folder) != plan:  # another job was first
-            raise _belongs_to_another(folder, plan)
+            raise _other_label_set(folder, plan)
 
 
-def _plan_is(folder: Path, plan: dict[str, Any]) -> bool | None:
+def _plan_matches(folder: Path, plan: dict[str, Any]) -> bool | None:
     """Return whether plan.json is this plan, None where it cannot be read."""
     try:
         return read_plan(folder) == plan
@@ -53,7 +55,7 @@ def _plan_is(folder: Path, plan: dict[str, Any]) -> bool | None:
         return None
 
 
-def _manifest_is(folder: Path, plan: dict[str, Any]) -> bool | None:
+def _manifest_matches(folder: Path, plan: dict[str, Any]) -> bool | None:
     """Return whether the manifest is of this plan, None where it cannot be read."""
     try:
         return bool(read_manifest(folder)["plan"] == plan)
@@ -61,19 +63,19 @@ def _manifest_is(folder: Path, plan: dict[str, Any]) -> bool | None:
         return None
 
 
-def _shards_are(folder: Path, names: list[str], plan_sha256: str) -> bool | None:
+def _shards_match(folder: Path, names: list[str], plan_sha256: str) -> bool | None:
     """Return whether at least half of the shards are of a plan, None where none can be read."""
-    ours = others = 0
+    num_matching = num_other = 0
     for name in filter(_SHARD.fullmatch, names):
         try:
-            is_ours = ShardFile(folder / name).header["plan_sha256"] == plan_sha256
+            matches = ShardFile(folder / name).header["plan_sha256"] == plan_sha256
         except (LabelSetError, OSError):
             continue
-        ours, others = ours + is_ours, others + (not is_ours)
-    return ours >= others if ours + others else None
+        num_matching, num_other = num_matching + matches, num_other + (not matches)
+    return num_matching >= num_other if num_matching + num_other else None
 
 
-def _belongs_to_another(folder: Path, plan: dict[str, Any]) -> LabelSetError:
+def _other_label_set(folder: Path, plan: dict[str, Any]) -> LabelSetError:
     """Return the error for a folder of another set, with what differs."""
     differing: list[str] = []
     for read in (read_plan, lambda folder: read_manifest(folder)["plan"]):
@@ -94,21 +96,27 @@ def _belongs_to_another(folder: Path, plan: dict[str, Any]) -> LabelSetError:
     )
 
 
-def _differences(there: object, here: object, name: str = "") -> list[str]:
+def _differences(existing: object, planned: object, name: str = "") -> list[str]:
     """List in words where two JSON values differ, by dotted name."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(existing, dict) and isinstance(planned, dict):
         return [
             line
-            for key in sorted(there.keys() | here.keys())
-            for line in _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+            for key in sorted(existing.keys() | planned.keys())
+            for line in _differences(
+                existing.get(key), planned.get(key), f"{name}.{key}".lstrip(".")
+            )
         ]
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+    if isinstance(existing, list) and isinstance(planned, list) and len(existing) == len(planned):
         return [
             line
-            for position, (a, b) in enumerate(zip(there, here, strict=True))
+            for position, (a, b) in enumerate(zip(existing, planned, strict=True))
             for line in _differences(a, b, f"{name}[{position}]")
         ]
-    return [] if there == here else [f"{name} is {_short(there)} there and {_short(here)} here"]
+    return (
+        []
+        if existing == planned
+        else [f"{name} is {_short(existing)} there and {_short(planned)} here"]
+    )
 
 
 def _short(value: object) -> str:

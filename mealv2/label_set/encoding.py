@@ -26,7 +26,7 @@ from mealv2.codec.record import (
     num_bytes,
 )
 from mealv2.errors import LabelSetError
-from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, joined, keep_logits, top_k
+from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat, keep_logits, top_k
 
 Form = Literal["curve", "float16", "float32"]
 
@@ -50,11 +50,11 @@ class Rows(NamedTuple):
         return Rows(self.labels.to(device), None if self.logits is None else self.logits.to(device))
 
     @staticmethod
-    def joined(parts: "Sequence[Rows]") -> "Rows":
+    def concat(parts: "Sequence[Rows]") -> "Rows":
         """Return the rows of several, of one encoding, one after another."""
         logits = [part.logits for part in parts if part.logits is not None]
         return Rows(
-            joined([part.labels for part in parts]), KeptLogits.joined(logits) if logits else None
+            concat([part.labels for part in parts]), KeptLogits.concat(logits) if logits else None
         )
 
 
@@ -82,9 +82,9 @@ class Encoding:
             raise ValueError("labels have either a rate, in the form of a curve, or a topk")
         if self.rate is not None and not 0.0 < self.rate < math.inf:
             raise ValueError(f"rate must be above 0 and finite, not {self.rate}")
-        most = min(self.num_classes, MAX_KEPT) if self.form == "curve" else self.num_classes
-        if self.topk is not None and not 1 <= self.topk <= most:
-            raise ValueError(f"topk must lie in 1..{most}, not {self.topk}")
+        max_kept = min(self.num_classes, MAX_KEPT) if self.form == "curve" else self.num_classes
+        if self.topk is not None and not 1 <= self.topk <= max_kept:
+            raise ValueError(f"topk must lie in 1..{max_kept}, not {self.topk}")
 
     @classmethod
     def of_plan(cls, plan: dict[str, Any]) -> "Encoding":
@@ -145,8 +145,8 @@ class Encoding:
         if mean_logits_NC is None:
             raise ValueError("this set keeps logits, and none were given")
         # a masked class has a logit of minus infinity, which would make every mean with it so
-        most = torch.finfo(torch.float16).max
-        logits = keep_logits(mean_logits_NC.float().clamp(-most, most), labels.kept())
+        max_kept = torch.finfo(torch.float16).max
+        logits = keep_logits(mean_logits_NC.float().clamp(-max_kept, max_kept), labels.kept())
         return Rows(labels, logits.rounded(torch.float16))
 
     # --- bytes ------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ class Encoding:
     def _sizes(self, counts: np.ndarray) -> np.ndarray:
         """Return the bytes of records that keep so many classes, int64."""
         if self.form == "curve":
-            most = 1 << (8 * self.count_size)
-            table = _curve_sizes(self.num_classes, min(most, self.num_classes + 1))
+            max_kept = 1 << (8 * self.count_size)
+            table = _curve_sizes(self.num_classes, min(max_kept, self.num_classes + 1))
             curve_sizes: np.ndarray = table[counts]
             return curve_sizes
         return np.full(counts.shape, self._value_record_size(), dtype=np.int64)
@@ -305,7 +305,7 @@ class Encoding:
         # with the width said: NumPy cannot tell it from no rows
         by_row = records.reshape(len(counts_N), self._value_record_size())
         if self.is_dense:
-            return SoftLabels.of_all(torch.from_numpy(by_row.view(value)))
+            return SoftLabels.from_dense(torch.from_numpy(by_row.view(value)))
         width = id_bits(self.num_classes)
         num_id_bytes = (self.topk * width + 7) // 8
         indices_NK = _unpacked_ids(by_row[:, :num_id_bytes], self.topk, width)

@@ -16,7 +16,7 @@ from mealv2.files import (
     canonical_json,
     json_sha256,
     parse_json,
-    write_whole,
+    write_atomic,
 )
 from mealv2.formats import own_sha256, with_own_sha256
 from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
@@ -25,18 +25,18 @@ FORMAT = "mealv2 label set"
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 UNKNOWN = "unknown"  # of imported labels: the hash of a teacher's weights, for one
-_MAKE_ANEW = "the command that made the set writes it anew from the shards"
+_ADVICE = "the command that made the set writes it anew from the shards"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
 _OWN_SHA256 = "manifest_sha256"
 
 
-def shard_name(role: str, number: int, views: range | None = None) -> str:
-    """Return the file name of a shard; ``role`` is ``train`` or ``val``.
+def shard_name(split: str, number: int, views: range | None = None) -> str:
+    """Return the file name of a shard; ``split`` is ``train`` or ``val``.
 
     ``views`` are those of a block that was added to the set's first views.
     """
     block = "" if views is None else f"-views-{views.start}-{views.stop - 1}"
-    return f"{role}-{number:05d}{block}.h5"
+    return f"{split}-{number:05d}{block}.h5"
 
 
 def shard_ranges(num_images: int, shard_size: int) -> list[range]:
@@ -47,12 +47,12 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
     ]
 
 
-def planned_ranges(plan: dict[str, Any], role: str) -> list[range]:
+def planned_ranges(plan: dict[str, Any], split: str) -> list[range]:
     """Return the image positions of each shard of a role, as its plan says them.
 
     Raises KeyError, TypeError or ValueError for a plan that does not.
     """
-    entry = plan["roles"][role]
+    entry = plan["roles"][split]
     sizes = entry.get("shard_sizes")
     if sizes is None:
         return shard_ranges(entry["num_images"], plan["shard_size"])
@@ -67,7 +67,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return _read(folder / PLAN_NAME, "it is no label set folder, or its plan was removed")
 
 
-def maker_of(plan: dict[str, Any]) -> str:
+def creating_command(plan: dict[str, Any]) -> str:
     """Return the command that makes a set of this plan, as a person writes it."""
     return f"`mealv2 {plan.get('derived', {}).get('command', 'precompute')}`"
 
@@ -77,15 +77,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     missing = "no label set there; give the --output of `mealv2 precompute`"
     if not path.exists() and (folder / PLAN_NAME).exists():
-        again = maker_of(read_plan(folder))
+        again = creating_command(read_plan(folder))
         missing = f"the label set is not finished; run the same {again} again"
     data = _read_bytes(path, missing)
     own = own_sha256(data, _OWN_SHA256)
     if own is not None and with_own_sha256(data, _OWN_SHA256) != data:
-        raise LabelSetError(f"{path} is damaged: it fails its own SHA-256; {_MAKE_ANEW}")
+        raise LabelSetError(f"{path} is damaged: it fails its own SHA-256; {_ADVICE}")
     manifest = _parsed(path, data)
     if own is None:
-        raise LabelSetError(f"{path} is damaged: it lacks its own SHA-256; {_MAKE_ANEW}")
+        raise LabelSetError(f"{path} is damaged: it lacks its own SHA-256; {_ADVICE}")
     if not isinstance(manifest.get("plan"), dict) or not _is_plan(manifest["plan"]):
         raise LabelSetError(f"{path} lacks its plan")
     try:
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except RecursionError:
         raise LabelSetError(f"{path} is damaged: it is nested too deep") from None
     if manifest.get("plan_sha256") != plan_sha256:
-        raise LabelSetError(f"{path} was changed: its plan has another SHA-256; {_MAKE_ANEW}")
+        raise LabelSetError(f"{path} was changed: its plan has another SHA-256; {_ADVICE}")
     if not _lists_shards(manifest.get("roles")):
         raise LabelSetError(f"{path} lacks its shards")
     return manifest
@@ -108,7 +108,7 @@ def write_manifest(folder: Path, plan: dict[str, Any], **parts: Any) -> dict[str
         **parts,
     }
     data = with_own_sha256(canonical_json(manifest).encode(), _OWN_SHA256)
-    write_whole(folder / MANIFEST_NAME, data)
+    write_atomic(folder / MANIFEST_NAME, data)
     return manifest | {_OWN_SHA256: own_sha256(data, _OWN_SHA256)}
 
 
@@ -123,9 +123,9 @@ def listed_sha256(folder: Path, plan_sha256: str) -> dict[str, str]:
     return {shard["name"]: shard["sha256"] for shard in listed_shards(manifest["roles"])}
 
 
-def listed_shards(roles: Mapping[str, Any]) -> list[dict[str, Any]]:
+def listed_shards(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what the roles of a manifest say of their shard files."""
-    return [s for role in roles.values() for block in role["blocks"] for s in block["shards"]]
+    return [s for split in splits.values() for block in split["blocks"] for s in block["shards"]]
 
 
 def describe_file(path: Path, *, num_images: int) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
 
 def _is_plan(plan: dict[str, Any]) -> bool:
     """Return whether a plan has what every reader asks it for."""
-    classes, roles = plan.get("classes"), plan.get("roles")
+    classes, splits = plan.get("classes"), plan.get("roles")
     teachers, derived = plan.get("teachers", []), plan.get("derived", {"how": "", "from": []})
     if not (isinstance(teachers, list) and isinstance(derived, dict)):
         return False
@@ -195,12 +195,12 @@ def _is_plan(plan: dict[str, Any]) -> bool:
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)
         and _is_count(plan.get("img_size"))
-        and isinstance(roles, dict)
+        and isinstance(splits, dict)
         and all(
-            isinstance(role, dict)
-            and _is_count(role.get("num_views"))
-            and isinstance(role.get("views", {}), dict)
-            for role in roles.values()
+            isinstance(split, dict)
+            and _is_count(split.get("num_views"))
+            and isinstance(split.get("views", {}), dict)
+            for split in splits.values()
         )
     )
 
@@ -209,18 +209,18 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 62
 
 
-def _lists_shards(roles: object) -> bool:
+def _lists_shards(splits: object) -> bool:
     """Return whether every role lists shard files of the folder itself, with size and hashes."""
-    if not isinstance(roles, dict) or not roles:
+    if not isinstance(splits, dict) or not splits:
         return False
-    for role in roles.values():
-        if not (isinstance(role, dict) and isinstance(role.get("skipped"), dict)):
+    for split in splits.values():
+        if not (isinstance(split, dict) and isinstance(split.get("skipped"), dict)):
             return False
-        if not all(isinstance(reason, str) for reason in role["skipped"].values()):
+        if not all(isinstance(reason, str) for reason in split["skipped"].values()):
             return False
-        if "accuracy" in role and not _is_accuracy(role["accuracy"]):
+        if "accuracy" in split and not _is_accuracy(split["accuracy"]):
             return False
-        blocks = role.get("blocks")
+        blocks = split.get("blocks")
         if not (isinstance(blocks, list) and blocks and all(map(_is_block, blocks))):
             return False
         begins = [0, *(block["views"][1] for block in blocks[:-1])]

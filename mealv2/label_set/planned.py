@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mealv2.errors import LabelSetError
-from mealv2.label_set.manifest import maker_of, planned_ranges, shard_name
+from mealv2.label_set.manifest import creating_command, planned_ranges, shard_name
 from mealv2.label_set.shard_file import ShardFile
 
 
@@ -19,7 +19,7 @@ class PlannedShard:
     is view 0. A block that starts at a later view was added to the set.
     """
 
-    role: str
+    split: str
     number: int
     views: range
     images: Sequence[int] | None
@@ -27,7 +27,7 @@ class PlannedShard:
     @property
     def name(self) -> str:
         """Its file name."""
-        return shard_name(self.role, self.number, self.views if self.views.start else None)
+        return shard_name(self.split, self.number, self.views if self.views.start else None)
 
 
 class CheckedShard(NamedTuple):
@@ -50,13 +50,14 @@ def planned_shards(plan: dict[str, Any]) -> list[PlannedShard]:
     """
     if "derived" in plan:
         raise LabelSetError(
-            f"its plan does not name its shards; the same {maker_of(plan)} again finds and makes "
+            f"its plan does not name its shards; the same {creating_command(plan)} again finds and "
+            f"makes "
             "what it lacks"
         )
     try:
         return [
-            PlannedShard(name, number, range(role["num_views"]), images)
-            for name, role in sorted(plan["roles"].items(), reverse=True)
+            PlannedShard(name, number, range(split["num_views"]), images)
+            for name, split in sorted(plan["roles"].items(), reverse=True)
             for number, images in enumerate(planned_ranges(plan, name))
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -71,7 +72,7 @@ def check_shard(folder: Path, shard: PlannedShard, plan_sha256: str) -> CheckedS
     path = folder / shard.name
     data = path.read_bytes()  # mapped, a file that is replaced on a network share can end us
     file = ShardFile(path, data)
-    refuse_broken(file, shard, plan_sha256)
+    check_planned_shard(file, shard, plan_sha256)
     entry = {
         "name": shard.name,
         "bytes": len(data),
@@ -82,13 +83,13 @@ def check_shard(folder: Path, shard: PlannedShard, plan_sha256: str) -> CheckedS
     return CheckedShard(file.header, entry)
 
 
-def refuse_broken(file: ShardFile, shard: PlannedShard, plan_sha256: str) -> None:
+def check_planned_shard(file: ShardFile, shard: PlannedShard, plan_sha256: str) -> None:
     """Raise LabelSetError for a shard with damaged labels, or another one than was planned."""
-    damaged = sum(not whole for _, _, whole in file.blocks())
+    damaged = sum(not is_intact for _, _, is_intact in file.blocks())
     if damaged:
         raise LabelSetError(f"shard {file.path} is damaged: the labels of {damaged} images")
     found = (file.header["plan_sha256"], file.header["role"], file.header["number"])
-    if (*found, file.first_view) != (plan_sha256, shard.role, shard.number, shard.views.start):
+    if (*found, file.first_view) != (plan_sha256, shard.split, shard.number, shard.views.start):
         raise LabelSetError(f"shard {file.path} is of another label set")
     if file.num_views != len(shard.views):
         raise LabelSetError(f"shard {file.path} holds other views")

@@ -12,7 +12,7 @@ import torch
 from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
 from mealv2.label_set.encoding import Encoding, Rows
-from mealv2.label_set.manifest import maker_of, read_manifest
+from mealv2.label_set.manifest import creating_command, read_manifest
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile
 from mealv2.label_set.table import StoredBoxes, Table, encoded
@@ -43,19 +43,19 @@ class LabelSet:
         self,
         folder: Path,
         manifest: dict[str, Any],
-        role: str,
+        split: str,
         appended: Sequence[str],
         num_views: int | None = None,
     ) -> None:
         plan = manifest["plan"]
         self.folder = folder
         self.manifest = manifest
-        self.role = role
+        self.split = split
         self.classes: list[str] = plan["classes"]
         self.num_classes = len(self.classes)
         self.img_size = int(plan["img_size"])
         self.encoding = Encoding.of_plan(plan)
-        entry = manifest["roles"][role]
+        entry = manifest["roles"][split]
         views = [range(*block["views"]) for block in entry["blocks"]]
         self.num_views = views[-1].stop if num_views is None else num_views
         if self.num_views not in {block.stop for block in views}:
@@ -66,23 +66,23 @@ class LabelSet:
         views = [block for block in views if block.stop <= self.num_views]
         listed = zip(views, entry["blocks"], strict=False)
         files = [[self._open_shard(s, v) for s in block["shards"]] for v, block in listed]
-        most_open = max(1, _most_open() // (len(views) + 1))
+        max_open_files = max(1, _most_open() // (len(views) + 1))
         self._tables = [
-            Table(*table, most_open=most_open) for table in zip(files, views, strict=True)
+            Table(*table, max_open_files=max_open_files) for table in zip(files, views, strict=True)
         ]
         self.appended = list(appended)
-        more = [_open_appended(folder / name, manifest, role) for name in self.appended]
-        self._more = Table(more, range(0, 1), most_open=most_open)
-        self._more_rows: dict[tuple[str, int], int] = {}
-        for row, place in enumerate(self._more.places()):
-            self._more_rows.setdefault(place, row)
+        more = [_open_appended(folder / name, manifest, split) for name in self.appended]
+        self._appended = Table(more, range(0, 1), max_open_files=max_open_files)
+        self._appended_rows: dict[tuple[str, int], int] = {}
+        for row, address in enumerate(self._appended.addresses()):
+            self._appended_rows.setdefault(address, row)
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
         *,
-        role: str = "train",
+        split: str = "train",
         appended: Sequence[str] | None = None,
         num_views: int | None = None,
     ) -> "LabelSet":
@@ -96,17 +96,17 @@ class LabelSet:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        if role not in manifest["roles"] or role not in manifest["plan"]["roles"]:
+        if split not in manifest["roles"] or split not in manifest["plan"]["roles"]:
             raise LabelSetError(
-                f"{folder} has no {role} labels (it has {', '.join(manifest['roles'])})"
+                f"{folder} has no {split} labels (it has {', '.join(manifest['roles'])})"
             )
         if appended is None:
-            found = folder.glob(f"{role}-{APPENDED_PREFIX}*.h5")
+            found = folder.glob(f"{split}-{APPENDED_PREFIX}*.h5")
             appended = sorted(path.name for path in found)
-        return cls(folder, manifest, role, appended, num_views)
+        return cls(folder, manifest, split, appended, num_views)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.folder, self.role, self.appended, self.num_views)
+        return _reopen, (self.folder, self.split, self.appended, self.num_views)
 
     def __len__(self) -> int:
         return self._tables[0].num_rows
@@ -116,7 +116,7 @@ class LabelSet:
 
     def holds(self, key: str, view: int) -> bool:
         """Return whether the label of a view is there, in a shard or appended."""
-        if (key, view) in self._more_rows:
+        if (key, view) in self._appended_rows:
             return True
         return any(view in table.views and table.row(key) is not None for table in self._tables)
 
@@ -127,7 +127,7 @@ class LabelSet:
 
     def views(self) -> Views:
         """Return what the labelled views are; raises LabelSetError for those of another recipe."""
-        recipe = dict(self.manifest["plan"]["roles"][self.role].get("views", {}))
+        recipe = dict(self.manifest["plan"]["roles"][self.split].get("views", {}))
         if recipe == STORED_BOXES:
             return StoredBoxes(self._tables)
         seed = recipe.pop("seed", None)
@@ -146,18 +146,18 @@ class LabelSet:
     @property
     def skipped(self) -> dict[str, str]:
         """The images without labels, by key, and why."""
-        skipped: dict[str, str] = self.manifest["roles"][self.role]["skipped"]
+        skipped: dict[str, str] = self.manifest["roles"][self.split]["skipped"]
         return skipped
 
     @property
     def appended_files(self) -> list[ShardFile]:
         """The files of rows that were appended."""
-        return self._more.files
+        return self._appended.files
 
     @property
     def num_appended(self) -> int:
         """How many rows were appended."""
-        return self._more.num_rows
+        return self._appended.num_rows
 
     @property
     def blocks(self) -> list[tuple[range, list[ShardFile]]]:
@@ -188,41 +188,45 @@ class LabelSet:
             raise ValueError(f"{len(keys)} keys and {len(views)} views")
         all_names = encoded(keys)
         views_N = _whole_numbers(views)
-        more_N = np.full(len(keys), -1)
-        if self._more_rows:
-            places = zip(keys, map(int, views), strict=True)
-            more_N = np.array([self._more_rows.get(place, -1) for place in places], dtype=np.int64)
+        appended_N = np.full(len(keys), -1)
+        if self._appended_rows:
+            addresses = zip(keys, map(int, views), strict=True)
+            appended_N = np.array(
+                [self._appended_rows.get(address, -1) for address in addresses], dtype=np.int64
+            )
         found = []
-        where = np.flatnonzero(more_N >= 0)
+        where = np.flatnonzero(appended_N >= 0)
         if len(where):
             names, first_N = [all_names[i] for i in where.tolist()], np.zeros_like(where)
-            found.append((where, self._more.read(names, more_N[where], first_N, self.encoding)))
+            found.append(
+                (where, self._appended.read(names, appended_N[where], first_N, self.encoding))
+            )
         for table in self._tables:
             first, stop = table.views.start, table.views.stop
-            where = np.flatnonzero((more_N < 0) & (views_N >= first) & (views_N < stop))
+            where = np.flatnonzero((appended_N < 0) & (views_N >= first) & (views_N < stop))
             if len(where) or not len(keys):
                 is_all = len(where) == len(keys)
                 names = all_names if is_all else [all_names[i] for i in where.tolist()]
                 rows_N = table.rows(names)
                 if (rows_N < 0).any():
                     missing = int(where[np.argmin(rows_N)])
-                    raise self._lacks(keys[missing], int(views[missing]))
+                    raise self._missing_label(keys[missing], int(views[missing]))
                 read = table.read(names, rows_N, views_N[where] - first, self.encoding)
                 found.append((where, read))
-        told = np.concatenate([where for where, _ in found]) if found else np.empty(0, np.int64)
-        if len(told) < len(keys):
-            missing = int(np.setdiff1d(np.arange(len(keys)), told)[0])
-            raise self._lacks(keys[missing], int(views[missing]))
+        found_N = np.concatenate([where for where, _ in found]) if found else np.empty(0, np.int64)
+        if len(found_N) < len(keys):
+            missing = int(np.setdiff1d(np.arange(len(keys)), found_N)[0])
+            raise self._missing_label(keys[missing], int(views[missing]))
         return _in_order(found)
 
-    def _lacks(self, key: str, view: int) -> LabelSetError:
+    def _missing_label(self, key: str, view: int) -> LabelSetError:
         """Return the error for a row that is not there."""
         if key not in self:
             reason = self.skipped.get(key)
             why = f"it was skipped: {reason}" if reason else "it is not an image of this set"
             return LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
-        held = [table.views for table in self._tables if table.row(key) is not None]
-        why = f"it holds {sum(map(len, held))}, from 0"
+        held_views = [table.views for table in self._tables if table.row(key) is not None]
+        why = f"it holds {sum(map(len, held_views))}, from 0"
         if view < self.num_views:
             why += "; the image could not be read when the others were added"
         return LabelSetError(f"{self.folder} has no view {view} of {key!r}; {why}")
@@ -230,7 +234,7 @@ class LabelSet:
     def _open_shard(self, entry: dict[str, Any], views: range) -> ShardFile:
         """Check a shard's index against the manifest, and return it."""
         path = self.folder / entry["name"]
-        again = f"run the same {maker_of(self.manifest['plan'])} again to make it anew"
+        again = f"run the same {creating_command(self.manifest['plan'])} again to make it anew"
         try:
             file = ShardFile(path)
         except LabelSetError as error:
@@ -238,25 +242,25 @@ class LabelSet:
         except OSError as error:
             raise LabelSetError(f"cannot read shard {path}: {error.strerror}; {again}") from None
         header = file.header
-        of_these = (header["plan_sha256"], header["role"], file.first_view, file.num_views) == (
+        is_same = (header["plan_sha256"], header["role"], file.first_view, file.num_views) == (
             self.manifest["plan_sha256"],
-            self.role,
+            self.split,
             views.start,
             len(views),
         )
-        if file.head_sha256 != entry.get("head_sha256") or not of_these:
+        if file.head_sha256 != entry.get("head_sha256") or not is_same:
             raise LabelSetError(f"shard {path} is not the one in the manifest; {again}")
         return file
 
 
 _BEYOND = 1 << 62
-_MOST_OPEN = 1024
+_MAX_OPEN = 1024
 
 
 def _most_open() -> int:
     """Return how many shards of a set may stay open: a part of what the process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 4 - 16)
+    return _MAX_OPEN if soft == resource.RLIM_INFINITY else min(_MAX_OPEN, soft // 4 - 16)
 
 
 def _whole_numbers(views: Sequence[int]) -> np.ndarray:
@@ -267,7 +271,7 @@ def _whole_numbers(views: Sequence[int]) -> np.ndarray:
         return np.array([max(-1, min(int(view), _BEYOND)) for view in views], dtype=np.int64)
 
 
-def _open_appended(path: Path, manifest: dict[str, Any], role: str) -> ShardFile:
+def _open_appended(path: Path, manifest: dict[str, Any], split: str) -> ShardFile:
     """Check a file of appended rows; raises LabelSetError where it is none of this set."""
     try:
         file = ShardFile(path)
@@ -279,15 +283,15 @@ def _open_appended(path: Path, manifest: dict[str, Any], role: str) -> ShardFile
         raise LabelSetError(f"cannot read {path}: {error.strerror}") from None
     of_this_set = (file.header["plan_sha256"], file.header["role"]) == (
         manifest["plan_sha256"],
-        role,
+        split,
     )
     if not of_this_set or not file.has_column("views") or file.num_views != 1:
         raise LabelSetError(f"{path} holds rows of another label set; remove it")
     return file
 
 
-def _reopen(folder: Path, role: str, appended: Sequence[str], num_views: int) -> LabelSet:
-    return LabelSet.open(folder, role=role, appended=appended, num_views=num_views)
+def _reopen(folder: Path, split: str, appended: Sequence[str], num_views: int) -> LabelSet:
+    return LabelSet.open(folder, split=split, appended=appended, num_views=num_views)
 
 
 def _in_order(found: list[tuple[np.ndarray, Rows]]) -> Rows:
@@ -295,4 +299,4 @@ def _in_order(found: list[tuple[np.ndarray, Rows]]) -> Rows:
     if len(found) == 1:
         return found[0][1]
     order = torch.from_numpy(np.concatenate([where for where, _ in found]).argsort())
-    return Rows.joined([rows for _, rows in found]).rows(order)
+    return Rows.concat([rows for _, rows in found]).rows(order)

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import Stamp, write_whole
+from mealv2.files import Stamp, write_atomic
 
 APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
 FORMAT_VERSION = 2
@@ -66,7 +66,7 @@ class Images:
         return Images(self.sizes_N2[order], self.file_bytes_N[order], self.classes_N[order])
 
     @staticmethod
-    def joined(parts: "Sequence[Images]") -> "Images":
+    def concat(parts: "Sequence[Images]") -> "Images":
         """Return the images of several, one after another."""
         return Images(
             np.concatenate([part.sizes_N2 for part in parts]),
@@ -97,7 +97,7 @@ class Shard:
     """
 
     plan_sha256: str
-    role: str
+    split: str
     number: int
     first_view: int
     num_views: int
@@ -118,7 +118,7 @@ def write_shard(
 
     ``damaged`` is the stamp of a file that gives way, if it is still that one.
     """
-    return write_whole(path, shard_bytes(shard), replace=replace, damaged=damaged)
+    return write_atomic(path, shard_bytes(shard), replace=replace, damaged=damaged)
 
 
 def key_hash(key: bytes) -> bytes:
@@ -152,7 +152,7 @@ def shard_bytes(shard: Shard) -> bytes:
     columns = _columns(shard)
     header: dict[str, Any] = {
         "plan_sha256": shard.plan_sha256,
-        "role": shard.role,
+        "role": shard.split,
         "number": shard.number,
         "first_view": shard.first_view,
         "num_views": shard.num_views,

@@ -122,24 +122,24 @@ class ShardFile:
             yield key, block, block_crc(key, block) == crc
             key_at, label_at = key_end, label_end
 
-    def whole_blocks(self) -> Iterator[memoryview]:
+    def intact_blocks(self) -> Iterator[memoryview]:
         """Yield the labels of every image; raises LabelSetError naming a damaged one."""
-        for key, block, whole in self.blocks():
-            if not whole:
+        for key, block, is_intact in self.blocks():
+            if not is_intact:
                 raise damaged_rows(self, key.decode())
             yield block
 
     def shard(self) -> Shard:
-        """Return all of it, every block checked; raises as ``whole_blocks``."""
+        """Return all of it, every block checked; raises as ``intact_blocks``."""
         header = self.header
         return Shard(
             plan_sha256=header["plan_sha256"],
-            role=header["role"],
+            split=header["role"],
             number=header["number"],
             first_view=header["first_view"],
             num_views=header["num_views"],
             keys=self.keys(),
-            blocks=[bytes(block) for block in self.whole_blocks()],
+            blocks=[bytes(block) for block in self.intact_blocks()],
             images=self.images,
             stored_views=self.stored_views,
             views_N=self.column("views") if self.has_column("views") else None,

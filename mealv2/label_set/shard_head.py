@@ -28,7 +28,7 @@ _HEADER: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class Place(NamedTuple):
+class ColumnSpec(NamedTuple):
     """Where a column lies in the file."""
 
     offset: int
@@ -41,7 +41,7 @@ class Head(NamedTuple):
 
     sha256: str
     header: dict[str, Any]
-    places: dict[str, Place]
+    columns: dict[str, ColumnSpec]
     size: int
 
 
@@ -75,19 +75,19 @@ def _opened(path: Path, data: bytes | None, parse: Callable[[BinaryIO], Head]) -
 def _parse(file: BinaryIO) -> Head:
     """Check head, header and index; raises ValueError."""
     head = _parse_header(file)
-    for name, (offset, kind, shape) in head.places.items():
+    for name, (offset, kind, shape) in head.columns.items():
         if name != LABELS:
             column = _read(file, offset, math.prod(shape) * np.dtype(kind).itemsize)
             if sha256(column).hexdigest() != head.header["columns"][name].get("sha256"):
                 raise ValueError(f"its column {name} fails its SHA-256")
-    (num_images,) = head.places["key_ends"].shape
+    (num_images,) = head.columns["key_ends"].shape
     for name, content in (("key_ends", "keys"), ("label_ends", LABELS)):
-        offset, kind, _ = head.places[name]
+        offset, kind, _ = head.columns[name]
         ends = np.frombuffer(_read(file, offset, 8 * num_images), kind)
         last = int(ends[-1]) if num_images else 0
-        if (ends[1:] < ends[:-1]).any() or last != head.places[content].shape[0]:
+        if (ends[1:] < ends[:-1]).any() or last != head.columns[content].shape[0]:
             raise ValueError(f"its column {name} does not fit")
-    _check_keys(file, head.places, num_images)
+    _check_keys(file, head.columns, num_images)
     return head
 
 
@@ -110,14 +110,16 @@ def _parse_header(file: BinaryIO) -> Head:
         raise ValueError("its header fails its SHA-256")
     try:
         header = parse_json(text)
-        places = {name: _place(size, name, where) for name, where in header["columns"].items()}
-        _check_header(header, {name: place.shape for name, place in places.items()})
+        columns = {
+            name: _column_spec(size, name, where) for name, where in header["columns"].items()
+        }
+        _check_header(header, {name: spec.shape for name, spec in columns.items()})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is not one of a shard ({error})") from None
-    return Head(sha256(head).hexdigest(), header, places, size)
+    return Head(sha256(head).hexdigest(), header, columns, size)
 
 
-def _place(size: int, name: str, where: Mapping[str, Any]) -> Place:
+def _column_spec(size: int, name: str, where: Mapping[str, Any]) -> ColumnSpec:
     """Return where a column lies, inside of a file of ``size`` bytes."""
     offset, shape = where["offset"], tuple(where["shape"])
     kind, num_dimensions = COLUMNS[name]
@@ -127,7 +129,7 @@ def _place(size: int, name: str, where: Mapping[str, Any]) -> Place:
         raise ValueError(f"its column {name} is not one of a shard")
     if offset + math.prod(shape) * np.dtype(kind).itemsize > size:
         raise ValueError(f"its column {name} lies outside of the file")
-    return Place(offset, kind, shape)
+    return ColumnSpec(offset, kind, shape)
 
 
 def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -157,7 +159,7 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
             raise ValueError(f"its column {name} has the shape {shapes[name]}")
 
 
-def _check_keys(file: BinaryIO, columns: dict[str, Place], num_images: int) -> None:
+def _check_keys(file: BinaryIO, columns: dict[str, ColumnSpec], num_images: int) -> None:
     """Raise ValueError where a key is not UTF-8."""
     offset, _, (size,) = columns["keys"]
     keys = _read(file, offset, size)

@@ -20,11 +20,11 @@ def encoded(keys: Sequence[str]) -> list[bytes]:
 class Table:
     """Shards of one range of views: images by key, and their labels."""
 
-    def __init__(self, files: list[ShardFile], views: range, *, most_open: int) -> None:
+    def __init__(self, files: list[ShardFile], views: range, *, max_open_files: int) -> None:
         self.files = files
         # read and not mapped: pages of a mapped file count as the process's memory, and where
         # blocks are picked at random these are in the end all
-        self._open = OpenFiles(files, most=most_open)
+        self._open = OpenFiles(files, most=max_open_files)
         self.views = views
         counts = [file.num_images for file in files]
         self._first_rows = np.cumsum([0, *counts])
@@ -40,7 +40,7 @@ class Table:
         for file in files:
             file.unmap()
 
-    def places(self) -> Iterator[tuple[str, int]]:
+    def addresses(self) -> Iterator[tuple[str, int]]:
         """Iterate over (key, view) of appended rows."""
         for file in self.files:
             yield from zip(file.keys(), file.column("views").tolist(), strict=True)
@@ -61,8 +61,10 @@ class Table:
             left = left[self._hashes[at_N[left]] == hashes_N[left]]
             found = self._order[at_N[left]].astype(np.int64)
             spans = self._key_ends[found].tolist(), self._key_ends[found + 1].tolist()
-            there = [self._keys[begin:end] for begin, end in zip(*spans, strict=True)]
-            is_same = np.array([keys[i] == there[n] for n, i in enumerate(left.tolist())], bool)
+            candidates = [self._keys[begin:end] for begin, end in zip(*spans, strict=True)]
+            is_same = np.array(
+                [keys[i] == candidates[n] for n, i in enumerate(left.tolist())], bool
+            )
             rows_N[left[is_same]] = found[is_same]
             left = left[~is_same]
             at_N[left] += 1
@@ -77,9 +79,9 @@ class Table:
         begins_N, ends_N = self._ends[rows_N] - first_N, self._ends[rows_N + 1] - first_N
         blocks = [b""] * len(keys)
         order_N = np.argsort(numbers_N, kind="stable")  # one file after another
-        places_N = (numbers_N, begins_N, ends_N - begins_N, self._crcs[rows_N])
-        places = (column_N[order_N].tolist() for column_N in places_N)
-        for row, number, begin, size, crc in zip(order_N.tolist(), *places, strict=True):
+        spans_N = (numbers_N, begins_N, ends_N - begins_N, self._crcs[rows_N])
+        spans = (column_N[order_N].tolist() for column_N in spans_N)
+        for row, number, begin, size, crc in zip(order_N.tolist(), *spans, strict=True):
             block = self._open.read(number, size, self.files[number].labels_at + begin)
             if block_crc(keys[row], block) != crc:
                 raise damaged_rows(self.files[number], keys[row].decode())
@@ -109,11 +111,11 @@ class StoredBoxes(Views):
         for table in self._tables:
             row = table.row(key) if index in table.views else None
             if row is not None:
-                file, place = table.file_of(row)
+                file, row_in_file = table.file_of(row)
                 boxes, flips = file.column("boxes"), file.column("flips")
                 column = index - table.views.start
-                flip = bool(flips[place, column])
-                return unpacked_view(boxes[place, column], flip, width=width, height=height)
+                flip = bool(flips[row_in_file, column])
+                return unpacked_view(boxes[row_in_file, column], flip, width=width, height=height)
         raise LabelSetError(f"no box is stored of view {index} of {key!r}")
 
 

@@ -52,8 +52,10 @@ def text(name: str) -> str:
     """Return a recipe's TOML; raises ConfigError, with the nearest names, for an unknown one."""
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        suggestion = difflib.get_close_matches(name, known, n=3)
+        hint = (
+            f"did you mean {', '.join(suggestion)}?" if suggestion else f"known: {', '.join(known)}"
+        )
         raise ConfigError(f"unknown recipe {name!r}; {hint}")
     return (resources.files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 

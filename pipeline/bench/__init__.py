@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mealv2.files import write_whole
-from pipeline import logs, runtime
+from mealv2.files import write_atomic
+from pipeline import logs
 from pipeline.bench import (
     command,
     hardware,
@@ -25,10 +25,11 @@ from pipeline.bench import (
     steps,
 )
 from pipeline.bench.lines import HEAD, Line, NotMeasuredError
-from pipeline.bench.room import Room
+from pipeline.bench.room import BenchContext
 from pipeline.config import BenchConfig, flag
+from pipeline.runtime import Runtime, create_runtime, seed_everything
 
-Measure = Callable[[Room, Sequence[str]], list[Line]]
+Measure = Callable[[BenchContext, Sequence[str]], list[Line]]
 
 # Lines that take turns with one another stand together.
 GROUPS: tuple[tuple[tuple[str, ...], Measure], ...] = (
@@ -45,47 +46,47 @@ GROUPS: tuple[tuple[tuple[str, ...], Measure], ...] = (
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Measure; say the table; return the report. Raises MealError and OSError."""
-    machine = runtime.start(config)
-    runtime.seed_everything(0)
+    runtime = create_runtime(config)
+    seed_everything(0)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mealv2-bench-") as folder:
-        room = Room(config, machine, Path(folder))
-        lines = measure(room, config.chosen)
+        bench = BenchContext(config, runtime, Path(folder))
+        lines = measure(bench, config.chosen)
         more: dict[str, Any] = {}
         if lines:
-            logs.say(logs.table([HEAD, *(line.row() for line in lines)]))
+            logs.info(logs.table([HEAD, *(line.row() for line in lines)]))
         if config.profile:
-            more["profile"] = profile.both_stages(room)
+            more["profile"] = profile.both_stages(bench)
         if not config.lines and not config.profile:
             more["estimate"] = (
-                imagenet.gpu_hours(room)
-                if machine.device.type == "cuda"
-                else steps.arithmetic(room)
+                imagenet.gpu_hours(bench)
+                if runtime.device.type == "cuda"
+                else steps.arithmetic(bench)
             )
-        if "images" in vars(room):
-            more["images"] = dataclasses.asdict(room.images.described)
+        if "images" in vars(bench):
+            more["images"] = dataclasses.asdict(bench.images.described)
     report = {
-        **about(config, machine),
+        **about(config, runtime),
         "seconds": round(time.monotonic() - began, 1),
         "lines": [line.summary() for line in lines],
         **more,
     }
     if config.results_file is not None:
         raw = {**report, "lines": [line.raw() for line in lines]}
-        write_whole(config.results_file, (json.dumps(raw, indent=1) + "\n").encode(), replace=True)
+        write_atomic(config.results_file, (json.dumps(raw, indent=1) + "\n").encode(), replace=True)
     return report
 
 
-def measure(room: Room, names: Sequence[str]) -> list[Line]:
+def measure(bench: BenchContext, names: Sequence[str]) -> list[Line]:
     """Return the lines of these names, in their order; a group that cannot run says why."""
     found: dict[str, Line] = {}
     for of_group, measure_group in GROUPS:
         wanted = [name for name in of_group if name in names]
         if not wanted:
             continue
-        logs.say(f"measuring {', '.join(wanted)}")
+        logs.info(f"measuring {', '.join(wanted)}")
         try:
-            found |= {line.name: line for line in measure_group(room, wanted)}
+            found |= {line.name: line for line in measure_group(bench, wanted)}
         except NotMeasuredError as error:
             found |= {name: Line(name, why=str(error)) for name in wanted}
         except torch.cuda.OutOfMemoryError:
@@ -94,14 +95,14 @@ def measure(room: Room, names: Sequence[str]) -> list[Line]:
     return [found[name] for name in names]
 
 
-def about(config: BenchConfig, machine: runtime.Runtime) -> dict[str, Any]:
+def about(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Return what a reader of the figures must know: command, day, machine, versions."""
     return {
         "command": command_of(config),
         "date": datetime.date.today().isoformat(),
-        "precision": machine.precision,
+        "precision": runtime.precision,
         "rounds": config.rounds,
-        "hardware": hardware.describe(machine.device),
+        "hardware": hardware.describe(runtime.device),
         "versions": hardware.versions(),
     }
 

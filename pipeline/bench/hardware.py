@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline import runtime
+from pipeline.runtime import library_versions
 
 _OPTIONAL = ("webdataset", "simplejpeg", "triton")
 # Dense bf16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (H200, H100 SXM and PCIe, A100,
@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what is installed and can change a figure."""
-    found = runtime.versions()
+    found = library_versions()
     for name in _OPTIONAL:
         try:
             found[name] = metadata.version(name)

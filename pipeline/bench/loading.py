@@ -14,7 +14,7 @@ from mealv2.errors import ConfigError
 from mealv2.images import ImageSource, open_source
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
-from pipeline.bench.room import NUM_VIEWS, Images, Room
+from pipeline.bench.room import NUM_VIEWS, BenchContext, Images
 from pipeline.jpegtran import Jpegtran, packed
 from pipeline.labelling.plan import batch_requests
 from pipeline.loading.loader import Batch, ViewReader, read_views
@@ -29,48 +29,48 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BASELINE = "ImageFolder + DataLoader"
 _TAR_SHARDS = 4  # two for each of two processes, which is how webdataset shares them out
 
-Work = Callable[[], int]
+Workload = Callable[[], int]
 
 
-def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
+def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     """Return the lines whose baseline is ImageFolder with torchvision's transforms."""
-    images = room.images
-    works: dict[str, Work] = {}
+    images = bench.images
+    workloads: dict[str, Workload] = {}
     left_out = []
     for name in wanted:
         try:
-            works[name] = _OURS[name](room, images)
+            workloads[name] = _OWN_LOADER[name](bench, images)
         except NotMeasuredError as error:
             left_out.append(Line(name, why=str(error)))
-    if not works:
+    if not workloads:
         return left_out
-    works = {_BASELINE: image_folder(room, images), **works}
-    turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
+    workloads = {_BASELINE: image_folder(bench, images), **workloads}
+    turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
     measured = [
         Line(
             name,
             ratios(turns, name, _BASELINE),
             {key: turns[key] for key in (name, _BASELINE)},
-            {"workers": room.config.workers, **by_cpu_time(turns, name, _BASELINE)},
+            {"workers": bench.config.workers, **by_cpu_time(turns, name, _BASELINE)},
         )
-        for name in works
+        for name in workloads
         if name != _BASELINE
     ]
     return measured + left_out
 
 
-def image_folder(room: Room, images: Images) -> Work:
+def image_folder(bench: BenchContext, images: Images) -> Workload:
     """Return a turn of torchvision's recipe: float32 batches, normalised in the workers."""
     from torchvision.datasets import ImageFolder
 
     folder = images.root / images.split
     if not folder.is_dir():
         raise NotMeasuredError("torchvision's ImageFolder needs a folder of images")
-    dataset = ImageFolder(str(folder), transform=transforms(room.config.img_size))
+    dataset = ImageFolder(str(folder), transform=transforms(bench.config.img_size))
     wanted = {images.source.keys[p] for p in images.positions}
     found = [Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples]
     subset = Subset(dataset, [n for n, key in enumerate(found) if key in wanted])
-    workers = room.config.workers
+    workers = bench.config.workers
     loader: DataLoader[Any] = DataLoader(
         subset,
         batch_size=BATCH_SIZE,
@@ -95,23 +95,23 @@ def transforms(img_size: int) -> Any:
     )
 
 
-def ours(room: Room, source: ImageSource, requests: list[BatchRequest]) -> Work:
+def own_loader(bench: BenchContext, source: ImageSource, requests: list[BatchRequest]) -> Workload:
     """Return a turn of our loader: uint8 batches, as both stages get them."""
-    reader = ViewReader(source, img_size=room.config.img_size, views=DrawnViews(0))
-    loader = read_views(reader, requests, workers=room.config.workers)
-    return lambda: sum(map(_num_read(room, source), loader))
+    reader = ViewReader(source, img_size=bench.config.img_size, views=DrawnViews(0))
+    loader = read_views(reader, requests, workers=bench.config.workers)
+    return lambda: sum(map(_num_read(bench, source), loader))
 
 
-def _num_read(room: Room, source: ImageSource) -> Callable[[Batch], int]:
+def _num_read(bench: BenchContext, source: ImageSource) -> Callable[[Batch], int]:
     def count(pixels: Batch) -> int:
-        check_failures(source, pixels.failed, room.config.on_bad_image)
+        check_failures(source, pixels.failed, bench.config.on_bad_image)
         return len(pixels.positions)
 
     return count
 
 
-def _one_view(room: Room, images: Images) -> Work:
-    return ours(room, images.source, single_views(images.positions))
+def _one_view(bench: BenchContext, images: Images) -> Workload:
+    return own_loader(bench, images.source, single_views(images.positions))
 
 
 def single_views(positions: Iterable[int]) -> list[BatchRequest]:
@@ -121,20 +121,20 @@ def single_views(positions: Iterable[int]) -> list[BatchRequest]:
     return split_batches(rows, BATCH_SIZE)
 
 
-def _few_views(room: Room, images: Images) -> Work:
+def _few_views(bench: BenchContext, images: Images) -> Workload:
     views = tuple(range(_FEW_VIEWS))
     rows = [(position, views) for position in images.positions]
-    return ours(room, images.source, split_batches(rows, BATCH_SIZE // _FEW_VIEWS))
+    return own_loader(bench, images.source, split_batches(rows, BATCH_SIZE // _FEW_VIEWS))
 
 
-def _stage_one_views(room: Room, images: Images) -> Work:
+def _stage_one_views(bench: BenchContext, images: Images) -> Workload:
     positions = images.positions[: max(1, len(images.positions) // 2)]
-    return ours(room, images.source, batch_requests(positions, range(NUM_VIEWS), BATCH_SIZE))
+    return own_loader(bench, images.source, batch_requests(positions, range(NUM_VIEWS), BATCH_SIZE))
 
 
-def _packed(room: Room, images: Images) -> Work:
-    source = packed_source(images, room.folder / "packed")
-    return ours(room, source, single_views(range(len(source))))
+def _packed(bench: BenchContext, images: Images) -> Workload:
+    source = packed_source(images, bench.folder / "packed")
+    return own_loader(bench, source, single_views(range(len(source))))
 
 
 def packed_source(images: Images, folder: Path) -> ImageSource:
@@ -155,7 +155,7 @@ def packed_source(images: Images, folder: Path) -> ImageSource:
     return open_source(folder, images.split)
 
 
-_OURS: dict[str, Callable[[Room, Images], Work]] = {
+_OWN_LOADER: dict[str, Callable[[BenchContext, Images], Workload]] = {
     "loader-1": _one_view,
     "loader-packed": _packed,
     "loader-4": _few_views,
@@ -166,22 +166,22 @@ _OURS: dict[str, Callable[[Room, Images], Work]] = {
 # --- tar shards -----------------------------------------------------------------------------------
 
 
-def measure_tar(room: Room, wanted: Sequence[str]) -> list[Line]:
+def measure_tar(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     """Return the line on tar shards; the same images, in a few shards."""
-    images = room.images
-    tar_root = room.folder / "tar"
+    images = bench.images
+    tar_root = bench.folder / "tar"
     paths = write_tars(images, tar_root / "train")
     source = open_source(tar_root, "train")
-    works = {
-        "ours": ours(room, source, single_views(range(len(images.positions)))),
-        "webdataset": webdataset(room, paths),
+    workloads = {
+        "ours": own_loader(bench, source, single_views(range(len(images.positions)))),
+        "webdataset": webdataset(bench, paths),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
-        turns = take_turns(works, rounds=room.config.rounds, device=torch.device("cpu"))
-        works.clear()
+        turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
+        workloads.clear()
         gc.collect()
-    notes = {"workers": room.config.workers, **by_cpu_time(turns, "ours", "webdataset")}
+    notes = {"workers": bench.config.workers, **by_cpu_time(turns, "ours", "webdataset")}
     return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
 
 
@@ -201,16 +201,16 @@ def write_tars(images: Images, folder: Path) -> list[str]:
     return paths
 
 
-def webdataset(room: Room, paths: list[str]) -> Work:
+def webdataset(bench: BenchContext, paths: list[str]) -> Workload:
     """Return a turn of webdataset's own pipeline: decode("pil") and torchvision's transforms."""
     import webdataset as wds
 
-    workers = room.config.workers
+    workers = bench.config.workers
     dataset = (
         wds.WebDataset(paths, shardshuffle=False, empty_check=False)
         .decode("pil")
         .to_tuple("jpg", "cls")
-        .map_tuple(transforms(room.config.img_size), int)
+        .map_tuple(transforms(bench.config.img_size), int)
     )
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0

@@ -24,7 +24,7 @@ from mealv2.label_set import Encoding
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.bench.lines import Line, NotMeasuredError
-from pipeline.bench.room import Room, plan_of
+from pipeline.bench.room import BenchContext, plan_of
 from pipeline.config import DEFAULT_RATE
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit
@@ -59,7 +59,7 @@ class FreeTeacher(nn.Module):
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Peaks of memory in bytes, after a quarter of the images and at the end."""
 
     num_images: int
@@ -69,14 +69,14 @@ class Held:
     at_end: int
 
 
-def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
+def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     """Return the line: how much the peak grows by more images, and by more views of each."""
     if not (_PROC / "self" / "statm").exists():
         raise NotMeasuredError("needs /proc, which says what a process holds")
-    draw_tree(room.folder / "small" / "once", num_images=_PICTURES, num_classes=1, size=_SIZE)
-    logs.say(f"memory of stage one, {MANY_VIEWS} views per image: up to a minute")
-    many = in_own_process(room, room.config.memory_images, MANY_VIEWS)
-    few = in_own_process(room, many.num_images, FEW_VIEWS)
+    draw_tree(bench.folder / "small" / "once", num_images=_PICTURES, num_classes=1, size=_SIZE)
+    logs.info(f"memory of stage one, {MANY_VIEWS} views per image: up to a minute")
+    many = in_own_process(bench, bench.config.memory_images, MANY_VIEWS)
+    few = in_own_process(bench, many.num_images, FEW_VIEWS)
     by_images = 100.0 * (many.at_end / many.at_quarter - 1.0)
     by_views = 100.0 * (many.at_end / few.at_end - 1.0)
     notes = {
@@ -84,35 +84,40 @@ def measure(room: Room, wanted: Sequence[str]) -> list[Line]:
         "growth_by_images_percent": round(by_images, 2),
         "growth_by_views_percent": round(by_views, 2),
         "peak_mb": {
-            f"{held.num_views} views, {when}": round(value / 1e6, 1)
-            for held in (few, many)
-            for when, value in (("a quarter", held.at_quarter), ("the end", held.at_end))
+            f"{memory_use.num_views} views, {when}": round(value / 1e6, 1)
+            for memory_use in (few, many)
+            for when, value in (
+                ("a quarter", memory_use.at_quarter),
+                ("the end", memory_use.at_end),
+            )
         },
     }
     turns = {
-        f"{held.num_views} views": [Turn(held.num_images * held.num_views, held.seconds)]
-        for held in (few, many)
+        f"{memory_use.num_views} views": [
+            Turn(memory_use.num_images * memory_use.num_views, memory_use.seconds)
+        ]
+        for memory_use in (few, many)
     }
     return [Line("memory", [max(by_images, by_views)], turns, notes)]
 
 
-def in_own_process(room: Room, num_images: int, num_views: int) -> Held:
+def in_own_process(bench: BenchContext, num_images: int, num_views: int) -> MemoryUse:
     """Run stage one in a new interpreter; return what it held."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    folder = room.folder / f"memory-{num_views}"
-    arguments = (there, room.folder / "small" / "once", folder, num_images, num_views)
-    process = context.Process(target=_child, args=(*arguments, room.config.workers))
+    sender, receiver = context.Pipe(duplex=False)
+    folder = bench.folder / f"memory-{num_views}"
+    arguments = (receiver, bench.folder / "small" / "once", folder, num_images, num_views)
+    process = context.Process(target=_child, args=(*arguments, bench.config.workers))
     process.start()
-    there.close()
+    receiver.close()
     try:
-        held = here.recv()
+        memory_use = sender.recv()
     except EOFError:
         raise NotMeasuredError("the process that was to be measured ended early") from None
     finally:
         process.join()
-    assert isinstance(held, Held)
-    return held
+    assert isinstance(memory_use, MemoryUse)
+    return memory_use
 
 
 def _child(
@@ -129,8 +134,8 @@ def _child(
         of_one = max(taken[1] - taken[0], 1e-3) / (_TRIED[1] - _TRIED[0])
         num_images = max(min(_TRIED[1], num_images), min(num_images, int(_LONGEST_S / of_one)))
     began = time.monotonic()
-    held = _label(pictures, folder / "all", num_images, num_views, workers)
-    out.send(Held(num_images, num_views, time.monotonic() - began, *held))
+    memory_use = _label(pictures, folder / "all", num_images, num_views, workers)
+    out.send(MemoryUse(num_images, num_views, time.monotonic() - began, *memory_use))
 
 
 def _label(

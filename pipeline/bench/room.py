@@ -43,18 +43,18 @@ class Images:
     described: Drawn
 
 
-class Room:
+class BenchContext:
     """Makes, once and when a line first asks, what several lines measure with."""
 
-    def __init__(self, config: BenchConfig, machine: Runtime, folder: Path) -> None:
+    def __init__(self, config: BenchConfig, runtime: Runtime, folder: Path) -> None:
         self.config = config
-        self.machine = machine
+        self.runtime = runtime
         self.folder = folder
 
     @property
     def device(self) -> torch.device:
         """Where networks compute."""
-        return self.machine.device
+        return self.runtime.device
 
     @cached_property
     def batch_size(self) -> int:
@@ -71,7 +71,7 @@ class Room:
         """The images that are read: drawn now, or the user's own."""
         config = self.config
         if config.data_dir is None:
-            logs.say(f"drawing {config.num_images} pictures")
+            logs.info(f"drawing {config.num_images} pictures")
             drawn = draw_tree(self.folder / "images" / "train", num_images=config.num_images)
             source = open_source(self.folder / "images", "train")
             return Images(self.folder / "images", "train", source, list(range(len(source))), drawn)
@@ -89,7 +89,7 @@ class Room:
         teachers = [self.network(name) for name in self.config.teacher]
         for teacher in teachers:
             calibrate(teacher, self.config.img_size)
-        return self.machine.place(TeacherEnsemble(teachers))
+        return self.runtime.to_device(TeacherEnsemble(teachers))
 
     def network(self, name: str) -> Classifier:
         """Build a model of 1,000 classes with random weights."""
@@ -150,7 +150,7 @@ def drawn_rows(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
         classes_N = torch.randint(0, encoding.num_classes, (num,), generator=generator)
         logits_NC[torch.arange(num), classes_N] += _PEAK * torch.rand(num, generator=generator)
         parts.append(encoding.encode(torch.softmax(logits_NC, dim=1), logits_NC))
-    return Rows.joined(parts)
+    return Rows.concat(parts)
 
 
 def plan_of(encoding: Encoding, *, num_views: int, img_size: int) -> dict[str, Any]:

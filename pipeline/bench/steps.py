@@ -13,7 +13,7 @@ from mealv2.targets import HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask, HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
-from pipeline.bench.room import NUM_CLASSES, NUM_VIEWS, Room
+from pipeline.bench.room import NUM_CLASSES, NUM_VIEWS, BenchContext
 from pipeline.config import DistillConfig
 from pipeline.loading.loader import Batch
 from pipeline.timing import (
@@ -31,54 +31,54 @@ _PAPER_MACS = (46.0, 12.3)  # in thousands of millions: a step online, and one w
 _LR = 1e-4  # weights are random and labels mean nothing: nothing is to diverge
 
 
-def measure_hard(room: Room, wanted: Sequence[str]) -> list[Line]:
+def measure_hard(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     """Return the line on what stored labels cost beside class ids, with a discriminator.
 
     Twice the rounds: the two differ by less than a machine does from minute to minute.
     """
-    student = room.network(room.config.model)
-    works = {
-        "hard labels": stepping(room, hard(room, student)),
-        "stored labels": stepping(room, stored(room, student)),
-        "stored labels, no discriminator": stepping(room, stored(room, student, alone=True)),
+    student = bench.network(bench.config.model)
+    workloads = {
+        "hard labels": stepping(bench, hard(bench, student)),
+        "stored labels": stepping(bench, stored(bench, student)),
+        "stored labels, no discriminator": stepping(bench, stored(bench, student, alone=True)),
     }
-    times = times_for(works["hard labels"], room.device, seconds=_TURN_S)
-    works = {name: repeated(work, times) for name, work in works.items()}
-    turns = take_turns(works, rounds=2 * room.config.rounds, device=room.device)
+    times = times_for(workloads["hard labels"], bench.device, seconds=_TURN_S)
+    workloads = {name: repeated(spec, times) for name, spec in workloads.items()}
+    turns = take_turns(workloads, rounds=2 * bench.config.rounds, device=bench.device)
     without = ratios(turns, "hard labels", "stored labels, no discriminator")
     notes = {
-        "batch_size": room.batch_size,
+        "batch_size": bench.batch_size,
         "without_discriminator": round(median(without), 4),
-        **room.cpu_note(turns, "hard labels", "stored labels"),
+        **bench.cpu_note(turns, "hard labels", "stored labels"),
     }
     return [Line("step-hard", ratios(turns, "hard labels", "stored labels"), turns, notes)]
 
 
-def measure_online(room: Room, wanted: Sequence[str]) -> list[Line]:
+def measure_online(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     """Return the line on what stored labels save beside teachers that answer in every step."""
-    student = room.network(room.config.model)
-    works = {
-        "stored labels": stepping(room, stored(room, student)),
-        "online": stepping(room, online(room, student)),
+    student = bench.network(bench.config.model)
+    workloads = {
+        "stored labels": stepping(bench, stored(bench, student)),
+        "online": stepping(bench, online(bench, student)),
     }
-    times = times_for(works["stored labels"], room.device, seconds=_TURN_S)
-    works["stored labels"] = repeated(works["stored labels"], times)
-    works["online"] = repeated(works["online"], max(1, times // 3))
-    turns = take_turns(works, rounds=room.config.rounds, device=room.device)
+    times = times_for(workloads["stored labels"], bench.device, seconds=_TURN_S)
+    workloads["stored labels"] = repeated(workloads["stored labels"], times)
+    workloads["online"] = repeated(workloads["online"], max(1, times // 3))
+    turns = take_turns(workloads, rounds=bench.config.rounds, device=bench.device)
     notes = {
-        "batch_size": room.batch_size,
-        **arithmetic(room),
-        **room.cpu_note(turns, "stored labels", "online"),
+        "batch_size": bench.batch_size,
+        **arithmetic(bench),
+        **bench.cpu_note(turns, "stored labels", "online"),
     }
     return [Line("step-online", ratios(turns, "stored labels", "online"), turns, notes)]
 
 
-def arithmetic(room: Room) -> dict[str, Any]:
+def arithmetic(bench: BenchContext) -> dict[str, Any]:
     """Return what multiplications alone say of a step online and one with stored labels, a view."""
-    size = room.config.img_size
+    size = bench.config.img_size
     with torch.device("meta"):
-        teachers = sum(forward_macs(room.network(name), size) for name in room.config.teacher)
-        student = step_macs(room.network(room.config.model), size)
+        teachers = sum(forward_macs(bench.network(name), size) for name in bench.config.teacher)
+        student = step_macs(bench.network(bench.config.model), size)
     tabled_online, tabled_stored = _PAPER_MACS
     return {
         "teachers_gmacs": round(teachers / 1e9, 2),
@@ -88,11 +88,11 @@ def arithmetic(room: Room) -> dict[str, Any]:
     }
 
 
-def stepping(room: Room, step: TrainStep) -> Callable[[], int]:
+def stepping(bench: BenchContext, step: TrainStep) -> Callable[[], int]:
     """Return one step on a batch that lies on the device; lookup included."""
-    positions, size = room.images.positions, room.batch_size
+    positions, size = bench.images.positions, bench.batch_size
     batch = Batch(
-        room.resident(size),
+        bench.resident(size),
         np.zeros((size, 2), np.uint32),
         np.zeros((size, 5), np.uint32),
         [positions[n % len(positions)] for n in range(size)],
@@ -106,58 +106,60 @@ def stepping(room: Room, step: TrainStep) -> Callable[[], int]:
     return one_step
 
 
-def hard(room: Room, student: Classifier) -> TrainStep:
+def hard(bench: BenchContext, student: Classifier) -> TrainStep:
     """Return steps with class ids."""
-    return _train_step(room, student, HardLabels(room.images.source.labels), HardLabelTask(student))
+    return _train_step(
+        bench, student, HardLabels(bench.images.source.labels), HardLabelTask(student)
+    )
 
 
-def stored(room: Room, student: Classifier, *, alone: bool = False) -> TrainStep:
+def stored(bench: BenchContext, student: Classifier, *, alone: bool = False) -> TrainStep:
     """Return steps with labels looked up; ``alone`` leaves out the discriminator."""
-    source = room.images.source
-    targets = StoredLabels(room.labels, source.keys, source.labels, seed=0)
-    return _distilling(room, student, targets, alone=alone)
+    source = bench.images.source
+    targets = StoredLabels(bench.labels, source.keys, source.labels, seed=0)
+    return _distilling(bench, student, targets, alone=alone)
 
 
-def online(room: Room, student: Classifier) -> TrainStep:
+def online(bench: BenchContext, student: Classifier) -> TrainStep:
     """Return steps in which the teachers answer."""
-    targets = OnlineTeachers(room.ensemble, room.images.source.labels)
-    return _distilling(room, student, targets)
+    targets = OnlineTeachers(bench.ensemble, bench.images.source.labels)
+    return _distilling(bench, student, targets)
 
 
 def _distilling(
-    room: Room, student: Classifier, targets: Targets, *, alone: bool = False
+    bench: BenchContext, student: Classifier, targets: Targets, *, alone: bool = False
 ) -> TrainStep:
     discriminator = None if alone else Discriminator(NUM_CLASSES, "paper")
-    return _train_step(room, student, targets, DistillTask(student, discriminator))
+    return _train_step(bench, student, targets, DistillTask(student, discriminator))
 
 
-def _train_step(room: Room, student: Classifier, targets: Targets, task: Any) -> TrainStep:
+def _train_step(bench: BenchContext, student: Classifier, targets: Targets, task: Any) -> TrainStep:
     config = DistillConfig(
-        data_dir=room.images.root,
-        model=room.config.model,
-        labels=room.folder / "labels",
+        data_dir=bench.images.root,
+        model=bench.config.model,
+        labels=bench.folder / "labels",
         pretrained=False,
-        batch_size=room.batch_size,
+        batch_size=bench.batch_size,
         lr=_LR,
-        device=room.config.device,
-        amp=room.config.amp,
-        amp_dtype=room.config.amp_dtype,
+        device=bench.config.device,
+        amp=bench.config.amp,
+        amp_dtype=bench.config.amp_dtype,
     )
     discriminator = getattr(task, "discriminator", None)
     spec = TrainingSpec(
         command="bench",
         task=task,
         student=student,
-        source=room.images.source,
-        positions=room.images.positions,
+        source=bench.images.source,
+        positions=bench.images.positions,
         targets=targets,
-        img_size=room.config.img_size,
+        img_size=bench.config.img_size,
         views=DrawnViews(0),
         resize="torch",
         evaluator=None,
         extra={} if discriminator is None else {"discriminator": (discriminator, _LR)},
     )
-    step = TrainStep(config, room.machine, spec)
+    step = TrainStep(config, bench.runtime, spec)
     step.state.set_lr(config.lr_factor(0))
     task.train()
     return step

@@ -124,7 +124,7 @@ def parameters_of(
 
 def _in_reading_order(config: type[configs.Settings]) -> list[Field]:
     """Return the fields: required ones, the command's own, those of the machine and the cache."""
-    kinds = (configs.Machine, configs.Caching)
+    kinds = (configs.RuntimeConfig, configs.CacheConfig)
     shared = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields = dataclasses.fields(config)
     return sorted(fields, key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import content_of
+from mealv2.files import list_folder
 from mealv2.images import class_folders
 from mealv2.tar_files import find_split
 from mealv2.weight_files import find_checkpoint
@@ -102,7 +102,7 @@ def _check_new_folder(config: Settings, name: str, folder: Path) -> None:
 
 def _check_new_label_set(config: Settings, name: str, folder: Path) -> None:
     _check_new_folder(config, name, folder)
-    names = content_of(folder) if folder.is_dir() else []
+    names = list_folder(folder) if folder.is_dir() else []
     files = {PLAN_NAME, MANIFEST_NAME}
     if names and not files & set(names) and not any(n.endswith(".h5") for n in names):
         raise ConfigError(

@@ -11,14 +11,14 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
-    Caching,
+    CacheConfig,
     CompileMode,
-    Cutting,
-    Jobs,
-    Labelling,
-    Machine,
+    CropConfig,
+    JobsConfig,
+    LabellingConfig,
     OnBadImage,
-    Reading,
+    ReaderConfig,
+    RuntimeConfig,
     Settings,
 )
 from pipeline.config.bench import BenchConfig
@@ -36,6 +36,7 @@ from pipeline.config.fields import (
     split_teachers,
 )
 from pipeline.config.label_sets import (
+    EncodingConfig,
     LabelsAddViewsConfig,
     LabelsConvertConfig,
     LabelsExportConfig,
@@ -46,7 +47,6 @@ from pipeline.config.label_sets import (
     LabelsSplitConfig,
     LabelsStatusConfig,
     LabelsVerifyConfig,
-    NewEncoding,
 )
 from pipeline.config.labels import PrecomputeConfig
 from pipeline.config.pack import PackConfig
@@ -60,7 +60,13 @@ from pipeline.config.slurm import (
     StageCommand,
 )
 from pipeline.config.training import FinetuneConfig, TrainConfig
-from pipeline.config.use import DemoConfig, EvaluateConfig, ExportConfig, PredictConfig, ReadyModel
+from pipeline.config.use import (
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InferenceConfig,
+    PredictConfig,
+)
 
 __all__ = [
     "DEFAULT_EMA_DECAY",
@@ -72,17 +78,19 @@ __all__ = [
     "PAPER_EPOCHS",
     "PAPER_MILESTONE",
     "BenchConfig",
-    "Caching",
+    "CacheConfig",
     "CompileMode",
-    "Cutting",
+    "CropConfig",
     "DemoConfig",
     "DistillConfig",
+    "EncodingConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
     "Group",
-    "Jobs",
-    "Labelling",
+    "InferenceConfig",
+    "JobsConfig",
+    "LabellingConfig",
     "LabelsAddViewsConfig",
     "LabelsConvertConfig",
     "LabelsExportConfig",
@@ -93,15 +101,13 @@ __all__ = [
     "LabelsSplitConfig",
     "LabelsStatusConfig",
     "LabelsVerifyConfig",
-    "Machine",
-    "NewEncoding",
     "OnBadImage",
     "PackConfig",
     "PathKind",
     "PrecomputeConfig",
     "PredictConfig",
-    "Reading",
-    "ReadyModel",
+    "ReaderConfig",
+    "RuntimeConfig",
     "Settings",
     "SlurmDistillConfig",
     "SlurmJob",

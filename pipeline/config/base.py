@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caching(Settings):
+class CacheConfig(Settings):
     """What every command has that reads from URLs."""
 
     cache_dir: Path | None = setting(
@@ -108,7 +108,7 @@ class Caching(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Settings):
+class ReaderConfig(Settings):
     """What every command has that reads images."""
 
     workers: int = setting(
@@ -128,7 +128,7 @@ class Reading(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutting(Settings):
+class CropConfig(Settings):
     """What every command has that says how views are cut."""
 
     exact_pil: bool = setting(False, EXACT_PIL, group="Views")
@@ -140,7 +140,7 @@ class Cutting(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Reading):
+class RuntimeConfig(ReaderConfig):
     """How a stage computes."""
 
     amp: bool = setting(False, "Mixed precision (autocast).", group="Hardware")
@@ -158,7 +158,7 @@ class Machine(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelling(Machine):
+class LabellingConfig(RuntimeConfig):
     """How teachers answer about many views."""
 
     batch_size: int | Literal["auto"] = setting(
@@ -180,7 +180,7 @@ class Labelling(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jobs(Labelling):
+class JobsConfig(LabellingConfig):
     """What every command has that several jobs can share."""
 
     job_index: int | None = setting(

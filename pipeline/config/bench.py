@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, Machine
+from pipeline.config.base import DEFAULT_IMG_SIZE, RuntimeConfig
 from pipeline.config.fields import at_least, setting, teachers_setting, without_effect
 
 # In the order in which they are measured and shown.
@@ -30,7 +30,7 @@ def split_names(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig(Machine):
+class BenchConfig(RuntimeConfig):
     """Measure how fast this machine reads, labels and trains, and compare with its limits."""
 
     example = "mealv2 bench --lines loader-1,loader-4,labels --results-file speed.json"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mealv2.errors import ConfigError
 from mealv2.locations import Location, is_url
-from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, Cutting
+from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, CropConfig
 from pipeline.config.fields import (
     at_least,
     between,
@@ -20,7 +20,7 @@ from pipeline.config.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(Cutting, TrainConfig):
+class DistillConfig(CropConfig, TrainConfig):
     """Stage two: train a student from a label set, from teachers online, or both.
 
     Defaults are the paper's.

@@ -151,18 +151,16 @@ def default_of(config: type, name: str) -> Any:
     return next(f.default for f in dataclasses.fields(config) if f.name == name)
 
 
-def at_least(config: object, least: float, *names: str) -> None:
+def at_least(config: object, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not least <= value < math.inf:  # nan is neither
-            raise ConfigError(f"{flag(name)} must be at least {least} and finite, got {value}")
+        if not low <= value < math.inf:  # nan is neither
+            raise ConfigError(f"{flag(name)} must be at least {low} and finite, got {value}")
 
 
-def between(config: object, least: float, most: float, name: str) -> None:
-    if not least <= getattr(config, name) <= most:
-        raise ConfigError(
-            f"{flag(name)} must lie in [{least}, {most}], got {getattr(config, name)}"
-        )
+def between(config: object, low: float, high: float, name: str) -> None:
+    if not low <= getattr(config, name) <= high:
+        raise ConfigError(f"{flag(name)} must lie in [{low}, {high}], got {getattr(config, name)}")
 
 
 def without_effect(config: object, mode: str, *names: str) -> None:

@@ -11,9 +11,9 @@ from pipeline.config.base import (
     DEFAULT_RATE,
     DEFAULT_SHARD_SIZE,
     MOST_VIEWS,
-    Caching,
-    Jobs,
-    Machine,
+    CacheConfig,
+    JobsConfig,
+    RuntimeConfig,
     Settings,
 )
 from pipeline.config.fields import (
@@ -39,7 +39,7 @@ def _new_set() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsInfoConfig(Caching):
+class LabelsInfoConfig(CacheConfig):
     """Describe a label set: views, teachers, encoding, bytes, accuracies."""
 
     example = "mealv2 labels info labels"
@@ -48,7 +48,7 @@ class LabelsInfoConfig(Caching):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsStatusConfig(Caching):
+class LabelsStatusConfig(CacheConfig):
     """List which shards are complete, missing or damaged, and the command to run next.
 
     It reads the files alone, also while jobs write them. Exit code 0: all shards are complete and
@@ -68,7 +68,7 @@ class LabelsStatusConfig(Caching):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsFinishConfig(Caching):
+class LabelsFinishConfig(CacheConfig):
     """Write the manifest of a label set whose shards were made by jobs.
 
     It checks every shard first and needs neither images nor teachers.
@@ -91,7 +91,7 @@ class LabelsFinishConfig(Caching):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsVerifyConfig(Caching, Machine):
+class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
     """Check every file and label of a label set, and the boxes of all views.
 
     --data-dir also checks the images, --relabel the teachers. Damage is reported by file and
@@ -129,7 +129,7 @@ class LabelsVerifyConfig(Caching, Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(Caching, Jobs):
+class LabelsAddViewsConfig(CacheConfig, JobsConfig):
     """Label more views of a label set's images with its own teachers.
 
     The command adds new files and leaves the old ones unchanged. It makes damaged or missing files
@@ -153,7 +153,7 @@ class LabelsAddViewsConfig(Caching, Jobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewEncoding(Settings):
+class EncodingConfig(Settings):
     """How a label set that is written encodes its labels."""
 
     rate: float | None = setting(
@@ -182,7 +182,7 @@ class NewEncoding(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsConvertConfig(NewEncoding):
+class LabelsConvertConfig(EncodingConfig):
     """Write a label set again, in another encoding or in today's format."""
 
     example = "mealv2 labels convert labels --rate 0.005 --output smaller"
@@ -198,7 +198,7 @@ class LabelsConvertConfig(NewEncoding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsMergeConfig(NewEncoding):
+class LabelsMergeConfig(EncodingConfig):
     """Join label sets of different images, or average label sets of different teachers.
 
     Sets of the same teachers are joined and keep their encoding. Sets of different teachers on the
@@ -242,7 +242,7 @@ class LabelsSplitConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsImportConfig(Caching):
+class LabelsImportConfig(CacheConfig):
     """Make a label set from labels that other software wrote."""
 
     example = "mealv2 labels import soft_labels --from fkd --data-dir imagenet --output labels"
@@ -281,7 +281,7 @@ class LabelsImportConfig(Caching):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsExportConfig(Caching):
+class LabelsExportConfig(CacheConfig):
     """Export the labels of a label set to other formats."""
 
     example = "mealv2 labels export labels --to parquet --output tables"

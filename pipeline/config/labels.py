@@ -13,9 +13,9 @@ from pipeline.config.base import (
     DEFAULT_RATE,
     DEFAULT_SHARD_SIZE,
     MOST_VIEWS,
-    Caching,
-    Cutting,
-    Jobs,
+    CacheConfig,
+    CropConfig,
+    JobsConfig,
 )
 from pipeline.config.fields import (
     at_least,
@@ -30,7 +30,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(Cutting, Caching, Jobs):
+class PrecomputeConfig(CropConfig, CacheConfig, JobsConfig):
     """Stage one: label views of a data set with an ensemble of teachers."""
 
     example = (

@@ -14,10 +14,10 @@ from pipeline.config.base import (
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
-    Caching,
+    CacheConfig,
     CompileMode,
-    Cutting,
-    Machine,
+    CropConfig,
+    RuntimeConfig,
 )
 from pipeline.config.fields import (
     at_least,
@@ -33,7 +33,7 @@ _OWN = "the model's own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Caching, Machine):
+class TrainConfig(CacheConfig, RuntimeConfig):
     """What every training run needs, whatever its targets."""
 
     in_ranks = True
@@ -225,7 +225,7 @@ class TrainConfig(Caching, Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Cutting, TrainConfig):
+class FinetuneConfig(CropConfig, TrainConfig):
     """Hard-label training: teachers on own data, a student's start, a control run."""
 
     example = "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20"

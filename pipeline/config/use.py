@@ -9,10 +9,10 @@ from mealv2.locations import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
-    Caching,
-    Cutting,
-    Machine,
-    Reading,
+    CacheConfig,
+    CropConfig,
+    ReaderConfig,
+    RuntimeConfig,
     Settings,
 )
 from pipeline.config.fields import at_least, check_normalisation, positional, required, setting
@@ -21,7 +21,7 @@ _MODEL = "one of --model and --checkpoint is required"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadyModel(Cutting, Machine):
+class InferenceConfig(CropConfig, RuntimeConfig):
     """A model that is evaluated, and the size and normalisation of its input."""
 
     model: str | None = setting(
@@ -79,7 +79,7 @@ class ReadyModel(Cutting, Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Caching, ReadyModel):
+class EvaluateConfig(CacheConfig, InferenceConfig):
     """Measure the accuracy of a checkpoint or a timm model on a split."""
 
     example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
@@ -96,7 +96,7 @@ class EvaluateConfig(Caching, ReadyModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(ReadyModel):
+class PredictConfig(InferenceConfig):
     """Predict the best classes of pictures with a checkpoint or a timm model."""
 
     example = "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student"
@@ -146,7 +146,7 @@ class ExportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(Reading):
+class DemoConfig(ReaderConfig):
     """Run both stages on scikit-learn's handwritten digits; a few minutes on a CPU."""
 
     example = "mealv2 demo --seeds 5"

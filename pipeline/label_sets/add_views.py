@@ -29,7 +29,7 @@ from pipeline.labelling.shards import (
 )
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import ViewReader
-from pipeline.runtime import start, versions
+from pipeline.runtime import create_runtime, library_versions
 from pipeline.sources import open_images
 
 
@@ -65,16 +65,17 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     manifest = read_manifest(config.labels)
     plan = manifest["plan"]
     first, *added = _views_of(manifest)
-    held = added[-1].stop if added else first.stop
-    if config.num_views < held:
+    num_stored = added[-1].stop if added else first.stop
+    if config.num_views < num_stored:
         raise ConfigError(
-            f"--num-views {config.num_views}: {config.labels} holds {held} already, and keeps them"
+            f"--num-views {config.num_views}: {config.labels} holds {num_stored} already, and "
+            f"keeps them"
         )
     # opened without the added views: their damaged shards must not be an error here
     labels = LabelSet.open(config.labels, appended=[], num_views=first.stop)
     annotator, split = _load(config, labels)
     began = time.monotonic()
-    blocks = [*added, *_blocks_to_add(config.labels, held, config.num_views)]
+    blocks = [*added, *_blocks_to_add(config.labels, num_stored, config.num_views)]
     splits = [replace(split, views=tuple(views)) for views in blocks]
     store = Store(config.labels)
     if job.is_part:
@@ -85,14 +86,14 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     described, num_made, skipped = _label_blocks(config, splits, annotator, store, listed)
     skipped -= labels.skipped.keys()
     if skipped:
-        logs.say(f"{len(skipped)} images could not be read: they keep only their first views")
+        logs.info(f"{len(skipped)} images could not be read: they keep only their first views")
     _write_manifest(config.labels, manifest, described)
-    logs.say(f"{config.labels} now holds views 0 to {config.num_views - 1}")
+    logs.info(f"{config.labels} now holds views 0 to {config.num_views - 1}")
     return {
         "labels": str(config.labels),
         "images": len(labels),
         "views": config.num_views,
-        "added": [held, config.num_views],
+        "added": [num_stored, config.num_views],
         "skipped": len(skipped),
         "bytes": sum(s["bytes"] for block in described[len(added) :] for s in block["shards"]),
         "shards_made": num_made,
@@ -135,7 +136,7 @@ def _write_manifest(
             **manifest["roles"],
             "train": {**train, "blocks": [train["blocks"][0], *described]},
         },
-        versions=manifest.get("versions", versions()),
+        library_versions=manifest.get("versions", library_versions()),
         **kept,
     )
 
@@ -147,20 +148,20 @@ def _views_of(manifest: dict[str, Any]) -> list[range]:
     return [range(*block["views"]) for block in manifest["roles"]["train"]["blocks"]]
 
 
-def _blocks_to_add(folder: Path, held: int, num_views: int) -> list[range]:
+def _blocks_to_add(folder: Path, num_stored: int, num_views: int) -> list[range]:
     """Return the blocks to add: those that were started before, then one of the rest."""
     blocks = []
     for views in block_views(folder, "train"):
-        if views.start == held and views.stop <= num_views:
+        if views.start == num_stored and views.stop <= num_views:
             blocks.append(views)
-            held = views.stop
-    return blocks + ([range(held, num_views)] if held < num_views else [])
+            num_stored = views.stop
+    return blocks + ([range(num_stored, num_views)] if num_stored < num_views else [])
 
 
 def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, LabelSplit]:
     """Return the teachers that made the set, and its images, without views so far."""
     plan = labels.manifest["plan"]
-    runtime = start(config)
+    runtime = create_runtime(config)
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
     check_same_data(labels, source, allow_missing=True)  # a split set has a part of the images
     check_precision(config.labels, plan, runtime)

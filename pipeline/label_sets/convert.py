@@ -14,23 +14,23 @@ from pipeline.label_sets.writing import (
     derived_plan,
     encoded,
     new_encoding,
-    open_roles,
-    refuse_inside,
+    open_splits,
+    require_outside,
 )
 
 
 def run(config: LabelsConvertConfig) -> dict[str, Any]:
     """Write the set anew; return the report. Raises MealError and OSError."""
-    refuse_inside(config.output, [config.labels])
-    roles = open_roles(config.labels)
-    train = roles["train"]
+    require_outside(config.output, [config.labels])
+    splits = open_splits(config.labels)
+    train = splits["train"]
     old = train.encoding
     new = new_encoding(config, old.num_classes, default=old, has_logits=old.logits)
     plan = train.manifest["plan"]
     writer = Writer(
         config.output, derived_plan(plan, "labels convert", "converted", [plan], labels=new.plan())
     )
-    for name, labels in roles.items():
+    for name, labels in splits.items():
         files = [(views, file) for views, files in labels.blocks for file in files]
         for views, file in logs.progress(
             files, total=len(files), what=f"converting {name}", unit="shards"
@@ -38,8 +38,8 @@ def run(config: LabelsConvertConfig) -> dict[str, Any]:
             writer.add(name, views, partial(_converted, file, old, new))
         for file in labels.appended_files:
             writer.add_rows(file, range(file.num_images), encoded(all_rows(file, old), old, new))
-    report = writer.finish(accuracies_of(roles))
-    logs.say(f"{config.output} keeps {new}, in {logs.size_of(report['bytes'])}")
+    report = writer.finish(accuracies_of(splits))
+    logs.info(f"{config.output} keeps {new}, in {logs.size_of(report['bytes'])}")
     return report
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mealv2 import fkd
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import canonical_json, content_of, whole_file, write_whole
+from mealv2.files import atomic_file, canonical_json, list_folder, write_atomic
 from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
@@ -18,7 +18,7 @@ from mealv2.tar_writing import sample, sample_names, tar_writer
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import logs
 from pipeline.config import LabelsExportConfig
-from pipeline.label_sets.writing import all_rows, refuse_inside
+from pipeline.label_sets.writing import all_rows, require_outside
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.sources import open_images
 
@@ -33,11 +33,11 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
     _plan.json says what is exported, before the first file, and _export.json how much it was, after
     the last. Every file is whole; those that are there are kept, so it can be run again.
     """
-    refuse_inside(config.output, [config.labels])
-    labels = LabelSet.open(config.labels, role=config.split)
+    require_outside(config.output, [config.labels])
+    labels = LabelSet.open(config.labels, split=config.split)
     if labels.num_appended:
-        logs.say(f"{labels.num_appended} labels that were appended are left out")
-    labels = LabelSet.open(config.labels, role=config.split, appended=[])
+        logs.info(f"{labels.num_appended} labels that were appended are left out")
+    labels = LabelSet.open(config.labels, split=config.split, appended=[])
     prepare, write = {
         "fkd": (_check_fkd, _fkd),
         "webdataset": (_check_webdataset, _webdataset),
@@ -54,8 +54,8 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
         "files": len(files),
         "bytes": num_bytes,
     }
-    write_whole(config.output / _REPORT_NAME, canonical_json(report).encode())
-    logs.say(f"{config.output}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
+    write_atomic(config.output / _REPORT_NAME, canonical_json(report).encode())
+    logs.info(f"{config.output}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
     return {"out": str(config.output), **report}
 
 
@@ -74,11 +74,11 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
         if path.read_bytes() != canonical_json(plan).encode():
             raise ConfigError(f"--output {config.output} holds another export; give a new folder")
         return
-    if names := content_of(config.output):
+    if names := list_folder(config.output):
         raise ConfigError(
             f"--output {config.output} is not empty ({names[0]}, …); give a new folder"
         )
-    write_whole(path, canonical_json(plan).encode())
+    write_atomic(path, canonical_json(plan).encode())
 
 
 def _is_there(module: str) -> bool:
@@ -108,19 +108,19 @@ def _rows_of(labels: LabelSet, number: int) -> Rows:
 
     Every block is read once, however many views there are.
     """
-    parts, places, first_row = [], [], 0
+    parts, addresses, first_row = [], [], 0
     keys = labels.blocks[0][1][number].keys()
     for views, files in labels.blocks:
         file = files[number]
         row_of = {key: row for row, key in enumerate(file.keys())}
-        if lacking := [key for key in keys if key not in row_of]:
-            labels.rows(lacking[:1], [views.start])  # raises, saying why it is not there
+        if missing := [key for key in keys if key not in row_of]:
+            labels.rows(missing[:1], [views.start])  # raises, saying why it is not there
         images_N1 = np.array([row_of[key] for key in keys], dtype=np.int64)[:, None]
-        places.append(first_row + images_N1 * len(views) + np.arange(len(views)))
+        addresses.append(first_row + images_N1 * len(views) + np.arange(len(views)))
         parts.append(all_rows(file, labels.encoding))
         first_row += len(parts[-1].labels)
-    order_N = torch.from_numpy(np.concatenate(places, axis=1).reshape(-1))
-    return parts[0] if len(parts) == 1 else Rows.joined(parts).rows(order_N)
+    order_N = torch.from_numpy(np.concatenate(addresses, axis=1).reshape(-1))
+    return parts[0] if len(parts) == 1 else Rows.concat(parts).rows(order_N)
 
 
 def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +177,7 @@ def _fkd(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
 def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
     assert config.data_dir is not None
-    split = labels.manifest["plan"]["roles"][labels.role]["split"]
+    split = labels.manifest["plan"]["roles"][labels.split]["split"]
     return open_images(config, config.data_dir, split)
 
 
@@ -192,17 +192,17 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
     """
     source = _source_of(config, labels)
     position_of = {key: position for position, key in enumerate(source.keys)}
-    write_whole(config.output / "classes.json", canonical_json(source.classes).encode())
+    write_atomic(config.output / "classes.json", canonical_json(source.classes).encode())
     made = []
     for number, file in _progress(labels, "exporting"):
-        path = config.output / f"{labels.role}-{number:06d}.tar"
+        path = config.output / f"{labels.split}-{number:06d}.tar"
         made.append(path)
         if path.exists():
             continue
         keys = file.keys()
         blocks = labels.encoding.blocks(_rows_of(labels, number), labels.num_views)
         with (
-            whole_file(path) as temporary,
+            atomic_file(path) as temporary,
             temporary.open("xb") as stream,
             tar_writer(stream) as writer,
         ):
@@ -228,12 +228,12 @@ def _parquet(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
 
     made = []
     for number, _ in _progress(labels, "exporting"):
-        path = config.output / f"{labels.role}-{number:05d}.parquet"
+        path = config.output / f"{labels.split}-{number:05d}.parquet"
         made.append(path)
         if path.exists():
             continue
         table = pyarrow.table(_columns(labels, number, pyarrow))
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             pyarrow.parquet.write_table(table, temporary, compression="zstd")
     return made
 
@@ -263,7 +263,7 @@ def _columns(labels: LabelSet, number: int, pyarrow: Any) -> dict[str, Any]:
         columns["mean_logit_of_others"] = rows.logits.rest_N.float().numpy()
     if file.images is not None:
         columns["true_class"] = np.repeat(file.images.classes_N.astype(np.int32), labels.num_views)
-    if labels.role == "train" and (file.images is not None or file.stored_views is not None):
+    if labels.split == "train" and (file.images is not None or file.stored_views is not None):
         boxes, flips = _boxes_of(labels, file)
         for position, name in enumerate(("top", "left", "height", "width")):
             columns[f"box_{name}"] = boxes[..., position].reshape(-1)

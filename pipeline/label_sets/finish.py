@@ -7,7 +7,7 @@ from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from pipeline.config import LabelsFinishConfig
 from pipeline.labelling.manifest import finalize
-from pipeline.labelling.store import store_at
+from pipeline.labelling.store import open_store
 
 
 def run(config: LabelsFinishConfig) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def run(config: LabelsFinishConfig) -> dict[str, Any]:
     Raises LabelSetError, and writes nothing, if a shard is missing or damaged.
     """
     began = time.monotonic()
-    store = store_at(config, config.labels)
+    store = open_store(config, config.labels)
     plan = label_set.read_plan(store.folder)
     try:
         label_set.planned_shards(plan)

@@ -40,7 +40,7 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         (len(matched.without_image), "label files have no image, and are left out"),
     ):
         if number:
-            logs.say(f"{number} {what}")
+            logs.info(f"{number} {what}")
     positions = [p for p, key in enumerate(source.keys) if key in matched.paths]
     first = fkd.read_file(matched.paths[source.keys[positions[0]]])
     num_classes = len(source.classes)
@@ -64,7 +64,7 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         make = partial(_shard, source, part, paths, encoding, kind, num_views)
         writer.add("train", range(num_views), make)
     report = writer.finish({})
-    logs.say(f"{report['images']} images, {num_views} views each, {kind}, kept as {encoding}")
+    logs.info(f"{report['images']} images, {num_views} views each, {kind}, kept as {encoding}")
     return {**report, "label_type": kind, "num_views": num_views}
 
 
@@ -83,11 +83,11 @@ def _shard(
 ) -> Shard:
     """Return the shard of some images from their label files."""
     files = [_read(path, num_views) for path in paths]
-    labels = SoftLabels.joined([file.soft_labels(encoding.num_classes, kind) for file in files])
+    labels = SoftLabels.concat([file.soft_labels(encoding.num_classes, kind) for file in files])
     sizes = np.array([source.sizes[p] for p in positions], dtype=np.uint64)
     shard = Shard(
         plan_sha256="",
-        role="train",
+        split="train",
         number=0,
         first_view=0,
         num_views=num_views,

@@ -6,12 +6,12 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
-from mealv2.label_set import Encoding, maker_of, read_header, read_manifest, read_plan
+from mealv2.label_set import Encoding, creating_command, read_header, read_manifest, read_plan
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.locations import shown
 from pipeline import logs
 from pipeline.config import LabelsInfoConfig
-from pipeline.labelling.store import folder_of
+from pipeline.labelling.store import local_folder
 
 _SHARD = re.compile(r"(\w+)-\d+(-views-\d+-\d+)?\.h5")
 
@@ -21,7 +21,7 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
 
     No labels are read, and of each file no more than its head: a large set takes no longer.
     """
-    folder = folder_of(config, config.labels, require_complete=False)
+    folder = local_folder(config, config.labels, require_complete=False)
     manifest_is_there, plan_is_there = (
         (folder / name).exists() for name in (label_set.MANIFEST_NAME, label_set.PLAN_NAME)
     )
@@ -39,20 +39,20 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
         "img_size": plan["img_size"],
         "derived": plan.get("derived"),
     }
-    _say_plan(folder, plan)
+    _print_plan(folder, plan)
     if not is_finished:
         return report | {"roles": _unfinished(folder, plan)}
-    roles = {name: _role(folder, manifest, name) for name in manifest["roles"]}
-    for name, role in roles.items():
-        _say_role(name, role)
-    return report | {"roles": roles}
+    splits = {name: _split(folder, manifest, name) for name in manifest["roles"]}
+    for name, split in splits.items():
+        _print_split(name, split)
+    return report | {"roles": splits}
 
 
 def _line(name: str, value: str) -> None:
-    logs.say(f"{name:<15} {value}")
+    logs.info(f"{name:<15} {value}")
 
 
-def _say_plan(folder: Path, plan: dict[str, Any]) -> None:
+def _print_plan(folder: Path, plan: dict[str, Any]) -> None:
     views = plan["roles"].get("train", {}).get("views", {})
     _line("label set", str(folder))
     _line("format version", str(plan["format_version"]))
@@ -62,25 +62,25 @@ def _say_plan(folder: Path, plan: dict[str, Any]) -> None:
     _line("image size", f"{plan['img_size']} pixels")
     _line("views", f"{views.get('name')}" + (f", seed {views['seed']}" if "seed" in views else ""))
     if "derived" in plan:
-        _line("made by", f"{maker_of(plan)}: {plan['derived']['how']}")
+        _line("made by", f"{creating_command(plan)}: {plan['derived']['how']}")
 
 
-def _say_role(name: str, role: dict[str, Any]) -> None:
+def _print_split(name: str, split: dict[str, Any]) -> None:
     _line(
         name,
-        f"{logs.count(role['images'], 'image')} x {logs.count(role['views'], 'view')}, "
-        f"{logs.count(role['shards'], 'shard')}, "
-        f"{logs.size_of(role['bytes'])}, {role['bytes_per_view']:.1f} bytes a label",
+        f"{logs.count(split['images'], 'image')} x {logs.count(split['views'], 'view')}, "
+        f"{logs.count(split['shards'], 'shard')}, "
+        f"{logs.size_of(split['bytes'])}, {split['bytes_per_view']:.1f} bytes a label",
     )
-    if role["skipped"]:
-        _line("", f"{logs.count(role['skipped'], 'image')} skipped")
-    if role["appended_rows"]:
-        _line("", f"{logs.count(role['appended_rows'], 'label')} appended")
-    if "accuracy" in role:
-        _line("", f"ensemble top-1 {role['accuracy']['ensemble']['top1']:.2f}")
+    if split["skipped"]:
+        _line("", f"{logs.count(split['skipped'], 'image')} skipped")
+    if split["appended_rows"]:
+        _line("", f"{logs.count(split['appended_rows'], 'label')} appended")
+    if "accuracy" in split:
+        _line("", f"ensemble top-1 {split['accuracy']['ensemble']['top1']:.2f}")
 
 
-def _role(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
+def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     """Describe a role of a finished set; raises LabelSetError for a file that is not there whole.
 
     Appended rows are counted apart, their bytes too.
@@ -116,21 +116,24 @@ def _header(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise LabelSetError(
             f"cannot read shard {path}: {error.strerror}; run the same "
-            f"{maker_of(manifest['plan'])} again to make it anew"
+            f"{creating_command(manifest['plan'])} again to make it anew"
         ) from None
 
 
 def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Say and return how many shards of each role are there."""
     found = [match for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))]
-    roles = {}
-    for name, role in plan["roles"].items():
-        there = sum(match[1] == name for match in found)
-        roles[name] = {"images": role["num_images"], "shards": there}
+    splits = {}
+    for name, split in plan["roles"].items():
+        existing = sum(match[1] == name for match in found)
+        splits[name] = {"images": split["num_images"], "shards": existing}
         of = ""
         if "derived" not in plan:
-            roles[name]["of"] = sum(s.role == name for s in label_set.planned_shards(plan))
-            of = f" of {roles[name]['of']}"
-        _line(name, f"{role['num_images']} images, {there}{of} shards are there")
-    logs.say(f"not finished: run the same {maker_of(plan)} again; `mealv2 labels status` says more")
-    return roles
+            splits[name]["of"] = sum(s.split == name for s in label_set.planned_shards(plan))
+            of = f" of {splits[name]['of']}"
+        _line(name, f"{split['num_images']} images, {existing}{of} shards are there")
+    logs.info(
+        f"not finished: run the same {creating_command(plan)} again; `mealv2 labels status` says "
+        f"more"
+    )
+    return splits

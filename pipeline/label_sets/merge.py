@@ -23,8 +23,8 @@ from pipeline.label_sets.writing import (
     images_of,
     mean_probs,
     new_encoding,
-    open_roles,
-    refuse_inside,
+    open_splits,
+    require_outside,
 )
 from pipeline.labelling.manifest import accuracy_of
 
@@ -38,7 +38,7 @@ class _Set:
 
     folder: Path
     plan: dict[str, Any]
-    roles: dict[str, LabelSet]
+    splits: dict[str, LabelSet]
 
     @property
     def teachers(self) -> list[str]:
@@ -51,7 +51,7 @@ def run(config: LabelsMergeConfig) -> dict[str, Any]:
 
     Sets with the same teachers are joined, and keep their encoding; others are averaged.
     """
-    refuse_inside(config.output, config.sets)
+    require_outside(config.output, config.sets)
     sets = [_opened(folder) for folder in config.sets]
     for other in sets[1:]:
         _check_same(other, sets[0])
@@ -72,8 +72,8 @@ def run(config: LabelsMergeConfig) -> dict[str, Any]:
 
 
 def _opened(folder: Path) -> _Set:
-    roles = open_roles(folder)
-    return _Set(folder, next(iter(roles.values())).manifest["plan"], roles)
+    splits = open_splits(folder)
+    return _Set(folder, next(iter(splits.values())).manifest["plan"], splits)
 
 
 def _identity(teacher: dict[str, Any]) -> str:
@@ -86,19 +86,21 @@ def _identity(teacher: dict[str, Any]) -> str:
 def _check_same(other: _Set, first: _Set) -> None:
     """Raise LabelSetError where two sets differ in what all that are merged have in common."""
     _compare(other, first, other.plan, first.plan, _SAME)
-    if other.roles.keys() != first.roles.keys():
-        has, there = ", ".join(other.roles), ", ".join(first.roles)
-        raise _cannot(other, first, f"one has {has} labels, the other {there}")
+    if other.splits.keys() != first.splits.keys():
+        has, first_values = ", ".join(other.splits), ", ".join(first.splits)
+        raise _merge_error(other, first, f"one has {has} labels, the other {first_values}")
 
 
-def _compare(other: _Set, first: _Set, here: Any, there: Any, names: Sequence[str]) -> None:
+def _compare(
+    other: _Set, first: _Set, other_values: Any, first_values: Any, names: Sequence[str]
+) -> None:
     for name in names:
-        if here.get(name) != there.get(name):
-            a, b = (_short(part.get(name)) for part in (here, there))
-            raise _cannot(other, first, f"{name} differs ({a} and {b})")
+        if other_values.get(name) != first_values.get(name):
+            a, b = (_short(part.get(name)) for part in (other_values, first_values))
+            raise _merge_error(other, first, f"{name} differs ({a} and {b})")
 
 
-def _cannot(other: _Set, first: _Set, why: str) -> LabelSetError:
+def _merge_error(other: _Set, first: _Set, why: str) -> LabelSetError:
     return LabelSetError(f"{other.folder} and {first.folder} cannot be merged: {why}")
 
 
@@ -119,47 +121,51 @@ def _join(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     first = sets[0]
     for other in sets[1:]:
         _check_joinable(other, first)
-    sources = {role: _sources(sets, role) for role in first.roles}
+    sources = {split: _sources(sets, split) for split in first.splits}
     described = {
-        role: {**first.plan["roles"][role], **_data_of(first.plan["classes"], chosen)}
-        for role, chosen in sources.items()
+        split: {**first.plan["roles"][split], **_data_of(first.plan["classes"], chosen)}
+        for split, chosen in sources.items()
     }
     plans = [each.plan for each in sets]
     writer = Writer(
         config.output, derived_plan(first.plan, _COMMAND, "joined", plans, roles=described)
     )
     accuracies = {}
-    for role, chosen in sources.items():
+    for split, chosen in sources.items():
         for block, (views, _) in enumerate(chosen[0].blocks):
             files = [file for labels in chosen for file in labels.blocks[block][1]]
             for file in logs.progress(
-                files, total=len(files), what=f"joining {role}", unit="shards"
+                files, total=len(files), what=f"joining {split}", unit="shards"
             ):
-                writer.add(role, views, file.shard)
-        if role == "val" and writer.has_counts(role):
-            accuracies[role] = accuracy_of(first.plan, writer.files(role))
+                writer.add(split, views, file.shard)
+        if split == "val" and writer.has_counts(split):
+            accuracies[split] = accuracy_of(first.plan, writer.files(split))
     for each in sets:
-        for file in each.roles["train"].appended_files:
-            rows = all_rows(file, each.roles["train"].encoding)
+        for file in each.splits["train"].appended_files:
+            rows = all_rows(file, each.splits["train"].encoding)
             writer.add_rows(file, range(file.num_images), rows)
     report = writer.finish(accuracies)
-    logs.say(f"joined {len(sets)} sets: {report['images']} images, {report['views']} labels")
+    logs.info(f"joined {len(sets)} sets: {report['images']} images, {report['views']} labels")
     return {**report, "merged": "joined", "sets": len(sets)}
 
 
 def _check_joinable(other: _Set, first: _Set) -> None:
-    encodings = (other.roles["train"].encoding, first.roles["train"].encoding)
+    encodings = (other.splits["train"].encoding, first.splits["train"].encoding)
     if encodings[0] != encodings[1]:
-        raise _cannot(other, first, f"their labels are kept as {encodings[0]} and {encodings[1]}")
-    for role, labels in other.roles.items():
-        recipes = (other.plan["roles"][role], first.plan["roles"][role])
-        _compare(other, first, *recipes, ("split", "views"))
-        here, there = (
-            [(views.start, views.stop) for views, _ in each.blocks]
-            for each in (labels, first.roles[role])
+        raise _merge_error(
+            other, first, f"their labels are kept as {encodings[0]} and {encodings[1]}"
         )
-        if here != there:
-            raise _cannot(other, first, f"their files hold the views {here} and {there}")
+    for split, labels in other.splits.items():
+        recipes = (other.plan["roles"][split], first.plan["roles"][split])
+        _compare(other, first, *recipes, ("split", "views"))
+        other_values, first_values = (
+            [(views.start, views.stop) for views, _ in each.blocks]
+            for each in (labels, first.splits[split])
+        )
+        if other_values != first_values:
+            raise _merge_error(
+                other, first, f"their files hold the views {other_values} and {first_values}"
+            )
 
 
 def _data_of(classes: list[str], chosen: list[LabelSet]) -> dict[str, Any]:
@@ -167,22 +173,22 @@ def _data_of(classes: list[str], chosen: list[LabelSet]) -> dict[str, Any]:
     return {"num_images": len(images), "data_sha256": fingerprint_of(classes, images)}
 
 
-def _sources(sets: list[_Set], role: str) -> list[LabelSet]:
+def _sources(sets: list[_Set], split: str) -> list[LabelSet]:
     """Return whose labels of a role are taken: all, or one where all label the same images."""
-    data = {each.plan["roles"][role]["data_sha256"] for each in sets}
-    if role != "train" and len(data) == 1:
-        return [sets[0].roles[role]]
+    data = {each.plan["roles"][split]["data_sha256"] for each in sets}
+    if split != "train" and len(data) == 1:
+        return [sets[0].splits[split]]
     seen: dict[str, Path] = {}
     for each in sets:
-        for file in each.roles[role].blocks[0][1]:
+        for file in each.splits[split].blocks[0][1]:
             for key in file.all_keys():
                 if key in seen:
                     raise LabelSetError(
-                        f"{seen[key]} and {each.folder} both have {role} labels of {key!r}; sets "
+                        f"{seen[key]} and {each.folder} both have {split} labels of {key!r}; sets "
                         "of the same teachers must have different images to be joined"
                     )
                 seen[key] = each.folder
-    return [each.roles[role] for each in sets]
+    return [each.splits[split] for each in sets]
 
 
 # --- other teachers, the same views ---------------------------------------------------------------
@@ -192,70 +198,70 @@ def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     first = sets[0]
     for other in sets[1:]:
         _check_aligned(other, first)
-    trains = [each.roles["train"] for each in sets]
+    trains = [each.splits["train"] for each in sets]
     encoding = new_encoding(
         config, trains[0].num_classes, has_logits=all(train.encoding.logits for train in trains)
     )
-    _say_what_is_lost(trains)
+    _warn_dropped_views(trains)
     teachers = [teacher for each in sets for teacher in each.plan["teachers"]]
     counts = [len(each.plan["teachers"]) for each in sets]
     plans = [each.plan for each in sets]
     changes = {"teachers": teachers, "labels": encoding.plan()}
     writer = Writer(config.output, derived_plan(first.plan, _COMMAND, "averaged", plans, **changes))
-    for role, labels in first.roles.items():
+    for split, labels in first.splits.items():
         blocks = enumerate(labels.blocks)
-        places = [(b, views, n) for b, (views, files) in blocks for n in range(len(files))]
+        addresses = [(b, views, n) for b, (views, files) in blocks for n in range(len(files))]
         for block, views, number in logs.progress(
-            places, total=len(places), what=f"averaging {role}", unit="shards"
+            addresses, total=len(addresses), what=f"averaging {split}", unit="shards"
         ):
-            files = [each.roles[role].blocks[block][1][number] for each in sets]
-            encodings = [each.roles[role].encoding for each in sets]
-            writer.add(role, views, partial(_mean_shard, files, encodings, counts, encoding))
+            files = [each.splits[split].blocks[block][1][number] for each in sets]
+            encodings = [each.splits[split].encoding for each in sets]
+            writer.add(split, views, partial(_mean_shard, files, encodings, counts, encoding))
     accuracies = {}
     if writer.has_counts("val"):
         accuracies["val"] = accuracy_of(writer.plan, writer.files("val"))
         top1 = accuracies["val"]["ensemble"]["top1"]
-        logs.say(f"{len(teachers)} teachers together: top-1 {top1:.2f} on the validation split")
+        logs.info(f"{len(teachers)} teachers together: top-1 {top1:.2f} on the validation split")
     report = writer.finish(accuracies)
     return {**report, "merged": "averaged", "sets": len(sets), "teachers": len(teachers)}
 
 
 def _check_aligned(other: _Set, first: _Set) -> None:
     """Raise LabelSetError where two sets do not have the same views in the same shards."""
-    for role, labels in other.roles.items():
-        recipes = (other.plan["roles"][role], first.plan["roles"][role])
+    for split, labels in other.splits.items():
+        recipes = (other.plan["roles"][split], first.plan["roles"][split])
         _compare(other, first, *recipes, ("split", "views", "data_sha256", "num_images"))
-        if not _aligned(labels, first.roles[role]):
-            raise _cannot(
+        if not _aligned(labels, first.splits[split]):
+            raise _merge_error(
                 other,
                 first,
-                f"their {role} shards hold other images or views; make them with the same "
+                f"their {split} shards hold other images or views; make them with the same "
                 "--shard-size and --num-views, and skip the same images",
             )
 
 
 def _aligned(labels: LabelSet, other: LabelSet) -> bool:
-    mine, theirs = labels.blocks, other.blocks
-    return [(views, len(files)) for views, files in mine] == [
-        (views, len(files)) for views, files in theirs
+    own_rows, other_rows = labels.blocks, other.blocks
+    return [(views, len(files)) for views, files in own_rows] == [
+        (views, len(files)) for views, files in other_rows
     ] and all(
         np.array_equal(a.column("keys"), b.column("keys"))
         and np.array_equal(a.column("key_ends"), b.column("key_ends"))
         and a.header["boxes_sha256"] == b.header["boxes_sha256"]
-        for (_, files), (_, others) in zip(mine, theirs, strict=True)
-        for a, b in zip(files, others, strict=True)
+        for (_, files), (_, other_files) in zip(own_rows, other_rows, strict=True)
+        for a, b in zip(files, other_files, strict=True)
     )
 
 
-def _say_what_is_lost(trains: Sequence[LabelSet]) -> None:
+def _warn_dropped_views(trains: Sequence[LabelSet]) -> None:
     if not all(train.encoding.is_dense for train in trains):
-        logs.say(
+        logs.info(
             "not all sets are dense: their means carry what their encodings lost "
             "(precompute with --topk all to lose nothing)"
         )
     appended = sum(train.num_appended for train in trains)
     if appended:
-        logs.say(f"{appended} labels that were appended are left out: not all sets have them")
+        logs.info(f"{appended} labels that were appended are left out: not all sets have them")
 
 
 def _mean_shard(

@@ -22,7 +22,7 @@ from pipeline.sources import open_images
 _NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
 
 
-def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[str, Any]:
+def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Return how the stored labels of random views differ from the teachers' answers now.
 
     ``kl`` is the mean KL(answer || stored) in nats and ``kl_of_encoding`` what the set's encoding
@@ -32,39 +32,39 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     assert config.data_dir is not None
     labels = LabelSet.open(folder)
     plan = labels.manifest["plan"]
-    check_precision(folder, plan, machine)
+    check_precision(folder, plan, runtime)
     annotator = Annotator(
-        build_original_teachers(folder, config.teacher, plan, machine),
-        machine,
+        build_original_teachers(folder, config.teacher, plan, runtime),
+        runtime,
         labels.encoding,
         batch_size=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
-    places = _places(labels, config.relabel, seed=config.seed)
+    addresses = _addresses(labels, config.relabel, seed=config.seed)
     reader = ViewReader(
         source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
     )
-    requests = _requests(source, places, config.batch_size)
-    pixels = logs.progress(
-        read_views(reader, requests, workers=config.workers, pin_memory=machine.pins),
-        total=len(places),
+    requests = _requests(source, addresses, config.batch_size)
+    batches = logs.progress(
+        read_views(reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory),
+        total=len(addresses),
         what="asking the teachers again",
         unit="views",
-        size=lambda item: len(item.positions) + len(item.failed),
+        size=lambda batch: len(batch.positions) + len(batch.failed),
     )
     total, num_views = np.zeros(4), 0
-    for item in on_device(pixels, machine.device):
-        check_failures(source, item.failed, config.on_bad_image)
-        if not item.positions:
+    for batch in on_device(batches, runtime.device):
+        check_failures(source, batch.failed, config.on_bad_image)
+        if not batch.positions:
             continue
-        num_views += len(item.positions)
-        _, answer = annotator.predict(item.images_BCHW)
-        stored = labels.rows([source.keys[p] for p in item.positions], item.views)
-        fresh = labels.encoding.encode(*answer).to(torch.device("cpu"))
-        total += _compared(answer, stored, fresh)
+        num_views += len(batch.positions)
+        _, annotations = annotator.predict(batch.images_BCHW)
+        stored = labels.rows([source.keys[p] for p in batch.positions], batch.views)
+        fresh = labels.encoding.encode(*annotations).to(torch.device("cpu"))
+        total += _compared(annotations, stored, fresh)
     kl, kl_of_encoding, agreement, identical = (total / max(1, num_views)).tolist()
-    logs.say(
+    logs.info(
         f"{num_views} views asked again: KL {kl:.3g} nats, of which the encoding loses "
         f"{kl_of_encoding:.3g}; top-1 agrees in {100.0 * agreement:.2f} %, "
         f"{100.0 * identical:.2f} % are the same to the bit"
@@ -78,31 +78,33 @@ def relabel(config: LabelsVerifyConfig, folder: Path, machine: Runtime) -> dict[
     }
 
 
-def _places(labels: LabelSet, number: int, *, seed: int) -> list[tuple[str, int]]:
+def _addresses(labels: LabelSet, number: int, *, seed: int) -> list[tuple[str, int]]:
     """Return the (key, view) of random labels, in the order of the set."""
     keys, num_views = list(labels.keys()), labels.num_views
     num_labels = len(keys) * num_views
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(num_labels, min(number, num_labels), replace=False)).tolist()
-    places = [(keys[n // num_views], n % num_views) for n in chosen]
-    return [place for place in places if labels.holds(*place)]  # added views can lack an image
+    addresses = [(keys[n // num_views], n % num_views) for n in chosen]
+    return [
+        address for address in addresses if labels.holds(*address)
+    ]  # added views can lack an image
 
 
 def _requests(
-    source: ImageSource, places: Sequence[tuple[str, int]], batch_size: int
+    source: ImageSource, addresses: Sequence[tuple[str, int]], batch_size: int
 ) -> list[BatchRequest]:
     position_of = {key: position for position, key in enumerate(source.keys)}
     return [
-        [(position_of[key], (view,)) for key, view in places[start : start + batch_size]]
-        for start in range(0, len(places), batch_size)
+        [(position_of[key], (view,)) for key, view in addresses[start : start + batch_size]]
+        for start in range(0, len(addresses), batch_size)
     ]
 
 
-def _compared(answer: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:
+def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:
     """Return the sums over rows of the four figures, the last two as counts."""
-    probs_NC = answer.probs_BC.cpu().double()
+    probs_NC = annotations.probs_BC.cpu().double()
     then_NC, now_NC = stored.labels.to_dense(), fresh.labels.to_dense()
-    agrees_N = probs_NC.argmax(dim=1) == stored.labels.likeliest()
+    agrees_N = probs_NC.argmax(dim=1) == stored.labels.argmax()
     is_same_N = (then_NC == now_NC).all(dim=1)
     return np.array(
         [_kl(probs_NC, then_NC), _kl(probs_NC, now_NC), int(agrees_N.sum()), int(is_same_N.sum())]

@@ -10,7 +10,7 @@ import torch
 
 from mealv2.errors import ConfigError
 from mealv2.images import fingerprint_of
-from mealv2.label_set import LabelSet, Shard, ShardFile, StoredViews, boxes_of, refuse_drift
+from mealv2.label_set import LabelSet, Shard, ShardFile, StoredViews, boxes_of, check_box_drift
 from mealv2.views import Views
 from pipeline import logs
 from pipeline.config import LabelsSplitConfig
@@ -20,8 +20,8 @@ from pipeline.label_sets.writing import (
     all_rows,
     derived_plan,
     images_of,
-    open_roles,
-    refuse_inside,
+    open_splits,
+    require_outside,
 )
 
 
@@ -32,9 +32,9 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     """
     folders = [config.output / f"part-{number}" for number in range(config.parts)]
     for folder in folders:
-        refuse_inside(folder, [config.labels])
-    roles = open_roles(config.labels)
-    train = roles["train"]
+        require_outside(folder, [config.labels])
+    splits = open_splits(config.labels)
+    train = splits["train"]
     _, files = train.blocks[0]
     keys = [key for file in files for key in file.all_keys()]
     if config.parts > len(keys):
@@ -48,15 +48,15 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     parts[-1] |= set(appended) - set(keys)
     reports = []
     for number, (folder, part) in enumerate(zip(folders, parts, strict=True)):
-        reports.append(_write_part(folder, f"part {number} of {config.parts}", roles, part))
-        logs.say(f"{folder}: {logs.count(reports[-1]['images'], 'image')}")
+        reports.append(_write_part(folder, f"part {number} of {config.parts}", splits, part))
+        logs.info(f"{folder}: {logs.count(reports[-1]['images'], 'image')}")
     return {"labels": str(config.labels), "parts": reports}
 
 
 def _write_part(
-    folder: Path, name: str, roles: dict[str, LabelSet], kept: set[str]
+    folder: Path, name: str, splits: dict[str, LabelSet], kept: set[str]
 ) -> dict[str, Any]:
-    train = roles["train"]
+    train = splits["train"]
     plan = train.manifest["plan"]
     images = [image for file in train.blocks[0][1] for image in images_of(file) if image[1] in kept]
     of_train = {
@@ -75,22 +75,22 @@ def _write_part(
         for file in files:
             if not kept.isdisjoint(file.all_keys()):
                 writer.add("train", views, partial(_cut, file, kept, recipe))
-    for role in roles.keys() - {"train"}:
-        for views, files in roles[role].blocks:
+    for split in splits.keys() - {"train"}:
+        for views, files in splits[split].blocks:
             for file in files:
-                writer.add(role, views, file.shard)
+                writer.add(split, views, file.shard)
     for file in train.appended_files:
         chosen = [row for row, key in enumerate(file.keys()) if key in kept]
         rows = all_rows(file, train.encoding).rows(torch.tensor(chosen, dtype=torch.int64))
         writer.add_rows(file, chosen, rows)
-    return writer.finish(accuracies_of(roles))
+    return writer.finish(accuracies_of(splits))
 
 
 def _cut(file: ShardFile, kept: set[str], views: Views) -> Shard:
     """Return the images of a shard that are kept; raises LabelSetError where its boxes drifted."""
     shard = file.shard()
     assert shard.images is not None
-    refuse_drift(file, views)
+    check_box_drift(file, views)
     rows = [row for row, key in enumerate(shard.keys) if key in kept]
     order = [key for key in file.all_keys() if key in kept]
     stored = shard.stored_views

@@ -10,8 +10,8 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, IncompleteError, LabelSetError
-from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_whole
-from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, maker_of
+from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_atomic
+from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, creating_command
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.locations import is_url, shown
 from pipeline import logs
@@ -23,7 +23,7 @@ from pipeline.labelling.manifest import (
     count_incomplete,
     temporary_files,
 )
-from pipeline.labelling.store import folder_of
+from pipeline.labelling.store import local_folder
 
 _SHOWN = 20  # damaged shards that are said one by one
 
@@ -32,12 +32,12 @@ _SHOWN = 20  # damaged shards that are said one by one
 class _Block:
     """Shards of the same views of a role, and what was found of each."""
 
-    role: str
+    split: str
     views: range
     found: dict[str, CheckedShard | str]
 
     @property
-    def whole(self) -> list[dict[str, Any]]:
+    def complete(self) -> list[dict[str, Any]]:
         """What a manifest says of those that are whole."""
         return [shard.entry for shard in self.found.values() if isinstance(shard, CheckedShard)]
 
@@ -49,14 +49,14 @@ class _Block:
     def report(self) -> dict[str, Any]:
         damaged = {name: why for name, why in self.broken.items() if why != MISSING}
         return {
-            "role": self.role,
+            "role": self.split,
             "views": [self.views.start, self.views.stop],
             "shards": len(self.found),
-            "whole": len(self.whole),
+            "whole": len(self.complete),
             "missing": [name for name, why in self.broken.items() if why == MISSING],
             "damaged": damaged,
-            "images": sum(entry["images"] for entry in self.whole),
-            "bytes": sum(entry["bytes"] for entry in self.whole),
+            "images": sum(entry["images"] for entry in self.complete),
+            "bytes": sum(entry["bytes"] for entry in self.complete),
         }
 
 
@@ -67,13 +67,13 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     for a --list that cannot be written.
     """
     if config.list_ is not None:
-        _refuse_no_file(config.list_)
-    folder = folder_of(config, config.labels, require_complete=False)
+        _check_shard_list(config.list_)
+    folder = local_folder(config, config.labels, require_complete=False)
     plan = _plan(folder)
     plan_sha256 = json_sha256(plan)
     blocks = [
         _Block(
-            shards[0].role,
+            shards[0].split,
             shards[0].views,
             dict(
                 zip(
@@ -88,23 +88,23 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     # views that are still being added do not count: without them it is a set as well
     counted = [block for block in blocks if not (block.views.start and block.broken)]
     is_finished = bool(listed) and sorted(listed) == sorted(
-        (entry["name"], entry["sha256"]) for block in counted for entry in block.whole
+        (entry["name"], entry["sha256"]) for block in counted for entry in block.complete
     )
-    lacking, next_command = _next(config, plan, blocks, is_finished=is_finished)
+    incomplete, next_command = _next(config, plan, blocks, is_finished=is_finished)
     if config.list_ is not None:
-        write_whole(config.list_, "".join(f"{name}\n" for name in lacking).encode())
+        write_atomic(config.list_, "".join(f"{name}\n" for name in incomplete).encode())
     names = {name for block in blocks for name in block.found}
     report = {
         "labels": shown(config.labels),
         "finished": is_finished,
         "blocks": [block.report() for block in blocks],
-        "bytes": sum(entry["bytes"] for block in blocks for entry in block.whole),
+        "bytes": sum(entry["bytes"] for block in blocks for entry in block.complete),
         # the cache removes those of copies
         "strays": {} if is_url(config.labels) else temporary_files(folder),
-        "others": _others(folder, names),
+        "others": _unlisted_files(folder, names),
         "next": next_command,
     }
-    _say(report)
+    _print_report(report)
     if next_command is None:
         return report
     broken = {name: why for block in blocks for name, why in block.broken.items()}
@@ -118,7 +118,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     )
 
 
-def _refuse_no_file(path: Path) -> None:
+def _check_shard_list(path: Path) -> None:
     """Raise ConfigError for a --list that could not be written when all was looked at."""
     if path.is_dir():
         raise ConfigError(f"--list {path} is a folder; give the name of a file")
@@ -142,24 +142,24 @@ def _shards_of(folder: Path, plan: dict[str, Any]) -> list[list[PlannedShard]]:
     The plan of a set made of others does not say them, but its manifest does.
     """
     blocks = []
-    for role in sorted(plan["roles"]):
-        listed = _listed(folder, plan, role)
+    for split in sorted(plan["roles"]):
+        listed = _listed(folder, plan, split)
         if listed and "derived" in plan:
             views = range(*listed[0]["views"])
-            first = [PlannedShard(role, n, views, None) for n in range(len(listed[0]["shards"]))]
+            first = [PlannedShard(split, n, views, None) for n in range(len(listed[0]["shards"]))]
         else:
-            first = [shard for shard in _planned(folder, plan) if shard.role == role]
+            first = [shard for shard in _planned(folder, plan) if shard.split == split]
         blocks.append(first)
         stop = first[0].views.stop
-        begun = [range(*block["views"]) for block in listed[1:]] + block_views(folder, role)
-        for views in begun:
+        started = [range(*block["views"]) for block in listed[1:]] + block_views(folder, split)
+        for views in started:
             if views.start == stop:  # others do not follow: they are not of the set
                 blocks.append([replace(shard, views=views) for shard in first])
                 stop = views.stop
     return blocks
 
 
-def _listed(folder: Path, plan: dict[str, Any], role: str | None = None) -> list[dict[str, Any]]:
+def _listed(folder: Path, plan: dict[str, Any], split: str | None = None) -> list[dict[str, Any]]:
     """Return the blocks that a manifest of this plan lists, of one role or of all."""
     try:
         manifest = label_set.read_manifest(folder)
@@ -168,7 +168,7 @@ def _listed(folder: Path, plan: dict[str, Any], role: str | None = None) -> list
     if manifest["plan"] != plan:
         return []
     entries = manifest["roles"]
-    return [block for name in entries if role in (None, name) for block in entries[name]["blocks"]]
+    return [block for name in entries if split in (None, name) for block in entries[name]["blocks"]]
 
 
 def _planned(folder: Path, plan: dict[str, Any]) -> list[PlannedShard]:
@@ -188,20 +188,20 @@ def _next(
     """Return which shards the next command makes, and that command; None for a finished set."""
     folder = shown(config.labels)
     added = [block for block in blocks if block.views.start > 0]
-    lacking = [name for block in blocks if block not in added for name in block.broken]
-    if lacking:
-        return lacking, _again(config, plan)
-    lacking = [name for block in added for name in block.broken]
-    if lacking or (added and not is_finished and "derived" in plan):
+    incomplete = [name for block in blocks if block not in added for name in block.broken]
+    if incomplete:
+        return incomplete, _again(config, plan)
+    incomplete = [name for block in added for name in block.broken]
+    if incomplete or (added and not is_finished and "derived" in plan):
         words = f"mealv2 labels add-views {folder} --num-views {added[-1].views.stop}"
-        return lacking, f"`{words} --data-dir …{_list_flag(config)}`"
+        return incomplete, f"`{words} --data-dir …{_list_flag(config)}`"
     return [], None if is_finished else f"`mealv2 labels finish {folder}`"
 
 
 def _again(config: LabelsStatusConfig, plan: dict[str, Any]) -> str:
     """Return the command that makes what is lacking, with what the plan knows of its words."""
     if "derived" in plan:
-        return f"the same {maker_of(plan)} again"
+        return f"the same {creating_command(plan)} again"
     teachers = "".join(f" --teacher {_spec(teacher['model'])}" for teacher in plan["teachers"])
     num_views = plan["roles"]["train"]["num_views"]
     words = f"mealv2 precompute --data-dir …{teachers} --num-views {num_views}"
@@ -217,7 +217,7 @@ def _list_flag(config: LabelsStatusConfig) -> str:
     return "" if config.list_ is None else f" --shard-list {config.list_}"
 
 
-def _others(folder: Path, names: set[str]) -> list[str]:
+def _unlisted_files(folder: Path, names: set[str]) -> list[str]:
     """Return which other files lie in the folder: neither the set's nor temporary ones."""
     known = names | {MANIFEST_NAME, PLAN_NAME}
     return sorted(
@@ -230,26 +230,28 @@ def _others(folder: Path, names: set[str]) -> list[str]:
     )
 
 
-def _say(report: dict[str, Any]) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     rows = [["", "views", "shards", "whole", "missing", "damaged", "size"]]
     for block in report["blocks"]:
         first, stop = block["views"]
         counts = [len(block["missing"]), len(block["damaged"])]
         numbers = map(str, [block["shards"], block["whole"], *counts])
         rows.append([block["role"], f"{first}-{stop - 1}", *numbers, logs.size_of(block["bytes"])])
-    logs.say(logs.table(rows))
+    logs.info(logs.table(rows))
     damaged = [why for block in report["blocks"] for why in block["damaged"].values()]
     for why in damaged[:_SHOWN]:
-        logs.say(why)
+        logs.info(why)
     if len(damaged) > _SHOWN:
-        logs.say(f"and {logs.count(len(damaged) - _SHOWN, 'more damaged shard')}")
-    if strays := report["strays"]:
-        oldest = max(stray["age_s"] for stray in strays.values())
-        logs.say(
-            f"{logs.count(len(strays), 'temporary file')} of jobs that were killed or still "
+        logs.info(f"and {logs.count(len(damaged) - _SHOWN, 'more damaged shard')}")
+    if temporaries := report["strays"]:
+        oldest = max(temporary["age_s"] for temporary in temporaries.values())
+        logs.info(
+            f"{logs.count(len(temporaries), 'temporary file')} of jobs that were killed or still "
             f"run, the oldest {logs.duration(oldest)} old"
         )
-    if others := report["others"]:
-        logs.say(f"not the set's: {logs.count(len(others), 'file')} ({logs.first_names(others)})")
+    if unlisted := report["others"]:
+        logs.info(
+            f"not the set's: {logs.count(len(unlisted), 'file')} ({logs.first_names(unlisted)})"
+        )
     if report["finished"]:
-        logs.say("finished: the manifest is there, of these files")
+        logs.info("finished: the manifest is there, of these files")

@@ -14,17 +14,18 @@ from mealv2.label_set import (
     LabelSet,
     ShardFile,
     boxes_of,
-    maker_of,
+    creating_command,
     read_manifest,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
 from mealv2.locations import shown
 from mealv2.views import DrawnViews
-from pipeline import logs, runtime
+from pipeline import logs
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
 from pipeline.labelling.compatibility import check_same_data
-from pipeline.labelling.store import folder_of
+from pipeline.labelling.store import local_folder
+from pipeline.runtime import create_runtime
 from pipeline.sources import open_images
 
 
@@ -41,21 +42,21 @@ class Found:
 
 def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     """Verify a set; return the report. Raises LabelSetError saying what is damaged."""
-    folder = folder_of(config, config.labels, require_complete=False)
+    folder = local_folder(config, config.labels, require_complete=False)
     manifest = read_manifest(folder)
     found = Found()
     _check_plan(folder, manifest, found)
-    for role, entry in manifest["roles"].items():
+    for split, entry in manifest["roles"].items():
         listed = [s for b in entry["blocks"] for s in b["shards"]]
         for shard in logs.progress(
-            listed, total=len(listed), what=f"bytes of {role}", unit="shards"
+            listed, total=len(listed), what=f"bytes of {split}", unit="shards"
         ):
             _hash_shard(folder / shard["name"], shard, found)
     if not found.problems:
-        for role in manifest["roles"]:
-            _check_role(LabelSet.open(folder, role=role), found)
+        for split in manifest["roles"]:
+            _check_split(LabelSet.open(folder, split=split), found)
     for name, problem in found.problems.items():
-        logs.say(f"{name}: {problem}")
+        logs.info(f"{name}: {problem}")
     if found.problems:
         raise LabelSetError(
             f"{shown(config.labels)}: {len(found.problems)} of {logs.count(found.shards, 'file')} "
@@ -74,8 +75,8 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if config.data_dir is not None:
         report["data"] = _check_data(config, folder, manifest)
     if config.relabel:
-        report["relabelled"] = relabel(config, folder, runtime.start(config))
-    logs.say(
+        report["relabelled"] = relabel(config, folder, create_runtime(config))
+    logs.info(
         f"{logs.count(found.shards, 'file')}, {logs.count(found.images, 'image')}, "
         f"{logs.count(found.labels, 'label')}: every byte is right"
     )
@@ -84,7 +85,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
 
 def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
     """Return what makes damaged files again."""
-    steps = [f"the same {maker_of(plan)}"]
+    steps = [f"the same {creating_command(plan)}"]
     if any("-views-" in name for name in problems):
         steps.append("then the same `mealv2 labels add-views`")
     if any(APPENDED_PREFIX in name for name in problems):
@@ -117,7 +118,7 @@ def _hash_shard(path: Path, entry: dict[str, Any], found: Found) -> None:
 def _where(path: Path) -> str:
     """Return what of a damaged shard is wrong, where it can be told."""
     try:
-        damaged = [key.decode() for key, _, whole in ShardFile(path).blocks() if not whole]
+        damaged = [key.decode() for key, _, is_intact in ShardFile(path).blocks() if not is_intact]
     except LabelSetError as error:
         return f" ({str(error).partition(' is damaged: ')[2] or error})"
     if not damaged:
@@ -125,7 +126,7 @@ def _where(path: Path) -> str:
     return f" (the labels of {logs.count(len(damaged), 'image')}: {logs.first_names(damaged)})"
 
 
-def _check_role(labels: LabelSet, found: Found) -> None:
+def _check_split(labels: LabelSet, found: Found) -> None:
     """Check the contents of shards that are the ones in the manifest, and appended files."""
     more = labels.appended_files
     found.shards += len(more)
@@ -134,7 +135,7 @@ def _check_role(labels: LabelSet, found: Found) -> None:
             found.problems[file.path.name] = "its name is not that of its bytes"
     files = [*(file for _, files in labels.blocks for file in files), *more]
     for file in logs.progress(
-        files, total=len(files), what=f"labels and boxes of {labels.role}", unit="shards"
+        files, total=len(files), what=f"labels and boxes of {labels.split}", unit="shards"
     ):
         for problem in _problems(labels, file, found):
             found.problems.setdefault(file.path.name, problem)
@@ -144,7 +145,7 @@ def _check_role(labels: LabelSet, found: Found) -> None:
 
 
 def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
-    bad = [key.decode() for key, _, whole in file.blocks() if not whole]
+    bad = [key.decode() for key, _, is_intact in file.blocks() if not is_intact]
     if bad:
         yield f"the labels of {len(bad)} images fail their CRC-32: {logs.first_names(bad)}"
         return
@@ -161,7 +162,7 @@ def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
         labels.encoding.check(rows)
     except LabelSetError as error:
         yield str(error)
-    if labels.role == "train" and not file.has_column("views"):
+    if labels.split == "train" and not file.has_column("views"):
         yield from _drift(labels, file, found)
 
 
@@ -187,13 +188,13 @@ def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, An
     A part of a set is to label a part of the data: then only its own images are compared.
     """
     assert config.data_dir is not None
-    is_part = maker_of(manifest["plan"]) == "`mealv2 labels split`"
-    for role in manifest["roles"]:
-        labels = LabelSet.open(folder, role=role)
-        source = open_images(config, config.data_dir, manifest["plan"]["roles"][role]["split"])
-        lenient = is_part and role == "train"
+    is_part = creating_command(manifest["plan"]) == "`mealv2 labels split`"
+    for split in manifest["roles"]:
+        labels = LabelSet.open(folder, split=split)
+        source = open_images(config, config.data_dir, manifest["plan"]["roles"][split]["split"])
+        lenient = is_part and split == "train"
         check_same_data(labels, source, allow_missing=lenient)
         num_images = len(labels) + len(labels.skipped)
         of = "the" if num_images == len(source) else f"{num_images} of {len(source)}"
-        logs.say(f"{role}: it labels {of} images of {source.name}, and they are the same")
+        logs.info(f"{split}: it labels {of} images of {source.name}, and they are the same")
     return "a part of it" if is_part else "the same"

@@ -14,8 +14,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import json_sha256
 from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, ShardFile
 from mealv2.soft_labels import Labels, SoftLabels
-from pipeline import runtime
-from pipeline.config import DEFAULT_RATE, NewEncoding
+from pipeline.config import DEFAULT_RATE, EncodingConfig
 from pipeline.labelling.annotate import encoding_of
 from pipeline.labelling.manifest import (
     added_blocks,
@@ -23,6 +22,7 @@ from pipeline.labelling.manifest import (
     load_complete_shard,
     skipped_images,
 )
+from pipeline.runtime import library_versions
 
 
 class Writer:
@@ -36,11 +36,11 @@ class Writer:
         self._listed = label_set.listed_sha256(folder, self._plan_sha256)
         self._files: dict[str, dict[range, list[ShardFile]]] = {}
 
-    def add(self, role: str, views: range, make: Callable[[], Shard]) -> None:
+    def add(self, split: str, views: range, make: Callable[[], Shard]) -> None:
         """Add the next shard of a role's block of views; ``make`` is asked where it is lacking."""
-        files = self._files.setdefault(role, {}).setdefault(views, [])
+        files = self._files.setdefault(split, {}).setdefault(views, [])
         number = len(files)
-        planned = PlannedShard(role, number, views, None)
+        planned = PlannedShard(split, number, views, None)
         path = self.folder / planned.name
         listed = self._listed.get(planned.name)
         file = load_complete_shard(self.folder, planned, self._plan_sha256, listed)
@@ -48,7 +48,7 @@ class Writer:
             shard = replace(
                 make(),
                 plan_sha256=self._plan_sha256,
-                role=role,
+                split=split,
                 number=number,
                 first_view=views.start,
                 num_views=len(views),
@@ -70,40 +70,41 @@ class Writer:
             )
             label_set.write_rows(self.folder, shard)
 
-    def files(self, role: str) -> list[ShardFile]:
+    def files(self, split: str) -> list[ShardFile]:
         """Return the shards of a role that were added."""
-        return [file for files in self._files.get(role, {}).values() for file in files]
+        return [file for files in self._files.get(split, {}).values() for file in files]
 
-    def has_counts(self, role: str) -> bool:
+    def has_counts(self, split: str) -> bool:
         """Return whether the shards of a role say how many answers were right."""
-        files = self.files(role)
+        files = self.files(split)
         return bool(files) and all(file.header["counts"] for file in files)
 
     def finish(self, accuracies: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest; return the report. ``accuracies`` are the teachers' by role."""
-        roles = {
-            role: self._entry(role) | ({"accuracy": accuracies[role]} if role in accuracies else {})
-            for role in self._files
+        splits = {
+            split: self._entry(split)
+            | ({"accuracy": accuracies[split]} if split in accuracies else {})
+            for split in self._files
         }
-        label_set.write_manifest(self.folder, self.plan, roles=roles, versions=runtime.versions())
+        label_set.write_manifest(self.folder, self.plan, roles=splits, versions=library_versions())
         views = sum(
             len(views) * sum(file.num_images for file in files)
             for views, files in self._files.get("train", {}).items()
         )
         return {
             "labels": str(self.folder),
-            "images": roles["train"]["num_images"] if "train" in roles else 0,
+            "images": splits["train"]["num_images"] if "train" in splits else 0,
             "views": views,
-            "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(roles)),
+            "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(splits)),
         }
 
-    def _entry(self, role: str) -> dict[str, Any]:
+    def _entry(self, split: str) -> dict[str, Any]:
         """Return what the manifest says of a role; views that were added later stay in it."""
-        blocks = self._files[role]
+        blocks = self._files[split]
         first = next(iter(blocks.values()))
         described = [describe_block(views, files) for views, files in blocks.items()]
         described += added_blocks(  # since: `labels add-views` on the set that was made
-            self.folder, role, described[-1], self._plan_sha256, listed=self._listed
+            self.folder, split, described[-1], self._plan_sha256, listed=self._listed
         )
         return {
             "blocks": described,
@@ -112,21 +113,21 @@ class Writer:
         }
 
 
-def open_roles(folder: Path) -> dict[str, LabelSet]:
+def open_splits(folder: Path) -> dict[str, LabelSet]:
     """Open every role of a finished set."""
     names = label_set.read_manifest(folder)["roles"]
-    return {name: LabelSet.open(folder, role=name) for name in names}
+    return {name: LabelSet.open(folder, split=name) for name in names}
 
 
-def accuracies_of(roles: dict[str, LabelSet]) -> dict[str, Any]:
+def accuracies_of(splits: dict[str, LabelSet]) -> dict[str, Any]:
     """Return what a set's manifest says of the teachers' accuracies, by role."""
-    entries = {name: labels.manifest["roles"][name] for name, labels in roles.items()}
+    entries = {name: labels.manifest["roles"][name] for name, labels in splits.items()}
     return {name: entry["accuracy"] for name, entry in entries.items() if "accuracy" in entry}
 
 
 def all_rows(file: ShardFile, encoding: Encoding) -> Rows:
     """Return every label of a shard, image by image; raises LabelSetError where any is damaged."""
-    deque(file.whole_blocks(), maxlen=0)  # which checks them, and copies none
+    deque(file.intact_blocks(), maxlen=0)  # which checks them, and copies none
     ends = file.column("label_ends")
     return encoding.all_rows_of(file.column("labels"), ends, file.num_views)
 
@@ -153,7 +154,7 @@ def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding) -> Row
             ]
             mean_logits_NC = _mean(logits, weights)
         done.append(to.encode(mean_probs(rows, weights), mean_logits_NC))
-    return Rows.joined(done)
+    return Rows.concat(done)
 
 
 def mean_probs(parts: Sequence[Rows], weights: Sequence[int]) -> torch.Tensor:
@@ -179,16 +180,16 @@ def _mean(parts: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor
     return (total / sum(weights)).float()
 
 
-def refuse_inside(out: Path, others: Iterable[Path]) -> None:
+def require_outside(out: Path, other_folders: Iterable[Path]) -> None:
     """Raise ConfigError where something would be written over, or into, what it is made of."""
-    for other in others:
+    for other in other_folders:
         if out.resolve().is_relative_to(other.resolve()):
             what = "is" if out.resolve() == other.resolve() else "lies in"
             raise ConfigError(f"--output {out} {what} the label set itself; give another folder")
 
 
 def new_encoding(
-    config: NewEncoding, num_classes: int, *, default: Encoding | None = None, has_logits: bool
+    config: EncodingConfig, num_classes: int, *, default: Encoding | None = None, has_logits: bool
 ) -> Encoding:
     """Return the encoding a command asks for, ``default`` where it does not say."""
     if config.store_logits and not has_logits:
@@ -210,10 +211,10 @@ def derived_plan(
         "derived": {"command": command, "how": how, "from": made_of},
         **changes,
     }
-    roles = {name: dict(role) for name, role in made["roles"].items()}
-    for role in roles.values():
-        role.pop("shard_sizes", None)  # of the others' shards
-    return {**made, "roles": roles}
+    splits = {name: dict(split) for name, split in made["roles"].items()}
+    for split in splits.values():
+        split.pop("shard_sizes", None)  # of the others' shards
+    return {**made, "roles": splits}
 
 
 _SLICE = 4096  # rows

@@ -6,14 +6,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mealv2.devices import moved
+from mealv2.devices import to_device
 from mealv2.ensemble import EnsembleOutput, TeacherEnsemble, combine
 from mealv2.errors import ConfigError, DataError
 from mealv2.images import ImageSource
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
 from pipeline.compiling import compile_teachers
-from pipeline.config import DEFAULT_RATE, Labelling, NewEncoding, OnBadImage, PrecomputeConfig
+from pipeline.config import (
+    DEFAULT_RATE,
+    EncodingConfig,
+    LabellingConfig,
+    OnBadImage,
+    PrecomputeConfig,
+)
 from pipeline.labelling.batch_size import find_batch_size
 from pipeline.loading.loader import Batch, on_device
 from pipeline.loading.requests import check_failures
@@ -93,7 +99,7 @@ class Annotator:
             if count_correct:
                 # on the device: reading a count here would wait for every batch
                 classes_B = torch.tensor([source.labels[p] for p in batch.positions])
-                correct += _count_correct(logits_TBC, output.probs_BC, moved(classes_B, device))
+                correct += _count_correct(logits_TBC, output.probs_BC, to_device(classes_B, device))
             encoder.add(output, first_key=source.keys[batch.positions[0]])
         annotations = Annotations(
             positions,
@@ -147,7 +153,7 @@ class _RowEncoder:
     def rows(self) -> Rows:
         """Return all rows, on the CPU; raises as ``add``."""
         self._encode()
-        return Rows.joined(self._parts)
+        return Rows.concat(self._parts)
 
     def _encode(self) -> None:
         if not self._outputs:
@@ -170,7 +176,7 @@ class _RowEncoder:
 
 
 def make_annotator(
-    config: Labelling,
+    config: LabellingConfig,
     runtime: Runtime,
     ensemble: TeacherEnsemble,
     encoding: Encoding,
@@ -194,7 +200,7 @@ def make_annotator(
     return annotator
 
 
-def encoding_of(config: PrecomputeConfig | NewEncoding, num_classes: int) -> Encoding:
+def encoding_of(config: PrecomputeConfig | EncodingConfig, num_classes: int) -> Encoding:
     """Return the encoding a config asks for; raises ConfigError if it does not fit the classes."""
     rate, topk, form = None, None, config.label_dtype or "curve"
     if config.topk is None:

@@ -38,7 +38,7 @@ def find_batch_size(forward: Forward, *, img_size: int, device: torch.device, ma
             f"{device}; give a smaller --batch-size, or fewer teachers"
         )
     tried = ", ".join(f"{size}: {rate:.3g}" for size, rate in rates.items())
-    logs.say(f"--batch-size auto: {best} views a forward pass (views/s of {tried})")
+    logs.info(f"--batch-size auto: {best} views a forward pass (views/s of {tried})")
     return best
 
 

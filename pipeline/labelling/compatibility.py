@@ -12,7 +12,7 @@ from mealv2.pixels import Resize, probe_sha256, resize_of
 from pipeline import logs
 from pipeline.labelling import teachers
 from pipeline.logs import first_names
-from pipeline.runtime import Runtime, versions
+from pipeline.runtime import Runtime, library_versions
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
 
@@ -33,7 +33,7 @@ def check_same_data(
             "give its own --data-dir"
         )
     known = set(labels.keys()) | labels.skipped.keys()
-    made_from = labels.manifest["plan"]["roles"][labels.role]["data_sha256"]
+    made_from = labels.manifest["plan"]["roles"][labels.split]["data_sha256"]
     if fingerprint(source, only=known if allow_missing else None) == made_from:
         return
     new, gone = sorted(set(source.keys) - known), sorted(known - set(source.keys))
@@ -113,7 +113,7 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     plan = labels.manifest["plan"]
     resize = resize_of(plan.get("interpolation"))
     if exact_pil is not None and exact_pil != (resize == "pil"):
-        logs.say(
+        logs.info(
             f"{labels.folder} was labelled on views resized by {_LIBRARY[resize]}; the pixels of "
             "this run differ from them by up to 2 of 255"
         )
@@ -121,8 +121,8 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     if plan.get("probe_sha256") not in (None, probe_sha256(resize)):
         library = _LIBRARY[resize]
         version = labels.manifest.get("versions", {}).get(library, "another version")
-        logs.say(
+        logs.info(
             f"{labels.folder} was labelled on views resized by {library} {version}; "
-            f"{versions()[library]} on this machine gives slightly different pixels"
+            f"{library_versions()[library]} on this machine gives slightly different pixels"
         )
     return resize

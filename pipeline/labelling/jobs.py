@@ -11,7 +11,7 @@ from typing import Any
 
 from mealv2.errors import ConfigError, IncompleteError
 from pipeline import environment, logs
-from pipeline.config import Jobs
+from pipeline.config import JobsConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
@@ -43,7 +43,7 @@ class Job:
         return listed[self.index :: self.count]
 
 
-def choose_job(config: Jobs) -> Job:
+def choose_job(config: JobsConfig) -> Job:
     """Return which job this process is, by its flags or its environment, and log it.
 
     Raises ConfigError.
@@ -53,8 +53,8 @@ def choose_job(config: Jobs) -> Job:
         index, count, given_by = config.job_index, config.num_jobs, "--job-index"
     else:
         index, count, given_by = environment.job()
-    if count > 1 and not environment.is_spoken_for():
-        logs.say(f"job {index} of {count}, counted from 0 ({given_by})")
+    if count > 1 and not environment.is_child_process():
+        logs.info(f"job {index} of {count}, counted from 0 ({given_by})")
     return Job(index, count, listed)
 
 
@@ -65,7 +65,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
-        logs.say(f"--shard-list {path} is empty: no shard to make")
+        logs.info(f"--shard-list {path} is empty: no shard to make")
     return names
 
 
@@ -87,9 +87,9 @@ def label_part(
     began = time.monotonic()
     all_names = [split.planned(n).name for split in splits for n in range(len(split.shards))]
     names = frozenset(job.select(all_names))
-    is_worker = environment.is_spoken_for()
+    is_worker = environment.is_child_process()
     kind = "process" if is_worker else "job"
-    logs.say(f"this {kind} makes {len(names)} of {logs.count(len(all_names), 'shard')}")
+    logs.info(f"this {kind} makes {len(names)} of {logs.count(len(all_names), 'shard')}")
     failed: dict[str, str] = {}
     num_missing = 0
     for split in splits:
@@ -118,9 +118,9 @@ def job_report(
 
     ``last_step`` describes this command, by default `mealv2 labels finish`.
     """
-    if not environment.is_spoken_for():
+    if not environment.is_child_process():
         command = last_step or f"`mealv2 labels finish {store.location}`"
-        logs.say(f"done; after the last job: {command}")
+        logs.info(f"done; after the last job: {command}")
     return {
         "labels": store.location,
         "job_index": job.index,

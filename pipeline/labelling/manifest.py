@@ -14,10 +14,10 @@ import numpy as np
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
-from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, maker_of
+from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, creating_command
 from pipeline import copies, logs
 from pipeline.labelling.store import RemoteStore, Store
-from pipeline.runtime import versions
+from pipeline.runtime import library_versions
 
 MISSING = "missing"
 _NUM_READERS = 4  # threads that read shards
@@ -57,22 +57,22 @@ def write_manifest(
         raise LabelSetError(
             f"{store.location}: {count_incomplete(incomplete)} of "
             f"{logs.count(len(shards), 'shard')} ({logs.first_names(incomplete)}); run the same "
-            f"{maker_of(plan)} again, then `mealv2 labels finish {store.location}`"
+            f"{creating_command(plan)} again, then `mealv2 labels finish {store.location}`"
         )
-    complete = [(s.role, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
-    roles = {
+    complete = [(s.split, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
+    splits = {
         name: _split_entry(
             folder, plan, name, [s for split, s in complete if split == name], listed
         )
         for name in plan["roles"]
     }
-    _log_replaced(before, roles)
+    _log_replaced(before, splits)
     optional = {"batch_size": batch_size or recorded_batch_size(folder)}
     manifest = label_set.write_manifest(
         folder,
         plan,
-        roles=roles,
-        versions=versions(),
+        roles=splits,
+        library_versions=library_versions(),
         **{name: value for name, value in optional.items() if value is not None},
     )
     store.upload(label_set.MANIFEST_NAME, replace=True)
@@ -95,7 +95,7 @@ def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> Chec
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return copies.told(str(error))
+        return copies.use_display_names(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
@@ -117,7 +117,7 @@ def _split_entry(
     """Return the entry of a split in the manifest."""
     skipped = skipped_images(shards)
     if skipped:
-        logs.say(f"{split}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
+        logs.info(f"{split}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
     views = [0, plan["roles"][split]["num_views"]]
     block = {"views": views, "shards": [shard.entry for shard in shards]}
     more = added_blocks(folder, split, block, json_sha256(plan), listed=listed)
@@ -136,12 +136,12 @@ def skipped_images(files: Sequence[ShardFile | CheckedShard]) -> dict[str, str]:
     }
 
 
-def _log_replaced(before: Mapping[str, str], roles: Mapping[str, Any]) -> None:
+def _log_replaced(before: Mapping[str, str], splits: Mapping[str, Any]) -> None:
     """Log which shards have other bytes than the previous manifest lists."""
-    now = {shard["name"]: shard["sha256"] for shard in label_set.listed_shards(roles)}
+    now = {shard["name"]: shard["sha256"] for shard in label_set.listed_shards(splits)}
     replaced = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if replaced:
-        logs.say(
+        logs.info(
             f"replaced since the previous manifest: {logs.count(len(replaced), 'shard')} "
             f"({logs.first_names(sorted(replaced))})"
         )
@@ -161,15 +161,15 @@ def load_complete_shard(
     path = folder / shard.name
     try:
         file = ShardFile(path)
-        label_set.refuse_broken(file, shard, plan_sha256)
+        label_set.check_planned_shard(file, shard, plan_sha256)
         is_listed = listed_sha256 in (None, file_sha256(path))
     except FileNotFoundError:
         return None
     except LabelSetError as error:
-        logs.say(f"{error}; making it again")
+        logs.info(f"{error}; making it again")
         return None
     if not is_listed:
-        logs.say(f"shard {path} is not the one in the manifest; making it again")
+        logs.info(f"shard {path} is not the one in the manifest; making it again")
         return None
     return file
 
@@ -206,7 +206,7 @@ def added_blocks(
             blocks.append({"views": [views.start, views.stop], "shards": entries})
             stop = views.stop
         else:
-            logs.say(
+            logs.info(
                 f"views {views.start} to {views.stop - 1} are not complete and not listed; "
                 "`mealv2 labels add-views` completes them"
             )
@@ -249,9 +249,9 @@ def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
     ensemble = accuracy["ensemble"]
     known = [*((t["model"], t) for t in accuracy["teachers"]), ("ensemble", ensemble)]
     rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known]
-    logs.say(logs.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
+    logs.info(logs.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
     if ensemble["top1"] < 200.0 / num_classes:
-        logs.say(
+        logs.info(
             "the ensemble is hardly better than chance: check that the teachers know these "
             "classes, in this order"
         )
@@ -259,15 +259,15 @@ def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
 
 def report_of(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the report of stage one about a set with a manifest."""
-    roles = manifest["roles"]
-    train = roles["train"]
+    splits = manifest["roles"]
+    train = splits["train"]
     return {
         "labels": store.location,
         "images": train["num_images"],
         "views": train["num_images"] * manifest["plan"]["roles"]["train"]["num_views"],
-        "skipped": sum(len(entry["skipped"]) for entry in roles.values()),
-        "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(roles)),
-        **({"accuracy": roles["val"]["accuracy"]} if "val" in roles else {}),
+        "skipped": sum(len(entry["skipped"]) for entry in splits.values()),
+        "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(splits)),
+        **({"accuracy": splits["val"]["accuracy"]} if "val" in splits else {}),
     }
 
 
@@ -295,7 +295,7 @@ def _log_temporary_files(store: Store) -> None:
     if not files:
         return
     num_old = sum(file["age_s"] > _OLD_S for file in files.values())
-    logs.say(
+    logs.info(
         f"{store.location} holds {logs.count(len(files), 'temporary file')} of jobs that were "
         f"killed or still run ({TEMPORARY_PREFIX}*), {num_old} of them older than a day; remove "
         "them when no job runs"

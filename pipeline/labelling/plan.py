@@ -144,7 +144,7 @@ def splits_of(
     splits = []
     for name, source in sources.items():
         reader = ViewReader(source, img_size=config.img_size, views=drawn, resize=config.resize)
-        shards = [s.images for s in planned if s.role == name and s.images is not None]
+        shards = [s.images for s in planned if s.split == name and s.images is not None]
         splits.append(LabelSplit(name, reader, views[name], shards, json_sha256(plan)))
     return splits
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mealv2 import label_set
 from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
-from mealv2.files import FULL, Stamp, stamp_of
+from mealv2.files import DISK_FULL, Stamp, file_stamp
 from mealv2.label_set import Encoding, Images, PlannedShard, Shard, ShardFile
 from pipeline import copies, logs
 from pipeline.labelling.annotate import Annotations, Annotator
@@ -32,7 +32,7 @@ from pipeline.runtime import StopFlag, StopRequested, stop_on_signal
 # system, its file in the object store.
 _SHARD_ERRORS = (DataError, RemoteError, OSError, RuntimeError)
 _BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that would fail every shard
-_NO_SPACE = FULL | {errno.EROFS}
+_NO_SPACE = DISK_FULL | {errno.EROFS}
 
 
 def find_missing(
@@ -56,7 +56,7 @@ def find_missing(
             missing[number] = stamp
     if len(missing) < len(numbers):
         num_complete = len(numbers) - len(missing)
-        logs.say(f"{split.name}: {num_complete} of {logs.count(len(numbers), 'shard')} complete")
+        logs.info(f"{split.name}: {num_complete} of {logs.count(len(numbers), 'shard')} complete")
     return missing
 
 
@@ -82,7 +82,11 @@ def label_shards(
     }
     names = {number: split.planned(number).name for number in missing}
     read = partial(
-        _read_views, split, workers=workers, pin_memory=annotator.runtime.pins, stop=stop
+        _read_views,
+        split,
+        workers=workers,
+        pin_memory=annotator.runtime.should_pin_memory,
+        stop=stop,
     )
 
     def write(number: int, annotations: Annotations) -> None:
@@ -165,7 +169,7 @@ def make_shard(
     is_train = split.name == "train"
     return Shard(
         plan_sha256=split.plan_sha256,
-        role=split.name,
+        split=split.name,
         number=number,
         first_view=split.planned(number).views.start,
         num_views=num_views,
@@ -211,10 +215,10 @@ def _load(
     """Return the stamp of a shard's file, and the shard if it is complete."""
     path = store.folder / planned.name
     store.fetch(planned.name)
-    stamp = stamp_of(path)
+    stamp = file_stamp(path)
     file = load_complete_shard(store.folder, planned, plan_sha256, listed_sha256)
     if file is None and store.refetch(planned.name):  # only the local copy may be damaged
-        stamp = stamp_of(path)
+        stamp = file_stamp(path)
         file = load_complete_shard(store.folder, planned, plan_sha256, listed_sha256)
     if file is not None and store.is_missing(planned.name):  # a run ended before the upload
         store.upload(planned.name)
@@ -227,14 +231,14 @@ def _record_failure(failed: dict[str, str] | None, name: str, error: Exception) 
     if failed is None or isinstance(error, _BUGS) or codes & _NO_SPACE:
         raise error
     failed[name] = _reason(error)
-    logs.say(f"shard {name} failed: {failed[name]}; continuing with the other shards")
+    logs.info(f"shard {name} failed: {failed[name]}; continuing with the other shards")
 
 
 def _reason(error: Exception) -> str:
     """Return the cause of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return copies.told((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return copies.use_display_names((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 @contextmanager

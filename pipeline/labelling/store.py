@@ -1,7 +1,7 @@
 """Where a label set is stored: in a folder, or at a URL with a copy in the cache.
 
 Files at a URL never change in place, so fetching the missing ones updates a copy. An upload is one
-step, and of two uploads of a file the first one wins (mealv2.remote.put).
+step, and of two uploads of a file the first one wins (mealv2.remote.upload).
 """
 
 import re
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set, remote
-from mealv2.cache import NOTES_PREFIX, Cache, hold, locked
+from mealv2.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import canonical_json, file_sha256, read_json, whole_file, write_whole
+from mealv2.files import atomic_file, canonical_json, file_sha256, read_json, write_atomic
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
 from mealv2.locations import Location, is_url, shown, within
 from pipeline import copies, logs
-from pipeline.config import Caching
+from pipeline.config import CacheConfig
 from pipeline.sources import cache_of
 
 _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5")
 _NUM_FETCHERS = 8  # threads that fetch files
-_held: list[int] = []  # locks: copies that this process reads are kept until it ends
+_open_copies: list[int] = []  # locks: copies that this process reads are kept until it ends
 
 
 class Store:
@@ -63,14 +63,14 @@ class Store:
         return True
 
 
-def store_at(config: Caching, location: Location) -> Store:
+def open_store(config: CacheConfig, location: Location) -> Store:
     """Return the store for the label set at a location. Raises RemoteError, ConfigError."""
     if is_url(location):
         return _remote_store(config, str(location))
     return Store(Path(location))
 
 
-def folder_of(config: Caching, labels: Location, *, require_complete: bool = True) -> Path:
+def local_folder(config: CacheConfig, labels: Location, *, require_complete: bool = True) -> Path:
     """Return the folder to read a label set from: its own, or a copy of the files at a URL.
 
     Raises RemoteError, ConfigError, and LabelSetError if the set at a URL is not complete; without
@@ -83,7 +83,7 @@ def folder_of(config: Caching, labels: Location, *, require_complete: bool = Tru
     return store.folder
 
 
-def _remote_store(config: Caching, url: str) -> "RemoteStore":
+def _remote_store(config: CacheConfig, url: str) -> "RemoteStore":
     if re.match("pipe:|https?:", url):
         raise ConfigError(
             f"{shown(url)}: a label set is a folder of files, and neither a program nor a web "
@@ -100,8 +100,8 @@ class RemoteStore(Store):
         super().__init__(cache.path_of(url.rstrip("/")))
         self.location = shown(url)
         self._cache = cache
-        _held.append(hold(self.folder))
-        copies.name_copy(self.folder, self.location.rstrip("/"))
+        _open_copies.append(hold(self.folder))
+        copies.set_display_name(self.folder, self.location.rstrip("/"))
         self._remote: dict[str, remote.File] = {}
         with self._locked():
             self._list()
@@ -128,7 +128,7 @@ class RemoteStore(Store):
 
         A file that only the copy has stays: its run ended before the upload. See ``is_missing``.
         """
-        if name in self._remote and not self._has(name):
+        if name in self._remote and not self._is_current(name):
             self.refetch(name)
 
     def refetch(self, name: str) -> bool:
@@ -155,7 +155,7 @@ class RemoteStore(Store):
 
         Then that one replaces the file in the copy. ``damaged`` replaces the file that was last
         fetched: of two jobs that made it again the first one wins, as far as the object store can
-        compare (see mealv2.remote.put).
+        compare (see mealv2.remote.upload).
         """
         with self._locked():
             damaged_file = self._remote.get(name) if damaged else None
@@ -181,8 +181,8 @@ class RemoteStore(Store):
     def _fetch_set(self, *, require_complete: bool) -> None:
         sha256_of: dict[str, str] = {}
         if MANIFEST_NAME in self._remote:
-            roles = read_manifest(self.folder)["roles"]
-            sha256_of = {s["name"]: s["sha256"] for s in label_set.listed_shards(roles)}
+            splits = read_manifest(self.folder)["roles"]
+            sha256_of = {s["name"]: s["sha256"] for s in label_set.listed_shards(splits)}
         elif require_complete:
             reason = "is not finished" if self._remote else "holds no label set"
             raise LabelSetError(
@@ -193,7 +193,7 @@ class RemoteStore(Store):
         names = [
             name
             for name in self._remote
-            if not self._has(name, sha256_of.get(name), trust_manifest=require_complete)
+            if not self._is_current(name, sha256_of.get(name), trust_manifest=require_complete)
         ]
         self._make_room(names)
         with ThreadPoolExecutor(_NUM_FETCHERS, "mealv2-labels") as threads:
@@ -201,28 +201,30 @@ class RemoteStore(Store):
         self._write_stamps(names)
         for name in names if require_complete else []:
             sha256 = sha256_of.get(name)
-            if sha256 is not None and not self._has(name, sha256, trust_manifest=True):
+            if sha256 is not None and not self._is_current(name, sha256, trust_manifest=True):
                 raise LabelSetError(
                     f"{shown(within(self.url, name))} is damaged: its SHA-256 is not the one in "
                     "the manifest; run the command that made the set again"
                 )
 
     def _download(self, name: str) -> None:
-        with whole_file(self.folder / name) as temporary:
+        with atomic_file(self.folder / name) as temporary:
             remote.fetch(within(self.url, name), temporary)
 
     def _upload(
         self, name: str, *, replace: bool = False, damaged: remote.File | None = None
     ) -> bool:
         url = within(self.url, name)
-        is_first = remote.put(url, self.folder / name, replace=replace, damaged=damaged)
-        if not is_first:
+        was_uploaded = remote.upload(url, self.folder / name, replace=replace, damaged=damaged)
+        if not was_uploaded:
             self._download(name)
         self._remote[name] = remote.info(url)
         self._write_stamps([name])
-        return is_first
+        return was_uploaded
 
-    def _has(self, name: str, sha256: str | None = None, *, trust_manifest: bool = False) -> bool:
+    def _is_current(
+        self, name: str, sha256: str | None = None, *, trust_manifest: bool = False
+    ) -> bool:
         """Return whether the copy has a file as it is at the URL, and as a manifest lists it.
 
         With ``trust_manifest`` the SHA-256 is enough.
@@ -240,7 +242,7 @@ class RemoteStore(Store):
     def _stamps(self) -> dict[str, str]:
         """Return the stamps of the remote files that were copied, by name."""
         try:
-            stamps = read_json(self._beside(NOTES_PREFIX))
+            stamps = read_json(self._sibling(STAMPS_PREFIX))
         except (OSError, ValueError):
             return {}
         return stamps if isinstance(stamps, dict) else {}
@@ -249,14 +251,14 @@ class RemoteStore(Store):
         stamps = {name: self._remote[name].stamp for name in names}
         if stamps:
             data = canonical_json(self._stamps() | stamps).encode()
-            write_whole(self._beside(NOTES_PREFIX), data)
+            write_atomic(self._sibling(STAMPS_PREFIX), data)
 
-    def _beside(self, prefix: str) -> Path:
+    def _sibling(self, prefix: str) -> Path:
         return self.folder.with_name(f"{prefix}{self.folder.name}")
 
     def _locked(self) -> AbstractContextManager[None]:
         """Let one process of this computer at a time change the copy: ranks fetch it once."""
-        return locked(self._beside("changes-of-"))
+        return locked(self._sibling("changes-of-"))
 
     def _make_room(self, names: Iterable[str]) -> None:
         """Remove other copies if the cache is full; raises ConfigError if the set is too large."""
@@ -269,7 +271,7 @@ class RemoteStore(Store):
         needed = sum(self._remote[name].size for name in names)
         self._cache.trim(needed)
         if needed:
-            logs.say(f"fetching {logs.size_of(needed)} of labels from {shown(self.url)}")
+            logs.info(f"fetching {logs.size_of(needed)} of labels from {shown(self.url)}")
 
     def _fetch_text(self, name: str) -> None:
         data = remote.read(within(self.url, name)) if name in self._remote else None
@@ -277,4 +279,4 @@ class RemoteStore(Store):
             self._remote.pop(name, None)
             (self.folder / name).unlink(missing_ok=True)
         else:
-            write_whole(self.folder / name, data)
+            write_atomic(self.folder / name, data)

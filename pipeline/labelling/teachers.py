@@ -50,7 +50,7 @@ def build(
             )
         own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
         if own_size not in (None, img_size):
-            logs.say(
+            logs.info(
                 f"teacher {name} was trained at {own_size} pixels and labels views of {img_size} "
                 f"(--img-size {own_size}?)"
             )
@@ -64,7 +64,7 @@ def build(
             }
         )
     _check_distinct(described)
-    return runtime.place(TeacherEnsemble(models)), described
+    return runtime.to_device(TeacherEnsemble(models)), described
 
 
 def _check_distinct(described: list[dict[str, Any]]) -> None:

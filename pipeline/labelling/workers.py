@@ -12,7 +12,7 @@ from typing import IO
 
 from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
 from pipeline import environment, logs
-from pipeline.config import Jobs
+from pipeline.config import JobsConfig
 from pipeline.labelling.jobs import Job
 from pipeline.runtime import StopFlag, gpu_of, stop_on_signal
 
@@ -20,7 +20,7 @@ _POLL_INTERVAL_S = 0.1
 _STOPPED = "stopped; complete shards are kept: run the same command again to continue"
 
 
-def run_workers(command: list[str], config: Jobs, job: Job) -> int:
+def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
     """Run `mealv2 COMMAND` in --num-procs processes; return how many shards they made.
 
     Their messages are prefixed with the number of the process. Ctrl-C and SIGTERM are passed on to
@@ -37,7 +37,7 @@ def run_workers(command: list[str], config: Jobs, job: Job) -> int:
                 stack.enter_context(worker)
             _wait(workers, stop)
         if stop.signal_name == "SIGTERM":
-            logs.say(f"mealv2: {len(workers)} processes {_STOPPED}")
+            logs.info(f"mealv2: {len(workers)} processes {_STOPPED}")
             signal.raise_signal(signal.SIGTERM)  # schedulers requeue jobs that a signal killed
         if stop.signal_name is not None:
             raise StoppedError(f"{len(workers)} processes {_STOPPED}")
@@ -54,7 +54,7 @@ def _wait(workers: "list[_Worker]", stop: StopFlag) -> None:
             for other in workers:
                 if other.process.poll() and other.number not in logged:
                     logged.add(other.number)
-                    logs.say(f"{other.exit_text()}; the others continue")
+                    logs.info(f"{other.exit_text()}; the others continue")
             if stop.signal_name is not None and not is_signalled:
                 is_signalled = True
                 for other in workers:
@@ -84,7 +84,7 @@ class _Worker:
     """A process that starts at the beginning of a block and has ended at its end."""
 
     def __init__(
-        self, command: list[str], config: Jobs, job: Job, number: int, folder: Path
+        self, command: list[str], config: JobsConfig, job: Job, number: int, folder: Path
     ) -> None:
         self.number = number
         self._report = folder / f"{number}.report"
@@ -99,7 +99,7 @@ class _Worker:
         path = folder / f"{number}.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
         self._command = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
-        self._environment = environment.of_processes(config.num_procs)
+        self._environment = environment.child_environment(config.num_procs)
 
     def __enter__(self) -> "_Worker":
         with self._report.open("wb") as report:
@@ -140,4 +140,4 @@ class _Worker:
 def _relay(stream: IO[str], number: int) -> None:
     with stream:
         for line in filter(str.strip, stream):
-            logs.say(f"[{number}] {line.rstrip()}")
+            logs.info(f"[{number}] {line.rstrip()}")

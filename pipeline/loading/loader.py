@@ -20,7 +20,7 @@ import torch
 
 from mealv2.errors import DataError
 from mealv2.images import ImageSource
-from mealv2.pixels import Picture, Resize, ViewsOf, centre_crop, decode_for
+from mealv2.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
 from mealv2.views import View, Views
 from pipeline.loading.requests import CENTRE, BatchRequest, announce
 
@@ -69,9 +69,9 @@ class ViewReader:
 
     def read(self, request: BatchRequest) -> Batch:
         """Return the pixels of one request, read by this thread."""
-        batch = _BatchReader(self, request, memory=_Memory(pin_memory=False))
+        batch = _BatchReader(self, request, memory=_BufferPool(pin_memory=False))
         for task in batch.tasks():
-            batch.do(task)
+            batch.run(task)
         return batch.batch()
 
     def view(self, position: int, index: int, *, width: int, height: int) -> View:
@@ -79,13 +79,13 @@ class ViewReader:
         assert self._views is not None, "only centre crops can be cut without views"
         return self._views.view(self.source.keys[position], index, width=width, height=height)
 
-    def cut(self, picture: Picture, position: int, index: int) -> tuple[np.ndarray, Box]:
+    def cut(self, decoded_image: DecodedImage, position: int, index: int) -> tuple[np.ndarray, Box]:
         """Return the pixels and the box of a view of a decoded image."""
         size, resize = self.img_size, self._resize
         if index == CENTRE:
-            return centre_crop(picture.pixels_HWC, size, resize=resize), (0, 0, 0, 0, 0)
-        view = self.view(position, index, width=picture.width, height=picture.height)
-        return picture.cut(view, size, resize=resize), view.box()
+            return centre_crop(decoded_image.pixels_HWC, size, resize=resize), (0, 0, 0, 0, 0)
+        view = self.view(position, index, width=decoded_image.width, height=decoded_image.height)
+        return decoded_image.cut(view, size, resize=resize), view.box()
 
 
 class _Image:
@@ -98,7 +98,7 @@ class _Image:
         self._lock = threading.Lock()
         self._uses = 0
         self._is_shared = False
-        self._picture: Picture | None = None
+        self._decoded: DecodedImage | None = None
 
     def keep(self, uses: int) -> None:
         """Keep the pixels for so many more uses."""
@@ -111,24 +111,24 @@ class _Image:
         with self._lock:
             self._uses -= 1
             if self._uses == 0:
-                self._picture = None
+                self._decoded = None
 
-    def decoded(self, views_of: ViewsOf | None) -> Picture | None:
+    def decoded(self, views_of: ViewsOf | None) -> DecodedImage | None:
         """Return the part that ``views_of`` needs, or all if other tasks need the image too.
 
         None where it cannot be read; ``failure`` has the reason.
         """
         with self._lock:
-            if self._picture is None and self.failure is None:
+            if self._decoded is None and self.failure is None:
                 try:
                     data = self._source.read(self.position)
-                    self._picture = decode_for(data, None if self._is_shared else views_of)
+                    self._decoded = decode_for(data, None if self._is_shared else views_of)
                 except (DataError, OSError) as error:
                     self.failure = getattr(error, "strerror", None) or str(error)
-            return self._picture
+            return self._decoded
 
 
-class _Memory:
+class _BufferPool:
     """Memory of batches, reused as soon as nothing holds a batch any more.
 
     New memory costs a page fault every 4 kB: writing a view takes five times as long with them.
@@ -154,7 +154,7 @@ class _Memory:
 
 
 # Some views of an image, and the row of the first.
-_Cut = tuple[_Image, tuple[int, ...], int]
+_ViewTask = tuple[_Image, tuple[int, ...], int]
 
 
 class _BatchReader:
@@ -168,11 +168,11 @@ class _BatchReader:
         reader: ViewReader,
         request: BatchRequest,
         *,
-        memory: _Memory,
+        memory: _BufferPool,
         before: _Image | None = None,
     ) -> None:
         self._reader = reader
-        self._cuts: list[_Cut] = []
+        self._cuts: list[_ViewTask] = []
         self._positions: list[int] = []
         self._indices: list[int] = []
         image = before
@@ -182,8 +182,8 @@ class _BatchReader:
             starts = range(0, len(views), _TASK_VIEWS)
             image.keep(len(starts))
             for start in starts:
-                some = views[start : start + _TASK_VIEWS]
-                self._cuts.append((image, some, len(self._positions) + start))
+                task_views = views[start : start + _TASK_VIEWS]
+                self._cuts.append((image, task_views, len(self._positions) + start))
             self._positions.extend([position] * len(views))
             self._indices.extend(views)
         if image is not None:
@@ -197,28 +197,28 @@ class _BatchReader:
         self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
         self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
 
-    def tasks(self) -> Iterator[list[_Cut]]:
+    def tasks(self) -> Iterator[list[_ViewTask]]:
         """Yield tasks of about _TASK_VIEWS views."""
-        task: list[_Cut] = []
+        task: list[_ViewTask] = []
         num_views = 0
-        for piece in self._cuts:
-            task.append(piece)
-            num_views += len(piece[1])
+        for cut in self._cuts:
+            task.append(cut)
+            num_views += len(cut[1])
             if num_views >= _TASK_VIEWS:
                 yield task
                 task, num_views = [], 0
         if task:
             yield task
 
-    def do(self, task: list[_Cut]) -> None:
+    def run(self, task: list[_ViewTask]) -> None:
         """Decode the images that are not decoded yet and cut their views."""
         for image, views, row in task:
             cut = self._reader.cut
-            picture = image.decoded(None if CENTRE in views else self._views_of(image, views))
-            if picture is not None:
-                self._sizes_B2[row : row + len(views)] = picture.width, picture.height
+            decoded_image = image.decoded(None if CENTRE in views else self._views_of(image, views))
+            if decoded_image is not None:
+                self._sizes_B2[row : row + len(views)] = decoded_image.width, decoded_image.height
                 for at, index in enumerate(views, start=row):
-                    self._rows[at], self._boxes_B5[at] = cut(picture, image.position, index)
+                    self._rows[at], self._boxes_B5[at] = cut(decoded_image, image.position, index)
             image.release()
 
     def _views_of(self, image: _Image, indices: tuple[int, ...]) -> ViewsOf:
@@ -260,7 +260,7 @@ class ViewLoader(Iterable[Batch]):
         if self.workers == 0:
             for batch in self._batches():
                 for task in batch.tasks():
-                    batch.do(task)
+                    batch.run(task)
                 yield batch.batch()
             return
         # operations that start threads of their own would slow down the other workers
@@ -274,7 +274,7 @@ class ViewLoader(Iterable[Batch]):
 
     def _batches(self) -> Iterator[_BatchReader]:
         last: _Image | None = None
-        memory = _Memory(pin_memory=self.pin_memory)
+        memory = _BufferPool(pin_memory=self.pin_memory)
         for request in self.requests:
             batch = _BatchReader(self.reader, request, memory=memory, before=last)
             last = batch.last
@@ -284,7 +284,7 @@ class ViewLoader(Iterable[Batch]):
         """Yield batches in order, while the next ones are being read."""
         reading: deque[tuple[_BatchReader, list[Future[None]]]] = deque()
         for batch in self._batches():
-            reading.append((batch, [pool.submit(batch.do, task) for task in batch.tasks()]))
+            reading.append((batch, [pool.submit(batch.run, task) for task in batch.tasks()]))
             num_tasks = sum(len(tasks) for _, tasks in reading)
             if len(reading) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
                 yield _finished(*reading.popleft())

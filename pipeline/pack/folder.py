@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 from mealv2.images import EXTENSIONS, ImageSource, fingerprint, open_source
 from mealv2.packed import INDEX_NAME, Pack, PackedImage
 from mealv2.pixels import decode
@@ -21,7 +21,7 @@ from mealv2.tar_shards import TarShards
 from pipeline import logs
 from pipeline.config import PackConfig
 from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
-from pipeline.pack.places import check_out, claim, splits_of, strange
+from pipeline.pack.places import check_out, claim, foreign_files, splits_of
 from pipeline.pack.reading import in_threads, read_image
 
 
@@ -32,7 +32,7 @@ def run(config: PackConfig) -> dict[str, Any]:
     sources = {name: open_source(config.data_dir, name) for name in splits_of(config)}
     for source in sources.values():
         if isinstance(source, TarShards):
-            _refuse_no_tree(source)
+            _check_class_folders(source)
     check_out(config, _is_ours)
     images: list[PackedImage] = []
     num_made = 0
@@ -56,7 +56,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         "jpegtran": program.version,
         "seconds": round(time.monotonic() - began, 3),
     }
-    logs.say(_told(report))
+    logs.info(_print_summary(report))
     return report
 
 
@@ -65,10 +65,10 @@ def run(config: PackConfig) -> dict[str, Any]:
 
 def _is_ours(path: Path) -> bool:
     """Return whether what is in --output is a packed split, finished or not, or an empty folder."""
-    return path.is_dir() and ((path / INDEX_NAME).is_file() or not any(strange(path)))
+    return path.is_dir() and ((path / INDEX_NAME).is_file() or not any(foreign_files(path)))
 
 
-def _refuse_no_tree(tars: TarShards) -> None:
+def _check_class_folders(tars: TarShards) -> None:
     """Raise ConfigError for tar files whose images cannot be a tree with the same keys."""
     for key, label in zip(tars.keys, tars.labels, strict=True):
         name = tars.classes[label]
@@ -92,11 +92,11 @@ def _pack_split(
 ) -> tuple[dict[str, PackedImage], int]:
     """Make what is not there yet; return all images by key and how many were made."""
     folder = config.output / source.split
-    there = before.images()
+    folders = before.images()
     images: dict[str, PackedImage] = {}
     num_made = 0
     results = in_threads(
-        lambda position: _pack_image(source, position, folder, program, there),
+        lambda position: _pack_image(source, position, folder, program, folders),
         range(len(source)),
         workers=config.workers,
     )
@@ -106,10 +106,10 @@ def _pack_split(
         images[key] = PackedImage(size, source.sizes[position], reason or "")
         num_made += is_made
         if reason == UNREADABLE and is_made:
-            logs.say(f"cannot be read, copied as it is: {Path(source.name) / key}")
+            logs.info(f"cannot be read, copied as it is: {Path(source.name) / key}")
     pack = replace(before, files=images)
     if pack != before:
-        write_whole(folder / INDEX_NAME, pack.to_bytes())
+        write_atomic(folder / INDEX_NAME, pack.to_bytes())
     packed = open_source(config.output, source.split)  # raises where it holds other files
     if fingerprint(packed) != pack.data_sha256:
         raise DataError(f"{source.name} changed while it was packed; pack it into a new folder")
@@ -121,19 +121,19 @@ def _pack_image(
     position: int,
     folder: Path,
     program: Jpegtran,
-    there: dict[str, PackedImage],
+    folders: dict[str, PackedImage],
 ) -> tuple[int, str | None, bool]:
     """Make one file unless it is there; return its size, why it is a copy, and if it was made."""
     key = source.keys[position]
     path = folder / key
-    if there and path.is_file() and path.stat().st_size == there[key].bytes:
-        return there[key].bytes, there[key].kept, False
+    if folders and path.is_file() and path.stat().st_size == folders[key].bytes:
+        return folders[key].bytes, folders[key].kept, False
     data = read_image(source, position)
-    if not there and (size := _size_of_packed(path, data)):
+    if not folders and (size := _size_of_packed(path, data)):
         return size, None, False  # an earlier run, that did not come to its end, made it
     made, reason = packed(data, program)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, made)
+    write_atomic(path, made)
     return len(made), reason, True
 
 
@@ -149,7 +149,7 @@ def _size_of_packed(path: Path, original: bytes) -> int:
     return len(data) if is_whole else 0
 
 
-def _told(report: dict[str, Any]) -> str:
+def _print_summary(report: dict[str, Any]) -> str:
     """Return the report as a person says it."""
     before, after = report["bytes_before"], report["bytes_after"]
     kept = ", ".join(f"{count} {reason}" for reason, count in report["kept"].items())

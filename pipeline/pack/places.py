@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mealv2.errors import ConfigError
-from mealv2.files import TEMPORARY_PREFIX, write_whole
+from mealv2.files import TEMPORARY_PREFIX, write_atomic
 from mealv2.images import ImageSource
 from mealv2.packed import Pack
 from pipeline.config import PackConfig
@@ -45,7 +45,7 @@ def check_out(config: PackConfig, is_ours: Callable[[Path], bool]) -> None:
         raise ConfigError(
             f"--output {out} and --data-dir {data_dir} lie in one another; give another folder"
         )
-    for path in strange(out):
+    for path in foreign_files(out):
         if not is_ours(path):
             raise ConfigError(
                 f"--output {out} is not empty, and {path.name} is not packed; give a new folder"
@@ -60,7 +60,7 @@ def claim(path: Path, wanted: Pack, source: ImageSource) -> Pack:
     found = Pack.read(path)
     if found is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, wanted.to_bytes())
+        write_atomic(path, wanted.to_bytes())
         return wanted
     if found.data_sha256 != wanted.data_sha256:
         raise ConfigError(
@@ -81,7 +81,7 @@ def claim(path: Path, wanted: Pack, source: ImageSource) -> Pack:
     return found
 
 
-def strange(folder: Path) -> Iterator[Path]:
+def foreign_files(folder: Path) -> Iterator[Path]:
     """Yield what is in a folder but for what killed runs leave behind."""
     if folder.is_dir():
         paths = (p for p in sorted(folder.iterdir()) if not p.name.startswith(TEMPORARY_PREFIX))

@@ -28,13 +28,13 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> I
     What is under way is finished when an item raises or the reader stops, nothing else is begun.
     """
     pool = ThreadPoolExecutor(workers)
-    begun: deque[Future[R]] = deque()
+    pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) > 4 * workers:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import file_sha256, whole_file, write_whole
+from mealv2.files import atomic_file, file_sha256, write_atomic
 from mealv2.images import ImageSource, fingerprint, fingerprint_of, open_source
 from mealv2.label_set import shard_ranges
 from mealv2.packed import SUFFIX as PACK_SUFFIX
@@ -54,7 +54,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         "bytes": sum(tar.bytes for tar in tars.values()),
         "seconds": round(time.monotonic() - began, 3),
     }
-    logs.say(
+    logs.info(
         f"{logs.count(report['images'], 'image')} in {logs.count(report['shards'], 'tar file')}, "
         f"{logs.size_of(report['bytes'])}"
     )
@@ -101,7 +101,7 @@ def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> Pack:
         raise ConfigError(f"{path} lists other classes than {source.name} has; give a new --output")
     pack = claim(_index_of(config, source), Pack(fingerprint(source), settings), source)
     if not path.is_file():
-        write_whole(path, classes)
+        write_atomic(path, classes)
     return pack
 
 
@@ -116,11 +116,12 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
     """Make what is not there yet; return all tar files by name, and how many were made."""
     order = pack_order(source.keys)
     parts = [
-        [order[place] for place in part] for part in shard_ranges(len(order), config.num_per_shard)
+        [order[index_in_order] for index_in_order in part]
+        for part in shard_ranges(len(order), config.num_per_shard)
     ]
     paths = [config.output / f"{source.split}-{number:06d}.tar" for number in range(len(parts))]
     tars = {
-        path.name: _whole_tar(path, source, part, before)
+        path.name: _complete_tar(path, source, part, before)
         for path, part in zip(paths, parts, strict=True)
     }
     missing = [
@@ -161,7 +162,7 @@ def _write(
 ) -> TarIndex:
     """Write a tar file whole, then its index; return it."""
     keys = [source.keys[position] for position in part]
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         with temporary.open("xb") as stream, tar_writer(stream) as writer:
             samples = zip(part, keys, sample_names(keys), images, strict=True)
             for position, key, name, image in samples:
@@ -171,7 +172,7 @@ def _write(
     return index
 
 
-def _whole_tar(
+def _complete_tar(
     path: Path, source: ImageSource, part: Sequence[int], before: Pack
 ) -> PackedTar | None:
     """Return a tar file that is there whole with its index, None where it must be made.
@@ -204,4 +205,4 @@ def _finish(config: PackConfig, source: ImageSource, before: Pack, tars: _Tars) 
     pack = replace(before, files=tars)
     pack.check(str(config.output), {name: (config.output / name).stat().st_size for name in tars})
     if pack != before:
-        write_whole(_index_of(config, source), pack.to_bytes())
+        write_atomic(_index_of(config, source), pack.to_bytes())

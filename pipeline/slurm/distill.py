@@ -8,7 +8,7 @@ from pipeline.config import SlurmDistillConfig, StageCommand
 from pipeline.slurm import scripts, submitting
 from pipeline.training.run_folder import REPORT_NAME
 
-OURS = ("dry_run",)
+OWN_OPTIONS = ("dry_run",)
 
 
 def run(
@@ -16,12 +16,12 @@ def run(
 ) -> dict[str, Any] | str:
     """Submit a training; return the report, or the script with --print. Raises MealError."""
     stage = checked(submitting.training_words(config.flags))
-    submitting.refuse(stage, *OURS)
+    submitting.check_supported(stage, *OWN_OPTIONS)
     out = submitting.run_folder(stage)
-    submitting.say_lacking_labels(config, stage)
+    submitting.warn_missing_labels(config, stage)
     report: dict[str, Any] = {"output": str(out), "job": None}
     if (out / REPORT_NAME).exists():
-        logs.say(f"{out}: the run came to its end; nothing to submit")
+        logs.info(f"{out}: the run came to its end; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)
     head = scripts.head(

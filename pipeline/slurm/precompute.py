@@ -7,18 +7,18 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import content_of, json_sha256
+from mealv2.files import json_sha256, list_folder
 from mealv2.label_set import CheckedShard, PlannedShard
 from pipeline import logs
 from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand, plain
 from pipeline.labelling.manifest import check_shards
 from pipeline.labelling.plan import open_sources, plan_shards
-from pipeline.labelling.store import Store, store_at
+from pipeline.labelling.store import Store, open_store
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.submitting import Round
 
 Script = tuple[Path, str]  # where it lies, and its text
-OURS = ("job_index", "num_jobs", "shard_list", "dry_run")
+OWN_OPTIONS = ("job_index", "num_jobs", "shard_list", "dry_run")
 
 
 def run(
@@ -31,17 +31,17 @@ def run(
     """
     stage = checked(config.flags)
     assert isinstance(stage.config, PrecomputeConfig)
-    submitting.refuse(stage, *OURS)
+    submitting.check_supported(stage, *OWN_OPTIONS)
     this = submitting.next_round(stage.config.output)
-    store = store_at(stage.config, stage.config.output)
+    store = open_store(stage.config, stage.config.output)
     out = plain(stage.config.output)
     missing, is_finished = _missing(stage.config, store)
     report = {"labels": out, "missing": len(missing), "array": None, "finish": None}
     if is_finished:
-        logs.say(f"{out}: nothing is missing, and its manifest is there; nothing to submit")
+        logs.info(f"{out}: nothing is missing, and its manifest is there; nothing to submit")
         return "" if config.print_ else report
     if not missing:
-        logs.say(f"{out}: nothing is missing but its manifest")
+        logs.info(f"{out}: nothing is missing but its manifest")
     array = _array(config, stage, this, len(missing)) if missing else None
     finish = _finish(config, stage.config, this)
     if config.print_:
@@ -50,7 +50,7 @@ def run(
     for path, text in filter(None, (array, finish)):
         submitting.keep(path, text)
     if jobs := submitting.still_there(this):
-        logs.say(f"jobs {', '.join(jobs)} are at the same set: what they do, too, is done twice")
+        logs.info(f"jobs {', '.join(jobs)} are at the same set: what they do, too, is done twice")
     after = None
     if array is not None:
         report["array"] = submitting.submit(submitting.sbatch_words(config, array[0]))
@@ -87,11 +87,11 @@ def _array(
             **scripts.node_resources(config),
         },
     )
-    share = [
+    job_flags = [
         f"--shard-list {shlex.quote(str(names))}",
         f'--job-index "$SLURM_ARRAY_TASK_ID" --num-jobs {tasks}',
     ]
-    worker = scripts.command([*scripts.PYTHON, "mealv2", "precompute"], stage.words, share)
+    worker = scripts.command([*scripts.PYTHON, "mealv2", "precompute"], stage.words, job_flags)
     return this.path("precompute"), head + scripts.alone(worker)
 
 
@@ -116,14 +116,14 @@ def _missing(config: PrecomputeConfig, store: Store) -> tuple[list[str], bool]:
     store.fetch_all()
     folder = store.folder
     if not (folder / label_set.PLAN_NAME).exists():
-        names = folder.is_dir() and content_of(folder)
+        names = folder.is_dir() and list_folder(folder)
         if names:
             raise ConfigError(f"{store.location} is no label set and not empty ({names[0]}, …)")
         # the first worker writes the plan itself
         plan = plan_shards(config, open_sources(config))
         return [shard.name for shard in label_set.planned_shards(plan)], False
     plan = label_set.read_plan(folder)
-    _refuse_another(config, store, plan)
+    _check_same_plan(config, store, plan)
     shards = label_set.planned_shards(plan)
     plan_sha256 = json_sha256(plan)
     found = dict(zip(shards, check_shards(folder, shards, plan_sha256), strict=True))
@@ -140,18 +140,18 @@ def _are_listed(found: dict[PlannedShard, CheckedShard | str], listed: dict[str,
     )
 
 
-def _refuse_another(config: PrecomputeConfig, store: Store, plan: dict[str, Any]) -> None:
+def _check_same_plan(config: PrecomputeConfig, store: Store, plan: dict[str, Any]) -> None:
     """Raise LabelSetError where a plan differs from the flags in what needs no teacher to see."""
     train = plan["roles"].get("train", {})
     differing = [
-        f"{name} is {there} there and {here} here"
-        for name, there, here in (
+        f"{name} is {existing} there and {planned} here"
+        for name, existing, planned in (
             ("--num-views", train.get("num_views"), config.num_views),
             ("--img-size", plan["img_size"], config.img_size),
             ("--shard-size", plan.get("shard_size"), config.shard_size or plan.get("shard_size")),
             ("--view-seed", train.get("views", {}).get("seed"), config.view_seed),
         )
-        if there != here
+        if existing != planned
     ]
     if differing:
         raise LabelSetError(

@@ -63,13 +63,14 @@ def job_name(kind: str, folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._=,+-]", "-", f"{kind}-{folder.name}")
 
 
-def head(config: SlurmJob, about: str, asked: dict[str, object]) -> str:
+def head(config: SlurmJob, about: str, requested: dict[str, object]) -> str:
     """Return the beginning of a script: what it is for, what Slurm is asked for, what is set up.
 
-    ``asked`` are options of sbatch beside those that every job has; one that is None is left out.
+    ``requested`` are options of sbatch beside those that every job has; one that is None is left
+    out.
     """
-    asked = {
-        **asked,
+    requested = {
+        **requested,
         "time": config.time,
         "partition": config.partition,
         "account": config.account,
@@ -77,7 +78,7 @@ def head(config: SlurmJob, about: str, asked: dict[str, object]) -> str:
         "constraint": config.constraint,
         "mem": config.mem,
     }
-    given = [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    given = [f"--{name}={value}" for name, value in requested.items() if value is not None]
     flags = [*given, "--requeue", "--open-mode=append", *config.sbatch_arg]
     lines = [f"#SBATCH {shlex.quote(word)}" for word in flags]
     return "\n".join(["#!/bin/bash", f"# {about}", *lines, "", *config.setup, ""]).lstrip()

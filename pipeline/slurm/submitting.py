@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_whole
+from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_atomic
 from mealv2.locations import Location, file_name
 from pipeline import logs
 from pipeline.config import SlurmJob, StageCommand, flag
@@ -45,8 +45,8 @@ def next_round(out: Location) -> Round:
 
     Those for a URL are kept in a folder of its last name, here.
     """
-    here = file_name(out.rstrip("/")) if isinstance(out, str) else out
-    folder = Path(os.path.abspath(here)) / SCRIPTS_NAME  # noqa: PTH100  # as config.plain
+    path = file_name(out.rstrip("/")) if isinstance(out, str) else out
+    folder = Path(os.path.abspath(path)) / SCRIPTS_NAME  # noqa: PTH100  # as config.plain
     numbers = itertools.count(1)
     return next(Round(folder, n) for n in numbers if not any(folder.glob(f"*-{n}.*")))
 
@@ -69,7 +69,7 @@ def printed(scripts: list[tuple[list[str], str]]) -> str:
 def keep(path: Path, text: str) -> None:
     """Write a file of a submission; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not write_whole(path, text.encode(), replace=False):
+    if not write_atomic(path, text.encode(), replace=False):
         raise MealError(f"{path} was written by another submission just now; try again")
 
 
@@ -85,7 +85,7 @@ def still_there(this: Round) -> list[str]:
     return sorted(set(ran.stdout.split()))
 
 
-def refuse_second(this: Round) -> None:
+def check_no_queued_job(this: Round) -> None:
     """Raise MealError where an earlier job is at the same folder; two would write one run."""
     jobs = " ".join(still_there(this))
     if jobs:
@@ -105,19 +105,21 @@ def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) 
     if shutil.which(words[0]) is None:
         raise MealError(f"there is no {words[0]} here; {kept}; submit it where Slurm is")
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
-    said = [re.sub(r"^\S*sbatch: (error: )?", "", line.strip()) for line in ran.stderr.splitlines()]
+    output = [
+        re.sub(r"^\S*sbatch: (error: )?", "", line.strip()) for line in ran.stderr.splitlines()
+    ]
     if ran.returncode:
-        why = "; ".join(filter(None, said)) or "it did not say why"
-        most = f" (--array {MOST_TASKS} at most, unless the site allows more)"
-        raise MealError(f"sbatch refused: {why}{most if ' array' in why else ''}; {kept}")
-    for line in said:
-        logs.say(line)
+        why = "; ".join(filter(None, output)) or "it did not say why"
+        max_jobs = f" (--array {MOST_TASKS} at most, unless the site allows more)"
+        raise MealError(f"sbatch refused: {why}{max_jobs if ' array' in why else ''}; {kept}")
+    for line in output:
+        logs.info(line)
     return int(ran.stdout.strip().splitlines()[-1].split(";")[0])
 
 
 def record(this: Round, report: Mapping[str, Any]) -> None:
     """Keep beside the scripts what was submitted."""
-    write_whole(this.path("jobs", "json"), canonical_json(dict(report)).encode())
+    write_atomic(this.path("jobs", "json"), canonical_json(dict(report)).encode())
 
 
 def hand_in(
@@ -130,14 +132,14 @@ def hand_in(
     words = sbatch_words(config, this.path(what))
     if config.print_:
         return printed([(words, text)])
-    refuse_second(this)
+    check_no_queued_job(this)
     keep(this.path(what), text)
     report["job"] = submit(words)
     record(this, report)
     return report
 
 
-def refuse(stage: StageCommand, *names: str) -> None:
+def check_supported(stage: StageCommand, *names: str) -> None:
     """Raise ConfigError for a flag of the stage that is not the user's in a batch job."""
     for name in names:
         if name in stage.options:
@@ -153,11 +155,11 @@ def training_words(flags: Iterable[str]) -> list[str]:
     return [*flags, "--auto-resume"] if "--output" in given else [*flags]
 
 
-def say_lacking_labels(config: SlurmJob, stage: StageCommand) -> None:
+def warn_missing_labels(config: SlurmJob, stage: StageCommand) -> None:
     """Say so where labels are not there, and no job before is to make them."""
     labels = getattr(stage.config, "labels", None)
     if isinstance(labels, Path) and not labels.exists() and not config.after:
-        logs.say(f"--labels {labels}: nothing is there yet; --after JOB waits for who makes them")
+        logs.info(f"--labels {labels}: nothing is there yet; --after JOB waits for who makes them")
 
 
 def run_folder(stage: StageCommand) -> Path:

@@ -12,7 +12,7 @@ from pipeline import logs
 from pipeline.config import SlurmSweepConfig, StageCommand
 from pipeline.config.slurm import Choice
 from pipeline.slurm import scripts, submitting
-from pipeline.slurm.distill import OURS
+from pipeline.slurm.distill import OWN_OPTIONS
 from pipeline.training.run_folder import REPORT_NAME
 
 Checked = Callable[[Iterable[str]], StageCommand]
@@ -35,12 +35,12 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     varied = config.choices
     students = _students(config, list(itertools.product(*varied)), checked)
     out = students[0].folder.parent
-    submitting.say_lacking_labels(config, students[0].stage)
+    submitting.warn_missing_labels(config, students[0].stage)
     todo = [s for s in students if not (s.folder / REPORT_NAME).exists()]
     folders = {str(student.task): str(student.folder) for student in todo}
     report = {"output": str(out), "job": None, "students": len(students), "tasks": folders}
     if not todo:
-        logs.say(f"{out}: every student is finished; nothing to submit")
+        logs.info(f"{out}: every student is finished; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)
     names = {choices[0].field for choices in varied} | {"output"}
@@ -86,7 +86,7 @@ def _students(
     for task, choices in enumerate(chosen):
         words = [*submitting.training_words(config.flags), *(w for c in choices for w in c.words)]
         stage = checked(words)
-        submitting.refuse(stage, *OURS)
+        submitting.check_supported(stage, *OWN_OPTIONS)
         name = ",".join(choice.name for choice in choices)
         folder = submitting.run_folder(stage) / name
         if any(folder == student.folder for student in students):

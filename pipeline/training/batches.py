@@ -150,9 +150,9 @@ class BatchSampler:
 
         The loop and the reader ask for the same one, and the reader is ahead.
         """
-        return lru_cache(maxsize=2)(self._make)
+        return lru_cache(maxsize=2)(self._make_requests)
 
-    def _make(self, epoch: int) -> PassBatches:
+    def _make_requests(self, epoch: int) -> PassBatches:
         groups = self._groups()
         order = epoch_order(len(self.positions), seed=self.config.seed, epoch=epoch, groups=groups)
         positions_N = np.asarray(self.positions, dtype=np.int64)[order]

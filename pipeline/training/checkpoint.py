@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mealv2.errors import MealError
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 
 _FOLDER = "checkpoints"
 
@@ -23,7 +23,7 @@ def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
     data = io.BytesIO()
     torch.save(state, data)
     path = folder / f"step-{step:08d}.pt"
-    write_whole(path, data.getvalue())
+    write_atomic(path, data.getvalue())
     until_now = [other for other in _all(run) if other.name <= path.name]
     for old in until_now[:-keep]:
         old.unlink()

@@ -24,17 +24,17 @@ def dry_run(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[s
     """
     if not spec.positions:
         raise DataError(f"{spec.source.name} has no image to train on")
-    timing.forget_peak(runtime.device)
+    timing.reset_peak_memory(runtime.device)
     steps = num_steps(config, len(spec.positions))
     sample = sample_steps(config, runtime, spec)
     seconds = steps / sample.rate
     peak_bytes = timing.peak_bytes(runtime.device)
-    logs.say(
+    logs.info(
         f"{steps} steps of {config.batch_size} views, about {logs.duration(seconds)} at "
         f"{1 / sample.rate:.3g} s a step on this machine, without validation; memory up to "
         f"{logs.size_of(peak_bytes)}"
     )
-    timing.say_limit(sample)
+    timing.print_limit(sample)
     return {
         "dry_run": True,
         "images": len(spec.positions),
@@ -50,11 +50,11 @@ def dry_run(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[s
 def num_steps(config: TrainConfig, num_images: int) -> int:
     """Return how many steps a run has; some fewer where views are skipped."""
 
-    def of_pass(num_views: int) -> int:
+    def steps_of_pass(num_views: int) -> int:
         return len(batch_ranges(num_images, -(-config.batch_size // num_views)))
 
     full, rest = divmod(config.epochs, config.views_per_image)
-    return full * of_pass(config.views_per_image) + (of_pass(rest) if rest else 0)
+    return full * steps_of_pass(config.views_per_image) + (steps_of_pass(rest) if rest else 0)
 
 
 def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> timing.Sample:
@@ -74,22 +74,24 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
         batches = itertools.cycle(list(sampler.batches(0)))
         requests = list(itertools.islice(batches, min(num_steps, _MAX_STEPS)))
         loader = read_views(
-            spec.reader(), requests, workers=config.workers, pin_memory=runtime.pins
+            spec.reader(), requests, workers=config.workers, pin_memory=runtime.should_pin_memory
         )
         return _time_steps(step, on_device(loader, runtime.device))
 
-    return timing.sample(run, least=1)
+    return timing.sample(run, min_size=1)
 
 
 def _time_steps(step: TrainStep, batches: Iterator[Batch]) -> timing.Sample:
     """Do a step on every batch that is read; return the steps and the time spent waiting."""
     device = step.runtime.device
-    timing.settle(device)
+    timing.synchronize(device)
     timer, units, start_s = WaitTimer(batches), 0, time.perf_counter()
     for batch in timer:
         if batch.positions:
             step(batch, len(batch.positions))
-            timing.settle(device)  # else the wait for the device would count as a wait for images
+            timing.synchronize(
+                device
+            )  # else the wait for the device would count as a wait for images
         step.state.progress.step += 1  # CutMix draws another mix
         step.state.progress.total_steps += 1
         units += 1

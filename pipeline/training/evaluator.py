@@ -27,7 +27,7 @@ def local_centre_requests(source: ImageSource, batch_size: int, ranks: Ranks) ->
     be empty.
     """
     positions = split_evenly([1] * len(source), ranks.size)[ranks.rank]
-    if not ranks.are_several:
+    if not ranks.is_distributed:
         return centre_requests(positions, batch_size)
     cuts = split_evenly([1] * len(positions), -(-len(source) // batch_size))
     return [[(p, (CENTRE,)) for p in positions[cut.start : cut.stop]] for cut in cuts]
@@ -82,7 +82,7 @@ class Evaluator:
             ViewReader(source, img_size=img_size, resize=resize),
             self._requests,
             workers=config.workers,
-            pin_memory=runtime.pins,
+            pin_memory=runtime.should_pin_memory,
         )
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class Evaluator:
         for batch in on_device(shown, self._runtime.device):
             check_failures(self.source, batch.failed, self._policy)
             if stop is not None:
-                _, stopped_by = ranks.agree(0, stop.signal_name)
+                _, stopped_by = ranks.sync_step(0, stop.signal_name)
                 if stopped_by is not None:
                     raise StopRequested(stopped_by)
             if not batch.positions:
@@ -118,8 +118,8 @@ class Evaluator:
             truth = torch.tensor([self.source.labels[p] for p in batch.positions])
             metrics.add(logits, truth, self._soft_labels(batch.positions))
         model.train(was_training)
-        if ranks.are_several:
-            metrics.take(ranks.total(metrics.sums()))
+        if ranks.is_distributed:
+            metrics.take(ranks.all_reduce(metrics.sums()))
         if not metrics.num_images:
             raise DataError(f"no image of {self.source.name} could be read")
         return metrics

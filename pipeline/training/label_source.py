@@ -14,7 +14,7 @@ from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.files import read_json
 from mealv2.images import ImageSource
-from mealv2.label_set import Appender, Encoding, LabelSet, read_manifest, refuse_drift
+from mealv2.label_set import Appender, Encoding, LabelSet, check_box_drift, read_manifest
 from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
@@ -131,7 +131,7 @@ def from_label_set(
     val_labels = None
     val_plan = labels.manifest["plan"]["roles"].get("val", {})
     if val is not None and val.split == val_plan.get("split"):
-        val_labels = LabelSet.open(folder, role="val")
+        val_labels = LabelSet.open(folder, split="val")
         check_same_data(val_labels, val)
     provenance = {
         "path": str(plain(config.labels)),
@@ -178,7 +178,7 @@ def _positions_to_train_on(
     num_missing = int((~has_labels).sum()) - len(labels.skipped)
     if num_missing:
         action = "skipped" if config.missing == "skip" else "labelled online by the teachers"
-        logs.say(
+        logs.info(
             f"{num_missing} images are not in the label set; they are {action}, except for "
             "appended views"
         )
@@ -233,7 +233,7 @@ def _label_validation(
             ViewReader(val, img_size=img_size, resize=resize),
             requests,
             workers=config.workers,
-            pin_memory=runtime.pins,
+            pin_memory=runtime.should_pin_memory,
         ),
         total=sum(map(len, requests)),
         what="teachers on the validation split",
@@ -241,8 +241,8 @@ def _label_validation(
         size=lambda item: len(item.positions) + len(item.failed),
     )
     found = annotator.annotate(val, batches, count_correct=True)
-    num_images = int(ranks.total(torch.tensor(len(found.positions))))
-    percent = ranks.total(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
+    num_images = int(ranks.all_reduce(torch.tensor(len(found.positions))))
+    percent = ranks.all_reduce(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
     metrics = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
     return CentreLabels([val.keys[p] for p in found.positions], found.rows.labels), metrics
 
@@ -255,7 +255,7 @@ def _check_boxes(labels: LabelSet) -> None:
     files = [file for file in labels.blocks[0][1] if file.num_images]
     if not files:
         raise LabelSetError(f"{labels.folder} has labels of no image")
-    refuse_drift(min(files, key=lambda file: file.num_images), labels.views())
+    check_box_drift(min(files, key=lambda file: file.num_images), labels.views())
 
 
 def _check_logits(config: DistillConfig, labels: LabelSet) -> None:

@@ -30,7 +30,7 @@ def train(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[str
     Raises StoppedError after a signal (everything is saved), DataError for an unreadable image or a
     loss that is not finite, OSError where the run folder cannot be written.
     """
-    alone = not runtime.ranks.are_several
+    alone = not runtime.ranks.is_distributed
     with stop_on_signal(signal.SIGINT, signal.SIGTERM, is_alone=alone) as stop:
         return _Trainer(config, runtime, spec, stop).run()
 
@@ -58,14 +58,14 @@ class _Trainer:
         self.state.teacher_forwards += spec.teacher_forwards
 
     def run(self) -> dict[str, Any]:
-        logs.say(f"run folder {self.folder.path}")
+        logs.info(f"run folder {self.folder.path}")
         self._log_resume_point()
         self.step.log_sizes(self.sampler.full_batch())
         try:
             return self._run()
         except StopRequested as signal_name:
             self._save()
-            start = "torchrun … -m mealv2" if self.ranks.are_several else "mealv2"
+            start = "torchrun … -m mealv2" if self.ranks.is_distributed else "mealv2"
             raise StoppedError(
                 f"stopped by {signal_name} in epoch {self.progress.epoch + 1}, saved; "
                 f"continue with: {start} {self.spec.command} --resume {self.folder.path}"
@@ -103,7 +103,7 @@ class _Trainer:
             self.spec.reader(),
             requests,
             workers=self.config.workers,
-            pin_memory=self.runtime.pins,
+            pin_memory=self.runtime.should_pin_memory,
         )
         return on_device(loader, self.runtime.device)
 
@@ -113,7 +113,7 @@ class _Trainer:
         state.set_lr(config.lr_factor(progress.epoch))
         requests = self.sampler.batches(progress.epoch)[progress.step :]
         num_skipped = self.sampler.num_skipped(progress.epoch)
-        if progress.step == 0 and num_skipped and self.ranks.is_first:
+        if progress.step == 0 and num_skipped and self.ranks.is_main_process:
             state.pass_means.count({SKIPPED: num_skipped})
         spec.task.train()
 
@@ -129,7 +129,7 @@ class _Trainer:
                 progress.total_steps += 1
                 num_views, stop_signal = len(batch.positions), self.stop.signal_name
                 if self.ranks.size > 1:  # all ranks take the same steps, and stop at the same one
-                    num_views, stop_signal = self.ranks.agree(num_views, stop_signal)
+                    num_views, stop_signal = self.ranks.sync_step(num_views, stop_signal)
                 if num_views == 0:
                     continue
 
@@ -144,7 +144,7 @@ class _Trainer:
                 # log: the only place where the host waits for the device
                 if progress.total_steps % config.log_interval == 0:
                     state.window.waited_s = batches.take()
-                    self._log()
+                    self._log_metrics()
                 if config.checkpoint_every and progress.total_steps % config.checkpoint_every == 0:
                     self._save()
                 if stop_signal is not None:
@@ -156,7 +156,7 @@ class _Trainer:
         """Return the means and counts of the pass, on the main rank those of all."""
         means = self.state.pass_means
         means.collect(self.ranks)
-        if self.ranks.is_first and not means.num_images:
+        if self.ranks.is_main_process and not means.num_images:
             name, epoch = self.spec.source.name, self.progress.epoch + 1
             raise DataError(f"epoch {epoch}: no image of {name} could be used")
         return {**self._check_finite(means.means()), **means.counts}
@@ -169,14 +169,14 @@ class _Trainer:
             **{f"train_{name}": value for name, value in trained.items()},
             **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
         }
-        self.folder.epoch_row(row)
+        self.folder.log_epoch(row)
         columns = "  ".join(
             f"{name} {value:.4g}{self.spec.column_notes.get(name, '')}"
             for name, value in row.items()
             if name != "epoch"
         )
-        logs.say(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
-        if self.ranks.is_first:
+        logs.info(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
+        if self.ranks.is_main_process:
             save_classifier(
                 self.folder.path / EXPORT_FOLDER,
                 self.state.result,
@@ -206,7 +206,7 @@ class _Trainer:
         """Return the metrics of a model, the same on all ranks."""
         assert self.spec.evaluator is not None
         # each rank has its own statistics of batch normalisation
-        self.ranks.same(list(model.buffers()))
+        self.ranks.broadcast(list(model.buffers()))
         return self.spec.evaluator(model, num_classes=model.num_classes, stop=self.stop)
 
     def _print_accuracies(self, metrics: dict[str, float]) -> None:
@@ -214,7 +214,7 @@ class _Trainer:
         if metrics:
             known = {**self.spec.teachers, f"student at step {self.progress.total_steps}": metrics}
             rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
-            logs.say(logs.table([["before training", "top-1", "top-5"], *rows]))
+            logs.info(logs.table([["before training", "top-1", "top-5"], *rows]))
 
     # --- log, checkpoint, report ------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class _Trainer:
         epoch, num_epochs = self.progress.epoch, self.config.epochs
         if self.progress.total_steps == 0 or epoch == num_epochs:
             return
-        logs.say(
+        logs.info(
             f"resuming in epoch {epoch + 1}/{num_epochs} after {self.progress.step} of its "
             f"{len(self.sampler.batches(epoch))} steps ({self.progress.total_steps} in all)"
         )
@@ -231,11 +231,11 @@ class _Trainer:
     def _log_task_warning(self) -> None:
         """Print and log what the task found in the first batch."""
         if self.step.warning is not None:
-            logs.say(self.step.warning)
+            logs.info(self.step.warning)
             self.folder.log("prepared", step=self.progress.total_steps, text=self.step.warning)
             self.step.warning = None
 
-    def _log(self) -> None:
+    def _log_metrics(self) -> None:
         """Write the means since the last line to metrics.jsonl."""
         window = self.state.window
         window.collect(self.ranks)
@@ -276,19 +276,21 @@ class _Trainer:
     def _save_state(self) -> None:
         keep, step = self.config.checkpoint_hist, self.progress.total_steps
         state = self.state.as_dict()
-        if self.ranks.is_first:
+        if self.ranks.is_main_process:
             checkpoint.save(self.folder.path, state, step=step, keep=keep)
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def _finished_report(self) -> dict[str, Any] | None:
         """Return the report of a run that is already finished; the main rank has it."""
-        text = self.ranks.text(json.dumps(self.folder.report()) if self.ranks.is_first else "")
+        text = self.ranks.broadcast_text(
+            json.dumps(self.folder.report()) if self.ranks.is_main_process else ""
+        )
         report: dict[str, Any] | None = json.loads(text)
-        return report if report is None or self.ranks.is_first else {}
+        return report if report is None or self.ranks.is_main_process else {}
 
     def _finalize(self, metrics: dict[str, float], *, seconds: float) -> dict[str, Any]:
         """Write the report and return it; nothing on other ranks than the main one."""
-        if not self.ranks.is_first:
+        if not self.ranks.is_main_process:
             return {}
         spec = self.spec
         label_fields = {"labels": spec.labels, "teacher_forwards": self.state.teacher_forwards}
@@ -301,5 +303,5 @@ class _Trainer:
             **(label_fields if spec.labels else {}),
             **metrics,
         }
-        self.folder.finish(report)
+        self.folder.write_report(report)
         return report

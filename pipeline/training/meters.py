@@ -48,14 +48,14 @@ class Meter:
 
         All ranks have to call this. Waits for the device.
         """
-        if not ranks.are_several:
+        if not ranks.is_distributed:
             return
-        sums = ranks.totals({name: float(value) for name, value in self._sums.items()})
-        counts = ranks.totals(self._counts)
-        own = ranks.totals({"images": self._images, "waited_s": self.waited_s})
+        sums = ranks.all_reduce_counts({name: float(value) for name, value in self._sums.items()})
+        counts = ranks.all_reduce_counts(self._counts)
+        own = ranks.all_reduce_counts({"images": self._images, "waited_s": self.waited_s})
         self._sums, self._counts, self._images = {}, {}, 0
         self.waited_s = own["waited_s"] / ranks.size
-        if ranks.is_first:
+        if ranks.is_main_process:
             self._sums = {name: torch.tensor(value) for name, value in sums.items()}
             self._counts = {name: int(number) for name, number in counts.items()}
             self._images = int(own["images"])

@@ -56,7 +56,7 @@ def in_parallel(task: Task, *, is_synced: bool) -> DistributedDataParallel:
 
 def enable_sync_bn(runtime: Runtime, student: nn.Module, *, name: str) -> None:
     """Let batch normalisation see the images of all ranks; raises ConfigError where it cannot."""
-    if not runtime.ranks.are_several:
+    if not runtime.ranks.is_distributed:
         raise ConfigError("--sync-bn has no effect in one process; leave it out, or use torchrun")
     if runtime.device.type != "cuda":
         raise ConfigError("--sync-bn needs GPUs: torch has it on no other device; leave it out")

@@ -17,7 +17,7 @@ from pipeline.training.state import TrainingState
 
 def require_same_inputs(config: TrainConfig, ranks: Ranks, spec: TrainingSpec) -> None:
     """Raise ConfigError where ranks would train on different things: they would wait forever."""
-    if not ranks.are_several:
+    if not ranks.is_distributed:
         return
     settings = {
         name: value
@@ -25,10 +25,10 @@ def require_same_inputs(config: TrainConfig, ranks: Ranks, spec: TrainingSpec) -
         # these may differ between machines, as may the paths of folders
         if name not in ("workers", "device") and not isinstance(getattr(config, name), Path)
     }
-    ranks.insist(canonical_json(settings), what="settings")
+    ranks.require_equal(canonical_json(settings), what="settings")
     labels = {name: v for name, v in (spec.labels or {}).items() if name != "path"}
     data = [spec.data_sha256, len(spec.positions), labels]
-    ranks.insist(canonical_json({"data": data}), what="images or labels")
+    ranks.require_equal(canonical_json({"data": data}), what="images or labels")
 
 
 def open_run(
@@ -40,23 +40,23 @@ def open_run(
     run that cannot be resumed.
     """
     has_run = config.resume is not None and checkpoint.exists(config.resume)
-    if ranks.text("resume" if has_run else "new") == "resume":
+    if ranks.broadcast_text("resume" if has_run else "new") == "resume":
         assert config.resume is not None
         return _resume_run(config.resume, ranks, state)
     return _create_run(config, ranks, spec)
 
 
 def _create_run(config: TrainConfig, ranks: Ranks, spec: TrainingSpec) -> RunFolder:
-    if not ranks.is_first:
+    if not ranks.is_main_process:
         seed_rank(config.seed, rank=ranks.rank, step=0)
-        return ReadOnlyRunFolder(Path(ranks.text("")))
+        return ReadOnlyRunFolder(Path(ranks.broadcast_text("")))
     folder = RunFolder.create(
         config.resume or config.output,
         config.as_json() | {"auto_resume": False},  # the flag only found this folder
         name=f"{spec.command}-{config.model}",
         labels=spec.labels,
     )
-    ranks.text(str(folder.path))
+    ranks.broadcast_text(str(folder.path))
     return folder
 
 
@@ -68,18 +68,18 @@ def _resume_run(run: Path, ranks: Ranks, state: TrainingState) -> RunFolder:
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MealError(f"checkpoint {path} is of another run: {reason}") from error
-    if not ranks.is_first:
+    if not ranks.is_main_process:
         return ReadOnlyRunFolder(run)
     return RunFolder.reopen(run, epoch=state.progress.epoch, step=state.progress.total_steps)
 
 
 def _load_newest(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
     """Return the newest complete checkpoint, which the main rank finds, and its state."""
-    if not ranks.is_first:
-        path = Path(ranks.text(""))
+    if not ranks.is_main_process:
+        path = Path(ranks.broadcast_text(""))
         return path, checkpoint.load(path)
     path, state, damaged = checkpoint.load_newest(run)
     for problem in damaged:
-        logs.say(f"{problem}; resuming from the one before, {path.name}")
-    ranks.text(str(path))
+        logs.info(f"{problem}; resuming from the one before, {path.name}")
+    ranks.broadcast_text(str(path))
     return path, state

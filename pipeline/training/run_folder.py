@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, content_of, read_json, write_whole
+from mealv2.files import canonical_json, list_folder, read_json, write_atomic
 from pipeline.training import checkpoint
 
 REPORT_NAME = "report.json"
@@ -53,9 +53,9 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         # a run repeated with --config gets a folder of its own
         config = {**config, "output": None, "resume": None}
-        write_whole(path / "config.json", canonical_json(config).encode())
+        write_atomic(path / "config.json", canonical_json(config).encode())
         if labels is not None:
-            write_whole(path / LABELS_NAME, canonical_json(labels).encode())
+            write_atomic(path / LABELS_NAME, canonical_json(labels).encode())
         run = cls(path)
         run.metrics_path.write_bytes(b"")
         return run
@@ -74,7 +74,7 @@ class RunFolder:
         if run.metrics_path.exists():
             lines = run.metrics_path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_before(line, epoch=epoch, step=step)]
-            write_whole(run.metrics_path, "".join(f"{line}\n" for line in kept).encode())
+            write_atomic(run.metrics_path, "".join(f"{line}\n" for line in kept).encode())
         return run
 
     @property
@@ -98,11 +98,11 @@ class RunFolder:
         path = self.path / REPORT_NAME
         return dict(read_json(path)) if path.exists() else None
 
-    def finish(self, report: dict[str, Any]) -> None:
+    def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json: the run is finished."""
-        write_whole(self.path / REPORT_NAME, canonical_json(report).encode())
+        write_atomic(self.path / REPORT_NAME, canonical_json(report).encode())
 
-    def epoch_row(self, row: Mapping[str, Any]) -> None:
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Add an epoch to summary.csv."""
         self._rows.append(dict(row))
         text = io.StringIO()
@@ -110,7 +110,7 @@ class RunFolder:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
-        write_whole(self.summary_path, text.getvalue().encode())
+        write_atomic(self.summary_path, text.getvalue().encode())
 
 
 class ReadOnlyRunFolder(RunFolder):
@@ -119,10 +119,10 @@ class ReadOnlyRunFolder(RunFolder):
     def log(self, event: str, **figures: Any) -> None:
         """Write nothing."""
 
-    def finish(self, report: dict[str, Any]) -> None:
+    def write_report(self, report: dict[str, Any]) -> None:
         """Write nothing."""
 
-    def epoch_row(self, row: Mapping[str, Any]) -> None:
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Write nothing."""
 
 
@@ -132,7 +132,7 @@ def _check_is_free(path: Path) -> None:
         return
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; --output is a folder to make")
-    names = content_of(path)
+    names = list_folder(path)
     if names and not ("config.json" in names and "metrics.jsonl" in names):
         raise ConfigError(
             f"{path} is not empty and holds no run ({names[0]}, …); give another --output"

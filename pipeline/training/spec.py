@@ -68,7 +68,7 @@ class TrainingSpec:
 
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
     """Build the student from timm's weights, a checkpoint, or at random."""
-    given = Preprocessing(config.mean, config.std) if config.mean and config.std else None
+    preprocessing = Preprocessing(config.mean, config.std) if config.mean and config.std else None
     return create_classifier(
         config.model,
         num_classes=len(classes),
@@ -76,6 +76,6 @@ def create_student(config: TrainConfig, *, classes: list[str], img_size: int) ->
         checkpoint=config.initial_checkpoint,
         img_size=img_size,
         classes=classes,
-        preprocessing=given,
+        preprocessing=preprocessing,
         new_head=True,
     )

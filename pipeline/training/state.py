@@ -71,8 +71,8 @@ class TrainingState:
         """Move the counts of all ranks to the main one; all have to call this."""
         self.window.collect(self._ranks)
         self.pass_means.collect(self._ranks)
-        forwards = self._ranks.totals({"forwards": self.teacher_forwards})["forwards"]
-        self.teacher_forwards = int(forwards) if self._ranks.is_first else 0
+        forwards = self._ranks.all_reduce_counts({"forwards": self.teacher_forwards})["forwards"]
+        self.teacher_forwards = int(forwards) if self._ranks.is_main_process else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, tensors and plain values, of the main rank.
@@ -92,8 +92,8 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "meters": [self.window.state(), self.pass_means.state()],
             "teacher_forwards": self.teacher_forwards,
-            "rng": torch.cat(self._ranks.rows(torch.get_rng_state()[None])),
-            "rng_cuda": None if rng_cuda is None else torch.cat(self._ranks.rows(rng_cuda)),
+            "rng": torch.cat(self._ranks.all_gather(torch.get_rng_state()[None])),
+            "rng_cuda": None if rng_cuda is None else torch.cat(self._ranks.all_gather(rng_cuda)),
             "data_sha256": self._data_sha256,
             "labels": self._spec.labels,
         }
@@ -123,7 +123,7 @@ class TrainingState:
                 # the fused kernel expects the layout of the weights and does not check it
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(state["scaler"])
-        if self._ranks.is_first:
+        if self._ranks.is_main_process:
             for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
                 meter.restore(kept, self._device)
             self.teacher_forwards = state["teacher_forwards"]

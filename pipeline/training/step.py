@@ -59,7 +59,7 @@ class TrainStep:
             enable_sync_bn(runtime, spec.student, name=spec.student.tag)
         # batch normalisation cannot learn from one view
         self._min_views = 2 if has_batch_norm(spec.student) else 1
-        runtime.place(spec.task)
+        runtime.to_device(spec.task)
         self._model: nn.Module = spec.task
         if self._num_ranks > 1:
             self._model = in_parallel(spec.task, is_synced=config.sync_bn)
@@ -80,8 +80,8 @@ class TrainStep:
             is_last = number == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_averaging():
                 if rows:
-                    share = len(rows) / num_views
-                    outputs.append(self._forward_backward(_take(batch, rows), number, share))
+                    fraction = len(rows) / num_views
+                    outputs.append(self._forward_backward(_take(batch, rows), number, fraction))
                 else:
                     self._backward_without_rows(batch.images_BCHW[:0])
 
@@ -93,8 +93,8 @@ class TrainStep:
                 state.ema.update(self.spec.student, step=state.progress.total_steps)
         return outputs
 
-    def _forward_backward(self, batch: Batch, number: int, share: float) -> StepOutput:
-        """Add the gradient of a micro-batch, ``share`` of the whole batch."""
+    def _forward_backward(self, batch: Batch, number: int, fraction: float) -> StepOutput:
+        """Add the gradient of a micro-batch, ``fraction`` of the whole batch."""
         with self._autocast():
             with self.phase("labels"):
                 images_BCHW, targets, mixture = self._targets(batch, number)
@@ -104,7 +104,7 @@ class TrainStep:
 
         with self.phase("backward"):
             # DDP takes the mean over the ranks: sum_r (n_r / N) L_r = mean_r (R n_r / N) L_r
-            weight = self._num_ranks * share
+            weight = self._num_ranks * fraction
             loss = result["loss"] if weight == 1.0 else result["loss"] * weight
             self.state.scaler.scale(loss).backward()
 
@@ -126,7 +126,7 @@ class TrainStep:
                 spec.img_size,
                 beta=spec.cutmix.beta,
                 probability=spec.cutmix.probability,
-                place=(*place, rank, number) if rank or number else place,
+                seed=(*place, rank, number) if rank or number else place,
             )
         if spec.cutmix is None or mix is None:
             return images_BCHW, find(batch.positions, batch.views, images_BCHW).to(device), {}
@@ -136,7 +136,7 @@ class TrainStep:
         targets = find(batch.positions, batch.views, images_BCHW)
         # stored labels are on the CPU: picking rows of records on a GPU would wait for it
         partner = targets.rows(mix.order_B).to(device)
-        mixture = Mixture(partner=partner, own_share=mix.own_share(spec.img_size))
+        mixture = Mixture(partner=partner, lam=mix.lam(spec.img_size))
         return mixed_BCHW, targets.to(device), {"mixture": mixture}
 
     def _forward(self, images_BCHW: Tensor, targets: BatchTargets, mixture: Any) -> Any:
@@ -207,7 +207,7 @@ class TrainStep:
         num_views = num_views_of(self.local_rows(request))
         size = max(map(len, self._micro_batches(num_views, num_views)))
         compiler = Compiler(self.config.torchcompile, size)
-        self.spec.task.through = compiler.compiled(self.spec.student)
+        self.spec.task.compiled_student = compiler.compiled(self.spec.student)
 
     def log_sizes(self, request: BatchRequest) -> None:
         """Report how a full batch is spread over ranks and micro-batches, where it is."""
@@ -223,7 +223,7 @@ class TrainStep:
         if has_batch_norm(self.spec.student) or is_synced:
             seen = math.ceil(on_each / num_micro) * (num_ranks if is_synced else 1)
             text += f"; batch normalisation sees {seen} (the paper: 64, of 512 on 8 GPUs)"
-        logs.say(text)
+        logs.info(text)
 
     def _prepare(self, images_BCHW: Tensor | None, targets: BatchTargets | None) -> None:
         """Let the task look at the first batch, the rows of all ranks, before the first step."""
@@ -231,9 +231,9 @@ class TrainStep:
             return
         self.is_prepared = True
         ranks, task = self.runtime.ranks, self.spec.task
-        self.warning = task.prepare(images_BCHW, targets, joined=ranks.joined)
+        self.warning = task.prepare(images_BCHW, targets, gather_rows=ranks.gather_rows)
         # each rank redraws from its own generator
-        ranks.same(list(task.parameters()))
+        ranks.broadcast(list(task.parameters()))
 
 
 def _take(batch: Batch, cut: range) -> Batch:

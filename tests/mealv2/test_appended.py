@@ -38,21 +38,21 @@ def make_set(folder: Path, name: str = "rate", *, seed: int = 0) -> tuple[LabelS
     return LabelSet.open(folder), made
 
 
-def answers(num_rows: int, name: str = "rate", *, seed: int = 1) -> Rows:
+def outputs(num_rows: int, name: str = "rate", *, seed: int = 1) -> Rows:
     """Return answers as StoredLabels hands them over: in the set's encoding."""
     return encoded(ENCODINGS[name], num_rows, seed=seed)
 
 
-def append(label_set: LabelSet, places: list[tuple[str, int]], rows: Rows | None = None) -> Path:
+def append(label_set: LabelSet, addresses: list[tuple[str, int]], rows: Rows | None = None) -> Path:
     appender = Appender(label_set)
-    appender.add(*of(places), answers(len(places)) if rows is None else rows)
+    appender.add(*of(addresses), outputs(len(addresses)) if rows is None else rows)
     path = appender.flush()
     assert path is not None
     return path
 
 
-def of(places: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
-    return [key for key, _ in places], [view for _, view in places]
+def of(addresses: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
+    return [key for key, _ in addresses], [view for _, view in addresses]
 
 
 def picked(rows: Rows, *order: int) -> Rows:
@@ -65,13 +65,13 @@ def picked(rows: Rows, *order: int) -> Rows:
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_appended_rows_come_back_to_the_bit_when_the_set_is_opened_next(tmp_path, name):
     label_set, made = make_set(tmp_path, name)
-    rows = answers(len(PLACES), name)
+    rows = outputs(len(PLACES), name)
     append(label_set, PLACES, rows)
     opened = LabelSet.open(tmp_path)
-    assert all(opened.holds(*place) for place in PLACES)
+    assert all(opened.holds(*address) for address in PLACES)
     assert same(look_up(opened, PLACES), rows)
     mixed = [PLACES[2], (KEYS[1], 1), PLACES[0]]
-    expected = Rows.joined([picked(rows, 2), made.of(mixed[1:2]), picked(rows, 0)])
+    expected = Rows.concat([picked(rows, 2), made.of(mixed[1:2]), picked(rows, 0)])
     assert same(look_up(opened, mixed), expected)
 
 
@@ -83,23 +83,23 @@ def test_the_file_is_named_after_its_role_and_its_own_bytes(tmp_path):
 
 def test_the_file_is_a_shard_of_rows_that_name_their_views(tmp_path):
     label_set, _ = make_set(tmp_path)
-    rows = answers(len(PLACES))
+    rows = outputs(len(PLACES))
     path = append(label_set, PLACES, rows)
     file, shard = ShardFile(path), read_shard(path)
     assert (shard.number, shard.skipped, shard.counts) == (0, {}, {})
     assert (shard.first_view, shard.num_views) == (0, 1)
-    assert (shard.plan_sha256, shard.role) == (label_set.manifest["plan_sha256"], "train")
+    assert (shard.plan_sha256, shard.split) == (label_set.manifest["plan_sha256"], "train")
     assert (file.column("views").dtype, file.column("views").shape) == (np.dtype("<u8"), (4,))
-    places = list(zip(shard.keys, shard.views_N.tolist(), strict=True))
-    assert places == sorted(PLACES)
-    for place, block in zip(places, shard.blocks, strict=True):
-        row = picked(rows, PLACES.index(place))
+    addresses = list(zip(shard.keys, shard.views_N.tolist(), strict=True))
+    assert addresses == sorted(PLACES)
+    for address, block in zip(addresses, shard.blocks, strict=True):
+        row = picked(rows, PLACES.index(address))
         assert RATE.blocks(row, 1) == [block]
 
 
 def test_rows_in_any_order_and_any_number_of_calls_give_the_same_file(tmp_path):
     label_set, _ = make_set(tmp_path / "set")
-    labels = answers(len(PLACES))
+    labels = outputs(len(PLACES))
     first = append(label_set, PLACES, labels)
     appender = Appender(label_set)
     for row in (3, 1, 0, 2):
@@ -127,9 +127,9 @@ def test_without_rows_nothing_is_written(tmp_path, contents):
 def test_a_row_is_written_once_and_the_next_flush_holds_only_new_ones(tmp_path):
     label_set, _ = make_set(tmp_path)
     appender = Appender(label_set)
-    labels = answers(2)
+    labels = outputs(2)
     appender.add(*of(PLACES[:2]), labels)
-    appender.add(*of(PLACES[:1]), answers(1, seed=9))  # again: the first stays
+    appender.add(*of(PLACES[:1]), outputs(1, seed=9))  # again: the first stays
     first = appender.flush()
     assert appender.flush() is None
     appender.add(*of(PLACES[2:3]), picked(labels, 0))
@@ -141,7 +141,7 @@ def test_a_row_is_written_once_and_the_next_flush_holds_only_new_ones(tmp_path):
 def test_a_set_that_is_open_does_not_change_under_the_run(tmp_path):
     label_set, _ = make_set(tmp_path)
     append(label_set, PLACES)
-    assert not any(label_set.holds(*place) for place in PLACES)
+    assert not any(label_set.holds(*address) for address in PLACES)
     with pytest.raises(LabelSetError, match="no view 5"):
         look_up(label_set, PLACES[:1])
 
@@ -161,14 +161,14 @@ def test_images_and_length_are_those_of_the_shards(tmp_path):
 
 def test_two_jobs_that_append_the_same_rows_make_one_file(tmp_path):
     label_set, _ = make_set(tmp_path)
-    labels = answers(len(PLACES))
+    labels = outputs(len(PLACES))
     assert append(label_set, PLACES, labels) == append(label_set, PLACES, labels)
     assert len(LabelSet.open(tmp_path).appended) == 1
 
 
 def test_two_jobs_that_answer_a_row_differently_do_no_harm_and_the_first_file_counts(tmp_path):
     label_set, _ = make_set(tmp_path)
-    said = [answers(len(PLACES), seed=seed) for seed in (1, 2)]
+    said = [outputs(len(PLACES), seed=seed) for seed in (1, 2)]
     paths = [append(label_set, PLACES, labels) for labels in said]
     opened = LabelSet.open(tmp_path)
     assert opened.appended == sorted(path.name for path in paths)
@@ -177,21 +177,21 @@ def test_two_jobs_that_answer_a_row_differently_do_no_harm_and_the_first_file_co
 
 def test_jobs_that_append_at_the_same_time_lose_no_row(tmp_path):
     label_set, _ = make_set(tmp_path)
-    labels = answers(12)
+    labels = outputs(12)
     # half of the rows of every job are the next job's too
     jobs = [[("new", v % 12) for v in range(start, start + 6)] for start in range(0, 12, 3)]
     start = threading.Barrier(len(jobs))
     failed: list[BaseException] = []
 
-    def job(places: list[tuple[str, int]]) -> None:
+    def job(addresses: list[tuple[str, int]]) -> None:
         start.wait()
         try:
-            rows = torch.tensor([view for _, view in places])
-            append(label_set, places, labels.rows(rows))
+            rows = torch.tensor([view for _, view in addresses])
+            append(label_set, addresses, labels.rows(rows))
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=job, args=(places,)) for places in jobs]
+    threads = [threading.Thread(target=job, args=(addresses,)) for addresses in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -204,7 +204,7 @@ def test_jobs_that_append_at_the_same_time_lose_no_row(tmp_path):
 
 def test_a_run_that_goes_on_sees_only_the_files_it_began_with(tmp_path):
     label_set, _ = make_set(tmp_path)
-    first, second = (append(label_set, [place]) for place in PLACES[:2])
+    first, second = (append(label_set, [address]) for address in PLACES[:2])
     opened = LabelSet.open(tmp_path, appended=[first.name])
     assert opened.appended == [first.name]
     assert opened.holds(*PLACES[0])
@@ -285,21 +285,21 @@ def test_a_flipped_bit_in_a_label_is_named_when_it_is_read(tmp_path):
     ):
         look_up(opened, [damaged])
     assert len(look_up(opened, [first, *others, (KEYS[0], 1)]).labels) == 4
-    assert same(look_up(opened, made.places()), made.rows)
+    assert same(look_up(opened, made.addresses()), made.rows)
 
 
 def test_a_file_of_another_role_is_named(tmp_path):
     path = append(make_set(tmp_path)[0], PLACES)
     shard = read_shard(path)
     other = tmp_path / "train-more-0123456789abcdef.h5"
-    write_shard(other, dataclasses.replace(shard, role="val"))
+    write_shard(other, dataclasses.replace(shard, split="val"))
     with pytest.raises(LabelSetError, match=rf"{other.name} holds rows of another label set"):
         LabelSet.open(tmp_path)
 
 
 def test_a_row_that_comes_twice_in_a_batch_is_written_once(tmp_path):
     label_set, _ = make_set(tmp_path)
-    rows = answers(1)
+    rows = outputs(1)
     path = append(label_set, PLACES[:1] * 3, picked(rows, 0, 0, 0))
     assert len(read_shard(path).keys) == 1
     assert same(look_up(LabelSet.open(tmp_path), PLACES[:1] * 2), picked(rows, 0, 0))
@@ -307,12 +307,12 @@ def test_a_row_that_comes_twice_in_a_batch_is_written_once(tmp_path):
 
 def test_the_largest_view_number_there_is(tmp_path):
     label_set, _ = make_set(tmp_path)
-    places = [("ant/1.jpg", 2**64 - 1), ("ant/1.jpg", 2**63)]
-    rows = answers(2)
-    append(label_set, places, rows)
+    addresses = [("ant/1.jpg", 2**64 - 1), ("ant/1.jpg", 2**63)]
+    rows = outputs(2)
+    append(label_set, addresses, rows)
     opened = LabelSet.open(tmp_path)
-    assert opened.holds(*places[0])
-    assert same(look_up(opened, places), rows)
+    assert opened.holds(*addresses[0])
+    assert same(look_up(opened, addresses), rows)
 
 
 def test_a_file_of_another_set_is_named(tmp_path):
@@ -353,6 +353,6 @@ def test_a_read_only_folder_is_named_with_the_flag_to_leave_out(tmp_path, monkey
 
     monkeypatch.setattr("os.link", refuse)  # root may write anywhere, so no chmod would do
     monkeypatch.setattr("os.replace", refuse)
-    monkeypatch.setattr("mealv2.files._PAUSES_S", ())
+    monkeypatch.setattr("mealv2.files._RETRY_DELAYS_S", ())
     with pytest.raises(LabelSetError, match="no permission; leave out --write-back"):
         append(label_set, PLACES)

@@ -327,9 +327,9 @@ def test_encoding_is_the_same_for_any_batch_split(case, random):
     how = {"topk": kept[0]} if len(set(kept)) == 1 else {"rate": 1e-3}
     whole = encode(probs, **how)
     parts = [encode(probs[:cut], **how), encode(probs[cut:].clone(), **how)]
-    assert EncodedLabels.joined(parts).to_bytes() == whole.to_bytes()
+    assert EncodedLabels.concat(parts).to_bytes() == whole.to_bytes()
     rows = [encode(probs[i : i + 1], **how) for i in range(num_rows)]
-    assert EncodedLabels.joined(rows).to_bytes() == whole.to_bytes()
+    assert EncodedLabels.concat(rows).to_bytes() == whole.to_bytes()
 
 
 def test_a_large_batch_is_the_same_row_by_row(monkeypatch):
@@ -337,7 +337,7 @@ def test_a_large_batch_is_the_same_row_by_row(monkeypatch):
     whole = encode(probs, rate=2e-4)
     assert int(whole.counts_N.min()) <= 64 < int(whole.counts_N.max())
     rows = [encode(row[None], rate=2e-4) for row in probs]
-    assert EncodedLabels.joined(rows).to_bytes() == whole.to_bytes()
+    assert EncodedLabels.concat(rows).to_bytes() == whole.to_bytes()
     monkeypatch.setattr("mealv2.codec.encoder._CHUNK", 7 * 300)
     assert encode(probs, rate=2e-4).to_bytes() == whole.to_bytes()
     monkeypatch.setattr("mealv2.codec.encoder._BLOCK", 3 * 300)
@@ -392,7 +392,7 @@ def test_no_rows_are_rows_too(how):
     assert len(EncodedLabels.from_bytes(none.to_bytes())) == 0
     assert len(none[:]) == 0
     some = encode(torch.softmax(torch.randn(2, 10), 1), **how)
-    assert len(EncodedLabels.joined([none, some])) == 2
+    assert len(EncodedLabels.concat([none, some])) == 2
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_what_is_no_distribution_raises_value_error(probs):
 
 def test_labels_of_different_classes_cannot_be_joined():
     with pytest.raises(ValueError, match="joined"):
-        EncodedLabels.joined([encode(distributions(2, c), topk=1) for c in (9, 10)])
+        EncodedLabels.concat([encode(distributions(2, c), topk=1) for c in (9, 10)])
 
 
 def test_labels_move_to_a_device_whole():

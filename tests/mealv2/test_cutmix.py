@@ -21,7 +21,7 @@ def numbered(batch_size: int, img_size: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def drawn(step: int, *, beta: float = 1.0, img_size: int = 64, seed: int = 3) -> Mix:
-    mix = draw_mix(4, img_size, beta=beta, probability=1.0, place=(seed, 0, step))
+    mix = draw_mix(4, img_size, beta=beta, probability=1.0, seed=(seed, 0, step))
     assert mix is not None
     return mix
 
@@ -50,7 +50,7 @@ def test_own_share_is_the_share_of_pixels_that_are_the_images_own(step):
     order = torch.tensor([1, 2, 3, 0])  # nobody is its own partner: every pasted pixel shows
     mixed = Mix(order, mix.box).paste(numbered(4, 37, torch.uint8))
     own = (mixed == numbered(4, 37, torch.uint8)).float().mean(dim=(1, 2, 3))
-    assert own.tolist() == pytest.approx([mix.own_share(37)] * 4, abs=1e-6)
+    assert own.tolist() == pytest.approx([mix.lam(37)] * 4, abs=1e-6)
 
 
 def test_an_empty_box_leaves_every_pixel_and_a_whole_one_none():
@@ -59,7 +59,7 @@ def test_an_empty_box_leaves_every_pixel_and_a_whole_one_none():
     empty, whole = (Mix(order, cutmix_box(share, 4, 4, 8)) for share in (1.0, 0.0))
     assert torch.equal(empty.paste(images), images)
     assert torch.equal(whole.paste(images), images[order])
-    assert (empty.own_share(8), whole.own_share(8)) == (1.0, 0.0)
+    assert (empty.lam(8), whole.lam(8)) == (1.0, 0.0)
 
 
 # --- the box ------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_box_lies_inside_the_image_and_is_no_larger_than_its_share(share, size
     assert 0 <= box.left <= column <= box.right <= size
     side = math.sqrt(1 - share) * size
     assert max(box.bottom - box.top, box.right - box.left) <= side
-    assert 0 <= Mix(torch.zeros(1), box).own_share(size) <= 1
+    assert 0 <= Mix(torch.zeros(1), box).lam(size) <= 1
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_boxes_are_those_of_rand_bbox(share, centre, expected):
 
 def test_a_mix_is_a_pure_function_of_its_place():
     def draw(place: tuple[int, int, int]) -> tuple[list[int], Box]:
-        mix = draw_mix(16, 64, beta=1.0, probability=1.0, place=place)
+        mix = draw_mix(16, 64, beta=1.0, probability=1.0, seed=place)
         assert mix is not None
         return mix.order_B.tolist(), mix.box
 
@@ -124,7 +124,7 @@ def test_partners_are_a_permutation():
 
 def mixed_share(probability: float, *, steps: int = 2000) -> float:
     mixes = (
-        draw_mix(2, 8, beta=1.0, probability=probability, place=(0, 0, s)) for s in range(steps)
+        draw_mix(2, 8, beta=1.0, probability=probability, seed=(0, 0, s)) for s in range(steps)
     )
     return sum(mix is not None for mix in mixes) / steps
 

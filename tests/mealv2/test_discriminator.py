@@ -16,7 +16,7 @@ from mealv2.discriminator import (
     Discriminator,
     Variant,
     num_dead_outputs,
-    wake,
+    redraw_dead_outputs,
 )
 from mealv2.losses import discriminator_loss
 
@@ -120,7 +120,7 @@ def test_only_adversarial_turns_the_students_gradient_round_and_not_its_own(
 ):
     student, teacher = logits(num_classes, seed=1).requires_grad_(), logits(num_classes, seed=2)
     discriminator = Discriminator(num_classes, variant)
-    wake(discriminator, torch.cat([student.detach(), teacher]))
+    redraw_dead_outputs(discriminator, torch.cat([student.detach(), teacher]))
     loss, accuracy = discriminator_loss(discriminator, student, teacher)
     loss.backward()
     expected = reference.discriminate(
@@ -235,7 +235,7 @@ def test_counting_the_dead_leaves_no_gradient_and_works_without_grad_mode():
 def test_wake_redraws_until_every_output_reacts_and_says_how_often(variant):
     discriminator, rows = killed(variant, hidden=True), logits(20, seed=0)
     torch.manual_seed(4)
-    redraws = wake(discriminator, rows)
+    redraws = redraw_dead_outputs(discriminator, rows)
     assert redraws >= 1
     assert num_dead_outputs(discriminator, rows) == 0
     # the same draws by hand
@@ -251,7 +251,7 @@ def test_wake_draws_as_often_as_chance_has_it_and_the_same_under_the_same_seed()
 
     def redraws(seed: int) -> int:
         torch.manual_seed(seed)
-        return wake(killed("official", outputs=(0, 1)), rows)
+        return redraw_dead_outputs(killed("official", outputs=(0, 1)), rows)
 
     often = [redraws(seed) for seed in range(20)]
     assert [redraws(seed) for seed in range(20)] == often
@@ -261,7 +261,7 @@ def test_wake_draws_as_often_as_chance_has_it_and_the_same_under_the_same_seed()
 def test_wake_leaves_one_that_is_alive_as_it_is():
     discriminator = lively("official")
     before = [parameter.clone() for parameter in discriminator.parameters()]
-    assert wake(discriminator, logits(20, seed=0)) == 0
+    assert redraw_dead_outputs(discriminator, logits(20, seed=0)) == 0
     assert all(map(torch.equal, before, discriminator.parameters()))
 
 
@@ -276,7 +276,7 @@ def test_draws_that_wake_nothing_end_in_a_runtime_error():
     with torch.no_grad():
         linear_layers(discriminator)[1].bias.fill_(-1e4)
     with pytest.raises(RuntimeError, match="no initialisation"):
-        wake(discriminator, logits(20, seed=0))
+        redraw_dead_outputs(discriminator, logits(20, seed=0))
     assert discriminator.draws == 100
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from label_sets import ENCODINGS, answers, encoded, plan_of, same, tensors_of
+from label_sets import ENCODINGS, encoded, ensemble_outputs, plan_of, same, tensors_of
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, Rows
 from mealv2.soft_labels import EncodedLabels, KeptLogits, SoftLabels
@@ -150,7 +150,7 @@ def test_no_rows_are_rows_too(name):
             assert dense_NC.shape == (0, encoding.num_classes)
         encoding.check(read)
         some = encoded(encoding, 3)
-        assert same(Rows.joined([read, some, empty]), some)
+        assert same(Rows.concat([read, some, empty]), some)
         assert same(some.rows(torch.zeros(0, dtype=torch.int64)), empty)
 
 
@@ -196,7 +196,7 @@ def test_arrays_of_any_strides_give_the_same_block():
     assert not turned.labels.probs_NK.is_contiguous()
     assert encoding.blocks(turned, 2) == encoding.blocks(rows, 2)
     dense = Encoding(6, "float32", topk=6)
-    probs_NC, _ = answers(4, 6)
+    probs_NC, _ = ensemble_outputs(4, 6)
     turned = dense.encode(probs_NC.T.contiguous().T)
     assert dense.blocks(turned, 2) == dense.blocks(dense.encode(probs_NC), 2)
 
@@ -328,7 +328,7 @@ def test_a_masked_class_does_not_spoil_the_mean_of_the_others():
 
 
 def test_an_encoding_with_logits_needs_them_and_one_without_leaves_them_out():
-    probs_NC, logits_NC = answers(3, 50)
+    probs_NC, logits_NC = ensemble_outputs(3, 50)
     with pytest.raises(ValueError, match="keeps logits"):
         ENCODINGS["rate, logits"].encode(probs_NC)
     assert ENCODINGS["rate"].encode(probs_NC, logits_NC).logits is None

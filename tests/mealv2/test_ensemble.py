@@ -79,21 +79,21 @@ def test_ensemble_stays_in_eval_mode_when_what_holds_it_trains(teachers, images)
 
 def test_no_gradient_reaches_teachers_or_images(teachers, images):
     ensemble = TeacherEnsemble(teachers)
-    answer = ensemble((images.float() / 255).requires_grad_())
-    assert not answer.probs_BC.requires_grad
-    assert not answer.mean_logits_BC.requires_grad
+    output = ensemble((images.float() / 255).requires_grad_())
+    assert not output.probs_BC.requires_grad
+    assert not output.mean_logits_BC.requires_grad
     assert not any(parameter.requires_grad for parameter in ensemble.parameters())
 
 
 def test_probabilities_are_averaged_after_softmax_not_before():
     # teacher 0 is sure of class 0, teacher 1 a little of class 1: the two means disagree
     logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 2.0, 0.0]]])
-    answer = combine(logits)
+    output = combine(logits)
     expected = (torch.softmax(logits[0], 1) + torch.softmax(logits[1], 1)) / 2
-    torch.testing.assert_close(answer.probs_BC, expected)
-    of_mean_logits = torch.softmax(answer.mean_logits_BC, 1)
-    assert float((answer.probs_BC - of_mean_logits).abs().max()) > 0.3
-    assert answer.mean_logits_BC.tolist() == [[4.5, 1.0, 0.0]]
+    torch.testing.assert_close(output.probs_BC, expected)
+    of_mean_logits = torch.softmax(output.mean_logits_BC, 1)
+    assert float((output.probs_BC - of_mean_logits).abs().max()) > 0.3
+    assert output.mean_logits_BC.tolist() == [[4.5, 1.0, 0.0]]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -108,11 +108,11 @@ def test_combine_agrees_with_float64(num_teachers, batch_size, num_classes, scal
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(num_teachers, batch_size, num_classes, generator=generator)
     probs, mean_logits = reference.ensemble(logits.numpy())
-    answer = combine(logits)
-    assert answer.probs_BC.dtype == answer.mean_logits_BC.dtype == torch.float32
-    np.testing.assert_allclose(answer.probs_BC.numpy(), probs, rtol=1e-4, atol=1e-30)
-    np.testing.assert_allclose(answer.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(answer.probs_BC.sum(1).numpy(), 1.0, atol=1e-5)
+    output = combine(logits)
+    assert output.probs_BC.dtype == output.mean_logits_BC.dtype == torch.float32
+    np.testing.assert_allclose(output.probs_BC.numpy(), probs, rtol=1e-4, atol=1e-30)
+    np.testing.assert_allclose(output.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output.probs_BC.sum(1).numpy(), 1.0, atol=1e-5)
 
 
 def test_half_precision_logits_are_averaged_in_float32():

@@ -14,10 +14,10 @@ from mealv2 import files
 from mealv2.files import (
     canonical_json,
     file_sha256,
+    file_stamp,
     json_sha256,
     read_json,
-    stamp_of,
-    write_whole,
+    write_atomic,
 )
 
 
@@ -28,29 +28,29 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("data", [b"", b"\0\xff" * 100_000], ids=["empty", "200 kB"])
 def test_a_file_is_written_whole_and_alone(tmp_path, replace, data):
-    assert write_whole(tmp_path / "a.bin", data, replace=replace) is True
+    assert write_atomic(tmp_path / "a.bin", data, replace=replace) is True
     assert (tmp_path / "a.bin").read_bytes() == data
     assert names(tmp_path) == ["a.bin"]
 
 
 def test_with_replace_the_last_one_wins(tmp_path):
     path = tmp_path / "a.json"
-    assert [write_whole(path, data) for data in (b"first, longer", b"second")] == [True, True]
+    assert [write_atomic(path, data) for data in (b"first, longer", b"second")] == [True, True]
     assert path.read_bytes() == b"second"
 
 
 def test_a_reader_of_the_file_that_is_replaced_reads_it_to_its_end(tmp_path):
     path = tmp_path / "a.json"
-    write_whole(path, b"old" * 100_000)
+    write_atomic(path, b"old" * 100_000)
     with path.open("rb") as reader:
         beginning = reader.read(10)
-        write_whole(path, b"new")
+        write_atomic(path, b"new")
         assert beginning + reader.read() == b"old" * 100_000
 
 
 def test_without_replace_the_first_one_wins(tmp_path):
     path = tmp_path / "a.h5"
-    assert [write_whole(path, d, replace=False) for d in (b"first", b"second")] == [True, False]
+    assert [write_atomic(path, d, replace=False) for d in (b"first", b"second")] == [True, False]
     assert path.read_bytes() == b"first"
     assert names(tmp_path) == ["a.h5"]
 
@@ -58,10 +58,10 @@ def test_without_replace_the_first_one_wins(tmp_path):
 RACER = """
 import sys
 from pathlib import Path
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 folder, me = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
-won = [n for n in range(200) if write_whole(folder / f"{n}.h5", me.encode() * 5000, replace=False)]
+won = [n for n in range(200) if write_atomic(folder / f"{n}.h5", me.encode() * 5000, replace=False)]
 print(*won)
 """
 
@@ -92,10 +92,10 @@ def test_of_two_processes_that_race_exactly_one_wins_each_file(tmp_path):
 SMALL_DISK = """
 import errno, resource, sys
 from pathlib import Path
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    write_whole(Path(sys.argv[1]), bytes(5000), replace=sys.argv[2] == "replace")
+    write_atomic(Path(sys.argv[1]), bytes(5000), replace=sys.argv[2] == "replace")
 except OSError as error:
     print(errno.errorcode[error.errno])
 """
@@ -121,7 +121,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there_and_nothing_else(tmp_
 
 def test_a_folder_that_is_not_there_raises_and_is_not_made(tmp_path):
     with pytest.raises(FileNotFoundError):
-        write_whole(tmp_path / "no" / "a.json", b"x")
+        write_atomic(tmp_path / "no" / "a.json", b"x")
     assert names(tmp_path) == []
 
 
@@ -130,16 +130,16 @@ def test_a_folder_in_the_files_place_stays_and_no_temporary_file_does(tmp_path, 
     (tmp_path / "a.json" / "inside").mkdir(parents=True)
     if replace:
         with pytest.raises(IsADirectoryError):
-            write_whole(tmp_path / "a.json", b"x")
+            write_atomic(tmp_path / "a.json", b"x")
     else:
-        assert write_whole(tmp_path / "a.json", b"x", replace=False) is False
+        assert write_atomic(tmp_path / "a.json", b"x", replace=False) is False
     assert names(tmp_path) == ["a.json"]
     assert names(tmp_path / "a.json") == ["inside"]
 
 
 def test_others_temporary_files_are_left_alone(tmp_path):
     (tmp_path / ".tmp-a.json-otherhost-1-00").write_bytes(b"theirs")
-    write_whole(tmp_path / "a.json", b"mine")
+    write_atomic(tmp_path / "a.json", b"mine")
     assert names(tmp_path) == [".tmp-a.json-otherhost-1-00", "a.json"]
 
 
@@ -159,7 +159,7 @@ def test_canonical_json_refuses_what_json_does_not_have():
 
 def test_json_read_back_is_what_was_written(tmp_path):
     value = {"ü": [1, 2.5, "猫", None, True, 0.1 + 0.2, 2**64]}
-    write_whole(tmp_path / "a.json", canonical_json(value).encode())
+    write_atomic(tmp_path / "a.json", canonical_json(value).encode())
     assert read_json(tmp_path / "a.json") == value
 
 
@@ -207,7 +207,7 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("error", [errno.ENOENT, errno.EEXIST, errno.EIO, errno.ESTALE])
 def test_a_lost_reply_is_no_error(tmp_path, monkeypatch, waits, name, replace, error):
     left = failing(monkeypatch, name, error)
-    assert write_whole(tmp_path / "a.h5", b"mine", replace=replace) is True
+    assert write_atomic(tmp_path / "a.h5", b"mine", replace=replace) is True
     assert (left, waits) == ([], [])
     assert (tmp_path / "a.h5").read_bytes() == b"mine"
     assert names(tmp_path) == ["a.h5"]
@@ -220,21 +220,21 @@ def test_a_lost_reply_is_no_error_where_inodes_are_made_up(tmp_path, monkeypatch
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(source))
 
     monkeypatch.setattr(files.os, "replace", replace)
-    assert write_whole(tmp_path / "a.h5", b"mine") is True
+    assert write_atomic(tmp_path / "a.h5", b"mine") is True
     assert (waits, names(tmp_path)) == ([], ["a.h5"])
 
 
 @pytest.mark.parametrize(("name", "replace"), [("link", False), ("replace", True)])
 def test_what_did_not_happen_is_tried_four_times_more(tmp_path, monkeypatch, waits, name, replace):
     left = failing(monkeypatch, name, *[errno.ESTALE] * 4, done=False)
-    assert write_whole(tmp_path / "a.h5", b"mine", replace=replace) is True
+    assert write_atomic(tmp_path / "a.h5", b"mine", replace=replace) is True
     assert (left, len(waits)) == ([], 4)
     assert sum(waits) > 3.0, "shares show folders as they were three seconds ago"
     assert names(tmp_path) == ["a.h5"]
 
     failing(monkeypatch, name, *[errno.EIO] * 5, done=False)
     with pytest.raises(OSError, match=r"Input/output error: .*b\.h5"):
-        write_whole(tmp_path / "b.h5", b"mine", replace=replace)
+        write_atomic(tmp_path / "b.h5", b"mine", replace=replace)
     assert names(tmp_path) == ["a.h5"]
 
 
@@ -243,21 +243,21 @@ def test_what_did_not_happen_is_tried_four_times_more(tmp_path, monkeypatch, wai
 def test_a_full_disk_is_not_waited_for(tmp_path, monkeypatch, waits, name, replace, error):
     left = failing(monkeypatch, name, error, error, done=False)
     with pytest.raises(OSError, match=r"a\.h5"):
-        write_whole(tmp_path / "a.h5", b"mine", replace=replace)
+        write_atomic(tmp_path / "a.h5", b"mine", replace=replace)
     assert (len(left), waits, names(tmp_path)) == (1, [], [])
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
 def test_without_hard_links_it_is_renamed(tmp_path, monkeypatch, waits, error):
     failing(monkeypatch, "link", error, done=False)
-    assert write_whole(tmp_path / "a.h5", b"mine", replace=False) is True
+    assert write_atomic(tmp_path / "a.h5", b"mine", replace=False) is True
     assert (waits, names(tmp_path)) == ([], ["a.h5"])
 
 
 def test_anothers_file_that_a_link_met_with_an_odd_error_stays(tmp_path, monkeypatch, waits):
     (tmp_path / "a.h5").write_bytes(b"theirs")
     failing(monkeypatch, "link", errno.ENOENT, done=False)
-    assert write_whole(tmp_path / "a.h5", b"mine", replace=False) is False
+    assert write_atomic(tmp_path / "a.h5", b"mine", replace=False) is False
     assert (tmp_path / "a.h5").read_bytes() == b"theirs"
     assert waits == []
 
@@ -265,9 +265,9 @@ def test_anothers_file_that_a_link_met_with_an_odd_error_stays(tmp_path, monkeyp
 def test_a_damaged_file_gives_way_and_a_whole_one_does_not(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"damaged")
-    seen = stamp_of(path)
-    assert write_whole(path, b"first whole", damaged=seen) is True
-    assert write_whole(path, b"second whole", damaged=seen) is False
+    seen = file_stamp(path)
+    assert write_atomic(path, b"first whole", damaged=seen) is True
+    assert write_atomic(path, b"second whole", damaged=seen) is False
     assert path.read_bytes() == b"first whole"
     assert names(tmp_path) == ["a.h5"]
 
@@ -276,7 +276,7 @@ def test_a_damaged_file_gives_way_and_a_whole_one_does_not(tmp_path):
 def test_a_dead_link_gives_way(tmp_path, link):
     path = tmp_path / "a.h5"
     path.symlink_to(link)
-    assert write_whole(path, b"whole", damaged=stamp_of(path)) is True
+    assert write_atomic(path, b"whole", damaged=file_stamp(path)) is True
     assert not path.is_symlink()
     assert names(tmp_path) == ["a.h5"]
 
@@ -284,7 +284,7 @@ def test_a_dead_link_gives_way(tmp_path, link):
 def test_a_folder_does_not_give_way(tmp_path):
     (tmp_path / "a.h5" / "mine").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
-        write_whole(tmp_path / "a.h5", b"whole", damaged=stamp_of(tmp_path / "a.h5"))
+        write_atomic(tmp_path / "a.h5", b"whole", damaged=file_stamp(tmp_path / "a.h5"))
     assert names(tmp_path) == ["a.h5"]
 
 
@@ -292,15 +292,15 @@ def test_a_file_that_another_put_there_between_look_and_rename_comes_back(tmp_pa
     """Split brain: a job is held up for as long as it likes between any two of its calls."""
     path = tmp_path / "a.h5"
     path.write_bytes(b"damaged")
-    seen, rename = stamp_of(path), Path.rename
+    seen, rename = file_stamp(path), Path.rename
 
     def late(self, target):
         if self == path:
             monkeypatch.setattr(Path, "rename", rename)
-            assert write_whole(path, b"first whole", damaged=seen) is True
+            assert write_atomic(path, b"first whole", damaged=seen) is True
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    assert write_whole(path, b"second whole", damaged=seen) is False
+    assert write_atomic(path, b"second whole", damaged=seen) is False
     assert path.read_bytes() == b"first whole"
     assert names(tmp_path) == ["a.h5"]

@@ -65,11 +65,11 @@ def test_every_label_is_found_by_key_and_view(tmp_path, name):
     shape = (opened.num_classes, opened.num_views, opened.img_size)
     assert shape == (encoding.num_classes, 4, 64)
 
-    places = made.places() * 2
-    random.Random(0).shuffle(places)
-    assert same(look_up(opened, places), made.of(places))
-    for place in places[:5]:  # and one at a time
-        assert same(look_up(opened, [place]), made.of([place]))
+    addresses = made.addresses() * 2
+    random.Random(0).shuffle(addresses)
+    assert same(look_up(opened, addresses), made.of(addresses))
+    for address in addresses[:5]:  # and one at a time
+        assert same(look_up(opened, [address]), made.of([address]))
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -155,7 +155,7 @@ def test_odd_keys_are_told_apart(tmp_path):
     made = make_set(tmp_path, FLOAT16, ODD, 2)
     opened = LabelSet.open(tmp_path)
     assert list(opened.keys()) == ODD
-    assert same(look_up(opened, made.places()), made.rows)
+    assert same(look_up(opened, made.addresses()), made.rows)
     for near in ("e", "b", "\0\0", "a/b", "ﬀ"):
         assert near not in opened
 
@@ -182,8 +182,8 @@ def test_keys_with_the_same_hash_are_told_apart(tmp_path, monkeypatch, bits):
     hashes = ShardFile(tmp_path / shard_name("train", 0)).column("key_hashes")
     assert len(set(hashes.tolist())) <= 1 << bits, "they do collide"
     opened = LabelSet.open(tmp_path)
-    places = random.Random(0).sample(made.places(), 80)
-    assert same(look_up(opened, places), made.of(places))
+    addresses = random.Random(0).sample(made.addresses(), 80)
+    assert same(look_up(opened, addresses), made.of(addresses))
     assert not opened.has_labels([f"{n}.png" for n in range(40)]).any()
 
 
@@ -229,15 +229,15 @@ def test_keys_and_views_of_different_number_raise_value_error(folder):
 
 def test_a_role_that_is_not_there_is_named(folder):
     with pytest.raises(LabelSetError, match=r"no val labels \(it has train\)"):
-        LabelSet.open(folder, role="val")
+        LabelSet.open(folder, split="val")
 
 
 def test_the_views_are_those_of_the_plans_recipe_and_seed(folder, tmp_path):
     assert LabelSet.open(folder).views() == DrawnViews(0)
     recipe = plan_of(RATE)["roles"]["train"]["views"]
     for n, other in enumerate([{**recipe, "version": 2}, {**recipe, "seed": None}, {}]):
-        roles = {"train": {"num_views": 4, "views": other}}
-        make_set(tmp_path / str(n), RATE, roles=roles)
+        splits = {"train": {"num_views": 4, "views": other}}
+        make_set(tmp_path / str(n), RATE, roles=splits)
         with pytest.raises(LabelSetError, match="views of another recipe than this mealv2 cuts"):
             LabelSet.open(tmp_path / str(n)).views()
 
@@ -246,7 +246,7 @@ def test_what_is_known_of_images_is_in_the_shards(tmp_path):
     images = Images(np.arange(10).reshape(5, 2) + 70_000, np.arange(5) + 2**33, np.arange(5) % 3)
     make_set(tmp_path, RATE, images=images)
     ((views, files),) = LabelSet.open(tmp_path).blocks
-    found = Images.joined([file.images for file in files])
+    found = Images.concat([file.images for file in files])
     assert views == range(4)
     assert np.array_equal(found.sizes_N2, images.sizes_N2)
     assert np.array_equal(found.file_bytes_N, images.file_bytes_N)
@@ -270,16 +270,16 @@ def test_an_open_set_answers_in_another_process(made, method):
 def test_a_pickled_set_holds_no_labels_and_answers_the_same(made):
     opened = LabelSet.open(made.folder)
     before = len(pickle.dumps(opened))
-    expected = look_up(opened, made.places())
+    expected = look_up(opened, made.addresses())
     data = pickle.dumps(opened)
     assert len(data) == before < 1000
-    assert same(look_up(pickle.loads(data), made.places()), expected)  # noqa: S301
+    assert same(look_up(pickle.loads(data), made.addresses()), expected)  # noqa: S301
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_looked_up_rows_can_be_pickled_and_moved(tmp_path, name):
     made = make_set(tmp_path, ENCODINGS[name])
-    rows = look_up(LabelSet.open(tmp_path), made.places())
+    rows = look_up(LabelSet.open(tmp_path), made.addresses())
     again = pickle.loads(pickle.dumps(rows))  # noqa: S301
     assert same(again, rows)
     assert same(rows.to(torch.device("cpu")), rows)
@@ -315,7 +315,9 @@ def test_no_flipped_bit_in_a_shard_ever_gives_wrong_labels(tmp_path):
                     opened.lookup([key], [random.Random(bit).randrange(100)])
                 reason = str(caught.value)
                 assert f"the labels of {key!r} in {path} are damaged" in reason
-            rest = [place for place in made.places() if outcome != "lookup" or place[0] != key]
+            rest = [
+                address for address in made.addresses() if outcome != "lookup" or address[0] != key
+            ]
             assert same(look_up(opened, rest), made.of(rest))
             assert same(opened.rows(elsewhere, views), expected)
         outcomes[outcome] += 1
@@ -323,7 +325,7 @@ def test_no_flipped_bit_in_a_shard_ever_gives_wrong_labels(tmp_path):
         assert "\n" not in reason
     assert all(outcomes.values()), outcomes
     path.write_bytes(whole)
-    assert same(look_up(LabelSet.open(tmp_path), made.places()), made.rows)
+    assert same(look_up(LabelSet.open(tmp_path), made.addresses()), made.rows)
 
 
 def test_labels_in_each_others_place_are_found(folder):
@@ -628,7 +630,7 @@ def test_a_set_of_many_shards_needs_no_descriptor_for_each(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 8, before[1]))
     try:
         labels = LabelSet.open(tmp_path)
-        assert same(look_up(labels, made.places()), made.rows)
+        assert same(look_up(labels, made.addresses()), made.rows)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(labels.blocks[0][1]) == 36

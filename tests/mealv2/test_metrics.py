@@ -21,12 +21,15 @@ def random_batch(num_rows: int, num_classes: int, seed: int) -> tuple[Tensor, Te
     return logits, labels, top_k(probs, min(3, num_classes))
 
 
-def expected_figures(logits: Tensor, labels: Tensor, soft: SoftLabels) -> dict[str, float]:
+def expected_figures(logits: Tensor, labels: Tensor, soft_labels: SoftLabels) -> dict[str, float]:
     log_probs = reference.log_softmax(logits.numpy())
     order = np.argsort(-log_probs, axis=1)
     truth = labels.numpy()[:, None]
     probs = reference.dense(
-        soft.indices_NK.numpy(), soft.probs_NK.numpy(), soft.rest_N.numpy(), soft.num_classes
+        soft_labels.indices_NK.numpy(),
+        soft_labels.probs_NK.numpy(),
+        soft_labels.rest_N.numpy(),
+        soft_labels.num_classes,
     )
     ratio = np.log(np.where(probs > 0, probs, 1.0)) - np.where(probs > 0, log_probs, 0.0)
     return {
@@ -42,15 +45,20 @@ def expected_figures(logits: Tensor, labels: Tensor, soft: SoftLabels) -> dict[s
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 40), st.integers(2, 300), st.integers(1, 7), st.integers(0, 999))
 def test_every_figure_agrees_with_numpy_however_the_images_are_batched(rows, classes, step, seed):
-    logits, labels, soft = random_batch(rows, classes, seed)
+    logits, labels, soft_labels = random_batch(rows, classes, seed)
     evaluation = Evaluation(classes)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        batch = SoftLabels(soft.indices_NK[part], soft.probs_NK[part], soft.rest_N[part], classes)
+        batch = SoftLabels(
+            soft_labels.indices_NK[part],
+            soft_labels.probs_NK[part],
+            soft_labels.rest_N[part],
+            classes,
+        )
         evaluation.add(logits[part], labels[part], batch)
     # float32 tails of the labels
     assert evaluation.summary() == pytest.approx(
-        expected_figures(logits, labels, soft), rel=1e-5, abs=1e-5
+        expected_figures(logits, labels, soft_labels), rel=1e-5, abs=1e-5
     )
 
 
@@ -76,12 +84,12 @@ def test_agreement_asks_the_ensemble_and_not_the_label():
 def test_encoded_labels_count_as_what_they_recover_to(how):
     logits, labels, _ = random_batch(40, 30, 3)
     probs = torch.softmax(3 * torch.randn(40, 30, generator=torch.Generator().manual_seed(4)), 1)
-    soft = encode(probs, **how)
+    soft_labels = encode(probs, **how)
     encoded, dense = Evaluation(30), Evaluation(30)
-    encoded.add(logits, labels, soft)
-    dense.add(logits, labels, SoftLabels.of_all(soft.to_dense()))
+    encoded.add(logits, labels, soft_labels)
+    dense.add(logits, labels, SoftLabels.from_dense(soft_labels.to_dense()))
     assert encoded.kl == pytest.approx(dense.kl, rel=1e-6)
-    best = soft.likeliest()
+    best = soft_labels.argmax()
     assert torch.equal(best, probs.argmax(1))
     assert encoded.agreement == pytest.approx(
         100 * float((best == logits.argmax(1)).float().mean())
@@ -90,10 +98,10 @@ def test_encoded_labels_count_as_what_they_recover_to(how):
 
 def test_kl_is_that_of_the_ensemble_from_the_student_and_0_when_they_are_equal():
     probs = torch.tensor([[0.7, 0.2, 0.1]])
-    soft = top_k(probs, 3)
+    soft_labels = top_k(probs, 3)
     equal, other = Evaluation(3), Evaluation(3)
-    equal.add(probs.log() + 5.0, torch.tensor([0]), soft)
-    other.add(torch.zeros(1, 3), torch.tensor([0]), soft)
+    equal.add(probs.log() + 5.0, torch.tensor([0]), soft_labels)
+    other.add(torch.zeros(1, 3), torch.tensor([0]), soft_labels)
     assert equal.kl == pytest.approx(0.0, abs=1e-6)
     # KL(q || uniform) = log 3 - H(q), and not KL(uniform || q)
     entropy = -float((probs.double() * probs.double().log()).sum())
@@ -117,11 +125,11 @@ def test_without_soft_labels_there_is_no_agreement_and_no_kl():
 
 
 def test_soft_labels_of_some_batches_count_for_those_images_only():
-    logits, labels, soft = random_batch(6, 4, 0)
+    logits, labels, soft_labels = random_batch(6, 4, 0)
     mixed, alone = Evaluation(4), Evaluation(4)
     mixed.add(*random_batch(9, 4, 1)[:2])
-    mixed.add(logits, labels, soft)
-    alone.add(logits, labels, soft)
+    mixed.add(logits, labels, soft_labels)
+    alone.add(logits, labels, soft_labels)
     assert mixed.num_images == 15
     assert (mixed.agreement, mixed.kl) == (alone.agreement, alone.kl)
 

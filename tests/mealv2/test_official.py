@@ -54,9 +54,9 @@ def official_discriminator(prefix: str) -> Discriminator:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ensemble_is_the_official_mean_of_probabilities_and_mean_of_logits(case: str) -> None:
-    answer = combine(tensor(f"{case}_teacher_logits"))
-    close(answer.probs_BC, GOLDEN[f"{case}_soft_labels"])
-    close(answer.mean_logits_BC, GOLDEN[f"{case}_mean_logits"])
+    batch_targets = combine(tensor(f"{case}_teacher_logits"))
+    close(batch_targets.probs_BC, GOLDEN[f"{case}_soft_labels"])
+    close(batch_targets.mean_logits_BC, GOLDEN[f"{case}_mean_logits"])
     classes, reduction, size, num_teachers, _ = GOLDEN[f"{case}_meta_C_K_N_T_dseed"].tolist()
     assert GOLDEN[f"{case}_teacher_logits"].shape == (num_teachers, size, classes)
     assert reduction == REDUCTION
@@ -65,12 +65,12 @@ def test_ensemble_is_the_official_mean_of_probabilities_and_mean_of_logits(case:
 @pytest.mark.parametrize("case", CASES)
 def test_both_losses_and_the_students_gradients_are_the_official_codes(case: str) -> None:
     student = tensor(f"{case}_student_logits").requires_grad_()
-    answer = combine(tensor(f"{case}_teacher_logits"))
+    batch_targets = combine(tensor(f"{case}_teacher_logits"))
     discriminator = official_discriminator(f"{case}_D_conv")
     close(torch.log_softmax(student, 1), GOLDEN[f"{case}_student_log_probs"])
 
-    similarity = similarity_loss(student, answer.probs_BC)
-    adversary, _ = discriminator_loss(discriminator, student, answer.mean_logits_BC)
+    similarity = similarity_loss(student, batch_targets.probs_BC)
+    adversary, _ = discriminator_loss(discriminator, student, batch_targets.mean_logits_BC)
     close(similarity, GOLDEN[f"{case}_g_loss"])
     close(adversary, GOLDEN[f"{case}_d_loss"])
     close(similarity + adversary, GOLDEN[f"{case}_total_loss"])
@@ -102,8 +102,8 @@ def test_every_layers_gradient_and_every_output_are_the_official_codes(case: str
 
 @pytest.mark.parametrize("case", CASES)
 def test_hard_label_loss_is_the_official_codes_in_evaluation(case: str) -> None:
-    answer = BatchTargets(classes_B=tensor(f"{case}_labels_int"))
-    result = HardLabelTask(nn.Identity())(tensor(f"{case}_student_logits"), answer)
+    batch_targets = BatchTargets(classes_B=tensor(f"{case}_labels_int"))
+    result = HardLabelTask(nn.Identity())(tensor(f"{case}_student_logits"), batch_targets)
     close(result["loss"], GOLDEN[f"{case}_eval_ce"])
 
 
@@ -150,9 +150,9 @@ class Training:
         self.optimizer = torch.optim.SGD(self.task.parameters(), lr=0.01, momentum=0.9)
 
     def step(
-        self, images: Tensor, answer: BatchTargets, mixture: Mixture | None = None
+        self, images: Tensor, batch_targets: BatchTargets, mixture: Mixture | None = None
     ) -> list[float]:
-        result = self.task(images, answer, mixture)
+        result = self.task(images, batch_targets, mixture)
         self.optimizer.zero_grad()
         result["loss"].backward()
         self.optimizer.step()
@@ -182,22 +182,22 @@ class OfficialDraws:
 
     def mix(self, num_images: int, img_size: int) -> tuple[Mix, float]:
         self._numpy.rand(1)  # the coin, always mixed
-        own_share = self._numpy.beta(1.0, 1.0)
+        lam = self._numpy.beta(1.0, 1.0)
         order = torch.randperm(num_images, generator=self._torch)
         row, column = self._numpy.randint(img_size), self._numpy.randint(img_size)
-        return Mix(order, cutmix_box(own_share, row, column, img_size)), own_share
+        return Mix(order, cutmix_box(lam, row, column, img_size)), lam
 
 
-def as_recorded(mix: Mix, own_share: float) -> list[float]:
+def as_recorded(mix: Mix, lam: float) -> list[float]:
     box = mix.box
-    return [own_share, box.top, box.left, box.bottom, box.right]
+    return [lam, box.top, box.left, box.bottom, box.right]
 
 
 def test_training_with_online_teachers_is_the_official_train_loop() -> None:
     training, targets = Training(pooled=False), online_teachers(pooled=False)
     for step, images in enumerate(tensor("E_images")):
-        answer = targets.batch(range(6), [step] * 6, images)
-        similarity, adversary = training.step(images, answer)
+        batch_targets = targets.batch(range(6), [step] * 6, images)
+        similarity, adversary = training.step(images, batch_targets)
         close(similarity, GOLDEN["E_g_losses"][step])
         close(adversary, GOLDEN["E_d_losses"][step])
     training.ends_as("E")
@@ -206,15 +206,15 @@ def test_training_with_online_teachers_is_the_official_train_loop() -> None:
 def test_teachers_that_label_the_mixed_image_are_the_official_cutmix() -> None:
     training, targets, draws = Training(pooled=True), online_teachers(pooled=True), OfficialDraws()
     for step, images in enumerate(tensor("EC_images")):
-        mix, own_share = draws.mix(len(images), 8)
-        close(np.array(as_recorded(mix, own_share)), GOLDEN["EC_lam_and_box"][step])
+        mix, lam = draws.mix(len(images), 8)
+        close(np.array(as_recorded(mix, lam)), GOLDEN["EC_lam_and_box"][step])
         mixed = mix.paste(images)
         assert torch.equal(mixed, tensor("EC_images_mixed")[step])
-        answer = targets.batch(range(6), [step] * 6, mixed)
+        batch_targets = targets.batch(range(6), [step] * 6, mixed)
         if step == 0:
-            assert answer.soft is not None
-            close(answer.soft.to_dense(), GOLDEN["EC_soft_labels_step0"])
-        similarity, adversary = training.step(mixed, answer)
+            assert batch_targets.soft_labels is not None
+            close(batch_targets.soft_labels.to_dense(), GOLDEN["EC_soft_labels_step0"])
+        similarity, adversary = training.step(mixed, batch_targets)
         close(similarity, GOLDEN["EC_g_losses"][step])
         close(adversary, GOLDEN["EC_d_losses"][step])
     training.ends_as("EC")
@@ -230,8 +230,8 @@ def stored_batches() -> Iterator[tuple[Tensor, BatchTargets]]:
 
 def test_training_from_stored_labels_is_the_official_fkd_loop() -> None:
     training = Training(pooled=True, shown="probs")
-    for step, (images, answer) in enumerate(stored_batches()):
-        similarity, adversary = training.step(images, answer)
+    for step, (images, batch_targets) in enumerate(stored_batches()):
+        similarity, adversary = training.step(images, batch_targets)
         close(similarity, GOLDEN["F_g_losses"][step])
         close(adversary, GOLDEN["F_d_losses"][step])
     training.ends_as("F")
@@ -239,12 +239,12 @@ def test_training_from_stored_labels_is_the_official_fkd_loop() -> None:
 
 def test_labels_mixed_by_area_are_the_official_fkd_cutmix() -> None:
     training, draws = Training(pooled=True, shown="probs"), OfficialDraws()
-    for step, (images, answer) in enumerate(stored_batches()):
-        mix, own_share = draws.mix(len(images), 8)
-        close(np.array(as_recorded(mix, own_share))[1:], GOLDEN["FC_lam_and_box"][step, 1:])
-        share = mix.own_share(8)
-        mixture = Mixture(partner=answer.rows(mix.order_B), own_share=share)
-        similarity, adversary = training.step(mix.paste(images), answer, mixture)
+    for step, (images, batch_targets) in enumerate(stored_batches()):
+        mix, lam = draws.mix(len(images), 8)
+        close(np.array(as_recorded(mix, lam))[1:], GOLDEN["FC_lam_and_box"][step, 1:])
+        share = mix.lam(8)
+        mixture = Mixture(partner=batch_targets.rows(mix.order_B), lam=share)
+        similarity, adversary = training.step(mix.paste(images), batch_targets, mixture)
         weights = np.array([share, 1.0 - share])
         close(similarity, weights @ GOLDEN["FC_g_losses"][2 * step : 2 * step + 2])
         close(adversary, weights @ GOLDEN["FC_d_losses"][2 * step : 2 * step + 2])
@@ -327,10 +327,10 @@ def test_learning_rates_are_those_of_the_official_regime_and_schedules() -> None
 
 
 def test_boxes_are_the_official_ones() -> None:
-    for seed, own_share, *corners in GOLDEN["S_bbox_seed_lam_x1y1x2y2_224_f64"].tolist():
+    for seed, lam, *corners in GOLDEN["S_bbox_seed_lam_x1y1x2y2_224_f64"].tolist():
         draws = np.random.RandomState(int(seed))
-        assert draws.beta(1.0, 1.0) == own_share
-        box = cutmix_box(own_share, draws.randint(224), draws.randint(224), 224)
+        assert draws.beta(1.0, 1.0) == lam
+        box = cutmix_box(lam, draws.randint(224), draws.randint(224), 224)
         assert [box.top, box.left, box.bottom, box.right] == corners
 
 

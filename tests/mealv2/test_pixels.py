@@ -300,13 +300,13 @@ def test_views_of_a_part_are_those_of_the_whole(resize, num_views):
             view_of("photo", first + n, seed=1, width=160, height=120) for n in range(num_views)
         ]
         sizes = []
-        picture = decode_for(data, lambda *size, s=sizes, v=views: s.append(size) or v)
-        assert (picture.width, picture.height) == (160, 120)
+        decoded_image = decode_for(data, lambda *size, s=sizes, v=views: s.append(size) or v)
+        assert (decoded_image.width, decoded_image.height) == (160, 120)
         assert sizes == [(160, 120)]
-        num_parts += picture.pixels_HWC.shape != whole_HWC.shape
+        num_parts += decoded_image.pixels_HWC.shape != whole_HWC.shape
         for view in views:
             expected = cut(whole_HWC, view, 32, resize=resize)
-            assert np.array_equal(picture.cut(view, 32, resize=resize), expected)
+            assert np.array_equal(decoded_image.cut(view, 32, resize=resize), expected)
     assert num_parts > 5
 
 

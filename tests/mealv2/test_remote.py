@@ -60,8 +60,8 @@ def test_the_first_one_stays_where_the_client_does_not_compare(
 ) -> None:
     (tmp_path / "second").write_bytes(b"second")
 
-    assert remote.put(URL, ours)
-    assert not remote.put(URL, tmp_path / "second")
+    assert remote.upload(URL, ours)
+    assert not remote.upload(URL, tmp_path / "second")
 
     assert remote.read(URL) == b"ours"
 
@@ -71,18 +71,18 @@ def test_who_was_written_over_hears_of_it(
 ) -> None:
     monkeypatch.setattr(Careless, "others", b"theirs")
 
-    assert not remote.put(URL, ours)
+    assert not remote.upload(URL, ours)
 
 
 def test_a_damaged_file_gives_way_and_no_other(
     client: type[Careless], ours: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "damaged").write_bytes(b"damaged")
-    remote.put(URL, tmp_path / "damaged")
+    remote.upload(URL, tmp_path / "damaged")
     damaged = remote.info(URL)
 
-    assert remote.put(URL, ours, damaged=damaged)
-    assert not remote.put(URL, tmp_path / "damaged", damaged=damaged)
+    assert remote.upload(URL, ours, damaged=damaged)
+    assert not remote.upload(URL, tmp_path / "damaged", damaged=damaged)
 
     assert remote.read(URL) == b"ours"
 
@@ -113,7 +113,7 @@ def test_stores_answer_in_several_ways(
     if is_there:
         Answering().pipe_file(URL, b"first")
 
-    assert remote.put(URL, ours) == (status == 501 and not is_there)
+    assert remote.upload(URL, ours) == (status == 501 and not is_there)
 
     if status == 501:
         assert remote.read(URL) == (b"first" if is_there else b"ours")

@@ -34,7 +34,7 @@ from mealv2.label_set import (
 HEAD = "<8sIIQQQ32s"
 FIELDS = [  # of a shard, which its header repeats
     "plan_sha256",
-    "role",
+    "split",
     "number",
     "first_view",
     "num_views",
@@ -54,7 +54,7 @@ def shard_of(
 ) -> Shard:
     """Return a shard of random labels."""
     rows = encoded(encoding, len(keys) * num_views, seed=seed)
-    named = {"role": "train", "number": 0, "first_view": 0, "plan_sha256": "ab" * 32, **parts}
+    named = {"split": "train", "number": 0, "first_view": 0, "plan_sha256": "ab" * 32, **parts}
     return Shard(
         keys=list(keys), blocks=encoding.blocks(rows, num_views), num_views=num_views, **named
     )
@@ -86,7 +86,7 @@ SHARDS = {
         skipped={"猫/broken.jpg": SKIPPED},
         counts={"top1": [1, 2, 2], "top5": [2, 2, 2]},
         number=7,
-        role="val",
+        split="val",
     ),
     "with images": shard_of(images=images_of(5), boxes_sha256="cd" * 32),
     "with boxes": shard_of(stored_views=boxes_of(5, 3), images=images_of(5)),
@@ -206,8 +206,8 @@ def test_shards_hold_every_image_once_and_in_order(num_images, shard_size, expec
     assert [(r.start, r.stop) for r in shard_ranges(num_images, shard_size)] == expected
 
 
-def plan_of_shards(**role: object) -> dict[str, Any]:
-    return {"format_version": 2, "shard_size": 4, "roles": {"train": {"num_views": 2, **role}}}
+def plan_of_shards(**split: object) -> dict[str, Any]:
+    return {"format_version": 2, "shard_size": 4, "roles": {"train": {"num_views": 2, **split}}}
 
 
 def test_a_plan_says_its_shards_by_a_size_or_one_by_one():
@@ -244,7 +244,7 @@ def test_the_head_says_where_everything_is(tmp_path, name):
     header = json.loads(text)
     shard = SHARDS[name]
     for field in FIELDS:
-        assert header[field] == getattr(shard, field)
+        assert header["role" if field == "split" else field] == getattr(shard, field)
     for name, where in header["columns"].items():
         content = data[where["offset"] :][: int(np.prod(where["shape"])) * int(where["type"][-1])]
         if name == "labels":
@@ -337,11 +337,11 @@ def test_no_flipped_bit_ever_changes_what_a_shard_says(tmp_path, name):
     whole = path.read_bytes()
     covered = bytearray(len(whole))  # 1 for every byte that must be covered by a check
     _, _, _, _, at, length, _ = struct.unpack_from(HEAD, whole)
-    places = [(0, 512), (at, length)]
+    addresses = [(0, 512), (at, length)]
     for where in json.loads(whole[at : at + length])["columns"].values():
         size = int(np.prod(where["shape"])) * int(where["type"][-1])
-        places.append((where["offset"], size))
-    for begin, size in places:
+        addresses.append((where["offset"], size))
+    for begin, size in addresses:
         covered[begin : begin + size] = b"\1" * size
     for bit in random.Random(20200923).sample(range(8 * len(whole)), 500):
         flip(path, whole, bit)

@@ -18,11 +18,11 @@ from mealv2.soft_labels import (
     KeptLogits,
     Labels,
     SoftLabels,
+    compress_log_probs,
+    compress_logits,
+    concat,
     encode,
-    joined,
     keep_logits,
-    logits_through,
-    through_kept,
     top_k,
 )
 from mealv2.targets import BatchTargets
@@ -163,8 +163,8 @@ def kept_parts(kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_rows_of_labels_joined_are_the_rows_of_each(label, random):
     order = torch.tensor([random.randrange(len(label)) for _ in range(5)])
     assert torch.equal(label.rows(order).to_dense(), label.to_dense()[order])
-    assert torch.equal(label.rows(order).likeliest(), label.likeliest()[order])
-    both = joined([label, label.rows(order)])
+    assert torch.equal(label.rows(order).argmax(), label.argmax()[order])
+    both = concat([label, label.rows(order)])
     assert type(both) is type(label)
     assert torch.equal(both.to_dense(), torch.cat([label.to_dense(), label.to_dense()[order]]))
     assert len(both) == len(label) + 5
@@ -174,28 +174,28 @@ def test_rows_of_labels_joined_are_the_rows_of_each(label, random):
 def test_the_likeliest_class_is_the_ensembles(k):
     probs = distributions(30, 10)
     for label in (stored(probs, k, torch.float16), encode(probs, topk=k)):
-        assert label.likeliest().dtype == torch.int64
-        assert label.likeliest().tolist() == probs.argmax(1).tolist()
+        assert label.argmax().dtype == torch.int64
+        assert label.argmax().tolist() == probs.argmax(1).tolist()
 
 
 def test_labels_of_two_forms_cannot_be_joined():
     probs = distributions(3, 10)
     with pytest.raises(ValueError, match="two forms"):
-        joined([stored(probs, 3), encode(probs, topk=3)])
+        concat([stored(probs, 3), encode(probs, topk=3)])
 
 
 def test_dense_labels_are_in_class_order_and_stay_so():
     probs = distributions(4, 10)
-    label = SoftLabels.of_all(probs)
+    label = SoftLabels.from_dense(probs)
     assert label.is_dense
     assert not stored(probs, 9).is_dense
     for again in (
         label.rows(torch.arange(4)),
         label.to(torch.device("cpu")),
         label.rounded(torch.float16).rounded(torch.float32),
-        SoftLabels.joined([label.rows(torch.arange(2)), label.rows(torch.arange(2, 4))]),
+        SoftLabels.concat([label.rows(torch.arange(2)), label.rows(torch.arange(2, 4))]),
         pickle.loads(pickle.dumps(label)),  # noqa: S301
-        SoftLabels.joined([label.rows(torch.arange(0)), label]),
+        SoftLabels.concat([label.rows(torch.arange(0)), label]),
     ):
         assert again.is_dense
         assert again.indices_NK.tolist() == [list(range(10))] * 4
@@ -211,8 +211,8 @@ def test_dense_labels_are_in_class_order_and_stay_so():
 def test_through_kept_agrees_with_float64(label):
     shape = (len(label), label.num_classes)
     logits = 3.0 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 50.0
-    expected = reference.through_top_k(logits.numpy(), ids_of(label))
-    log_probs = through_kept(logits, label.kept())
+    expected = reference.compress_top_k(logits.numpy(), ids_of(label))
+    log_probs = compress_log_probs(logits, label.kept())
     assert log_probs.dtype == torch.float32
     np.testing.assert_allclose(log_probs.numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(log_probs.exp().sum(1).numpy(), 1.0, atol=1e-4)
@@ -234,10 +234,10 @@ def test_what_goes_through_the_loss_has_the_gradient_of_its_formula(how, through
     label = LABELS[how](distributions(3, 10))
     if how == "rate":
         assert len({len(ids) for ids in ids_of(label)}) > 1, "rows of different length"
-    ours = {"through_kept": through_kept, "logits_through": logits_through}[through]
+    ours = {"through_kept": compress_log_probs, "logits_through": compress_logits}[through]
     formula = {
-        "through_kept": reference.through_top_k,
-        "logits_through": reference.logits_through,
+        "through_kept": reference.compress_top_k,
+        "logits_through": reference.compress_logits,
     }[through]
     weights = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -256,7 +256,9 @@ def test_what_goes_through_the_loss_has_the_gradient_of_its_formula(how, through
 
 def test_through_kept_has_finite_gradients_where_the_rest_has_no_mass():
     logits = torch.tensor([[200.0, 0.0, -100.0, -300.0]], requires_grad=True)
-    through_kept(logits, top_k(torch.tensor([[0.7, 0.1, 0.1, 0.1]]), 1).kept()).sum().backward()
+    compress_log_probs(
+        logits, top_k(torch.tensor([[0.7, 0.1, 0.1, 0.1]]), 1).kept()
+    ).sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 
@@ -270,13 +272,13 @@ def test_kept_logits_give_back_those_of_the_kept_classes_and_the_mean_of_the_oth
     logits = 3.0 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 20.0
     kept = label.kept()
     logits_kept = keep_logits(logits, kept)
-    expected = reference.logits_through(logits.numpy(), ids_of(label))
+    expected = reference.compress_logits(logits.numpy(), ids_of(label))
     dense = logits_kept.to_dense(kept, label.num_classes)
     assert dense.dtype == torch.float32
     np.testing.assert_allclose(dense.numpy(), expected, rtol=1e-5)
     for row, ids in enumerate(ids_of(label)):
         assert torch.equal(dense[row, ids], logits[row, ids]), "to the bit"
-    assert torch.equal(logits_through(logits, kept), dense)
+    assert torch.equal(compress_logits(logits, kept), dense)
     half = logits_kept.rounded(torch.float16)
     assert half.values_NK.dtype == half.rest_N.dtype == torch.float16
     rounded = half.to_dense(kept, label.num_classes)
@@ -295,9 +297,9 @@ def test_rows_of_kept_logits_go_with_the_rows_of_their_labels(label, random):
     some = label.rows(order)  # its longest row may be shorter
     picked = kept_logits.rows(order)
     assert torch.equal(picked.to_dense(some.kept(), label.num_classes), dense[order])
-    both = KeptLogits.joined([keep_logits(logits[order], some.kept()), kept_logits])
+    both = KeptLogits.concat([keep_logits(logits[order], some.kept()), kept_logits])
     expected = torch.cat([dense[order], dense])
-    kept = joined([some, label]).kept()
+    kept = concat([some, label]).kept()
     assert torch.equal(both.to_dense(kept, label.num_classes), expected)
 
 

@@ -97,14 +97,14 @@ def compare(case: dict[str, Any], *, num_steps: int) -> None:
     state = reference.State(*reference_layers, still)
 
     for images in batches:
-        answer = targets.batch(range(len(images)), [0] * len(images), images)
-        assert answer.soft is not None
+        batch_targets = targets.batch(range(len(images)), [0] * len(images), images)
+        assert batch_targets.soft_labels is not None
         if not case["online"]:
-            soft = top_k(answer.soft.to_dense(), case["k"])
-            assert answer.mean_logits_BC is not None
-            stored = keep_logits(answer.mean_logits_BC, soft.kept())
-            answer = BatchTargets(soft, classes, kept_logits=stored)
-        result = task(images, answer)
+            soft = top_k(batch_targets.soft_labels.to_dense(), case["k"])
+            assert batch_targets.mean_logits_BC is not None
+            stored = keep_logits(batch_targets.mean_logits_BC, soft.kept())
+            batch_targets = BatchTargets(soft, classes, kept_logits=stored)
+        result = task(images, batch_targets)
         optimizer.zero_grad()
         result["loss"].backward()
         optimizer.step()

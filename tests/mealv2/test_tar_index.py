@@ -231,7 +231,7 @@ def test_the_order_of_a_pack_is_of_the_keys_alone_and_mixes_them() -> None:
 
 def test_compact_keys_are_the_sequence_that_they_were_made_of() -> None:
     texts = ["a/1.jpg", "", "猫/写真.png", "b" * 300]
-    keys = Keys.joined([Keys.of(texts[:2]), Keys.of([]), Keys.of(texts[2:])])
+    keys = Keys.concat([Keys.of(texts[:2]), Keys.of([]), Keys.of(texts[2:])])
     assert list(keys) == texts
     assert keys == texts
     assert keys != texts[:3]

@@ -37,7 +37,7 @@ def label_set(tmp_path_factory) -> LabelSet:
         Encoding(NUM_CLASSES, "float16", topk=K),
         KEYS,
         NUM_VIEWS,
-        answers_N=(probs, None),
+        outputs_N=(probs, None),
         skipped={"x": "empty"},
     )
     return LabelSet.open(made.folder)
@@ -56,29 +56,29 @@ def test_stored_labels_use_the_schedule_of_the_views_the_set_holds(label_set):
 
 def test_stored_labels_answer_for_positions_of_the_source_and_not_of_the_set(label_set):
     source_keys = ["x", "猫/1.png", "ant/1.png", "bee/1.png"]  # another order, one without labels
-    answer = StoredLabels(label_set, source_keys, seed=0).batch([1, 3, 1, 2], [0, 4, 2, 1], NONE)
-    assert answer.label_counts == {"labels_stored": 4}
-    answer = answer.soft
+    batch = StoredLabels(label_set, source_keys, seed=0).batch([1, 3, 1, 2], [0, 4, 2, 1], NONE)
+    assert batch.label_counts == {"labels_stored": 4}
+    batch = batch.soft_labels
     expected = [("猫/1.png", 0), ("bee/1.png", 4), ("猫/1.png", 2), ("ant/1.png", 1)]
-    assert answer.indices_NK.dtype == torch.int64
-    assert answer.indices_NK.tolist() == [indices_of(*place) for place in expected]
-    assert answer.probs_NK.dtype == torch.float16, "as the set keeps them"
-    assert answer.probs_NK.tolist() == [[0.75, 0.125]] * 4
-    assert answer.rest_N.tolist() == [0.125] * 4
-    assert answer.num_classes == NUM_CLASSES
-    assert float(answer.to_dense()[0].sum()) == pytest.approx(1.0)
+    assert batch.indices_NK.dtype == torch.int64
+    assert batch.indices_NK.tolist() == [indices_of(*place) for place in expected]
+    assert batch.probs_NK.dtype == torch.float16, "as the set keeps them"
+    assert batch.probs_NK.tolist() == [[0.75, 0.125]] * 4
+    assert batch.rest_N.tolist() == [0.125] * 4
+    assert batch.num_classes == NUM_CLASSES
+    assert float(batch.to_dense()[0].sum()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("kind", ["rate, logits", "top-k float32, logits"])
 def test_answers_move_and_turn_with_their_logits(tmp_path, teachers, kind):
     label_set = made_by(tmp_path, teachers, pixels(15), kind)
-    answer = StoredLabels(label_set, KEYS, [4, 5, 6], seed=0).batch([0, 2, 1], [1, 0, 4], NONE)
-    for turned in (answer.rows(torch.tensor([2, 0])), pickle.loads(pickle.dumps(answer))):  # noqa: S301
-        order = torch.tensor([2, 0]) if len(turned.soft) == 2 else torch.arange(3)
-        assert same(rows_of(turned), rows_of(answer).rows(order))
-        assert torch.equal(turned.classes_B, answer.classes_B[order])
-    assert same(rows_of(answer.to(torch.device("cpu"))), rows_of(answer))
-    assert answer.to(torch.device("meta")).kept_logits.rest_N.device.type == "meta"
+    batch = StoredLabels(label_set, KEYS, [4, 5, 6], seed=0).batch([0, 2, 1], [1, 0, 4], NONE)
+    for turned in (batch.rows(torch.tensor([2, 0])), pickle.loads(pickle.dumps(batch))):  # noqa: S301
+        order = torch.tensor([2, 0]) if len(turned.soft_labels) == 2 else torch.arange(3)
+        assert same(rows_of(turned), rows_of(batch).rows(order))
+        assert torch.equal(turned.classes_B, batch.classes_B[order])
+    assert same(rows_of(batch.to(torch.device("cpu"))), rows_of(batch))
+    assert batch.to(torch.device("meta")).kept_logits.rest_N.device.type == "meta"
 
 
 def test_stored_labels_refuse_an_image_or_a_view_without_label(label_set):
@@ -91,9 +91,9 @@ def test_stored_labels_refuse_an_image_or_a_view_without_label(label_set):
 
 def test_hard_labels_answer_with_class_ids_whatever_the_view():
     targets = HardLabels([2, 0, 1])
-    answer = targets.batch([2, 0, 0], [5, 6, 7], NONE).classes_B
-    assert answer.dtype == torch.int64
-    assert answer.tolist() == [1, 2, 2]
+    batch = targets.batch([2, 0, 0], [5, 6, 7], NONE).classes_B
+    assert batch.dtype == torch.int64
+    assert batch.tolist() == [1, 2, 2]
 
 
 def test_hard_labels_use_a_fresh_view_every_epoch():
@@ -147,26 +147,26 @@ def test_online_teachers_use_a_view_that_never_repeats(teachers):
 
 def test_online_teachers_answer_with_the_mean_of_softmax_and_the_mean_of_logits(teachers):
     images = pixels(5)
-    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
+    batch = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
         [2, 0, 0, 1, 2], [9] * 5, images
     )
     probs, mean_logits = reference.ensemble([teacher.logits(images) for teacher in teachers])
-    np.testing.assert_allclose(answer.soft.to_dense().numpy(), probs, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(answer.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
-    assert answer.soft.probs_NK.shape == (5, NUM_CLASSES), "every class is kept"
+    np.testing.assert_allclose(batch.soft_labels.to_dense().numpy(), probs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(batch.mean_logits_BC.numpy(), mean_logits, rtol=1e-4, atol=1e-5)
+    assert batch.soft_labels.probs_NK.shape == (5, NUM_CLASSES), "every class is kept"
     assert not np.allclose(reference.softmax(mean_logits), probs, atol=1e-3), "they differ"
-    assert answer.classes_B.tolist() == [5, 4, 4, 0, 5]
-    assert answer.label_counts == {"labels_online": 5}
-    assert not answer.mean_logits_BC.requires_grad
+    assert batch.classes_B.tolist() == [5, 4, 4, 0, 5]
+    assert batch.label_counts == {"labels_online": 5}
+    assert not batch.mean_logits_BC.requires_grad
 
 
 def test_rows_of_an_answer_in_another_order_are_those_rows(teachers):
-    answer = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
+    batch = OnlineTeachers(TeacherEnsemble(teachers), [4, 0, 5]).batch(
         [0, 1, 2], [0] * 3, pixels(3)
     )
-    turned = answer.rows(torch.tensor([2, 0, 0]))
-    assert torch.equal(turned.soft.probs_NK, answer.soft.probs_NK[[2, 0, 0]])
-    assert torch.equal(turned.mean_logits_BC, answer.mean_logits_BC[[2, 0, 0]])
+    turned = batch.rows(torch.tensor([2, 0, 0]))
+    assert torch.equal(turned.soft_labels.probs_NK, batch.soft_labels.probs_NK[[2, 0, 0]])
+    assert torch.equal(turned.mean_logits_BC, batch.mean_logits_BC[[2, 0, 0]])
     assert turned.classes_B.tolist() == [5, 4, 4]
 
 
@@ -194,15 +194,15 @@ def made_by(
     """Write a set as stage one does: image i of KEYS, view v, is ``images[i * NUM_VIEWS + v]``."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         said = TeacherEnsemble(teachers)(images)
-    make_set(folder, KINDS[kind], KEYS, NUM_VIEWS, answers_N=tuple(said), precision=precision)
+    make_set(folder, KINDS[kind], KEYS, NUM_VIEWS, outputs_N=tuple(said), precision=precision)
     for teacher in teachers:
         teacher.seen.clear()
     return LabelSet.open(folder)
 
 
-def rows_of(answer: BatchTargets) -> Rows:
-    assert answer.soft is not None
-    return Rows(answer.soft, answer.kept_logits)
+def rows_of(batch: BatchTargets) -> Rows:
+    assert batch.soft_labels is not None
+    return Rows(batch.soft_labels, batch.kept_logits)
 
 
 def test_only_rows_that_the_set_lacks_go_through_the_teachers(tmp_path, teachers):
@@ -213,8 +213,8 @@ def test_only_rows_that_the_set_lacks_go_through_the_teachers(tmp_path, teachers
     )
     images = pixels(6, seed=1)
     # lacking: a new image, a view beyond the stored ones, the new image again
-    answer = targets.batch([1, 0, 2, 3, 1, 0], [0, 0, 7, 4, 1, 3], images)
-    assert answer.label_counts == {"labels_stored": 3, "labels_online": 3}
+    batch = targets.batch([1, 0, 2, 3, 1, 0], [0, 0, 7, 4, 1, 3], images)
+    assert batch.label_counts == {"labels_stored": 3, "labels_online": 3}
     for teacher in teachers:
         assert len(teacher.seen) == 3
         assert all(
@@ -283,22 +283,22 @@ def test_rows_stay_in_their_order_whoever_answers(tmp_path, teachers, kind, lack
     shown = images[[(p - 1) * NUM_VIEWS + v for p, v in rows]]
     expected = targets.batch(*map(list, zip(*rows, strict=True)), shown)
     asked = [(0, v) if row in lacking else (p, v) for row, (p, v) in enumerate(rows)]
-    answer = targets.batch(*map(list, zip(*asked, strict=True)), shown)
+    batch = targets.batch(*map(list, zip(*asked, strict=True)), shown)
     # a batch of one row is multiplied in another order than a batch of fifteen
     within = {"float32": 1e-6, "float16": 1e-3, "curve": 0.05}[KINDS[kind].form]
-    dense = answer.soft.to_dense()
-    torch.testing.assert_close(dense, expected.soft.to_dense(), rtol=0, atol=within)
-    assert answer.soft.likeliest().tolist() == expected.soft.likeliest().tolist()
-    assert (answer.kept_logits is None) == (not KINDS[kind].logits)
-    if answer.kept_logits is not None:
+    dense = batch.soft_labels.to_dense()
+    torch.testing.assert_close(dense, expected.soft_labels.to_dense(), rtol=0, atol=within)
+    assert batch.soft_labels.argmax().tolist() == expected.soft_labels.argmax().tolist()
+    assert (batch.kept_logits is None) == (not KINDS[kind].logits)
+    if batch.kept_logits is not None:
         said, before = (
-            a.kept_logits.to_dense(a.soft.kept(), NUM_CLASSES) for a in (answer, expected)
+            a.kept_logits.to_dense(a.soft_labels.kept(), NUM_CLASSES) for a in (batch, expected)
         )
         torch.testing.assert_close(said, before, rtol=2e-3, atol=2e-3)
-    assert answer.classes_B.tolist() == [9 - p for p, _ in asked]
-    assert answer.mean_logits_BC is None
+    assert batch.classes_B.tolist() == [9 - p for p, _ in asked]
+    assert batch.mean_logits_BC is None
     taught = len(lacking)
-    assert answer.label_counts == {"labels_stored": 4 - taught, "labels_online": taught}
+    assert batch.label_counts == {"labels_stored": 4 - taught, "labels_online": taught}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,9 +314,9 @@ def test_taught_rows_that_were_appended_are_stored_rows_for_the_next_job(tmp_pat
             ensemble=TeacherEnsemble(teachers),
             appender=Appender(opened),
         )
-        answer = targets.batch([0, 1, 2], [3, 99, 0], pixels(3, seed=1))
+        batch = targets.batch([0, 1, 2], [3, 99, 0], pixels(3, seed=1))
         targets.flush()
-        return answer
+        return batch
 
     first = job(label_set)
     second = job(LabelSet.open(tmp_path))

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from label_sets import Made, answers, make_set
-from mealv2.discriminator import VARIANTS, Discriminator, Variant, num_dead_outputs, wake
+from label_sets import Made, ensemble_outputs, make_set
+from mealv2.discriminator import (
+    VARIANTS,
+    Discriminator,
+    Variant,
+    num_dead_outputs,
+    redraw_dead_outputs,
+)
 from mealv2.ensemble import combine
 from mealv2.label_set import Encoding, LabelSet
 from mealv2.losses import discriminator_loss
@@ -55,7 +61,7 @@ def distillation(
     ]
     seen = reference.discriminate(
         layers,
-        reference.through_top_k(logits, indices),
+        reference.compress_top_k(logits, indices),
         np.log(probs),
         variant=discriminator.variant,
     )
@@ -208,38 +214,38 @@ def shown_rows(task: DistillTask, images: Tensor, *args: Any) -> tuple[np.ndarra
 
 @pytest.mark.parametrize("shown", ["logits", None])
 def test_logits_are_the_students_and_the_teachers_mean_logits(student, images, shown):
-    answer = online_answer()
+    targets = online_answer()
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
-    rows = shown_rows(task, images, answer)
+    rows = shown_rows(task, images, targets)
     np.testing.assert_array_equal(rows[0], student(images).detach().numpy())
-    np.testing.assert_array_equal(rows[1], answer.mean_logits_BC.numpy())
+    np.testing.assert_array_equal(rows[1], targets.mean_logits_BC.numpy())
 
 
 @pytest.mark.parametrize("online", [True, False])
 def test_log_probs_are_both_sides_through_the_labels_top_k(student, images, online):
-    answer = (
+    targets = (
         online_answer() if online else BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
     )
     shown = "log-probs" if online else None
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
-    rows = shown_rows(task, images, answer)
-    labels, logits = answer.soft, student(images).detach().numpy()
+    rows = shown_rows(task, images, targets)
+    labels, logits = targets.soft_labels, student(images).detach().numpy()
     probs = reference.dense(
         labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
     )
-    expected = reference.through_top_k(logits, labels.indices_NK.numpy())
+    expected = reference.compress_top_k(logits, labels.indices_NK.numpy())
     np.testing.assert_allclose(rows[0], expected, rtol=1e-5)
     np.testing.assert_allclose(rows[1], np.log(probs), rtol=1e-5)
 
 
 @pytest.mark.parametrize("online", [True, False])
 def test_probs_are_the_students_softmax_and_the_recovered_label(student, images, online):
-    answer = (
+    targets = (
         online_answer() if online else BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
     )
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input="probs")
-    rows = shown_rows(task, images, answer)
-    labels, logits = answer.soft, student(images).detach().numpy()
+    rows = shown_rows(task, images, targets)
+    labels, logits = targets.soft_labels, student(images).detach().numpy()
     probs = reference.dense(
         labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
     )
@@ -261,12 +267,12 @@ def stored_answer(made: Made, *, with_logits: bool = True) -> BatchTargets:
     """Return the answer for six images of a set, as a run gets it."""
     source = ["an image of no label", *made.keys]
     targets = StoredLabels(LabelSet.open(made.folder), source, [0] * 6, seed=0)
-    answer = targets.batch([2, 1, 5, 3, 4, 2], [0, 1, 0, 1, 1, 1], torch.empty(0))
-    return answer if with_logits else dataclasses.replace(answer, kept_logits=None)
+    batch_targets = targets.batch([2, 1, 5, 3, 4, 2], [0, 1, 0, 1, 1, 1], torch.empty(0))
+    return batch_targets if with_logits else dataclasses.replace(batch_targets, kept_logits=None)
 
 
-def ids_of(answer: BatchTargets) -> list[list[int]]:
-    kept = answer.soft.kept()
+def ids_of(targets: BatchTargets) -> list[list[int]]:
+    kept = targets.soft_labels.kept()
     pairs = zip(kept.indices_NK, kept.is_kept_NK, strict=True)
     return [ids[is_kept].tolist() for ids, is_kept in pairs]
 
@@ -277,19 +283,19 @@ def test_the_discriminator_is_shown_the_logits_that_a_set_keeps(
     tmp_path, student, images, name, shown
 ):
     made = make_set(tmp_path, ENCODINGS[name], num_views=2)
-    answer = stored_answer(made)
+    targets = stored_answer(made)
     task = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input=shown)
-    of_student, of_teachers = shown_rows(task, images, answer)
+    of_student, of_teachers = shown_rows(task, images, targets)
     logits = student(images).detach().numpy()
     np.testing.assert_allclose(
-        of_student, reference.logits_through(logits, ids_of(answer)), rtol=1e-5, atol=1e-6
+        of_student, reference.compress_logits(logits, ids_of(targets)), rtol=1e-5, atol=1e-6
     )
     # the teachers' rows are those of the set: what is kept to the bit, all others at one number
     dense = made.rows.logits.to_dense(made.rows.labels.kept(), NUM_CLASSES).numpy()
     order = [2, 1, 8, 5, 7, 3]  # positions and views in the order of the set
     np.testing.assert_array_equal(of_teachers, dense[order])
-    _, mean_logits = answers(10, NUM_CLASSES)
-    expected = reference.logits_through(mean_logits.numpy()[order], ids_of(answer))
+    _, mean_logits = ensemble_outputs(10, NUM_CLASSES)
+    expected = reference.compress_logits(mean_logits.numpy()[order], ids_of(targets))
     np.testing.assert_allclose(of_teachers, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -300,14 +306,14 @@ def test_log_probs_are_shown_where_asked_for_though_the_set_keeps_logits(
     made = make_set(tmp_path, ENCODINGS[name], num_views=2)
     asked = DistillTask(student, Discriminator(NUM_CLASSES), discriminator_input="log-probs")
     left = DistillTask(student, Discriminator(NUM_CLASSES))
-    answer = stored_answer(made)
-    rows = shown_rows(asked, images, answer)
+    targets = stored_answer(made)
+    rows = shown_rows(asked, images, targets)
     logits = student(images).detach().numpy()
     floor = reference.MIN_LOG
-    expected = reference.through_top_k(logits, ids_of(answer))
+    expected = reference.compress_top_k(logits, ids_of(targets))
     np.testing.assert_allclose(rows[0], np.maximum(expected, floor), rtol=1e-4, atol=1e-5)
     with np.errstate(divide="ignore"):
-        of_labels = np.log(answer.soft.to_dense().double().numpy())
+        of_labels = np.log(targets.soft_labels.to_dense().double().numpy())
     np.testing.assert_allclose(rows[1], np.maximum(of_labels, floor), rtol=1e-5, atol=1e-6)
     without = shown_rows(left, images, stored_answer(made, with_logits=False))
     assert all(np.array_equal(a, b) for a, b in zip(rows, without, strict=True))
@@ -317,19 +323,19 @@ def test_log_probs_are_shown_where_asked_for_though_the_set_keeps_logits(
 def test_with_everything_kept_a_set_teaches_as_the_teachers_themselves(
     tmp_path, student, images, variant
 ):
-    probs_BC, mean_logits_BC = answers(10, NUM_CLASSES)
+    probs_BC, mean_logits_BC = ensemble_outputs(10, NUM_CLASSES)
     mean_logits_BC = mean_logits_BC.half().float()  # what float16 keeps is then the same
-    made = make_set(tmp_path, ENCODINGS["dense"], num_views=2, answers_N=(probs_BC, mean_logits_BC))
+    made = make_set(tmp_path, ENCODINGS["dense"], num_views=2, outputs_N=(probs_BC, mean_logits_BC))
     stored, order = stored_answer(made), [2, 1, 8, 5, 7, 3]
     online = BatchTargets(
-        SoftLabels.of_all(probs_BC[order]), stored.classes_B, mean_logits_BC[order]
+        SoftLabels.from_dense(probs_BC[order]), stored.classes_B, mean_logits_BC[order]
     )
     task = DistillTask(student, Discriminator(NUM_CLASSES, variant))
     seen = []
-    for answer in (stored, online):
+    for targets in (stored, online):
         task.zero_grad()
-        rows = shown_rows(task, images, answer)
-        result = task(images, answer)
+        rows = shown_rows(task, images, targets)
+        result = task(images, targets)
         result["loss"].backward()
         grads = [parameter.grad.clone() for parameter in task.parameters()]
         seen.append((rows, [result["loss"].detach(), *result["parts"].values(), *grads]))
@@ -425,9 +431,9 @@ def on_logits(shown: str, logits: np.ndarray, indices: np.ndarray, grad: np.ndar
 def test_gradient_ratio_is_that_of_the_two_terms_as_they_are_weighted(
     student, images, variant, shown, k, weight, hard
 ):
-    answer = online_answer()
+    targets = online_answer()
     if k < NUM_CLASSES:
-        answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), k), answer.classes_B)
+        targets = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), k), targets.classes_B)
     discriminator = Discriminator(NUM_CLASSES, variant)
     task = DistillTask(
         student,
@@ -436,9 +442,11 @@ def test_gradient_ratio_is_that_of_the_two_terms_as_they_are_weighted(
         discriminator_input=shown,
         hard_label_weight=hard,
     )
-    rows = shown_rows(task, images, answer)
-    wake(discriminator, torch.from_numpy(rows[0]).float())  # to the student: no gradient otherwise
-    result = task(images, answer)
+    rows = shown_rows(task, images, targets)
+    redraw_dead_outputs(
+        discriminator, torch.from_numpy(rows[0]).float()
+    )  # to the student: no gradient otherwise
+    result = task(images, targets)
     assert GRADIENT_RATIO not in result["parts"], "it is measured on the way back"
     result["loss"].backward()
 
@@ -449,11 +457,11 @@ def test_gradient_ratio_is_that_of_the_two_terms_as_they_are_weighted(
     ]
     kind = "official" if variant == "official" else "paper"
     grad_rows = reference.discriminate(layers, *rows, variant=kind).grad_student
-    logits, labels = student(images).detach().numpy(), answer.soft
+    logits, labels = student(images).detach().numpy(), targets.soft_labels
     probs = reference.dense(
         labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
     )
-    one_hot = np.eye(NUM_CLASSES)[answer.classes_B.numpy()]
+    one_hot = np.eye(NUM_CLASSES)[targets.classes_B.numpy()]
     of_labels = (1 - hard) * reference.similarity(logits, probs)[1]
     of_labels += hard * reference.similarity(logits, one_hot)[1]
     back = weight * on_logits(shown, logits, labels.indices_NK.numpy(), grad_rows)
@@ -514,9 +522,9 @@ def test_temperature_softens_the_labels_of_the_similarity_and_not_of_the_discrim
     student, images, temperature, k
 ):
     labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
-    answer, discriminator = BatchTargets(labels), Discriminator(NUM_CLASSES)
+    targets, discriminator = BatchTargets(labels), Discriminator(NUM_CLASSES)
     task = DistillTask(student, discriminator, label_temperature=temperature)
-    similarity = float(task(images, answer)["parts"]["similarity_loss"])
+    similarity = float(task(images, targets)["parts"]["similarity_loss"])
     probs = reference.dense(
         labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
     )
@@ -527,17 +535,17 @@ def test_temperature_softens_the_labels_of_the_similarity_and_not_of_the_discrim
     assert similarity == pytest.approx(expected, rel=1e-5)
     assert abs(expected - plain) > 1e-3
     np.testing.assert_array_equal(
-        shown_rows(task, images, answer),
-        shown_rows(DistillTask(student, discriminator), images, answer),
+        shown_rows(task, images, targets),
+        shown_rows(DistillTask(student, discriminator), images, targets),
     )
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0])
 def test_hard_label_weight_takes_so_much_from_the_soft_labels(student, images, weight):
-    answer, discriminator = online_answer(), Discriminator(NUM_CLASSES)
-    plain = DistillTask(student, discriminator)(images, answer)["parts"]
-    result = DistillTask(student, discriminator, hard_label_weight=weight)(images, answer)
-    one_hot = np.eye(NUM_CLASSES)[answer.classes_B.numpy()]
+    targets, discriminator = online_answer(), Discriminator(NUM_CLASSES)
+    plain = DistillTask(student, discriminator)(images, targets)["parts"]
+    result = DistillTask(student, discriminator, hard_label_weight=weight)(images, targets)
+    one_hot = np.eye(NUM_CLASSES)[targets.classes_B.numpy()]
     hard, _ = reference.similarity(student(images).detach().numpy(), one_hot)
     assert float(result["parts"]["hard_label_loss"]) == pytest.approx(hard, rel=1e-5)
     expected = (
@@ -553,16 +561,16 @@ def test_hard_label_weight_takes_so_much_from_the_soft_labels(student, images, w
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mixture_weighs_every_term_of_both_answers_by_area(student, images, share, variant):
-    answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5), torch.arange(6))
-    partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
+    targets = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5), torch.arange(6))
+    partner = targets.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
     task = DistillTask(
         student,
         Discriminator(NUM_CLASSES, variant),
         discriminator_weight=0.5,
         hard_label_weight=0.2,
     )
-    own, other = (task(images, a) for a in (answer, partner))
-    mixed = task(images, answer, Mixture(partner=partner, own_share=share))
+    own, other = (task(images, a) for a in (targets, partner))
+    mixed = task(images, targets, Mixture(partner=partner, lam=share))
     assert abs(float((own["loss"] - other["loss"]).detach())) > 1e-3
     for name, part in mixed["parts"].items():
         expected = share * own["parts"][name] + (1 - share) * other["parts"][name]
@@ -573,8 +581,8 @@ def test_a_mixture_weighs_every_term_of_both_answers_by_area(student, images, sh
 
 
 def test_gradient_of_a_mixture_is_that_of_both_answers_by_area(student, images):
-    answer = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
-    partner = answer.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
+    targets = BatchTargets(labels_of(2 * torch.randn(6, NUM_CLASSES), 5))
+    partner = targets.rows(torch.tensor([2, 0, 1, 5, 3, 4]))
     task = DistillTask(student, Discriminator(NUM_CLASSES))
 
     def gradient(*args: Any) -> Tensor:
@@ -582,8 +590,8 @@ def test_gradient_of_a_mixture_is_that_of_both_answers_by_area(student, images):
         task(images, *args)["loss"].backward()
         return student[1].weight.grad.clone()
 
-    expected = 0.3 * gradient(answer) + 0.7 * gradient(partner)
-    torch.testing.assert_close(gradient(answer, Mixture(partner=partner, own_share=0.3)), expected)
+    expected = 0.3 * gradient(targets) + 0.7 * gradient(partner)
+    torch.testing.assert_close(gradient(targets, Mixture(partner=partner, lam=0.3)), expected)
 
 
 # --- before the first step ----------------------------------------------------------------------
@@ -603,14 +611,14 @@ PICTURES = torch.randint(
 @pytest.mark.parametrize("variant", ["paper", "adversarial"])
 @pytest.mark.parametrize("online", [True, False])
 def test_a_dead_discriminator_is_redrawn_and_that_is_said(classifier, variant, online):
-    answer = online_answer() if online else BatchTargets(labels_of(torch.randn(6, NUM_CLASSES), 5))
+    targets = online_answer() if online else BatchTargets(labels_of(torch.randn(6, NUM_CLASSES), 5))
     task = DistillTask(classifier, dead(variant))
-    said = task.prepare(PICTURES, answer)
+    said = task.prepare(PICTURES, targets)
     assert re.fullmatch(r"1 of the discriminator's outputs .*; redrawn \d+ times", said)
-    rows = shown_rows(task, PICTURES, answer)
+    rows = shown_rows(task, PICTURES, targets)
     both = torch.from_numpy(np.concatenate(rows)).float()
     assert num_dead_outputs(task.discriminator, both) == 0
-    assert task.prepare(PICTURES, answer) is None
+    assert task.prepare(PICTURES, targets) is None
 
 
 def test_the_official_discriminators_dead_outputs_are_kept_and_that_is_said(classifier):
@@ -623,10 +631,12 @@ def test_the_official_discriminators_dead_outputs_are_kept_and_that_is_said(clas
 
 
 def test_a_discriminator_that_is_alive_is_left_as_it_is_and_nothing_is_said(classifier):
-    discriminator, answer = Discriminator(NUM_CLASSES), online_answer()
-    wake(discriminator, torch.cat([classifier.eval()(PICTURES).detach(), answer.mean_logits_BC]))
+    discriminator, targets = Discriminator(NUM_CLASSES), online_answer()
+    redraw_dead_outputs(
+        discriminator, torch.cat([classifier.eval()(PICTURES).detach(), targets.mean_logits_BC])
+    )
     before = [parameter.clone() for parameter in discriminator.parameters()]
-    assert DistillTask(classifier, discriminator).prepare(PICTURES, answer) is None
+    assert DistillTask(classifier, discriminator).prepare(PICTURES, targets) is None
     assert all(map(torch.equal, before, discriminator.parameters()))
 
 
@@ -644,14 +654,14 @@ def test_the_student_is_only_looked_at(classifier, training):
 
 def test_preparation_is_in_float32_under_autocast_and_the_first_step_learns(classifier):
     discriminator = Discriminator(NUM_CLASSES)
-    task, answer = DistillTask(classifier, discriminator), online_answer()
+    task, targets = DistillTask(classifier, discriminator), online_answer()
     seen: list[torch.dtype] = []
     for module in (classifier, discriminator):
         module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        task.prepare(PICTURES, answer)
+        task.prepare(PICTURES, targets)
         assert set(seen) == {torch.float32}
-        loss = task(PICTURES, answer)["loss"]
+        loss = task(PICTURES, targets)["loss"]
     loss.backward()
     assert all(parameter.grad is not None for parameter in classifier.parameters())
 

@@ -52,7 +52,7 @@ def appended(tmp_path_factory) -> tuple[Made, Rows]:
 
 def held(made: Made) -> list[tuple[str, int]]:
     """Return all places that the shards hold."""
-    return [(key, view) for key, view in made.places() if key != LATE or view < 16]
+    return [(key, view) for key, view in made.addresses() if key != LATE or view < 16]
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -61,8 +61,8 @@ def test_views_of_all_blocks_are_found_in_one_lookup(tmp_path, name):
     opened = LabelSet.open(tmp_path)
     assert (opened.num_views, len(opened)) == (35, 5)
     assert [views for views, _ in opened.blocks] == [range(16), range(16, 32), range(32, 35)]
-    places = random.Random(0).sample(held(made), len(held(made)))
-    assert same(look_up(opened, places), made.of(places))
+    addresses = random.Random(0).sample(held(made), len(held(made)))
+    assert same(look_up(opened, addresses), made.of(addresses))
     for view in (0, 15, 16, 31, 32, 34):  # one row, of one block
         assert same(look_up(opened, [(KEYS[4], view)]), made.of([(KEYS[4], view)]))
 
@@ -72,13 +72,13 @@ def test_views_of_all_blocks_are_found_in_one_lookup(tmp_path, name):
 def test_rows_of_blocks_and_appended_files_come_in_the_order_asked_for(appended, data):
     made, rows = appended
     opened = LabelSet.open(made.folder)
-    everything = Rows.joined([made.rows, rows])
-    all_places = [*made.places(), *APPENDED]
+    everything = Rows.concat([made.rows, rows])
+    all_places = [*made.addresses(), *APPENDED]
     askable = sorted({*held(made), *APPENDED})
-    places = data.draw(st.lists(st.sampled_from(askable), max_size=12))
+    addresses = data.draw(st.lists(st.sampled_from(askable), max_size=12))
     # what is appended comes after what was made at the same place, and hides it
-    order = [len(all_places) - 1 - all_places[::-1].index(place) for place in places]
-    assert same(look_up(opened, places), everything.rows(torch.tensor(order, dtype=torch.int64)))
+    order = [len(all_places) - 1 - all_places[::-1].index(address) for address in addresses]
+    assert same(look_up(opened, addresses), everything.rows(torch.tensor(order, dtype=torch.int64)))
 
 
 def test_holds_says_what_lookup_finds(appended):
@@ -123,9 +123,9 @@ def test_a_set_opened_with_fewer_views_has_the_first_ones(made, num_views, num_b
     opened = LabelSet.open(made.folder, num_views=num_views)
     assert opened.num_views == (num_views or 35)
     assert len(opened.blocks) == num_blocks
-    places = [place for place in held(made) if place[1] < opened.num_views]
+    addresses = [address for address in held(made) if address[1] < opened.num_views]
     for labels in (opened, pickle.loads(pickle.dumps(opened))):  # noqa: S301
-        assert same(look_up(labels, places), made.of(places))
+        assert same(look_up(labels, addresses), made.of(addresses))
         assert not labels.holds(KEYS[0], opened.num_views)
         with pytest.raises(LabelSetError, match=rf"it holds {opened.num_views}, from 0"):
             look_up(labels, [(KEYS[0], opened.num_views)])
@@ -202,8 +202,8 @@ def test_a_flipped_bit_in_a_later_block_is_named_and_the_others_are_read(tmp_pat
     opened = LabelSet.open(tmp_path)
     with pytest.raises(LabelSetError, match=rf"labels of 'ant/1.jpg' in .*{path.name} .*CRC-32"):
         look_up(opened, [(KEYS[0], 3), (KEYS[0], 20)])
-    places = [(KEYS[0], 3), (KEYS[0], 33), (KEYS[2], 20)]
-    assert same(look_up(opened, places), made.of(places))
+    addresses = [(KEYS[0], 3), (KEYS[0], 33), (KEYS[2], 20)]
+    assert same(look_up(opened, addresses), made.of(addresses))
 
 
 def test_the_manifest_says_which_views_a_block_has(made):

@@ -16,7 +16,7 @@ from conftest import ROOT, Result
 from mealv2 import recipes
 from pipeline.bench import command_of, hardware, imagenet
 from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
-from pipeline.bench.room import Room
+from pipeline.bench.room import BenchContext
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
 from pipeline.pictures import draw_picture, draw_tree
@@ -203,10 +203,10 @@ def test_webdataset_is_imported_by_its_line_alone() -> None:
 def test_hours_for_imagenet_are_said_of_every_recipe(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(imagenet, "teachers_rate", lambda room, names, size: 1000.0)
-    monkeypatch.setattr(imagenet, "step_rate", lambda room, name, size: 500.0)
-    machine = Runtime(torch.device("cpu"), None)
-    told = imagenet.gpu_hours(Room(BenchConfig(), machine, tmp_path))
+    monkeypatch.setattr(imagenet, "teachers_rate", lambda bench, names, size: 1000.0)
+    monkeypatch.setattr(imagenet, "step_rate", lambda bench, name, size: 500.0)
+    runtime = Runtime(torch.device("cpu"), None)
+    told = imagenet.gpu_hours(BenchContext(BenchConfig(), runtime, tmp_path))
     assert [row["recipe"] for row in told["recipes"]] == recipes.names()
     row = next(row for row in told["recipes"] if row["recipe"] == "resnet50-224")
     assert row["stage_one_180_views_h"] == pytest.approx(180 * 1_281_167 / 1000 / 3600, abs=0.1)
@@ -216,13 +216,13 @@ def test_hours_for_imagenet_are_said_of_every_recipe(
 
 def test_rates_for_imagenet_are_measured_for_real(tmp_path: Path) -> None:
     config = BenchConfig(batch_size=4)
-    room = Room(config, Runtime(torch.device("cpu"), None), tmp_path)
-    assert imagenet.teachers_rate(room, ["test_resnet", "test_efficientnet"], 32) > 0
-    assert imagenet.step_rate(room, "test_resnet", 32) > 0
+    bench = BenchContext(config, Runtime(torch.device("cpu"), None), tmp_path)
+    assert imagenet.teachers_rate(bench, ["test_resnet", "test_efficientnet"], 32) > 0
+    assert imagenet.step_rate(bench, "test_resnet", 32) > 0
 
 
 def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
-    room = Room(BenchConfig(batch_size=16), Runtime(torch.device("cpu"), None), tmp_path)
+    bench = BenchContext(BenchConfig(batch_size=16), Runtime(torch.device("cpu"), None), tmp_path)
     tried: list[int] = []
 
     def ask(images_BCHW: torch.Tensor) -> None:
@@ -230,7 +230,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
         if len(images_BCHW) > 4:
             raise torch.cuda.OutOfMemoryError
 
-    assert imagenet._rate(room, ask, 8) > 0
+    assert imagenet._rate(bench, ask, 8) > 0
     assert list(dict.fromkeys(tried)) == [16, 8, 4]
 
 
@@ -240,10 +240,10 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
 def test_works_take_turns_and_a_first_round_does_not_count() -> None:
     done: list[str] = []
 
-    def work(name: str) -> Callable[[], int]:
+    def spec(name: str) -> Callable[[], int]:
         return lambda: len(done.append(name) or name)  # type: ignore[func-returns-value]
 
-    turns = take_turns({"a": work("a"), "bb": work("bb")}, rounds=3, device=torch.device("cpu"))
+    turns = take_turns({"a": spec("a"), "bb": spec("bb")}, rounds=3, device=torch.device("cpu"))
     assert done == ["a", "bb"] * 4
     assert [turn.units for turn in turns["bb"]] == [2, 2, 2]
 

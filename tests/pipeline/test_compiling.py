@@ -121,8 +121,8 @@ def test_compiled_steps_agree_with_plain_ones_and_keep_the_names_of_the_state(
     classes_B = torch.arange(8) % 5
     for seed in range(4):
         losses = []
-        for ask, optimizer in zip((call, plain), optimizers, strict=True):
-            loss = nn.functional.cross_entropy(ask(_images(8, seed)), classes_B)
+        for student_logits, optimizer in zip((call, plain), optimizers, strict=True):
+            loss = nn.functional.cross_entropy(student_logits(_images(8, seed)), classes_B)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -187,8 +187,8 @@ def test_on_a_gpu_compiled_steps_agree_with_plain_ones(mode: Any, seeded_weights
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.1, fused=True) for n in (network, plain)]
     for seed, size in enumerate((8, 8, 8, 5, 8, 8)):  # a smaller batch between is not compiled
         losses = []
-        for ask, optimizer in zip((call, plain), optimizers, strict=True):
-            logits_BC = ask(_images(size, seed).cuda())
+        for student_logits, optimizer in zip((call, plain), optimizers, strict=True):
+            logits_BC = student_logits(_images(size, seed).cuda())
             loss = nn.functional.cross_entropy(logits_BC, torch.arange(size).cuda() % 5)
             loss.backward()
             optimizer.step()

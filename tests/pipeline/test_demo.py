@@ -26,7 +26,7 @@ def short_story() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def told(
+def use_display_names(
     short_story: None, run_cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
     """Return (folder, result) of the story told once."""

@@ -23,8 +23,8 @@ from mealv2.targets import BatchTargets, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import DrawnViews, scheduled_view, view_of
 from mealv2.weight_files import find_checkpoint
-from pipeline import runtime
 from pipeline.config import DistillConfig
+from pipeline.runtime import create_runtime, seed_everything
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student
 
@@ -72,7 +72,7 @@ def _train_online(
         create_classifier(name, num_classes=3, checkpoint=find_checkpoint(path))
         for name, path in teacher_dirs.items()
     ]
-    runtime.seed_everything(config.seed)
+    seed_everything(config.seed)
     student = create_student(config, classes=source.classes, img_size=32)
     discriminator, extra = None, {}
     if config.discriminator != "off":
@@ -93,7 +93,7 @@ def _train_online(
         evaluator=None,
         extra=extra,
     )
-    return train(config, runtime.start(config), spec)
+    return train(config, create_runtime(config), spec)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
     done: Run, distill_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    answer = StoredLabels.batch
+    batch_targets = StoredLabels.batch
 
     def recording(
         self: StoredLabels,
@@ -193,7 +193,7 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
         images_BCHW: torch.Tensor,
     ) -> BatchTargets:
         asked.extend(zip(positions, views, strict=True))
-        return answer(self, positions, views, images_BCHW)
+        return batch_targets(self, positions, views, images_BCHW)
 
     monkeypatch.setattr(StoredLabels, "batch", recording)
     done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)
@@ -250,7 +250,7 @@ def test_agreement_and_kl_are_those_of_the_saved_student_with_the_stored_labels(
 ) -> None:
     report = done(*distill_flags, "--output", run).report
     student = create_classifier("test_resnet", num_classes=3, checkpoint=find_checkpoint(run))
-    labels = LabelSet.open(labels_dir, role="val")
+    labels = LabelSet.open(labels_dir, split="val")
     kl, agree = [], 0
     for path in sorted((data_dir / "val").glob("*/*")):
         found = labels.lookup([path.relative_to(data_dir / "val").as_posix()], [0])
@@ -439,17 +439,17 @@ def test_damaged_labels_are_refused_naming_the_file(
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_damaged_labels_of_an_image_are_refused_when_they_are_read_naming_file_and_image(
     run_cli: Run,
     distill_flags: list[str],
     labels_dir: Path,
     tmp_path: Path,
     flipped_bit: Callable[..., None],
-    role: str,
+    split: str,
 ) -> None:
     labels = Path(shutil.copytree(labels_dir, tmp_path / "labels"))
-    file = ShardFile(labels / f"{role}-00001.h5")
+    file = ShardFile(labels / f"{split}-00001.h5")
     flipped_bit(file.path, file.header["columns"]["labels"]["offset"] + 3)
     result = run_cli(*distill_flags, "--labels", labels, "--output", tmp_path / "run")
     assert result.code == 3

@@ -9,8 +9,9 @@ import torch
 
 from conftest import Result
 from mealv2.errors import ConfigError, MealError
-from pipeline import environment, ranks, runtime
+from pipeline import environment, ranks
 from pipeline.config import EvaluateConfig
+from pipeline.runtime import create_runtime
 
 Run = Callable[..., Result]
 
@@ -27,7 +28,7 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(
     monkeypatch.setenv("LOCAL_RANK", "one")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="and no number"):
-        runtime.start(EvaluateConfig(data_dir=Path("d"), model="m", device="auto"))
+        create_runtime(EvaluateConfig(data_dir=Path("d"), model="m", device="auto"))
 
 
 def test_alone_a_process_is_the_only_rank() -> None:
@@ -94,7 +95,7 @@ def test_ranks_that_do_not_answer_are_no_refusal(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "rendezvous", raising(error))
         with (
             pytest.raises(MealError, match="the ranks cannot meet") as caught,
-            ranks.together(two, backend="gloo"),
+            ranks.process_group(two, backend="gloo"),
         ):
             pass
         assert type(caught.value) is kind

@@ -33,7 +33,7 @@ STRANGE = ("<b>ants</b> & | co", "*bees* [x](http://y) `z`", "cats: {a: #1}\n---
 
 
 @pytest.fixture(scope="module")
-def folder_of(make_model: Callable[..., Path]) -> Callable[[str], Path]:
+def local_folder(make_model: Callable[..., Path]) -> Callable[[str], Path]:
     """A function: the folder of a trained model by name, made once. Not to be changed."""
     made: dict[str, Path] = {}
 
@@ -82,11 +82,11 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_timm_folder_is_the_same_model_to_the_bit(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    done("export", folder_of(name), "--to", "timm", "--output", tmp_path / "out")
+    done("export", local_folder(name), "--to", "timm", "--output", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    original = checkpoint_of(folder_of(name))
+    original = checkpoint_of(local_folder(name))
     assert same_weights(model, original.backbone)
     mean, std = (torch.tensor(model.pretrained_cfg[n]).view(3, 1, 1) for n in ("mean", "std"))
     found = logits_of(model, (images(5) - mean) / std)
@@ -106,20 +106,20 @@ def test_timm_folder_of_a_run_is_its_student_with_a_card(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hub_folder_loads_with_torch_hub(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "out"
-    done("export", folder_of(name), "--to", "hub-folder", "--output", out)
+    done("export", local_folder(name), "--to", "hub-folder", "--output", out)
     model = torch.hub.load(str(out), name, source="local")
-    assert same_weights(model, checkpoint_of(folder_of(name)).backbone)
+    assert same_weights(model, checkpoint_of(local_folder(name)).backbone)
     blank = torch.hub.load(str(out), name, source="local", pretrained=False)
     assert not same_weights(blank, model)
 
 
 def test_hub_folder_needs_only_torch_and_timm(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done("export", folder_of("test_resnet"), "--to", "hub-folder", "--output", tmp_path / "out")
+    done("export", local_folder("test_resnet"), "--to", "hub-folder", "--output", tmp_path / "out")
     text = (tmp_path / "out" / "hubconf.py").read_text()
     assert set(re.findall(r"^ *(?:import|from) (\w+)", text, flags=re.MULTILINE)) == {
         "pathlib",
@@ -133,11 +133,11 @@ def test_hub_folder_needs_only_torch_and_timm(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx_file_answers_plain_images_as_torch_does(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "model.onnx"
-    result = done("export", folder_of(name), "--to", "onnx", "--output", out)
-    original = checkpoint_of(folder_of(name))
+    result = done("export", local_folder(name), "--to", "onnx", "--output", out)
+    original = checkpoint_of(local_folder(name))
     session = onnxruntime.InferenceSession(str(out))
     for num_images in (1, 5):
         expected = logits_of(original, images(num_images))
@@ -151,7 +151,7 @@ def test_onnx_file_answers_plain_images_as_torch_does(
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(float)", [3, 32, 32])
     assert isinstance(given.shape[0], str)
     said = session.get_modelmeta().custom_metadata_map
-    stored = read_metadata(folder_of(name))
+    stored = read_metadata(local_folder(name))
     for key in ("classes", "img_size", "mean", "std"):
         assert json.loads(said[key]) == stored[key]
     assert said["mealv2"]
@@ -160,25 +160,25 @@ def test_onnx_file_answers_plain_images_as_torch_does(
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_missing_packages_are_one_line(
     run_cli: Run,
-    folder_of: Callable[[str], Path],
+    local_folder: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     out = tmp_path / "model.onnx"
-    result = run_cli("export", folder_of("test_resnet"), "--to", "onnx", "--output", out)
+    result = run_cli("export", local_folder("test_resnet"), "--to", "onnx", "--output", out)
     assert result.code == 2
     (line,) = result.stderr.splitlines()
     assert line == f"mealv2: --to onnx needs {missing}: pip install 'mealv2[export]'"
 
 
 def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     out = tmp_path / "model.onnx"
-    result = done("export", folder_of("test_resnet"), "--to", "onnx", "--output", out)
+    result = done("export", local_folder("test_resnet"), "--to", "onnx", "--output", out)
     assert "not compared" in result.stderr
     assert "max_difference" not in result.report
     onnx.checker.check_model(onnx.load(out))
@@ -190,10 +190,10 @@ def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_torchscript_file_answers_without_timm_or_mealv2(
-    done: Run, folder_of: Callable[[str], Path], tmp_path: Path, name: str
+    done: Run, local_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "model.pt"
-    report = done("export", folder_of(name), "--to", "torchscript", "--output", out).report
+    report = done("export", local_folder(name), "--to", "torchscript", "--output", out).report
     assert report["max_difference"] <= 1e-6
     torch.save(images(5), tmp_path / "images.pt")
     code = (
@@ -207,7 +207,7 @@ def test_torchscript_file_answers_without_timm_or_mealv2(
     )
     command = [sys.executable, "-W", "ignore", "-P", "-c", code]
     subprocess.run(command, cwd=tmp_path, check=True)
-    original = checkpoint_of(folder_of(name))
+    original = checkpoint_of(local_folder(name))
     for found in torch.load(tmp_path / "logits.pt"):
         expected = logits_of(original, images(5)[: len(found)])
         assert not found.requires_grad
@@ -254,14 +254,14 @@ def test_no_file_names_a_path_of_this_machine(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_there_is_never_overwritten(
-    run_cli: Run, folder_of: Callable[[str], Path], tmp_path: Path, kind: str
+    run_cli: Run, local_folder: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(kind, "")
     out = tmp_path / f"out{suffix}"
     mine = out if suffix else out / "mine.txt"
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
-    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--output", out)
+    result = run_cli("export", local_folder("test_resnet"), "--to", kind, "--output", out)
     assert result.code == 2
     (line,) = result.stderr.splitlines()
     assert f"{out} is already there" in line
@@ -271,29 +271,31 @@ def test_what_is_there_is_never_overwritten(
 
 @pytest.mark.parametrize("kind", ["timm", "onnx"])
 def test_an_empty_folder_may_become_a_folder_but_no_file(
-    run_cli: Run, folder_of: Callable[[str], Path], tmp_path: Path, kind: str
+    run_cli: Run, local_folder: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     out = tmp_path / "out.onnx"
     out.mkdir()
-    result = run_cli("export", folder_of("test_resnet"), "--to", kind, "--output", out)
+    result = run_cli("export", local_folder("test_resnet"), "--to", kind, "--output", out)
     assert result.code == {"timm": 0, "onnx": 2}[kind]
     assert (out / "model.safetensors").exists() == (kind == "timm")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 def test_file_that_would_answer_otherwise_is_not_written(
-    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    local_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The check sees a normalisation that changed between the file and the comparison."""
     checked = export._checked
 
-    def spoilt(kind: str, subject: export.Subject, answer: Any) -> float:
+    def spoilt(kind: str, subject: export.ExportedModel, forward: Any) -> float:
         subject.model.mean_13.add_(1e-3)
-        return checked(kind, subject, answer)
+        return checked(kind, subject, forward)
 
     monkeypatch.setattr(export, "_checked", spoilt)
     suffix = {"onnx": ".onnx", "torchscript": ".pt"}[kind]
-    config = ExportConfig(run=folder_of("test_resnet"), to=kind, output=tmp_path / f"model{suffix}")
+    config = ExportConfig(
+        run=local_folder("test_resnet"), to=kind, output=tmp_path / f"model{suffix}"
+    )
     with pytest.raises(MealError, match="otherwise than the checkpoint"):
         export.run(config)
     assert list(tmp_path.iterdir()) == []
@@ -313,9 +315,9 @@ def test_file_that_would_answer_otherwise_is_not_written(
     ],
 )
 def test_wrong_use_is_said_in_one_line(
-    run_cli: Run, folder_of: Callable[[str], Path], tmp_path: Path, words: list[str], named: str
+    run_cli: Run, local_folder: Callable[[str], Path], tmp_path: Path, words: list[str], named: str
 ) -> None:
-    model = folder_of("test_resnet")
+    model = local_folder("test_resnet")
     theirs = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file(checkpoint_of(model).backbone.state_dict(), theirs)
     result = run_cli("export", *(word.format(model=model, theirs=theirs) for word in words))

@@ -77,8 +77,8 @@ def write_labels(folder: Path, source: ImageSource) -> None:
         write_shard(path, Shard(json_sha256(plan), "train", number, 0, NUM_VIEWS, keys, blocks))
         listed.append(describe_file(path, num_images=len(keys)))
     block = {"views": [0, NUM_VIEWS], "shards": listed}
-    role = {"blocks": [block], "skipped": {}, "num_images": NUM_IMAGES}
-    write_manifest(folder, plan, roles={"train": role})
+    split = {"blocks": [block], "skipped": {}, "num_images": NUM_IMAGES}
+    write_manifest(folder, plan, roles={"train": split})
 
 
 def number_of(key: str) -> int:
@@ -114,11 +114,11 @@ def test_memory_is_flat_over_a_million_labelled_rows(folder: Path) -> None:
     num_rows, seen = 0, np.zeros(NUM_IMAGES, dtype=np.int64)
     held: list[float] = []
     for pixels in read_views(reader, sampler.batches_from(0), workers=2):
-        answer = targets.batch(pixels.positions, pixels.views, pixels.images_BCHW)
-        assert answer.soft is not None
+        output = targets.batch(pixels.positions, pixels.views, pixels.images_BCHW)
+        assert output.soft_labels is not None
         names = zip(pixels.positions, pixels.views, strict=True)
         likely = [class_of(number_of(source.keys[p]), view) for p, view in names]
-        assert answer.soft.likeliest().tolist() == likely
+        assert output.soft_labels.argmax().tolist() == likely
         np.add.at(seen, pixels.positions, 1 << np.multiply(8, pixels.views))
         num_rows += len(pixels.positions)
         held.append(resident_mb())

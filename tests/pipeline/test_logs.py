@@ -166,8 +166,8 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: RunFolder) -> None:
-    run.epoch_row({"epoch": 1, "loss": 2.0})
-    run.epoch_row({"epoch": 2, "loss": 1.0, "kl": 0.1})
+    run.log_epoch({"epoch": 1, "loss": 2.0})
+    run.log_epoch({"epoch": 2, "loss": 1.0, "kl": 0.1})
     assert _rows(run) == [
         {"epoch": "1", "loss": "2.0", "kl": ""},
         {"epoch": "2", "loss": "1.0", "kl": "0.1"},
@@ -177,15 +177,15 @@ def test_summary_has_a_row_for_each_epoch_and_takes_new_columns(run: RunFolder) 
 def test_reopened_folder_forgets_the_rows_that_will_be_made_again(run: RunFolder) -> None:
     """``epoch`` counts finished epochs: rows 1..epoch stay."""
     for epoch in (1, 2, 3):
-        run.epoch_row({"epoch": epoch})
+        run.log_epoch({"epoch": epoch})
     again = RunFolder.reopen(run.path, epoch=2, step=20)
-    again.epoch_row({"epoch": 3})
+    again.log_epoch({"epoch": 3})
     assert [row["epoch"] for row in _rows(again)] == ["1", "2", "3"]
 
 
 def test_report_is_written_when_the_run_ends(run: RunFolder) -> None:
     assert not (run.path / REPORT_NAME).exists()
-    run.finish({"top1": 50.0})
+    run.write_report({"top1": 50.0})
     assert json.loads((run.path / REPORT_NAME).read_text()) == {"top1": 50.0}
 
 
@@ -198,14 +198,14 @@ def test_progress_does_not_ask_for_more_than_it_yields() -> None:
 _KILLED_WHILE_IT_TALKS = """
 import os, signal
 from pipeline import logs
-logs.say("before")
+logs.info("before")
 child = os.fork()
 if not child:
     logs.tqdm.get_lock().acquire()
     os.kill(os.getpid(), signal.SIGKILL)
 os.waitpid(child, 0)
 signal.alarm(10)
-logs.say("after")
+logs.info("after")
 """
 
 
@@ -221,15 +221,15 @@ def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> 
 
 
 def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_copies", {})
-    copies.name_copy(Path("/cache/s3/b/labels"), "s3://b/labels")
+    monkeypatch.setattr(copies, "_display_names", {})
+    copies.set_display_name(Path("/cache/s3/b/labels"), "s3://b/labels")
     for text, told in {
         "/cache/s3/b/labels: no": "s3://b/labels: no",
         "see /cache/s3/b/labels/a.h5.": "see s3://b/labels/a.h5.",
         "in /cache/s3/b/labels.": "in s3://b/labels.",
         "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
     }.items():
-        assert copies.told(text) == (told or text)
+        assert copies.use_display_names(text) == (told or text)
 
 
 def test_one_thing_has_no_plural() -> None:

@@ -19,42 +19,45 @@ from mealv2.label_set import Appender, LabelSet, Rows, ShardFile, read_manifest
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
-Answers = dict[str, Rows]
+Annotations = dict[str, Rows]
 
 NUM_FLIPS = 300
 NUM_REPAIRED = 40
 LENGTHS = (0, 1, 71, 72, 104, 511, 512)  # of nothing, of parts of the head, of a shard's head
 
 
-def read_all(folder: Path) -> Answers:
+def read_all(folder: Path) -> Annotations:
     """Return every label of a set: of each role all views of all images, and the appended rows."""
-    answers = {}
-    for role in ("train", "val"):
-        labels = LabelSet.open(folder, role=role)
+    annotations = {}
+    for split in ("train", "val"):
+        labels = LabelSet.open(folder, split=split)
         keys = list(labels.keys())
-        places = [(key, view) for key in keys for view in range(labels.num_views)]
+        addresses = [(key, view) for key in keys for view in range(labels.num_views)]
         for file in labels.appended_files:
-            places += zip(file.keys(), file.column("views").tolist(), strict=True)
-        answers[role] = labels.rows([key for key, _ in places], [view for _, view in places])
-        assert len(keys) == (36 if role == "train" else 15)
-    return answers
+            addresses += zip(file.keys(), file.column("views").tolist(), strict=True)
+        annotations[split] = labels.rows(
+            [key for key, _ in addresses], [view for _, view in addresses]
+        )
+        assert len(keys) == (36 if split == "train" else 15)
+    return annotations
 
 
-def same(some: Answers, others: Answers) -> bool:
+def same(some: Annotations, others: Annotations) -> bool:
     """Return whether labels are equal to the bit, in the same order."""
     return some.keys() == others.keys() and all(
-        bytes(some[role].labels.to_dense().numpy()) == bytes(others[role].labels.to_dense().numpy())
-        for role in some
+        bytes(some[split].labels.to_dense().numpy())
+        == bytes(others[split].labels.to_dense().numpy())
+        for split in some
     )
 
 
-def reads_right_or_not(folder: Path, truth: Answers) -> str:
+def reads_right_or_not(folder: Path, truth: Annotations) -> str:
     """Return ``right`` or ``refused``; wrong labels, or another error, fail."""
     try:
-        answers = read_all(folder)
+        annotations = read_all(folder)
     except LabelSetError:
         return "refused"
-    assert same(answers, truth), "wrong labels were returned"
+    assert same(annotations, truth), "wrong labels were returned"
     return "right"
 
 
@@ -85,7 +88,7 @@ def whole(
 
 
 @pytest.fixture(scope="module")
-def truth(whole: Path) -> Answers:
+def truth(whole: Path) -> Annotations:
     """All its labels."""
     return read_all(whole)
 
@@ -155,7 +158,7 @@ def flips(files: dict[str, bytes], count: int, *, seed: int) -> Iterator[tuple[s
 def test_no_flipped_bit_gives_a_wrong_label_and_verify_names_the_file(
     run_cli: Run,
     whole: Path,
-    truth: Answers,
+    truth: Annotations,
     damaged: Path,
     contents: Files,
     capsys: pytest.CaptureFixture[str],
@@ -203,7 +206,7 @@ def test_a_bit_that_only_hdf5_reads_is_made_right_again(
     whole: Path,
     damaged: Path,
     contents: Files,
-    truth: Answers,
+    truth: Annotations,
     name: str,
 ) -> None:
     path = damaged / name
@@ -220,7 +223,7 @@ def test_a_bit_that_only_hdf5_reads_is_made_right_again(
 
 
 def test_no_truncated_file_gives_a_wrong_label_and_verify_names_it(
-    run_cli: Run, whole: Path, truth: Answers, damaged: Path, contents: Files
+    run_cli: Run, whole: Path, truth: Annotations, damaged: Path, contents: Files
 ) -> None:
     rng = random.Random(2026)
     for name, data in contents(whole).items():
@@ -299,7 +302,7 @@ def test_a_shard_that_is_not_its_own_is_refused_and_it_alone_made_again(
     whole: Path,
     other: Path,
     damaged: Path,
-    truth: Answers,
+    truth: Annotations,
     contents: Files,
     harm: Callable[[Path, Path], None],
     names: list[str],
@@ -322,7 +325,7 @@ def test_a_folder_in_a_files_place_is_named_and_left_there(
     run_cli: Run,
     repair: Callable[..., Result],
     damaged: Path,
-    truth: Answers,
+    truth: Annotations,
     whole: Path,
     contents: Files,
     name: str,
@@ -345,7 +348,7 @@ def test_a_folder_in_a_files_place_is_named_and_left_there(
 
 
 def test_a_file_that_is_no_files_of_the_set_is_left_alone(
-    done: Run, precompute_flags: list[str], damaged: Path, truth: Answers, contents: Files
+    done: Run, precompute_flags: list[str], damaged: Path, truth: Annotations, contents: Files
 ) -> None:
     for name in ("notes.txt", "train-00099.h5", "train-0x.h5", f"{TEMPORARY_PREFIX}train-00000.h5"):
         (damaged / name).write_text("not yours")
@@ -383,7 +386,7 @@ def test_a_manifest_is_written_anew_from_the_files(
     other: Path,
     labels_dir: Path,
     whole: Path,
-    truth: Answers,
+    truth: Annotations,
     contents: Files,
     kind: str,
 ) -> None:
@@ -415,7 +418,7 @@ def test_a_plan_is_written_anew_where_manifest_or_shards_know_it(
     damaged: Path,
     other: Path,
     whole: Path,
-    truth: Answers,
+    truth: Annotations,
     contents: Files,
     kind: str,
     manifest: str,
@@ -440,16 +443,16 @@ def test_a_plan_is_written_anew_where_manifest_or_shards_know_it(
     assert contents(damaged) == contents(whole)
 
 
-@pytest.mark.parametrize("strays", [["plan.json"], ["manifest.json"], ["train-00002.h5"]])
+@pytest.mark.parametrize("temporaries", [["plan.json"], ["manifest.json"], ["train-00002.h5"]])
 def test_a_stray_file_of_another_set_never_lets_that_set_take_the_folder(
     run_cli: Run,
     precompute_flags: list[str],
     damaged: Path,
     other: Path,
     contents: Files,
-    strays: list[str],
+    temporaries: list[str],
 ) -> None:
-    for name in strays:
+    for name in temporaries:
         shutil.copy(other / name, damaged)
     before = contents(damaged)
     for manifest in ("there", "lost"):

@@ -188,7 +188,7 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     contents: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "_RETRY_DELAY_S", 0.0)
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
     labelling += ["--output", f"{store.url}/labels", *cache]
 
@@ -196,11 +196,11 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
         return 0 if request.startswith(b"PUT") and b"train-00001.h5" in request[:200] else None
 
     with cutting_proxy(store.port, may_pass) as port:
-        store.through(port)
+        store.compiled_student(port)
         told = one_line(run_cli(*labelling), 1)
     assert "cannot write s3://" in told
     assert "manifest.json" not in store.names("labels")
-    store.through(store.port)
+    store.compiled_student(store.port)
 
     report = done(*labelling).report
 
@@ -265,7 +265,7 @@ def test_a_damaged_shard_that_was_removed_meanwhile_is_put(store: Store, tmp_pat
     new.write_bytes(b"whole")
     store.system.rm(there)
 
-    assert remote.put(there, new, damaged=damaged)
+    assert remote.upload(there, new, damaged=damaged)
 
     assert store.data("labels/train-00001.h5") == b"whole"
 
@@ -596,7 +596,7 @@ def test_a_cut_connection_is_tried_again(store: Store, tar_dir: Path, tmp_path: 
         return None
 
     with cutting_proxy(store.port, may_pass) as port:
-        store.through(port)
+        store.compiled_student(port)
         far = open_source(url, "train", cache=Cache(tmp_path / "cache", 10**9))
         assert [far.read(p) for p in range(len(far))] == [local.read(p) for p in range(len(far))]
     assert len(cut) >= 2
@@ -613,16 +613,16 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     done: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "_RETRY_DELAY_S", 0.0)
     images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
     flags = training_flags(distill_flags, images, labels)
     with cutting_proxy(store.port, lambda request: 700 if b".h5" in request else None) as port:
-        store.through(port)
+        store.compiled_student(port)
         told = one_line(run_cli(*flags, *cache, "--output", tmp_path / "run"), 1)
     assert "cannot read s3://" in told
     assert "run the same command again" in told
     assert not [*(tmp_path / "cache").rglob("*.h5")]
-    store.through(store.port)
+    store.compiled_student(store.port)
 
     assert done(*flags, *cache, "--output", tmp_path / "run").report["epochs"] == 2
 

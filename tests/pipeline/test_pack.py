@@ -20,7 +20,7 @@ from PIL import Image
 
 from conftest import Result
 from mealv2.errors import DataError
-from mealv2.files import write_whole
+from mealv2.files import write_atomic
 from mealv2.formats import sealed_json
 from mealv2.images import ImageFolder, fingerprint
 from mealv2.packed import INDEX_NAME, Pack, PackedImage, PackedTar
@@ -264,11 +264,11 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
         written.append(path)
         if next(numbers) == 10:  # two threads may be here at once
             os.kill(os.getpid(), signal.SIGINT)
-        return write_whole(path, data)
+        return write_atomic(path, data)
 
     flags = ["pack", "--data-dir", data_dir, "--output", tmp_path / "out", "--workers", 2]
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "write_whole", write)
+        patched.setattr(folder, "write_atomic", write)
         result = run_cli(*flags)
     assert result.code == 4
     assert result.stderr.count("mealv2: ") == 1

@@ -25,8 +25,8 @@ from mealv2.soft_labels import (
     EncodedLabels,
     Labels,
     SoftLabels,
+    compress_logits,
     encode,
-    logits_through,
     top_k,
 )
 from mealv2.views import view_of
@@ -82,15 +82,15 @@ def _val_view(path: Path) -> np.ndarray:
 
 def _logits(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
     """Ask each teacher by hand; return logits teachers x N x classes, float64."""
-    answers = []
+    annotations = []
     for name, folder in teacher_dirs.items():
         model = timm.create_model(name, num_classes=3).eval()
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         mean, std = (np.array(values, dtype=np.float32) for values in NORMALISATION[name])
         images = torch.from_numpy((pixels_NHWC.astype(np.float32) / 255 - mean) / std)
         with torch.no_grad():
-            answers.append(model(images.permute(0, 3, 1, 2)).double().numpy())
-    return np.array(answers)
+            annotations.append(model(images.permute(0, 3, 1, 2)).double().numpy())
+    return np.array(annotations)
 
 
 def _answers(teacher_dirs: dict[str, Path], pixels_NHWC: np.ndarray) -> np.ndarray:
@@ -135,10 +135,10 @@ def test_accuracies_in_the_manifest_are_those_of_an_independent_evaluation(
     accuracy = LabelSet.open(labels_dir).manifest["roles"]["val"]["accuracy"]
     paths = sorted((data_dir / "val").glob("*/*"))
     truth = np.array([sorted({p.parent.name for p in paths}).index(p.parent.name) for p in paths])
-    answers = _answers(teacher_dirs, np.stack([_val_view(path) for path in paths]))
+    annotations = _answers(teacher_dirs, np.stack([_val_view(path) for path in paths]))
     expected = [
         round(100 * float((probs.argmax(axis=1) == truth).mean()), 4)
-        for probs in (*answers, answers.mean(axis=0))
+        for probs in (*annotations, annotations.mean(axis=0))
     ]
     assert [t["top1"] for t in accuracy["teachers"]] == expected[:-1]
     assert accuracy["ensemble"]["top1"] == expected[-1]
@@ -150,7 +150,7 @@ def test_accuracies_in_the_manifest_are_those_of_an_independent_evaluation(
 def test_val_labels_are_of_the_centre_crop(
     labels_dir: Path, teacher_dirs: dict[str, Path], data_dir: Path
 ) -> None:
-    labels = LabelSet.open(labels_dir, role="val")
+    labels = LabelSet.open(labels_dir, split="val")
     keys = list(labels.keys())
     pixels = np.stack([_val_view(data_dir / "val" / key) for key in keys])
     by_hand = -np.sort(-_answers(teacher_dirs, pixels).mean(axis=0), axis=1)[:, :2]
@@ -184,14 +184,14 @@ def _bits(labels: Labels) -> list[list[object]]:
     return [[str(part.dtype), *part.tolist()] for part in parts]
 
 
-def _pixels(data_dir: Path, role: str, keys: list[str], views: list[int]) -> np.ndarray:
-    folder = data_dir / role
-    if role == "val":
+def _pixels(data_dir: Path, split: str, keys: list[str], views: list[int]) -> np.ndarray:
+    folder = data_dir / split
+    if split == "val":
         return np.stack([_val_view(folder / key) for key in keys])
     return np.stack([_train_view(folder / k, k, v) for k, v in zip(keys, views, strict=True)])
 
 
-@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_are_what_each_form_makes_of_the_teachers_answers(
@@ -200,26 +200,26 @@ def test_rows_are_what_each_form_makes_of_the_teachers_answers(
     data_dir: Path,
     form: str,
     logits: bool,
-    role: str,
+    split: str,
 ) -> None:
     """The answers of a set of exact values are those asked for by hand; the forms start there."""
-    exact = LabelSet.open(labels_of("all float32"), role=role)
+    exact = LabelSet.open(labels_of("all float32"), split=split)
     keys, views = _places(exact)
-    of_teachers = _logits(teacher_dirs, _pixels(data_dir, role, keys, views))
-    answers = exact.soft_labels(keys, views)
-    assert isinstance(answers, SoftLabels)
+    of_teachers = _logits(teacher_dirs, _pixels(data_dir, split, keys, views))
+    annotations = exact.soft_labels(keys, views)
+    assert isinstance(annotations, SoftLabels)
     by_hand = torch.softmax(torch.from_numpy(of_teachers), dim=2).mean(dim=0)
-    np.testing.assert_allclose(answers.probs_NK, by_hand, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(annotations.probs_NK, by_hand, rtol=0, atol=1e-6)
 
-    labels = LabelSet.open(labels_of(form, logits=logits), role=role)
+    labels = LabelSet.open(labels_of(form, logits=logits), split=split)
     rows = labels.rows(keys, views)
-    assert _bits(rows.labels) == _bits(_kept_by_hand(form, answers.probs_NK))
+    assert _bits(rows.labels) == _bits(_kept_by_hand(form, annotations.probs_NK))
     assert (rows.logits is not None) == logits
-    if form == "rate" and role == "train":
+    if form == "rate" and split == "train":
         assert len(set(rows.labels.kept().is_kept_NK.sum(dim=1).tolist())) > 1, "or it varies not"
     if rows.logits is not None:
         kept = rows.labels.kept()
-        expected = logits_through(torch.from_numpy(of_teachers.mean(axis=0)), kept)
+        expected = compress_logits(torch.from_numpy(of_teachers.mean(axis=0)), kept)
         np.testing.assert_allclose(rows.logits.to_dense(kept, 3), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -228,23 +228,23 @@ def _size(path: Path) -> list[int]:
         return list(image.size)
 
 
-@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_set_knows_the_size_the_bytes_and_the_class_of_its_images(
-    labels_dir: Path, data_dir: Path, role: str
+    labels_dir: Path, data_dir: Path, split: str
 ) -> None:
     found = 0
-    for path in sorted(labels_dir.glob(f"{role}-*.h5")):
+    for path in sorted(labels_dir.glob(f"{split}-*.h5")):
         file = ShardFile(path)
         images = file.images
         assert images is not None
         keys = file.keys()
-        paths = [data_dir / role / key for key in keys]
+        paths = [data_dir / split / key for key in keys]
         found += len(paths)
         assert images.sizes_N2.tolist() == [_size(p) for p in paths]
         assert images.file_bytes_N.tolist() == [p.stat().st_size for p in paths]
         classes = ["ants", "bees", "cats"]
         assert images.classes_N.tolist() == [classes.index(p.parent.name) for p in paths]
-    assert found == {"train": 36, "val": 15}[role]
+    assert found == {"train": 36, "val": 15}[split]
 
 
 def _boxes_sha256(file: ShardFile) -> str:
@@ -310,7 +310,7 @@ def test_view_seed_changes_the_train_labels_and_not_the_val_labels(
 ) -> None:
     done(*precompute_flags, "--view-seed", 8, "--output", out)
     train = [lookup_all(LabelSet.open(path)) for path in (out, labels_dir)]
-    val = [lookup_all(LabelSet.open(path, role="val")) for path in (out, labels_dir)]
+    val = [lookup_all(LabelSet.open(path, split="val")) for path in (out, labels_dir)]
     assert not np.array_equal(*train)
     np.testing.assert_array_equal(*val)
 
@@ -381,7 +381,7 @@ def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str,
     assert train["views"]["seed"] == 7
     assert train["views"]["scale"] == [0.08, 1.0]
     assert {"torch", "torchvision", "timm", "pillow", "numpy", "h5py"} < manifest["versions"].keys()
-    blocks = {name: role["blocks"] for name, role in manifest["roles"].items()}
+    blocks = {name: split["blocks"] for name, split in manifest["roles"].items()}
     assert {name: [block["views"] for block in listed] for name, listed in blocks.items()} == {
         "train": [[0, 4]],
         "val": [[0, 1]],
@@ -395,8 +395,8 @@ def test_manifest_says_what_the_set_is(labels_dir: Path, teacher_dirs: dict[str,
             "sha256": sha256(path.read_bytes()).hexdigest(),
             "head_sha256": sha256(path.read_bytes()[:512]).hexdigest(),
         }
-        for role in ("train", "val")
-        for path in sorted(labels_dir.glob(f"{role}-*.h5"))
+        for split in ("train", "val")
+        for path in sorted(labels_dir.glob(f"{split}-*.h5"))
     ]
     text = (labels_dir / "manifest.json").read_text()
     own = manifest["manifest_sha256"]
@@ -731,13 +731,13 @@ def test_skipped_images_stand_in_the_manifest_with_the_reason(
     flags = ["--data-dir", bad_data, "--on-bad-image", "skip", "--shard-size", shard_size]
     report = done(*precompute_flags, *flags, "--output", out).report
     assert (report["skipped"], report["images"], report["views"]) == (4, 33, 132)
-    roles = LabelSet.open(out).manifest["roles"]
-    named = {f"{role}/{key}" for role in roles for key in roles[role]["skipped"]}
+    splits = LabelSet.open(out).manifest["roles"]
+    named = {f"{split}/{key}" for split in splits for key in splits[split]["skipped"]}
     assert named == BAD.keys()
-    assert "truncated" in roles["train"]["skipped"]["ants/01.jpg"]
-    assert "empty" in roles["train"]["skipped"]["bees/04.jpg"]
-    assert "not an image" in roles["train"]["skipped"]["cats/07.jpg"]
-    assert (roles["train"]["num_images"], roles["val"]["num_images"]) == (33, 14)
+    assert "truncated" in splits["train"]["skipped"]["ants/01.jpg"]
+    assert "empty" in splits["train"]["skipped"]["bees/04.jpg"]
+    assert "not an image" in splits["train"]["skipped"]["cats/07.jpg"]
+    assert (splits["train"]["num_images"], splits["val"]["num_images"]) == (33, 14)
 
 
 def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
@@ -749,7 +749,7 @@ def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
         for path in sorted(out.glob("*.h5"))
         for key, missing in ShardFile(path).header["skipped"].items()
     }
-    places = {  # ten images in a shard, 12 and 5 of a class
+    addresses = {  # ten images in a shard, 12 and 5 of a class
         "train/ants/01.jpg": ("train-00000.h5", 1, 0),
         "train/bees/04.jpg": ("train-00001.h5", 6, 1),
         "train/cats/07.jpg": ("train-00003.h5", 1, 2),
@@ -763,7 +763,7 @@ def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
             "bytes": (bad_data / name).stat().st_size,
             "class": class_id,
         }
-        for name, (shard, position, class_id) in places.items()
+        for name, (shard, position, class_id) in addresses.items()
     }
     for path in out.glob("train-*.h5"):
         file = ShardFile(path)

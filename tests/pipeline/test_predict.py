@@ -35,7 +35,9 @@ def predict(model: Path) -> list[object]:
 
 def best(report: dict[str, Any]) -> dict[str, str]:
     """Return the best class of every image by its path."""
-    return {answer["image"]: answer["best"][0]["class"] for answer in report["predictions"]}
+    return {
+        prediction["image"]: prediction["best"][0]["class"] for prediction in report["predictions"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -53,9 +55,9 @@ def test_right_answers_are_as_many_as_evaluate_counts(
     assert 0 < sum(right) < 15
     of_truth = [
         row["prob"]
-        for answer in found["predictions"]
-        for row in answer["best"]
-        if row["class"] == Path(answer["image"]).parent.name
+        for prediction in found["predictions"]
+        for row in prediction["best"]
+        if row["class"] == Path(prediction["image"]).parent.name
     ]
     cross_entropy = -sum(map(math.log, of_truth)) / len(right)
     assert cross_entropy == pytest.approx(evaluated["cross_entropy"], rel=1e-5)
@@ -69,19 +71,19 @@ def test_probabilities_are_the_models_on_the_centre_crop(
     """Computed again with timm alone, its normalisation written out."""
     backbone = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
     source = ImageFolder(data_dir, "val")
-    answers = done(*predict, data_dir / "val", *flags).report["predictions"]
-    assert [answer["image"] for answer in answers] == [
+    predictions = done(*predict, data_dir / "val", *flags).report["predictions"]
+    assert [prediction["image"] for prediction in predictions] == [
         str(data_dir / "val" / key) for key in source.keys
     ]
     own = [backbone.pretrained_cfg[n] for n in ("mean", "std")]
     given = [flags[1:4], flags[5:]] if flags else own
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in given)
-    for position, answer in enumerate(answers):
+    for position, prediction in enumerate(predictions):
         crop = torch.from_numpy(centre_crop(decode(source.read(position)), 32).copy())
         image_BCHW = ((crop.permute(2, 0, 1) / 255 - mean) / std)[None]
         with torch.no_grad():
             probs_C = backbone(image_BCHW).softmax(1)[0].double()
-        shown = {row["class"]: row["prob"] for row in answer["best"]}
+        shown = {row["class"]: row["prob"] for row in prediction["best"]}
         assert list(shown.values()) == sorted(shown.values(), reverse=True)
         expected = dict(zip(source.classes, probs_C.tolist(), strict=True))
         assert shown == pytest.approx(expected, abs=1e-5)
@@ -92,7 +94,7 @@ def test_files_and_folders_mix_and_a_picture_named_twice_is_one(
 ) -> None:
     monkeypatch.chdir(data_dir)
     found = done(*predict, "val/cats/01.jpg", "val/ants", "val/cats/01.jpg", "val/ants/00.jpg")
-    names = [answer["image"] for answer in found.report["predictions"]]
+    names = [prediction["image"] for prediction in found.report["predictions"]]
     assert names[:2] == ["val/cats/01.jpg", "val/ants/00.jpg"]
     assert len(names) == len(set(names)) == 6
 
@@ -104,8 +106,8 @@ def test_folders_are_walked_for_pictures_that_are_not_hidden(
     for name in ("b/deep/er/1.JPG", "a.jpeg", ".hidden.jpg", ".cache/2.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, tmp_path / name)
-    answers = done(*predict, tmp_path).report["predictions"]
-    assert [answer["image"] for answer in answers] == [
+    predictions = done(*predict, tmp_path).report["predictions"]
+    assert [prediction["image"] for prediction in predictions] == [
         str(tmp_path / name) for name in ("a.jpeg", "b/deep/er/1.JPG")
     ]
 
@@ -122,12 +124,12 @@ def test_topk_limits_the_classes_and_people_read_them_on_stderr(
 ) -> None:
     picture = data_dir / "val" / "bees" / "00.jpg"
     result = done(*predict, picture, "--topk", 2)
-    (answer,) = result.report["predictions"]
-    assert len(answer["best"]) == 2
+    (prediction,) = result.report["predictions"]
+    assert len(prediction["best"]) == 2
     assert len(result.stdout.splitlines()) == 1
     lines = result.stderr.splitlines()
     assert lines[0] == str(picture)
-    expected = [f"{100 * row['prob']:.2f} %  {row['class']}" for row in answer["best"]]
+    expected = [f"{100 * row['prob']:.2f} %  {row['class']}" for row in prediction["best"]]
     assert [line.strip() for line in lines[1:]] == expected
 
 
@@ -143,9 +145,9 @@ def test_results_file_holds_the_answers(
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [
-        (answer["image"], str(rank), row["class"], str(row["class_id"]), row["prob"])
-        for answer in report["predictions"]
-        for rank, row in enumerate(answer["best"], start=1)
+        (prediction["image"], str(rank), row["class"], str(row["class_id"]), row["prob"])
+        for prediction in report["predictions"]
+        for rank, row in enumerate(prediction["best"], start=1)
     ]
     names = ("image", "rank", "class", "class_id")
     assert [(*(row[n] for n in names), float(row["prob"])) for row in rows] == expected

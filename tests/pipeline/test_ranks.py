@@ -90,23 +90,23 @@ def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(7, 3, generator=generator)
     labels_B = torch.tensor([0, 1, 2, 0, 1, 2, 2])
-    whole, together, sums = Evaluation(3), Evaluation(3), torch.zeros(12, dtype=torch.float64)
+    whole, process_group, sums = Evaluation(3), Evaluation(3), torch.zeros(12, dtype=torch.float64)
     whole.add(logits_BC, labels_B)
     for rows in (slice(0, 4), slice(4, 4), slice(4, 7)):
         part = Evaluation(3)
         part.add(logits_BC[rows], labels_B[rows])
         sums += part.sums()
-    together.take(sums)
-    assert together.summary() == pytest.approx(whole.summary(), rel=1e-12)
-    assert together.per_class() == whole.per_class()
+    process_group.take(sums)
+    assert process_group.summary() == pytest.approx(whole.summary(), rel=1e-12)
+    assert process_group.per_class() == whole.per_class()
 
 
 def test_a_run_of_one_process_tells_nobody() -> None:
     alone, tensor = Ranks(), torch.ones(2)
-    assert alone.agree(3, "SIGINT") == (3, "SIGINT")
-    assert alone.total(tensor) is tensor
-    assert alone.joined(tensor) is tensor
-    assert alone.totals({"a": 1}) == {"a": 1}
+    assert alone.sync_step(3, "SIGINT") == (3, "SIGINT")
+    assert alone.all_reduce(tensor) is tensor
+    assert alone.gather_rows(tensor) is tensor
+    assert alone.all_reduce_counts({"a": 1}) == {"a": 1}
 
 
 # --- several of them ----------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_teachers_are_asked_once_about_each_view_and_counted(
 def as_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs in this process take the ways of several ranks, of which there is one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(Ranks, "are_several", True)
+    monkeypatch.setattr(Ranks, "is_distributed", True)
     yield
     dist.destroy_process_group()
 

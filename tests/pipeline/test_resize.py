@@ -111,7 +111,7 @@ def test_another_resize_than_the_labels_is_said_and_used(
 def other_set(labels_dir: Path, tmp_path: Path) -> Path:
     """A label set that a machine with other pixels made."""
     folder = Path(shutil.copytree(labels_dir, tmp_path / "other"))
-    stored.signed_again(folder, lambda plan, roles: plan.update(probe_sha256=OTHER))
+    stored.signed_again(folder, lambda plan, splits: plan.update(probe_sha256=OTHER))
     return folder
 
 

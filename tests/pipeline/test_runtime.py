@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from mealv2.errors import ConfigError
-from pipeline import runtime
 from pipeline.config import EvaluateConfig
+from pipeline.runtime import (
+    StopRequested,
+    create_runtime,
+    library_versions,
+    seed_everything,
+    stop_on_signal,
+)
 
 
 def config(**values: object) -> EvaluateConfig:
@@ -19,19 +25,19 @@ def config(**values: object) -> EvaluateConfig:
 
 
 def test_without_amp_networks_compute_in_float32() -> None:
-    machine = runtime.start(config(device="cpu"))
-    with machine.autocast():
+    runtime = create_runtime(config(device="cpu"))
+    with runtime.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == torch.float32
-    assert (machine.device.type, machine.precision) == ("cpu", "float32")
+    assert (runtime.device.type, runtime.precision) == ("cpu", "float32")
 
 
 def test_amp_computes_in_bfloat16_and_says_so() -> None:
-    machine = runtime.start(config(device="cpu", amp=True))
-    with machine.autocast():
+    runtime = create_runtime(config(device="cpu", amp=True))
+    with runtime.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == torch.bfloat16
-    assert machine.precision == "bfloat16"
+    assert runtime.precision == "bfloat16"
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "mps"])
@@ -39,17 +45,17 @@ def test_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
     with pytest.raises(ConfigError, match=f"--device {device}: not on this machine") as caught:
-        runtime.start(config(device=device))
+        create_runtime(config(device=device))
     assert "\n" not in str(caught.value)
 
 
 def test_float16_is_refused_on_the_cpu() -> None:
     with pytest.raises(ConfigError, match="--amp-dtype float16"):
-        runtime.start(config(device="cpu", amp=True, amp_dtype="float16"))
+        create_runtime(config(device="cpu", amp=True, amp_dtype="float16"))
 
 
 def test_versions_are_those_installed() -> None:
-    versions = runtime.versions()
+    versions = library_versions()
     for package in ("torch", "torchvision", "timm", "pillow", "numpy", "h5py"):
         installed = importlib.metadata.version(package)
         assert versions[package].split("+")[0] == installed.split("+")[0]
@@ -60,7 +66,7 @@ def test_equal_seeds_give_equal_new_weights() -> None:
     with torch.random.fork_rng():
         drawn = []
         for seed in (1, 1, 2):
-            runtime.seed_everything(seed)
+            seed_everything(seed)
             drawn.append(torch.nn.Linear(3, 3).weight.detach().clone())
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -73,10 +79,10 @@ def test_equal_seeds_give_equal_new_weights() -> None:
 def test_a_signal_stops_at_the_next_check_and_not_before(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
+    with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
         stop.check()
         os.kill(os.getpid(), number)
-        with pytest.raises(runtime.StopRequested, match=number.name):
+        with pytest.raises(StopRequested, match=number.name):
             stop.check()
     assert "once more quits at once" in capfd.readouterr().err
 
@@ -84,7 +90,7 @@ def test_a_signal_stops_at_the_next_check_and_not_before(
 def test_handlers_are_put_back() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM):
+    with stop_on_signal(signal.SIGINT, signal.SIGTERM):
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
 
@@ -94,7 +100,7 @@ def test_outside_the_main_thread_handlers_are_left_alone() -> None:
     seen: list[object] = []
 
     def body() -> None:
-        with runtime.stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
+        with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop:
             stop.check()
             seen.append(signal.getsignal(signal.SIGINT))
 

@@ -39,9 +39,9 @@ def twin(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tar_tree(data_dir, tmp_path_factory.mktemp("tars") / "twin", keys=True)
 
 
-def probabilities(labels: Path, role: str) -> dict[tuple[str, int], np.ndarray]:
+def probabilities(labels: Path, split: str) -> dict[tuple[str, int], np.ndarray]:
     """Return every label of a set, dense."""
-    stored = LabelSet.open(labels, role=role)
+    stored = LabelSet.open(labels, split=split)
     images = list(stored.keys())
     names = [(key, view) for key in images for view in range(stored.num_views)]
     keys, views = zip(*names, strict=True)
@@ -54,12 +54,12 @@ def assert_same_labels(labels: Path, others: Path) -> None:
 
     The rows of a batch are others, so that the last bit of a float16 may be another too.
     """
-    for role in ("train", "val"):
-        ours, theirs = probabilities(labels, role), probabilities(others, role)
+    for split in ("train", "val"):
+        ours, theirs = probabilities(labels, split), probabilities(others, split)
         assert ours.keys() == theirs.keys()
         for name, row in ours.items():
             np.testing.assert_allclose(row, theirs[name], atol=1e-3)
-        plans = [read_manifest(folder)["plan"]["roles"][role] for folder in (labels, others)]
+        plans = [read_manifest(folder)["plan"]["roles"][split] for folder in (labels, others)]
         assert plans[0]["data_sha256"] == plans[1]["data_sha256"]
 
 
@@ -78,12 +78,12 @@ def test_labels_of_tar_shards_are_those_of_the_folder_in_a_shard_for_each_tar_fi
     assert_same_labels(labels, labels_dir)
     plan = read_manifest(labels)["plan"]
     assert "shard_size" not in plan
-    for role in ("train", "val"):
-        tars = sorted(tree.glob(f"{role}*/*.tar" if layout == "inside" else f"{role}-*.tar"))
-        _, files = LabelSet.open(labels, role=role).blocks[0]
+    for split in ("train", "val"):
+        tars = sorted(tree.glob(f"{split}*/*.tar" if layout == "inside" else f"{split}-*.tar"))
+        _, files = LabelSet.open(labels, split=split).blocks[0]
         in_tars = [index_shard(tar).keys for tar in tars]
         assert [file.keys() for file in files] == in_tars
-        assert plan["roles"][role]["shard_sizes"] == list(map(len, in_tars))
+        assert plan["roles"][split]["shard_sizes"] == list(map(len, in_tars))
 
 
 def test_shard_size_is_refused_where_tar_files_say_it(
@@ -104,7 +104,7 @@ def test_shard_size_is_of_the_split_that_is_no_tar_files(
     shutil.copytree(data_dir / "val", tree / "val")
     words = [*on(tree, precompute_flags), "--output", tmp_path / "labels", "--shard-size", 4]
     done(*words)
-    blocks = [LabelSet.open(tmp_path / "labels", role=r).blocks[0][1] for r in ("train", "val")]
+    blocks = [LabelSet.open(tmp_path / "labels", split=r).blocks[0][1] for r in ("train", "val")]
     assert [[file.num_images for file in files] for files in blocks] == [
         [10, 10, 10, 6],
         [4, 4, 4, 3],
@@ -118,9 +118,9 @@ def test_info_knows_how_many_shards_an_unfinished_set_of_tar_files_is_to_have(
     done(*on(twin, precompute_flags), "--output", labels)
     (labels / "manifest.json").unlink()
     (labels / "train-00001.h5").unlink()
-    roles = done("labels", "info", labels).report["roles"]
-    assert (roles["train"]["shards"], roles["train"]["of"]) == (3, 4)
-    assert (roles["val"]["shards"], roles["val"]["of"]) == (2, 2)
+    splits = done("labels", "info", labels).report["roles"]
+    assert (splits["train"]["shards"], splits["train"]["of"]) == (3, 4)
+    assert (splits["val"]["shards"], splits["val"]["of"]) == (2, 2)
 
 
 def test_sets_made_of_sets_of_tar_files_do_not_say_their_shards(

@@ -218,8 +218,8 @@ def test_commands_of_the_document_run_with_fewer_ranks(
 
 def _beside(folder: Path, number: int) -> Path:
     """Return a folder of a machine, with what all of them see."""
-    machine = folder / f"machine-{number}-{time.monotonic_ns()}"
-    machine.mkdir()
+    runtime = folder / f"machine-{number}-{time.monotonic_ns()}"
+    runtime.mkdir()
     for name in ("pictures", "labels", "runs"):
-        (machine / name).symlink_to(folder / name)
-    return machine
+        (runtime / name).symlink_to(folder / name)
+    return runtime

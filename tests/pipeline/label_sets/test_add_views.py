@@ -151,7 +151,7 @@ def test_distilling_uses_all_views(
     real = LabelSet.rows
 
     def watched(self: LabelSet, keys: Any, views: Any) -> Any:
-        asked.update(views if self.role == "train" else [])
+        asked.update(views if self.split == "train" else [])
         return real(self, keys, views)
 
     monkeypatch.setattr(LabelSet, "rows", watched)

@@ -30,8 +30,8 @@ def test_a_dense_set_converted_is_what_precompute_makes_at_once(
     done: Run, make_set: Make, out: Path, flags: tuple[object, ...]
 ) -> None:
     report = done("labels", "convert", make_set(*DENSE), *flags, "--output", out).report
-    for role in ("train", "val"):
-        assert stored.rows_of(out, role) == stored.rows_of(make_set(*flags), role)
+    for split in ("train", "val"):
+        assert stored.rows_of(out, split) == stored.rows_of(make_set(*flags), split)
     mine, theirs = stored.manifest_of(out), stored.manifest_of(make_set(*flags))
     assert mine["plan"]["labels"] == theirs["plan"]["labels"]
     assert mine["roles"]["val"]["accuracy"] == theirs["roles"]["val"]["accuracy"]

@@ -175,15 +175,15 @@ def test_added_views_of_a_curve_are_in_the_order_of_the_views(
 
 @pytest.mark.filterwarnings("ignore:.*train-0|unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset's files
-@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("flags", [("--topk", 2), ("--rate", 0.05, "--store-logits"), DENSE])
 def test_webdataset_reads_images_classes_and_the_rows(
-    done: Run, make_set: Make, data_dir: Path, out: Path, flags: tuple[object, ...], role: str
+    done: Run, make_set: Make, data_dir: Path, out: Path, flags: tuple[object, ...], split: str
 ) -> None:
     folder = make_set(*flags)
     words = ["labels", "export", folder, "--to", "webdataset", "--data-dir", data_dir]
-    report = done(*words, "--split", role, "--output", out).report
-    source = ImageFolder(data_dir, role)
+    report = done(*words, "--split", split, "--output", out).report
+    source = ImageFolder(data_dir, split)
     assert (report["images"], report["files"]) == (len(source), len(list(out.glob("*.tar"))))
     exported = json.loads((out / "_plan.json").read_text())
     encoding = Encoding.of_plan(exported["label_set"])
@@ -203,7 +203,7 @@ def test_webdataset_reads_images_classes_and_the_rows(
         rows = encoding.all_rows_of(block, np.array([len(block)]), num_views)
         for view, row in enumerate(encoding.blocks(rows, 1)):
             found[key, view] = row
-    assert found == stored.rows_of(folder, role)
+    assert found == stored.rows_of(folder, split)
 
 
 def test_tar_shards_are_the_same_bytes_every_time(
@@ -382,10 +382,10 @@ def test_a_folder_of_something_else_is_refused(
     assert (other.code, "holds another export" in other.stderr) == (2, True)
     onto_itself = run_cli(*exporting("parquet", "--output", make_set(*DENSE)))
     assert (onto_itself.code, "is the label set itself" in onto_itself.stderr) == (2, True)
-    strange = out.with_name("strange")
-    strange.mkdir()
-    (strange / "notes.txt").touch()
-    full = run_cli(*exporting("parquet", "--output", strange))
+    foreign_files = out.with_name("strange")
+    foreign_files.mkdir()
+    (foreign_files / "notes.txt").touch()
+    full = run_cli(*exporting("parquet", "--output", foreign_files))
     assert (full.code, "is not empty (notes.txt, …)" in full.stderr) == (2, True)
 
 

@@ -283,8 +283,8 @@ def test_mean_logits_are_averaged_where_all_sets_have_them(
     sets = [make_set(*flags, teachers=[name]) for name in teacher_dirs]
     done("labels", "merge", *sets, *flags, "--output", out)
     found, expected = (LabelSet.open(folder) for folder in (out, make_set(*flags)))
-    places = stored.places_of(found)
-    keys, views = [key for key, _ in places], [view for _, view in places]
+    addresses = stored.addresses_of(found)
+    keys, views = [key for key, _ in addresses], [view for _, view in addresses]
     mine, theirs = (labels.rows(keys, views).logits for labels in (found, expected))
     assert mine is not None
     assert theirs is not None

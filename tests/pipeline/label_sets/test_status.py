@@ -35,9 +35,9 @@ def check(result: Result, code: int = 1) -> dict[str, Any]:
     return result.report
 
 
-def row(result: Result, role: str, views: str) -> list[str]:
+def row(result: Result, split: str, views: str) -> list[str]:
     """Return the figures of a line of the table: shards, whole, missing, damaged."""
-    (line,) = (x for x in result.stderr.splitlines() if x.split()[:2] == [role, views])
+    (line,) = (x for x in result.stderr.splitlines() if x.split()[:2] == [split, views])
     return line.split()[2:6]
 
 
@@ -82,9 +82,9 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     (labels / "val-00001.h5").mkdir()
     (labels / "notes.txt").write_text("mine")
     (labels / "train-00009.h5").write_bytes(whole)
-    stray = labels / f"{TEMPORARY_PREFIX}train-00000.h5-host-1-ab"
-    stray.write_bytes(b"half")
-    os.utime(stray, (0, stray.stat().st_mtime - 7200))
+    temporary = labels / f"{TEMPORARY_PREFIX}train-00000.h5-host-1-ab"
+    temporary.write_bytes(b"half")
+    os.utime(temporary, (0, temporary.stat().st_mtime - 7200))
     listed = tmp_path / "list.txt"
 
     result = run_cli("labels", "status", labels, "--list", listed)
@@ -98,8 +98,8 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     assert row(result, "train", "0-3") == ["4", "1", "1", "2"]
     assert row(result, "val", "0-0") == ["2", "1", "0", "1"]
     assert report["others"] == ["notes.txt", "train-00009.h5"]
-    assert report["strays"][stray.name]["bytes"] == 4
-    assert report["strays"][stray.name]["age_s"] == pytest.approx(7200, abs=60)
+    assert report["strays"][temporary.name]["bytes"] == 4
+    assert report["strays"][temporary.name]["age_s"] == pytest.approx(7200, abs=60)
     assert report["finished"] is False
     broken = [f"train-0000{n}.h5" for n in range(3)] + ["val-00001.h5"]
     assert listed.read_text().splitlines() == broken

@@ -151,7 +151,7 @@ def test_views_of_another_seed_under_right_hashes_are_found(
 ) -> None:
     folder = copied(make_set("--topk", 2))
 
-    def change(plan: dict[str, Any], roles: dict[str, Any]) -> None:
+    def change(plan: dict[str, Any], splits: dict[str, Any]) -> None:
         plan["roles"]["train"]["views"]["seed"] = 8
 
     stored.signed_again(folder, change)
@@ -241,7 +241,7 @@ def test_labels_that_are_not_the_teachers_are_noticed(
     """A set whose hashes are all right, and whose labels belong to other views."""
     folder = copied(make_set("--topk", 2, "--view-seed", 8))
 
-    def change(plan: dict[str, Any], roles: dict[str, Any]) -> None:
+    def change(plan: dict[str, Any], splits: dict[str, Any]) -> None:
         plan["roles"]["train"]["views"]["seed"] = 7
 
     stored.signed_again(folder, change)

@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 CPU = torch.device("cpu")
 
 
-class Work:
+class TrainingSpec:
     """Multiplies matrices so often as ``times`` says of a batch; keeps the sizes it was asked."""
 
     def __init__(self, times: Callable[[int], int], *, fits: int = 1 << 30) -> None:
@@ -38,7 +38,7 @@ class Work:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("times", "most", "expected"),
+    ("times", "max_batch_size", "expected"),
     [
         (lambda size: 400, 10_000, 256),  # as fast for any batch: the largest for a CPU
         (lambda size: 400, 100, 64),  # and no more than there are views
@@ -48,21 +48,27 @@ class Work:
     ids=["free", "few views", "very few views", "dear"],
 )
 def test_it_doubles_while_that_makes_it_faster(
-    times: Callable[[int], int], most: int, expected: int, capsys: pytest.CaptureFixture[str]
+    times: Callable[[int], int],
+    max_batch_size: int,
+    expected: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    work = Work(times)
-    assert find_batch_size(work, img_size=8, device=CPU, max_size=most) == expected
-    assert max(work.sizes) <= most
+    work = TrainingSpec(times)
+    assert find_batch_size(work, img_size=8, device=CPU, max_size=max_batch_size) == expected
+    assert max(work.sizes) <= max_batch_size
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"--batch-size auto: {expected} views a forward pass (")
 
 
 def test_what_does_not_fit_into_memory_is_not_taken() -> None:
     assert (
-        find_batch_size(Work(lambda size: 400, fits=40), img_size=8, device=CPU, max_size=999) == 32
+        find_batch_size(
+            TrainingSpec(lambda size: 400, fits=40), img_size=8, device=CPU, max_size=999
+        )
+        == 32
     )
     with pytest.raises(ConfigError, match=r"8 views of 8 pixels do not fit.*cpu; give a smaller"):
-        find_batch_size(Work(lambda size: 1, fits=4), img_size=8, device=CPU, max_size=999)
+        find_batch_size(TrainingSpec(lambda size: 1, fits=4), img_size=8, device=CPU, max_size=999)
 
 
 def test_stage_one_finds_it_says_it_and_keeps_it(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import Result, Spawned
 from mealv2.errors import ConfigError
-from mealv2.files import stamp_of
+from mealv2.files import file_stamp
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
 from pipeline import environment
 from pipeline.labelling import shards
@@ -232,7 +232,7 @@ def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
 ) -> None:
     flags = [*precompute_flags, *job_flags(0, 6), "--output", out]
     assert "after the last job: `mealv2 labels finish" in run_cli(*flags).stderr
-    added = environment.of_processes(2).items() - os.environ.items()
+    added = environment.child_environment(2).items() - os.environ.items()
     for name, value in added:
         monkeypatch.setenv(name, value)
 
@@ -398,7 +398,7 @@ def test_two_jobs_at_one_damaged_shard_leave_the_first_complete_one(
     shutil.copytree(labels_dir, out)
     damaged = out / "train-00001.h5"
     damaged.write_bytes(damaged.read_bytes()[:-7])
-    seen, make, taken = stamp_of(damaged), shards.make_shard, []
+    seen, make, taken = file_stamp(damaged), shards.make_shard, []
     others = replace(read_shard(labels_dir / "train-00001.h5"), counts={"of another job": [1]})
 
     def late(split: LabelSplit, number: int, *arguments: Any) -> Shard:
@@ -500,10 +500,10 @@ def test_cores_are_shared_by_processes_unless_the_user_says(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert environment.of_processes(1)["OMP_NUM_THREADS"] == str(cores)
-    assert environment.of_processes(1000)["OMP_NUM_THREADS"] == "1"
+    assert environment.child_environment(1)["OMP_NUM_THREADS"] == str(cores)
+    assert environment.child_environment(1000)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert environment.of_processes(2)["OMP_NUM_THREADS"] == "7"
+    assert environment.child_environment(2)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from mealv2 import pixels as mealv2_pixels
 from mealv2.errors import DataError
-from mealv2.images import AnyOrder, ImageFolder
+from mealv2.images import ImageFolder, UnorderedSource
 from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
 from pipeline.loading.loader import ViewReader, WaitTimer, read_views
@@ -37,7 +37,7 @@ def source(data_dir: Path) -> ImageFolder:
     return ImageFolder(data_dir, "train")
 
 
-class Counting(AnyOrder):
+class Counting(UnorderedSource):
     """An ImageSource that counts how often each image is read."""
 
     name = "counting"

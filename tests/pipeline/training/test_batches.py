@@ -339,8 +339,8 @@ def test_with_target_mixed_labels_the_unmixed_images_are_labelled_and_weighed_by
         kept = (mixed == images).all(1).float().mean((1, 2))
         assert mixture is not None
         # a pasted pixel may by chance, or as its own partner, be equal
-        assert float(kept.min()) >= mixture["own_share"] - 1e-6
-        assert float(kept.min()) == pytest.approx(mixture["own_share"], abs=0.02)
+        assert float(kept.min()) >= mixture["lam"] - 1e-6
+        assert float(kept.min()) == pytest.approx(mixture["lam"], abs=0.02)
     assert weights(tmp_path / "mixed") != weights(tmp_path / "plain")
 
 
@@ -355,8 +355,8 @@ def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
         for epoch in (0, 1)
         for step in (1, 2, 3, 4, 5)
     ]
-    shares = [mixture and mixture["own_share"] for _, mixture in learned]
-    assert shares == [mix and mix.own_share(32) for mix in expected]
+    shares = [mixture and mixture["lam"] for _, mixture in learned]
+    assert shares == [mix and mix.lam(32) for mix in expected]
     assert None in shares
     assert len(set(shares)) > 4
 

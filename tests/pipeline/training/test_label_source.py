@@ -25,8 +25,8 @@ from mealv2.pixels import centre_crop, cut, decode
 from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weight_files import find_checkpoint
-from pipeline import runtime
 from pipeline.config import DistillConfig
+from pipeline.runtime import seed_everything
 from pipeline.training.batches import epoch_order, split_batches
 from pipeline.training.spec import create_student
 
@@ -118,7 +118,7 @@ def losses_by_hand(
     config: DistillConfig, source: ImageFolder, teachers: list[Classifier]
 ) -> list[list[float]]:
     """Train as the paper says, written out; return (loss, similarity, discriminator) per step."""
-    runtime.seed_everything(config.seed)
+    seed_everything(config.seed)
     student = create_student(config, classes=list(source.classes), img_size=32).train()
     discriminator = Discriminator(3)
     both = [*student.parameters(), *discriminator.parameters()]

@@ -434,8 +434,8 @@ def test_flags_that_agree_or_concern_the_machine_are_allowed_with_resume(
 ) -> None:
     shutil.copytree(finished, run)
     agreeing = ["--lr", 0.01, "--data-dir", os.path.relpath(data_dir), "--no-amp"]
-    machine = ["--workers", 1, "--log-interval", 2, "--checkpoint-hist", 1, "--device", "cpu"]
-    assert done("distill", "--resume", run, *agreeing, *machine).report["steps"] == 10
+    runtime = ["--workers", 1, "--log-interval", 2, "--checkpoint-hist", 1, "--device", "cpu"]
+    assert done("distill", "--resume", run, *agreeing, *runtime).report["steps"] == 10
 
 
 def test_run_of_another_command_is_not_resumed(
