@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mealv2.codec.record import decode_rows
-from mealv2.files import json_sha256
+from mealv2.data.pixels import decode
 from mealv2.label_set import (
     FORMAT,
     FORMAT_VERSION,
@@ -45,7 +45,7 @@ from mealv2.label_set import (
     write_shard,
 )
 from mealv2.losses import similarity_loss
-from mealv2.pixels import decode
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 
 BATCH_SIZE = 512  # of a training step

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mealv2.data.pixels import RESIZES, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
-from mealv2.pixels import RESIZES, centre_crop, cut, decode
 from mealv2.views import view_of
 from pipeline import logs, precompute
 from pipeline.config import PrecomputeConfig

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mealv2.images import open_source
+from mealv2.data.open import open_source
 from mealv2.label_set import LabelSet
 from mealv2.soft_labels import Labels, concat
 from pipeline import distill, precompute, ready

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mealv2.files import read_json
+from mealv2.storage.json_format import read_json
 from pipeline import distill, precompute
 from pipeline.config import DistillConfig, PrecomputeConfig
 from pipeline.demo import (

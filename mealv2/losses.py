@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mealv2.codec import EncodedLabels
-from mealv2.discriminator import Discriminator
+from mealv2.models.discriminator import Discriminator
 
 
 def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | EncodedLabels) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mealv2.devices import to_device
-from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels
 from mealv2.views import scheduled_view
 

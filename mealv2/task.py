@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mealv2.discriminator import Discriminator, num_dead_outputs, redraw_dead_outputs
 from mealv2.losses import discriminator_loss, similarity_loss
+from mealv2.models.discriminator import Discriminator, num_dead_outputs, redraw_dead_outputs
 from mealv2.soft_labels import EncodedLabels, Labels, compress_log_probs, compress_logits, tempered
 from mealv2.targets import BatchTargets
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mealv2.ensemble import TeacherEnsemble
+from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import logs
 from pipeline.config import CompileMode
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mealv2.errors import ConfigError
-from mealv2.files import read_json
+from mealv2.storage.json_format import read_json
 from pipeline import distill, finetune, logs, precompute
 from pipeline.config import (
     DemoConfig,

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from mealv2.discriminator import PLATEAUS, Discriminator
 from mealv2.errors import ConfigError
+from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
 from pipeline import environment
 from pipeline.config import DistillConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import write_atomic
+from mealv2.storage.atomic import write_atomic
 
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"

@@ -8,9 +8,9 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from mealv2.data.jpeg_restart import is_packed, mcus_per_row, with_index
+from mealv2.data.pixels import decode
 from mealv2.errors import ConfigError, DataError
-from mealv2.pixels import decode
-from mealv2.restart import is_packed, mcus_per_row, with_index
 
 AGAIN = "run the same command again to go on"
 

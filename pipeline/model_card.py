@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import LabelSetError
-from mealv2.files import read_json
 from mealv2.label_set import read_manifest
+from mealv2.storage.json_format import read_json
 from pipeline.config import (
     NO_SPLIT,
     DistillConfig,

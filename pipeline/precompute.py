@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.files import json_sha256
-from mealv2.images import ImageSource
+from mealv2.data.source import ImageSource
+from mealv2.storage.json_format import json_sha256
 from pipeline import logs, timing
 from pipeline.config import PrecomputeConfig
 from pipeline.labelling import jobs, manifest, teachers, workers

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 
+from mealv2.data.folder import UnorderedSource, walk_images
+from mealv2.data.source import EXTENSIONS
 from mealv2.errors import ConfigError, DataError
-from mealv2.images import EXTENSIONS, UnorderedSource, walk_images
-from mealv2.released import find
+from mealv2.models.released import find
 from pipeline import logs, ready
 from pipeline.config import PredictConfig
 from pipeline.loading.loader import ViewReader, on_device, read_views

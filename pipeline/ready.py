@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, write_atomic
 from mealv2.models import Classifier, Preprocessing, create_classifier, read_metadata
-from mealv2.released import find
+from mealv2.models.released import find
+from mealv2.storage.atomic import write_atomic
+from mealv2.storage.json_format import canonical_json
 from mealv2.weight_files import find_checkpoint
 from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 

@@ -1,10 +1,11 @@
 """Opening the images of a split, wherever they lie."""
 
-from mealv2.cache import Cache
+from mealv2.data.open import open_source
+from mealv2.data.source import ImageSource
+from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError
-from mealv2.images import ImageSource, open_source
-from mealv2.locations import Location, shown
-from mealv2.tar_shards import TarShards
+from mealv2.storage.cache import Cache
+from mealv2.storage.urls import Location, shown
 from pipeline import environment
 from pipeline.config import NO_SPLIT, CacheConfig
 

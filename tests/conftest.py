@@ -25,13 +25,12 @@ from torch import nn
 
 import cli
 import published
-from mealv2 import released
-from mealv2.discriminator import Discriminator
-from mealv2.files import json_sha256
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import centre_crop, decode
 from mealv2.label_set import Encoding, read_plan, shard_ranges
-from mealv2.models import Classifier, create_classifier, save_classifier
-from mealv2.pixels import centre_crop, decode
+from mealv2.models import Classifier, create_classifier, released, save_classifier
+from mealv2.models.discriminator import Discriminator
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline.labelling import teachers
 from pipeline.labelling.annotate import Annotator

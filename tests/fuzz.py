@@ -170,7 +170,7 @@ def signed(tree: dict[str, Any], shard: bytes) -> None:
 
 def signed_manifest(files: Files, manifest: Tree, write: Callable[[Tree], bytes]) -> bytes:
     """Return a manifest whose hashes are right, those of the files too."""
-    from mealv2.files import canonical_json
+    from mealv2.storage.json_format import canonical_json
 
     with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
         for split in manifest["roles"].values():

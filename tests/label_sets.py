@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.ensemble import combine
-from mealv2.files import json_sha256
 from mealv2.label_set import (
     FORMAT,
     FORMAT_VERSION,
@@ -24,7 +22,9 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
+from mealv2.models.ensemble import combine
 from mealv2.soft_labels import SoftLabels
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 
 KEYS = ["ant/1.jpg", "größe/ü ñ.png", "猫/写真🐈.webp", "z/with\nnewline.png", "zz/" + "x" * 300]

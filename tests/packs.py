@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from conftest import Result
-from mealv2.files import TEMPORARY_PREFIX
+from mealv2.storage.atomic import TEMPORARY_PREFIX
 
 
 def final(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mealv2.files import json_sha256
 from mealv2.label_set import (
     LabelSet,
     describe_file,
@@ -17,6 +16,7 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
+from mealv2.storage.json_format import json_sha256
 
 Address = tuple[str, int]
 

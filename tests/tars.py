@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from mealv2.images import ImageFolder
-from mealv2.tar_index import TarIndex, write_index
-from mealv2.tar_writing import index_of, sample, sample_names, tar_writer
+from mealv2.data.folder import ImageFolder
+from mealv2.data.tar_index import TarIndex, write_index
+from mealv2.data.tar_writer import index_of, sample, sample_names, tar_writer
 
 Files = Iterable[tuple[str, bytes]]
 

@@ -16,8 +16,8 @@ from torchvision import transforms
 
 import cli
 import published
-from mealv2 import released
 from mealv2.errors import ConfigError, MealError
+from mealv2.models import released
 
 ROOT = Path(cli.__file__).resolve().parent
 HUB_NAMES = {  # as the hub page lists them

@@ -139,17 +139,17 @@ def test_the_import_rule_holds() -> None:
     ("name", "line", "named"),
     [
         ("mealv2/views.py", "import pipeline.logs", "imports pipeline.logs"),
-        ("mealv2/models.py", "from pipeline import logs", "imports pipeline.logs"),
+        ("mealv2/models/classifier.py", "from pipeline import logs", "imports pipeline.logs"),
         (
             "mealv2/label_set/shard.py",
             "from pipeline.config import flag",
             "imports pipeline.config",
         ),
         ("mealv2/errors.py", "import cli", "imports cli"),
-        ("mealv2/files.py", "def f():\n    import click", "imports click"),
-        ("mealv2/files.py", "import os\nos.environ['HOME']", "reads the environment"),
-        ("mealv2/files.py", "import os\nos.getenv('HOME')", "reads the environment"),
-        ("mealv2/images.py", "from os import environ", "reads the environment"),
+        ("mealv2/storage/atomic.py", "def f():\n    import click", "imports click"),
+        ("mealv2/storage/atomic.py", "import os\nos.environ['HOME']", "reads the environment"),
+        ("mealv2/storage/atomic.py", "import os\nos.getenv('HOME')", "reads the environment"),
+        ("mealv2/data/folder.py", "from os import environ", "reads the environment"),
         ("mealv2/__main__.py", "from pipeline import logs", "imports pipeline.logs"),
         ("mealv2/task.py", "print('hello')", "calls print"),
         ("mealv2/task.py", "import sys\nsys.exit(1)", "calls sys.exit"),
@@ -218,7 +218,7 @@ def test_a_planted_breach_is_found(name: str, line: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("mealv2/views.py", "from mealv2.files import write_whole"),
+        ("mealv2/views.py", "from mealv2.storage.atomic import write_whole"),
         ("mealv2/__main__.py", "import cli"),
         ("pipeline/bench/__init__.py", "from pipeline.bench import lines"),
         ("mealv2/label_set/reader.py", "import h5py"),
@@ -267,7 +267,7 @@ def test_the_command_line_is_imported_without_torch_or_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mealv2.views", "mealv2.errors", "mealv2.files", "mealv2.recipes"]
+    "module", ["mealv2.views", "mealv2.errors", "mealv2.storage.atomic", "mealv2.recipes"]
 )
 def test_rooms_without_tensors_are_imported_without_torch(module: str) -> None:
     assert "torch" not in _imported_by(f"import {module}")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mealv2.errors import LabelSetError
-from mealv2.files import write_atomic
 from mealv2.fkd.labels import kind_of, labels_of
 from mealv2.fkd.torch_files import read_arrays
 from mealv2.soft_labels import SoftLabels
+from mealv2.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)

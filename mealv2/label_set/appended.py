@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from mealv2.errors import LabelSetError
-from mealv2.files import write_atomic
 from mealv2.label_set.encoding import Rows
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import APPENDED_PREFIX, Shard, shard_bytes
+from mealv2.storage.atomic import write_atomic
 
 
 class Appender:

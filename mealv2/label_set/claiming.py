@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import canonical_json, json_sha256, list_folder, write_atomic
 from mealv2.label_set.manifest import PLAN_NAME, read_manifest, read_plan
 from mealv2.label_set.shard_file import ShardFile
+from mealv2.storage.atomic import list_folder, write_atomic
+from mealv2.storage.json_format import canonical_json, json_sha256
 
 _SHARD = re.compile(r"(train|val)-\d+(-views-\d+-\d+)?\.h5")
 _MAX_DIFFERENCES = 3

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import Stamp, write_atomic
+from mealv2.storage.atomic import Stamp, write_atomic
 
 APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
 FORMAT_VERSION = 2

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import parse_json
 from mealv2.label_set.shard import COLUMNS, FORMAT_VERSION, HEAD, HEAD_SIZE, LABELS, MAGIC
+from mealv2.storage.json_format import parse_json
 
 _BYTES = (LABELS, "keys")  # their length is not the number of images
 _NEEDED = ("keys", "key_ends", "key_hashes", LABELS, "label_ends", "crc32")

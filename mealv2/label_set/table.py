@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import OpenFiles
 from mealv2.label_set.encoding import Encoding, Rows
 from mealv2.label_set.shard import block_crc, key_hash
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
+from mealv2.storage.atomic import OpenFiles
 from mealv2.views import View, Views, unpacked_view
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mealv2.files import write_atomic
+from mealv2.storage.atomic import write_atomic
 from pipeline import logs
 from pipeline.bench import (
     command,

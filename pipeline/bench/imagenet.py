@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from mealv2 import recipes
-from mealv2.discriminator import Discriminator
-from mealv2.ensemble import TeacherEnsemble
 from mealv2.models import create_classifier
+from mealv2.models.discriminator import Discriminator
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import SoftLabels
 from mealv2.targets import BatchTargets
 from mealv2.task import DistillTask

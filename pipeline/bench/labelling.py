@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mealv2.files import json_sha256
-from mealv2.pixels import decode
+from mealv2.data.pixels import decode
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, ratios
 from pipeline.bench.room import NUM_VIEWS, BenchContext, plan_of

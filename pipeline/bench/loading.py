@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import webdataset as wds
 from torch.utils.data import DataLoader, RandomSampler, Subset
+from torchvision import transforms as of_torchvision
+from torchvision.datasets import ImageFolder
 
+from mealv2.data.open import open_source
+from mealv2.data.source import ImageSource
+from mealv2.data.tar_writer import sample, tar_writer
 from mealv2.errors import ConfigError
-from mealv2.images import ImageSource, open_source
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, BenchContext, Images
@@ -61,8 +66,6 @@ def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
 
 def image_folder(bench: BenchContext, images: Images) -> Workload:
     """Return a turn of torchvision's recipe: float32 batches, normalised in the workers."""
-    from torchvision.datasets import ImageFolder
-
     folder = images.root / images.split
     if not folder.is_dir():
         raise NotMeasuredError("torchvision's ImageFolder needs a folder of images")
@@ -83,8 +86,6 @@ def image_folder(bench: BenchContext, images: Images) -> Workload:
 
 def transforms(img_size: int) -> Any:
     """Return torchvision's transforms for training."""
-    from torchvision import transforms as of_torchvision
-
     return of_torchvision.Compose(
         [
             of_torchvision.RandomResizedCrop(img_size),
@@ -187,8 +188,6 @@ def measure_tar(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
 
 def write_tars(images: Images, folder: Path) -> list[str]:
     """Write the images as WebDataset shards; return the paths."""
-    from mealv2.tar_writing import sample, tar_writer  # which imports webdataset
-
     folder.mkdir(parents=True)
     paths = []
     for shard in range(_TAR_SHARDS):
@@ -203,8 +202,6 @@ def write_tars(images: Images, folder: Path) -> list[str]:
 
 def webdataset(bench: BenchContext, paths: list[str]) -> Workload:
     """Return a turn of webdataset's own pipeline: decode("pil") and torchvision's transforms."""
-    import webdataset as wds
-
     workers = bench.config.workers
     dataset = (
         wds.WebDataset(paths, shardshuffle=False, empty_check=False)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mealv2 import label_set
-from mealv2.ensemble import TeacherEnsemble
-from mealv2.files import json_sha256
-from mealv2.images import open_source
+from mealv2.data.open import open_source
 from mealv2.label_set import Encoding
+from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.bench.lines import Line, NotMeasuredError

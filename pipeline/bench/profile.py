@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from mealv2 import label_set
-from mealv2.ensemble import combine
-from mealv2.files import json_sha256
+from mealv2.data.pixels import cut, decode
 from mealv2.label_set import Rows, Shard
-from mealv2.pixels import cut, decode
+from mealv2.models.ensemble import combine
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.bench.hardware import peak_tflops

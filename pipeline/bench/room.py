@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mealv2 import label_set
-from mealv2.ensemble import TeacherEnsemble
-from mealv2.files import json_sha256
-from mealv2.images import ImageSource, open_source
+from mealv2.data.open import open_source
+from mealv2.data.source import ImageSource
 from mealv2.label_set import Encoding, LabelSet, Rows, Shard
 from mealv2.models import Classifier, create_classifier
+from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 from pipeline import logs
 from pipeline.bench.lines import by_cpu_time

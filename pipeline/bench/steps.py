@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mealv2.discriminator import Discriminator
 from mealv2.models import Classifier
+from mealv2.models.discriminator import Discriminator
 from mealv2.targets import HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask, HardLabelTask
 from mealv2.views import DrawnViews

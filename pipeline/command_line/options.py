@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mealv2.locations import located
+from mealv2.storage.urls import located
 from pipeline import config as configs
 
 REQUIRED, OTHER = "Required", "Other"

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.folder import class_folders
+from mealv2.data.tar_splits import find_split
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import list_folder
-from mealv2.images import class_folders
-from mealv2.tar_files import find_split
+from mealv2.storage.atomic import list_folder
 from mealv2.weight_files import find_checkpoint
 from pipeline import config as configs
 from pipeline.config import NO_SPLIT, Settings, spelling

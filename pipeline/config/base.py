@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from mealv2.errors import ConfigError
-from mealv2.locations import is_url
+from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
     at_least,
     current_names,

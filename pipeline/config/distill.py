@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from mealv2.locations import Location, is_url
+from mealv2.storage.urls import Location, is_url
 from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, CropConfig
 from pipeline.config.fields import (
     at_least,

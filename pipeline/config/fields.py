@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from mealv2.locations import Location, is_url, located
+from mealv2.storage.urls import Location, is_url, located
 
 Group = Literal[
     "Labels",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from mealv2.locations import Location
+from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,

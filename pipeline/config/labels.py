@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
-from mealv2.locations import Location
+from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.errors import ConfigError
-from mealv2.locations import Location
+from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_EMA_DECAY,

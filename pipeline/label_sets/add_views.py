@@ -7,8 +7,8 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError
-from mealv2.files import json_sha256
 from mealv2.label_set import LabelSet, read_manifest
+from mealv2.storage.json_format import json_sha256
 from pipeline import logs
 from pipeline.config import LabelsAddViewsConfig
 from pipeline.labelling import jobs, workers

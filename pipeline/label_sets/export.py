@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from mealv2 import fkd
+from mealv2.data.source import ImageSource
+from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import atomic_file, canonical_json, list_folder, write_atomic
-from mealv2.images import ImageSource
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
-from mealv2.tar_writing import sample, sample_names, tar_writer
+from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
+from mealv2.storage.json_format import canonical_json
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import logs
 from pipeline.config import LabelsExportConfig

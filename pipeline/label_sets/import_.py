@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mealv2 import fkd, label_set
+from mealv2.data.pixels import interpolation
+from mealv2.data.source import ImageSource, fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.fkd import FkdFile
-from mealv2.images import ImageSource, fingerprint_of
 from mealv2.label_set import UNKNOWN, Encoding, Images, Rows, Shard, StoredViews, boxes_of
-from mealv2.pixels import interpolation
 from mealv2.soft_labels import SoftLabels
 from mealv2.views import STORED_BOXES, packed_boxes
 from pipeline import logs

@@ -8,7 +8,7 @@ from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, creating_command, read_header, read_manifest, read_plan
 from mealv2.label_set.shard import APPENDED_PREFIX
-from mealv2.locations import shown
+from mealv2.storage.urls import shown
 from pipeline import logs
 from pipeline.config import LabelsInfoConfig
 from pipeline.labelling.store import local_folder

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.images import fingerprint_of
 from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile
 from mealv2.metrics import num_correct
 from pipeline import logs

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mealv2.ensemble import EnsembleOutput
-from mealv2.images import ImageSource
+from mealv2.data.source import ImageSource
 from mealv2.label_set import LabelSet, Rows
+from mealv2.models.ensemble import EnsembleOutput
 from pipeline import logs
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling.annotate import Annotator

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError
-from mealv2.images import fingerprint_of
 from mealv2.label_set import LabelSet, Shard, ShardFile, StoredViews, boxes_of, check_box_drift
 from mealv2.views import Views
 from pipeline import logs

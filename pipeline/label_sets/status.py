@@ -10,10 +10,11 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, IncompleteError, LabelSetError
-from mealv2.files import TEMPORARY_PREFIX, json_sha256, write_atomic
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, creating_command
 from mealv2.label_set.shard import APPENDED_PREFIX
-from mealv2.locations import is_url, shown
+from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
+from mealv2.storage.json_format import json_sha256
+from mealv2.storage.urls import is_url, shown
 from pipeline import logs
 from pipeline.config import LabelsStatusConfig
 from pipeline.labelling.manifest import (

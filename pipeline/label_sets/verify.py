@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.files import canonical_json, file_sha256
 from mealv2.label_set import (
     PLAN_NAME,
     LabelSet,
@@ -18,7 +17,9 @@ from mealv2.label_set import (
     read_manifest,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
-from mealv2.locations import shown
+from mealv2.storage.atomic import file_sha256
+from mealv2.storage.json_format import canonical_json
+from mealv2.storage.urls import shown
 from mealv2.views import DrawnViews
 from pipeline import logs
 from pipeline.config import LabelsVerifyConfig

@@ -11,9 +11,9 @@ import torch
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import json_sha256
 from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, ShardFile
 from mealv2.soft_labels import Labels, SoftLabels
+from mealv2.storage.json_format import json_sha256
 from pipeline.config import DEFAULT_RATE, EncodingConfig
 from pipeline.labelling.annotate import encoding_of
 from pipeline.labelling.manifest import (

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mealv2.data.source import ImageSource
 from mealv2.devices import to_device
-from mealv2.ensemble import EnsembleOutput, TeacherEnsemble, combine
 from mealv2.errors import ConfigError, DataError
-from mealv2.images import ImageSource
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
+from mealv2.models.ensemble import EnsembleOutput, TeacherEnsemble, combine
 from pipeline.compiling import compile_teachers
 from pipeline.config import (
     DEFAULT_RATE,

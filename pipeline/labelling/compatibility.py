@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mealv2.ensemble import TeacherEnsemble
+from mealv2.data.pixels import Resize, probe_sha256, resize_of
+from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.images import ImageSource, fingerprint
 from mealv2.label_set import UNKNOWN, LabelSet
-from mealv2.pixels import Resize, probe_sha256, resize_of
+from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import logs
 from pipeline.labelling import teachers
 from pipeline.logs import first_names

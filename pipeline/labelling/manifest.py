@@ -13,8 +13,9 @@ import numpy as np
 
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
-from mealv2.files import TEMPORARY_PREFIX, file_sha256, json_sha256
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, creating_command
+from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
+from mealv2.storage.json_format import json_sha256
 from pipeline import copies, logs
 from pipeline.labelling.store import RemoteStore, Store
 from pipeline.runtime import library_versions

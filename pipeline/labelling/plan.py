@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mealv2 import label_set
+from mealv2.data.pixels import interpolation, probe_sha256
+from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
-from mealv2.files import json_sha256
-from mealv2.images import ImageSource, fingerprint
 from mealv2.label_set import PlannedShard
-from mealv2.pixels import interpolation, probe_sha256
+from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
 from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator

@@ -17,8 +17,8 @@ import numpy as np
 
 from mealv2 import label_set
 from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
-from mealv2.files import DISK_FULL, Stamp, file_stamp
 from mealv2.label_set import Encoding, Images, PlannedShard, Shard, ShardFile
+from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
 from pipeline import copies, logs
 from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.manifest import load_complete_shard

@@ -1,7 +1,7 @@
 """Where a label set is stored: in a folder, or at a URL with a copy in the cache.
 
 Files at a URL never change in place, so fetching the missing ones updates a copy. An upload is one
-step, and of two uploads of a file the first one wins (mealv2.remote.upload).
+step, and of two uploads of a file the first one wins (mealv2.storage.object_store.upload).
 """
 
 import re
@@ -11,12 +11,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mealv2 import label_set, remote
-from mealv2.cache import STAMPS_PREFIX, Cache, hold, locked
+from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import atomic_file, canonical_json, file_sha256, read_json, write_atomic
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
-from mealv2.locations import Location, is_url, shown, within
+from mealv2.storage import object_store
+from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
+from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
+from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.urls import Location, is_url, shown, within
 from pipeline import copies, logs
 from pipeline.config import CacheConfig
 from pipeline.sources import cache_of
@@ -102,7 +104,7 @@ class RemoteStore(Store):
         self._cache = cache
         _open_copies.append(hold(self.folder))
         copies.set_display_name(self.folder, self.location.rstrip("/"))
-        self._remote: dict[str, remote.File] = {}
+        self._remote: dict[str, object_store.File] = {}
         with self._locked():
             self._list()
         self._is_listed = True  # the first operation needs no new listing
@@ -137,7 +139,7 @@ class RemoteStore(Store):
             return False
         with self._locked():
             # before the download: what is downloaded is this version or a later one
-            self._remote[name] = remote.info(within(self.url, name))
+            self._remote[name] = object_store.info(within(self.url, name))
             self._download(name)
             self._write_stamps([name])
         return True
@@ -155,7 +157,7 @@ class RemoteStore(Store):
 
         Then that one replaces the file in the copy. ``damaged`` replaces the file that was last
         fetched: of two jobs that made it again the first one wins, as far as the object store can
-        compare (see mealv2.remote.upload).
+        compare (see mealv2.storage.object_store.upload).
         """
         with self._locked():
             damaged_file = self._remote.get(name) if damaged else None
@@ -169,7 +171,7 @@ class RemoteStore(Store):
 
     def _list(self) -> None:
         """List the files at the URL; fetch plan and manifest."""
-        listed = remote.listing(self.url)
+        listed = object_store.listing(self.url)
         self._remote = {n: file for n, file in listed.items() if _FILES_OF_A_SET.fullmatch(n)}
         for name in (PLAN_NAME, MANIFEST_NAME):
             self._fetch_text(name)
@@ -209,16 +211,18 @@ class RemoteStore(Store):
 
     def _download(self, name: str) -> None:
         with atomic_file(self.folder / name) as temporary:
-            remote.fetch(within(self.url, name), temporary)
+            object_store.fetch(within(self.url, name), temporary)
 
     def _upload(
-        self, name: str, *, replace: bool = False, damaged: remote.File | None = None
+        self, name: str, *, replace: bool = False, damaged: object_store.File | None = None
     ) -> bool:
         url = within(self.url, name)
-        was_uploaded = remote.upload(url, self.folder / name, replace=replace, damaged=damaged)
+        was_uploaded = object_store.upload(
+            url, self.folder / name, replace=replace, damaged=damaged
+        )
         if not was_uploaded:
             self._download(name)
-        self._remote[name] = remote.info(url)
+        self._remote[name] = object_store.info(url)
         self._write_stamps([name])
         return was_uploaded
 
@@ -274,7 +278,7 @@ class RemoteStore(Store):
             logs.info(f"fetching {logs.size_of(needed)} of labels from {shown(self.url)}")
 
     def _fetch_text(self, name: str) -> None:
-        data = remote.read(within(self.url, name)) if name in self._remote else None
+        data = object_store.read(within(self.url, name)) if name in self._remote else None
         if data is None:
             self._remote.pop(name, None)
             (self.folder / name).unlink(missing_ok=True)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier, create_classifier, read_metadata, weights_sha256
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.weight_files import find_checkpoint
 from pipeline import logs
 from pipeline.config import split_teachers

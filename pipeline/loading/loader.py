@@ -18,9 +18,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from mealv2.data.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
+from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
-from mealv2.images import ImageSource
-from mealv2.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
 from mealv2.views import View, Views
 from pipeline.loading.requests import CENTRE, BatchRequest, announce
 

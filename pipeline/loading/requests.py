@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
-from mealv2.images import ImageSource
 from pipeline.config import OnBadImage
 
 CENTRE = -1  # the view of an evaluation: the centre crop

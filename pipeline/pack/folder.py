@@ -1,8 +1,8 @@
 """An ImageFolder tree with the same pixels in JPEGs that views are cut out of.
 
-Restart markers are put into every JPEG (mealv2.restart says what for); what cannot be packed, or
-would not decode to the same pixels, is copied as it is. An index in each split (mealv2.packed),
-written last, says what the originals were.
+Restart markers are put into every JPEG (mealv2.data.jpeg_restart says what for); what cannot be
+packed, or would not decode to the same pixels, is copied as it is. An index in each split
+(mealv2.data.jpeg_pack), written last, says what the originals were.
 """
 
 import time
@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.jpeg_pack import INDEX_NAME, Pack, PackedImage
+from mealv2.data.jpeg_restart import is_packed
+from mealv2.data.open import open_source
+from mealv2.data.pixels import decode
+from mealv2.data.source import EXTENSIONS, ImageSource, fingerprint
+from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import write_atomic
-from mealv2.images import EXTENSIONS, ImageSource, fingerprint, open_source
-from mealv2.packed import INDEX_NAME, Pack, PackedImage
-from mealv2.pixels import decode
-from mealv2.restart import is_packed
-from mealv2.tar_shards import TarShards
+from mealv2.storage.atomic import write_atomic
 from pipeline import logs
 from pipeline.config import PackConfig
 from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed

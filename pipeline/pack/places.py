@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mealv2.data.jpeg_pack import Pack
+from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError
-from mealv2.files import TEMPORARY_PREFIX, write_atomic
-from mealv2.images import ImageSource
-from mealv2.packed import Pack
+from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
 from pipeline.config import PackConfig
 
 

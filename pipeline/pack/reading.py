@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
-from mealv2.images import ImageSource
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -13,16 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.jpeg_pack import SUFFIX as PACK_SUFFIX
+from mealv2.data.jpeg_pack import Pack, PackedTar
+from mealv2.data.open import open_source
+from mealv2.data.source import ImageSource, fingerprint, fingerprint_of
+from mealv2.data.tar import TarShards
+from mealv2.data.tar_index import SUFFIX as INDEX_SUFFIX
+from mealv2.data.tar_index import TarIndex, read_index, write_index
+from mealv2.data.tar_writer import index_of, pack_order, sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError
-from mealv2.files import atomic_file, file_sha256, write_atomic
-from mealv2.images import ImageSource, fingerprint, fingerprint_of, open_source
 from mealv2.label_set import shard_ranges
-from mealv2.packed import SUFFIX as PACK_SUFFIX
-from mealv2.packed import Pack, PackedTar
-from mealv2.tar_index import SUFFIX as INDEX_SUFFIX
-from mealv2.tar_index import TarIndex, read_index, write_index
-from mealv2.tar_shards import TarShards
-from mealv2.tar_writing import index_of, pack_order, sample, sample_names, tar_writer
+from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from pipeline import logs
 from pipeline.config import PackConfig
 from pipeline.pack.places import check_out, claim, splits_of

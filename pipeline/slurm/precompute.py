@@ -7,8 +7,9 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import json_sha256, list_folder
 from mealv2.label_set import CheckedShard, PlannedShard
+from mealv2.storage.atomic import list_folder
+from mealv2.storage.json_format import json_sha256
 from pipeline import logs
 from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand, plain
 from pipeline.labelling.manifest import check_shards

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.files import SCRIPTS_NAME, canonical_json, read_json, write_atomic
-from mealv2.locations import Location, file_name
+from mealv2.storage.atomic import SCRIPTS_NAME, write_atomic
+from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.urls import Location, file_name
 from pipeline import logs
 from pipeline.config import SlurmJob, StageCommand, flag
 from pipeline.slurm.scripts import directive_path

@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from mealv2.images import ImageSource
+from mealv2.data.source import ImageSource
 from mealv2.targets import Targets
 from pipeline.config import TrainConfig
 from pipeline.loading.requests import BatchRequest, announce

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mealv2.errors import MealError
-from mealv2.files import write_atomic
+from mealv2.storage.atomic import write_atomic
 
 _FOLDER = "checkpoints"
 

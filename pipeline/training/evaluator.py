@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from mealv2.data.pixels import Resize
+from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
-from mealv2.images import ImageSource
 from mealv2.metrics import Evaluation
-from mealv2.pixels import Resize
 from mealv2.soft_labels import Labels
 from pipeline import logs
 from pipeline.config import EvaluateConfig, TrainConfig

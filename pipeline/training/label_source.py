@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mealv2.ensemble import TeacherEnsemble
+from mealv2.data.pixels import Resize
+from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.files import read_json
-from mealv2.images import ImageSource
 from mealv2.label_set import Appender, Encoding, LabelSet, check_box_drift, read_manifest
-from mealv2.pixels import Resize
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import Labels
+from mealv2.storage.json_format import read_json
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
 from pipeline import logs

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import MealError
-from mealv2.files import canonical_json
+from mealv2.storage.json_format import canonical_json
 from pipeline import logs
 from pipeline.config import TrainConfig
 from pipeline.ranks import Ranks

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.files import canonical_json, list_folder, read_json, write_atomic
+from mealv2.storage.atomic import list_folder, write_atomic
+from mealv2.storage.json_format import canonical_json, read_json
 from pipeline.training import checkpoint
 
 REPORT_NAME = "report.json"

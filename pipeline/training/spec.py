@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from mealv2.cutmix import CutMixTarget
-from mealv2.images import ImageSource, fingerprint
+from mealv2.data.pixels import Resize
+from mealv2.data.source import ImageSource, fingerprint
 from mealv2.models import Classifier, Preprocessing, create_classifier
-from mealv2.pixels import Resize
 from mealv2.targets import Targets
 from mealv2.task import Task
 from mealv2.views import Views

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import Result
-from mealv2.files import SCRIPTS_NAME, TEMPORARY_PREFIX
+from mealv2.storage.atomic import SCRIPTS_NAME, TEMPORARY_PREFIX
 
 pytestmark = pytest.mark.cluster
 NUM_TASKS = 4

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import reference
 from conftest import linear_layers
-from mealv2.discriminator import Discriminator
-from mealv2.ensemble import combine
 from mealv2.losses import discriminator_loss, similarity_loss
+from mealv2.models.discriminator import Discriminator
+from mealv2.models.ensemble import combine
 
 pytestmark = pytest.mark.usefixtures("seeded_weights")
 

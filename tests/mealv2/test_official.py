@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from conftest import linear_layers
 from mealv2.cutmix import Mix, cutmix_box
-from mealv2.discriminator import REDUCTION, Discriminator
-from mealv2.ensemble import TeacherEnsemble, combine
+from mealv2.data.pixels import cut
 from mealv2.errors import LabelSetError
 from mealv2.fkd import labels_of
 from mealv2.losses import discriminator_loss, similarity_loss
-from mealv2.pixels import cut
+from mealv2.models.discriminator import REDUCTION, Discriminator
+from mealv2.models.ensemble import TeacherEnsemble, combine
 from mealv2.soft_labels import top_k
 from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask, HardLabelTask, Mixture

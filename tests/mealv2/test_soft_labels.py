@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import reference
-from mealv2.discriminator import Discriminator
 from mealv2.losses import discriminator_loss
+from mealv2.models.discriminator import Discriminator
 from mealv2.soft_labels import (
     Kept,
     KeptLogits,

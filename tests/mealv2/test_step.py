@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import reference
-from mealv2.discriminator import Discriminator
-from mealv2.ensemble import TeacherEnsemble
+from mealv2.models.discriminator import Discriminator
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import keep_logits, top_k
 from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask

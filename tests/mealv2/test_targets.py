@@ -11,9 +11,9 @@ from torch import nn
 
 import reference
 from label_sets import encoded, make_set, same
-from mealv2.ensemble import TeacherEnsemble
 from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import Appender, Encoding, LabelSet, Rows
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels
 from mealv2.views import scheduled_view
 

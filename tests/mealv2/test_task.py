@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 import reference
 from label_sets import Made, ensemble_outputs, make_set
-from mealv2.discriminator import (
+from mealv2.label_set import Encoding, LabelSet
+from mealv2.losses import discriminator_loss
+from mealv2.models import Classifier, create_classifier
+from mealv2.models.discriminator import (
     VARIANTS,
     Discriminator,
     Variant,
     num_dead_outputs,
     redraw_dead_outputs,
 )
-from mealv2.ensemble import combine
-from mealv2.label_set import Encoding, LabelSet
-from mealv2.losses import discriminator_loss
-from mealv2.models import Classifier, create_classifier
+from mealv2.models.ensemble import combine
 from mealv2.soft_labels import SoftLabels, tempered, top_k
 from mealv2.targets import BatchTargets, StoredLabels
 from mealv2.task import GRADIENT_RATIO, DistillTask, HardLabelTask, Mixture

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from conftest import Result
-from mealv2.ensemble import TeacherEnsemble
+from mealv2.models.ensemble import TeacherEnsemble
 from pipeline.compiling import Compiler, compile_teachers
 
 Run = Callable[..., Result]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mealv2.data.folder import ImageFolder
 from mealv2.errors import ConfigError
-from mealv2.images import ImageFolder
 from pipeline import demo
 from pipeline.config import DemoConfig
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from conftest import FORMS, Result
-from mealv2.discriminator import Discriminator
-from mealv2.ensemble import TeacherEnsemble
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier
-from mealv2.pixels import centre_crop, cut, decode
+from mealv2.models.discriminator import Discriminator
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import top_k
 from mealv2.targets import BatchTargets, StoredLabels, Targets
 from mealv2.task import DistillTask

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from label_sets import plan_of
-from mealv2.files import json_sha256
-from mealv2.images import ImageSource, open_source
+from mealv2.data.open import open_source
+from mealv2.data.source import ImageSource
 from mealv2.label_set import (
     Encoding,
     LabelSet,
@@ -28,6 +28,7 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
+from mealv2.storage.json_format import json_sha256
 from mealv2.targets import StoredLabels
 from pipeline.config import DistillConfig
 from pipeline.loading.loader import ViewReader, read_views

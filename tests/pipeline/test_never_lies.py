@@ -14,8 +14,8 @@ import pytest
 
 from conftest import Result
 from mealv2.errors import LabelSetError
-from mealv2.files import TEMPORARY_PREFIX
 from mealv2.label_set import Appender, LabelSet, Rows, ShardFile, read_manifest
+from mealv2.storage.atomic import TEMPORARY_PREFIX
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]

@@ -19,8 +19,8 @@ import pytest
 from packs import final
 
 from conftest import Result, Spawned
-from mealv2.files import TEMPORARY_PREFIX
 from mealv2.label_set import Appender, LabelSet
+from mealv2.storage.atomic import TEMPORARY_PREFIX
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from conftest import Result
-from mealv2 import remote, remote_tars
-from mealv2.cache import Cache
+from mealv2.data import remote_tar
+from mealv2.data.open import open_source
+from mealv2.data.remote_tar import RemoteShards, RemoteTar
+from mealv2.data.tar import index_shard
+from mealv2.data.tar_index import TarIndex, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
-from mealv2.files import file_sha256
-from mealv2.images import open_source
-from mealv2.remote_tars import RemoteShards, RemoteTar
-from mealv2.tar_index import TarIndex, index_bytes
-from mealv2.tar_shards import index_shard
+from mealv2.storage import object_store
+from mealv2.storage.atomic import file_sha256
+from mealv2.storage.cache import Cache
 from pipeline.labelling.store import RemoteStore
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE
@@ -155,13 +156,17 @@ def test_a_bucket_is_listed_no_more_than_is_needed(
     store: Store, here: Path, cache: list[Any], done: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each listing is a request for every thousand files; a set may have changed after hours."""
-    labels, listed, listing = store.upload(here / "labels", "labels"), list[str](), remote.listing
+    labels, listed, listing = (
+        store.upload(here / "labels", "labels"),
+        list[str](),
+        object_store.listing,
+    )
 
-    def counted(url: str) -> dict[str, remote.File]:
+    def counted(url: str) -> dict[str, object_store.File]:
         listed.append(url)
         return listing(url)
 
-    monkeypatch.setattr(remote, "listing", counted)
+    monkeypatch.setattr(object_store, "listing", counted)
 
     done("labels", "finish", labels, *cache)
 
@@ -188,7 +193,7 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     contents: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(object_store, "_RETRY_DELAY_S", 0.0)
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
     labelling += ["--output", f"{store.url}/labels", *cache]
 
@@ -261,11 +266,11 @@ def test_of_two_jobs_that_make_a_damaged_shard_anew_the_first_one_wins(
 def test_a_damaged_shard_that_was_removed_meanwhile_is_put(store: Store, tmp_path: Path) -> None:
     there, new = f"{store.url}/labels/train-00001.h5", tmp_path / "new"
     store.system.pipe_file(there, b"damaged")
-    damaged = remote.info(there)
+    damaged = object_store.info(there)
     new.write_bytes(b"whole")
     store.system.rm(there)
 
-    assert remote.upload(there, new, damaged=damaged)
+    assert object_store.upload(there, new, damaged=damaged)
 
     assert store.data("labels/train-00001.h5") == b"whole"
 
@@ -333,7 +338,7 @@ def test_a_full_disk_of_copies_is_no_bad_image(
     def fetch(url: str, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(remote, "fetch", fetch)
+    monkeypatch.setattr(object_store, "fetch", fetch)
     with pytest.raises(RemoteError, match=r"cannot keep a copy of s3://.*No space left"):
         ViewReader(far, img_size=8).read([(0, (CENTRE,))])
 
@@ -509,7 +514,7 @@ def test_a_process_that_ends_does_not_fetch_all_that_it_would_have_read(
         may_go_on.wait(30)
 
     monkeypatch.setattr(RemoteTar, "fetch", fetch)
-    monkeypatch.setattr(remote_tars, "_FETCHED_AT_ONCE", 1)
+    monkeypatch.setattr(remote_tar, "_FETCHED_AT_ONCE", 1)
     far.announce(range(4))
     far.read(0)
     threading.Timer(0.1, may_go_on.set).start()
@@ -613,7 +618,7 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     done: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(object_store, "_RETRY_DELAY_S", 0.0)
     images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
     flags = training_flags(distill_flags, images, labels)
     with cutting_proxy(store.port, lambda request: 700 if b".h5" in request else None) as port:

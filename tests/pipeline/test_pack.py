@@ -19,13 +19,14 @@ from packs import final, one_line
 from PIL import Image
 
 from conftest import Result
+from mealv2.data.folder import ImageFolder
+from mealv2.data.index_json import sealed_json
+from mealv2.data.jpeg_pack import INDEX_NAME, Pack, PackedImage, PackedTar
+from mealv2.data.jpeg_restart import is_packed, region
+from mealv2.data.pixels import decode
+from mealv2.data.source import fingerprint
 from mealv2.errors import DataError
-from mealv2.files import write_atomic
-from mealv2.formats import sealed_json
-from mealv2.images import ImageFolder, fingerprint
-from mealv2.packed import INDEX_NAME, Pack, PackedImage, PackedTar
-from mealv2.pixels import decode
-from mealv2.restart import is_packed, region
+from mealv2.storage.atomic import write_atomic
 from pipeline import jpegtran
 from pipeline.pack import folder, reading
 from tars import tar_tree

@@ -14,12 +14,14 @@ import webdataset
 from packs import final, one_line
 
 from conftest import Result
+from mealv2.data.folder import ImageFolder
+from mealv2.data.jpeg_pack import Pack, PackedTar
+from mealv2.data.open import open_source
+from mealv2.data.source import fingerprint
+from mealv2.data.tar import TarShards
+from mealv2.data.tar_index import index_path, read_index
 from mealv2.errors import DataError
-from mealv2.files import TEMPORARY_PREFIX, file_sha256
-from mealv2.images import ImageFolder, fingerprint, open_source
-from mealv2.packed import Pack, PackedTar
-from mealv2.tar_index import index_path, read_index
-from mealv2.tar_shards import TarShards
+from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
 from warm import warm_process
 
 Run = Callable[..., Result]

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from conftest import FORMS, Result, Spawned
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
 from mealv2.soft_labels import (
     EncodedLabels,

@@ -15,8 +15,8 @@ import timm
 import torch
 
 from conftest import Result
-from mealv2.images import ImageFolder
-from mealv2.pixels import centre_crop, decode
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import centre_crop, decode
 
 Run = Callable[..., Result]
 MEAN_AND_STD = ["--mean", 0.4, 0.5, 0.6, "--std", 0.25, 0.25, 0.3]

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from conftest import Result
-from mealv2 import images
-from mealv2.files import file_sha256
-from mealv2.images import fingerprint_of
+from mealv2.data import source as data_source
+from mealv2.data.source import fingerprint_of
 from mealv2.metrics import Evaluation
+from mealv2.storage.atomic import file_sha256
 from pipeline.loading.requests import centre_requests
 from pipeline.ranks import Ranks
 from pipeline.training.batches import split_evenly
@@ -310,7 +310,7 @@ def test_the_images_are_hashed_once(
         asked.append(args)
         return fingerprint_of(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images, "fingerprint_of", hashed)
+    monkeypatch.setattr(data_source, "fingerprint_of", hashed)
     done(*finetune_flags, "--epochs", 1, "--val-split", "none", "--output", run)
     assert len(asked) == 1
     assert "data_sha256" in newest(run)

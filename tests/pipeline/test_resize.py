@@ -11,9 +11,9 @@ from PIL import Image
 
 import stored
 from conftest import Result
-from mealv2 import pixels
-from mealv2.images import ImageFolder
-from mealv2.pixels import probe_sha256
+from mealv2.data import pixels
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import probe_sha256
 from mealv2.views import DrawnViews, view_of
 from pipeline.loading.loader import ViewReader
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Result, Spawned
-from mealv2.files import file_sha256
+from mealv2.storage.atomic import file_sha256
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,11 @@ import webdataset
 import reference
 import stored
 from conftest import ROOT, Result
-from mealv2 import files
-from mealv2.images import ImageFolder, fingerprint, open_source
+from mealv2.data.folder import ImageFolder
+from mealv2.data.open import open_source
+from mealv2.data.source import fingerprint
 from mealv2.label_set import Encoding, LabelSet, block_of_member
+from mealv2.storage import atomic
 from pictures import size_of
 
 Run = Callable[..., Result]
@@ -342,7 +344,7 @@ def test_a_stopped_export_goes_on_and_ends_in_the_same_bytes(
     to: str,
 ) -> None:
     done(*exporting(to, "--output", tmp_path / "at-once"))
-    real, calls = files._sync_folder, 0
+    real, calls = atomic._sync_folder, 0
 
     def stopping(folder: Path) -> None:
         nonlocal calls
@@ -351,7 +353,7 @@ def test_a_stopped_export_goes_on_and_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         real(folder)
 
-    monkeypatch.setattr(files, "_sync_folder", stopping)
+    monkeypatch.setattr(atomic, "_sync_folder", stopping)
     assert run_cli(*exporting(to)).code == 4
     monkeypatch.undo()
     half_way = contents(out)

@@ -8,7 +8,7 @@ import pytest
 
 import stored
 from conftest import Result
-from mealv2.files import TEMPORARY_PREFIX
+from mealv2.storage.atomic import TEMPORARY_PREFIX
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

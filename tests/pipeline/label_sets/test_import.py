@@ -12,9 +12,9 @@ from PIL import Image
 import reference
 import stored
 from conftest import Result
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import cut, decode
 from mealv2.label_set import LabelSet
-from mealv2.pixels import cut, decode
 from mealv2.views import View
 from official import CROPS, GOLDEN, KINDS
 from pictures import size_of

@@ -7,7 +7,7 @@ import pytest
 
 import stored
 from conftest import Result
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet
 
 Run = Callable[..., Result]

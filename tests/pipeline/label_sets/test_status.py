@@ -12,8 +12,8 @@ import pytest
 
 import stored
 from conftest import Result
-from mealv2.files import TEMPORARY_PREFIX
 from mealv2.label_set import ShardFile, read_shard, write_shard
+from mealv2.storage.atomic import TEMPORARY_PREFIX
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from mealv2.ensemble import TeacherEnsemble, combine
+from mealv2.data.folder import ImageFolder
 from mealv2.errors import DataError
-from mealv2.images import ImageFolder
 from mealv2.label_set import Encoding
+from mealv2.models.ensemble import TeacherEnsemble, combine
 from mealv2.views import DrawnViews
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests

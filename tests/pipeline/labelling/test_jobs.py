@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import Result, Spawned
 from mealv2.errors import ConfigError
-from mealv2.files import file_stamp
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
+from mealv2.storage.atomic import file_stamp
 from pipeline import environment
 from pipeline.labelling import shards
 from pipeline.labelling.annotate import Annotations, Annotator

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mealv2 import pixels as mealv2_pixels
+from mealv2.data import pixels as mealv2_pixels
+from mealv2.data.folder import ImageFolder, UnorderedSource
+from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.errors import DataError
-from mealv2.images import ImageFolder, UnorderedSource
-from mealv2.pixels import centre_crop, cut, decode
 from mealv2.views import DrawnViews, view_of
 from pipeline.loading.loader import ViewReader, WaitTimer, read_views
 from pipeline.loading.requests import CENTRE, centre_requests, check_failures, failures_by_key

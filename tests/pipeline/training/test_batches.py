@@ -12,7 +12,7 @@ import torch
 import pipeline.training.batches
 from conftest import Result
 from mealv2.cutmix import draw_mix
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
 from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask
 from pipeline.config import FinetuneConfig

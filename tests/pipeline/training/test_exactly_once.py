@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mealv2.tar_shards import TarShards
+from mealv2.data.tar import TarShards
 from mealv2.targets import HardLabels
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig

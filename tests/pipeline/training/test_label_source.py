@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from conftest import Result
-from mealv2.discriminator import Discriminator
-from mealv2.ensemble import TeacherEnsemble
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
+from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.label_set import Appender, LabelSet
 from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
-from mealv2.pixels import centre_crop, cut, decode
+from mealv2.models.discriminator import Discriminator
+from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weight_files import find_checkpoint

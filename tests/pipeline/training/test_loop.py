@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import Result, Spawned
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

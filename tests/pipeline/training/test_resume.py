@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import Result, Spawned
-from mealv2.files import file_sha256
+from mealv2.storage.atomic import file_sha256
 
 NUM_KILLS = 20
 

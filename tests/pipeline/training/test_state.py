@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from conftest import Result, Spawned
-from mealv2.images import ImageFolder
+from mealv2.data.folder import ImageFolder
 from mealv2.models import create_classifier
 from mealv2.weight_files import find_checkpoint
 

@@ -1,0 +1,270 @@
+"""Students and teachers: timm models by pinned tag, checkpoints, each one's normalisation."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mealv2.errors import ConfigError, MealError
+from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find
+from mealv2.models.weights import load_weights
+from mealv2.storage.atomic import write_atomic
+from mealv2.storage.json_format import canonical_json
+from mealv2.weight_files import WEIGHTS_NAME, find_checkpoint
+
+CONFIG_NAME = "config.json"
+_METADATA_KEY = "mealv2"
+_KEPT_CONFIG = ("first_conv", "classifier", "fixed_input_size")  # what timm needs to load a model
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Per-channel mean and std, in units of images scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Classifier(nn.Module):
+    """A timm model that takes plain images: it normalises with its own mean and std.
+
+    ``forward`` maps B x 3 x H x W, uint8 or float in [0, 1], to float logits B x C. ``state_dict``
+    of ``backbone`` has timm's plain keys. ``tag`` is timm's full name, ``resnet50.a1_in1k``, or the
+    architecture alone where the weights are none of timm's.
+    """
+
+    mean_13: Tensor
+    std_13: Tensor
+
+    def __init__(self, backbone: nn.Module, *, tag: str, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tag = tag
+        self.preprocessing = preprocessing
+        for name, values in (("mean_13", preprocessing.mean), ("std_13", preprocessing.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """The width of the head."""
+        return int(self.backbone.num_classes)  # type: ignore[arg-type]
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
+        logits: Tensor = self.backbone((images_BCHW.float() / scale - self.mean_13) / self.std_13)
+        return logits
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int | None,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    new_head: bool = False,
+) -> Classifier:
+    """Build a timm model, or a released one, with its own weights, a checkpoint's, or random ones.
+
+    ``num_classes`` None keeps the model's own head. ``classes`` are compared with those the
+    checkpoint was trained on. ``preprocessing`` goes before the checkpoint's, that before the
+    model's own. ``new_head``: a checkpoint that is a released file may get a new head, as
+    pretrained weights do. Raises ConfigError for an unknown name (with the nearest ones), for
+    weights that do not fit, and MealError when pretrained weights cannot be had.
+    """
+    known = find(name)
+    if known is not None:
+        name = known.architecture
+        if pretrained and checkpoint is None:
+            checkpoint, new_head = download(known, progress=sys.stderr.isatty()), True
+    published = by_file(find_checkpoint(checkpoint).name) if checkpoint else None
+    known = published or known
+    config = _timm_config(name)
+    extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if img_size and config.get("fixed_input_size"):
+        extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    if known is not None:
+        extra["pretrained_cfg_overlay"] = known.timm_config
+        config |= {"mean": MEAN, "std": STD}
+    backbone = _create(name, pretrained=pretrained and checkpoint is None, **extra)
+    stored = read_metadata(checkpoint) if checkpoint else {}
+    if checkpoint:
+        load_weights(backbone, checkpoint, new_head=new_head and published is not None)
+        if stored.get("weights_sha256") not in (None, weights_sha256(backbone)):
+            raise ConfigError(
+                f"checkpoint {find_checkpoint(checkpoint)} is damaged: its weights fail their "
+                "SHA-256; copy it again, or export it anew"
+            )
+        _check_classes(checkpoint, stored.get("classes"), classes)
+    tag = config["architecture"] if checkpoint or not pretrained else _full_tag(config)
+    found = Preprocessing(
+        tuple(stored.get("mean") or config["mean"]), tuple(stored.get("std") or config["std"])
+    )
+    return Classifier(
+        backbone,
+        tag=published.tag if published else tag,
+        preprocessing=preprocessing or found,
+    )
+
+
+def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
+    """Call timm, quietly; raises MealError when pretrained weights cannot be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what libraries deprecate inside timm is not the user's
+            backbone: nn.Module = timm.create_model(
+                _current_name(name), pretrained=pretrained, **extra
+            )
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MealError(
+            f"cannot load the pretrained weights of {name} ({reason}); check the network or the "
+            "Hugging Face cache, give a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
+            "or start from random weights with --no-pretrained"
+        ) from error
+    return backbone
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """Return timm's pretrained config of a model name, or raise with the nearest names."""
+    current = _current_name(name)
+    if timm.is_model(current):
+        try:
+            config = timm.models.get_pretrained_cfg(current)
+            return dataclasses.asdict(config) if config else {}
+        except RuntimeError:
+            architecture = name.split(".")[0]
+            tags = ", ".join(_tags(architecture)) or "none"
+            raise ConfigError(f"{architecture} has no weights {name!r}; tags: {tags}") from None
+    every = [*timm.list_models(), *timm.list_pretrained(), *NAMES]
+    suggestion = difflib.get_close_matches(name, every, n=4)
+    hint = f"did you mean {', '.join(suggestion)}?" if suggestion else "see timm.list_models()"
+    if Path(name).exists():
+        own = read_metadata(Path(name)).get("architecture") if Path(name).is_dir() else None
+        hint = (
+            f"it is a path: as a teacher write {own or 'MODEL'}={name}, as a start "
+            f"--model {own or 'MODEL'} --initial-checkpoint {name}"
+        )
+    raise ConfigError(f"unknown model {name!r}; {hint}")
+
+
+def _current_name(name: str) -> str:
+    """Return today's name of a model timm has renamed: gluon_senet154 -> senet154.gluon_in1k."""
+    renamed: str = timm.models.get_deprecated_models().get(name) or name
+    return renamed
+
+
+def _full_tag(config: dict[str, Any]) -> str:
+    return (
+        f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
+    )
+
+
+def _tags(architecture: str) -> list[str]:
+    return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint that we wrote says of itself; empty for others' files.
+
+    Keys: architecture, classes, img_size, mean, std, weights_sha256; without the classes and the
+    hash for a released file, which is known by its exact name.
+    """
+    path = find_checkpoint(path)
+    if known := by_file(path.name):
+        return {
+            "architecture": known.architecture,
+            "img_size": known.img_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+        }
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY, "{}")
+        stored = json.loads(text)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ConfigError(f"cannot read checkpoint {path}: {error}") from None
+    return stored if isinstance(stored, dict) else {}
+
+
+def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[str] | None) -> None:
+    if stored is None or classes is None or list(stored) == list(classes):
+        return
+    different = [f"{a!r} / {b!r}" for a, b in zip(stored, classes, strict=False) if a != b][:1]
+    raise ConfigError(
+        f"checkpoint {path} was trained on other classes: {len(stored)} there, {len(classes)} in "
+        f"the data; first difference {', '.join(different) or 'in their number'}"
+    )
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return a SHA-256 (hex) over a module's state: sorted names, types, shapes and values."""
+    digest = sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_classifier(
+    folder: Path, model: Classifier, *, classes: Sequence[str], img_size: int
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``: timm's own folder format, no pickle.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The class names, size and
+    normalisation also stand in the header of the weights file. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = model.tag.split(".")[0]
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    stored = {
+        "architecture": architecture,
+        "classes": list(classes),
+        "img_size": img_size,
+        "mean": mean,
+        "std": std,
+        "weights_sha256": weights_sha256(model.backbone),
+    }
+    state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
+    # one entry: safetensors writes several in a random order
+    metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
+    write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
+    of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": int(getattr(model.backbone, "num_features", 0)),
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "tag": "mealv2",
+            "num_classes": model.num_classes,
+            "input_size": [3, img_size, img_size],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bilinear",
+            "crop_pct": 224 / 256,
+            **{name: of_timm[name] for name in _KEPT_CONFIG if name in of_timm},
+        },
+    }
+    write_atomic(folder / CONFIG_NAME, canonical_json(config).encode())

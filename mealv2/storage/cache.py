@@ -1,0 +1,153 @@
+"""A folder of copies of remote files, kept below a size; those used longest ago go first."""
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mealv2.errors import ConfigError
+from mealv2.storage.atomic import TEMPORARY_PREFIX, atomic_file
+from mealv2.storage.urls import PIPE, shown
+
+_LOCK_PREFIX = ".lock-"
+STAMPS_PREFIX = ".notes-"  # of files that say what copies are of
+_OLD_NS = 86_400 * 10**9  # a temporary file that nobody can still be writing: of one who was killed
+_PLAIN = re.compile(r"[A-Za-z0-9_.,=@+-]+")
+
+
+class Cache:
+    """Copies of remote files, in a folder that any number of processes of a machine may share.
+
+    A file is fetched once, whoever asks; the oldest are removed when a new one would make them
+    more than ``limit`` bytes. A file that is open may be removed: who has it open reads on.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def path_of(self, url: str, *, version: str = "") -> Path:
+        """Return where the copy of a URL lies: under names that a person recognises.
+
+        Copies of several ``version`` of a file lie beside each other.
+        """
+        if url.startswith(PIPE):
+            return self.folder / "pipe" / _digest(url)
+        parts = urlsplit(url)
+        names = [parts.scheme, parts.netloc.rpartition("@")[2], *parts.path.split("/")]
+        safe = [name if _is_plain(name) else _digest(name) for name in names if name]
+        for hint in filter(None, (parts.query, version)):
+            safe[-1] = f"{_digest(hint)}-{safe[-1]}"
+        return self.folder.joinpath(*safe)
+
+    def open(
+        self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
+    ) -> int:
+        """Return a descriptor of the copy of a URL; ``fetch`` writes it to a path if need be.
+
+        Raises what ``fetch`` does, ConfigError for a file of ``size`` bytes that never fits.
+        """
+        path = self.path_of(url, version=version)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                if os.fstat(handle).st_size == size or not size:
+                    os.utime(handle)
+                    return handle
+                os.close(handle)
+                path.unlink(missing_ok=True)  # of another version of the file
+            self.make(url, fetch, size=size, version=version)
+
+    def make(
+        self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
+    ) -> None:
+        """See that the copy of a URL is there; raises as ``open``."""
+        if size > self.limit:
+            raise ConfigError(
+                f"{shown(url)} has {size} bytes, more than --cache-size {self.limit}; give more"
+            )
+        path = self.path_of(url, version=version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            if not path.exists():
+                self.trim(size)
+                with atomic_file(path) as temporary:
+                    fetch(temporary)
+        self.trim(0, keep=path)
+
+    def trim(self, needed: int, *, keep: Path | None = None) -> None:
+        """Remove the files used longest ago until ``needed`` more bytes fit."""
+        files = []
+        for where, _, names in os.walk(self.folder):
+            for name in names:
+                if name.startswith((_LOCK_PREFIX, STAMPS_PREFIX)):
+                    continue
+                path = Path(where, name)
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    files.append((found.st_mtime_ns, found.st_size, path))
+        total = needed + sum(size for _, size, _ in files)
+        written_since_ns = time.time_ns() - _OLD_NS
+        for time_ns, size, path in sorted(files):
+            if total <= self.limit:
+                return
+            is_written = path.name.startswith(TEMPORARY_PREFIX) and time_ns > written_since_ns
+            if path == keep or is_written or in_use(path.parent):
+                continue
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def hold(folder: Path) -> int:
+    """Say that the files of a folder are in use until the descriptor, or the process, is closed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with contextlib.suppress(OSError):  # a share without locks: nothing is held there
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether some process holds a folder."""
+    try:
+        handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one thread of one process at a time be here for a path."""
+    handle = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # without locks a file may be fetched twice, no more
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{_LOCK_PREFIX}{path.name}")
+
+
+def _is_plain(name: str) -> bool:
+    return _PLAIN.fullmatch(name) is not None and name[0] != "." and len(name) < 128
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:24]
