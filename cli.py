@@ -20,9 +20,10 @@ import mealv2
 from mealv2 import recipes
 from mealv2.errors import IncompleteError, MealError
 from pipeline import config as configs
-from pipeline import copies, environment
+from pipeline import display_names
 from pipeline.command_line import options, settings
 from pipeline.config import bench, distill, label_sets, labels, pack, slurm, training, use
+from pipeline.runtime import env
 
 # Every command and its config; pipeline.NAME runs it (see module_of).
 COMMANDS: dict[str, type[configs.Settings]] = {
@@ -82,7 +83,7 @@ def _slurm() -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    if (code := environment.saved_exit_code()) is not None:
+    if (code := env.saved_exit_code()) is not None:
         sys.exit(code)
     try:
         cli.main(standalone_mode=False)
@@ -92,10 +93,10 @@ def main() -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
     except MealError as error:
-        _fail(copies.use_display_names(str(error)), error.exit_code)
+        _fail(display_names.use_display_names(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         advice = "; what was finished is kept: run the same command again to go on"
-        _fail(f"stopped{'' if environment.is_child_process() else advice}", 4)
+        _fail(f"stopped{'' if env.is_child_process() else advice}", 4)
     except OSError as error:
         if error.errno is None:
             raise
@@ -117,15 +118,15 @@ def _fail(message: str, code: int) -> NoReturn:
         message
     ):  # there is none where another rank has said why it ended
         click.echo(f"mealv2: {message}", err=True)
-        environment.save_exit_code(code)
+        env.save_exit_code(code)
     sys.exit(code)
 
 
 def _without_prefix(message: str) -> bool:
     """Return whether a message is this process's to say: of several ranks the first to find it."""
-    if not environment.has_torchrun_store():
+    if not env.has_torchrun_store():
         return True
-    text: bool = importlib.import_module("pipeline.ranks").claim(message, environment.rank())
+    text: bool = importlib.import_module("pipeline.runtime.distributed").claim(message, env.rank())
     return text
 
 
@@ -147,7 +148,7 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
     def callback(**values: Any) -> None:
         made = settings.config_of(config, click.get_current_context())
         if not config.in_ranks:
-            environment.require_single_process(name)
+            env.require_single_process(name)
         _check_paths(made)
         try:
             report = importlib.import_module(module_of(name)).run(made)

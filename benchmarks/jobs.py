@@ -30,9 +30,9 @@ from mealv2.label_set import Encoding, claim, planned_shards
 from mealv2.models import create_classifier, save_classifier
 from pipeline.bench import hardware
 from pipeline.bench.room import drawn_rows
+from pipeline.bench.synthetic_images import draw_tree
 from pipeline.config import LabelsFinishConfig, LabelsStatusConfig
 from pipeline.label_sets import finish, status
-from pipeline.pictures import draw_tree
 
 TEACHER, CLASSES, SHARD_SIZE, BATCH_SIZE = "resnet18", 10, 16, 16
 STATUS_IMAGES, STATUS_VIEWS = 2048, 30  # of a shard

@@ -28,7 +28,7 @@ from torch import Tensor
 from mealv2.data.open import open_source
 from mealv2.label_set import LabelSet
 from mealv2.soft_labels import Labels, concat
-from pipeline import distill, precompute, ready
+from pipeline import distill, load_model, precompute
 from pipeline.config import (
     DistillConfig,
     EvaluateConfig,
@@ -47,7 +47,7 @@ from pipeline.demo import (
 )
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
-from pipeline.runtime import create_runtime, use_one_thread
+from pipeline.runtime.device import create_runtime, use_one_thread
 from pipeline.training import checkpoint
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.run_folder import REPORT_NAME
@@ -166,7 +166,7 @@ class Bench:
         """Return a student's accuracy, and its agreement with and KL to the dense labels."""
         config = EvaluateConfig(data_dir=self.data, checkpoint=run, workers=0)
         source = open_source(self.data, config.val_split)
-        found = ready.load(config, classes=source.classes)
+        found = load_model.load(config, classes=source.classes)
         evaluator = Evaluator(
             source,
             create_runtime(config),

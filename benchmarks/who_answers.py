@@ -30,7 +30,7 @@ from pipeline.demo import (
     STUDENT,
     TEACHERS,
 )
-from pipeline.runtime import use_one_thread
+from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import REPORT_NAME
 
 SETS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mealv2.errors import ConfigError
 from mealv2.storage.json_format import read_json
-from pipeline import distill, finetune, logs, precompute
+from pipeline import console, distill, finetune, precompute
 from pipeline.config import (
     DemoConfig,
     DistillConfig,
@@ -24,7 +24,7 @@ from pipeline.config import (
     PrecomputeConfig,
     current_names,
 )
-from pipeline.runtime import use_one_thread
+from pipeline.runtime.device import use_one_thread
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME
 
@@ -58,7 +58,7 @@ class DemoRun:
         """Do a training run, go on with it, or take the report it left; return its folder."""
         assert settings.output is not None
         folder = settings.output
-        logs.info(f"\n== {part}: {folder}")
+        console.info(f"\n== {part}: {folder}")
         began = time.monotonic()
         report = _finished(folder, settings)
         if report is None:
@@ -74,7 +74,7 @@ class DemoRun:
 
     def label(self, settings: PrecomputeConfig) -> None:
         """Do stage one, as far as it is not done."""
-        logs.info(f"\n== labels: {settings.output}")
+        console.info(f"\n== labels: {settings.output}")
         began = time.monotonic()
         # all of it, also where the environment says that this is one of several jobs
         report = precompute.run(replace(settings, job_index=0, num_jobs=1))
@@ -167,7 +167,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             ),
         )
     report = _report(demo)
-    logs.info("\n" + _table(demo, report))
+    console.info("\n" + _table(demo, report))
     return report
 
 
@@ -254,7 +254,7 @@ def _table(demo: DemoRun, report: dict[str, Any]) -> str:
     ):
         each = " ".join(f"{value:.2f}" for value in report[name])
         rows.append([title, f"{mean(report[name]):.2f}", each])
-    lines = [logs.table(rows), ""]
+    lines = [console.table(rows), ""]
     between = report["interval_95"]
     spread = (
         f"95 % interval {between[0]:+.2f} to {between[1]:+.2f}, {report['seeds']} seeds"
@@ -265,10 +265,10 @@ def _table(demo: DemoRun, report: dict[str, Any]) -> str:
     per_view = report["label_bytes"] / report["label_views"]
     lines.append(
         f"label set: {report['label_views']} views of {SPLITS['train']} images in "
-        f"{logs.size_of(report['label_bytes'])}, {per_view:.0f} bytes a view"
+        f"{console.size_of(report['label_bytes'])}, {per_view:.0f} bytes a view"
     )
     times = [
-        f"{part} {logs.duration(demo.seconds[part])}" if part in demo.seconds else f"{part} kept"
+        f"{part} {console.duration(demo.seconds[part])}" if part in demo.seconds else f"{part} kept"
         for part in _PARTS
     ]
     lines.append("time: " + ", ".join(times))

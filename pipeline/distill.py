@@ -7,11 +7,12 @@ from torch import nn
 from mealv2.errors import ConfigError
 from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
-from pipeline import environment
 from pipeline.config import DistillConfig
 from pipeline.labelling.store import local_folder
-from pipeline.runtime import Runtime, distributed_runtime, seed_everything
-from pipeline.sources import open_split
+from pipeline.loading.sources import open_split
+from pipeline.runtime import env
+from pipeline.runtime.device import Runtime, distributed_runtime
+from pipeline.runtime.seeds import seed_everything
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.label_source import (
@@ -26,7 +27,7 @@ from pipeline.training.spec import CutMix, TrainingSpec, create_student
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil; return the report. Raises MealError and OSError, see training.loop.train."""
     if config.dry_run:
-        environment.require_single_process("distill --dry-run")
+        env.require_single_process("distill --dry-run")
     with distributed_runtime(config) as runtime:
         return _train_distillation(config, runtime)
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from mealv2.errors import ConfigError
-from pipeline import ready
+from pipeline import load_model
 from pipeline.config import EvaluateConfig
-from pipeline.runtime import create_runtime
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
+from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator
 
 
@@ -14,7 +14,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
     runtime = create_runtime(config)
     source = open_images(config, config.data_dir, config.val_split)
-    found = ready.load(config, classes=source.classes)
+    found = load_model.load(config, classes=source.classes)
     model = found.model
     if model.num_classes != len(source.classes):
         raise ConfigError(
@@ -34,5 +34,5 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             }
             for name, (images, correct) in zip(source.classes, figures.per_class(), strict=True)
         ]
-        ready.write_results(config.results_file, {**report, "per_class": rows}, rows)
+        load_model.write_results(config.results_file, {**report, "per_class": rows}, rows)
     return report

@@ -6,8 +6,9 @@ from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
-from pipeline.runtime import Runtime, distributed_runtime, seed_everything
-from pipeline.sources import open_images, open_split
+from pipeline.loading.sources import open_images, open_split
+from pipeline.runtime.device import Runtime, distributed_runtime
+from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student

@@ -13,7 +13,7 @@ from typing import Any
 from mealv2 import label_set
 from mealv2.data.source import ImageSource
 from mealv2.storage.json_format import json_sha256
-from pipeline import logs, timing
+from pipeline import console, timing
 from pipeline.config import PrecomputeConfig
 from pipeline.labelling import jobs, manifest, teachers, workers
 from pipeline.labelling.annotate import Annotator, encoding_of, make_annotator
@@ -26,7 +26,7 @@ from pipeline.labelling.shards import (
 )
 from pipeline.labelling.store import open_store
 from pipeline.loading.loader import WaitTimer, read_views
-from pipeline.runtime import create_runtime
+from pipeline.runtime.device import create_runtime
 
 _INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # of a shard, about
@@ -129,16 +129,17 @@ def _estimate(
     sample, label_bytes = _measure(config, annotator, train)
     rate, peak_bytes = sample.rate, timing.peak_bytes(device)
     num_bytes = round(num_labels * label_bytes) + sum(map(_bytes_beside_labels, splits))
-    logs.info(
-        f"{num_labels} views, {logs.size_of(num_bytes)}, about "
-        f"{logs.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up to "
-        f"{logs.size_of(peak_bytes)}"
+    console.info(
+        f"{num_labels} views, {console.size_of(num_bytes)}, about "
+        f"{console.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up "
+        f"to "
+        f"{console.size_of(peak_bytes)}"
     )
     timing.print_limit(sample)
     if isinstance(config.output, Path):
         free = shutil.disk_usage(_existing(config.output)).free
         if free < num_bytes:
-            logs.info(f"only {logs.size_of(free)} are free at {config.output}")
+            console.info(f"only {console.size_of(free)} are free at {config.output}")
     return {
         "dry_run": True,
         "images": len(train.source),

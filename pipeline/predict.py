@@ -11,11 +11,11 @@ from mealv2.data.folder import UnorderedSource, walk_images
 from mealv2.data.source import EXTENSIONS
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
-from pipeline import logs, ready
+from pipeline import console, load_model
 from pipeline.config import PredictConfig
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
-from pipeline.runtime import Runtime, create_runtime
+from pipeline.runtime.device import Runtime, create_runtime
 from pipeline.training.evaluator import finite_logits
 
 IMAGENET_CLASSES = 1000
@@ -57,18 +57,18 @@ def run(config: PredictConfig) -> dict[str, Any]:
     """Predict; return the report. Raises MealError and OSError."""
     runtime = create_runtime(config)
     source = ImageFiles(config.image)
-    found = ready.load(config)
+    found = load_model.load(config)
     names = _class_names(config, found)
     skipped: dict[str, str] = {}
     predictions = []
     for prediction in _predictions(config, runtime, source, found, skipped):
         best = [{"class_id": c, "class": names[c], "prob": prob} for c, prob in prediction["best"]]
         predictions.append({"image": prediction["image"], "best": best})
-        logs.info(_shown(predictions[-1]))
+        console.info(_shown(predictions[-1]))
     if not predictions:
         raise DataError("no image could be read")
     for key, reason in skipped.items():
-        logs.info(f"left out {key}: {reason}")
+        console.info(f"left out {key}: {reason}")
     report = {
         "model": found.model.tag,
         "img_size": found.img_size,
@@ -82,7 +82,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
             for prediction in predictions
             for rank, best in enumerate(prediction["best"], start=1)
         ]
-        ready.write_results(config.results_file, report, rows)
+        load_model.write_results(config.results_file, report, rows)
     return report
 
 
@@ -91,7 +91,7 @@ def _predictions(
     config: PredictConfig,
     runtime: Runtime,
     source: ImageFiles,
-    found: ready.LoadedModel,
+    found: load_model.LoadedModel,
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
@@ -102,7 +102,7 @@ def _predictions(
         workers=config.workers,
         pin_memory=runtime.should_pin_memory,
     )
-    shown = logs.progress(
+    shown = console.progress(
         loader,
         total=len(source),
         what="predicting",
@@ -145,7 +145,7 @@ def _check_name(path: Path) -> None:
         raise ConfigError(f"the file name {str(path)!a} is not valid UTF-8; rename it") from None
 
 
-def _class_names(config: PredictConfig, found: ready.LoadedModel) -> list[str]:
+def _class_names(config: PredictConfig, found: load_model.LoadedModel) -> list[str]:
     """Return the names that the checkpoint keeps, ImageNet's for its models, else the class ids."""
     if found.classes is not None:
         return found.classes

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import logs
+from pipeline import console
 
 _PROC = Path("/proc")
 SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
@@ -151,7 +151,7 @@ def sample(measure: Callable[[int], Sample], *, min_size: int) -> Sample:
 
 def print_limit(found: Sample) -> None:
     """Say what limits the rate."""
-    logs.info(
+    console.info(
         f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
         "the time"
     )

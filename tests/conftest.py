@@ -39,7 +39,7 @@ from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import ViewReader
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 ROOT = Path(cli.__file__).resolve().parent
 CLASSES = ("ants", "bees", "cats")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mealv2.storage.atomic import write_atomic
-from pipeline import logs
+from pipeline import console
 from pipeline.bench import (
     command,
     hardware,
@@ -27,7 +27,8 @@ from pipeline.bench import (
 from pipeline.bench.lines import HEAD, Line, NotMeasuredError
 from pipeline.bench.room import BenchContext
 from pipeline.config import BenchConfig, flag
-from pipeline.runtime import Runtime, create_runtime, seed_everything
+from pipeline.runtime.device import Runtime, create_runtime
+from pipeline.runtime.seeds import seed_everything
 
 Measure = Callable[[BenchContext, Sequence[str]], list[Line]]
 
@@ -54,7 +55,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         lines = measure(bench, config.chosen)
         more: dict[str, Any] = {}
         if lines:
-            logs.info(logs.table([HEAD, *(line.row() for line in lines)]))
+            console.info(console.table([HEAD, *(line.row() for line in lines)]))
         if config.profile:
             more["profile"] = profile.both_stages(bench)
         if not config.lines and not config.profile:
@@ -84,7 +85,7 @@ def measure(bench: BenchContext, names: Sequence[str]) -> list[Line]:
         wanted = [name for name in of_group if name in names]
         if not wanted:
             continue
-        logs.info(f"measuring {', '.join(wanted)}")
+        console.info(f"measuring {', '.join(wanted)}")
         try:
             found |= {line.name: line for line in measure_group(bench, wanted)}
         except NotMeasuredError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.runtime import library_versions
+from pipeline.runtime.device import library_versions
 
 _OPTIONAL = ("webdataset", "simplejpeg", "triton")
 # Dense bf16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (H200, H100 SXM and PCIe, A100,

@@ -12,7 +12,7 @@ from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import SoftLabels
 from mealv2.targets import BatchTargets
 from mealv2.task import DistillTask
-from pipeline import logs
+from pipeline import console
 from pipeline.bench.room import NUM_CLASSES, BenchContext, calibrate
 from pipeline.timing import repeated, timed, times_for
 
@@ -23,7 +23,7 @@ _TURN_S = 2.0
 
 def gpu_hours(bench: BenchContext) -> dict[str, Any]:
     """Measure every student and every ensemble of the recipes; say and return GPU-hours."""
-    logs.info("measuring the students and teachers of every recipe")
+    console.info("measuring the students and teachers of every recipe")
     rates: dict[Any, float] = {}
     rows = []
     for name in recipes.names():
@@ -123,4 +123,4 @@ def _rate_of(
 def _print_table(rows: list[dict[str, Any]]) -> None:
     head = ["ImageNet, GPU-hours", "epochs", *(f"stage one, {v} views" for v in VIEWS)]
     cells = [[row["recipe"], *(str(row[name]) for name in list(row)[3:])] for row in rows]
-    logs.info(logs.table([[*head, "stage two", "online"], *cells]))
+    console.info(console.table([[*head, "stage two", "online"], *cells]))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from torchvision import transforms as of_torchvision
 from torchvision.datasets import ImageFolder
 
+from mealv2.data.jpegtran import Jpegtran, packed
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, tar_writer
@@ -20,7 +21,6 @@ from mealv2.errors import ConfigError
 from mealv2.views import DrawnViews
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.bench.room import NUM_VIEWS, BenchContext, Images
-from pipeline.jpegtran import Jpegtran, packed
 from pipeline.labelling.plan import batch_requests
 from pipeline.loading.loader import Batch, ViewReader, read_views
 from pipeline.loading.requests import BatchRequest, check_failures

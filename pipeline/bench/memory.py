@@ -22,17 +22,17 @@ from mealv2.label_set import Encoding
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
-from pipeline import logs
+from pipeline import console
 from pipeline.bench.lines import Line, NotMeasuredError
 from pipeline.bench.room import BenchContext, plan_of
+from pipeline.bench.synthetic_images import draw_tree
 from pipeline.config import DEFAULT_RATE
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import ViewReader
-from pipeline.pictures import draw_tree
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn, processes
 
 FEW_VIEWS, MANY_VIEWS = 30, 180
@@ -74,7 +74,7 @@ def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     if not (_PROC / "self" / "statm").exists():
         raise NotMeasuredError("needs /proc, which says what a process holds")
     draw_tree(bench.folder / "small" / "once", num_images=_PICTURES, num_classes=1, size=_SIZE)
-    logs.info(f"memory of stage one, {MANY_VIEWS} views per image: up to a minute")
+    console.info(f"memory of stage one, {MANY_VIEWS} views per image: up to a minute")
     many = in_own_process(bench, bench.config.memory_images, MANY_VIEWS)
     few = in_own_process(bench, many.num_images, FEW_VIEWS)
     by_images = 100.0 * (many.at_end / many.at_quarter - 1.0)

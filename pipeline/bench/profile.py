@@ -19,7 +19,7 @@ from mealv2.label_set import Rows, Shard
 from mealv2.models.ensemble import combine
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
-from pipeline import logs
+from pipeline import console
 from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import annotator_of
 from pipeline.bench.room import NUM_VIEWS, BenchContext, plan_of
@@ -73,7 +73,7 @@ def both_stages(bench: BenchContext) -> dict[str, Any]:
         for part in ("step", "reading"):
             _print_table(f"{name.replace('_', ' ')}, {part}", of_stage[part])
         speed = ", ".join(f"{value} {what}" for what, value in of_stage["arithmetic"].items())
-        logs.info(f"{name.replace('_', ' ')}: {speed}")
+        console.info(f"{name.replace('_', ' ')}: {speed}")
     return found
 
 
@@ -199,4 +199,4 @@ def _print_table(title: str, phases: dict[str, dict[str, float]]) -> None:
     rows: list[Sequence[str]] = [
         [name, f"{1e3 * of['seconds']:.2f}", f"{of['percent']:.1f}"] for name, of in phases.items()
     ]
-    logs.info(logs.table([[title, "ms", "%"], *map(list, rows)]))
+    console.info(console.table([[title, "ms", "%"], *map(list, rows)]))

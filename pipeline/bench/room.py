@@ -17,11 +17,11 @@ from mealv2.models import Classifier, create_classifier
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
-from pipeline import logs
+from pipeline import console
 from pipeline.bench.lines import by_cpu_time
+from pipeline.bench.synthetic_images import Drawn, draw_tree, mean_pixels
 from pipeline.config import DEFAULT_RATE, BenchConfig
-from pipeline.pictures import Drawn, draw_tree, mean_pixels
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn
 
 NUM_CLASSES = 1000
@@ -72,7 +72,7 @@ class BenchContext:
         """The images that are read: drawn now, or the user's own."""
         config = self.config
         if config.data_dir is None:
-            logs.info(f"drawing {config.num_images} pictures")
+            console.info(f"drawing {config.num_images} pictures")
             drawn = draw_tree(self.folder / "images" / "train", num_images=config.num_images)
             source = open_source(self.folder / "images", "train")
             return Images(self.folder / "images", "train", source, list(range(len(source))), drawn)

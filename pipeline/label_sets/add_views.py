@@ -9,7 +9,7 @@ from mealv2 import label_set
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, read_manifest
 from mealv2.storage.json_format import json_sha256
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsAddViewsConfig
 from pipeline.labelling import jobs, workers
 from pipeline.labelling.annotate import Annotator, make_annotator
@@ -29,8 +29,8 @@ from pipeline.labelling.shards import (
 )
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import ViewReader
-from pipeline.runtime import create_runtime, library_versions
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
+from pipeline.runtime.device import create_runtime, library_versions
 
 
 def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     described, num_made, skipped = _label_blocks(config, splits, annotator, store, listed)
     skipped -= labels.skipped.keys()
     if skipped:
-        logs.info(f"{len(skipped)} images could not be read: they keep only their first views")
+        console.info(f"{len(skipped)} images could not be read: they keep only their first views")
     _write_manifest(config.labels, manifest, described)
-    logs.info(f"{config.labels} now holds views 0 to {config.num_views - 1}")
+    console.info(f"{config.labels} now holds views 0 to {config.num_views - 1}")
     return {
         "labels": str(config.labels),
         "images": len(labels),

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mealv2.label_set import Encoding, Shard, ShardFile
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsConvertConfig
 from pipeline.label_sets.writing import (
     Writer,
@@ -32,14 +32,14 @@ def run(config: LabelsConvertConfig) -> dict[str, Any]:
     )
     for name, labels in splits.items():
         files = [(views, file) for views, files in labels.blocks for file in files]
-        for views, file in logs.progress(
+        for views, file in console.progress(
             files, total=len(files), what=f"converting {name}", unit="shards"
         ):
             writer.add(name, views, partial(_converted, file, old, new))
         for file in labels.appended_files:
             writer.add_rows(file, range(file.num_images), encoded(all_rows(file, old), old, new))
     report = writer.finish(accuracies_of(splits))
-    logs.info(f"{config.output} keeps {new}, in {logs.size_of(report['bytes'])}")
+    console.info(f"{config.output} keeps {new}, in {console.size_of(report['bytes'])}")
     return report
 
 

@@ -17,11 +17,11 @@ from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.views import BOX_UNIT, fractions
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsExportConfig
 from pipeline.label_sets.writing import all_rows, require_outside
 from pipeline.labelling.compatibility import check_same_data
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
 
 # readers of a folder of tables leave out names that begin so
 _PLAN_NAME = "_plan.json"
@@ -37,7 +37,7 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
     require_outside(config.output, [config.labels])
     labels = LabelSet.open(config.labels, split=config.split)
     if labels.num_appended:
-        logs.info(f"{labels.num_appended} labels that were appended are left out")
+        console.info(f"{labels.num_appended} labels that were appended are left out")
     labels = LabelSet.open(config.labels, split=config.split, appended=[])
     prepare, write = {
         "fkd": (_check_fkd, _fkd),
@@ -56,7 +56,9 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
         "bytes": num_bytes,
     }
     write_atomic(config.output / _REPORT_NAME, canonical_json(report).encode())
-    logs.info(f"{config.output}: {logs.count(len(files), 'file')}, {logs.size_of(num_bytes)}")
+    console.info(
+        f"{config.output}: {console.count(len(files), 'file')}, {console.size_of(num_bytes)}"
+    )
     return {"out": str(config.output), **report}
 
 
@@ -94,7 +96,7 @@ def _progress(labels: LabelSet, what: str) -> Iterator[tuple[int, ShardFile]]:
     """Yield the shards of the first block of views, with their numbers."""
     _, files = labels.blocks[0]
     return iter(
-        logs.progress(
+        console.progress(
             list(enumerate(files)),
             total=len(labels),
             what=what,

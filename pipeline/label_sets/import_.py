@@ -16,10 +16,10 @@ from mealv2.fkd import FkdFile
 from mealv2.label_set import UNKNOWN, Encoding, Images, Rows, Shard, StoredViews, boxes_of
 from mealv2.soft_labels import SoftLabels
 from mealv2.views import STORED_BOXES, packed_boxes
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsImportConfig
 from pipeline.label_sets.writing import Writer
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
 
 
 def run(config: LabelsImportConfig) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         (len(matched.without_image), "label files have no image, and are left out"),
     ):
         if number:
-            logs.info(f"{number} {what}")
+            console.info(f"{number} {what}")
     positions = [p for p, key in enumerate(source.keys) if key in matched.paths]
     first = fkd.read_file(matched.paths[source.keys[positions[0]]])
     num_classes = len(source.classes)
@@ -57,14 +57,14 @@ def run(config: LabelsImportConfig) -> dict[str, Any]:
         positions[part.start : part.stop]
         for part in label_set.shard_ranges(len(positions), config.shard_size)
     ]
-    for part in logs.progress(
+    for part in console.progress(
         shards, total=len(positions), what="importing", unit="images", size=len
     ):
         paths = [matched.paths[source.keys[p]] for p in part]
         make = partial(_shard, source, part, paths, encoding, kind, num_views)
         writer.add("train", range(num_views), make)
     report = writer.finish({})
-    logs.info(f"{report['images']} images, {num_views} views each, {kind}, kept as {encoding}")
+    console.info(f"{report['images']} images, {num_views} views each, {kind}, kept as {encoding}")
     return {**report, "label_type": kind, "num_views": num_views}
 
 

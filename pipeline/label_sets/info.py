@@ -9,7 +9,7 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, creating_command, read_header, read_manifest, read_plan
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.urls import shown
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsInfoConfig
 from pipeline.labelling.store import local_folder
 
@@ -49,7 +49,7 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
 
 
 def _line(name: str, value: str) -> None:
-    logs.info(f"{name:<15} {value}")
+    console.info(f"{name:<15} {value}")
 
 
 def _print_plan(folder: Path, plan: dict[str, Any]) -> None:
@@ -68,14 +68,14 @@ def _print_plan(folder: Path, plan: dict[str, Any]) -> None:
 def _print_split(name: str, split: dict[str, Any]) -> None:
     _line(
         name,
-        f"{logs.count(split['images'], 'image')} x {logs.count(split['views'], 'view')}, "
-        f"{logs.count(split['shards'], 'shard')}, "
-        f"{logs.size_of(split['bytes'])}, {split['bytes_per_view']:.1f} bytes a label",
+        f"{console.count(split['images'], 'image')} x {console.count(split['views'], 'view')}, "
+        f"{console.count(split['shards'], 'shard')}, "
+        f"{console.size_of(split['bytes'])}, {split['bytes_per_view']:.1f} bytes a label",
     )
     if split["skipped"]:
-        _line("", f"{logs.count(split['skipped'], 'image')} skipped")
+        _line("", f"{console.count(split['skipped'], 'image')} skipped")
     if split["appended_rows"]:
-        _line("", f"{logs.count(split['appended_rows'], 'label')} appended")
+        _line("", f"{console.count(split['appended_rows'], 'label')} appended")
     if "accuracy" in split:
         _line("", f"ensemble top-1 {split['accuracy']['ensemble']['top1']:.2f}")
 
@@ -132,7 +132,7 @@ def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
             splits[name]["of"] = sum(s.split == name for s in label_set.planned_shards(plan))
             of = f" of {splits[name]['of']}"
         _line(name, f"{split['num_images']} images, {existing}{of} shards are there")
-    logs.info(
+    console.info(
         f"not finished: run the same {creating_command(plan)} again; `mealv2 labels status` says "
         f"more"
     )

@@ -13,7 +13,7 @@ from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile
 from mealv2.metrics import num_correct
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsMergeConfig
 from pipeline.label_sets.writing import (
     Writer,
@@ -134,7 +134,7 @@ def _join(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     for split, chosen in sources.items():
         for block, (views, _) in enumerate(chosen[0].blocks):
             files = [file for labels in chosen for file in labels.blocks[block][1]]
-            for file in logs.progress(
+            for file in console.progress(
                 files, total=len(files), what=f"joining {split}", unit="shards"
             ):
                 writer.add(split, views, file.shard)
@@ -145,7 +145,7 @@ def _join(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
             rows = all_rows(file, each.splits["train"].encoding)
             writer.add_rows(file, range(file.num_images), rows)
     report = writer.finish(accuracies)
-    logs.info(f"joined {len(sets)} sets: {report['images']} images, {report['views']} labels")
+    console.info(f"joined {len(sets)} sets: {report['images']} images, {report['views']} labels")
     return {**report, "merged": "joined", "sets": len(sets)}
 
 
@@ -211,7 +211,7 @@ def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     for split, labels in first.splits.items():
         blocks = enumerate(labels.blocks)
         addresses = [(b, views, n) for b, (views, files) in blocks for n in range(len(files))]
-        for block, views, number in logs.progress(
+        for block, views, number in console.progress(
             addresses, total=len(addresses), what=f"averaging {split}", unit="shards"
         ):
             files = [each.splits[split].blocks[block][1][number] for each in sets]
@@ -221,7 +221,7 @@ def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     if writer.has_counts("val"):
         accuracies["val"] = accuracy_of(writer.plan, writer.files("val"))
         top1 = accuracies["val"]["ensemble"]["top1"]
-        logs.info(f"{len(teachers)} teachers together: top-1 {top1:.2f} on the validation split")
+        console.info(f"{len(teachers)} teachers together: top-1 {top1:.2f} on the validation split")
     report = writer.finish(accuracies)
     return {**report, "merged": "averaged", "sets": len(sets), "teachers": len(teachers)}
 
@@ -255,13 +255,13 @@ def _aligned(labels: LabelSet, other: LabelSet) -> bool:
 
 def _warn_dropped_views(trains: Sequence[LabelSet]) -> None:
     if not all(train.encoding.is_dense for train in trains):
-        logs.info(
+        console.info(
             "not all sets are dense: their means carry what their encodings lost "
             "(precompute with --topk all to lose nothing)"
         )
     appended = sum(train.num_appended for train in trains)
     if appended:
-        logs.info(f"{appended} labels that were appended are left out: not all sets have them")
+        console.info(f"{appended} labels that were appended are left out: not all sets have them")
 
 
 def _mean_shard(

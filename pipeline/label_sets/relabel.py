@@ -10,14 +10,14 @@ import torch
 from mealv2.data.source import ImageSource
 from mealv2.label_set import LabelSet, Rows
 from mealv2.models.ensemble import EnsembleOutput
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import build_original_teachers, check_precision, choose_resize
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
-from pipeline.runtime import Runtime
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
+from pipeline.runtime.device import Runtime
 
 _NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
 
@@ -46,7 +46,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
     )
     requests = _requests(source, addresses, config.batch_size)
-    batches = logs.progress(
+    batches = console.progress(
         read_views(reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory),
         total=len(addresses),
         what="asking the teachers again",
@@ -64,7 +64,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         fresh = labels.encoding.encode(*annotations).to(torch.device("cpu"))
         total += _compared(annotations, stored, fresh)
     kl, kl_of_encoding, agreement, identical = (total / max(1, num_views)).tolist()
-    logs.info(
+    console.info(
         f"{num_views} views asked again: KL {kl:.3g} nats, of which the encoding loses "
         f"{kl_of_encoding:.3g}; top-1 agrees in {100.0 * agreement:.2f} %, "
         f"{100.0 * identical:.2f} % are the same to the bit"

@@ -12,7 +12,7 @@ from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, Shard, ShardFile, StoredViews, boxes_of, check_box_drift
 from mealv2.views import Views
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsSplitConfig
 from pipeline.label_sets.writing import (
     Writer,
@@ -39,7 +39,7 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     keys = [key for file in files for key in file.all_keys()]
     if config.parts > len(keys):
         raise ConfigError(
-            f"--parts {config.parts}: {config.labels} has {logs.count(len(keys), 'image')}"
+            f"--parts {config.parts}: {config.labels} has {console.count(len(keys), 'image')}"
         )
     borders = [len(keys) * part // config.parts for part in range(config.parts + 1)]
     parts = [set(keys[a:b]) for a, b in itertools.pairwise(borders)]
@@ -49,7 +49,7 @@ def run(config: LabelsSplitConfig) -> dict[str, Any]:
     reports = []
     for number, (folder, part) in enumerate(zip(folders, parts, strict=True)):
         reports.append(_write_part(folder, f"part {number} of {config.parts}", splits, part))
-        logs.info(f"{folder}: {logs.count(reports[-1]['images'], 'image')}")
+        console.info(f"{folder}: {console.count(reports[-1]['images'], 'image')}")
     return {"labels": str(config.labels), "parts": reports}
 
 

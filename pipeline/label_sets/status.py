@@ -15,7 +15,7 @@ from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
 from mealv2.storage.json_format import json_sha256
 from mealv2.storage.urls import is_url, shown
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsStatusConfig
 from pipeline.labelling.manifest import (
     MISSING,
@@ -110,7 +110,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
         return report
     broken = {name: why for block in blocks for name, why in block.broken.items()}
     problem = (
-        f"{count_incomplete(broken)} of {logs.count(len(names), 'shard')}"
+        f"{count_incomplete(broken)} of {console.count(len(names), 'shard')}"
         if broken
         else "no manifest of its shards"
     )
@@ -237,22 +237,26 @@ def _print_report(report: dict[str, Any]) -> None:
         first, stop = block["views"]
         counts = [len(block["missing"]), len(block["damaged"])]
         numbers = map(str, [block["shards"], block["whole"], *counts])
-        rows.append([block["role"], f"{first}-{stop - 1}", *numbers, logs.size_of(block["bytes"])])
-    logs.info(logs.table(rows))
+        rows.append(
+            [block["role"], f"{first}-{stop - 1}", *numbers, console.size_of(block["bytes"])]
+        )
+    console.info(console.table(rows))
     damaged = [why for block in report["blocks"] for why in block["damaged"].values()]
     for why in damaged[:_SHOWN]:
-        logs.info(why)
+        console.info(why)
     if len(damaged) > _SHOWN:
-        logs.info(f"and {logs.count(len(damaged) - _SHOWN, 'more damaged shard')}")
+        console.info(f"and {console.count(len(damaged) - _SHOWN, 'more damaged shard')}")
     if temporaries := report["strays"]:
         oldest = max(temporary["age_s"] for temporary in temporaries.values())
-        logs.info(
-            f"{logs.count(len(temporaries), 'temporary file')} of jobs that were killed or still "
-            f"run, the oldest {logs.duration(oldest)} old"
+        console.info(
+            f"{console.count(len(temporaries), 'temporary file')} of jobs that were killed or "
+            f"still "
+            f"run, the oldest {console.duration(oldest)} old"
         )
     if unlisted := report["others"]:
-        logs.info(
-            f"not the set's: {logs.count(len(unlisted), 'file')} ({logs.first_names(unlisted)})"
+        console.info(
+            f"not the set's: {console.count(len(unlisted), 'file')} "
+            f"({console.first_names(unlisted)})"
         )
     if report["finished"]:
-        logs.info("finished: the manifest is there, of these files")
+        console.info("finished: the manifest is there, of these files")

@@ -21,13 +21,13 @@ from mealv2.storage.atomic import file_sha256
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.urls import shown
 from mealv2.views import DrawnViews
-from pipeline import logs
+from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.labelling.store import local_folder
-from pipeline.runtime import create_runtime
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
+from pipeline.runtime.device import create_runtime
 
 
 @dataclass
@@ -49,7 +49,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     _check_plan(folder, manifest, found)
     for split, entry in manifest["roles"].items():
         listed = [s for b in entry["blocks"] for s in b["shards"]]
-        for shard in logs.progress(
+        for shard in console.progress(
             listed, total=len(listed), what=f"bytes of {split}", unit="shards"
         ):
             _hash_shard(folder / shard["name"], shard, found)
@@ -57,11 +57,12 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         for split in manifest["roles"]:
             _check_split(LabelSet.open(folder, split=split), found)
     for name, problem in found.problems.items():
-        logs.info(f"{name}: {problem}")
+        console.info(f"{name}: {problem}")
     if found.problems:
         raise LabelSetError(
-            f"{shown(config.labels)}: {len(found.problems)} of {logs.count(found.shards, 'file')} "
-            f"are damaged or missing ({logs.first_names(found.problems)}); "
+            f"{shown(config.labels)}: {len(found.problems)} of "
+            f"{console.count(found.shards, 'file')} "
+            f"are damaged or missing ({console.first_names(found.problems)}); "
             f"{_advice(manifest['plan'], found.problems)}"
         )
     report = {
@@ -77,9 +78,9 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         report["data"] = _check_data(config, folder, manifest)
     if config.relabel:
         report["relabelled"] = relabel(config, folder, create_runtime(config))
-    logs.info(
-        f"{logs.count(found.shards, 'file')}, {logs.count(found.images, 'image')}, "
-        f"{logs.count(found.labels, 'label')}: every byte is right"
+    console.info(
+        f"{console.count(found.shards, 'file')}, {console.count(found.images, 'image')}, "
+        f"{console.count(found.labels, 'label')}: every byte is right"
     )
     return report
 
@@ -124,7 +125,9 @@ def _where(path: Path) -> str:
         return f" ({str(error).partition(' is damaged: ')[2] or error})"
     if not damaged:
         return " (not in the labels nor in how they are found)"
-    return f" (the labels of {logs.count(len(damaged), 'image')}: {logs.first_names(damaged)})"
+    return (
+        f" (the labels of {console.count(len(damaged), 'image')}: {console.first_names(damaged)})"
+    )
 
 
 def _check_split(labels: LabelSet, found: Found) -> None:
@@ -135,7 +138,7 @@ def _check_split(labels: LabelSet, found: Found) -> None:
         if file_sha256(file.path)[:16] != file.path.stem.rpartition("-")[2]:
             found.problems[file.path.name] = "its name is not that of its bytes"
     files = [*(file for _, files in labels.blocks for file in files), *more]
-    for file in logs.progress(
+    for file in console.progress(
         files, total=len(files), what=f"labels and boxes of {labels.split}", unit="shards"
     ):
         for problem in _problems(labels, file, found):
@@ -148,7 +151,7 @@ def _check_split(labels: LabelSet, found: Found) -> None:
 def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
     bad = [key.decode() for key, _, is_intact in file.blocks() if not is_intact]
     if bad:
-        yield f"the labels of {len(bad)} images fail their CRC-32: {logs.first_names(bad)}"
+        yield f"the labels of {len(bad)} images fail their CRC-32: {console.first_names(bad)}"
         return
     keys = file.keys()
     hashes = np.frombuffer(b"".join(key_hash(key.encode()) for key in keys), "<u8")
@@ -197,5 +200,5 @@ def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, An
         check_same_data(labels, source, allow_missing=lenient)
         num_images = len(labels) + len(labels.skipped)
         of = "the" if num_images == len(source) else f"{num_images} of {len(source)}"
-        logs.info(f"{split}: it labels {of} images of {source.name}, and they are the same")
+        console.info(f"{split}: it labels {of} images of {source.name}, and they are the same")
     return "a part of it" if is_part else "the same"

@@ -22,7 +22,7 @@ from pipeline.labelling.manifest import (
     load_complete_shard,
     skipped_images,
 )
-from pipeline.runtime import library_versions
+from pipeline.runtime.device import library_versions
 
 
 class Writer:

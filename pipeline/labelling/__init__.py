@@ -1,1 +1,1 @@
-"""Stage one: plan a label set, run the teachers on views, write shards, write the manifest."""
+"""Stage one: plan, annotate, write shards, finish with a manifest."""

@@ -12,7 +12,7 @@ from mealv2.errors import ConfigError, DataError
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
 from mealv2.models.ensemble import EnsembleOutput, TeacherEnsemble, combine
-from pipeline.compiling import compile_teachers
+from pipeline.compile import compile_teachers
 from pipeline.config import (
     DEFAULT_RATE,
     EncodingConfig,
@@ -23,7 +23,7 @@ from pipeline.config import (
 from pipeline.labelling.batch_size import find_batch_size
 from pipeline.loading.loader import Batch, on_device
 from pipeline.loading.requests import check_failures
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 # The encoder runs on at most so many rows at once: 16 MB of probabilities and as many bytes of
 # mean logits; of few classes, so many views at about 2 kB each.

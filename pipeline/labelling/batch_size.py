@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mealv2.errors import ConfigError
-from pipeline import logs
+from pipeline import console
 
 _MIN_SIZE = 8
 _MAX_SIZE, _MAX_SIZE_CPU = 4096, 256
@@ -38,7 +38,7 @@ def find_batch_size(forward: Forward, *, img_size: int, device: torch.device, ma
             f"{device}; give a smaller --batch-size, or fewer teachers"
         )
     tried = ", ".join(f"{size}: {rate:.3g}" for size, rate in rates.items())
-    logs.info(f"--batch-size auto: {best} views a forward pass (views/s of {tried})")
+    console.info(f"--batch-size auto: {best} views a forward pass (views/s of {tried})")
     return best
 
 

@@ -9,10 +9,10 @@ from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet
 from mealv2.models.ensemble import TeacherEnsemble
-from pipeline import logs
+from pipeline import console
+from pipeline.console import first_names
 from pipeline.labelling import teachers
-from pipeline.logs import first_names
-from pipeline.runtime import Runtime, library_versions
+from pipeline.runtime.device import Runtime, library_versions
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
 
@@ -113,7 +113,7 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     plan = labels.manifest["plan"]
     resize = resize_of(plan.get("interpolation"))
     if exact_pil is not None and exact_pil != (resize == "pil"):
-        logs.info(
+        console.info(
             f"{labels.folder} was labelled on views resized by {_LIBRARY[resize]}; the pixels of "
             "this run differ from them by up to 2 of 255"
         )
@@ -121,7 +121,7 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     if plan.get("probe_sha256") not in (None, probe_sha256(resize)):
         library = _LIBRARY[resize]
         version = labels.manifest.get("versions", {}).get(library, "another version")
-        logs.info(
+        console.info(
             f"{labels.folder} was labelled on views resized by {library} {version}; "
             f"{library_versions()[library]} on this machine gives slightly different pixels"
         )

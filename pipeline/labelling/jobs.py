@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, IncompleteError
-from pipeline import environment, logs
+from pipeline import console
 from pipeline.config import JobsConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
+from pipeline.runtime import env
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def choose_job(config: JobsConfig) -> Job:
     if config.job_index is not None and config.num_jobs is not None:
         index, count, given_by = config.job_index, config.num_jobs, "--job-index"
     else:
-        index, count, given_by = environment.job()
-    if count > 1 and not environment.is_child_process():
-        logs.info(f"job {index} of {count}, counted from 0 ({given_by})")
+        index, count, given_by = env.job()
+    if count > 1 and not env.is_child_process():
+        console.info(f"job {index} of {count}, counted from 0 ({given_by})")
     return Job(index, count, listed)
 
 
@@ -65,7 +66,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
-        logs.info(f"--shard-list {path} is empty: no shard to make")
+        console.info(f"--shard-list {path} is empty: no shard to make")
     return names
 
 
@@ -87,9 +88,9 @@ def label_part(
     began = time.monotonic()
     all_names = [split.planned(n).name for split in splits for n in range(len(split.shards))]
     names = frozenset(job.select(all_names))
-    is_worker = environment.is_child_process()
+    is_worker = env.is_child_process()
     kind = "process" if is_worker else "job"
-    logs.info(f"this {kind} makes {len(names)} of {logs.count(len(all_names), 'shard')}")
+    console.info(f"this {kind} makes {len(names)} of {console.count(len(all_names), 'shard')}")
     failed: dict[str, str] = {}
     num_missing = 0
     for split in splits:
@@ -104,7 +105,7 @@ def label_part(
         first, reason = next(iter(failed.items()))
         advice = "" if is_worker else "; the same command again makes what is missing"
         raise IncompleteError(
-            f"{len(failed)} of {logs.count(len(names), 'shard')} failed, first {first} "
+            f"{len(failed)} of {console.count(len(names), 'shard')} failed, first {first} "
             f"({reason}){advice}",
             report,
         )
@@ -118,9 +119,9 @@ def job_report(
 
     ``last_step`` describes this command, by default `mealv2 labels finish`.
     """
-    if not environment.is_child_process():
+    if not env.is_child_process():
         command = last_step or f"`mealv2 labels finish {store.location}`"
-        logs.info(f"done; after the last job: {command}")
+        console.info(f"done; after the last job: {command}")
     return {
         "labels": store.location,
         "job_index": job.index,

@@ -16,9 +16,9 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, creating_command
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
 from mealv2.storage.json_format import json_sha256
-from pipeline import copies, logs
+from pipeline import console, display_names
 from pipeline.labelling.store import RemoteStore, Store
-from pipeline.runtime import library_versions
+from pipeline.runtime.device import library_versions
 
 MISSING = "missing"
 _NUM_READERS = 4  # threads that read shards
@@ -57,7 +57,8 @@ def write_manifest(
     if incomplete := {s.name: why for s, why in found.items() if isinstance(why, str)}:
         raise LabelSetError(
             f"{store.location}: {count_incomplete(incomplete)} of "
-            f"{logs.count(len(shards), 'shard')} ({logs.first_names(incomplete)}); run the same "
+            f"{console.count(len(shards), 'shard')} ({console.first_names(incomplete)}); run the "
+            f"same "
             f"{creating_command(plan)} again, then `mealv2 labels finish {store.location}`"
         )
     complete = [(s.split, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
@@ -87,7 +88,7 @@ def check_shards(
     """Yield the manifest entry of every shard, or why the shard is missing or damaged."""
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checking") as threads:
         found = threads.map(partial(_check_shard, folder, plan_sha256=plan_sha256), shards)
-        yield from logs.progress(found, total=len(shards), what="checking", unit="shards")
+        yield from console.progress(found, total=len(shards), what="checking", unit="shards")
 
 
 def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedShard | str:
@@ -96,7 +97,7 @@ def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> Chec
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return copies.use_display_names(str(error))
+        return display_names.use_display_names(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
@@ -118,7 +119,9 @@ def _split_entry(
     """Return the entry of a split in the manifest."""
     skipped = skipped_images(shards)
     if skipped:
-        logs.info(f"{split}: {logs.count(len(skipped), 'image')} skipped, listed in manifest.json")
+        console.info(
+            f"{split}: {console.count(len(skipped), 'image')} skipped, listed in manifest.json"
+        )
     views = [0, plan["roles"][split]["num_views"]]
     block = {"views": views, "shards": [shard.entry for shard in shards]}
     more = added_blocks(folder, split, block, json_sha256(plan), listed=listed)
@@ -142,9 +145,9 @@ def _log_replaced(before: Mapping[str, str], splits: Mapping[str, Any]) -> None:
     now = {shard["name"]: shard["sha256"] for shard in label_set.listed_shards(splits)}
     replaced = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if replaced:
-        logs.info(
-            f"replaced since the previous manifest: {logs.count(len(replaced), 'shard')} "
-            f"({logs.first_names(sorted(replaced))})"
+        console.info(
+            f"replaced since the previous manifest: {console.count(len(replaced), 'shard')} "
+            f"({console.first_names(sorted(replaced))})"
         )
 
 
@@ -167,10 +170,10 @@ def load_complete_shard(
     except FileNotFoundError:
         return None
     except LabelSetError as error:
-        logs.info(f"{error}; making it again")
+        console.info(f"{error}; making it again")
         return None
     if not is_listed:
-        logs.info(f"shard {path} is not the one in the manifest; making it again")
+        console.info(f"shard {path} is not the one in the manifest; making it again")
         return None
     return file
 
@@ -207,7 +210,7 @@ def added_blocks(
             blocks.append({"views": [views.start, views.stop], "shards": entries})
             stop = views.stop
         else:
-            logs.info(
+            console.info(
                 f"views {views.start} to {views.stop - 1} are not complete and not listed; "
                 "`mealv2 labels add-views` completes them"
             )
@@ -250,9 +253,9 @@ def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
     ensemble = accuracy["ensemble"]
     known = [*((t["model"], t) for t in accuracy["teachers"]), ("ensemble", ensemble)]
     rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known]
-    logs.info(logs.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
+    console.info(console.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
     if ensemble["top1"] < 200.0 / num_classes:
-        logs.info(
+        console.info(
             "the ensemble is hardly better than chance: check that the teachers know these "
             "classes, in this order"
         )
@@ -296,8 +299,8 @@ def _log_temporary_files(store: Store) -> None:
     if not files:
         return
     num_old = sum(file["age_s"] > _OLD_S for file in files.values())
-    logs.info(
-        f"{store.location} holds {logs.count(len(files), 'temporary file')} of jobs that were "
+    console.info(
+        f"{store.location} holds {console.count(len(files), 'temporary file')} of jobs that were "
         f"killed or still run ({TEMPORARY_PREFIX}*), {num_old} of them older than a day; remove "
         "them when no job runs"
     )

@@ -16,7 +16,7 @@ from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE, BatchRequest
-from pipeline.sources import open_images, open_split
+from pipeline.loading.sources import open_images, open_split
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from mealv2 import label_set
 from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
 from mealv2.label_set import Encoding, Images, PlannedShard, Shard, ShardFile
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
-from pipeline import copies, logs
+from pipeline import console, display_names
 from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.manifest import load_complete_shard
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import Batch, read_views
 from pipeline.loading.requests import BatchRequest
-from pipeline.runtime import StopFlag, StopRequested, stop_on_signal
+from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 
 # Errors that concern one shard and may not concern the next: its images, the device, the file
 # system, its file in the object store.
@@ -56,7 +56,9 @@ def find_missing(
             missing[number] = stamp
     if len(missing) < len(numbers):
         num_complete = len(numbers) - len(missing)
-        logs.info(f"{split.name}: {num_complete} of {logs.count(len(numbers), 'shard')} complete")
+        console.info(
+            f"{split.name}: {num_complete} of {console.count(len(numbers), 'shard')} complete"
+        )
     return missing
 
 
@@ -128,7 +130,7 @@ def _read_views(
     """Return an iterator over the views of some shards, batch by batch, with a progress bar."""
     in_order = [request for of_shard in requests.values() for request in of_shard]
     views = read_views(split.reader, in_order, workers=workers, pin_memory=pin_memory)
-    return logs.progress(
+    return console.progress(
         views if stop is None else _until_stopped(views, stop),
         total=sum(len(split.shards[number]) for number in requests) * len(split.views),
         what=f"labelling {split.name}",
@@ -231,14 +233,16 @@ def _record_failure(failed: dict[str, str] | None, name: str, error: Exception) 
     if failed is None or isinstance(error, _BUGS) or codes & _NO_SPACE:
         raise error
     failed[name] = _reason(error)
-    logs.info(f"shard {name} failed: {failed[name]}; continuing with the other shards")
+    console.info(f"shard {name} failed: {failed[name]}; continuing with the other shards")
 
 
 def _reason(error: Exception) -> str:
     """Return the cause of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return copies.use_display_names((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return display_names.use_display_names(
+        (str(error).strip().splitlines() or [type(error).__name__])[0]
+    )
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.urls import Location, is_url, shown, within
-from pipeline import copies, logs
+from pipeline import console, display_names
 from pipeline.config import CacheConfig
-from pipeline.sources import cache_of
+from pipeline.loading.sources import cache_of
 
 _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5")
 _NUM_FETCHERS = 8  # threads that fetch files
@@ -103,7 +103,7 @@ class RemoteStore(Store):
         self.location = shown(url)
         self._cache = cache
         _open_copies.append(hold(self.folder))
-        copies.set_display_name(self.folder, self.location.rstrip("/"))
+        display_names.set_display_name(self.folder, self.location.rstrip("/"))
         self._remote: dict[str, object_store.File] = {}
         with self._locked():
             self._list()
@@ -275,7 +275,7 @@ class RemoteStore(Store):
         needed = sum(self._remote[name].size for name in names)
         self._cache.trim(needed)
         if needed:
-            logs.info(f"fetching {logs.size_of(needed)} of labels from {shown(self.url)}")
+            console.info(f"fetching {console.size_of(needed)} of labels from {shown(self.url)}")
 
     def _fetch_text(self, name: str) -> None:
         data = object_store.read(within(self.url, name)) if name in self._remote else None

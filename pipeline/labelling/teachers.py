@@ -8,9 +8,9 @@ from mealv2.errors import ConfigError
 from mealv2.models import Classifier, create_classifier, read_metadata, weights_sha256
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.weight_files import find_checkpoint
-from pipeline import logs
+from pipeline import console
 from pipeline.config import split_teachers
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 
 def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
@@ -50,7 +50,7 @@ def build(
             )
         own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
         if own_size not in (None, img_size):
-            logs.info(
+            console.info(
                 f"teacher {name} was trained at {own_size} pixels and labels views of {img_size} "
                 f"(--img-size {own_size}?)"
             )

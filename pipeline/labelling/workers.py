@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import IO
 
 from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
-from pipeline import environment, logs
+from pipeline import console
 from pipeline.config import JobsConfig
 from pipeline.labelling.jobs import Job
-from pipeline.runtime import StopFlag, gpu_of, stop_on_signal
+from pipeline.runtime import env
+from pipeline.runtime.device import gpu_of
+from pipeline.runtime.signals import StopFlag, stop_on_signal
 
 _POLL_INTERVAL_S = 0.1
 _STOPPED = "stopped; complete shards are kept: run the same command again to continue"
@@ -37,7 +39,7 @@ def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
                 stack.enter_context(worker)
             _wait(workers, stop)
         if stop.signal_name == "SIGTERM":
-            logs.info(f"mealv2: {len(workers)} processes {_STOPPED}")
+            console.info(f"mealv2: {len(workers)} processes {_STOPPED}")
             signal.raise_signal(signal.SIGTERM)  # schedulers requeue jobs that a signal killed
         if stop.signal_name is not None:
             raise StoppedError(f"{len(workers)} processes {_STOPPED}")
@@ -54,7 +56,7 @@ def _wait(workers: "list[_Worker]", stop: StopFlag) -> None:
             for other in workers:
                 if other.process.poll() and other.number not in logged:
                     logged.add(other.number)
-                    logs.info(f"{other.exit_text()}; the others continue")
+                    console.info(f"{other.exit_text()}; the others continue")
             if stop.signal_name is not None and not is_signalled:
                 is_signalled = True
                 for other in workers:
@@ -99,7 +101,7 @@ class _Worker:
         path = folder / f"{number}.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
         self._command = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
-        self._environment = environment.child_environment(config.num_procs)
+        self._environment = env.child_environment(config.num_procs)
 
     def __enter__(self) -> "_Worker":
         with self._report.open("wb") as report:
@@ -140,4 +142,4 @@ class _Worker:
 def _relay(stream: IO[str], number: int) -> None:
     with stream:
         for line in filter(str.strip, stream):
-            logs.info(f"[{number}] {line.rstrip()}")
+            console.info(f"[{number}] {line.rstrip()}")

@@ -1,1 +1,1 @@
-"""Reads views of images in threads: one path for both stages and validation."""
+"""From image sources to batches of views: threads, order, transfer to the device."""

@@ -13,15 +13,15 @@ from typing import Any
 
 from mealv2.data.jpeg_pack import INDEX_NAME, Pack, PackedImage
 from mealv2.data.jpeg_restart import is_packed
+from mealv2.data.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
 from mealv2.data.open import open_source
 from mealv2.data.pixels import decode
 from mealv2.data.source import EXTENSIONS, ImageSource, fingerprint
 from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import write_atomic
-from pipeline import logs
+from pipeline import console
 from pipeline.config import PackConfig
-from pipeline.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
 from pipeline.pack.places import check_out, claim, foreign_files, splits_of
 from pipeline.pack.reading import in_threads, read_image
 
@@ -57,7 +57,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         "jpegtran": program.version,
         "seconds": round(time.monotonic() - began, 3),
     }
-    logs.info(_print_summary(report))
+    console.info(_print_summary(report))
     return report
 
 
@@ -101,13 +101,15 @@ def _pack_split(
         range(len(source)),
         workers=config.workers,
     )
-    shown = logs.progress(results, total=len(source), what=f"packing {source.split}", unit="images")
+    shown = console.progress(
+        results, total=len(source), what=f"packing {source.split}", unit="images"
+    )
     for position, (size, reason, is_made) in enumerate(shown):
         key = source.keys[position]
         images[key] = PackedImage(size, source.sizes[position], reason or "")
         num_made += is_made
         if reason == UNREADABLE and is_made:
-            logs.info(f"cannot be read, copied as it is: {Path(source.name) / key}")
+            console.info(f"cannot be read, copied as it is: {Path(source.name) / key}")
     pack = replace(before, files=images)
     if pack != before:
         write_atomic(folder / INDEX_NAME, pack.to_bytes())
@@ -155,7 +157,8 @@ def _print_summary(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     kept = ", ".join(f"{count} {reason}" for reason, count in report["kept"].items())
     return (
-        f"{report['packed']} of {logs.count(report['images'], 'image')} packed, the same pixels in "
-        f"{logs.size_of(after)} instead of {logs.size_of(before)}"
+        f"{report['packed']} of {console.count(report['images'], 'image')} packed, the same "
+        f"pixels in "
+        f"{console.size_of(after)} instead of {console.size_of(before)}"
         + (f"; copied as they are: {kept}" if kept else "")
     )

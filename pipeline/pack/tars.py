@@ -24,7 +24,7 @@ from mealv2.data.tar_writer import index_of, pack_order, sample, sample_names, t
 from mealv2.errors import ConfigError, DataError
 from mealv2.label_set import shard_ranges
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
-from pipeline import logs
+from pipeline import console
 from pipeline.config import PackConfig
 from pipeline.pack.places import check_out, claim, splits_of
 from pipeline.pack.reading import in_threads, read_image
@@ -55,9 +55,10 @@ def run(config: PackConfig) -> dict[str, Any]:
         "bytes": sum(tar.bytes for tar in tars.values()),
         "seconds": round(time.monotonic() - began, 3),
     }
-    logs.info(
-        f"{logs.count(report['images'], 'image')} in {logs.count(report['shards'], 'tar file')}, "
-        f"{logs.size_of(report['bytes'])}"
+    console.info(
+        f"{console.count(report['images'], 'image')} in "
+        f"{console.count(report['shards'], 'tar file')}, "
+        f"{console.size_of(report['bytes'])}"
     )
     return report
 
@@ -133,7 +134,7 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
         (position for _, part in missing for position in part),
         workers=config.workers,
     )
-    shown = logs.progress(
+    shown = console.progress(
         images,
         total=sum(len(part) for _, part in missing),
         what=f"packing {source.split}",

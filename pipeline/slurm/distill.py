@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline import logs
+from pipeline import console
 from pipeline.config import SlurmDistillConfig, StageCommand
 from pipeline.slurm import scripts, submitting
 from pipeline.training.run_folder import REPORT_NAME
@@ -21,7 +21,7 @@ def run(
     submitting.warn_missing_labels(config, stage)
     report: dict[str, Any] = {"output": str(out), "job": None}
     if (out / REPORT_NAME).exists():
-        logs.info(f"{out}: the run came to its end; nothing to submit")
+        console.info(f"{out}: the run came to its end; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)
     head = scripts.head(

@@ -10,7 +10,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import CheckedShard, PlannedShard
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import json_sha256
-from pipeline import logs
+from pipeline import console
 from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand, plain
 from pipeline.labelling.manifest import check_shards
 from pipeline.labelling.plan import open_sources, plan_shards
@@ -39,10 +39,10 @@ def run(
     missing, is_finished = _missing(stage.config, store)
     report = {"labels": out, "missing": len(missing), "array": None, "finish": None}
     if is_finished:
-        logs.info(f"{out}: nothing is missing, and its manifest is there; nothing to submit")
+        console.info(f"{out}: nothing is missing, and its manifest is there; nothing to submit")
         return "" if config.print_ else report
     if not missing:
-        logs.info(f"{out}: nothing is missing but its manifest")
+        console.info(f"{out}: nothing is missing but its manifest")
     array = _array(config, stage, this, len(missing)) if missing else None
     finish = _finish(config, stage.config, this)
     if config.print_:
@@ -51,7 +51,9 @@ def run(
     for path, text in filter(None, (array, finish)):
         submitting.keep(path, text)
     if jobs := submitting.still_there(this):
-        logs.info(f"jobs {', '.join(jobs)} are at the same set: what they do, too, is done twice")
+        console.info(
+            f"jobs {', '.join(jobs)} are at the same set: what they do, too, is done twice"
+        )
     after = None
     if array is not None:
         report["array"] = submitting.submit(submitting.sbatch_words(config, array[0]))

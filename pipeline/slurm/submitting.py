@@ -16,7 +16,7 @@ from mealv2.errors import ConfigError, MealError
 from mealv2.storage.atomic import SCRIPTS_NAME, write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.urls import Location, file_name
-from pipeline import logs
+from pipeline import console
 from pipeline.config import SlurmJob, StageCommand, flag
 from pipeline.slurm.scripts import directive_path
 
@@ -114,7 +114,7 @@ def submit(words: list[str], *, done: Mapping[str, Any] = MappingProxyType({})) 
         max_jobs = f" (--array {MOST_TASKS} at most, unless the site allows more)"
         raise MealError(f"sbatch refused: {why}{max_jobs if ' array' in why else ''}; {kept}")
     for line in output:
-        logs.info(line)
+        console.info(line)
     return int(ran.stdout.strip().splitlines()[-1].split(";")[0])
 
 
@@ -160,7 +160,9 @@ def warn_missing_labels(config: SlurmJob, stage: StageCommand) -> None:
     """Say so where labels are not there, and no job before is to make them."""
     labels = getattr(stage.config, "labels", None)
     if isinstance(labels, Path) and not labels.exists() and not config.after:
-        logs.info(f"--labels {labels}: nothing is there yet; --after JOB waits for who makes them")
+        console.info(
+            f"--labels {labels}: nothing is there yet; --after JOB waits for who makes them"
+        )
 
 
 def run_folder(stage: StageCommand) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from pipeline import logs
+from pipeline import console
 from pipeline.config import SlurmSweepConfig, StageCommand
 from pipeline.config.slurm import Choice
 from pipeline.slurm import scripts, submitting
@@ -40,7 +40,7 @@ def run(config: SlurmSweepConfig, checked: Checked) -> dict[str, Any] | str:
     folders = {str(student.task): str(student.folder) for student in todo}
     report = {"output": str(out), "job": None, "students": len(students), "tasks": folders}
     if not todo:
-        logs.info(f"{out}: every student is finished; nothing to submit")
+        console.info(f"{out}: every student is finished; nothing to submit")
         return "" if config.print_ else report
     this = submitting.next_round(out)
     names = {choices[0].field for choices in varied} | {"output"}

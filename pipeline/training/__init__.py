@@ -1,1 +1,1 @@
-"""The one training loop: batches, step, state, checkpoints, validation."""
+"""The training loop and its parts; distill and finetune call it."""

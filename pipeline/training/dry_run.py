@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mealv2.errors import DataError
-from pipeline import logs, timing
+from pipeline import console, timing
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 from pipeline.training.batches import BatchSampler, batch_ranges
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
@@ -29,10 +29,10 @@ def dry_run(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[s
     sample = sample_steps(config, runtime, spec)
     seconds = steps / sample.rate
     peak_bytes = timing.peak_bytes(runtime.device)
-    logs.info(
-        f"{steps} steps of {config.batch_size} views, about {logs.duration(seconds)} at "
+    console.info(
+        f"{steps} steps of {config.batch_size} views, about {console.duration(seconds)} at "
         f"{1 / sample.rate:.3g} s a step on this machine, without validation; memory up to "
-        f"{logs.size_of(peak_bytes)}"
+        f"{console.size_of(peak_bytes)}"
     )
     timing.print_limit(sample)
     return {

@@ -11,12 +11,13 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from mealv2.metrics import Evaluation
 from mealv2.soft_labels import Labels
-from pipeline import logs
+from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.loading.loader import Batch, ViewReader, on_device, read_views
 from pipeline.loading.requests import CENTRE, BatchRequest, centre_requests, check_failures
-from pipeline.ranks import Ranks
-from pipeline.runtime import Runtime, StopFlag, StopRequested
+from pipeline.runtime.device import Runtime
+from pipeline.runtime.distributed import Ranks
+from pipeline.runtime.signals import StopFlag, StopRequested
 from pipeline.training.batches import split_evenly
 
 
@@ -97,7 +98,7 @@ class Evaluator:
         metrics, ranks = Evaluation(num_classes), self._runtime.ranks
         was_training = model.training
         model.eval()
-        shown = logs.progress(
+        shown = console.progress(
             self._loader,
             total=sum(map(len, self._requests)),
             what="validating",

@@ -19,14 +19,14 @@ from mealv2.soft_labels import Labels
 from mealv2.storage.json_format import read_json
 from mealv2.targets import OnlineTeachers, StoredLabels, Targets
 from mealv2.views import DrawnViews, Views
-from pipeline import logs
+from pipeline import console
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
 from pipeline.labelling import teachers
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import build_original_teachers, check_same_data, choose_resize
 from pipeline.loading.loader import ViewReader, read_views
-from pipeline.runtime import Runtime
-from pipeline.sources import open_images
+from pipeline.loading.sources import open_images
+from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
 from pipeline.training.run_folder import LABELS_NAME
 
@@ -178,7 +178,7 @@ def _positions_to_train_on(
     num_missing = int((~has_labels).sum()) - len(labels.skipped)
     if num_missing:
         action = "skipped" if config.missing == "skip" else "labelled online by the teachers"
-        logs.info(
+        console.info(
             f"{num_missing} images are not in the label set; they are {action}, except for "
             "appended views"
         )
@@ -228,7 +228,7 @@ def _label_validation(
         batch_size=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
-    batches = logs.progress(
+    batches = console.progress(
         read_views(
             ViewReader(val, img_size=img_size, resize=resize),
             requests,

@@ -12,11 +12,12 @@ from mealv2.metrics import Evaluation
 from mealv2.models import Classifier, save_classifier
 from mealv2.targets import ONLINE, SKIPPED
 from mealv2.weight_files import EXPORT_FOLDER
-from pipeline import logs
+from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
 from pipeline.loading.requests import check_failures, num_views_of
-from pipeline.runtime import Runtime, StopFlag, StopRequested, stop_on_signal
+from pipeline.runtime.device import Runtime
+from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
 from pipeline.training.batches import BatchSampler
 from pipeline.training.resume import open_run, require_same_inputs
@@ -58,7 +59,7 @@ class _Trainer:
         self.state.teacher_forwards += spec.teacher_forwards
 
     def run(self) -> dict[str, Any]:
-        logs.info(f"run folder {self.folder.path}")
+        console.info(f"run folder {self.folder.path}")
         self._log_resume_point()
         self.step.log_sizes(self.sampler.full_batch())
         try:
@@ -119,7 +120,7 @@ class _Trainer:
 
         last = progress.epoch + self.sampler.num_epochs(progress.epoch)
         total = sum(map(num_views_of, requests))
-        with logs.ProgressBar(total, what=f"epoch {last}/{config.epochs}", unit="images") as bar:
+        with console.ProgressBar(total, what=f"epoch {last}/{config.epochs}", unit="images") as bar:
             for request in requests:
                 batch = next(batches)
                 if batch.failed:  # raise, or leave out images that cannot be read
@@ -175,7 +176,7 @@ class _Trainer:
             for name, value in row.items()
             if name != "epoch"
         )
-        logs.info(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
+        console.info(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
         if self.ranks.is_main_process:
             save_classifier(
                 self.folder.path / EXPORT_FOLDER,
@@ -214,7 +215,7 @@ class _Trainer:
         if metrics:
             known = {**self.spec.teachers, f"student at step {self.progress.total_steps}": metrics}
             rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
-            logs.info(logs.table([["before training", "top-1", "top-5"], *rows]))
+            console.info(console.table([["before training", "top-1", "top-5"], *rows]))
 
     # --- log, checkpoint, report ------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class _Trainer:
         epoch, num_epochs = self.progress.epoch, self.config.epochs
         if self.progress.total_steps == 0 or epoch == num_epochs:
             return
-        logs.info(
+        console.info(
             f"resuming in epoch {epoch + 1}/{num_epochs} after {self.progress.step} of its "
             f"{len(self.sampler.batches(epoch))} steps ({self.progress.total_steps} in all)"
         )
@@ -231,7 +232,7 @@ class _Trainer:
     def _log_task_warning(self) -> None:
         """Print and log what the task found in the first batch."""
         if self.step.warning is not None:
-            logs.info(self.step.warning)
+            console.info(self.step.warning)
             self.folder.log("prepared", step=self.progress.total_steps, text=self.step.warning)
             self.step.warning = None
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.ranks import Ranks
+from pipeline.runtime.distributed import Ranks
 
 
 class Meter:

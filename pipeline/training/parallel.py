@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mealv2.errors import ConfigError
 from mealv2.targets import BatchTargets
 from mealv2.task import Mixture, Task, TaskResult
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 
 class _Replica(nn.Module):

@@ -5,10 +5,10 @@ from typing import Any
 
 from mealv2.errors import MealError
 from mealv2.storage.json_format import canonical_json
-from pipeline import logs
+from pipeline import console
 from pipeline.config import TrainConfig
-from pipeline.ranks import Ranks
-from pipeline.runtime import seed_rank
+from pipeline.runtime.distributed import Ranks
+from pipeline.runtime.seeds import seed_rank
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import ReadOnlyRunFolder, RunFolder
 from pipeline.training.spec import TrainingSpec
@@ -80,6 +80,6 @@ def _load_newest(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
         return path, checkpoint.load(path)
     path, state, damaged = checkpoint.load_newest(run)
     for problem in damaged:
-        logs.info(f"{problem}; resuming from the one before, {path.name}")
+        console.info(f"{problem}; resuming from the one before, {path.name}")
     ranks.broadcast_text(str(path))
     return path, state

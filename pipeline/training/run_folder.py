@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, labels.json, metrics.jsonl, summary.csv, report.json."""
+"""The folder of one run: config.json, metrics.jsonl, summary.csv, report.json."""
 
 import csv
 import io

@@ -9,7 +9,8 @@ from timm.utils.model_ema import ModelEmaV3
 from mealv2.errors import DataError, LabelSetError
 from mealv2.models import Classifier
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
-from pipeline.runtime import Runtime, seed_rank
+from pipeline.runtime.device import Runtime
+from pipeline.runtime.seeds import seed_rank
 from pipeline.training.meters import Meter
 from pipeline.training.spec import TrainingSpec
 

@@ -14,12 +14,12 @@ from mealv2.cutmix import draw_mix
 from mealv2.errors import DataError
 from mealv2.targets import BatchTargets
 from mealv2.task import Mixture
-from pipeline import logs
-from pipeline.compiling import Compiler
+from pipeline import console
+from pipeline.compile import Compiler
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import Batch
 from pipeline.loading.requests import BatchRequest, num_views_of
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 from pipeline.training.batches import split_evenly
 from pipeline.training.parallel import enable_sync_bn, has_batch_norm, in_parallel
 from pipeline.training.spec import TrainingSpec
@@ -223,7 +223,7 @@ class TrainStep:
         if has_batch_norm(self.spec.student) or is_synced:
             seen = math.ceil(on_each / num_micro) * (num_ranks if is_synced else 1)
             text += f"; batch normalisation sees {seen} (the paper: 64, of 512 on 8 GPUs)"
-        logs.info(text)
+        console.info(text)
 
     def _prepare(self, images_BCHW: Tensor | None, targets: BatchTargets | None) -> None:
         """Let the task look at the first batch, the rows of all ranks, before the first step."""

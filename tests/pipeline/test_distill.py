@@ -24,7 +24,8 @@ from mealv2.task import DistillTask
 from mealv2.views import DrawnViews, scheduled_view, view_of
 from mealv2.weight_files import find_checkpoint
 from pipeline.config import DistillConfig
-from pipeline.runtime import create_runtime, seed_everything
+from pipeline.runtime.device import create_runtime
+from pipeline.runtime.seeds import seed_everything
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student
 

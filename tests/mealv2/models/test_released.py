@@ -21,7 +21,7 @@ from mealv2.models import Preprocessing, create_classifier, read_metadata, relea
 from mealv2.storage.json_format import read_json
 from pipeline import config
 from pipeline.labelling import teachers
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 Run = Callable[..., Result]
 

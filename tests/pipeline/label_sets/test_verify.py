@@ -17,7 +17,7 @@ from mealv2.label_set import LabelSet
 from mealv2.views import View
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

@@ -19,7 +19,8 @@ from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.shards import BackgroundWriter, view_counter
 from pipeline.loading.loader import Batch, ViewReader, read_views
-from pipeline.runtime import Runtime, StopRequested
+from pipeline.runtime.device import Runtime
+from pipeline.runtime.signals import StopRequested
 from syncs import recorded_syncs
 
 SIZE = 16

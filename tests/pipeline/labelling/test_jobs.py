@@ -16,11 +16,11 @@ from conftest import Result, Spawned
 from mealv2.errors import ConfigError
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
 from mealv2.storage.atomic import file_stamp
-from pipeline import environment
 from pipeline.labelling import shards
 from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.jobs import Job
 from pipeline.labelling.plan import LabelSplit
+from pipeline.runtime import env
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -82,7 +82,7 @@ def test_tasks_of_an_array_are_counted_from_0_wherever_it_begins(
         found = []
         for index in range(first, first + step * count, step):
             in_array(patched, ID=index)
-            found.append(environment.job())
+            found.append(env.job())
     assert found == [(number, count, "SLURM_ARRAY_TASK_ID") for number in range(count)]
 
 
@@ -102,7 +102,7 @@ def test_an_array_that_is_not_regular_is_refused_naming_the_flags(
 ) -> None:
     in_array(monkeypatch, **values)
     with pytest.raises(ConfigError, match=named) as caught:
-        environment.job()
+        env.job()
     assert str(caught.value).endswith("give --job-index and --num-jobs")
 
 
@@ -119,7 +119,7 @@ def test_ranks_are_jobs(
 ) -> None:
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    assert environment.job() == found
+    assert env.job() == found
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_ranks_that_do_not_fit_are_refused(
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=named):
-        environment.job()
+        env.job()
 
 
 def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
@@ -146,10 +146,10 @@ def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
     in_array(monkeypatch, ID=1, MIN=0, MAX=3, STEP=1, COUNT=4)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert environment.job() == (1, 4, "SLURM_ARRAY_TASK_ID")
+    assert env.job() == (1, 4, "SLURM_ARRAY_TASK_ID")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK is 0 of WORLD_SIZE 2 in a Slurm array"):
-        environment.job()
+        env.job()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_job_that_another_process_speaks_for_does_not_say_what_is_next(
 ) -> None:
     flags = [*precompute_flags, *job_flags(0, 6), "--output", out]
     assert "after the last job: `mealv2 labels finish" in run_cli(*flags).stderr
-    added = environment.child_environment(2).items() - os.environ.items()
+    added = env.child_environment(2).items() - os.environ.items()
     for name, value in added:
         monkeypatch.setenv(name, value)
 
@@ -500,10 +500,10 @@ def test_cores_are_shared_by_processes_unless_the_user_says(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert environment.child_environment(1)["OMP_NUM_THREADS"] == str(cores)
-    assert environment.child_environment(1000)["OMP_NUM_THREADS"] == "1"
+    assert env.child_environment(1)["OMP_NUM_THREADS"] == str(cores)
+    assert env.child_environment(1000)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert environment.child_environment(2)["OMP_NUM_THREADS"] == "7"
+    assert env.child_environment(2)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from conftest import Result
 from mealv2.errors import ConfigError
 from mealv2.models import read_metadata
 from pipeline.labelling import teachers
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 
 CPU = Runtime(torch.device("cpu"), None)
 CLASSES = ["ants", "bees", "cats"]

@@ -26,7 +26,7 @@ from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from mealv2.weight_files import find_checkpoint
 from pipeline.config import DistillConfig
-from pipeline.runtime import seed_everything
+from pipeline.runtime.seeds import seed_everything
 from pipeline.training.batches import epoch_order, split_batches
 from pipeline.training.spec import create_student
 

@@ -1,4 +1,4 @@
-"""pipeline.ranks: a run of several processes learns what one learns, and ends as one ends.
+"""distributed: a run of several processes learns what one learns, and ends as one ends.
 
 Real processes that meet over loopback; those that torchrun starts are in test_torchrun.py.
 """
@@ -26,7 +26,7 @@ from mealv2.data.source import fingerprint_of
 from mealv2.metrics import Evaluation
 from mealv2.storage.atomic import file_sha256
 from pipeline.loading.requests import centre_requests
-from pipeline.ranks import Ranks
+from pipeline.runtime.distributed import Ranks
 from pipeline.training.batches import split_evenly
 from pipeline.training.evaluator import local_centre_requests
 from warm import Warm, warm_process

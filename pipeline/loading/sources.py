@@ -6,13 +6,13 @@ from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError
 from mealv2.storage.cache import Cache
 from mealv2.storage.urls import Location, shown
-from pipeline import environment
 from pipeline.config import NO_SPLIT, CacheConfig
+from pipeline.runtime import env
 
 
 def cache_of(config: CacheConfig) -> Cache:
     """Return the folder that a command keeps copies of remote files in."""
-    return Cache(config.cache_dir or environment.cache_folder(), config.cache_bytes)
+    return Cache(config.cache_dir or env.cache_folder(), config.cache_bytes)
 
 
 def open_images(config: CacheConfig, data_dir: Location, split: str) -> ImageSource:

@@ -20,7 +20,7 @@ from pipeline.config import (
     plain,
     split_teachers,
 )
-from pipeline.runtime import library_versions
+from pipeline.runtime.device import library_versions
 from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
 
 SHOWN_CLASSES = 20

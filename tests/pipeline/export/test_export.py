@@ -24,7 +24,7 @@ from mealv2.errors import MealError
 from mealv2.models import Classifier, create_classifier, read_metadata
 from pipeline import export
 from pipeline.config import ExportConfig
-from pipeline.model_card import escaped
+from pipeline.export.model_card import escaped
 
 Run = Callable[..., Result]
 MODELS = ["test_resnet", "test_efficientnet", "test_vit"]

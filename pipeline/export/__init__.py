@@ -23,8 +23,9 @@ from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metad
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.weight_files import EXPORT_FOLDER, find_checkpoint
-from pipeline import logs, model_card
+from pipeline import console
 from pipeline.config import ExportConfig
+from pipeline.export import model_card
 
 # How far a file may be from the model it was made from, relative to its greatest logit.
 TOLERANCES = {"onnx": 1e-4, "torchscript": 1e-6}
@@ -73,7 +74,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         data, difference = {"onnx": _onnx, "torchscript": _torchscript}[config.to](exported)
         if difference is not None:
             report["max_difference"] = difference
-            logs.info(f"greatest difference to the checkpoint: {difference:.2g} of the top logit")
+            console.info(
+                f"greatest difference to the checkpoint: {difference:.2g} of the top logit"
+            )
         if not write_atomic(out, data, replace=False):
             _check_out(out, as_file=True)
     else:
@@ -81,7 +84,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     files = sorted(out.iterdir()) if out.is_dir() else [out]
     report["bytes"] = sum(path.stat().st_size for path in files)
     report["sha256"] = {path.name: file_sha256(path) for path in files}
-    logs.info(f"wrote {out}, {logs.size_of(report['bytes'])}")
+    console.info(f"wrote {out}, {console.size_of(report['bytes'])}")
     return report
 
 
@@ -136,7 +139,7 @@ def _write_folder(out: Path, exported: ExportedModel, *, hub: bool) -> None:
         if hub:
             entry = re.sub(r"\W", "_", stored["architecture"])
             write_atomic(folder / "hubconf.py", _HUBCONF.format(entry=entry).encode())
-            logs.info(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
+            console.info(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
         folder.rename(out)
 
 
@@ -154,7 +157,7 @@ def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
     weights = sum(t.numel() * t.element_size() for t in exported.model.state_dict().values())
     if weights > _MAX_ONNX_BYTES:
         raise ConfigError(
-            f"{logs.size_of(weights)} of weights do not fit into one ONNX file; use another --to"
+            f"{console.size_of(weights)} of weights do not fit into one ONNX file; use another --to"
         )
     import onnx
 
@@ -175,7 +178,7 @@ def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
-        logs.info("not compared with the checkpoint: pip install onnxruntime to have that done")
+        console.info("not compared with the checkpoint: pip install onnxruntime to have that done")
         return data, None
     import onnxruntime
 

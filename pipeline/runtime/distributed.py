@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mealv2.errors import ConfigError, MealError
-from pipeline.environment import Rank
+from pipeline.runtime.env import Rank
 
 _SIGNALS = ("SIGINT", "SIGTERM")
 _CLAIM_TIMEOUT = timedelta(seconds=10)

@@ -1,4 +1,4 @@
-"""What is printed: messages, progress bars, tables, durations and sizes."""
+"""What a person sees of a run: messages, progress bars, tables, units."""
 
 import sys
 import threading
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.copies import use_display_names
-from pipeline.environment import on_terminal
-from pipeline.ranks import is_main_process
+from pipeline.display_names import use_display_names
+from pipeline.runtime.distributed import is_main_process
+from pipeline.runtime.env import on_terminal
 
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0

@@ -1,4 +1,4 @@
-"""pipeline.runtime: device, precision, versions, and the flag that a signal sets."""
+"""pipeline.runtime.device: device, precision, versions, and the flag that a signal sets."""
 
 import importlib.metadata
 import os
@@ -11,13 +11,9 @@ import torch
 
 from mealv2.errors import ConfigError
 from pipeline.config import EvaluateConfig
-from pipeline.runtime import (
-    StopRequested,
-    create_runtime,
-    library_versions,
-    seed_everything,
-    stop_on_signal,
-)
+from pipeline.runtime.device import create_runtime, library_versions
+from pipeline.runtime.seeds import seed_everything
+from pipeline.runtime.signals import StopRequested, stop_on_signal
 
 
 def config(**values: object) -> EvaluateConfig:

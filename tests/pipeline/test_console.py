@@ -1,4 +1,4 @@
-"""pipeline.logs: words for a person, files for a machine."""
+"""pipeline.console: words for a person, files for a machine."""
 
 import csv
 import itertools
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mealv2.errors import ConfigError
-from pipeline import copies, logs
+from pipeline import console, display_names
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME, RunFolder
 
@@ -33,7 +33,7 @@ from pipeline.training.run_folder import REPORT_NAME, RunFolder
     ],
 )
 def test_duration_is_said_as_a_person_does(seconds: float, said: str) -> None:
-    assert logs.duration(seconds) == said
+    assert console.duration(seconds) == said
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_duration_is_said_as_a_person_does(seconds: float, said: str) -> None:
     ],
 )
 def test_size_is_said_as_a_person_does(num_bytes: float, said: str) -> None:
-    assert logs.size_of(num_bytes) == said
+    assert console.size_of(num_bytes) == said
 
 
 def test_table_aligns_text_left_and_figures_right() -> None:
-    shown = logs.table([["name", "top-1"], ["a long one", "9.00"], ["b", "100.00"]])
+    shown = console.table([["name", "top-1"], ["a long one", "9.00"], ["b", "100.00"]])
     assert shown.splitlines() == [
         "name         top-1",
         "------------------",
@@ -68,15 +68,15 @@ def test_table_aligns_text_left_and_figures_right() -> None:
 def test_progress_yields_everything_and_is_quiet_when_quick(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert list(logs.progress(range(5), total=5, what="x", unit="y")) == [0, 1, 2, 3, 4]
+    assert list(console.progress(range(5), total=5, what="x", unit="y")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr() == ("", "")
 
 
 def test_progress_off_a_terminal_says_plain_lines_with_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "_LINE_EVERY_S", 0.0)
-    list(logs.progress([3, 3, 4], total=10, what="labelling", unit="views", size=int))
+    monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
+    list(console.progress([3, 3, 4], total=10, what="labelling", unit="views", size=int))
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(",")[0] for line in err.splitlines()] == [
@@ -96,7 +96,7 @@ def _shown_on_a_terminal(
     termios.tcsetwinsize(slave, (25, 80))
     with os.fdopen(slave, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
-        list(logs.progress(items, total=3, what="validating", unit="images"))
+        list(console.progress(items, total=3, what="validating", unit="images"))
         stream.write("\x04")  # the end, so that the reader need not guess
         stream.flush()
         shown = b""
@@ -116,7 +116,7 @@ def test_progress_on_a_terminal_is_a_moving_bar_with_rate_and_time_left(
 
 
 def test_progress_on_a_dumb_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
     shown = _shown_on_a_terminal(monkeypatch, range(3), term="dumb")
     assert "validating: 1/3 images" in shown
     assert "%" not in shown
@@ -191,13 +191,17 @@ def test_report_is_written_when_the_run_ends(run: RunFolder) -> None:
 
 def test_progress_does_not_ask_for_more_than_it_yields() -> None:
     items = itertools.count()
-    assert list(logs.progress(itertools.islice(items, 3), total=3, what="x", unit="y")) == [0, 1, 2]
+    assert list(console.progress(itertools.islice(items, 3), total=3, what="x", unit="y")) == [
+        0,
+        1,
+        2,
+    ]
     assert next(items) == 3
 
 
 _KILLED_WHILE_IT_TALKS = """
 import os, signal
-from pipeline import logs
+from pipeline import console as logs
 logs.info("before")
 child = os.fork()
 if not child:
@@ -212,7 +216,7 @@ logs.info("after")
 def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> None:
     said = subprocess.run(
         [sys.executable, "-c", _KILLED_WHILE_IT_TALKS],
-        cwd=Path(logs.__file__).parents[1],
+        cwd=Path(console.__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
@@ -221,18 +225,18 @@ def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> 
 
 
 def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_display_names", {})
-    copies.set_display_name(Path("/cache/s3/b/labels"), "s3://b/labels")
+    monkeypatch.setattr(display_names, "_display_names", {})
+    display_names.set_display_name(Path("/cache/s3/b/labels"), "s3://b/labels")
     for text, told in {
         "/cache/s3/b/labels: no": "s3://b/labels: no",
         "see /cache/s3/b/labels/a.h5.": "see s3://b/labels/a.h5.",
         "in /cache/s3/b/labels.": "in s3://b/labels.",
         "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
     }.items():
-        assert copies.use_display_names(text) == (told or text)
+        assert display_names.use_display_names(text) == (told or text)
 
 
 def test_one_thing_has_no_plural() -> None:
-    said = [logs.count(n, "shard") for n in (0, 1, 2)] + [logs.count(1, "file of jobs")]
+    said = [console.count(n, "shard") for n in (0, 1, 2)] + [console.count(1, "file of jobs")]
     assert said == ["0 shards", "1 shard", "2 shards", "1 file of jobs"]
-    assert logs.count(3, "file of jobs") == "3 files of jobs"
+    assert console.count(3, "file of jobs") == "3 files of jobs"

@@ -19,6 +19,7 @@ from packs import final, one_line
 from PIL import Image
 
 from conftest import Result
+from mealv2.data import jpegtran
 from mealv2.data.folder import ImageFolder
 from mealv2.data.index_json import sealed_json
 from mealv2.data.jpeg_pack import INDEX_NAME, Pack, PackedImage, PackedTar
@@ -27,7 +28,6 @@ from mealv2.data.pixels import decode
 from mealv2.data.source import fingerprint
 from mealv2.errors import DataError
 from mealv2.storage.atomic import write_atomic
-from pipeline import jpegtran
 from pipeline.pack import folder, reading
 from tars import tar_tree
 from warm import warm_process

@@ -1,4 +1,4 @@
-"""pipeline.compiling: compiled networks answer as the plain ones do, and change nothing kept."""
+"""pipeline.compile: compiled networks answer as the plain ones do, and change nothing kept."""
 
 import copy
 import shutil
@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import Result
 from mealv2.models.ensemble import TeacherEnsemble
-from pipeline.compiling import Compiler, compile_teachers
+from pipeline.compile import Compiler, compile_teachers
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mealv2.models.ensemble import TeacherEnsemble
-from pipeline import logs
+from pipeline import console
 from pipeline.config import CompileMode
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -41,7 +41,7 @@ class Compiler:
         cause = getattr(error, "inner_exception", error)  # torch wraps what its back end raises
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = lines[0] if lines else type(cause).__name__
-        logs.info(f"--torchcompile: this machine cannot compile ({reason}); computing without")
+        console.info(f"--torchcompile: this machine cannot compile ({reason}); computing without")
 
 
 class Compiled:

@@ -1,4 +1,4 @@
-"""pipeline.environment: what torchrun says of a process, and what a job leaves for its next try."""
+"""pipeline.runtime.env: what torchrun says of a process, and what a job leaves for its next try."""
 
 import sys
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 
 from conftest import Result
 from mealv2.errors import ConfigError, MealError
-from pipeline import environment, ranks
 from pipeline.config import EvaluateConfig
-from pipeline.runtime import create_runtime
+from pipeline.runtime import distributed, env
+from pipeline.runtime.device import create_runtime
 
 Run = Callable[..., Result]
 
@@ -24,7 +24,7 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(
 ) -> None:
     monkeypatch.setenv(name, "two")
     with pytest.raises(ConfigError, match=f"{name} is 'two', and no number: start it"):
-        environment.rank()
+        env.rank()
     monkeypatch.setenv("LOCAL_RANK", "one")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="and no number"):
@@ -32,8 +32,8 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(
 
 
 def test_alone_a_process_is_the_only_rank() -> None:
-    assert environment.rank() == environment.Rank(0, size=1, local=0, attempt=0)
-    assert environment.local_rank() is None
+    assert env.rank() == env.Rank(0, size=1, local=0, attempt=0)
+    assert env.local_rank() is None
 
 
 # --- what is in vain is not tried again ---------------------------------------------------------
@@ -79,7 +79,7 @@ def test_what_may_get_better_is_no_refusal(
 
 
 def test_ranks_that_do_not_answer_are_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = environment.Rank(0, size=2, local=0, attempt=0)
+    two = env.Rank(0, size=2, local=0, attempt=0)
 
     def raising(error: Exception) -> Callable[..., object]:
         def meet(*args: object, **settings: object) -> object:
@@ -95,7 +95,7 @@ def test_ranks_that_do_not_answer_are_no_refusal(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "rendezvous", raising(error))
         with (
             pytest.raises(MealError, match="the ranks cannot meet") as caught,
-            ranks.process_group(two, backend="gloo"),
+            distributed.process_group(two, backend="gloo"),
         ):
             pass
         assert type(caught.value) is kind

@@ -17,10 +17,10 @@ from mealv2 import recipes
 from pipeline.bench import command_of, hardware, imagenet
 from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
 from pipeline.bench.room import BenchContext
+from pipeline.bench.synthetic_images import draw_picture, draw_tree
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
-from pipeline.pictures import draw_picture, draw_tree
-from pipeline.runtime import Runtime
+from pipeline.runtime.device import Runtime
 from pipeline.timing import (
     Sample,
     Turn,

@@ -1,15 +1,10 @@
-"""The machine under a stage: device, ranks, precision, seeds, signals."""
+"""Device, precision and ranks of this process."""
 
-import os
 import platform
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from importlib import metadata
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -17,9 +12,9 @@ from torch import nn
 
 import mealv2
 from mealv2.errors import ConfigError
-from pipeline import environment
 from pipeline.config import RuntimeConfig
-from pipeline.ranks import Ranks, process_group
+from pipeline.runtime import env
+from pipeline.runtime.distributed import Ranks, process_group
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,7 +75,7 @@ def _gpu() -> str | None:
     """Return the GPU to use, of several the one of this rank; None where there is none."""
     if not torch.cuda.is_available():
         return None
-    number = environment.local_rank()
+    number = env.local_rank()
     return "cuda" if number is None else gpu_of(number)
 
 
@@ -95,9 +90,9 @@ def distributed_runtime(config: RuntimeConfig) -> Iterator[Runtime]:
     """Start a training run's part of the machine: all of it, or that of one of torchrun's ranks.
 
     Raises ConfigError as ``create_runtime`` does, and where ranks cannot meet; see
-    ranks.process_group.
+    distributed.process_group.
     """
-    rank = environment.rank()
+    rank = env.rank()
     if rank.size == 1:
         yield create_runtime(config)
         return
@@ -128,16 +123,6 @@ def _with_own_device(config: RuntimeConfig, local_rank: int) -> RuntimeConfig:
     return replace(config, device=f"cuda:{local_rank}")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators: new weights and dropout. Views and order have seeds of their own."""
-    torch.manual_seed(seed)
-
-
-def seed_rank(seed: int, *, rank: int, step: int) -> None:
-    """Seed torch's generators for what a rank draws from a step on, such as dropout."""
-    torch.manual_seed(int(sha256(f"{seed}/{rank}/{step}".encode()).hexdigest()[:15], 16))
-
-
 def use_one_thread() -> None:
     """Compute in one thread: networks of the demo's size only lose by more (docs/demo.md)."""
     torch.set_num_threads(1)
@@ -148,48 +133,3 @@ def library_versions() -> dict[str, str]:
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
     found = {name: metadata.version(name) for name in libraries}
     return {"mealv2": mealv2.__version__, "python": platform.python_version(), **found}
-
-
-class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it
-    """A signal asked the run to save and stop."""
-
-
-class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM; the run saves and stops at the next ``check``."""
-
-    def __init__(self, *, is_alone: bool = True) -> None:
-        self.signal_name: str | None = None
-        self._is_alone = is_alone
-
-    def check(self) -> None:
-        """Raise StopRequested if a signal came."""
-        if self.signal_name is not None:
-            raise StopRequested(self.signal_name)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_alone:
-            # srun signals every process, and torchrun its ranks once more
-            self.signal_name = self.signal_name or signal.Signals(number).name
-            return
-        if self.signal_name is not None:
-            os._exit(128 + number)  # the second one quits at once
-        self.signal_name = signal.Signals(number).name
-        os.write(2, b"\nstopping in good order; once more quits at once\n")
-
-
-@contextmanager
-def stop_on_signal(*numbers: signal.Signals, is_alone: bool = True) -> Iterator[StopFlag]:
-    """Turn signals into a flag while the block runs (in the main thread only).
-
-    A second one quits at once, unless this process is one of several ranks.
-    """
-    stop = StopFlag(is_alone=is_alone)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = [signal.signal(number, stop._handle) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The machine under a command: device, ranks, environment, signals, seeds."""

@@ -1,0 +1,53 @@
+"""A signal asks a run to save and stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it
+    """A signal asked the run to save and stop."""
+
+
+class StopFlag:
+    """Set by the first Ctrl-C or SIGTERM; the run saves and stops at the next ``check``."""
+
+    def __init__(self, *, is_alone: bool = True) -> None:
+        self.signal_name: str | None = None
+        self._is_alone = is_alone
+
+    def check(self) -> None:
+        """Raise StopRequested if a signal came."""
+        if self.signal_name is not None:
+            raise StopRequested(self.signal_name)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_alone:
+            # srun signals every process, and torchrun its ranks once more
+            self.signal_name = self.signal_name or signal.Signals(number).name
+            return
+        if self.signal_name is not None:
+            os._exit(128 + number)  # the second one quits at once
+        self.signal_name = signal.Signals(number).name
+        os.write(2, b"\nstopping in good order; once more quits at once\n")
+
+
+@contextmanager
+def stop_on_signal(*numbers: signal.Signals, is_alone: bool = True) -> Iterator[StopFlag]:
+    """Turn signals into a flag while the block runs (in the main thread only).
+
+    A second one quits at once, unless this process is one of several ranks.
+    """
+    stop = StopFlag(is_alone=is_alone)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = [signal.signal(number, stop._handle) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
