@@ -19,7 +19,7 @@ TO ?= timm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify test test-slow test-cluster check format clean
+.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify docs test test-slow test-cluster check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ test-slow: $(VENV)/.done  ## the tests that take longer
 test-cluster: $(VENV)/.done  ## the tests on a Slurm of virtual nodes (Linux, root; installs Debian's packages)
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
+docs: $(VENV)/.done  ## the site of docs/ into docs/_build/html; a warning is an error
+	rm -rf docs/_build docs/reference/api docs/reference/cli
+	$(BIN)/python -m sphinx -q -W --keep-going -j auto -d docs/_build/doctrees $(ARGS) docs docs/_build/html
+
 check: $(VENV)/.done  ## style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -84,5 +88,5 @@ format: $(VENV)/.done  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the virtual environment and caches, nothing else
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the virtual environment, caches and the built site, nothing else
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build docs/reference/api docs/reference/cli

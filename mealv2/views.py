@@ -3,7 +3,7 @@
 The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip, the paper's
 augmentation. The numbers come from BLAKE2b and from IEEE double operations that are exactly rounded
 everywhere (+, -, *, /, sqrt), so every machine, worker count and library version cuts the same box.
-docs/views.md has the recipe in words.
+docs/reference/views.md has the recipe in words.
 """
 
 import math

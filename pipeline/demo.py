@@ -28,7 +28,7 @@ from pipeline.runtime.device import use_one_thread
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME
 
-# The setting of the story; docs/demo.md says how it was found.
+# The setting of the story; docs/tutorial/demo.md says how it was found.
 IMG_SIZE = 32
 SPLITS = {"teacher-train": 1000, "train": 150}  # disjoint; the rest, 647 scans, is val
 TEACHERS = ("resnet10t", "test_resnet")

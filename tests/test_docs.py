@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import safetensors.torch
 import timm
 
+import cli
 from benchmarks.speed import document
 from mealv2.label_set import LabelSet
 from pipeline.config.bench import LINES
@@ -24,6 +26,10 @@ from stores import Store, s3_server
 from tars import tar_tree
 
 ROOT = Path(__file__).resolve().parent.parent
+GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
+
+# Pages whose examples another module runs.
+ELSEWHERE = {"docs/how-to/released-models.md": "tests/mealv2/test_released.py"}
 
 # What stands in for a model whose weights cannot be fetched here, or is too big for a test.
 STAND_INS = {
@@ -83,6 +89,12 @@ def beside(folder: Path, **runs: Path) -> None:
         shutil.copytree(student, folder / "runs" / name.replace("_", "-") / "student")
 
 
+def pages() -> list[str]:
+    """Return README.md and the pages of docs/ that are written by hand."""
+    found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    return ["README.md", *(path for path in found if not path.startswith(GENERATED))]
+
+
 def blocks(path: str, language: str) -> list[str]:
     """Return the fenced blocks of a language in a document."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -129,13 +141,58 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
 
-    for words in [*commands("README.md"), *commands("docs/distill.md")]:
+    tutorial = commands("docs/tutorial/own-pictures.md")
+    assert [words for words in commands("README.md") if words not in tutorial] == []
+    for words in [*tutorial, *commands("docs/how-to/train-students.md")]:
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
-    for code in blocks("README.md", "python"):
-        exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for code in blocks("docs/tutorial/own-pictures.md", "python"):
+        exec(compile(code, "docs/tutorial/own-pictures.md", "exec"), names)
 
+    assert names["model"].num_classes == 3
     assert (tmp_path / "per-class.csv").read_text().startswith("class,")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "docs/how-to/choose-teachers.md",
+        "docs/how-to/choose-views.md",
+        "docs/how-to/time-and-disk.md",
+    ],
+)
+def test_guides_to_choices_run_on_a_small_set(
+    path: str,
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
+    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
+
+    reports = [done(*words).report for words in commands(path)]
+
+    assert all(reports)
+    assert not (tmp_path / "runs" / "student").exists()
+
+
+def test_python_of_the_guide_to_own_data_runs(
+    labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    names: dict[str, Any] = {}
+    for code in blocks("docs/how-to/own-data.md", "python"):
+        exec(compile(code, "docs/how-to/own-data.md", "exec"), names)
+
+    assert names["loss"].isfinite()
+    assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.slow
@@ -150,14 +207,14 @@ def test_export_doc_runs_on_a_run_folder(
     (tmp_path / "pictures").symlink_to(data_dir)
     beside(tmp_path, student=make_model("test_byobnet"))
 
-    for words in commands("docs/export.md"):
+    for words in commands("docs/how-to/export.md"):
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.load. is deprecated")
-        for code in blocks("docs/export.md", "python"):
-            exec(compile(code, "docs/export.md", "exec"), names)
+        for code in blocks("docs/how-to/export.md", "python"):
+            exec(compile(code, "docs/how-to/export.md", "exec"), names)
 
     assert (tmp_path / "answers.csv").read_text().startswith("image,")
     assert names["same"].num_classes == names["model"].num_classes == len(names["classes"]) == 3
@@ -187,13 +244,13 @@ def test_labels_doc_runs_on_a_small_set(
     done("labels", "export", "before", *flags)
 
     said = {}
-    for words in commands("docs/labels.md"):
+    for words in commands("docs/how-to/label-sets.md"):
         said[" ".join(words)] = done(*words).report
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
-        for code in blocks("docs/labels.md", "python"):
-            exec(compile(code, "docs/labels.md", "exec"), names)
+        for code in blocks("docs/how-to/label-sets.md", "python"):
+            exec(compile(code, "docs/how-to/label-sets.md", "exec"), names)
 
     relabelled = next(report for words, report in said.items() if "--relabel" in words)
     assert relabelled["relabelled"]["views"] == 72
@@ -205,7 +262,7 @@ def test_labels_doc_runs_on_a_small_set(
 
 
 @pytest.mark.slow
-def test_cluster_doc_runs_on_a_small_set(
+def test_guides_to_several_machines_and_slurm_run_on_a_small_set(
     data_dir: Path,
     teacher_dirs: dict[str, Path],
     run_cli: Callable[..., Any],
@@ -217,7 +274,10 @@ def test_cluster_doc_runs_on_a_small_set(
     beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
 
     codes = []
-    for words in commands("docs/cluster.md"):
+    for words in [
+        *commands("docs/how-to/several-machines.md"),
+        *commands("docs/how-to/slurm.md"),
+    ]:
         codes.append((" ".join(words[:2]), run_cli(*words).code))
 
     # before it is finished a set's status is 1
@@ -234,7 +294,7 @@ def test_cluster_doc_runs_under_xargs(
     (tmp_path / "pictures").symlink_to(data_dir)
     beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
     script, xargs = (
-        next(text for text in blocks("docs/cluster.md", "bash") if word in text)
+        next(t for t in blocks("docs/how-to/several-machines.md", "bash") if word in t)
         for word in ("#!/bin/sh", "xargs")
     )
     quick = " ".join(QUICK["precompute"])
@@ -268,10 +328,10 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     start = make_model("test_byobnet", seed=4)
     beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
 
-    reports = [done(*words).report for words in commands("docs/tar-shards.md")]
+    reports = [done(*words).report for words in commands("docs/how-to/tar-shards.md")]
 
     assert reports[-1]["data"] == "the same"
-    text = (ROOT / "docs" / "tar-shards.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "tar-shards.md").read_text()
     paragraph = text.partition("The report, one JSON object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
     assert named == reports[0].keys() - {"data_dir", "out", "splits"}
@@ -298,7 +358,7 @@ def test_object_storage_doc_runs_on_a_bucket(
     with s3_server() as port:
         Store(port, "bucket", monkeypatch).upload(shards, "shards")
 
-        for words in commands("docs/object-storage.md"):
+        for words in commands("docs/how-to/object-storage.md"):
             there = [w.replace("000146", last["train"]) for w in words]
             done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in there))
 
@@ -316,7 +376,7 @@ def test_speed_doc_runs_on_a_small_set(
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
     beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
 
-    said = [done(*words) for words in commands("docs/speed.md")]
+    said = [done(*words) for words in commands("docs/how-to/speed.md")]
 
     assert "--batch-size auto: " in said[0].stderr
     assert said[1].report["epochs"] == 1
@@ -328,7 +388,7 @@ def test_bench_doc_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.bench.labelling._LOOK_UPS", 1)
-    for words in commands("docs/bench.md"):
+    for words in commands("docs/how-to/bench.md"):
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     text = document([json.loads((tmp_path / "speed.json").read_text())])
@@ -336,7 +396,7 @@ def test_bench_doc_runs(
 
 
 def test_bench_doc_has_every_line() -> None:
-    text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "bench.md").read_text(encoding="utf-8")
     assert [name for name in LINES if f"`{name}`" not in text] == []
 
 
@@ -356,9 +416,9 @@ def test_pack_doc_runs_on_a_small_set(
     (tmp_path / "labels").symlink_to(labels_dir)
     beside(tmp_path, start=make_model("test_byobnet", seed=4))
 
-    said = [done(*words).report for words in commands("docs/pack.md")]
+    said = [done(*words).report for words in commands("docs/how-to/pack.md")]
 
-    text = (ROOT / "docs" / "pack.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "pack.md").read_text()
     paragraph = text.partition("The report of a folder, one JSON object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
     assert named == said[0].keys() - {"data_dir", "out", "splits"}
@@ -371,10 +431,11 @@ def test_pack_doc_runs_on_a_small_set(
 @pytest.mark.parametrize(
     "path",
     [
-        "docs/views.md",
-        "docs/label-set-format.md",
-        "docs/label-codec.md",
-        "docs/fkd.md",
+        "docs/reference/views.md",
+        "docs/reference/label-set-format.md",
+        "docs/reference/label-codec.md",
+        "docs/reference/fkd-files.md",
+        "docs/how-to/time-and-disk.md",
         "docs/benchmarks/imagenet-64-gpus.md",
     ],
 )
@@ -393,10 +454,40 @@ def test_doc_examples_print_what_they_say(
     assert not said, "".join(said)
 
 
+def test_a_test_runs_the_examples_of_every_page() -> None:
+    here = Path(__file__).read_text(encoding="utf-8")
+    with_examples = [path for path in pages() if blocks(path, "sh") or blocks(path, "python")]
+    assert "docs/how-to/pack.md" in with_examples
+    assert [path for path in with_examples if f'"{path}"' not in here] == []
+    for path, module in ELSEWHERE.items():
+        assert Path(path).name in (ROOT / module).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", pages())
+def test_the_command_line_accepts_every_line_of_the_documents(path: str) -> None:
+    for line in "".join(blocks(path, r"\w*")).replace("\\\n", "").splitlines():
+        if not line.startswith("mealv2 ") or "…" in line:
+            continue
+        name, *words = shlex.split(line.partition("|")[0], comments=True)[1:]
+        command, above = cli.cli.commands[name], click.Context(cli.cli, info_name="mealv2")
+        if isinstance(command, click.Group) and words:
+            above = click.Context(command, info_name=name, parent=above)
+            command, words = command.commands[words[0]], words[1:]
+        with command.make_context(name, words, parent=above):
+            pass
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path}: {target}"
+    for path in map(ROOT.joinpath, pages()):
+        text = path.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", text):
+            there = path.parent / target if target else path
+            if target.startswith(("cli/", "api/")):
+                continue  # generated
+            assert there.exists(), f"{path}: {target}"
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.M)
+            slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings]
+            assert not anchor or anchor in slugs, f"{path}: {target}#{anchor}"
 
 
 def test_make_help_lists_every_target() -> None:

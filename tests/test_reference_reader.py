@@ -1,4 +1,4 @@
-"""docs/reference_reader.py: 40 lines of Python without this library read every set it writes."""
+"""docs/reference/reference_reader.py reads every set in 40 lines, without this library."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ from conftest import FORMS, IMG_SIZE, ROOT, Result
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier, save_classifier
 
-PATH = ROOT / "docs" / "reference_reader.py"
+PATH = ROOT / "docs" / "reference" / "reference_reader.py"
 CLASSES = tuple(f"c{number:03d}" for number in range(300))
 # Of 300 classes: ids of 9 bits, curves with many anchors, counts of two bytes.
 LARGE = {
@@ -184,4 +184,6 @@ def test_reader_refuses_a_damaged_header_and_a_file_cut_short(
 def test_reader_is_forty_lines_and_stands_in_the_document() -> None:
     code = PATH.read_text(encoding="utf-8")
     assert code.count("\n") <= 40
-    assert f"```py\n{code}```" in (ROOT / "docs" / "label-set-format.md").read_text("utf-8")
+    assert f"```py\n{code}```" in (ROOT / "docs" / "reference" / "label-set-format.md").read_text(
+        "utf-8"
+    )

@@ -19,7 +19,8 @@ Anchors stand at the ranks 2, 3, 4, 6, 8, 12, 16, 24, … (2^i and 3 * 2^i) belo
 is 16 ln(p_1 / p): 0 at rank 1; at an anchor the level of the one before plus the step; linear in
 ln(rank) between two. Every class not kept has the tail's level: the last anchor's plus the tail's
 step. Levels of anchors and tail that exceed 1024 are 1024. p = exp(-level / 16), over the sum of
-that over all C classes: so every p > 0, and the row sums to 1. docs/label-codec.md has an example.
+that over all C classes: so every p > 0, and the row sums to 1.
+docs/reference/label-codec.md has an example.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """TAR.index beside a tar file: the images in it and where they lie, so that no header is read.
 
-`mealv2 pack --to tar` writes it; docs/tar-shards.md has the format. Read and written as bytes or by
-path. Whoever uses one compares the tar file's size with it, and what is before an image with its
-CRC whenever that is read: an index of another file is found out, not followed.
+`mealv2 pack --to tar` writes it; docs/how-to/tar-shards.md has the format. Read and written as
+bytes or by path. Whoever uses one compares the tar file's size with it, and what is before an image
+with its CRC whenever that is read: an index of another file is found out, not followed.
 """
 
 from array import array

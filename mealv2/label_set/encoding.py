@@ -2,7 +2,7 @@
 
 A block has all labels of an image: how many classes each view keeps (only where that differs), the
 record of each view, and the mean logits of each (only where the set has them).
-docs/label-set-format.md has every byte.
+docs/reference/label-set-format.md has every byte.
 """
 
 import dataclasses
@@ -62,9 +62,10 @@ class Rows(NamedTuple):
 class Encoding:
     """How the labels of a set are kept.
 
-    ``form`` ``curve``: the codec's records (docs/label-codec.md), of ``topk`` classes or of as many
-    as ``rate`` gives each view; ``float16`` and ``float32``: ids and values of ``topk`` classes and
-    the mass of the others, or with ``topk`` equal to ``num_classes`` all values in class order.
+    ``form`` ``curve``: the codec's records (docs/reference/label-codec.md), of ``topk`` classes or
+    of as many as ``rate`` gives each view; ``float16`` and ``float32``: ids and values of ``topk``
+    classes and the mass of the others, or with ``topk`` equal to ``num_classes`` all values in
+    class order.
     ``logits``: the mean logits of the kept classes, and of all others together, in float16.
     """
 

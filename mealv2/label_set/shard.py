@@ -2,7 +2,7 @@
 
 The head, 512 bytes that HDF5 leaves to its users, says where everything is and its SHA-256, so
 that reading needs no HDF5 library and nothing unchecked is ever parsed. Written in memory and
-published whole; docs/label-set-format.md has every byte.
+published whole; docs/reference/label-set-format.md has every byte.
 """
 
 import json

@@ -124,7 +124,7 @@ def _with_own_device(config: RuntimeConfig, local_rank: int) -> RuntimeConfig:
 
 
 def use_one_thread() -> None:
-    """Compute in one thread: networks of the demo's size only lose by more (docs/demo.md)."""
+    """Compute in one thread: networks of the demo's size lose by more (docs/tutorial/demo.md)."""
     torch.set_num_threads(1)
 
 

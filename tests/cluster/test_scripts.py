@@ -93,10 +93,9 @@ def test_a_second_job_for_the_same_run_is_refused(
 
 
 def blocks(language: str) -> list[str]:
-    """Return the fenced blocks of a language under the heading Slurm."""
-    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").partition("\n## Slurm\n")[2]
-    found = re.split(r"\n## ", text)[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", found, flags=re.MULTILINE | re.DOTALL)
+    """Return the fenced blocks of a language in the guide on Slurm."""
+    text = (ROOT / "docs" / "how-to" / "slurm.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_files_that_the_document_gives_label_and_train_one_after_another(

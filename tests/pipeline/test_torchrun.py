@@ -1,4 +1,4 @@
-"""Stage two under a real torchrun: restarts, signals, and the commands of docs/cluster.md."""
+"""Stage two under a real torchrun: restarts, signals, docs/how-to/several-gpus.md's commands."""
 
 import contextlib
 import os
@@ -181,7 +181,7 @@ def test_a_job_that_refuses_is_not_begun_again_and_one_that_fails_is(
 
 
 def _commands() -> list[list[str]]:
-    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "several-gpus.md").read_text(encoding="utf-8")
     found = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in found for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("torchrun ")]

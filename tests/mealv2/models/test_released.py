@@ -128,9 +128,9 @@ def test_every_architecture_takes_imagenet_statistics_here_and_for_timm(name: st
     assert config["interpolation"] == "bilinear"
 
 
-# --- docs/released-models.md ----------------------------------------------------------------------
+# --- docs/how-to/released-models.md -------------------------------------------------------------
 
-DOCS = (ROOT / "docs" / "released-models.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "how-to" / "released-models.md").read_text(encoding="utf-8")
 
 
 def test_the_documents_table_is_this_one() -> None:

@@ -324,7 +324,7 @@ def test_the_files_are_package_data() -> None:
 
 @EVERY
 def test_the_document_has_the_recipes_numbers_and_source(name: str) -> None:
-    text = (FOLDER.parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    text = (FOLDER.parent.parent / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
     (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
     recipe = recipes.load(name)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
