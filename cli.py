@@ -95,7 +95,7 @@ def main() -> None:
     except MealError as error:
         _fail(display_names.use_display_names(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        advice = "; what was finished is kept: run the same command again to go on"
+        advice = "; finished work is kept: run the same command again to continue"
         _fail(f"stopped{'' if env.is_child_process() else advice}", 4)
     except OSError as error:
         if error.errno is None:
@@ -114,20 +114,19 @@ def _command_of(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if message and _without_prefix(
-        message
-    ):  # there is none where another rank has said why it ended
+    """Print an error and exit; the message is empty where another rank has reported it."""
+    if message and _is_first_to_report(message):
         click.echo(f"mealv2: {message}", err=True)
         env.save_exit_code(code)
     sys.exit(code)
 
 
-def _without_prefix(message: str) -> bool:
-    """Return whether a message is this process's to say: of several ranks the first to find it."""
+def _is_first_to_report(message: str) -> bool:
+    """Return whether no other rank of torchrun has printed the message."""
     if not env.has_torchrun_store():
         return True
-    text: bool = importlib.import_module("pipeline.runtime.distributed").claim(message, env.rank())
-    return text
+    distributed = importlib.import_module("pipeline.runtime.distributed")  # imports torch
+    return bool(distributed.claim_message(message, env.rank()))
 
 
 def module_of(name: str) -> str:

@@ -48,9 +48,8 @@ from pipeline.demo import (
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
 from pipeline.runtime.device import create_runtime, use_one_thread
-from pipeline.training import checkpoint
 from pipeline.training.evaluator import Evaluator
-from pipeline.training.run_folder import REPORT_NAME
+from pipeline.training.run_folder import REPORT_NAME, has_checkpoint
 
 QUICK_EPOCHS = 2
 LEAST = 1e-30  # what a label may say at least, where float16 says 0
@@ -150,7 +149,7 @@ class Bench:
                     workers=0,
                     seed=seed,
                     output=run,
-                    resume=run if checkpoint.exists(run) else None,
+                    resume=run if has_checkpoint(run) else None,
                     **arm.settings(),
                 )
             )

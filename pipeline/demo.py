@@ -25,8 +25,7 @@ from pipeline.config import (
     current_names,
 )
 from pipeline.runtime.device import use_one_thread
-from pipeline.training import checkpoint
-from pipeline.training.run_folder import REPORT_NAME
+from pipeline.training.run_folder import REPORT_NAME, has_checkpoint
 
 # The setting of the story; docs/tutorial/demo.md says how it was found.
 IMG_SIZE = 32
@@ -62,7 +61,7 @@ class DemoRun:
         began = time.monotonic()
         report = _finished(folder, settings)
         if report is None:
-            if checkpoint.exists(folder):
+            if has_checkpoint(folder):
                 settings = replace(settings, resume=folder)
             if isinstance(settings, DistillConfig):
                 report = distill.run(settings)
@@ -207,7 +206,7 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
 
 def _finished(folder: Path, settings: FinetuneConfig | DistillConfig) -> dict[str, Any] | None:
     """Return the report of a run that is done; raises ConfigError where it is another run."""
-    if not checkpoint.exists(folder):
+    if not has_checkpoint(folder):
         return None
     expected = {**settings.as_json(), "output": None, "resume": None}
     kept = current_names(type(settings), read_json(folder / "config.json"))

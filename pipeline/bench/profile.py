@@ -87,7 +87,7 @@ def stage_two(bench: BenchContext) -> dict[str, Any]:
     for number, batch in enumerate(_read(bench, phases, split_batches(rows, bench.batch_size))):
         with phases("copy to the device"):
             images_BCHW = batch.images_BCHW.to(bench.device, non_blocking=True)
-        step(replace(batch, images_BCHW=images_BCHW), len(batch.positions))
+        step.update(replace(batch, images_BCHW=images_BCHW), len(batch.positions))
         if number == 0:
             phases.seconds.clear()
     with torch.device("meta"):

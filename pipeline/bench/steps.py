@@ -100,7 +100,7 @@ def stepping(bench: BenchContext, step: TrainStep) -> Callable[[], int]:
     )
 
     def one_step() -> int:
-        step(batch, size)
+        step.update(batch, size)
         return size
 
     return one_step

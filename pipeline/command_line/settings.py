@@ -1,7 +1,6 @@
 """The settings of a command line: its flags, then --config, then --recipe, or a run's own."""
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 from mealv2 import recipes
 from mealv2.errors import ConfigError
 from pipeline import config as configs
+from pipeline.training.run_folder import has_checkpoint
 
 # Settings that --resume may change: those of the machine and of the log.
 RESUMABLE = {
@@ -129,10 +129,9 @@ def _is_begun(values: dict[str, Any]) -> bool:
     All ranks find the same: a checkpoint is written after the first step, which all take together,
     and what a rank that starts late would see was there before.
     """
-    if values["output"] is None or values["resume"] is not None or not values["output"].is_dir():
+    if values["output"] is None or values["resume"] is not None:
         return False
-    exists: bool = importlib.import_module("pipeline.training.checkpoint").exists(values["output"])
-    return exists
+    return has_checkpoint(values["output"])
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:

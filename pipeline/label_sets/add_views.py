@@ -136,7 +136,7 @@ def _write_manifest(
             **manifest["roles"],
             "train": {**train, "blocks": [train["blocks"][0], *described]},
         },
-        library_versions=manifest.get("versions", library_versions()),
+        versions=manifest.get("versions", library_versions()),
         **kept,
     )
 

@@ -74,7 +74,7 @@ def write_manifest(
         folder,
         plan,
         roles=splits,
-        library_versions=library_versions(),
+        versions=library_versions(),
         **{name: value for name, value in optional.items() if value is not None},
     )
     store.upload(label_set.MANIFEST_NAME, replace=True)

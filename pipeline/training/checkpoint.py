@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, published whole, the newest few kept."""
+"""Checkpoints: the whole state of a run, written atomically, the newest few kept."""
 
 import io
 import zipfile
@@ -9,8 +9,7 @@ import torch
 
 from mealv2.errors import MealError
 from mealv2.storage.atomic import write_atomic
-
-_FOLDER = "checkpoints"
+from pipeline.training.run_folder import checkpoint_path, checkpoint_paths
 
 
 def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -18,21 +17,15 @@ def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
 
     Raises OSError.
     """
-    folder = run / _FOLDER
-    folder.mkdir(exist_ok=True)
     data = io.BytesIO()
     torch.save(state, data)
-    path = folder / f"step-{step:08d}.pt"
+    path = checkpoint_path(run, step)
+    path.parent.mkdir(exist_ok=True)
     write_atomic(path, data.getvalue())
-    until_now = [other for other in _all(run) if other.name <= path.name]
+    until_now = [other for other in checkpoint_paths(run) if other.name <= path.name]
     for old in until_now[:-keep]:
         old.unlink()
     return path
-
-
-def exists(run: Path) -> bool:
-    """Return whether a run folder has a checkpoint."""
-    return bool(_all(run))
 
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
@@ -42,7 +35,7 @@ def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     Raises MealError where none is whole; then nothing is renamed.
     """
     damaged: dict[Path, str] = {}
-    for path in reversed(_all(run)):
+    for path in reversed(checkpoint_paths(run)):
         try:
             state = load(path)
         except Exception as error:  # zip, pickle and runtime errors, as the damage has it
@@ -65,9 +58,5 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError("its contents fail their CRC")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise ValueError("it is no checkpoint of a run")
+        raise ValueError("it is not a checkpoint of a run")
     return state
-
-
-def _all(run: Path) -> list[Path]:
-    return sorted((run / _FOLDER).glob("step-*.pt"))

@@ -88,10 +88,8 @@ def _time_steps(step: TrainStep, batches: Iterator[Batch]) -> timing.Sample:
     timer, units, start_s = WaitTimer(batches), 0, time.perf_counter()
     for batch in timer:
         if batch.positions:
-            step(batch, len(batch.positions))
-            timing.synchronize(
-                device
-            )  # else the wait for the device would count as a wait for images
+            step.update(batch, len(batch.positions))
+            timing.synchronize(device)  # a wait for the device is not one for images
         step.state.progress.step += 1  # CutMix draws another mix
         step.state.progress.total_steps += 1
         units += 1

@@ -1,6 +1,4 @@
-"""Where the labels of a distillation come from: a label set, its teachers for what it lacks, or
-online teachers.
-"""
+"""Where the labels of a distillation come from: a label set, online teachers, or both."""
 
 import os
 from collections.abc import Sequence

@@ -135,7 +135,7 @@ class _Trainer:
                     continue
 
                 # forward, backward, update: no wait for the device
-                for output in self.step(batch, num_views):
+                for output in self.step.update(batch, num_views):
                     for meter in (state.window, state.pass_means):
                         meter.add(output.num_views, output.parts)
                         meter.count(output.label_counts)

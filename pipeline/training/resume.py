@@ -10,7 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import checkpoint
-from pipeline.training.run_folder import ReadOnlyRunFolder, RunFolder
+from pipeline.training.run_folder import ReadOnlyRunFolder, RunFolder, has_checkpoint
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
 
@@ -39,7 +39,7 @@ def open_run(
     Raises ConfigError for a folder of something else, MealError, DataError or LabelSetError for a
     run that cannot be resumed.
     """
-    has_run = config.resume is not None and checkpoint.exists(config.resume)
+    has_run = config.resume is not None and has_checkpoint(config.resume)
     if ranks.broadcast_text("resume" if has_run else "new") == "resume":
         assert config.resume is not None
         return _resume_run(config.resume, ranks, state)

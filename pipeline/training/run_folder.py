@@ -13,10 +13,24 @@ from typing import Any
 from mealv2.errors import ConfigError
 from mealv2.storage.atomic import list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
-from pipeline.training import checkpoint
 
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return the path of the checkpoint after a step."""
+    return run / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def checkpoint_paths(run: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*.pt"))
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Return whether a run folder has a checkpoint."""
+    return bool(checkpoint_paths(run))
 
 
 class RunFolder:
@@ -45,7 +59,7 @@ class RunFolder:
         """
         if path is None:
             path = _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-        if checkpoint.exists(path):
+        if has_checkpoint(path):
             raise ConfigError(
                 f"{path} already holds a run; continue it with --resume {path}, "
                 "or give another --output"
@@ -136,7 +150,7 @@ def _check_is_free(path: Path) -> None:
     names = list_folder(path)
     if names and not ("config.json" in names and "metrics.jsonl" in names):
         raise ConfigError(
-            f"{path} is not empty and holds no run ({names[0]}, …); give another --output"
+            f"{path} is not empty and has no run ({names[0]}, …); give another --output"
         )
     # the disk may have been full at the first epoch's checkpoint, but then there is no second epoch
     summary = path / "summary.csv"

@@ -39,7 +39,7 @@ class StepOutput:
 
 
 class TrainStep:
-    """The training step of one rank; a call does one optimizer update.
+    """The training step of one rank.
 
     A batch is spread over the ranks, and a rank's rows over ``--grad-accum-steps`` micro-batches to
     save memory; the gradient is that of the mean loss over the whole batch. ``warning`` holds what
@@ -67,7 +67,7 @@ class TrainStep:
 
     # --- one update -------------------------------------------------------------------------------
 
-    def __call__(self, batch: Batch, num_views: int) -> list[StepOutput]:
+    def update(self, batch: Batch, num_views: int) -> list[StepOutput]:
         """Do one optimizer update on this rank's rows of a batch of ``num_views`` on all ranks.
 
         A rank's rows, or a micro-batch, may be empty: what all ranks do together is done all the
@@ -120,13 +120,13 @@ class TrainStep:
         mix = None
         if spec.cutmix is not None:
             progress, rank = self.state.progress, self.runtime.ranks.rank
-            place = (self.config.seed, progress.epoch, progress.step)
+            seed = (self.config.seed, progress.epoch, progress.step)
             mix = draw_mix(  # each micro-batch within itself
                 len(images_BCHW),
                 spec.img_size,
                 beta=spec.cutmix.beta,
                 probability=spec.cutmix.probability,
-                seed=(*place, rank, number) if rank or number else place,
+                seed=(*seed, rank, number) if rank or number else seed,
             )
         if spec.cutmix is None or mix is None:
             return images_BCHW, find(batch.positions, batch.views, images_BCHW).to(device), {}

@@ -201,11 +201,11 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
         return 0 if request.startswith(b"PUT") and b"train-00001.h5" in request[:200] else None
 
     with cutting_proxy(store.port, may_pass) as port:
-        store.compiled_student(port)
+        store.through(port)
         told = one_line(run_cli(*labelling), 1)
     assert "cannot write s3://" in told
     assert "manifest.json" not in store.names("labels")
-    store.compiled_student(store.port)
+    store.through(store.port)
 
     report = done(*labelling).report
 
@@ -601,7 +601,7 @@ def test_a_cut_connection_is_tried_again(store: Store, tar_dir: Path, tmp_path: 
         return None
 
     with cutting_proxy(store.port, may_pass) as port:
-        store.compiled_student(port)
+        store.through(port)
         far = open_source(url, "train", cache=Cache(tmp_path / "cache", 10**9))
         assert [far.read(p) for p in range(len(far))] == [local.read(p) for p in range(len(far))]
     assert len(cut) >= 2
@@ -622,12 +622,12 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
     flags = training_flags(distill_flags, images, labels)
     with cutting_proxy(store.port, lambda request: 700 if b".h5" in request else None) as port:
-        store.compiled_student(port)
+        store.through(port)
         told = one_line(run_cli(*flags, *cache, "--output", tmp_path / "run"), 1)
     assert "cannot read s3://" in told
     assert "run the same command again" in told
     assert not [*(tmp_path / "cache").rglob("*.h5")]
-    store.compiled_student(store.port)
+    store.through(store.port)
 
     assert done(*flags, *cache, "--output", tmp_path / "run").report["epochs"] == 2
 

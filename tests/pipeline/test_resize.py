@@ -103,7 +103,8 @@ def test_another_resize_than_the_labels_is_said_and_used(
     result = done(*distill_flags, "--labels", folder, flag, "--output", tmp_path / "run")
     assert resizes == {resize}
     assert (
-        f"{folder} was labelled on views resized by {made_by}; these pixels differ" in result.stderr
+        f"{folder} was labelled on views resized by {made_by}; the pixels of this run differ"
+        in result.stderr
     )
 
 
@@ -120,7 +121,9 @@ def test_other_pixels_than_the_labels_are_said_before_training(
 ) -> None:
     result = done(*distill_flags, "--labels", other_set, "--output", tmp_path / "run")
     said = result.stderr.splitlines()
-    (line,) = (number for number, text in enumerate(said) if "gives slightly other pixels" in text)
+    (line,) = (
+        number for number, text in enumerate(said) if "gives slightly different pixels" in text
+    )
     assert said[line].startswith(f"{other_set} was labelled on views resized by torch ")
     assert line < next(number for number, text in enumerate(said) if "run folder" in text)
 

@@ -138,7 +138,7 @@ def test_a_missing_split_is_refused_naming_what_is_there(tmp_path):
     plant(tmp_path, "training/dog/1.png", "validation/dog/1.png")
     with pytest.raises(ConfigError, match=r"no folder .*/val; .*training, validation\)"):
         ImageFolder(tmp_path, "val")
-    with pytest.raises(ConfigError, match=r"no folder .*: nothing\)"):
+    with pytest.raises(ConfigError, match=r"no folder .*\(there is no folder .*nowhere\)"):
         ImageFolder(tmp_path / "nowhere", "val")
 
 

@@ -239,7 +239,7 @@ def test_imported_sets_are_no_ones_to_add_to_or_compare(
     ):
         result = run_cli(*words)
         assert result.code == 3
-        assert "were imported: nobody knows the weights" in result.stderr
+        assert "were imported, and the weights of their teachers are unknown" in result.stderr
 
 
 # --- what does not fit ----------------------------------------------------------------------------

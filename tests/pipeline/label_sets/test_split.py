@@ -56,7 +56,7 @@ def test_a_student_learns_from_one_part(
     assert refused.code == 3
     assert "--missing teach or --missing skip" in refused.stderr
     result = done(*words, "--missing", "skip", "--output", tmp_path / "run")
-    assert "18 images are not in the label set; they are left out" in result.stderr
+    assert "18 images are not in the label set; they are skipped" in result.stderr
 
 
 def test_skipped_images_go_along(

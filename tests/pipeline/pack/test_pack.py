@@ -273,7 +273,7 @@ def test_ctrl_c_ends_with_4_and_the_same_command_goes_on(
         result = run_cli(*flags)
     assert result.code == 4
     assert result.stderr.count("mealv2: ") == 1
-    assert result.stderr.endswith("run the same command again to go on\n")
+    assert result.stderr.endswith("run the same command again to continue\n")
     assert 10 <= len(written) < 40
     there = len(list((tmp_path / "out").rglob("*.jpg")))
     report = done(*flags).report

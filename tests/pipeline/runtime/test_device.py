@@ -36,13 +36,18 @@ def test_amp_computes_in_bfloat16_and_says_so() -> None:
     assert runtime.precision == "bfloat16"
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:99", "mps"])
+@pytest.mark.parametrize("device", ["cuda:99", "mps"])
 def test_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
     with pytest.raises(ConfigError, match=f"--device {device}: not on this machine") as caught:
         create_runtime(config(device=device))
     assert "\n" not in str(caught.value)
+
+
+def test_a_word_that_is_not_a_device_is_refused_by_the_config() -> None:
+    with pytest.raises(ConfigError, match="--device banana"):
+        config(device="banana")
 
 
 def test_float16_is_refused_on_the_cpu() -> None:

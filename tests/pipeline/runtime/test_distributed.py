@@ -34,7 +34,9 @@ from warm import Warm, warm_process
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
 
-_LISTED = 5  # the split and its folders are listed before the first image is opened
+# the split and its folders are listed twice, to check the command and to open the data, before the
+# first image is opened
+_LISTED = 10
 
 # Without batch normalisation a batch may be cut as one likes. Rounding grows with every step, the
 # faster the higher the rate.

@@ -351,7 +351,7 @@ def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
     done(*distill_flags, *flags, "--seed", 3, "--val-split", "none", "--output", run)
     settings = {"beta": 0.5, "probability": 0.6}
     expected = [
-        draw_mix(8 if step < 5 else 4, 32, place=(3, epoch, step), **settings)
+        draw_mix(8 if step < 5 else 4, 32, seed=(3, epoch, step), **settings)
         for epoch in (0, 1)
         for step in (1, 2, 3, 4, 5)
     ]

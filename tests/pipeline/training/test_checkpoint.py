@@ -8,6 +8,7 @@ import torch
 
 from mealv2.errors import MealError
 from pipeline.training import checkpoint
+from pipeline.training.run_folder import has_checkpoint
 
 STATE = {"epoch": 3, "args": {"lr": 0.1, "out": None}, "state_dict": {"w": torch.arange(5000.0)}}
 
@@ -31,9 +32,9 @@ def test_what_is_saved_comes_back(run: Path) -> None:
 
 
 def test_existence_is_said(run: Path) -> None:
-    assert not checkpoint.exists(run)
+    assert not has_checkpoint(run)
     checkpoint.save(run, STATE, step=1, keep=1)
-    assert checkpoint.exists(run)
+    assert has_checkpoint(run)
 
 
 def test_newest_are_kept_and_nothing_else(run: Path) -> None:

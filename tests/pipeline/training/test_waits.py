@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 
 # What may be done on the CPU before labels are on the device, and once before the first step.
 ALLOWED = {"rows", "_prepare"}
-STEP = {"update", "add", "waiting", "count", "_log"}
+STEP = {"__call__", "add", "waiting", "count", "_log_metrics"}
 
 
 def _waits(run: Callable[[], object]) -> list[list[str]]:
@@ -49,8 +49,8 @@ def test_no_step_waits_but_where_it_logs(
         done(*flags, *extra, "--log-interval", 3, "--output", run)
 
     waits = _waits(distil)
-    assert {sync[-1] for sync in waits if "_log" not in sync} == set()
-    assert any("_log" in sync for sync in waits), "the log line has to wait"
+    assert {sync[-1] for sync in waits if "_log_metrics" not in sync} == set()
+    assert any("_log_metrics" in sync for sync in waits), "the log line has to wait"
 
 
 def test_steps_of_online_teachers_and_of_hard_labels_do_not_wait_either(
