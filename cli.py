@@ -22,42 +22,42 @@ from mealv2.errors import IncompleteError, MealError
 from pipeline import config as configs
 from pipeline import display_names
 from pipeline.command_line import options, settings
-from pipeline.config import bench, distill, label_sets, labels, pack, slurm, training, use
 from pipeline.runtime import env
 
 # Every command and its config; pipeline.NAME runs it (see module_of).
 COMMANDS: dict[str, type[configs.Settings]] = {
-    "pack": pack.PackConfig,
-    "precompute": labels.PrecomputeConfig,
-    "distill": distill.DistillConfig,
-    "finetune": training.FinetuneConfig,
-    "evaluate": use.EvaluateConfig,
-    "predict": use.PredictConfig,
-    "export": use.ExportConfig,
-    "demo": use.DemoConfig,
-    "bench": bench.BenchConfig,
-    "labels info": label_sets.LabelsInfoConfig,
-    "labels status": label_sets.LabelsStatusConfig,
-    "labels finish": label_sets.LabelsFinishConfig,
-    "labels verify": label_sets.LabelsVerifyConfig,
-    "labels merge": label_sets.LabelsMergeConfig,
-    "labels add-views": label_sets.LabelsAddViewsConfig,
-    "labels split": label_sets.LabelsSplitConfig,
-    "labels import": label_sets.LabelsImportConfig,
-    "labels export": label_sets.LabelsExportConfig,
-    "labels convert": label_sets.LabelsConvertConfig,
-    "slurm precompute": slurm.SlurmPrecomputeConfig,
-    "slurm distill": slurm.SlurmDistillConfig,
-    "slurm sweep": slurm.SlurmSweepConfig,
+    "pack": configs.PackConfig,
+    "precompute": configs.PrecomputeConfig,
+    "distill": configs.DistillConfig,
+    "finetune": configs.FinetuneConfig,
+    "evaluate": configs.EvaluateConfig,
+    "predict": configs.PredictConfig,
+    "export": configs.ExportConfig,
+    "demo": configs.DemoConfig,
+    "bench": configs.BenchConfig,
+    "labels info": configs.LabelsInfoConfig,
+    "labels status": configs.LabelsStatusConfig,
+    "labels finish": configs.LabelsFinishConfig,
+    "labels verify": configs.LabelsVerifyConfig,
+    "labels merge": configs.LabelsMergeConfig,
+    "labels add-views": configs.LabelsAddViewsConfig,
+    "labels split": configs.LabelsSplitConfig,
+    "labels import": configs.LabelsImportConfig,
+    "labels export": configs.LabelsExportConfig,
+    "labels convert": configs.LabelsConvertConfig,
+    "slurm precompute": configs.SlurmPrecomputeConfig,
+    "slurm distill": configs.SlurmDistillConfig,
+    "slurm sweep": configs.SlurmSweepConfig,
 }
 
+_AGAIN = "run the same command again"
 _HINTS = {
-    errno.ENOSPC: "; free some room and run the same command again",
-    errno.EDQUOT: "; free some room and run the same command again",
+    errno.ENOSPC: f"; free some disk space and {_AGAIN}",
+    errno.EDQUOT: f"; free some disk space and {_AGAIN}",
     errno.EISDIR: "; a file is needed there: move the folder away and run the command again",
-    errno.EROFS: "; it cannot be written to: give a folder elsewhere",
-    errno.EEXIST: "; a folder is needed there, and it is a file",
-    errno.ENOTDIR: "; a folder is needed there, and a part of the path is a file",
+    errno.EROFS: "; it is read-only: give another folder",
+    errno.EEXIST: "; a folder is needed there, but it is a file",
+    errno.ENOTDIR: "; a folder is needed there, but a part of the path is a file",
 }
 
 
@@ -68,7 +68,7 @@ _HINTS = {
 )
 @click.version_option(mealv2.__version__, prog_name="mealv2")
 def cli() -> None:
-    """Label images once with an ensemble of teachers, distil any number of students (MEAL V2)."""
+    """Label images once with an ensemble of teachers; distil any number of students (MEAL V2)."""
 
 
 @cli.group("labels")
@@ -78,7 +78,7 @@ def _labels() -> None:
 
 @cli.group("slurm")
 def _slurm() -> None:
-    """Submit commands to Slurm as batch jobs, by scripts that are kept and can be read."""
+    """Submit commands to Slurm as batch jobs. The scripts are kept."""
 
 
 def main() -> None:
@@ -91,11 +91,12 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _fail(f"{error.format_message()} (see {_command_of(error)} --help)", error.exit_code)
+        command = getattr(getattr(error, "ctx", None), "command_path", "mealv2")
+        _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except MealError as error:
         _fail(display_names.use_display_names(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        advice = "; finished work is kept: run the same command again to continue"
+        advice = f"; finished work is kept: {_AGAIN} to continue"
         _fail(f"stopped{'' if env.is_child_process() else advice}", 4)
     except OSError as error:
         if error.errno is None:
@@ -104,28 +105,18 @@ def main() -> None:
         _fail(f"{error.strerror}{where}{_HINTS.get(error.errno, '')}", MealError.exit_code)
 
 
-def _command_of(error: click.ClickException) -> str:
-    """Return the command that was used wrongly, as it is typed."""
-    context, words = getattr(error, "ctx", None), []
-    while context is not None and context.parent is not None:
-        words.insert(0, context.info_name)
-        context = context.parent
-    return " ".join(["mealv2", *words])
-
-
 def _fail(message: str, code: int) -> NoReturn:
-    """Print an error and exit; the message is empty where another rank has reported it."""
-    if message and _is_first_to_report(message):
+    """Exit with a code, after the message. Of several ranks with one message, one prints it."""
+    if message and _claims(message):
         click.echo(f"mealv2: {message}", err=True)
         env.save_exit_code(code)
     sys.exit(code)
 
 
-def _is_first_to_report(message: str) -> bool:
-    """Return whether no other rank of torchrun has printed the message."""
+def _claims(message: str) -> bool:
     if not env.has_torchrun_store():
         return True
-    distributed = importlib.import_module("pipeline.runtime.distributed")  # imports torch
+    distributed = importlib.import_module("pipeline.runtime.distributed")
     return bool(distributed.claim_message(message, env.rank()))
 
 
@@ -154,10 +145,10 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         except IncompleteError as error:
             click.echo(json.dumps(error.report))
             raise
-        if report:  # of several ranks the first one has it
+        if report:  # only the main process has one
             click.echo(json.dumps(report))
 
-    params = [settings.config_option(), *options.parameters_of(config)]
+    params = [settings.config_option()]
     command = options.ConfigCommand(word, config, params=params, callback=callback)
     (_labels if group else cli).add_command(command)
 
@@ -166,56 +157,51 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
 
 
 def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
-    """Make `mealv2 slurm WORD`: Slurm's options, and among them the flags of another command."""
-    word = name.removeprefix("slurm ")
+    """Make `mealv2 slurm WORD`: Slurm's options, mixed with the flags of another command."""
 
     def callback(**values: Any) -> None:
         job = config.from_json(values)
-        # the folders of a job that waits, or is only printed, may come later
+        # a job that waits, or is only printed, may name folders that do not exist yet
         later = config.stage != "precompute" and bool(job.print_ or job.after)
         checked = partial(_checked_command, config.stage, has_paths=not later)
         try:
             checked(job.first_flags)  # before torch is imported
             report = importlib.import_module(module_of(name)).run(job, checked)
-        except click.NoSuchOption as error:  # it may have been meant for Slurm
-            _suggest(error, _slurm.commands[word])
+        except click.NoSuchOption as error:
+            _suggest(error, command)
             raise
         click.echo(report if isinstance(report, str) else json.dumps(report))
 
     command = options.ConfigCommand(
-        word,
+        name.removeprefix("slurm "),
         config,
-        params=options.parameters_of(config, raw_arguments=True),
+        raw_arguments=True,
         callback=callback,
-        context_settings={"ignore_unknown_options": True},  # they are the other command's
+        context_settings={"ignore_unknown_options": True},  # the flags of the other command
     )
     _slurm.add_command(command)
 
 
 def _suggest(error: click.NoSuchOption, command: click.Command) -> None:
-    """Suggest an option of Slurm's where it is nearer than those of the other command."""
+    """Suggest an option of Slurm's if it is closer than those of the other command."""
     known = [opt for param in command.params for opt in param.opts]
-    suggestion = difflib.get_close_matches(
-        error.option_name, [*known, *(error.possibilities or ())], n=1
-    )
-    if suggestion and suggestion[0] in known:
-        error.possibilities, error.ctx = suggestion, click.get_current_context()
+    names = [*known, *(error.possibilities or ())]
+    closest = difflib.get_close_matches(error.option_name, names, n=1)
+    if closest and closest[0] in known:
+        error.possibilities, error.ctx = closest, click.get_current_context()
 
 
 def _checked_command(name: str, words: Iterable[str], *, has_paths: bool) -> configs.StageCommand:
     """Return the command `mealv2 NAME WORDS`, checked as if it were run.
 
-    Of its paths the label set may be missing: a job that runs before it can make it.
+    Its label set may be missing: a job that runs earlier can make it.
     """
     command = cli.commands[name]
     above = click.Context(cli, info_name="mealv2")
     with command.make_context(name, list(words), parent=above) as context:
         given = settings.given_names(context)
-        texts = {
-            str(p.name): _words_of(p, context.params[str(p.name)])
-            for p in command.params
-            if p.name in given
-        }
+        params = {str(p.name): p for p in command.params if p.name in given}
+        texts = {n: _words_of(param, context.params[n]) for n, param in params.items()}
         config = settings.config_of(COMMANDS[name], context)
     if has_paths:
         _check_paths(config, skip=("labels",))
@@ -223,7 +209,7 @@ def _checked_command(name: str, words: Iterable[str], *, has_paths: bool) -> con
 
 
 def _words_of(option: click.Option, value: Any) -> tuple[str, ...]:
-    """Return how a value is given on the command line, paths absolute."""
+    """Return an option and its value as words of the command line, with absolute paths."""
     flag, value = option.opts[0], configs.plain(value)
     if isinstance(value, bool):
         return (flag if value else option.secondary_opts[0],)
@@ -238,9 +224,9 @@ def _words_of(option: click.Option, value: Any) -> tuple[str, ...]:
 @cli.group("recipes", invoke_without_command=True)
 @click.pass_context
 def _recipes(context: click.Context) -> None:
-    """List the published trainings that --recipe of precompute and distill knows."""
+    """List the published trainings that --recipe of precompute and distill accepts."""
     if context.invoked_subcommand is None:
-        listed = [_line_of(recipes.load(name)) for name in recipes.names()]
+        listed = [_summary(recipes.load(name)) for name in recipes.names()]
         rows = [list(listed[0]), *([_cell(value) for value in r.values()] for r in listed)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
@@ -249,15 +235,9 @@ def _recipes(context: click.Context) -> None:
         click.echo(json.dumps({"recipes": listed}))
 
 
-def _line_of(recipe: recipes.Recipe) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "student": recipe.distill["model"],
-        "top1": recipe.top1,
-        "top5": recipe.top5,
-        "title": recipe.title,
-        "source": recipe.source,
-    }
+def _summary(recipe: recipes.Recipe) -> dict[str, Any]:
+    figures = {name: getattr(recipe, name) for name in ("top1", "top5", "title", "source")}
+    return {"name": recipe.name, "student": recipe.distill["model"], **figures}
 
 
 def _cell(value: str | float | None) -> str:
@@ -267,7 +247,7 @@ def _cell(value: str | float | None) -> str:
 @_recipes.command("show")
 @click.argument("name")
 def _show(name: str) -> None:
-    """Print the recipe NAME: its file, then the same as one line of JSON."""
+    """Print the recipe NAME as TOML, then as one line of JSON."""
     click.echo(recipes.text(name))
     click.echo(json.dumps(dataclasses.asdict(recipes.load(name))))
 

@@ -93,10 +93,10 @@ def measure(folder: Path, *, num_images: int, num_views: int, repetitions: int) 
         work.append((s1 - start1) / (2 * (s2 - start2)))
     rows = [[name, spread(seconds[name]), spread(starts[name])] for name in ARMS]
     print(f"{num_images} pictures x {num_views} views, {-(-num_images // SHARD_SIZE)} shards.\n")
-    print(table(["stage one", "s", "s, when nothing is to be made"], rows))
+    print(table(["stage one", "s", "s, start-up only"], rows))
     figures = [
-        ["of the whole command", spread(whole)],
-        ["of the rest after starting", spread(work)],
+        ["complete command", spread(whole)],
+        ["without start-up", spread(work)],
     ]
     print(table(["efficiency of two processes, t1 / (2 t2)", ""], figures))
 

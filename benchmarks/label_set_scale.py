@@ -155,7 +155,7 @@ def main() -> None:
             opening_row(name, folder, num_lookups, num_processes)
             for name, folder in folders.items()
         ]
-        head = ["a fresh process", "open, s", "MB after imports", "MB at most", "more than imports"]
+        head = ["a fresh process", "open, s", "MB after imports", "peak MB", "above imports"]
         print(table([*head, "own pages, at the end", "pages of files"], rows))
         rows = lookup_rows(folders, num_lookups, num_rounds)
         print(table(["512 random labels a call", "µs/label", "10-90 %", "times", "10-90 %"], rows))

@@ -444,11 +444,11 @@ def step_rows(sample: Sample, folder: Path, *, repetitions: int) -> list[list[st
 
     tasks = {
         "512 JPEGs decoded": lambda: [decode(pictures[n % NUM_PICTURES]) for n in range(512)],
-        "512 labels looked up, decoded, to the loss and back": lambda: loss(
+        "512 labels looked up and decoded, forward and backward of the loss": lambda: loss(
             labels.soft_labels(keys, views)
         ),
         "of these, looked up": lambda: labels.soft_labels(keys, views),
-        "512 dense rows at hand, to the loss and back": lambda: loss(dense_BC),
+        "512 dense rows in memory, forward and backward of the loss": lambda: loss(dense_BC),
     }
     seconds = take_turns(
         {name: Task(BATCH_SIZE, work) for name, work in tasks.items()}, repetitions

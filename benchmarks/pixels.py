@@ -72,7 +72,7 @@ def compare_pixels(num_pictures: int) -> None:
         ]
         for name, differences in found.items()
     ]
-    _print_table(["torch beside Pillow", "mean", "most", "% that differ", "% by more than 1"], rows)
+    _print_table(["torch and Pillow", "mean", "maximum", "% that differ", "% by more than 1"], rows)
 
 
 def compare_labels(demo: Path, folder: Path) -> None:
@@ -110,7 +110,7 @@ def compare_labels(demo: Path, folder: Path) -> None:
                 f"{100 * float(agree):.3f}",
             ]
         )
-    _print_table(["labels of the demo", "mean KL, nats", "most", "top-1 agrees, %"], rows)
+    _print_table(["labels of the demo", "mean KL, nats", "maximum", "top-1 agrees, %"], rows)
 
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:

@@ -1,7 +1,7 @@
 """Distil the demo's student from label sets of several rates and compare what comes of it.
 
     mealv2 demo --seeds 3 --output demo
-    python benchmarks/rates.py --demo demo --out rates --seeds 3
+    python benchmarks/rates.py --demo demo --output rates --seeds 3
 
 Takes data, teachers and starts from the demo's folder. The dense set is made once, the others are
 converted from it. Arms, interleaved seed by seed, have the same start and the same images in the
@@ -269,11 +269,11 @@ def print_tables(bench: Bench, found: dict[Arm, list[dict[str, float]]]) -> None
     titles = {
         arm: labels[arm.labels][0] + ("" if arm.has_discriminator else "; D off") for arm in found
     }
-    lost = ["KL to dense", "p99", "of it the cut"]
+    lost = ["KL to dense", "p99", "KL of the cut"]
     print(table(["labels", "bytes a view", "mean k", "k ≥ C − 1, %", *lost], list(labels.values())))
     known = ["similarity loss, last epoch", "top-1 %", "agreement %", "KL(ensemble ‖ student)"]
     rows = [students_row(titles[arm], runs) for arm, runs in found.items()]
-    print(table(["labels", *known, "top-1 per seed", "D right, %"], rows))
+    print(table(["labels", *known, "top-1 per seed", "D correct, %"], rows))
     rows = [
         paired_row(titles[arm], runs, found[arm.dense])
         for arm, runs in found.items()
@@ -286,7 +286,7 @@ def print_tables(bench: Bench, found: dict[Arm, list[dict[str, float]]]) -> None
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     names = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="*", choices=names, default=names, metavar="ARM")
@@ -294,7 +294,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     use_one_thread()
 
-    bench = Bench(options.demo, options.out, QUICK_EPOCHS if options.quick else EPOCHS)
+    bench = Bench(options.demo, options.output, QUICK_EPOCHS if options.quick else EPOCHS)
     seeds = range(1 if options.quick else options.seeds)
     asked = {arm for arm in ARMS if arm.name in options.arms}
     asked |= {arm.dense for arm in asked}

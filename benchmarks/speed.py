@@ -1,9 +1,9 @@
-"""Write docs/benchmarks/speed.md's tables from what `mealv2 bench --results-file FILE` kept.
+"""Write the tables of docs/benchmarks/speed.md from results of `mealv2 bench`.
 
     mealv2 bench --results-file speed.json
     python benchmarks/speed.py speed.json > docs/benchmarks/speed.md
 
-Several files, as of several machines, follow one another.
+With several files, for example of several machines, the sections follow one another.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import Any
 _INTRODUCTION = """\
 # Speed, each figure a ratio within one run
 
-Written by `python benchmarks/speed.py FILE…` from what `mealv2 bench --results-file FILE` kept;
-[bench.md](../bench.md) says what the lines mean. Everything in a line takes turns; the figure is
-the median of the rounds, in brackets the least and the most.
+`python benchmarks/speed.py FILE…` writes this page from the results of `mealv2 bench`
+(`--results-file FILE`); [bench](../how-to/bench.md) explains the lines. The sides of a line take
+turns; the figure is the median over the rounds, with minimum and maximum in brackets.
 """
 
 
@@ -45,17 +45,17 @@ def _section(report: dict[str, Any]) -> Iterator[str]:
 
 def _about(report: dict[str, Any]) -> str:
     runtime = report["hardware"]
-    said = [f"{runtime['cpu']}, {runtime['cores']} cores, {runtime['memory_gb']:.0f} GB"]
+    parts = [f"{runtime['cpu']}, {runtime['cores']} cores, {runtime['memory_gb']:.0f} GB"]
     if "gpu" in runtime:
-        said.append(f"{runtime['gpu']}, {runtime['gpu_memory_gb']:.0f} GB")
-    said += [f"networks in {report['precision']}", f"{report['seconds']:.0f} s in all"]
+        parts.append(f"{runtime['gpu']}, {runtime['gpu_memory_gb']:.0f} GB")
+    parts += [f"networks in {report['precision']}", f"{report['seconds']:.0f} s in all"]
     if images := report.get("images"):
-        said.append(
+        parts.append(
             f"{images['num_images']} JPEGs of {images['mean_bytes'] / 1000:.0f} kB and "
             f"{images['mean_pixels'] / 1000:.0f} thousand pixels on average"
         )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{report['date']}; {'; '.join(said)}; {versions}.\n"
+    return f"{report['date']}; {'; '.join(parts)}; {versions}.\n"
 
 
 def _row(line: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS / "_extensions")]
 
-import mealv2  # noqa: E402  # after the path
+import mealv2  # noqa: E402  # needs the path
 
 project = "mealv2"
 author = "The mealv2 authors"
@@ -25,7 +25,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_extensions", "reference/api/modules.rst"]
 nitpicky = True
-# No inventories of other projects are fetched: their types stay text.
+# Inventories of other projects are not fetched, so their types stay text.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
 myst_enable_extensions = ["attrs_block"]
@@ -48,7 +48,7 @@ autodoc_inherit_docstrings = False  # torch documents forward
 default_role = "code"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
-# A package documents what it exports, and the module that defines it does so again.
+# An exported name is documented twice: in its package and in its module.
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"

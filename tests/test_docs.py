@@ -1,4 +1,4 @@
-"""Every example in README.md and docs/ is run, with small models in place of big ones."""
+"""Every example in README.md and docs/ runs, with small models instead of large ones."""
 
 import doctest
 import json
@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
 
 # Pages whose examples another module runs.
-ELSEWHERE = {"docs/how-to/released-models.md": "tests/mealv2/test_released.py"}
+ELSEWHERE = {"docs/how-to/released-models.md": "tests/mealv2/models/test_released.py"}
 
-# What stands in for a model whose weights cannot be fetched here, or is too big for a test.
+# Small models instead of those whose weights need a download or are too big for a test.
 STAND_INS = {
     "resnet50.a1_in1k": "test_resnet.r160_in1k",
     "convnext_tiny.in12k_ft_in1k": "test_efficientnet.r160_in1k",
@@ -41,7 +41,7 @@ STAND_INS = {
     "resnet18": "test_byobnet",
     "marginal_smoothing_k5": "marginal_smoothing_k2",  # of 3 classes
 }
-# Flags that make an example quick; the rest of the line runs as it is written.
+# Flags that make an example quick; the rest of the line is unchanged.
 QUICK = {
     "pack": [],
     "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
@@ -83,14 +83,14 @@ QUICK = {
 GROUPS = {name.split()[0] for name in QUICK if " " in name}
 
 
-def beside(folder: Path, **runs: Path) -> None:
-    """Put runs, each with a copy of a student, where the documents have theirs."""
+def make_runs(folder: Path, **runs: Path) -> None:
+    """Create runs/NAME for each name, with a copy of a student, as the documents expect."""
     for name, student in runs.items():
         shutil.copytree(student, folder / "runs" / name.replace("_", "-") / "student")
 
 
 def pages() -> list[str]:
-    """Return README.md and the pages of docs/ that are written by hand."""
+    """Return README.md and the pages of docs/, without the generated ones."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
     return ["README.md", *(path for path in found if not path.startswith(GENERATED))]
 
@@ -121,7 +121,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commands(path: str) -> list[list[str]]:
-    """Return the ``mealv2`` commands of a document's sh blocks, stand-ins put in, made quick."""
+    """Return the ``mealv2`` commands of a document's sh blocks, with stand-ins and quick flags."""
     found = []
     for line in "".join(blocks(path, "sh")).splitlines():
         words = shlex.split(line)
@@ -174,7 +174,7 @@ def test_guides_to_choices_run_on_a_small_set(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
-    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
+    make_runs(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
 
     reports = [done(*words).report for words in commands(path)]
 
@@ -205,7 +205,7 @@ def test_export_doc_runs_on_a_run_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
-    beside(tmp_path, student=make_model("test_byobnet"))
+    make_runs(tmp_path, student=make_model("test_byobnet"))
 
     for words in commands("docs/how-to/export.md"):
         result = run_cli(*words)
@@ -216,12 +216,12 @@ def test_export_doc_runs_on_a_run_folder(
         for code in blocks("docs/how-to/export.md", "python"):
             exec(compile(code, "docs/how-to/export.md", "exec"), names)
 
-    assert (tmp_path / "answers.csv").read_text().startswith("image,")
+    assert (tmp_path / "predictions.csv").read_text().startswith("image,")
     assert names["same"].num_classes == names["model"].num_classes == len(names["classes"]) == 3
     assert len(names["names"]) == 2
 
 
-def test_labels_doc_runs_on_a_small_set(
+def test_label_sets_doc_runs_on_a_small_set(
     data_dir: Path,
     teacher_dirs: dict[str, Path],
     make_model: Callable[..., Path],
@@ -238,25 +238,25 @@ def test_labels_doc_runs_on_a_small_set(
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
-    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
+    make_runs(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
     done(*precompute_flags, "--topk", "all", "--output", "before")
     flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--output", "soft_labels"]
     done("labels", "export", "before", *flags)
 
-    said = {}
+    reports = {}
     for words in commands("docs/how-to/label-sets.md"):
-        said[" ".join(words)] = done(*words).report
+        reports[" ".join(words)] = done(*words).report
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
         for code in blocks("docs/how-to/label-sets.md", "python"):
             exec(compile(code, "docs/how-to/label-sets.md", "exec"), names)
 
-    relabelled = next(report for words, report in said.items() if "--relabel" in words)
+    relabelled = next(report for words, report in reports.items() if "--relabel" in words)
     assert relabelled["relabelled"]["views"] == 72
     assert names["table"].num_rows == 72
     assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
-    assert {words.split()[1] for words in said if words.startswith("labels ")} == {
+    assert {words.split()[1] for words in reports if words.startswith("labels ")} == {
         name.split()[1] for name in QUICK if name.startswith("labels ")
     }
 
@@ -271,7 +271,7 @@ def test_guides_to_several_machines_and_slurm_run_on_a_small_set(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
-    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
+    make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"])
 
     codes = []
     for words in [
@@ -280,7 +280,7 @@ def test_guides_to_several_machines_and_slurm_run_on_a_small_set(
     ]:
         codes.append((" ".join(words[:2]), run_cli(*words).code))
 
-    # before it is finished a set's status is 1
+    # exit code 1: the set is not finished
     assert [code for name, code in codes if name == "labels status"] == [1, 0]
     assert {code for name, code in codes if name != "labels status"} == {0}
     assert LabelSet.open(tmp_path / "labels").num_views == 2
@@ -292,7 +292,7 @@ def test_cluster_doc_runs_under_xargs(
     data_dir: Path, teacher_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "pictures").symlink_to(data_dir)
-    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"])
+    make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"])
     script, xargs = (
         next(t for t in blocks("docs/how-to/several-machines.md", "bash") if word in t)
         for word in ("#!/bin/sh", "xargs")
@@ -315,7 +315,7 @@ def test_cluster_doc_runs_under_xargs(
     assert LabelSet.open(tmp_path / "labels").num_views == 2
 
 
-def test_tar_shards_doc_runs_on_shards_made_as_it_says(
+def test_tar_shards_doc_runs_on_its_own_shards(
     data_dir: Path,
     teacher_dirs: dict[str, Path],
     make_model: Callable[..., Path],
@@ -326,7 +326,7 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     start = make_model("test_byobnet", seed=4)
-    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
+    make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
 
     reports = [done(*words).report for words in commands("docs/how-to/tar-shards.md")]
 
@@ -334,7 +334,7 @@ def test_tar_shards_doc_runs_on_shards_made_as_it_says(
     text = (ROOT / "docs" / "how-to" / "tar-shards.md").read_text()
     paragraph = text.partition("The report, one JSON object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
-    assert named == reports[0].keys() - {"data_dir", "out", "splits"}
+    assert named == reports[0].keys() - {"data_dir", "output", "splits"}
     index = json.loads((tmp_path / "shards" / "train-000000.tar.index").read_text())
     table = text.partition("| field | what |")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
@@ -352,15 +352,15 @@ def test_object_storage_doc_runs_on_a_bucket(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEALV2_CACHE", str(tmp_path / "cache"))
     start = make_model("test_byobnet", seed=4)
-    beside(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
+    make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
     shards = tar_tree(data_dir, tmp_path / "shards")
     last = {s: sorted(shards.glob(f"{s}-*.tar"))[-1].stem[-6:] for s in ("train", "val")}
     with s3_server() as port:
         Store(port, "bucket", monkeypatch).upload(shards, "shards")
 
         for words in commands("docs/how-to/object-storage.md"):
-            there = [w.replace("000146", last["train"]) for w in words]
-            done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in there))
+            words = [w.replace("000146", last["train"]) for w in words]
+            done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in words))
 
 
 def test_speed_doc_runs_on_a_small_set(
@@ -374,12 +374,12 @@ def test_speed_doc_runs_on_a_small_set(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     models = [*teacher_dirs.values(), make_model("test_byobnet", seed=4)]
-    beside(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
+    make_runs(tmp_path, **dict(zip(("teacher_1", "teacher_2", "start"), models, strict=True)))
 
-    said = [done(*words) for words in commands("docs/how-to/speed.md")]
+    results = [done(*words) for words in commands("docs/how-to/speed.md")]
 
-    assert "--batch-size auto: " in said[0].stderr
-    assert said[1].report["epochs"] == 1
+    assert "--batch-size auto: " in results[0].stderr
+    assert results[1].report["epochs"] == 1
 
 
 @pytest.mark.slow
@@ -414,14 +414,14 @@ def test_pack_doc_runs_on_a_small_set(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
     (tmp_path / "labels").symlink_to(labels_dir)
-    beside(tmp_path, start=make_model("test_byobnet", seed=4))
+    make_runs(tmp_path, start=make_model("test_byobnet", seed=4))
 
-    said = [done(*words).report for words in commands("docs/how-to/pack.md")]
+    reports = [done(*words).report for words in commands("docs/how-to/pack.md")]
 
     text = (ROOT / "docs" / "how-to" / "pack.md").read_text()
     paragraph = text.partition("The report of a folder, one JSON object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
-    assert named == said[0].keys() - {"data_dir", "out", "splits"}
+    assert named == reports[0].keys() - {"data_dir", "output", "splits"}
     index = json.loads((tmp_path / "packed" / "train" / "pack.json").read_text())
     table = text.partition("| field | what |")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
@@ -439,7 +439,7 @@ def test_pack_doc_runs_on_a_small_set(
         "docs/benchmarks/imagenet-64-gpus.md",
     ],
 )
-def test_doc_examples_print_what_they_say(
+def test_python_examples_print_what_the_page_shows(
     path: str, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -447,18 +447,18 @@ def test_doc_examples_print_what_they_say(
     code = "\n".join(blocks(path, "python"))
     assert ">>>" in code
 
-    said: list[str] = []
+    failures: list[str] = []
     test = doctest.DocTestParser().get_doctest(code, {}, path, path, 0)
-    doctest.DocTestRunner().run(test, out=said.append)
+    doctest.DocTestRunner().run(test, out=failures.append)
 
-    assert not said, "".join(said)
+    assert not failures, "".join(failures)
 
 
 def test_a_test_runs_the_examples_of_every_page() -> None:
-    here = Path(__file__).read_text(encoding="utf-8")
+    tests = Path(__file__).read_text(encoding="utf-8")
     with_examples = [path for path in pages() if blocks(path, "sh") or blocks(path, "python")]
     assert "docs/how-to/pack.md" in with_examples
-    assert [path for path in with_examples if f'"{path}"' not in here] == []
+    assert [path for path in with_examples if f'"{path}"' not in tests] == []
     for path, module in ELSEWHERE.items():
         assert Path(path).name in (ROOT / module).read_text(encoding="utf-8")
 
@@ -477,15 +477,15 @@ def test_the_command_line_accepts_every_line_of_the_documents(path: str) -> None
             pass
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_resolve() -> None:
     for path in map(ROOT.joinpath, pages()):
         text = path.read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", text):
-            there = path.parent / target if target else path
+            page = path.parent / target if target else path
             if target.startswith(("cli/", "api/")):
                 continue  # generated
-            assert there.exists(), f"{path}: {target}"
-            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.M)
+            assert page.exists(), f"{path}: {target}"
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
             slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings]
             assert not anchor or anchor in slugs, f"{path}: {target}#{anchor}"
 

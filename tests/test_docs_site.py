@@ -48,7 +48,7 @@ def test_every_command_has_a_page(extension: Callable[[str], ModuleType], tmp_pa
     assert pages.labels_add_views is groups["labels"].commands["add-views"]
 
 
-def test_options_stand_under_the_headings_of_their_help(
+def test_options_are_grouped_under_the_headings_of_their_help(
     extension: Callable[[str], ModuleType],
 ) -> None:
     class Renamed(click.Option):

@@ -1,7 +1,7 @@
-"""Sphinx extension: a page for each command of `mealv2`, from click's own description of it.
+"""Sphinx extension: a page for each command of `mealv2`, generated from click.
 
-Pages are written to reference/cli/ before Sphinx reads its sources; sphinx-click fills them. Its
-directive imports a command as an attribute of a module: of this one, by `__getattr__`.
+It writes the pages to reference/cli/ before Sphinx reads its sources; sphinx-click fills them. The
+directive of sphinx-click imports a command as an attribute of this module, by `__getattr__`.
 """
 
 import itertools
@@ -19,7 +19,7 @@ _OPTION = ".. option:: "
 
 
 def commands(group: click.Group = cli, above: str = "mealv2") -> Iterator[tuple[str, Any]]:
-    """Yield each command below a group as (what is typed, the command)."""
+    """Yield each command below a group as (command line, command)."""
     for name, command in group.commands.items():
         if command.hidden:
             continue
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 def write_pages(app: Any) -> None:
-    """Write the pages and their index, which lists the commands with their first sentence."""
+    """Write the pages, and an index with the first sentence of each command."""
     folder = Path(app.srcdir) / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     known = dict(commands())
@@ -71,10 +71,10 @@ def _index(known: dict[str, Any]) -> str:
 
 
 def group_options(app: Any, context: click.Context, lines: list[str]) -> None:
-    """Put the options of a command under the headings of its --help, where it has any.
+    """Group the options of a command under the headings of its --help, if it has any.
 
-    Old spellings, which --help leaves out, go. Defaults lose the quotes of Python: they are words
-    that explain, or what one types.
+    Hidden old names are removed. Defaults lose Python's quotes, because they are explanations or
+    text to type.
     """
     lines[:] = [re.sub(r"^( +:default: ``)(['\"])(.*)\2``$", r"\1\3``", line) for line in lines]
     options = [

@@ -1,7 +1,7 @@
 """Sphinx extension: reads docstrings as plain text with code marks.
 
-A docstring here is prose for the source reader. reStructuredText would read an indented formula as
-a quotation and `x*` as the start of an emphasis; this extension makes the first a literal block and
+Docstrings are written for readers of the source. reStructuredText reads an indented formula as a
+quotation and `x*` as the start of an emphasis; this extension makes the first a literal block and
 escapes the second.
 """
 

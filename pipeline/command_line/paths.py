@@ -1,7 +1,4 @@
-"""Checks of the paths that a config names, before torch is imported.
-
-What is checked here is checked again, and further, where the path is used.
-"""
+"""Checks of the paths in a config, before torch is imported. Commands check their files again."""
 
 import dataclasses
 import json
@@ -15,74 +12,62 @@ from mealv2.data.tar_splits import find_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.weight_files import find_checkpoint
-from pipeline import config as configs
-from pipeline.config import NO_SPLIT, Settings, spelling
+from pipeline.config import NO_SPLIT, ExportConfig, PackConfig, Settings, require, spelling
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
-MOST_NAMES = 8  # in a message
-
-Check = Callable[[Settings, str, Path], None]
+MAX_NAMES = 8  # in a message
 
 
 def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
     """Raise ConfigError or LabelSetError for a path that the command cannot use.
 
-    URLs are not checked, nor the fields in ``skip``.
+    URLs and the fields in ``skip`` are not checked.
     """
-    fields = [f for f in dataclasses.fields(config) if f.metadata.get("path")]
-    fields.sort(key=lambda f: f.metadata["path"] != "new file")  # nothing is read for these
+    fields = [f for f in dataclasses.fields(config) if f.metadata["path"] and f.name not in skip]
+    fields.sort(key=lambda f: f.metadata["path"] != "new file")  # their check reads nothing
     for field in fields:
-        kind = field.metadata["path"]
-        if field.name in skip:
-            continue
-        value = getattr(config, field.name)
+        kind, value = field.metadata["path"], getattr(config, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Path) or kind == "teachers":
                 _CHECKS[kind](config, spelling(field), item)
 
 
 def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
-    """Check that the splits that the config reads are there."""
+    """Check that the splits that the config reads exist."""
     splits = [*_splits_of(config)]
     for split in splits:
         if find_split(data_dir, split) is None:
             class_folders(data_dir / split)
     if not splits and not data_dir.exists() and find_split(data_dir, "") is None:
-        raise ConfigError(f"no folder {data_dir}; give the data set as {name}{_there(data_dir)}")
+        raise ConfigError(f"no folder {data_dir}; give the data set as {name}{_near(data_dir)}")
 
 
 def _splits_of(config: Settings) -> Iterable[str]:
-    """Yield the names of the splits that a config reads of --data-dir."""
+    """Yield the names of the splits that a config reads from --data-dir."""
     settings: dict[str, Any] = vars(config)
-    if isinstance(config, configs.PackConfig):
+    if isinstance(config, PackConfig):
         yield from config.split
         return
     if isinstance(labels := settings.get("labels"), Path):
-        yield from _split_of_labels(labels, settings.get("split", "train"))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the plan cannot be read
+            plan = json.loads((labels / PLAN_NAME).read_bytes())
+            yield str(plan["roles"][settings.get("split", "train")]["split"])
     elif "train_split" in settings:
         yield settings["train_split"] or "train"
     if settings.get("val_split", NO_SPLIT) != NO_SPLIT:
         yield settings["val_split"]
 
 
-def _split_of_labels(labels: Path, part: str) -> Iterable[str]:
-    """Yield the split that a label set's plan names; nothing where the plan cannot be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        split = json.loads((labels / PLAN_NAME).read_bytes())["roles"][part]["split"]
-        if isinstance(split, str):
-            yield split
-
-
 def _check_label_set(config: Settings, name: str, labels: Path) -> None:
     if not any((labels / file).is_file() for file in (PLAN_NAME, MANIFEST_NAME)):
         raise LabelSetError(
-            f"{name}: no label set there: {labels} has no {MANIFEST_NAME}; give the --output of "
+            f"{name}: no label set in {labels}: it has no {MANIFEST_NAME}; give the --output of "
             f"`mealv2 precompute`{_label_sets_near(labels)}"
         )
 
 
 def _label_sets_near(path: Path) -> str:
-    """Return what to add to a message: the label sets in a folder, or else next to it."""
+    """Return the end of a message: the label sets in a folder, or else beside it."""
     for folder in (path, path.absolute().parent):
         with suppress(OSError):
             found = sorted(str(plan.parent) for plan in folder.glob(f"*/{PLAN_NAME}"))
@@ -92,36 +77,33 @@ def _label_sets_near(path: Path) -> str:
 
 
 def _check_new_folder(config: Settings, name: str, folder: Path) -> None:
-    """Check that no file is in the way; a file that the command writes needs the same folders."""
+    """Check that no file prevents a new folder, or the folder of a new file."""
     above = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-    is_file = isinstance(config, configs.ExportConfig) and above == folder
-    if above.is_file() and not is_file:  # an existing file to export to has its own message
-        what = "is a file" if above == folder else f"cannot be created: {above} is a file"
-        raise ConfigError(f"{name} {folder} {what}; give another folder")
+    is_export = isinstance(config, ExportConfig) and above == folder  # export checks its file
+    what = "is a file" if above == folder else f"cannot be created: {above} is a file"
+    require(is_export or not above.is_file(), f"{name} {folder} {what}; give another folder")
 
 
 def _check_new_label_set(config: Settings, name: str, folder: Path) -> None:
     _check_new_folder(config, name, folder)
     names = list_folder(folder) if folder.is_dir() else []
-    files = {PLAN_NAME, MANIFEST_NAME}
-    if names and not files & set(names) and not any(n.endswith(".h5") for n in names):
-        raise ConfigError(
-            f"{name}: {folder} is no label set and not empty ({names[0]}, …); give a new folder"
-        )
+    is_label_set = any(n in (PLAN_NAME, MANIFEST_NAME) or n.endswith(".h5") for n in names)
+    if names and not is_label_set:
+        what = f"not a label set and not empty ({names[0]}, …)"
+        raise ConfigError(f"{name}: {folder} is {what}; give a new folder")
 
 
 def _check_new_file(config: Settings, name: str, path: Path) -> None:
-    if path.is_dir():
-        raise ConfigError(f"{name} {path} is a folder; give the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{name} {path}: there is no folder {path.parent}; create it first")
+    require(not path.is_dir(), f"{name} {path} is a folder; give the name of a file")
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"{name} {path}: there is no folder {path.parent}; create it first")
 
 
 def _check_weights(config: Settings, name: str, path: Path) -> None:
     try:
         find_checkpoint(path)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}{_there(path)}") from None
+        raise ConfigError(f"{name}: {error}{_near(path)}") from None
 
 
 def _check_teacher(config: Settings, name: str, spec: Any) -> None:
@@ -133,11 +115,11 @@ def _check_teacher(config: Settings, name: str, spec: Any) -> None:
 def _check_exists(config: Settings, name: str, path: Path) -> None:
     if not path.exists():
         what = "picture or folder" if name == "IMAGE" else "file or folder"
-        raise ConfigError(f"{name}: no {what} at {path}{_there(path)}")
+        raise ConfigError(f"{name}: no {what} at {path}{_near(path)}")
 
 
-def _there(path: Path) -> str:
-    """Return what to add to a message: the names in the nearest folder above that exists."""
+def _near(path: Path) -> str:
+    """Return the end of a message: the names in the nearest parent folder that exists."""
     folder = next((p for p in path.absolute().parents if p.is_dir()), None)
     names: list[str] = []
     with suppress(OSError):
@@ -146,10 +128,11 @@ def _there(path: Path) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
 
 
-_CHECKS: dict[configs.PathKind, Check] = {
+# By the `path` of a setting.
+_CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
     "label set": _check_label_set,
     "new label set": _check_new_label_set,

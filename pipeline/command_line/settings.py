@@ -12,20 +12,13 @@ from mealv2.errors import ConfigError
 from pipeline import config as configs
 from pipeline.training.run_folder import has_checkpoint
 
-# Settings that --resume may change: those of the machine and of the log.
+# Settings that --resume may change: they affect the machine or the log, not the result.
 RESUMABLE = {
-    "resume",
-    "workers",
-    "device",
-    "log_interval",
-    "checkpoint_hist",
-    "grad_accum_steps",
-    "sync_bn",
-    "cache_dir",
-    "cache_size",
+    *("resume", "workers", "device", "log_interval", "checkpoint_hist", "grad_accum_steps"),
+    *("sync_bn", "cache_dir", "cache_size"),
 }
 
-# A flag on the left drops the recipe's settings on the right: they have no effect beside it.
+# A flag on the left drops the recipe's settings on the right, which have no effect with it.
 DROPPED = {
     "initial_checkpoint": {"pretrained"},
     "discriminator": {"discriminator_lr", "discriminator_weight"},
@@ -34,7 +27,7 @@ DROPPED = {
     "sched": {"decay_milestones", "decay_rate"},
 }
 
-_IN_CONFIG = "mealv2.in_config"  # the names that --config sets, in click's context
+_IN_CONFIG = "mealv2.in_config"  # in click's context: the names that --config sets
 
 
 def config_option() -> click.Option:
@@ -44,7 +37,7 @@ def config_option() -> click.Option:
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         is_eager=True,
         callback=_read_config,
-        help="JSON file of settings of this command, such as RUN/config.json; flags override it.",
+        help="JSON file of settings, e.g. RUN/config.json; flags override it.",
     )
 
 
@@ -64,7 +57,7 @@ def config_of(config: type[configs.Settings], context: click.Context) -> configs
 
 
 def given_names(context: click.Context) -> set[str]:
-    """Return the names of the settings that stand on the command line."""
+    """Return the names of the settings that the command line gives."""
     on_command_line = click.core.ParameterSource.COMMANDLINE
     return {n for n in context.params if context.get_parameter_source(n) is on_command_line}
 
@@ -73,13 +66,12 @@ def with_recipe(
     config: type[configs.Settings], values: dict[str, Any], context: click.Context
 ) -> dict[str, Any]:
     """Return the values, with the recipe's where neither a flag nor --config sets them."""
-    recipe = recipes.load(values["recipe"])
     command: Any = context.info_name
-    settings = recipe.settings(command, online=values.get("online", False))
+    settings = recipes.load(values["recipe"]).settings(command, online=values.get("online", False))
     settings = configs.current_names(config, settings)
     in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
     if "recipe" in given and in_config >= settings.keys():
-        raise ConfigError("--recipe has no effect with a --config that has all its settings")
+        raise ConfigError("--recipe has no effect: --config has all its settings")
     given |= in_config
     dropped = {name for flag in DROPPED.keys() & given for name in DROPPED[flag]}
     return values | {n: value for n, value in settings.items() if n not in given | dropped}
@@ -88,9 +80,9 @@ def with_recipe(
 def with_run(
     config: type[configs.Settings], values: dict[str, Any], context: click.Context
 ) -> dict[str, Any]:
-    """Return the settings of the run to resume; raises ConfigError for a flag that contradicts it.
+    """Return the settings of the run to resume.
 
-    With --auto-resume, a setting of --config that contradicts it is an error too.
+    Raises ConfigError for a flag, or with --auto-resume a setting of --config, that contradicts it.
     """
     run = values["resume"]
     kept = _settings_of_run(config, run, context)
@@ -98,7 +90,7 @@ def with_run(
     for name, value in values.items():
         is_given = name in given or (name in in_config and value not in (None, ()))
         if not is_given or (values["auto_resume"] and name in ("auto_resume", "output")):
-            continue  # the two by which this run was found
+            continue  # these two selected the run
         if name in RESUMABLE:
             kept[name] = value
         elif configs.plain(value) != kept.get(name):
@@ -113,25 +105,21 @@ def _settings_of_run(
     config: type[configs.Settings], run: Path, context: click.Context
 ) -> dict[str, Any]:
     path = run / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"no run at {run}: it has no config.json")
+    configs.require(path.is_file(), f"no run at {run}: it has no config.json")
     try:
         return {n: value for n, value in _read(config, path).items() if value is not None}
     except ConfigError as error:
-        raise ConfigError(
-            f"{run} is no run of `mealv2 {context.info_name}`, or damaged ({error})"
-        ) from None
+        command = f"`mealv2 {context.info_name}`"
+        raise ConfigError(f"{run} is not a run of {command}, or is damaged ({error})") from None
 
 
 def _is_begun(values: dict[str, Any]) -> bool:
     """Return whether --output holds a run to continue.
 
-    All ranks find the same: a checkpoint is written after the first step, which all take together,
-    and what a rank that starts late would see was there before.
+    All ranks get the same result: the first checkpoint is written after a step of all ranks, so a
+    rank that starts late sees what was there before.
     """
-    if values["output"] is None or values["resume"] is not None:
-        return False
-    return has_checkpoint(values["output"])
+    return values["resume"] is None and values["output"] and has_checkpoint(values["output"])
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
@@ -140,7 +128,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
         config: type[configs.Settings] = context.command.config  # type: ignore[attr-defined]
         settings = _read(config, path)
         context.meta[_IN_CONFIG] = set(settings)
-        # numbers go to click as text, as on the command line
+        # as on the command line, click gets numbers as text
         context.default_map = {
             name: str(value) if type(value) in (int, float) else value
             for name, value in settings.items()
@@ -150,18 +138,13 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 
 
 def _read(config: type[configs.Settings], path: Path) -> dict[str, Any]:
-    """Return the settings in a file, under today's names; raises ConfigError for an unknown one."""
+    """Return the settings in a file under their current names; raises ConfigError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read settings from {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object of settings")
-    try:
+        configs.require(isinstance(values, dict), "it is not a JSON object")
         values = configs.current_names(config, values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(config)})
-    if unknown:
-        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}")
+        for name in sorted(values.keys() - {field.name for field in dataclasses.fields(config)}):
+            raise ConfigError(f"unknown setting {name!r}")
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}") from None
     return values

@@ -1,127 +1,16 @@
-"""Every setting of every stage: frozen dataclasses, the only place with defaults and help texts.
+"""Every setting of every command: frozen dataclasses, the only place with defaults and help texts.
 
-The command line is built from these fields; a run folder keeps them as config.json. No torch here.
+The command line is built from their fields; a run folder keeps them as config.json. torch is not
+imported. Each name that a module defines can be imported from here.
 """
 
-from pipeline.config.base import (
-    DEFAULT_EMA_DECAY,
-    DEFAULT_IMG_SIZE,
-    DEFAULT_RATE,
-    DEFAULT_SHARD_SIZE,
-    NO_SPLIT,
-    PAPER_EPOCHS,
-    PAPER_MILESTONE,
-    CacheConfig,
-    CompileMode,
-    CropConfig,
-    JobsConfig,
-    LabellingConfig,
-    OnBadImage,
-    ReaderConfig,
-    RuntimeConfig,
-    Settings,
-)
-from pipeline.config.bench import BenchConfig
-from pipeline.config.distill import DistillConfig
-from pipeline.config.fields import (
-    Group,
-    PathKind,
-    aliases_of,
-    current_name,
-    current_names,
-    flag,
-    is_location,
-    plain,
-    spelling,
-    split_teachers,
-)
-from pipeline.config.label_sets import (
-    EncodingConfig,
-    LabelsAddViewsConfig,
-    LabelsConvertConfig,
-    LabelsExportConfig,
-    LabelsFinishConfig,
-    LabelsImportConfig,
-    LabelsInfoConfig,
-    LabelsMergeConfig,
-    LabelsSplitConfig,
-    LabelsStatusConfig,
-    LabelsVerifyConfig,
-)
-from pipeline.config.labels import PrecomputeConfig
-from pipeline.config.pack import PackConfig
-from pipeline.config.slurm import (
-    MAX_RESTARTS,
-    SlurmDistillConfig,
-    SlurmJob,
-    SlurmPrecomputeConfig,
-    SlurmSweepConfig,
-    SlurmTraining,
-    StageCommand,
-)
-from pipeline.config.training import FinetuneConfig, TrainConfig
-from pipeline.config.use import (
-    DemoConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InferenceConfig,
-    PredictConfig,
-)
-
-__all__ = [
-    "DEFAULT_EMA_DECAY",
-    "DEFAULT_IMG_SIZE",
-    "DEFAULT_RATE",
-    "DEFAULT_SHARD_SIZE",
-    "MAX_RESTARTS",
-    "NO_SPLIT",
-    "PAPER_EPOCHS",
-    "PAPER_MILESTONE",
-    "BenchConfig",
-    "CacheConfig",
-    "CompileMode",
-    "CropConfig",
-    "DemoConfig",
-    "DistillConfig",
-    "EncodingConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "FinetuneConfig",
-    "Group",
-    "InferenceConfig",
-    "JobsConfig",
-    "LabellingConfig",
-    "LabelsAddViewsConfig",
-    "LabelsConvertConfig",
-    "LabelsExportConfig",
-    "LabelsFinishConfig",
-    "LabelsImportConfig",
-    "LabelsInfoConfig",
-    "LabelsMergeConfig",
-    "LabelsSplitConfig",
-    "LabelsStatusConfig",
-    "LabelsVerifyConfig",
-    "OnBadImage",
-    "PackConfig",
-    "PathKind",
-    "PrecomputeConfig",
-    "PredictConfig",
-    "ReaderConfig",
-    "RuntimeConfig",
-    "Settings",
-    "SlurmDistillConfig",
-    "SlurmJob",
-    "SlurmPrecomputeConfig",
-    "SlurmSweepConfig",
-    "SlurmTraining",
-    "StageCommand",
-    "TrainConfig",
-    "aliases_of",
-    "current_name",
-    "current_names",
-    "flag",
-    "is_location",
-    "plain",
-    "spelling",
-    "split_teachers",
-]
+from pipeline.config.base import *  # noqa: F403
+from pipeline.config.bench import *  # noqa: F403
+from pipeline.config.distill import *  # noqa: F403
+from pipeline.config.fields import *  # noqa: F403
+from pipeline.config.label_sets import *  # noqa: F403
+from pipeline.config.labels import *  # noqa: F403
+from pipeline.config.pack import *  # noqa: F403
+from pipeline.config.slurm import *  # noqa: F403
+from pipeline.config.training import *  # noqa: F403
+from pipeline.config.use import *  # noqa: F403

@@ -1,19 +1,25 @@
-"""What several commands have in common, and the numbers that are the paper's."""
+"""Settings that several commands share, and the paper's constants."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from mealv2.errors import ConfigError
 from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
-    at_least,
+    REQUIRED,
+    check_bounds,
     current_names,
+    in_data,
+    in_hardware,
+    in_jobs,
+    in_model,
+    in_views,
     num_bytes_of,
     plain,
-    setting,
+    require,
     spelling,
     typed,
     without_effect,
@@ -21,203 +27,183 @@ from pipeline.config.fields import (
 
 OnBadImage = Literal["fail", "skip"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Triple = tuple[float, float, float]
 NO_SPLIT = "none"
 
 # The paper: the learning rate falls to a tenth at epoch 100 of 180.
 PAPER_EPOCHS = 180
 PAPER_MILESTONE = 100
 
-DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes a view of 1,000 classes
+DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes per view of 1,000 classes
 DEFAULT_IMG_SIZE = 224
-DEFAULT_SHARD_SIZE = 2048  # images, in a file of labels or of images; of ImageNet 225 MB
-MOST_VIEWS = 1_000_000  # of an image, in a label set
+DEFAULT_SHARD_SIZE = 2048  # images per file of labels or of images; 225 MB of ImageNet
+MAX_VIEWS = 1_000_000  # per image of a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
+# Help texts of several commands.
 DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards; a path or a URL."
-EXACT_PIL = (
-    "Resize with Pillow, bit for bit; torch is three times as fast and differs by at most 2 of 255."
-)
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
+EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
+RECIPE = "Published recipe to take settings from; flags override it. `mealv2 recipes` lists them."
+NEW_FOLDER = "Folder to write; created if missing, continued if incomplete."
+SIDE = "Side of a view in pixels."
+TEACHER = "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas."
+_OWN = "the model's own"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every command can do with its settings.
-
-    The docstring of a command's config is the description in its ``--help``.
-    """
+    """The config of a command. Its docstring is the description in ``--help``."""
 
     example: ClassVar[str] = ""  # a command line for --help
-    in_ranks: ClassVar[bool] = False  # whether torchrun may start several processes of it
+    in_ranks: ClassVar[bool] = False  # whether torchrun may start several processes
 
     def __post_init__(self) -> None:
-        """Check the settings; raises ConfigError naming the flag at fault."""
+        """Check the settings; raises ConfigError that names the flag."""
+        check_bounds(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, paths absolute."""
+        """Return the settings as JSON values, with absolute paths."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Build a config from JSON values; old names of settings are accepted too.
+        """Build a config from JSON values under current or old names.
 
-        Raises ConfigError for an unknown or missing name.
+        Raises ConfigError for an unknown name or a missing setting.
         """
         values = current_names(cls, values)
         known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - known.keys())
-        if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        missing = [
-            f.name
-            for f in known.values()
-            if f.default is dataclasses.MISSING and values.get(f.name) in (None, [], ())
-        ]
-        if missing:
-            raise ConfigError(f"{spelling(known[missing[0]])} is required")
+        for name in sorted(values.keys() - known.keys()):
+            require(False, f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
+        for name, field in known.items():
+            is_missing = field.default is REQUIRED and values.get(name) in (None, [], ())
+            require(not is_missing, f"{spelling(field)} is required")
         return cls(**{name: typed(known[name], value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(Settings):
-    """What every command has that reads from URLs."""
+    """Settings of commands that can read from URLs."""
 
-    cache_dir: Path | None = setting(
+    cache_dir: Path | None = in_data(
         None,
-        "Folder for copies of remote files.",
-        group="Data",
+        "Folder for remote files.",
         shown="$MEALV2_CACHE, else ~/.cache/mealv2",
         path="new folder",
     )
-    cache_size: str = setting(
-        "100GB",
-        "Size limit of the copies; those used longest ago are removed first.",
-        group="Data",
-    )
+    cache_size: str = in_data("100GB", "Limit of --cache-dir; least recently used files go first.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        num_bytes_of("cache_size", self.cache_size)
+        _ = self.cache_bytes
         if not any(is_url(getattr(self, f.name)) for f in dataclasses.fields(self)):
             without_effect(self, "without a URL", "cache_dir", "cache_size")
 
     @property
     def cache_bytes(self) -> int:
-        """How many bytes the copies may take."""
+        """Size limit of the copies in bytes."""
         return num_bytes_of("cache_size", self.cache_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderConfig(Settings):
-    """What every command has that reads images."""
+    """Settings of commands that read images."""
 
-    workers: int = setting(
-        2, "Threads that read and decode images; 0: only the main thread.", group="Hardware"
-    )
-    device: str = setting(
-        "auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.", group="Hardware"
-    )
+    workers: int = in_hardware(2, "Threads that read images; 0: only the main thread.", low=0)
+    device: str = in_hardware("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "workers")
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(
-                f"--device {self.device}: no such device; use auto, cpu, cuda, cuda:N or mps"
-            )
+        is_known = re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device)
+        require(is_known, f"--device {self.device} is unknown; use auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig(Settings):
-    """What every command has that says how views are cut."""
+    """Settings of commands that resize images."""
 
-    exact_pil: bool = setting(False, EXACT_PIL, group="Views")
+    exact_pil: bool = in_views(False, EXACT_PIL)
 
     @property
     def resize(self) -> Literal["torch", "pil"]:
-        """Who resizes, unless a label set says."""
+        """Library that resizes, unless a label set names one."""
         return "pil" if self.exact_pil else "torch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig(ReaderConfig):
-    """How a stage computes."""
+class NormalisationConfig(Settings):
+    """Settings of commands that normalise the images for one model."""
 
-    amp: bool = setting(False, "Mixed precision (autocast).", group="Hardware")
-    amp_dtype: Literal["bfloat16", "float16"] | None = setting(
-        None, "Data type of --amp.", group="Hardware", shown="bfloat16"
-    )
-    on_bad_image: OnBadImage = setting(
-        "fail", "What to do about an unreadable image: stop, or skip it.", group="Data"
-    )
+    mean: Triple | None = in_model(None, "Per-channel mean for normalising images.", shown=_OWN)
+    std: Triple | None = in_model(None, "Per-channel std for normalising images.", shown=_OWN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.amp_dtype is not None and not self.amp:
-            raise ConfigError("--amp-dtype has no effect without --amp")
+        require((self.mean is None) == (self.std is None), "give both --mean and --std, or neither")
+        is_finite = all(map(math.isfinite, self.mean or ()))
+        require(is_finite, f"--mean must be finite, got {self.mean}")
+        is_positive = all(0 < value < math.inf for value in self.std or ())
+        require(is_positive, f"--std must be positive and finite, got {self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(ReaderConfig):
+    """Settings of commands that run a model."""
+
+    amp: bool = in_hardware(False, "Mixed precision (autocast).")
+    amp_dtype: Literal["bfloat16", "float16"] | None = in_hardware(
+        None, "Data type of --amp.", shown="bfloat16"
+    )
+    on_bad_image: OnBadImage = in_data("fail", "If an image cannot be read: stop, or skip it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.amp:
+            without_effect(self, "without --amp", "amp_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabellingConfig(RuntimeConfig):
-    """How teachers answer about many views."""
+    """Settings of commands that label many views."""
 
-    batch_size: int | Literal["auto"] = setting(
-        256,
-        "Views per forward pass; auto: try sizes and take the fastest.",
-        group="Hardware",
+    batch_size: int | Literal["auto"] = in_hardware(
+        256, "Views per forward pass; auto: try sizes and use the fastest.", low=1
     )
-    torchcompile: CompileMode = setting(
-        "off",
-        "Compile the teachers with torch.compile, in this mode.",
-        group="Hardware",
-        aliases=("compile",),
+    torchcompile: CompileMode = in_hardware(
+        "off", "Compile the teachers with torch.compile, in this mode.", alias="compile"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size != "auto":
-            at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobsConfig(LabellingConfig):
-    """What every command has that several jobs can share."""
+    """Settings of commands that several jobs can share."""
 
-    job_index: int | None = setting(
+    job_index: int | None = in_jobs(
         None,
         "Index of this job among --num-jobs, counted from 0.",
-        group="Jobs",
         shown="SLURM_ARRAY_TASK_ID in an array, or RANK; else 0",
     )
-    num_jobs: int | None = setting(
+    num_jobs: int | None = in_jobs(
         None,
-        "Number of jobs that share the work: job I of N makes shards I, I + N, …; with more than "
-        "one job, `mealv2 labels finish` writes the manifest.",
-        group="Jobs",
+        "Number of jobs N that share the work: job I makes shards I, I + N, …; if N > 1, "
+        "`mealv2 labels finish` writes the manifest.",
         shown="SLURM_ARRAY_TASK_COUNT, or WORLD_SIZE; else 1",
+        low=1,
     )
-    shard_list: Path | None = setting(
+    shard_list: Path | None = in_jobs(
         None,
-        "File of shard names, one a line: the jobs make only these; `mealv2 labels status --list` "
+        "File with the names of the shards to make, one per line, as `mealv2 labels status --list` "
         "writes it.",
-        group="Jobs",
         shown="all shards",
         path="file",
     )
-    num_procs: int = setting(
-        1, "Processes on this machine that share the work of this job.", group="Jobs"
-    )
+    num_procs: int = in_jobs(1, "Processes on this machine that share this job's work.", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "num_procs")
-        if (self.job_index is None) != (self.num_jobs is None):
-            raise ConfigError("--job-index and --num-jobs go together")
-        if self.job_index is None or self.num_jobs is None:
-            return
-        at_least(self, 1, "num_jobs")
-        if not 0 <= self.job_index < self.num_jobs:
-            raise ConfigError(
-                f"--job-index {self.job_index}: of {self.num_jobs} jobs the first is 0 and the "
-                f"last {self.num_jobs - 1}"
-            )
+        index, num_jobs = self.job_index, self.num_jobs
+        is_alone = (index is None) != (num_jobs is None)
+        require(not is_alone, "give both --job-index and --num-jobs, or neither")
+        if index is not None and num_jobs is not None:
+            last = f"the last of {num_jobs} jobs has index {num_jobs - 1}"
+            require(0 <= index < num_jobs, f"--job-index {index} is out of range: {last}")

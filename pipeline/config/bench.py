@@ -1,32 +1,26 @@
 """Settings of `mealv2 bench`."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_IMG_SIZE, RuntimeConfig
-from pipeline.config.fields import at_least, setting, teachers_setting, without_effect
+from pipeline.config.base import DEFAULT_IMG_SIZE, SIDE, RuntimeConfig
+from pipeline.config.fields import (
+    in_data,
+    in_hardware,
+    in_model,
+    in_results,
+    in_views,
+    require,
+    split_commas,
+    teachers,
+    without_effect,
+)
 
 # In the order in which they are measured and shown.
 LINES = (
-    "loader-1",
-    "loader-packed",
-    "loader-4",
-    "loader-16",
-    "loader-tar",
-    "labels",
-    "step-hard",
-    "step-online",
-    "stage-one",
-    "help",
-    "memory",
+    *("loader-1", "loader-packed", "loader-4", "loader-16", "loader-tar", "labels"),
+    *("step-hard", "step-online", "stage-one", "help", "memory"),
 )
-
-
-def split_names(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the names in texts that may be comma lists."""
-    return tuple(part.strip() for text in texts for part in text.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,75 +29,51 @@ class BenchConfig(RuntimeConfig):
 
     example = "mealv2 bench --lines loader-1,loader-4,labels --results-file speed.json"
 
-    lines: tuple[str, ...] = setting(
+    lines: tuple[str, ...] = in_results(
         (),
-        f"Lines to measure, a comma list of {', '.join(LINES)}.",
-        group="Results",
+        f"Lines to measure, a comma-separated list of {', '.join(LINES)}.",
         shown="all; none with --profile",
-        convert=split_names,
+        convert=split_commas,
     )
-    rounds: int = setting(5, "Repetitions of each measurement.", group="Results")
-    profile: bool = setting(False, "Show where the time of both stages goes.", group="Results")
-    teacher: tuple[str, ...] = teachers_setting(
+    rounds: int = in_results(5, "Repetitions of each measurement.", low=1)
+    profile: bool = in_results(False, "Show where labelling and training spend their time.")
+    teacher: tuple[str, ...] = teachers(
         ("senet154.gluon_in1k", "resnet152s.gluon_in1k"),
         "timm model, with random weights; repeat it, or separate several by commas.",
         shown="senet154.gluon_in1k,resnet152s.gluon_in1k",
         path=None,
     )
-    model: str = setting(
-        "resnet50", "Student: a timm model name; its weights are random.", group="Model"
+    model: str = in_model("resnet50", "Student: a timm model name; its weights are random.")
+    img_size: int = in_views(DEFAULT_IMG_SIZE, SIDE, low=1)
+    batch_size: int | None = in_hardware(
+        None, "Views per step and per forward pass.", shown="8 on a CPU, 128 or 256 on a GPU", low=2
     )
-    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.", group="Views")
-    batch_size: int | None = setting(
+    data_dir: Path | None = in_data(
+        None, "Images to read: ROOT/SPLIT/CLASS/IMAGE.", shown="drawn images", path="data set"
+    )
+    train_split: str = in_data("train", "With --data-dir: split to read.", alias="split")
+    num_images: int = in_data(500, "Images to draw, or to read from --data-dir.", low=1)
+    memory_images: int = in_data(10_000, "Images of line `memory`; fewer on slow machines.", low=1)
+    results_file: Path | None = in_results(
         None,
-        "Views per step and per forward pass.",
-        group="Hardware",
-        shown="8 on a CPU, 128 or 256 on a GPU",
-    )
-    data_dir: Path | None = setting(
-        None,
-        "Images to read: ROOT/SPLIT/CLASS/IMAGE.",
-        group="Data",
-        shown="images drawn for the benchmark",
-        path="data set",
-    )
-    train_split: str = setting(
-        "train", "With --data-dir: split to read.", group="Data", aliases=("split",)
-    )
-    num_images: int = setting(500, "Images to draw, or to read from --data-dir.", group="Data")
-    memory_images: int = setting(
-        10_000, "Images of the line on memory; fewer on slow machines.", group="Data"
-    )
-    results_file: Path | None = setting(
-        None,
-        "Write the numbers of every repetition here, as .json.",
-        group="Results",
+        "File for all measurements, .json.",
         shown="not written",
-        aliases=("json",),
+        alias="json",
         path="new file",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.lines:
-            if name not in LINES:
-                raise ConfigError(f"--lines {name!r}: no such line; known: {', '.join(LINES)}")
-        at_least(self, 1, "rounds", "img_size", "num_images", "memory_images")
-        if self.batch_size is not None:
-            at_least(self, 2, "batch_size")
-        if not self.teacher:
-            raise ConfigError("--teacher is required")
+            require(name in LINES, f"--lines {name!r} is unknown; known: {', '.join(LINES)}")
+        require(self.teacher, "--teacher is required")
         for name in self.teacher:
-            if "=" in name:
-                raise ConfigError(f"--teacher {name}: weights are random here; give the name alone")
+            message = f"--teacher {name}: bench uses random weights; give the name alone"
+            require("=" not in name, message)
         if "memory" not in self.chosen:
             without_effect(self, "without the line memory", "memory_images")
         if self.data_dir is None:
             without_effect(self, "without --data-dir", "train_split")
-        if self.results_file is not None and not self.results_file.absolute().parent.is_dir():
-            raise ConfigError(
-                f"--results-file: there is no folder {self.results_file.absolute().parent}"
-            )
 
     @property
     def chosen(self) -> tuple[str, ...]:

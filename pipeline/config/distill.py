@@ -1,192 +1,139 @@
-"""Settings of stage two."""
+"""Settings of `mealv2 distill`."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location, is_url
-from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, CropConfig
+from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, RECIPE, TEACHER, CropConfig
 from pipeline.config.fields import (
-    at_least,
-    between,
-    check_seed,
-    recipe_setting,
-    setting,
-    teachers_setting,
+    MAX_SEED,
+    in_data,
+    in_labels,
+    in_loss,
+    in_run,
+    in_views,
+    require,
+    teachers,
     without_effect,
 )
 from pipeline.config.training import TrainConfig
 
+_NEED = "one of --labels and --online is required"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(CropConfig, TrainConfig):
-    """Stage two: train a student from a label set, from teachers online, or both.
+    """Train a student on soft labels: from a label set, from teachers online, or both.
 
-    Defaults are the paper's.
+    The defaults are the paper's.
     """
 
     example = "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k"
 
-    labels: Location | None = setting(
+    labels: Location | None = in_labels(
         None,
         "Label set that `mealv2 precompute` wrote; a path or a URL.",
-        group="Labels",
         shown="none; then --online",
         path="label set",
-        need="one of --labels and --online is required",
+        need=_NEED,
     )
-    online: bool = setting(
-        False,
-        "Use no label set: the --teacher models label new views at every step.",
-        group="Labels",
-        need="one of --labels and --online is required",
+    online: bool = in_labels(
+        False, "Use no label set: the --teacher models label new views at every step.", need=_NEED
     )
-    teacher: tuple[str, ...] = teachers_setting(
-        (),
-        "timm model, NAME or NAME=CHECKPOINT, for --online and --missing teach; repeat it, or "
-        "separate several by commas.",
-        shown="with --missing teach, those the label set names",
+    teacher: tuple[str, ...] = teachers(
+        (), f"With --online or --missing teach: {TEACHER}", shown="those of --labels"
     )
-    missing: Literal["fail", "skip", "teach"] = setting(
-        "fail",
-        "Views without a stored label, such as those of images added later: stop, skip them, or "
-        "let the teachers label them.",
-        group="Labels",
+    missing: Literal["fail", "skip", "teach"] = in_labels(
+        "fail", "Views without a stored label: stop, skip them, or label them with the teachers."
     )
-    reuse_views: bool | None = setting(
+    reuse_views: bool | None = in_views(
         None,
-        "Cycle through the stored views; else epoch e uses view e, stored or not.",
-        group="Views",
+        "Cycle through the stored views; otherwise epoch e uses view e, stored or not.",
         shown="yes, unless --missing teach",
     )
-    write_back: bool = setting(
-        False,
-        "With --missing teach: append the new labels to the label set.",
-        group="Labels",
+    write_back: bool = in_labels(False, "With --missing teach: add new labels to the label set.")
+    train_split: str | None = in_data(
+        None, "With --online: split of --data-dir to train on.", shown="train", alias="split"
     )
-    train_split: str | None = setting(
-        None,
-        "With --online: part of --data-dir to train on.",
-        group="Data",
-        shown="train",
-        aliases=("split",),
+    img_size: int | None = in_views(
+        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE), low=1
     )
-    img_size: int | None = setting(
-        None,
-        "With --online: side of a view in pixels.",
-        group="Views",
-        shown=str(DEFAULT_IMG_SIZE),
+    view_seed: int | None = in_views(
+        None, "With --online: seed of the views.", shown="0", low=0, high=MAX_SEED
     )
-    view_seed: int | None = setting(
-        None, "With --online: seed of the views.", group="Views", shown="0"
+    exact_pil: bool | None = in_views(  # type: ignore[assignment]  # None: as the label set
+        None, EXACT_PIL, shown="as the label set was made, else no"
     )
-    exact_pil: bool | None = setting(  # type: ignore[assignment]  # here it may be left open
-        None, EXACT_PIL, group="Views", shown="as the label set was made, else no"
-    )
-    discriminator: Literal["paper", "official", "adversarial", "off"] = setting(
+    discriminator: Literal["paper", "official", "adversarial", "off"] = in_loss(
         "paper",
-        "The paper's (one sigmoid), the official code's (two outputs, last ReLU), the paper's "
-        "behind a gradient reversal, or none.",
-        group="Loss",
+        "The paper's (one sigmoid), the official code's (two outputs, ReLU last), the paper's "
+        "with gradient reversal, or none.",
     )
-    discriminator_lr: float | None = setting(
-        None,
-        "Learning rate of the discriminator, with the student's schedule.",
-        group="Loss",
-        shown="--lr",
+    discriminator_lr: float | None = in_loss(
+        None, "Learning rate of the discriminator, on the student's schedule.", shown="--lr", low=0
     )
-    discriminator_weight: float = setting(1.0, "Weight of the discriminator loss.", group="Loss")
-    discriminator_input: Literal["logits", "log-probs", "probs"] | None = setting(
+    discriminator_weight: float = in_loss(1.0, "Weight of the discriminator loss.", low=0)
+    discriminator_input: Literal["logits", "log-probs", "probs"] | None = in_loss(
         None,
-        "Input of the discriminator, of the student and of the labels.",
-        group="Loss",
+        "Form of the student's and the teachers' outputs that the discriminator sees.",
         shown="logits with --online or stored logits, else log-probs through the set's top-k",
     )
-    cutmix_target: Literal["teachers", "mixed-labels"] | None = setting(
+    cutmix_target: Literal["teachers", "mixed-labels"] | None = in_loss(
         None,
-        "CutMix: the teachers label the mixed image (with --online), or labels mix by area.",
-        group="Loss",
+        "CutMix targets: the teachers label the mixed image (with --online), or the two labels "
+        "are mixed by area.",
         shown="no CutMix",
     )
-    cutmix_beta: float | None = setting(
-        None, "CutMix: lambda is drawn from Beta(b, b).", group="Loss", shown="1.0"
+    cutmix_beta: float | None = in_loss(
+        None, "CutMix: lambda is drawn from Beta(b, b).", shown="1.0", above=0
     )
-    cutmix_prob: float | None = setting(
-        None, "CutMix: fraction of batches to mix.", group="Loss", shown="1.0"
+    cutmix_prob: float | None = in_loss(
+        None, "CutMix: fraction of batches to mix.", shown="1.0", low=0, high=1
     )
-    label_temperature: float = setting(
-        1.0, "Replace labels q by q^(1/T): softer above 1. The paper has 1.", group="Loss"
+    label_temperature: float = in_loss(
+        1.0, "Replace labels q by q^(1/T); above 1 they are softer. The paper uses 1.", above=0
     )
-    hard_label_weight: float = setting(
-        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper has 0.", group="Loss"
+    hard_label_weight: float = in_loss(
+        0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper uses 0.", low=0, high=1
     )
-    recipe: str | None = recipe_setting()
-    dry_run: bool = setting(
-        False,
-        "Estimate steps, time and memory from a short sample; write nothing.",
-        group="Run and checkpoints",
-    )
+    recipe: str | None = in_run(None, RECIPE, shown="none")
+    dry_run: bool = in_run(False, "Estimate steps, time and memory from a sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dry_run and self.resume is not None:
-            raise ConfigError("--dry-run estimates a new run; leave out --resume")
         if self.dry_run:
-            without_effect(self, "with --dry-run", "auto_resume")
-        if self.online == (self.labels is not None):
-            raise ConfigError("give --labels DIR, or --online with --teacher; not both")
+            without_effect(self, "with --dry-run", "resume", "auto_resume")
+        self._check_labels()
+        self._check_loss()
+
+    def _check_labels(self) -> None:
+        either = "give --labels DIR, or --online with --teacher; not both"
+        require(self.online == (self.labels is None), either)
         if self.online:
-            if not self.teacher:
-                raise ConfigError("--online needs --teacher")
+            require(self.teacher, "--online needs --teacher")
             without_effect(self, "with --online", "missing", "reuse_views", "write_back")
         else:
             without_effect(self, "with --labels", "train_split", "img_size", "view_seed")
-        if self.write_back and is_url(self.labels):
-            raise ConfigError("--write-back appends to label sets of this machine, not at a URL")
         if not self.online and self.missing != "teach":
             without_effect(self, "without --online or --missing teach", "teacher", "write_back")
-        self._check_discriminator()
-        self._check_extras()
+        if self.write_back:
+            require(not is_url(self.labels), "--write-back needs a local label set, not a URL")
 
-    def _check_discriminator(self) -> None:
-        at_least(self, 0, "discriminator_weight")
-        if self.discriminator_lr is not None:
-            at_least(self, 0, "discriminator_lr")
+    def _check_loss(self) -> None:
         if self.discriminator == "off":
-            without_effect(
-                self,
-                "with --discriminator off",
-                "discriminator_lr",
-                "discriminator_weight",
-                "discriminator_input",
-            )
-
-    def _check_extras(self) -> None:
-        if self.img_size is not None:
-            at_least(self, 1, "img_size")
-        if self.view_seed is not None:
-            check_seed(self, "view_seed")
-        if not 0 < self.label_temperature < math.inf:
-            raise ConfigError(
-                f"--label-temperature must be positive and finite, got {self.label_temperature}"
-            )
-        between(self, 0, 1, "hard_label_weight")
+            names = ("discriminator_lr", "discriminator_weight", "discriminator_input")
+            without_effect(self, "with --discriminator off", *names)
         if self.hard_label_weight == 1:
             without_effect(self, "with --hard-label-weight 1", "label_temperature")
         if self.cutmix_target is None:
             without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
-        if self.cutmix_beta is not None and not 0 < self.cutmix_beta < math.inf:
-            raise ConfigError(f"--cutmix-beta must be positive and finite, got {self.cutmix_beta}")
-        if self.cutmix_prob is not None:
-            between(self, 0, 1, "cutmix_prob")
-        if self.cutmix_target == "teachers" and not self.online:
-            raise ConfigError(
-                "--cutmix-target teachers needs --online: stored labels are of unmixed images; "
-                "mixed-labels works from a label set"
-            )
+        require(
+            self.online or self.cutmix_target != "teachers",
+            "--cutmix-target teachers needs --online, because stored labels are of unmixed images; "
+            "with a label set, use --cutmix-target mixed-labels",
+        )
 
     @property
     def reuses_views(self) -> bool:
-        """Whether stored views come round again."""
+        """Whether training cycles through the stored views."""
         return self.missing != "teach" if self.reuse_views is None else self.reuse_views

@@ -1,118 +1,97 @@
-"""What a setting is: a dataclass field with a help text, its spelling, the checks of its value."""
+"""Settings as dataclass fields: help text, group, bounds and old name; how values are read."""
 
 import dataclasses
 import math
+import operator
 import os
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location, is_url, located
 
-Group = Literal[
-    "Labels",
-    "Data",
-    "Views",
-    "Model",
-    "Optimisation",
-    "Loss",
-    "Results",
-    "Run and checkpoints",
-    "Jobs",
-    "Hardware",
-    "Batch job",
-]
-PathKind = Literal[
-    "data set",
-    "label set",
-    "new label set",
-    "weights",
-    "teachers",
-    "images",
-    "folder",
-    "new folder",
-    "file",
-    "new file",
-]
+REQUIRED: Any = dataclasses.MISSING
+MAX_SEED = (1 << 63) - 1
+# The headings of --help, in their order.
+GROUPS = (
+    *("Labels", "Data", "Views", "Model", "Optimisation", "Loss"),
+    *("Results", "Run and checkpoints", "Jobs", "Hardware", "Batch job"),
+)
+_BOUNDS = {
+    "low": ("at least", operator.ge),
+    "high": ("at most", operator.le),
+    "above": ("greater than", operator.gt),
+}
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    group: Group,
-    shown: str | None = None,
-    aliases: tuple[str, ...] = (),
-    path: PathKind | None = None,
-    need: str | None = None,
-    convert: Callable[[Any], Any] | None = None,
-) -> Any:
-    """Return a field with its help text.
+@dataclass(frozen=True)
+class About:
+    """The metadata of a field: all of a setting but its name, type and default."""
 
-    ``group`` is its heading in ``--help``. ``shown`` replaces a default that says nothing, such as
-    None. ``aliases`` are its old names. ``path`` says what the command line checks before it
-    imports torch. ``need`` says when an optional setting must be given. ``convert`` is applied to
-    values from the command line.
-    """
-    metadata = {
-        "help": text,
-        "group": group,
-        "shown": shown,
-        "aliases": aliases,
-        "path": path,
-        "need": need,
-        "convert": convert,
-    }
-    return field(default=default, metadata=metadata)
+    help: str
+    group: str = ""  # one of GROUPS
+    shown: str | None = None  # the default in --help, where the value does not explain itself
+    alias: str | None = None  # the old name
+    path: str | None = None  # a check of pipeline.command_line.paths, made before torch is imported
+    need: str | None = None  # when an optional setting must be given
+    convert: Callable[[Any], Any] | None = None  # applied to the flag's value
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    positional: bool = False  # an argument instead of a flag
 
 
-def required(text: str, *, group: Group, **more: Any) -> Any:
-    """Return a field that must be given; ``more`` as in ``setting``."""
-    return setting(dataclasses.MISSING, text, group=group, **more)
+def setting(default: Any, text: str, **about: Any) -> Any:
+    """Return a dataclass field with a help text; ``about`` as in ``About``."""
+    return field(default=default, metadata=vars(About(text, **about)))
 
 
-def positional(text: str, *, path: PathKind | None = None) -> Any:
-    """Return a field that must be given, without a flag: an argument of the command line."""
-    metadata = {"help": text, "shown": None, "positional": True, "path": path}
-    return field(metadata=metadata)
+def split_commas(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the parts of texts that may be comma-separated lists."""
+    return tuple(part.strip() for text in texts for part in text.split(","))
 
 
-def teachers_setting(
-    default: Any, text: str, *, shown: str | None = None, path: PathKind | None = "teachers"
-) -> Any:
-    """Return a field that names teachers; the command line makes their paths absolute."""
-    return setting(default, text, group="Labels", shown=shown, path=path, convert=absolute_teachers)
+def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return one spec per teacher, NAME or NAME=CHECKPOINT, with absolute paths."""
+    found = []
+    for spec in split_commas(specs):
+        name, equals, path = spec.partition("=")
+        found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
+    return tuple(found)
 
 
-def recipe_setting() -> Any:
-    """Return the field of a command that a published recipe can fill in."""
-    return setting(
-        None,
-        "Published recipe: its settings apply where no flag is given; `mealv2 recipes` lists them.",
-        group="Run and checkpoints",
-        shown="none",
-    )
-
-
-def aliases_of(known: "dataclasses.Field[Any]") -> tuple[str, ...]:
-    """Return the old names of a field."""
-    found: tuple[str, ...] = known.metadata.get("aliases", ())
-    return found
+argument = partial(setting, REQUIRED, positional=True)
+in_labels = partial(setting, group="Labels")
+in_data = partial(setting, group="Data")
+in_views = partial(setting, group="Views")
+in_model = partial(setting, group="Model")
+in_optimisation = partial(setting, group="Optimisation")
+in_loss = partial(setting, group="Loss")
+in_results = partial(setting, group="Results")
+in_run = partial(setting, group="Run and checkpoints")
+in_jobs = partial(setting, group="Jobs")
+in_hardware = partial(setting, group="Hardware")
+in_batch_job = partial(setting, group="Batch job")
+teachers = partial(in_labels, path="teachers", convert=absolute_teachers)
 
 
 def current_name(config: type, name: str) -> str:
-    """Return today's name of a field; unknown names stay as they are."""
+    """Return the current name of a field, given this or its old name."""
     known = dataclasses.fields(config)
-    return next((f.name for f in known if name in aliases_of(f)), name)
+    return next((f.name for f in known if f.metadata["alias"] == name), name)
 
 
 def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under today's names; raises ConfigError where two names contradict."""
+    """Return settings under their current names.
+
+    Raises ConfigError if a setting has different values under both names.
+    """
     found = {name: value for name, value in values.items() if current_name(config, name) == name}
     for old in values.keys() - found.keys():
         name, value = current_name(config, old), values[old]
@@ -123,99 +102,66 @@ def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def split_teachers(specs: Iterable[str]) -> list[str]:
-    """Return one spec a teacher, NAME or NAME=CHECKPOINT, of texts that may be comma lists."""
-    return [part.strip() for text in specs for part in text.split(",")]
-
-
-def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
-    """Return one spec a teacher, with absolute paths."""
-    found = []
-    for spec in split_teachers(specs):
-        name, equals, path = spec.partition("=")
-        found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
-    return tuple(found)
-
-
 def flag(name: str) -> str:
     """Return the command-line spelling of a field."""
     return "--" + name.rstrip("_").replace("_", "-")  # from_ is --from
 
 
 def spelling(known: "dataclasses.Field[Any]") -> str:
-    """Return what the command line calls a field: its flag, or its word in capitals."""
-    return known.name.upper() if known.metadata.get("positional") else flag(known.name)
+    """Return how the command line shows a field: as a flag or as an argument in capitals."""
+    return known.name.upper() if known.metadata["positional"] else flag(known.name)
 
 
-def default_of(config: type, name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(config) if f.name == name)
+def require(holds: object, message: str) -> None:
+    """Raise ConfigError unless the condition holds."""
+    if not holds:
+        raise ConfigError(message)
 
 
-def at_least(config: object, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value < math.inf:  # nan is neither
-            raise ConfigError(f"{flag(name)} must be at least {low} and finite, got {value}")
+def check_bounds(config: Any) -> None:
+    """Check each number against the bounds of its field."""
+    for known in dataclasses.fields(config):
+        value = getattr(config, known.name)
+        if not isinstance(value, int | float):
+            continue
+        for name, (relation, holds) in _BOUNDS.items():
+            limit = known.metadata[name]
+            if limit is not None and not (holds(value, limit) and value < math.inf):
+                finite = " and finite" if isinstance(value, float) else ""
+                raise ConfigError(f"{flag(known.name)} must be {relation} {limit}{finite}: {value}")
 
 
-def between(config: object, low: float, high: float, name: str) -> None:
-    if not low <= getattr(config, name) <= high:
-        raise ConfigError(f"{flag(name)} must lie in [{low}, {high}], got {getattr(config, name)}")
-
-
-def without_effect(config: object, mode: str, *names: str) -> None:
-    """Raise ConfigError for a setting that was given but does nothing in this mode."""
-    for name in names:
-        if getattr(config, name) != default_of(type(config), name):
-            raise ConfigError(f"{flag(name)} has no effect {mode}")
-
-
-def check_normalisation(config: Any) -> None:
-    """Check --mean and --std."""
-    if (config.mean is None) != (config.std is None):
-        raise ConfigError("--mean and --std go together")
-    if config.mean is not None and not all(map(math.isfinite, config.mean)):
-        raise ConfigError(f"--mean must be finite, got {config.mean}")
-    if config.std is not None and not all(0 < value < math.inf for value in config.std):
-        raise ConfigError(f"--std must be positive and finite, got {config.std}")
+def without_effect(config: Any, mode: str, *names: str) -> None:
+    """Raise ConfigError if one of these settings is given; in this mode it has no effect."""
+    for known in dataclasses.fields(config):
+        if known.name in names and getattr(config, known.name) != known.default:
+            raise ConfigError(f"{flag(known.name)} has no effect {mode}")
 
 
 def num_bytes_of(name: str, text: str) -> int:
     """Return the bytes of a size such as 500MB or 1.5TB, in powers of 1000."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kKMGT]?)B?", text)
-    num_bytes = (
-        0 if found is None else float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
-    )
-    if num_bytes < 1:
-        raise ConfigError(
-            f"{flag(name)} must be a size such as 500MB or 100GB (B, KB, MB, GB, TB), got {text!r}"
-        )
-    return int(num_bytes)
-
-
-def check_seed(config: object, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1 << 63:
-        raise ConfigError(f"{flag(name)} must lie in [0, 2**63), got {getattr(config, name)}")
+    num_bytes = int(float(found[1]) * 1000 ** " KMGT".find(found[2].upper() or " ")) if found else 0
+    units = "500MB or 100GB (B, KB, MB, GB, TB)"
+    require(num_bytes >= 1, f"{flag(name)} must be a size like {units}, got {text!r}")
+    return num_bytes
 
 
 def plain(value: Any) -> Any:
     """Return a setting as a JSON value: paths absolute, tuples as lists."""
     if isinstance(value, Path):
-        return os.path.abspath(value)  # noqa: PTH100  # without following links
+        return os.path.abspath(value)  # noqa: PTH100  # symbolic links stay
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def typed(known: "dataclasses.Field[Any]", value: Any) -> Any:
-    """Turn a JSON value into a field's type: lists to tuples, text to paths."""
-    if not _fits(known.type, value):
-        raise ConfigError(f"{spelling(known)} cannot be {value!r}")
+    """Convert a JSON value to a field's type: lists to tuples, text to paths."""
+    require(_fits(known.type, value), f"{spelling(known)} cannot be {value!r}")
     if isinstance(value, list | tuple):
-        if known.type == tuple[Path, ...]:
-            value = map(Path, value)
-        return tuple(value) or (known.default if known.default is not dataclasses.MISSING else ())
+        items = map(Path, value) if known.type == tuple[Path, ...] else value
+        return tuple(items) or (() if known.default is REQUIRED else known.default)
     if value is not None and known.type in (Path, Path | None):
-        if is_url(value):
-            raise ConfigError(f"{spelling(known)} must be a path of this machine, not a URL")
+        require(not is_url(value), f"{spelling(known)} must be a local path, not a URL")
         return Path(value)
     return located(value) if value is not None and is_location(known) else value
 
@@ -226,22 +172,18 @@ def is_location(known: "dataclasses.Field[Any]") -> bool:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Return whether a JSON value, or one from the command line, can be of a field's type."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return any(_fits(part, value) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
+    """Return whether a value from JSON or from the command line fits a field's type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(part, value) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
         if not isinstance(value, list | tuple):
             return False
-        if items[-1] is not Ellipsis and len(items) != len(value) and value:
-            return False
-        return all(_fits(items[0], item) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is Path:
-        return isinstance(value, str | Path)
-    return value is None if kind is type(None) else isinstance(value, kind)
+        has_length = parts[-1] is Ellipsis or len(value) in (0, len(parts))
+        return has_length and all(_fits(parts[0], item) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    accepted = {float: int | float, Path: str | Path}.get(kind, kind)
+    return isinstance(value, accepted)

@@ -2,40 +2,42 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
+    DATA_DIR,
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
     DEFAULT_SHARD_SIZE,
-    MOST_VIEWS,
+    MAX_VIEWS,
+    NEW_FOLDER,
     CacheConfig,
     JobsConfig,
     RuntimeConfig,
     Settings,
 )
 from pipeline.config.fields import (
-    at_least,
-    between,
-    positional,
-    required,
-    setting,
-    teachers_setting,
+    MAX_SEED,
+    REQUIRED,
+    argument,
+    in_data,
+    in_hardware,
+    in_labels,
+    in_results,
+    in_views,
+    require,
+    teachers,
     without_effect,
 )
-from pipeline.config.labels import check_encoding
+from pipeline.config.labels import RATE, EncodingConfig
 
+_LOCAL_OR_URL = "Label set; a path or a URL."
 _TEACHERS = (
     "Teachers that made the set, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas."
 )
-
-
-def _new_set() -> Any:
-    return required(
-        "Folder of the new label set.", group="Labels", aliases=("out",), path="new label set"
-    )
+_SHOWN_TEACHERS = "those of the label set"
+_NEW_SET = "Folder of the new label set."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +46,23 @@ class LabelsInfoConfig(CacheConfig):
 
     example = "mealv2 labels info labels"
 
-    labels: Location = positional("Label set; a path or a URL.", path="label set")
+    labels: Location = argument(_LOCAL_OR_URL, path="label set")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsStatusConfig(CacheConfig):
-    """List which shards are complete, missing or damaged, and the command to run next.
+    """List the complete, missing and damaged shards, and the command to run next.
 
-    It reads the files alone, also while jobs write them. Exit code 0: all shards are complete and
-    the manifest exists.
+    The command only reads files, so it can run while jobs write them. Exit code 0 means that all
+    shards are complete and the manifest exists.
     """
 
     example = "mealv2 labels status labels --list missing.txt"
 
-    labels: Location = positional("Label set; a path or a URL.", path="label set")
-    list_: Path | None = setting(
+    labels: Location = argument(_LOCAL_OR_URL, path="label set")
+    list_: Path | None = in_results(
         None,
-        "Write the names of the shards that are left to make here, one a line.",
-        group="Results",
+        "File for the shards to make, one name per line.",
         shown="not written",
         path="new file",
     )
@@ -71,59 +72,41 @@ class LabelsStatusConfig(CacheConfig):
 class LabelsFinishConfig(CacheConfig):
     """Write the manifest of a label set whose shards were made by jobs.
 
-    It checks every shard first and needs neither images nor teachers.
+    The command checks every shard first. It needs no images and no teachers.
     """
 
     example = "mealv2 labels finish labels --batch-size 256"
 
-    labels: Location = positional("Label set; a path or a URL.", path="label set")
-    batch_size: int | None = setting(
-        None,
-        "The jobs' views per forward pass, to record in the manifest.",
-        group="Hardware",
-        shown="not recorded",
+    labels: Location = argument(_LOCAL_OR_URL, path="label set")
+    batch_size: int | None = in_hardware(
+        None, "The jobs' views per forward pass, for the manifest.", shown="not recorded", low=1
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size is not None:
-            at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
     """Check every file and label of a label set, and the boxes of all views.
 
-    --data-dir also checks the images, --relabel the teachers. Damage is reported by file and
-    image, with exit code 3.
+    --data-dir also checks the images, --relabel the teachers. The command reports damage by file
+    and image, with exit code 3.
     """
 
     example = "mealv2 labels verify labels --data-dir imagenet --relabel 1000"
 
-    labels: Location = positional("Label set; a path or a URL.", path="label set")
-    data_dir: Location | None = setting(
-        None,
-        "Also check that the set labels exactly the images of this data set.",
-        group="Data",
-        shown="not checked",
-        path="data set",
+    labels: Location = argument(_LOCAL_OR_URL, path="label set")
+    data_dir: Location | None = in_data(
+        None, "Also check that the set labels exactly these images.", shown="none", path="data set"
     )
-    relabel: int = setting(
-        0,
-        "Label this many random views again and compare; needs --data-dir.",
-        group="Labels",
-    )
-    teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
-    seed: int = setting(0, "Seed of the choice of views for --relabel.", group="Labels")
-    batch_size: int = setting(256, "Views per forward pass of --relabel.", group="Hardware")
+    relabel: int = in_labels(0, "Label this many random views again; needs --data-dir.", low=0)
+    teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
+    seed: int = in_labels(0, "Seed of the choice of views for --relabel.", low=0, high=MAX_SEED)
+    batch_size: int = in_hardware(256, "Views per forward pass of --relabel.", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "relabel", "seed")
-        at_least(self, 1, "batch_size")
-        if self.relabel and self.data_dir is None:
-            raise ConfigError("--relabel needs --data-dir: the images to show to the teachers")
-        if not self.relabel:
+        if self.relabel:
+            require(self.data_dir is not None, "--relabel needs --data-dir, the images to label")
+        else:
             names = ("teacher", "seed", "batch_size", "amp", "on_bad_image")
             without_effect(self, "without --relabel", *names)
 
@@ -132,68 +115,28 @@ class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
 class LabelsAddViewsConfig(CacheConfig, JobsConfig):
     """Label more views of a label set's images with its own teachers.
 
-    The command adds new files and leaves the old ones unchanged. It makes damaged or missing files
-    of added views again: give the same --num-views.
+    The command adds new files and leaves the old ones unchanged. To replace damaged or missing
+    files of added views, run it again with the same --num-views.
     """
 
     example = "mealv2 labels add-views labels --data-dir imagenet --num-views 60"
 
-    labels: Path = positional("Label set.", path="label set")
-    data_dir: Location = required(
-        "Data set it was made from: ROOT/SPLIT/CLASS/IMAGE, or tar shards.",
-        group="Data",
-        path="data set",
-    )
-    num_views: int = setting(32, "Views per image after the command.", group="Views")
-    teacher: tuple[str, ...] = teachers_setting((), _TEACHERS, shown="those the label set names")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between(self, 1, MOST_VIEWS, "num_views")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingConfig(Settings):
-    """How a label set that is written encodes its labels."""
-
-    rate: float | None = setting(
-        None,
-        "Classes kept per view: the number that minimises KL + RATE * classes.",
-        group="Labels",
-    )
-    topk: str | None = setting(
-        None,
-        "Classes kept per view: this number, or all.",
-        group="Labels",
-        shown="what --rate gives",
-    )
-    label_dtype: Literal["float16", "float32"] | None = setting(
-        None,
-        "With --topk: store probabilities in this type.",
-        group="Labels",
-        shown="a curve of a few bits, float16 with all",
-    )
-    store_logits: bool = setting(
-        False, "Keep mean logits, where the label sets have them.", group="Labels"
-    )
-
-    def __post_init__(self) -> None:
-        check_encoding(self)
+    labels: Path = argument("Label set.", path="label set")
+    data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
+    num_views: int = in_views(32, "Views per image after the command.", low=1, high=MAX_VIEWS)
+    teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConvertConfig(EncodingConfig):
-    """Write a label set again, in another encoding or in today's format."""
+    """Copy a label set to another encoding or to the current format."""
 
     example = "mealv2 labels convert labels --rate 0.005 --output smaller"
 
-    labels: Path = positional("Label set.", path="label set")
-    output: Path = _new_set()
-    rate: float | None = setting(
-        None,
-        "Classes kept per view: the number that minimises KL + RATE * classes.",
-        group="Labels",
-        shown="without --topk too: as in the label set",
+    labels: Path = argument("Label set.", path="label set")
+    output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
+    rate: float | None = in_labels(
+        None, RATE, shown="without --topk either: as in the label set", above=0
     )
 
 
@@ -202,24 +145,23 @@ class LabelsMergeConfig(EncodingConfig):
     """Join label sets of different images, or average label sets of different teachers.
 
     Sets of the same teachers are joined and keep their encoding. Sets of different teachers on the
-    same views are averaged to one ensemble, encoded as --rate or --topk say.
+    same views are averaged to one ensemble, encoded by --rate or --topk.
     """
 
     example = "mealv2 labels merge labels-a labels-b --output labels"
 
-    sets: tuple[Path, ...] = positional("Label sets, two or more.", path="label set")
-    output: Path = _new_set()
-    rate: float | None = setting(
+    sets: tuple[Path, ...] = argument("Label sets, two or more.", path="label set")
+    output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
+    rate: float | None = in_labels(
         None,
-        "Classes kept per view of averages: the number that minimises KL + RATE * classes.",
-        group="Labels",
+        "For averages: the classes kept per view minimise KL + RATE * classes.",
         shown=f"{DEFAULT_RATE}, without --topk",
+        above=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.sets) < 2:
-            raise ConfigError("give two label sets or more")
+        require(len(self.sets) > 1, "give two label sets or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +173,9 @@ class LabelsSplitConfig(Settings):
 
     example = "mealv2 labels split labels --parts 4 --output parts"
 
-    labels: Path = positional("Label set.", path="label set")
-    output: Path = required(
-        "Folder of the parts.", group="Labels", aliases=("out",), path="new folder"
-    )
-    parts: int = setting(2, "Number of parts, of about equal size.", group="Labels")
-
-    def __post_init__(self) -> None:
-        at_least(self, 2, "parts")
+    labels: Path = argument("Label set.", path="label set")
+    output: Path = in_labels(REQUIRED, "Folder of the parts.", alias="out", path="new folder")
+    parts: int = in_labels(2, "Number of parts, of about equal size.", low=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,37 +184,19 @@ class LabelsImportConfig(CacheConfig):
 
     example = "mealv2 labels import soft_labels --from fkd --data-dir imagenet --output labels"
 
-    folder: Path = positional("Folder of the labels.", path="folder")
-    from_: Literal["fkd"] = setting(
-        "fkd", "Format of the labels: fkd, the FKD and MEAL V2 soft labels.", group="Labels"
-    )
-    data_dir: Location = required(
-        "Data set they label: ROOT/SPLIT/CLASS/IMAGE, or tar shards.",
-        group="Data",
-        path="data set",
-    )
-    output: Path = _new_set()
-    train_split: str = setting(
-        "train",
-        "Part of --data-dir whose images they label.",
-        group="Data",
-        aliases=("split",),
-    )
-    label_type: str | None = setting(
+    folder: Path = argument("Folder of the labels.", path="folder")
+    from_: Literal["fkd"] = in_labels("fkd", "Format: fkd, the soft labels of FKD and MEAL V2.")
+    data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
+    output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
+    train_split: str = in_data("train", "Labelled split of --data-dir.", alias="split")
+    label_type: str | None = in_labels(
         None,
-        "FKD's name of the kind of label, such as marginal_smoothing_k5 or marginal_renorm.",
-        group="Labels",
-        shown="what the files look like; smoothing, not renorm",
+        "FKD's kind of label, e.g. marginal_smoothing_k5 or marginal_renorm.",
+        shown="as found in the files; smoothing, not renorm",
     )
-    teacher_name: str = setting("unknown", "Name of the teacher in the manifest.", group="Labels")
-    img_size: int = setting(
-        DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.", group="Views"
-    )
-    shard_size: int = setting(DEFAULT_SHARD_SIZE, "Images per shard file.", group="Labels")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "img_size", "shard_size")
+    teacher_name: str = in_labels("unknown", "Name of the teacher in the manifest.")
+    img_size: int = in_views(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.", low=1)
+    shard_size: int = in_labels(DEFAULT_SHARD_SIZE, "Images per label shard.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,35 +205,23 @@ class LabelsExportConfig(CacheConfig):
 
     example = "mealv2 labels export labels --to parquet --output tables"
 
-    labels: Path = positional("Label set.", path="label set")
-    to: Literal["fkd", "webdataset", "parquet"] = setting(
-        "parquet", "FKD's files, tar shards of images and labels, or tables.", group="Labels"
+    labels: Path = argument("Label set.", path="label set")
+    to: Literal["fkd", "webdataset", "parquet"] = in_labels(
+        "parquet", "FKD's files, tar shards of images and labels, or tables."
     )
-    output: Path = required(
-        "Folder to write; created if missing, continued if unfinished.",
-        group="Labels",
-        aliases=("out",),
-        path="new folder",
+    output: Path = in_labels(REQUIRED, NEW_FOLDER, alias="out", path="new folder")
+    data_dir: Location | None = in_data(
+        None, "With --to webdataset: data set of the images.", shown="none", path="data set"
     )
-    data_dir: Location | None = setting(
-        None,
-        "With --to webdataset: data set of the images.",
-        group="Data",
-        shown="none",
-        path="data set",
-    )
-    label_type: str = setting(
-        "marginal_smoothing_k5", "With --to fkd: FKD's name of the kind of label.", group="Labels"
-    )
-    split: Literal["train", "val"] = setting(
-        "train", "Part of the label set to export.", group="Labels", aliases=("role",)
-    )
+    label_type: str = in_labels("marginal_smoothing_k5", "With --to fkd: FKD's kind of label.")
+    split: Literal["train", "val"] = in_labels("train", "Split to export.", alias="role")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.to == "webdataset") != (self.data_dir is not None):
-            raise ConfigError("--data-dir goes with --to webdataset: the images beside the labels")
+        needs_images = self.to == "webdataset"
+        message = "--data-dir is required with --to webdataset, and has no effect without it"
+        require(needs_images == (self.data_dir is not None), message)
         if self.to != "fkd":
             without_effect(self, "without --to fkd", "label_type")
-        elif self.split == "val":
-            raise ConfigError("--to fkd is for views with boxes: --split train")
+        else:
+            require(self.split == "train", "--to fkd exports views with boxes: use --split train")

@@ -1,37 +1,66 @@
-"""Settings of stage one."""
+"""Settings of `mealv2 precompute`, and how label sets encode labels."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
     DEFAULT_SHARD_SIZE,
-    MOST_VIEWS,
+    MAX_VIEWS,
+    RECIPE,
+    SIDE,
+    TEACHER,
     CacheConfig,
     CropConfig,
     JobsConfig,
+    Settings,
 )
 from pipeline.config.fields import (
-    at_least,
-    between,
-    check_seed,
-    recipe_setting,
-    required,
-    setting,
-    teachers_setting,
+    MAX_SEED,
+    REQUIRED,
+    in_data,
+    in_labels,
+    in_run,
+    in_views,
+    require,
+    teachers,
     without_effect,
 )
 
+RATE = "Classes kept per view: the number that minimises KL + RATE * classes."
+
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(CropConfig, CacheConfig, JobsConfig):
-    """Stage one: label views of a data set with an ensemble of teachers."""
+class EncodingConfig(Settings):
+    """Settings of commands that encode labels."""
+
+    rate: float | None = in_labels(None, RATE, shown=f"{DEFAULT_RATE}, without --topk", above=0)
+    topk: str | None = in_labels(
+        None, "Classes kept per view: this number, or all.", shown="what --rate selects"
+    )
+    label_dtype: Literal["float16", "float32"] | None = in_labels(
+        None,
+        "With --topk: store probabilities in this type.",
+        shown="a curve of a few bits; float16 with --topk all",
+    )
+    store_logits: bool = in_labels(False, "Keep mean logits if the label sets have them.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        topk = self.topk
+        require(self.rate is None or topk is None, "give --rate or --topk, not both")
+        is_topk = topk in (None, "all") or (topk.isdecimal() and int(topk) > 0)
+        require(is_topk, f"--topk must be a number of classes or 'all', got {topk!r}")
+        if topk is None:
+            without_effect(self, "without --topk", "label_dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(CropConfig, EncodingConfig, CacheConfig, JobsConfig):
+    """Label views of a data set with an ensemble of teachers and store the soft labels."""
 
     example = (
         "mealv2 precompute --data-dir imagenet --num-views 30 --output labels "
@@ -39,95 +68,40 @@ class PrecomputeConfig(CropConfig, CacheConfig, JobsConfig):
     )
     in_ranks = True
 
-    data_dir: Location = required(DATA_DIR, group="Data", path="data set")
-    output: Location = required(
-        "Folder or URL of the label set; created if missing, continued if unfinished.",
-        group="Labels",
-        aliases=("out",),
+    data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
+    output: Location = in_labels(
+        REQUIRED,
+        "Folder or URL of the label set; created if missing, continued if incomplete.",
+        alias="out",
         path="new label set",
     )
-    teacher: tuple[str, ...] = teachers_setting(
-        dataclasses.MISSING,
-        "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas.",
+    teacher: tuple[str, ...] = teachers(REQUIRED, TEACHER)
+    train_split: str = in_data(
+        "train", "Split of --data-dir to label with --num-views views per image.", alias="split"
     )
-    train_split: str = setting(
-        "train",
-        "Part of --data-dir to label with --num-views views per image.",
-        group="Data",
-        aliases=("split",),
+    val_split: str = in_data(
+        "val", "Split of --data-dir to label once, at the centre crop, for validation; or none."
     )
-    val_split: str = setting(
-        "val",
-        "Part of --data-dir to label once, at the centre crop, for validation; or none.",
-        group="Data",
+    num_views: int = in_views(
+        16, "Random views (crops and flips) to label per image.", low=1, high=MAX_VIEWS
     )
-    num_views: int = setting(
-        16, "Random views (crops and flips) to label per image.", group="Views"
+    view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
+    img_size: int = in_views(DEFAULT_IMG_SIZE, SIDE, low=1)
+    store_logits: bool = in_labels(
+        False, "Also store the mean logits of the kept classes, for the discriminator."
     )
-    view_seed: int = setting(0, "Seed of the views.", group="Views")
-    img_size: int = setting(DEFAULT_IMG_SIZE, "Side of a view in pixels.", group="Views")
-    rate: float | None = setting(
-        None,
-        "Classes kept per view: the number that minimises KL + RATE * classes; a smaller rate "
-        "keeps more.",
-        group="Labels",
-        shown=f"{DEFAULT_RATE}, without --topk",
-    )
-    topk: str | None = setting(
-        None,
-        "Classes kept per view: this number, or all.",
-        group="Labels",
-        shown="what --rate gives",
-    )
-    label_dtype: Literal["float16", "float32"] | None = setting(
-        None,
-        "With --topk: store probabilities in this type.",
-        group="Labels",
-        shown="a curve of a few bits, float16 with all",
-    )
-    store_logits: bool = setting(
-        False,
-        "Also store the mean logits of the kept classes, for the discriminator.",
-        group="Labels",
-    )
-    shard_size: int | None = setting(
+    shard_size: int | None = in_labels(
         None,
         "Images per label shard; with tar shards, each tar file gets one label shard.",
-        group="Labels",
         shown=str(DEFAULT_SHARD_SIZE),
+        low=1,
     )
-    recipe: str | None = recipe_setting()
-    dry_run: bool = setting(
-        False,
-        "Estimate rows, bytes and time from a short sample; write nothing.",
-        group="Run and checkpoints",
-    )
+    recipe: str | None = in_run(None, RECIPE, shown="none")
+    dry_run: bool = in_run(False, "Estimate rows, bytes and time from a sample; write nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "img_size")
-        if self.shard_size is not None:
-            at_least(self, 1, "shard_size")
-        between(self, 1, MOST_VIEWS, "num_views")
-        check_seed(self, "view_seed")
-        if not self.teacher:
-            raise ConfigError("--teacher is required")
-        check_encoding(self)
+        require(self.teacher, "--teacher is required")
         if self.dry_run:
             names = ("job_index", "num_jobs", "shard_list", "num_procs")
             without_effect(self, "with --dry-run", *names)
-
-
-def check_encoding(config: Any) -> None:
-    """Check --rate, --topk and --label-dtype."""
-    topk = config.topk
-    if config.rate is not None and topk is not None:
-        raise ConfigError(
-            "--rate and --topk exclude each other: the one varies what the other fixes"
-        )
-    if config.rate is not None and not 0 < config.rate < math.inf:
-        raise ConfigError(f"--rate must be positive and finite, got {config.rate}")
-    if topk not in (None, "all") and not (topk.isdecimal() and int(topk) > 0):
-        raise ConfigError(f"--topk must be a number of classes or 'all', got {topk!r}")
-    if topk is None:
-        without_effect(config, "without --topk", "label_dtype")

@@ -4,60 +4,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mealv2.errors import ConfigError
-from pipeline.config.base import DEFAULT_SHARD_SIZE, Settings
-from pipeline.config.fields import at_least, required, setting, without_effect
+from pipeline.config.base import DEFAULT_SHARD_SIZE, NEW_FOLDER, Settings
+from pipeline.config.fields import REQUIRED, in_data, in_hardware, require, without_effect
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(Settings):
-    """Copy a data set into a form that is faster to read; label sets of DATA fit OUTPUT too.
+    """Copy a data set into a form that is faster to read. Label sets of the original fit the copy.
 
-    To a folder: JPEGs are repacked without loss, so that a view is cut out before it is decoded;
-    needs jpegtran. To tar: a few large files; images unchanged, in random order.
+    To a folder: JPEGs are repacked without loss, so that only the crop of a view is decoded; needs
+    jpegtran. To tar: a few large files, with the images unchanged and in random order.
     """
 
     example = "mealv2 pack --data-dir imagenet --to tar --output shards"
 
-    data_dir: Path = required(
-        "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.", group="Data", path="data set"
+    data_dir: Path = in_data(
+        REQUIRED, "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards.", path="data set"
     )
-    output: Path = required(
-        "Folder to write; created if missing, continued if unfinished.",
-        group="Data",
-        aliases=("out",),
-        path="new folder",
+    output: Path = in_data(REQUIRED, NEW_FOLDER, alias="out", path="new folder")
+    to: Literal["folder", "tar"] = in_data(
+        "folder", "A tree OUTPUT/SPLIT/CLASS/IMAGE, or tar shards OUTPUT/SPLIT-000000.tar, …."
     )
-    to: Literal["folder", "tar"] = setting(
-        "folder",
-        "A tree OUTPUT/SPLIT/CLASS/IMAGE, or tar shards OUTPUT/SPLIT-000000.tar, ….",
-        group="Data",
+    split: tuple[str, ...] = in_data(
+        (), "Split of --data-dir to pack; repeat it for several.", shown="all with classes"
     )
-    split: tuple[str, ...] = setting(
-        (),
-        "Split of --data-dir to pack; repeat it for several.",
-        group="Data",
-        shown="all with classes",
+    images_per_shard: int = in_data(
+        DEFAULT_SHARD_SIZE, "With --to tar: images per tar file.", low=1
     )
-    images_per_shard: int | None = setting(
-        None,
-        "With --to tar: images per tar file.",
-        group="Data",
-        shown=str(DEFAULT_SHARD_SIZE),
-    )
-    workers: int = setting(4, "Images that are read and packed at the same time.", group="Hardware")
+    workers: int = in_hardware(4, "Number of images to read and pack in parallel.", low=1)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "workers")
+        super().__post_init__()
         if self.to != "tar":
             without_effect(self, "without --to tar", "images_per_shard")
-        elif self.images_per_shard is not None:
-            at_least(self, 1, "images_per_shard")
         for name in self.split:
-            if not name or Path(name).name != name or name[0] == ".":
-                raise ConfigError(f"--split {name!r} must be the name of a folder under --data-dir")
-
-    @property
-    def num_per_shard(self) -> int:
-        """How many images a tar file gets."""
-        return self.images_per_shard or DEFAULT_SHARD_SIZE
+            is_name = name and Path(name).name == name and name[0] != "."
+            require(is_name, f"--split {name!r} must be the name of a folder under --data-dir")

@@ -1,20 +1,19 @@
-"""Settings of the `mealv2 slurm` commands: what Slurm is asked for."""
+"""Settings of the `mealv2 slurm` commands."""
 
 import dataclasses
 import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mealv2.errors import ConfigError
 from pipeline.config.base import Settings
 from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import (
-    at_least,
+    REQUIRED,
+    argument,
     current_name,
     flag,
-    positional,
-    required,
-    setting,
+    in_batch_job,
+    require,
     without_effect,
 )
 
@@ -25,7 +24,7 @@ SWITCHES = {f.name for f in dataclasses.fields(DistillConfig) if f.type in (bool
 
 @dataclass(frozen=True)
 class StageCommand:
-    """A command line of a stage, checked: its options by setting, as words, and what they make."""
+    """A checked command line of precompute or distill: its words by setting, and its config."""
 
     stage: str
     options: dict[str, tuple[str, ...]]
@@ -33,13 +32,13 @@ class StageCommand:
 
     @property
     def words(self) -> list[str]:
-        """The options one after another, paths absolute."""
+        """All words after the command, with absolute paths."""
         return [word for words in self.options.values() for word in words]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A value of a setting that a sweep varies."""
+    """One value of a setting that a sweep varies."""
 
     field: str
     value: str
@@ -53,59 +52,39 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The value as a part of the name of the student's folder."""
+        """The value in the name of the student's folder."""
         return re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{flag(self.field)[2:]}={self.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob(Settings):
-    """What every batch job can ask for; what is not given is the site's to decide."""
+    """Settings of every batch job. Without a setting, the site's default applies."""
 
-    stage: ClassVar[str]  # whose flags the command takes
+    stage: ClassVar[str]  # the command whose flags this one takes
 
-    flags: tuple[str, ...] = positional(
+    flags: tuple[str, ...] = argument(
         "Flags of `mealv2 precompute` or `mealv2 distill`; checked before anything is submitted."
     )
-    time: str | None = setting(
-        None,
-        "Time limit of a job: minutes, H:MM:SS or D-HH.",
-        group="Batch job",
-        shown="the partition's",
+    time: str | None = in_batch_job(
+        None, "Time limit of a job: minutes, H:MM:SS or D-HH.", shown="the partition's"
     )
-    partition: str | None = setting(
-        None, "Partition to run in.", group="Batch job", shown="the site's"
+    partition: str | None = in_batch_job(None, "Partition to run in.", shown="the site's")
+    account: str | None = in_batch_job(None, "Account to charge.", shown="the user's")
+    qos: str | None = in_batch_job(None, "Quality of service.", shown="the user's")
+    constraint: str | None = in_batch_job(None, "Features that nodes must have.", shown="none")
+    cpus_per_task: int | None = in_batch_job(None, "CPUs per node.", shown="Slurm's", low=1)
+    gpus: int = in_batch_job(0, "GPUs per node.", low=0)
+    mem: str | None = in_batch_job(None, "Memory per node, e.g. 64G.", shown="the site's")
+    after: tuple[str, ...] = in_batch_job(
+        (), "Start only after this job succeeds; repeat it for several.", shown="at once"
     )
-    account: str | None = setting(None, "Account to charge.", group="Batch job", shown="the user's")
-    qos: str | None = setting(None, "Quality of service.", group="Batch job", shown="the user's")
-    constraint: str | None = setting(
-        None, "Features that nodes must have.", group="Batch job", shown="none"
+    sbatch_arg: tuple[str, ...] = in_batch_job(
+        (), "Another option of sbatch, e.g. --exclusive; repeat it for several.", shown="none"
     )
-    cpus_per_task: int | None = setting(
-        None, "CPUs per node of a job.", group="Batch job", shown="Slurm's"
+    setup: tuple[str, ...] = in_batch_job(
+        (), "Shell line to run first, e.g. module load cuda; repeat it for several.", shown="none"
     )
-    gpus: int = setting(0, "GPUs per node of a job.", group="Batch job")
-    mem: str | None = setting(
-        None, "Memory per node of a job, such as 64G.", group="Batch job", shown="the site's"
-    )
-    after: tuple[str, ...] = setting(
-        (),
-        "Start only after this job succeeds; repeat it for several.",
-        group="Batch job",
-        shown="at once",
-    )
-    sbatch_arg: tuple[str, ...] = setting(
-        (),
-        "Any other option of sbatch, such as --exclusive; repeat it for several.",
-        group="Batch job",
-        shown="none",
-    )
-    setup: tuple[str, ...] = setting(
-        (),
-        "Shell line to run first, such as module load cuda; repeat it for several.",
-        group="Batch job",
-        shown="none",
-    )
-    print_: bool = setting(False, "Print the scripts; write and submit nothing.", group="Batch job")
+    print_: bool = in_batch_job(False, "Print the scripts; write and submit nothing.")
 
     @property
     def first_flags(self) -> tuple[str, ...]:
@@ -113,74 +92,58 @@ class SlurmJob(Settings):
         return self.flags
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "gpus")
-        if self.cpus_per_task is not None:
-            at_least(self, 1, "cpus_per_task")
+        super().__post_init__()
         for name in ("time", "partition", "account", "qos", "constraint", "mem"):
             value = getattr(self, name)
-            if value is not None and not re.fullmatch(r"[!-~]+", value):
-                raise ConfigError(f"{flag(name)} cannot be {value!r}")
-        if self.time is not None and not re.fullmatch(r"[0-9]+([-:][0-9]+)*", self.time):
-            raise ConfigError(f"--time is minutes, H:MM:SS or D-HH, got {self.time!r}")
+            is_word = value is None or re.fullmatch(r"[!-~]+", value)
+            require(is_word, f"{flag(name)} cannot be {value!r}")
+        is_time = self.time is None or re.fullmatch(r"[0-9]+([-:][0-9]+)*", self.time)
+        require(is_time, f"--time must be minutes, H:MM:SS or D-HH, got {self.time!r}")
         for job in self.after:
-            if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
-                raise ConfigError(f"--after {job!r} is no job: give its number")
+            is_job = re.fullmatch(r"[0-9]+(_[0-9]+)?", job)
+            require(is_job, f"--after must be the number of a job, got {job!r}")
         for word in self.sbatch_arg:
-            if not (re.match("--?[a-zA-Z]", word) and word.isprintable()):
-                raise ConfigError(f"--sbatch-arg {word!r} is no option of sbatch")
+            is_option = re.match("--?[a-zA-Z]", word) and word.isprintable()
+            require(is_option, f"--sbatch-arg must be an option of sbatch, got {word!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmPrecomputeConfig(SlurmJob):
-    """Label the missing shards of a label set by an array of jobs, then write its manifest.
+    """Label the missing shards of a label set in a job array, then write its manifest.
 
-    Each task labels a part of the shards that are missing. After lost tasks or nodes, run the same
-    command again: it labels what is still missing.
+    The tasks of the array share the missing shards. After lost tasks or nodes, run the same command
+    again: it labels what is still missing.
     """
 
     example = (
         "mealv2 slurm precompute --array 64 --gpus 1 --time 4:00:00 --data-dir imagenet "
         "--teacher senet154.gluon_in1k --num-views 30 --output labels"
     )
-
     stage = "precompute"
 
-    array: int = setting(8, "Maximum number of tasks of the array.", group="Batch job")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "array")
+    array: int = in_batch_job(8, "Maximum number of tasks of the array.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmTraining(SlurmJob):
-    """What jobs that train ask for."""
+    """Settings of batch jobs that train."""
 
     stage = "distill"
 
-    nodes: int = setting(1, "Nodes per job.", group="Batch job")
-    nproc_per_node: int | None = setting(
-        None,
-        "Processes per node, started by torchrun.",
-        group="Batch job",
-        shown="--gpus, else 1",
+    nodes: int = in_batch_job(1, "Nodes per job.", low=1)
+    nproc_per_node: int | None = in_batch_job(
+        None, "Processes per node, started by torchrun.", shown="--gpus, else 1", low=1
     )
-    max_requeues: int = setting(
-        5, "How often a job of several processes restarts by itself.", group="Batch job"
-    )
+    max_requeues: int = in_batch_job(5, "Maximum restarts of a job of several processes.", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "nodes")
-        at_least(self, 0, "max_requeues")
-        if self.nproc_per_node is not None:
-            at_least(self, 1, "nproc_per_node")
         if self.nodes * self.procs == 1:
             without_effect(self, "with one process, which Slurm requeues", "max_requeues")
 
     @property
     def procs(self) -> int:
-        """Processes on each node."""
+        """Number of processes on each node."""
         return self.nproc_per_node or max(1, self.gpus)
 
 
@@ -189,7 +152,7 @@ class SlurmDistillConfig(SlurmTraining):
     """Train a student in a batch job, on one node or several.
 
     A job that was preempted, or lost a node or a process, continues from its checkpoint; a
-    cancelled one does not. After a time limit, run the same command again to continue.
+    cancelled job does not. After a time limit, run the same command again to continue.
     """
 
     example = (
@@ -200,10 +163,10 @@ class SlurmDistillConfig(SlurmTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSweepConfig(SlurmTraining):
-    """Train students of several settings from one label set, by an array with a task for each.
+    """Train one student per combination of settings from one label set, in a job array.
 
-    A student's folder is named after its settings: OUTPUT/seed=0, OUTPUT/seed=1, … The same
-    command again trains those that are not finished.
+    The folder of a student is named after its settings: OUTPUT/seed=0, OUTPUT/seed=1, … Run the
+    same command again to train the students that are not finished.
     """
 
     example = (
@@ -211,10 +174,10 @@ class SlurmSweepConfig(SlurmTraining):
         "--labels labels --model resnet50.ram_in1k --output runs/sweep"
     )
 
-    vary: tuple[str, ...] = required(
+    vary: tuple[str, ...] = in_batch_job(
+        REQUIRED,
         "FLAG=V1,V2,…: one student per value of a flag of distill; with several --vary, one per "
         "combination.",
-        group="Batch job",
     )
 
     def __post_init__(self) -> None:
@@ -235,18 +198,16 @@ class SlurmSweepConfig(SlurmTraining):
 def _choices(text: str, flags: tuple[str, ...]) -> list[Choice]:
     """Return the values that a --vary gives to its flag."""
     name, equals, values = text.removeprefix("--").partition("=")
-    if not (equals and values and re.fullmatch("[a-z0-9-]+", name)):
-        raise ConfigError(f"--vary is FLAG=V1,V2,…, got {text!r}")
+    is_list = equals and values and re.fullmatch("[a-z0-9-]+", name)
+    require(is_list, f"--vary must be FLAG=V1,V2,…, got {text!r}")
     field = _field(name)
-    if field in SHARED:
-        raise ConfigError(f"--vary {name}: all students of a sweep share it")
-    given = [word.partition("=")[0] for word in flags if word.startswith("--")]
-    if field in map(_field, given):
-        raise ConfigError(f"--{name} is given, and varied")
+    require(field not in SHARED, f"--vary {name}: all students of a sweep share it")
+    given = {_field(word.partition("=")[0]) for word in flags if word.startswith("--")}
+    require(field not in given, f"--{name} is given and also varied; leave one out")
     found = [Choice(field, value) for value in values.split(",")]
     for choice in found:
-        if field in SWITCHES and choice.value not in ("yes", "no"):
-            raise ConfigError(f"--vary {name} is yes or no, not {choice.value!r}")
+        is_valid = field not in SWITCHES or choice.value in ("yes", "no")
+        require(is_valid, f"--vary {name} must be yes or no, got {choice.value!r}")
     return found
 
 

@@ -1,81 +1,65 @@
-"""Settings of what comes after training, and of the demo."""
+"""Settings of the commands that use a trained model, and of the demo."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
     CacheConfig,
     CropConfig,
+    NormalisationConfig,
     ReaderConfig,
     RuntimeConfig,
     Settings,
 )
-from pipeline.config.fields import at_least, check_normalisation, positional, required, setting
+from pipeline.config.fields import (
+    REQUIRED,
+    argument,
+    in_data,
+    in_hardware,
+    in_model,
+    in_results,
+    in_run,
+    in_views,
+    require,
+)
 
 _MODEL = "one of --model and --checkpoint is required"
+_results = partial(in_results, None, shown="not written", path="new file")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig(CropConfig, RuntimeConfig):
-    """A model that is evaluated, and the size and normalisation of its input."""
+class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
+    """Settings of commands that run a trained model."""
 
-    model: str | None = setting(
-        None,
-        "timm or released model name.",
-        group="Model",
-        shown="the one that the checkpoint names",
-        need=_MODEL,
+    model: str | None = in_model(
+        None, "timm or released model name.", shown="as the checkpoint names it", need=_MODEL
     )
-    checkpoint: Path | None = setting(
+    checkpoint: Path | None = in_model(
         None,
-        "Weights to evaluate: a file, a run folder or a model folder.",
-        group="Model",
+        "Weights to load: a file, a run folder or a model folder.",
         shown="the model's own",
         path="weights",
         need=_MODEL,
     )
-    img_size: int | None = setting(
+    img_size: int | None = in_views(
         None,
         "Side of the centre crop in pixels.",
-        group="Views",
         shown=f"the size the checkpoint was trained at, or {DEFAULT_IMG_SIZE}",
+        low=1,
     )
-    batch_size: int = setting(256, "Images per forward pass.", group="Hardware")
-    mean: tuple[float, float, float] | None = setting(
-        None,
-        "Per-channel mean of the input normalisation.",
-        group="Model",
-        shown="the model's own",
-    )
-    std: tuple[float, float, float] | None = setting(
-        None,
-        "Per-channel std of the input normalisation.",
-        group="Model",
-        shown="the model's own",
-    )
-    results_file: Path | None = setting(
-        None,
-        "Write the results here, as .json or .csv.",
-        group="Results",
-        shown="not written",
-        path="new file",
-    )
+    batch_size: int = in_hardware(256, "Images per forward pass.", low=1)
+    results_file: Path | None = _results("File for the results, .json or .csv.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size")
-        if self.img_size is not None:
-            at_least(self, 1, "img_size")
-        if self.model is None and self.checkpoint is None:
-            raise ConfigError("give --model, --checkpoint, or both")
-        check_normalisation(self)
-        if self.results_file is not None and self.results_file.suffix not in (".json", ".csv"):
-            raise ConfigError(f"--results-file must end in .json or .csv, got {self.results_file}")
+        require(self.model or self.checkpoint, "give --model, --checkpoint, or both")
+        is_known = self.results_file is None or self.results_file.suffix in (".json", ".csv")
+        require(is_known, f"--results-file must end in .json or .csv, got {self.results_file}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +68,19 @@ class EvaluateConfig(CacheConfig, InferenceConfig):
 
     example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
 
-    data_dir: Location = required(DATA_DIR, group="Data", path="data set")
-    val_split: str = setting("val", "Part of --data-dir to evaluate on.", group="Data")
-    results_file: Path | None = setting(
-        None,
-        "Write the accuracy per class here, as .json or .csv.",
-        group="Results",
-        shown="not written",
-        path="new file",
-    )
+    data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
+    val_split: str = in_data("val", "Split of --data-dir to evaluate on.")
+    results_file: Path | None = _results("File for the accuracy per class, .json or .csv.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(InferenceConfig):
-    """Predict the best classes of pictures with a checkpoint or a timm model."""
+    """Predict the classes of pictures with a checkpoint or a timm model."""
 
     example = "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student"
 
-    image: tuple[Path, ...] = positional(
-        "Picture, or folder of pictures; repeat it for several.", path="images"
-    )
-    topk: int = setting(5, "Number of most probable classes to name.", group="Results")
-    results_file: Path | None = setting(
-        None,
-        "Write the predictions here, as .json or .csv.",
-        group="Results",
-        shown="not written",
-        path="new file",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "topk")
+    image: tuple[Path, ...] = argument("Pictures, or folders of pictures.", path="images")
+    topk: int = in_results(5, "Number of most probable classes to show.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,48 +89,37 @@ class ExportConfig(Settings):
 
     example = "mealv2 export runs/my-student --to onnx"
 
-    run: Path = positional("Run folder, or the model folder in it.", path="weights")
-    to: Literal["timm", "onnx", "torchscript", "hub-folder"] = required(
-        "Format to export to.", group="Model"
-    )
-    output: Path | None = setting(
+    run: Path = argument("Run folder, or the model folder in it.", path="weights")
+    to: Literal["timm", "onnx", "torchscript", "hub-folder"] = in_model(REQUIRED, "Export format.")
+    output: Path | None = in_results(
         None,
-        "Folder to create, or file (.onnx, .pt); it must not exist.",
-        group="Results",
+        "Folder or file (.onnx, .pt) to create.",
         shown="RUN/export/…",
-        aliases=("out",),
+        alias="out",
         path="new folder",
-    )
-
-    def __post_init__(self) -> None:
-        suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(self.to)
-        if self.output is not None and suffix is not None and self.output.suffix != suffix:
-            raise ConfigError(
-                f"--output must end in {suffix} with --to {self.to}, got {self.output}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig(ReaderConfig):
-    """Run both stages on scikit-learn's handwritten digits; a few minutes on a CPU."""
-
-    example = "mealv2 demo --seeds 5"
-
-    output: Path = setting(
-        Path("demo"),
-        "Folder for data, labels and runs; finished parts are kept.",
-        group="Run and checkpoints",
-        path="new folder",
-    )
-    seeds: int = setting(
-        1,
-        "Students to train, each compared with a hard-label control run.",
-        group="Run and checkpoints",
-    )
-    workers: int = setting(
-        0, "Threads that read and decode images; 0: only the main thread.", group="Hardware"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "seeds")
+        suffix = {"onnx": ".onnx", "torchscript": ".pt"}.get(self.to)
+        if self.output is not None and suffix is not None:
+            message = f"--output must end in {suffix} with --to {self.to}, got {self.output}"
+            require(self.output.suffix == suffix, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(ReaderConfig):
+    """Run precompute, distill and a control run on scikit-learn's handwritten digits.
+
+    It takes a few minutes on a CPU.
+    """
+
+    example = "mealv2 demo --seeds 5"
+
+    output: Path = in_run(
+        Path("demo"),
+        "Folder for data, labels and runs; finished parts are kept.",
+        path="new folder",
+    )
+    seeds: int = in_run(1, "Students to train, each with a control run on class labels.", low=1)
+    workers: int = in_hardware(0, "Threads that read images; 0: only the main thread.", low=0)

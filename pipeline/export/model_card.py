@@ -18,7 +18,7 @@ from pipeline.config import (
     FinetuneConfig,
     TrainConfig,
     plain,
-    split_teachers,
+    split_commas,
 )
 from pipeline.runtime.device import library_versions
 from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
@@ -28,7 +28,7 @@ SHOWN_CLASSES = 20
 # Settings that stand elsewhere in the card, or change nothing about the model.
 _LEFT_OUT = {
     *("model", "data_dir", "labels", "split", "val_split", "teacher", "recipe", "output", "resume"),
-    *("workers", "device", "log_interval", "checkpoint_hist", "checkpoint_every"),
+    *("workers", "device", "log_interval", "checkpoint_hist", "recovery_interval"),
 }
 # What report.json may say, with its unit.
 _FIGURES = {
@@ -145,7 +145,7 @@ def _teachers(history: History) -> list[str]:
     if known := history.plan.get("teachers") or history.online_teachers:
         return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
-    return [spec.partition("=")[0].strip() for spec in split_teachers(given)]
+    return [spec.partition("=")[0].strip() for spec in split_commas(given)]
 
 
 def _data(history: History) -> str:

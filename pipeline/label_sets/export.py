@@ -59,7 +59,7 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
     console.info(
         f"{config.output}: {console.count(len(files), 'file')}, {console.size_of(num_bytes)}"
     )
-    return {"out": str(config.output), **report}
+    return {"output": str(config.output), **report}
 
 
 def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:

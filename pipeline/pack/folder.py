@@ -46,7 +46,7 @@ def run(config: PackConfig) -> dict[str, Any]:
     kept = Counter(image.kept for image in images if image.kept)
     report = {
         "data_dir": str(config.data_dir),
-        "out": str(config.output),
+        "output": str(config.output),
         "splits": list(sources),
         "images": len(images),
         "packed": len(images) - kept.total(),

@@ -47,7 +47,7 @@ def run(config: PackConfig) -> dict[str, Any]:
         num_made += made
     report: dict[str, Any] = {
         "data_dir": str(config.data_dir),
-        "out": str(config.output),
+        "output": str(config.output),
         "splits": list(sources),
         "images": sum(map(len, sources.values())),
         "shards": len(tars),
@@ -95,7 +95,7 @@ def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> Pack:
     """
     stored = zip(source.labels, source.keys, source.stored_sizes, strict=True)
     settings: dict[str, str | int] = {
-        "images_per_shard": config.num_per_shard,
+        "images_per_shard": config.images_per_shard,
         "stored_sha256": fingerprint_of(source.classes, stored),
     }
     path = config.output / _CLASSES
@@ -119,7 +119,7 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
     order = pack_order(source.keys)
     parts = [
         [order[index_in_order] for index_in_order in part]
-        for part in shard_ranges(len(order), config.num_per_shard)
+        for part in shard_ranges(len(order), config.images_per_shard)
     ]
     paths = [config.output / f"{source.split}-{number:06d}.tar" for number in range(len(parts))]
     tars = {

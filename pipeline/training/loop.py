@@ -146,7 +146,10 @@ class _Trainer:
                 if progress.total_steps % config.log_interval == 0:
                     state.window.waited_s = batches.take()
                     self._log_metrics()
-                if config.checkpoint_every and progress.total_steps % config.checkpoint_every == 0:
+                if (
+                    config.recovery_interval
+                    and progress.total_steps % config.recovery_interval == 0
+                ):
                     self._save()
                 if stop_signal is not None:
                     raise StopRequested(stop_signal)

@@ -159,7 +159,7 @@ def test_runs_that_compile_repeat_resume_and_agree_with_plain_ones(
     events: Events,
     weights: Callable[[Path], dict[str, bytes]],
 ) -> None:
-    flags = [*distill_flags, "--torchcompile", "default", "--checkpoint-every", 1]
+    flags = [*distill_flags, "--torchcompile", "default", "--recovery-interval", 1]
     done(*flags, "--checkpoint-hist", 99, "--output", tmp_path / "compiled")
     done(*distill_flags, "--output", tmp_path / "plain")
     losses = [[e["loss"] for e in events(tmp_path / n, "train")] for n in ("compiled", "plain")]

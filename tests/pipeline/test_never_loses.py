@@ -270,7 +270,7 @@ def check_full(result: Result, place: Path, expected: dict[str, bytes], files: F
     start, _, rest = said[0].partition(str(place))
     assert start == "mealv2: No space left on device: "
     name, _, advice = rest.partition("; ")
-    assert advice == "free some room and run the same command again"
+    assert advice == "free some disk space and run the same command again"
     there = files(place)
     assert not [path for path in there if TEMPORARY_PREFIX in path]
     whole = {path: data for path, data in there.items() if Path(path).name != "manifest.json"}

@@ -65,7 +65,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 @pytest.fixture
 def flags(finetune_flags: list[str]) -> list[object]:
     """A run of 60 steps with a checkpoint of every fifth, in two ranks."""
-    own = ["--epochs", 20, "--checkpoint-every", 5, "--val-split", "none", "--auto-resume"]
+    own = ["--epochs", 20, "--recovery-interval", 5, "--val-split", "none", "--auto-resume"]
     return ["-m", "mealv2", *finetune_flags, *own]
 
 

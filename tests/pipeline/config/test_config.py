@@ -150,7 +150,7 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (DistillConfig, {"discriminator_weight": NAN}, "--discriminator-weight"),
         (DistillConfig, {"discriminator_lr": NAN}, "--discriminator-lr"),
         (DistillConfig, {"val_interval": 0}, "--val-interval"),
-        (DistillConfig, {"checkpoint_every": 0}, "--checkpoint-every"),
+        (DistillConfig, {"recovery_interval": 0}, "--recovery-interval"),
         (DistillConfig, {"views_per_image": 0}, "--views-per-image"),
         (DistillConfig, {"views_per_image": 9, "batch_size": 8}, "--views-per-image"),
         (DistillConfig, {"model_ema": True, "model_ema_decay": 1.5}, "--model-ema-decay"),
@@ -268,7 +268,7 @@ def test_settings_that_exclude_or_need_each_other_are_named(
 
 
 def test_rate_and_topk_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="--rate and --topk exclude each other"):
+    with pytest.raises(ConfigError, match="give --rate or --topk, not both"):
         make(PrecomputeConfig, rate=0.01, topk="10")
 
 

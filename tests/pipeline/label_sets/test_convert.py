@@ -109,8 +109,8 @@ def test_appended_rows_and_added_views_are_converted_too(
     [
         (["--topk", 4], "--topk 4: the data has only 3 classes"),
         (["--topk", "most"], "--topk must be"),
-        (["--rate", 0], "--rate must be positive"),
-        (["--rate", 0.1, "--topk", 2], "exclude each other"),
+        (["--rate", 0], "--rate must be greater than 0"),
+        (["--rate", 0.1, "--topk", 2], "give --rate or --topk, not both"),
         (["--label-dtype", "float16"], "--label-dtype has no effect"),
     ],
 )

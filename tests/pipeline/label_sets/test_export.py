@@ -405,7 +405,7 @@ def test_appended_rows_are_left_out_with_a_note(done: Run, appended_set: Path, o
         (["--to", "fkd", "--label-type", "soft"], "unknown FKD label type 'soft'"),
         (["--to", "fkd", "--label-type", "ori", "--split", "val"], "--split train"),
         (["--to", "webdataset"], "--data-dir"),
-        (["--data-dir", "/nowhere"], "--data-dir goes with --to webdataset"),
+        (["--data-dir", "/nowhere"], "--data-dir is required with --to webdataset"),
         (["--label-type", "ori"], "--label-type has no effect without --to fkd"),
         (["--to", "csv"], "parquet"),
         (["--split", "test"], "train"),

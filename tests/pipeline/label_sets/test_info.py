@@ -113,4 +113,4 @@ def test_a_folder_that_is_no_label_set_is_said_so(run_cli: Run, tmp_path: Path) 
     for folder in (tmp_path, tmp_path / "nowhere"):
         result = run_cli("labels", "info", folder)
         assert result.code == 3
-        assert "no label set there" in result.stderr
+        assert "no label set in" in result.stderr

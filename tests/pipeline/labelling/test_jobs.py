@@ -155,9 +155,9 @@ def test_ranks_in_an_array_are_refused_for_nobody_knows_what_to_multiply(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--job-index", 1], "--job-index and --num-jobs go together"),
-        (["--num-jobs", 2], "--job-index and --num-jobs go together"),
-        (job_flags(2, 2), "--job-index 2: of 2 jobs the first is 0 and the last 1"),
+        (["--job-index", 1], "give both --job-index and --num-jobs"),
+        (["--num-jobs", 2], "give both --job-index and --num-jobs"),
+        (job_flags(2, 2), "--job-index 2 is out of range: the last of 2 jobs has index 1"),
         (job_flags(-1, 2), "--job-index -1"),
         (job_flags(0, 0), "--num-jobs must be at least 1"),
         (["--num-procs", 0], "--num-procs must be at least 1"),

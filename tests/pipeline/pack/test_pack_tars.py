@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_leaves_no_torn_file_and_the_same_command_goes_on(
     words = flags(data_dir, tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(webdataset.TarWriter, "write", add)
-        one_line(run_cli(*words), 1, "No space left on device; free some room")
+        one_line(run_cli(*words), 1, "No space left on device; free some disk space")
     left = contents(tmp_path / "out")
     assert [name for name in left if name.endswith(".tar")] == ["train-000000.tar"]
     assert not any(TEMPORARY_PREFIX in name for name in left)

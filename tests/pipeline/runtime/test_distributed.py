@@ -329,7 +329,7 @@ def whole(
     run = tmp_path_factory.mktemp("whole") / "run"
     flags: list[object] = [*distill_flags, "--batch-size", 17, "--lr", 0.05, "--model-ema"]
     flags += ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.5]
-    flags += ["--checkpoint-every", 2, "--checkpoint-hist", 99]
+    flags += ["--recovery-interval", 2, "--checkpoint-hist", 99]
     ended = _in_ranks(warm, 4, *flags, "--output", run)
     assert ended.codes == [0] * 4, ended.said
     return flags, run
@@ -593,9 +593,9 @@ def test_auto_resume_refuses_settings_of_another_run(
         (["--sync-bn"], "--sync-bn has no effect in one process"),
         (
             ["--grad-accum-steps", 2, "--torchcompile", "max-autotune"],
-            "does not go with --torchcompile",
+            "cannot be used with --torchcompile",
         ),
-        (["--grad-accum-steps", 13], "--grad-accum-steps 13 does not fit into --batch-size 12"),
+        (["--grad-accum-steps", 13], "--grad-accum-steps 13 exceeds --batch-size 12"),
     ],
 )
 def test_settings_without_effect_are_refused(

@@ -134,10 +134,9 @@ def test_paths_are_absolute_and_flags_are_those_that_were_given(done: Run) -> No
     words = shlex.split(said.partition("distill \\\n")[2].replace("\\\n", ""))
     assert words == [
         *("--data-dir", f"{here}/pictures", "--model", "resnet18.tv_in1k", "--batch-size", "64"),
-        *("--decay-milestones", "3", "--mean", "0.1", "0.2", "0.3", "--std", "1.0", "1.0", "1.0"),
-        *("--no-model-ema", "--output", f"{here}/run", "--auto-resume"),
+        *("--decay-milestones", "3", "--no-model-ema", "--output", f"{here}/run", "--auto-resume"),
         *("--labels", f"{here}/labels", "--teacher", f"a={here}/x", "--teacher", "b"),
-        *("--missing", "teach"),
+        *("--missing", "teach", "--mean", "0.1", "0.2", "0.3", "--std", "1.0", "1.0", "1.0"),
     ]
 
 

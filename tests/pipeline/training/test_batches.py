@@ -267,7 +267,7 @@ def test_two_views_stopped_in_the_middle_end_in_the_same_bits(
     done: Run, distill_flags: list[str], tmp_path: Path, weights: Weights, epochs: int
 ) -> None:
     flags = ["--views-per-image", 2, "--epochs", epochs, "--val-split", "none"]
-    flags += ["--checkpoint-every", 4, "--checkpoint-hist", 99, "--output", tmp_path / "run"]
+    flags += ["--recovery-interval", 4, "--checkpoint-hist", 99, "--output", tmp_path / "run"]
     done(*distill_flags, *flags)
     whole = weights(tmp_path / "run")
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
@@ -375,7 +375,7 @@ def test_cutmix_stopped_in_the_middle_ends_in_the_same_bits(
     done: Run, distill_flags: list[str], run: Path, weights: Weights
 ) -> None:
     flags = ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.7, "--val-split", "none"]
-    flags += ["--checkpoint-every", 3, "--checkpoint-hist", 99, "--output", run]
+    flags += ["--recovery-interval", 3, "--checkpoint-hist", 99, "--output", run]
     done(*distill_flags, *flags)
     whole = weights(run)
     for path in sorted((run / "checkpoints").iterdir())[1:]:

@@ -559,7 +559,7 @@ def test_settings_of_a_run_that_were_changed_by_hand_are_named(
 def test_weights_that_are_not_finite_never_replace_good_ones(
     run_cli: Run, finetune_flags: list[str], run: Path
 ) -> None:
-    flags = ["--lr", 1e30, "--checkpoint-every", 1, "--log-interval", 50, "--val-split", "none"]
+    flags = ["--lr", 1e30, "--recovery-interval", 1, "--log-interval", 50, "--val-split", "none"]
     result = run_cli(*finetune_flags, *flags, "--output", run)
     assert result.code == 1
     assert "lower --lr" in result.stderr

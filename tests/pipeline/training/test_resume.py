@@ -60,7 +60,7 @@ def test_killed_at_twenty_random_steps_it_ends_in_the_same_bits(
     left_alone, killed = tmp_path / "left-alone", tmp_path / "killed"
     # half of the epochs are answered by teachers; everything that has a state is on
     flags = [*distill_flags, *teacher_flags, "--missing", "teach", "--epochs", 60]
-    flags += ["--log-interval", 1, "--checkpoint-every", 3, "--val-split", "none"]
+    flags += ["--log-interval", 1, "--recovery-interval", 3, "--val-split", "none"]
     flags += ["--model-ema", "--model-ema-decay", 0.9, "--sched", "cosine", "--batch-size", 6]
     flags += ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.5]
     result: Result = spawn(*flags, "--output", left_alone).result(deadline_s=300)

@@ -85,7 +85,7 @@ def averaged(done: Run, distill_flags: list[str], tmp_path_factory: pytest.TempP
     """A finished run with an average, a checkpoint of every step kept. Not to be changed."""
     run = tmp_path_factory.mktemp("averaged") / "run"
     flags = ["--model-ema", "--model-ema-decay", 0.75]
-    flags += ["--checkpoint-every", 1, "--checkpoint-hist", 99, "--lr", 0.1]
+    flags += ["--recovery-interval", 1, "--checkpoint-hist", 99, "--lr", 0.1]
     done(*distill_flags, *flags, "--output", run)
     return run
 
@@ -183,7 +183,7 @@ def test_average_survives_a_kill_to_the_bit(
 def finished(done: Run, distill_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, a checkpoint of every second step kept. Not to be changed."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    flags = ["--checkpoint-every", 2, "--checkpoint-hist", 99, "--log-interval", 3]
+    flags = ["--recovery-interval", 2, "--checkpoint-hist", 99, "--log-interval", 3]
     done(*distill_flags, *flags, "--output", run)
     return run
 
@@ -252,7 +252,7 @@ def test_a_real_kill_between_checkpoints_costs_the_steps_since_and_no_bit(
     tmp_path: Path,
     weights: Weights,
 ) -> None:
-    flags = ["--checkpoint-every", 2, "--epochs", 10, "--val-split", "none"]
+    flags = ["--recovery-interval", 2, "--epochs", 10, "--val-split", "none"]
     done(*distill_flags, *flags, "--output", tmp_path / "whole")
     process = spawn(*distill_flags, *flags, "--output", run)
     folder = run / "checkpoints"
@@ -277,7 +277,7 @@ def test_dead_discriminator_is_told_once_and_not_again_after_a_kill(
     for seed in range(10):
         whole = tmp_path / f"whole-{seed}"
         flags = ["--discriminator", "official", "--seed", seed, "--epochs", 1]
-        flags += ["--checkpoint-every", 2, "--checkpoint-hist", 99, "--val-split", "none"]
+        flags += ["--recovery-interval", 2, "--checkpoint-hist", 99, "--val-split", "none"]
         result = done(*distill_flags, *flags, "--output", whole)
         if told := events(whole, "prepared"):
             break

@@ -1,11 +1,11 @@
-"""Distil the demo's student from four kinds of answers and compare what comes of it.
+"""Distil the demo's student from labels of four sources and compare the results.
 
     mealv2 demo --seeds 3 --output demo
-    python benchmarks/who_answers.py --demo demo --out who-answers --seeds 3
+    python benchmarks/label_sources.py --demo demo --output label-sources --seeds 3
 
-Takes data, teachers and starts from the demo's folder. Arms, interleaved seed by seed, with the
+Data, teachers and starts come from the demo's folder. The arms, interleaved seed by seed, have the
 same images in the same order: a dense label set, a top-3 set, the teachers online, and a set with
-half of the views whose other half the teachers answer. Prints a Markdown table.
+half of the views, for which the teachers label the other half. Prints a Markdown table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ FIGURES = ("train_similarity_loss", "val_kl", "val_agreement", "val_top1")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     use_one_thread()
@@ -57,7 +57,7 @@ def main() -> None:
         precompute.run(
             PrecomputeConfig(
                 data_dir=data,
-                output=options.out / f"labels-{name}",
+                output=options.output / f"labels-{name}",
                 teacher=teachers,
                 img_size=IMG_SIZE,
                 workers=0,
@@ -66,12 +66,12 @@ def main() -> None:
         )
     online = {"online": True, "teacher": teachers, "img_size": IMG_SIZE}
     arms: dict[str, dict[str, Any]] = {
-        "dense set, float32": {"labels": options.out / "labels-dense"},
-        "top-3 set, float16": {"labels": options.out / "labels-top-3"},
+        "dense set, float32": {"labels": options.output / "labels-dense"},
+        "top-3 set, float16": {"labels": options.output / "labels-top-3"},
         "online": online,
         "online, D shown log-probabilities": {**online, "discriminator_input": "log-probs"},
-        "half stored (top-3), half taught": {
-            "labels": options.out / "labels-half",
+        "half stored (top-3), half online": {
+            "labels": options.output / "labels-half",
             "missing": "teach",
             "teacher": teachers,
         },
@@ -79,7 +79,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in range(options.seeds):
         for number, (name, settings) in enumerate(arms.items()):
-            folder = options.out / f"seed-{seed}" / f"arm-{number}"
+            folder = options.output / f"seed-{seed}" / f"arm-{number}"
             if not (folder / REPORT_NAME).exists():
                 distill.run(
                     DistillConfig(
@@ -114,7 +114,7 @@ def last_row(run: Path) -> dict[str, float]:
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """Return mean and standard deviation over the seeds as a Markdown table, and each top-1."""
-    head = ["answers", "similarity loss, last epoch", "KL on val", "agreement %", "top-1 %"]
+    head = ["labels", "similarity loss, last epoch", "KL on val", "agreement %", "top-1 %"]
     lines = ["| " + " | ".join([*head, "top-1 per seed", "s"]) + " |", "|---" * 7 + "|"]
     for name, runs in found.items():
         cells = [name]
