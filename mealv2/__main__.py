@@ -1,7 +1,4 @@
-"""`python -m mealv2` is `mealv2`, so that torchrun can start it: `torchrun … -m mealv2 distill …`.
-
-The one file of the library that knows the command line.
-"""
+"""Run the command line: torchrun starts it as ``torchrun … -m mealv2 distill …``."""
 
 import cli
 

@@ -1,24 +1,22 @@
-"""CutMix by name: a box of one image pasted into another, and who labels the mixture.
+"""CutMix: a box of one image replaces that box in another, and the labels of the mixed image.
 
-``teachers`` (official train.py): the teachers see the mixed image, their answer is the label.
+``teachers`` (official train.py): the teachers label the mixed image.
 ``mixed-labels`` (official FKD_train.py): the labels of both images, weighted by area.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.devices import to_device
+from mealv2.codec import to_device
 
 CutMixTarget = Literal["teachers", "mixed-labels"]
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` of an image, ends excluded."""
 
     top: int
@@ -27,34 +25,33 @@ class Box:
     right: int
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How a batch is mixed: image ``order_B[i]`` lends its ``box`` to image i."""
+class Mix(NamedTuple):
+    """How to mix a batch: image i gets the ``box`` of image ``order_B[i]``."""
 
     order_B: Tensor
     box: Box
 
     def to(self, device: torch.device) -> "Mix":
-        """Return the same with the order where the images are."""
+        """Return the mix with ``order_B`` on a device."""
         return Mix(to_device(self.order_B, device), self.box)
 
     def paste(self, images_BCHW: Tensor) -> Tensor:
-        """Return the mixed images, any type; the images given stay as they are."""
-        box = self.box
+        """Return mixed copies of the images, of any dtype."""
+        top, left, bottom, right = self.box
         mixed_BCHW = images_BCHW.clone()
-        mixed_BCHW[:, :, box.top : box.bottom, box.left : box.right] = images_BCHW[
-            self.order_B, :, box.top : box.bottom, box.left : box.right
+        mixed_BCHW[:, :, top:bottom, left:right] = images_BCHW[
+            self.order_B, :, top:bottom, left:right
         ]
         return mixed_BCHW
 
     def lam(self, img_size: int) -> float:
-        """Return the share of an image's area that is still its own (the corrected lambda)."""
-        num_pasted = (self.box.bottom - self.box.top) * (self.box.right - self.box.left)
-        return 1.0 - num_pasted / img_size**2
+        """Return the fraction of an image that stays its own: the corrected lambda."""
+        top, left, bottom, right = self.box
+        return 1.0 - (bottom - top) * (right - left) / img_size**2
 
 
 def cutmix_box(lam: float, row: int, column: int, img_size: int) -> Box:
-    """Return the box of area 1 - ``lam`` around a centre, cut off at the image's border.
+    """Return the box of area 1 - ``lam`` around a centre, clipped to the image.
 
     Side int(S sqrt(1 - lambda)), corners clip(centre -+ side // 2, 0, S) (CutMix's rand_bbox, as in
     the official train.py).
@@ -66,18 +63,12 @@ def cutmix_box(lam: float, row: int, column: int, img_size: int) -> Box:
 
 
 def draw_mix(
-    batch_size: int,
-    img_size: int,
-    *,
-    beta: float,
-    probability: float,
-    seed: tuple[int, ...],
+    batch_size: int, img_size: int, *, beta: float, probability: float, seed: tuple[int, ...]
 ) -> Mix | None:
-    """Draw how a batch is mixed; None where it is not (probability, CutMix's coin per batch).
+    """Draw how to mix a batch: lambda ~ Beta(beta, beta), a uniform centre, random partners.
 
-    A pure function of ``seed`` (seed, epoch, step, and what else names a batch), so that a run
-    can go on anywhere: lambda ~ Beta(beta, beta), a uniform centre, a random partner for every
-    image.
+    Returns None for a batch that stays unmixed (1 - ``probability``). A pure function of ``seed``
+    (seed, epoch, step, ...), so that a resumed run draws the same.
     """
     rng = np.random.default_rng(seed)
     if rng.random() >= probability:

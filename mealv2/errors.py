@@ -1,16 +1,16 @@
-"""The errors a user can act on, each with the exit code that the command line ends with."""
+"""Errors that a user can fix, each with the exit code of the command line."""
 
 from typing import Any
 
 
 class MealError(Exception):
-    """Say in one line what is wrong, where, and what to do next."""
+    """State in one line what is wrong, where, and how to fix it."""
 
     exit_code = 1
 
 
 class ConfigError(MealError):
-    """A flag, a folder or a model that cannot be used as asked (exit 2)."""
+    """An invalid flag, folder or model (exit 2)."""
 
     exit_code = 2
 
@@ -20,14 +20,14 @@ class DataError(MealError):
 
 
 class RemoteError(MealError):
-    """A server or store that refuses, fails or cannot be reached (exit 1).
+    """A server or store that cannot be reached, or that returns an error (exit 1).
 
-    No DataError: nothing is wrong with the image that was asked for, and none may be left out.
+    Not a DataError: the image itself is intact, so ``--on-bad-image`` must not skip it.
     """
 
 
 class IncompleteError(MealError):
-    """Work of which some is lacking, while the rest is done (exit 1); ``report`` says which."""
+    """A part of the work is missing, the rest is done (exit 1); ``report`` lists which part."""
 
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
@@ -35,12 +35,12 @@ class IncompleteError(MealError):
 
 
 class LabelSetError(MealError):
-    """A label set that is damaged, incomplete, or made from something else (exit 3)."""
+    """A label set that is damaged, incomplete, or does not match (exit 3)."""
 
     exit_code = 3
 
 
 class StoppedError(MealError):
-    """Stopped by a signal after everything done so far was saved (exit 4)."""
+    """A signal stopped the run after it saved all work (exit 4)."""
 
     exit_code = 4

@@ -1,19 +1,20 @@
-"""The two terms of the paper's loss: similarity to the ensemble, and the discriminator's."""
+"""The loss terms of the paper (similarity, discriminator), and the inputs of the discriminator."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mealv2.codec import EncodedLabels
+from mealv2.codec import EncodedLabels, Kept
 from mealv2.models.discriminator import Discriminator
+from mealv2.soft_labels import keep_logits
 
 
 def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | EncodedLabels) -> Tensor:
     """Return the cross-entropy of the student to the ensemble's probabilities, a float32 scalar.
 
-    Equal to the KL divergence up to the ensemble's entropy, hence with the same gradient (paper
-    eq. 2-3; official loss.py). Any float logits; ``probs_BC`` rows sum to 1 and carry no gradient.
-    Encoded labels, on the logits' device, are never expanded to B x C.
+    It equals the KL divergence up to the entropy of the ensemble, so the gradient is the same
+    (paper eq. 2-3; official loss.py). Each row of ``probs_BC`` sums to 1 and has no gradient.
+    Encoded labels must be on the device of the logits; they are not expanded to B x C.
     """
     if isinstance(probs_BC, EncodedLabels):
         return _encoded_similarity_loss(student_logits_BC.float(), probs_BC)
@@ -38,12 +39,12 @@ def _encoded_similarity_loss(logits_BC: Tensor, labels: EncodedLabels) -> Tensor
 def discriminator_loss(
     discriminator: Discriminator, student_BC: Tensor, teacher_BC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss, accuracy) of telling the student's rows from the teachers', both scalars.
+    """Return the discriminator's loss and accuracy on the student's and the teachers' rows.
 
-    Binary cross-entropy over the student's rows first, then the teachers' (paper eq. 4-5). Variant
-    ``paper``: one output, y = 1 for the teachers. Variant ``official``: two outputs with targets
-    (1, 0) and (0, 1), mean over all 4B entries (official loss.py). Student and discriminator both
-    minimise it. An undecided row counts half in the accuracy.
+    The loss is a binary cross-entropy (paper eq. 4-5) that student and discriminator both minimise.
+    Variant ``paper`` has one output, y = 1 for the teachers. Variant ``official`` has two, with the
+    targets (1, 0) for the student and (0, 1) for the teachers, and the mean over all 4B entries
+    (official loss.py). A tie counts as half in the accuracy.
     """
     outputs = discriminator(torch.cat([student_BC.float(), teacher_BC.float()]))
     batch_size = len(student_BC)
@@ -60,3 +61,27 @@ def discriminator_loss(
         toward_truth = torch.cat([-margin[:batch_size], margin[batch_size:]])
         accuracy = (torch.sign(toward_truth) + 1.0).mean() / 2.0
     return loss, accuracy
+
+
+def compress_log_probs(logits_NC: Tensor, kept: Kept) -> Tensor:
+    """Return a model's log-probabilities, float32 N x C, compressed as stored labels are.
+
+    Kept classes keep their probability; every other class gets the mean of the others, as in
+    ``to_dense``: log tail = logsumexp(logits not kept) - log(C - K) - logsumexp(all logits).
+    """
+    log_probs_NC = torch.log_softmax(logits_NC.float(), dim=1)
+    num_classes = logits_NC.shape[1]
+    mask_NC = kept.mask(num_classes)
+    # the lowest number, not -inf: in a row that keeps every class, -inf has a NaN gradient
+    rest_NC = log_probs_NC.masked_fill(mask_NC, torch.finfo(torch.float32).min)
+    num_others_N1 = (num_classes - kept.is_kept_NK.sum(dim=1, keepdim=True)).clamp_min(1)
+    tail_N1 = rest_NC.logsumexp(dim=1, keepdim=True) - num_others_N1.log()
+    return torch.where(mask_NC, log_probs_NC, tail_N1)
+
+
+def compress_logits(logits_NC: Tensor, kept: Kept) -> Tensor:
+    """Return a model's logits, float32 N x C, compressed as stored mean logits are.
+
+    Kept classes keep their logit; every other class gets the mean of the others.
+    """
+    return keep_logits(logits_NC, kept).to_dense(kept, logits_NC.shape[1])

@@ -1,13 +1,13 @@
 """Targets of a batch of views: stored labels, labels of online teachers, both, or class ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mealv2.devices import to_device
+from mealv2.codec import to_device
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
 from mealv2.models.ensemble import TeacherEnsemble
@@ -16,17 +16,16 @@ from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
 
-# Where labels come from, in the log.
+# Keys of the log: the source of the labels.
 STORED, ONLINE, SKIPPED = "labels_stored", "labels_online", "labels_skipped"
 
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """What supervises B views: soft labels, class ids (int64 B), the ensemble's mean logits.
+    """The targets of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
 
-    ``mean_logits_BC`` is there only when the teachers computed every row just now, ``kept_logits``
-    when the labels come from a set that keeps them. ``label_counts`` counts the rows by where their
-    labels come from.
+    ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
+    labels come from a set that stores them. ``label_counts`` counts the rows by source.
     """
 
     soft_labels: Labels | None = None
@@ -36,50 +35,52 @@ class BatchTargets:
     label_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "BatchTargets":
-        """Return the same targets on a device."""
-        return BatchTargets(
-            None if self.soft_labels is None else self.soft_labels.to(device),
-            None if self.classes_B is None else to_device(self.classes_B, device),
-            None if self.mean_logits_BC is None else to_device(self.mean_logits_BC, device),
-            None if self.kept_logits is None else self.kept_logits.to(device),
-            self.label_counts,
-        )
+        """Return the targets on a device."""
+        return self._map(lambda labels: labels.to(device), lambda rows: to_device(rows, device))
 
     def rows(self, order_B: Tensor) -> "BatchTargets":
-        """Return the rows in another order, on the same device."""
+        """Return rows by index, in that order."""
+        return self._map(
+            lambda labels: labels.rows(order_B),
+            lambda rows: rows[to_device(order_B, rows.device)],
+        )
+
+    def _map(
+        self, labels: Callable[[Any], Any], tensor: Callable[[Tensor], Tensor]
+    ) -> "BatchTargets":
         return BatchTargets(
-            None if self.soft_labels is None else self.soft_labels.rows(order_B),
-            _select_rows(self.classes_B, order_B),
-            _select_rows(self.mean_logits_BC, order_B),
-            None if self.kept_logits is None else self.kept_logits.rows(order_B),
+            None if self.soft_labels is None else labels(self.soft_labels),
+            None if self.classes_B is None else tensor(self.classes_B),
+            None if self.mean_logits_BC is None else tensor(self.mean_logits_BC),
+            None if self.kept_logits is None else labels(self.kept_logits),
             self.label_counts,
         )
 
 
 class Targets(Protocol):
-    """Chooses the view of an image for each epoch, and gives the targets of a batch of views."""
+    """Selects the view of an image for each epoch, and returns the targets of a batch of views."""
 
     def view(self, key: str, epoch: int) -> int | None:
-        """Return the index of the view of ``key`` that ``epoch`` uses; None skips it."""
+        """Return the index of the view of ``key`` in ``epoch``; None skips the image."""
 
     def batch(
         self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
     ) -> BatchTargets:
         """Return the targets of views of the images at ``positions`` of the source.
 
-        ``images_BCHW`` are their pixels, uint8, on the device of the models.
+        ``images_BCHW`` has their pixels, uint8, on the device of the models.
         """
 
     def flush(self) -> None:
-        """Write what is to be kept, by default nothing; called before every checkpoint."""
+        """Write new labels, if any; called before every checkpoint."""
         return
 
 
 class HardLabels(Targets):
-    """The data set's class ids, for any view.
+    """The class ids of the data set, for any view.
 
-    Epoch e uses view e, so that none repeats; with ``num_views`` the same views in the same order
-    as a label set of so many views under ``seed``.
+    Epoch e uses view e, so that no view repeats. With ``num_views`` it uses the views that a label
+    set of that size uses, in the same order for the same ``seed``.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class HardLabels(Targets):
 
 
 class OnlineTeachers(Targets):
-    """Labels of the ensemble, computed from the batch's pixels; epoch e uses view e: none repeats.
+    """Labels that the ensemble computes from the pixels of the batch; epoch e uses view e.
 
-    This is the paper's training: fully random crops, dense labels, mean logits for the
-    discriminator (official train.py).
+    The paper's training: new random crops, dense labels, mean logits for the discriminator
+    (official train.py).
     """
 
     def __init__(self, ensemble: TeacherEnsemble, classes: Sequence[int]) -> None:
@@ -127,13 +128,12 @@ class OnlineTeachers(Targets):
 
 
 class StoredLabels(Targets):
-    """Labels from a label set; those it lacks raise, are skipped, or come from its teachers.
+    """Labels from a label set; a missing label raises, is skipped, or comes from the teachers.
 
-    With ``reuse`` an epoch uses one of the stored views of each image, all before any repeats;
-    without, the stored views once and then view e in epoch e, which the set lacks unless another
-    job appended it. ``ensemble`` labels the views that the set lacks (only those rows go through
-    it), in the set's own encoding, so that a row is the same whether it is stored or online;
-    ``appender`` keeps these labels for the next job.
+    With ``reuse`` an epoch uses one stored view of each image, all views before any repeats.
+    Without, it uses the stored views once and then view e in epoch e, which is missing unless
+    another job appended it. ``ensemble`` computes the missing labels, in the encoding of the set,
+    so that a stored and an online label are equal. ``appender`` stores them for later jobs.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class StoredLabels(Targets):
         appender: Appender | None = None,
     ) -> None:
         if (missing == "teach") != (ensemble is not None):
-            raise ValueError("missing='teach' needs an ensemble, and nothing else uses one")
+            raise ValueError("missing='teach' needs an ensemble; the other modes take none")
         self.label_set = label_set
         self._keys = keys
         self._classes = classes
@@ -172,20 +172,20 @@ class StoredLabels(Targets):
     def batch(
         self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
     ) -> BatchTargets:
-        """Return the targets; raises LabelSetError for a missing row with ``missing='fail'``."""
+        """Return the targets; raises LabelSetError for a missing label with ``missing='fail'``."""
         keys = [self._keys[p] for p in positions]
-        online = []
+        stored, online = list(range(len(keys))), []
         if self._ensemble is not None:
-            is_stored = map(self.label_set.holds, keys, views)
-            online = [row for row, stored_rows in enumerate(is_stored) if not stored_rows]
-        stored_rows = sorted(set(range(len(keys))).difference(online))
-        rows = self.label_set.rows([keys[r] for r in stored_rows], [views[r] for r in stored_rows])
+            is_stored = list(map(self.label_set.holds, keys, views))
+            online = [row for row in stored if not is_stored[row]]
+            stored = [row for row in stored if is_stored[row]]
+        rows = self.label_set.rows([keys[r] for r in stored], [views[r] for r in stored])
         if online:
             new = self._label_online(images_BCHW[torch.tensor(online, device=images_BCHW.device)])
             if self._appender is not None:
                 self._appender.add([keys[r] for r in online], [views[r] for r in online], new)
-            rows = Rows.concat([rows, new]).rows(torch.tensor(stored_rows + online).argsort())
-        label_counts = {STORED: len(stored_rows)}
+            rows = Rows.concat([rows, new]).rows(torch.tensor(stored + online).argsort())
+        label_counts = {STORED: len(stored)}
         if self._ensemble is not None:
             label_counts[ONLINE] = len(online)
         return BatchTargets(
@@ -196,33 +196,29 @@ class StoredLabels(Targets):
         )
 
     def flush(self) -> None:
-        """Append the teachers' new labels to the label set, if they are to be kept."""
+        """Append the new labels of the teachers to the label set, if there is an appender."""
         if self._appender is not None:
             self._appender.flush()
 
     def _label_online(self, images_BCHW: Tensor) -> Rows:
-        """Return the ensemble's labels as the set stores them, on the CPU.
+        """Return the ensemble's labels in the encoding and precision of the set, on the CPU.
 
-        In the precision of the set, whatever the student's precision. Raises DataError for
-        probabilities that are not finite: no later check would find them in a label set.
+        Raises DataError for probabilities that are not finite: no later check would find them.
         """
         assert self._ensemble is not None
         plan = self.label_set.manifest["plan"]
         precision: torch.dtype = getattr(torch, plan["precision"])
-        lower = None if precision is torch.float32 else precision
-        with torch.autocast(images_BCHW.device.type, dtype=lower, enabled=lower is not None):
+        is_lower = precision is not torch.float32
+        dtype = precision if is_lower else None
+        with torch.autocast(images_BCHW.device.type, dtype=dtype, enabled=is_lower):
             probs_BC, mean_logits_BC = self._ensemble(images_BCHW)
         if not bool(torch.isfinite(probs_BC).all()):
             raise DataError(
-                "the teachers' outputs are not finite; check their weights, or the label set's "
-                f"precision ({plan['precision']})"
+                "the teachers' outputs are not finite; check their weights and the precision of "
+                f"the label set ({plan['precision']})"
             )
         rows = self.label_set.encoding.encode(probs_BC, mean_logits_BC)
         return rows.to(torch.device("cpu"))
-
-
-def _select_rows(values: Tensor | None, order_B: Tensor) -> Tensor | None:
-    return None if values is None else values[to_device(order_B, values.device)]
 
 
 def _class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip, the paper's
 augmentation. The numbers come from BLAKE2b and from IEEE double operations that are exactly rounded
-everywhere (+, -, *, /, sqrt), so every machine, worker count and library version cuts the same box.
-docs/reference/views.md has the recipe in words.
+everywhere (+, -, *, /, sqrt), so every machine, worker count and library version gets the same box.
+docs/reference/views.md describes the algorithm.
 """
 
 import math
@@ -21,7 +21,7 @@ TRIES = 10
 FLIP_PROBABILITY = 0.5
 RESIZE_OVER_CROP = (256, 224)  # paper: evaluation resizes the shorter side to int(256 / 224 * size)
 
-# What a manifest says about the views it labels; a change of any number here is a new version.
+# The entry of a manifest for its views; a change of any number here is a new version.
 RECIPE = {
     "name": "random-resized-crop",
     "version": 1,
@@ -32,9 +32,9 @@ RECIPE = {
     "flip_probability": FLIP_PROBABILITY,
 }
 
-BOX_UNIT = 65_535  # a packed box counts in this fraction of the image's height and width
+BOX_UNIT = 65_535  # a packed box is in units of 1/65,535 of the image's height and width
 
-# What a manifest says about views that no arithmetic gives: the shards hold packed boxes.
+# The entry of a manifest for imported views: the shards contain packed boxes.
 STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
 
 _LOG_RATIO = 0.28768207245178090  # ln(4/3), the nearest double; ln(3/4) is its negative
@@ -57,7 +57,7 @@ class View:
 
 
 class Views(Protocol):
-    """Says what a view is, given its image."""
+    """Maps an image and an index to a view."""
 
     def view(self, key: str, index: int, *, width: int, height: int) -> View:
         """Return view ``index`` of an image of ``width`` x ``height`` pixels."""
@@ -65,7 +65,7 @@ class Views(Protocol):
 
 @dataclass(frozen=True)
 class DrawnViews(Views):
-    """The views of a seed, by arithmetic."""
+    """The views of a seed, computed by ``view_of``."""
 
     seed: int
 
@@ -74,12 +74,11 @@ class DrawnViews(Views):
 
 
 def view_of(key: str, index: int, *, seed: int, width: int, height: int) -> View:
-    """Return view ``index`` of the image ``key``, which is ``width`` x ``height`` pixels.
+    """Return view ``index`` of the image ``key`` of ``width`` x ``height`` pixels.
 
     Box and flip follow torchvision's RandomResizedCrop(scale=(0.08, 1), ratio=(3/4, 4/3)) and
-    RandomHorizontalFlip(0.5) (paper section 4.2; official code, get_train_loader). ``seed`` and
-    ``index`` are whole numbers in [0, 2**64). Raises ValueError outside these ranges or for an
-    image without pixels.
+    RandomHorizontalFlip(0.5) (paper section 4.2; official code, get_train_loader). Raises
+    ValueError for an empty image, or unless ``seed`` and ``index`` lie in [0, 2**64).
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width}x{height} pixels has no views")
@@ -98,10 +97,10 @@ def view_of(key: str, index: int, *, seed: int, width: int, height: int) -> View
 
 
 def scheduled_view(key: str, epoch: int, *, seed: int, num_views: int) -> int:
-    """Return which stored view of ``key`` an epoch uses: all ``num_views`` before any repeats.
+    """Return the stored view of ``key`` for an epoch: all ``num_views`` before any repeats.
 
-    A pure function of its arguments: pass ``epoch // num_views`` takes the views in the order
-    (start + stride * position) mod num_views, start and stride drawn per key and pass.
+    Pass ``epoch // num_views`` takes the views in the order (start + stride * position) mod
+    num_views, with start and stride drawn per key and pass.
     """
     if num_views < 1:
         raise ValueError(f"num_views must be at least 1, got {num_views}")
@@ -125,19 +124,18 @@ def fractions(view: View, *, width: int, height: int) -> tuple[float, float, flo
 
 
 def packed_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Return boxes given as fractions of an image, in [0, 1], as whole 65,535ths: uint16.
+    """Convert boxes in fractions of an image, in [0, 1], to integer 65,535ths, uint16.
 
-    A box is (top, left, height, width), the last axis; 8 bytes instead of 16. unpacked_view finds
-    the box in pixels again, exactly when the image has up to 65,000 pixels a side and the fractions
-    are float32 or wider; up to 2,000 pixels a side when they are float16.
+    The last axis is (top, left, height, width). unpacked_view recovers the box in pixels exactly,
+    for images of up to 65,000 pixels a side from float32 or wider, 2,000 from float16.
     """
     return np.rint(boxes.astype(np.float64) * BOX_UNIT).astype(np.uint16)
 
 
 def unpacked_view(box: np.ndarray, flip: bool, *, width: int, height: int) -> View:
-    """Return the view that a packed box means in an image of ``width`` x ``height`` pixels.
+    """Return the view of a packed box in an image of ``width`` x ``height`` pixels.
 
-    To the nearest whole pixel, at least one pixel, inside the image.
+    Rounded to whole pixels, at least one pixel, inside the image.
     """
     top, left, box_height, box_width = (int(number) for number in box)
     rows = min(max(1, _part(box_height, height)), height)
@@ -147,7 +145,7 @@ def unpacked_view(box: np.ndarray, flip: bool, *, width: int, height: int) -> Vi
 
 
 def _part(number: int, length: int) -> int:
-    """Return number / 65,535 of a length, rounded to the nearest whole number, a half up."""
+    """Return number / 65,535 of a length, rounded half up."""
     return (2 * number * length + BOX_UNIT) // (2 * BOX_UNIT)
 
 
@@ -173,7 +171,7 @@ def _uniform(word: int) -> float:
 
 
 def _box_size(draws: Iterator[int], width: int, height: int) -> tuple[int, int]:
-    """Draw up to ten (height, width) of a box; (0, 0) when none fits (torchvision: get_params)."""
+    """Draw up to ten (height, width) of a box; (0, 0) if none fits (torchvision: get_params)."""
     area = float(width * height)
     for _ in range(TRIES):
         box_area = area * (SCALE[0] + (SCALE[1] - SCALE[0]) * _uniform(next(draws)))
@@ -186,7 +184,7 @@ def _box_size(draws: Iterator[int], width: int, height: int) -> tuple[int, int]:
 
 
 def _fallback_size(width: int, height: int) -> tuple[int, int]:
-    """Return the (height, width) of the largest centred box of an allowed ratio (torchvision)."""
+    """Return the (height, width) of the largest box with an allowed ratio (torchvision)."""
     image_ratio = width / height
     if image_ratio < RATIO[0]:
         return max(1, min(height, round(width / RATIO[0]))), width
@@ -196,9 +194,9 @@ def _fallback_size(width: int, height: int) -> tuple[int, int]:
 
 
 def _exp(x: float) -> float:
-    """Return e**x for |x| <= 0.3 to the last digits, by Taylor's series in a fixed order.
+    """Return e**x for |x| <= 0.3 by a Taylor series.
 
-    The C library's exp may differ in the last bit between machines; products and sums may not.
+    The last bit of the C library's exp differs between machines; that of products does not.
     """
     value = 1.0
     for n in range(16, 0, -1):
@@ -208,5 +206,5 @@ def _exp(x: float) -> float:
 
 @lru_cache(maxsize=64)
 def _coprimes(n: int) -> tuple[int, ...]:
-    """Return the strides that visit all n views: 1..n-1 without a common factor with n."""
+    """Return the strides that visit all n views: those of 1..n-1 that are coprime to n."""
     return tuple(a for a in range(1, max(n, 2)) if math.gcd(a, n) == 1)

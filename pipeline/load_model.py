@@ -12,7 +12,7 @@ from mealv2.models import Classifier, Preprocessing, create_classifier, read_met
 from mealv2.models.released import find
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
 

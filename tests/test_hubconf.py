@@ -225,7 +225,7 @@ def test_progress_is_shown_by_default(
 
 
 def test_an_unknown_name_lists_all_of_them() -> None:
-    with pytest.raises(ConfigError, match="unknown model 'mealv2_resnet18'; there are: ") as caught:
+    with pytest.raises(ConfigError, match="unknown model 'mealv2_resnet18'; known: ") as caught:
         load("mealv2_resnet18")
     assert all(f"{name}" in str(caught.value) for name in released.NAMES)
 

@@ -5,8 +5,8 @@ decode there or in NumPy.
 """
 
 from mealv2.codec.encoder import encode
-from mealv2.codec.labels import EncodedLabels
+from mealv2.codec.labels import EncodedLabels, to_device
 from mealv2.codec.record import dense_rows
 from mealv2.codec.tensors import Kept
 
-__all__ = ["EncodedLabels", "Kept", "dense_rows", "encode"]
+__all__ = ["EncodedLabels", "Kept", "dense_rows", "encode", "to_device"]

@@ -11,11 +11,23 @@ from torch import Tensor
 
 from mealv2.codec.record import check_rows
 from mealv2.codec.tensors import Kept, decode, num_bits
-from mealv2.devices import to_device
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQ")  # magic, classes, bytes of a count, rows
 _MAGIC = b"MEALREC1"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; on the CPU it is there when this returns.
+
+    To a GPU it goes through page-locked memory: from any other, the copy waits for what the device
+    has still to do.
+    """
+    if device.type == "cpu":  # a copy to the CPU that nobody waits for is read too early
+        return tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from a cache that keeps it until it is copied
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +120,7 @@ class EncodedLabels:
     def to_dense(self) -> Tensor:
         """Return the recovered distributions, float32 N x C, each > 0 and summing to 1."""
         kept = self.kept()
-        # what is not kept goes to a column behind the last: no mask to wait for
-        dense_NC = kept.tail_N[:, None].repeat(1, self.num_classes + 1)
-        places_NK = torch.where(kept.is_kept_NK, kept.indices_NK, self.num_classes)
-        return dense_NC.scatter_(1, places_NK, kept.probs_NK)[:, : self.num_classes]
+        return kept.spread(kept.probs_NK, kept.tail_N, self.num_classes)
 
     def to_bytes(self) -> bytes:
         """Return a header of 24 bytes, the counts, and the records."""

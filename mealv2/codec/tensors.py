@@ -38,6 +38,18 @@ class Kept(NamedTuple):
     is_kept_NK: Tensor
     tail_N: Tensor
 
+    def spread(self, values_NK: Tensor, others_N: Tensor, num_classes: int) -> Tensor:
+        """Return N x C: ``values_NK`` at the kept classes, ``others_N`` at all other classes."""
+        # the padding goes to an extra last column: a boolean mask would wait for the device
+        spread_NC = others_N[:, None].repeat(1, num_classes + 1)
+        indices_NK = torch.where(self.is_kept_NK, self.indices_NK, num_classes)
+        return spread_NC.scatter_(1, indices_NK, values_NK)[:, :num_classes]
+
+    def mask(self, num_classes: int) -> Tensor:
+        """Return whether each class is kept, bool N x C."""
+        zeros_N = torch.zeros_like(self.tail_N)
+        return self.spread(self.is_kept_NK.to(zeros_N.dtype), zeros_N, num_classes) > 0
+
 
 def decode(
     counts_N: Tensor, payload_P: Tensor, num_classes: int, *, longest: int | None = None

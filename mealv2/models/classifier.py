@@ -1,4 +1,4 @@
-"""Students and teachers: timm models by pinned tag, checkpoints, each one's normalisation."""
+"""Students and teachers: timm models by pinned tag, with their weights and normalisation."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find
 from mealv2.models.weights import load_weights
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
-from mealv2.weight_files import WEIGHTS_NAME, find_checkpoint
+from mealv2.storage.weight_files import WEIGHTS_NAME, find_checkpoint
 
 CONFIG_NAME = "config.json"
 _METADATA_KEY = "mealv2"
@@ -38,11 +38,11 @@ class Preprocessing:
 
 
 class Classifier(nn.Module):
-    """A timm model that takes plain images: it normalises with its own mean and std.
+    """A timm model that normalises its input with its own mean and std.
 
-    ``forward`` maps B x 3 x H x W, uint8 or float in [0, 1], to float logits B x C. ``state_dict``
-    of ``backbone`` has timm's plain keys. ``tag`` is timm's full name, ``resnet50.a1_in1k``, or the
-    architecture alone where the weights are none of timm's.
+    ``forward`` maps images B x 3 x H x W, uint8 or float in [0, 1], to float logits B x C. The
+    ``state_dict`` of ``backbone`` has timm's keys. ``tag`` is timm's full name,
+    ``resnet50.a1_in1k``, or the architecture alone if the weights are not from timm.
     """
 
     mean_13: Tensor
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """The width of the head."""
+        """The number of logits."""
         return int(self.backbone.num_classes)  # type: ignore[arg-type]
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -78,13 +78,12 @@ def create_classifier(
     preprocessing: Preprocessing | None = None,
     new_head: bool = False,
 ) -> Classifier:
-    """Build a timm model, or a released one, with its own weights, a checkpoint's, or random ones.
+    """Build a timm or released model with its own weights, those of a checkpoint, or random ones.
 
-    ``num_classes`` None keeps the model's own head. ``classes`` are compared with those the
-    checkpoint was trained on. ``preprocessing`` goes before the checkpoint's, that before the
-    model's own. ``new_head``: a checkpoint that is a released file may get a new head, as
-    pretrained weights do. Raises ConfigError for an unknown name (with the nearest ones), for
-    weights that do not fit, and MealError when pretrained weights cannot be had.
+    ``num_classes`` None keeps the model's head. ``classes`` are compared with those of the
+    checkpoint. ``preprocessing`` overrides that of the checkpoint, which overrides the model's own.
+    ``new_head`` allows a released checkpoint to get a new head. Raises ConfigError for an unknown
+    name or weights that do not fit, MealError if pretrained weights cannot be loaded.
     """
     known = find(name)
     if known is not None:
@@ -106,28 +105,24 @@ def create_classifier(
         load_weights(backbone, checkpoint, new_head=new_head and published is not None)
         if stored.get("weights_sha256") not in (None, weights_sha256(backbone)):
             raise ConfigError(
-                f"checkpoint {find_checkpoint(checkpoint)} is damaged: its weights fail their "
-                "SHA-256; copy it again, or export it anew"
+                f"checkpoint {find_checkpoint(checkpoint)} is damaged: its weights do not match "
+                "their SHA-256; copy or export it again"
             )
         _check_classes(checkpoint, stored.get("classes"), classes)
-    tag = config["architecture"] if checkpoint or not pretrained else _full_tag(config)
-    found = Preprocessing(
-        tuple(stored.get("mean") or config["mean"]), tuple(stored.get("std") or config["std"])
-    )
-    return Classifier(
-        backbone,
-        tag=published.tag if published else tag,
-        preprocessing=preprocessing or found,
-    )
+    tag = config["architecture"]
+    if published:
+        tag = published.tag
+    elif pretrained and not checkpoint and config.get("tag"):
+        tag = f"{tag}.{config['tag']}"
+    mean, std = (tuple(stored.get(name) or config[name]) for name in ("mean", "std"))
+    return Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
 
 
 def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
-    """Call timm, quietly; raises MealError when pretrained weights cannot be had."""
+    """Call timm without its warnings; raises MealError if pretrained weights cannot be loaded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what libraries deprecate inside timm is not the user's
+            warnings.simplefilter("ignore")  # deprecations inside timm do not concern the user
             backbone: nn.Module = timm.create_model(
                 _current_name(name), pretrained=pretrained, **extra
             )
@@ -137,14 +132,14 @@ def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MealError(
             f"cannot load the pretrained weights of {name} ({reason}); check the network or the "
-            "Hugging Face cache, give a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
+            "Hugging Face cache, pass a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
             "or start from random weights with --no-pretrained"
         ) from error
     return backbone
 
 
 def _timm_config(name: str) -> dict[str, Any]:
-    """Return timm's pretrained config of a model name, or raise with the nearest names."""
+    """Return timm's pretrained config of a model; raises ConfigError with the nearest names."""
     current = _current_name(name)
     if timm.is_model(current):
         try:
@@ -152,7 +147,8 @@ def _timm_config(name: str) -> dict[str, Any]:
             return dataclasses.asdict(config) if config else {}
         except RuntimeError:
             architecture = name.split(".")[0]
-            tags = ", ".join(_tags(architecture)) or "none"
+            full_names = timm.list_pretrained(f"{architecture}.*")
+            tags = ", ".join(full.split(".", 1)[1] for full in full_names) or "none"
             raise ConfigError(f"{architecture} has no weights {name!r}; tags: {tags}") from None
     every = [*timm.list_models(), *timm.list_pretrained(), *NAMES]
     suggestion = difflib.get_close_matches(name, every, n=4)
@@ -160,33 +156,23 @@ def _timm_config(name: str) -> dict[str, Any]:
     if Path(name).exists():
         own = read_metadata(Path(name)).get("architecture") if Path(name).is_dir() else None
         hint = (
-            f"it is a path: as a teacher write {own or 'MODEL'}={name}, as a start "
-            f"--model {own or 'MODEL'} --initial-checkpoint {name}"
+            f"it is a path: write {own or 'MODEL'}={name} for a teacher, or --model "
+            f"{own or 'MODEL'} --initial-checkpoint {name} for a start"
         )
     raise ConfigError(f"unknown model {name!r}; {hint}")
 
 
 def _current_name(name: str) -> str:
-    """Return today's name of a model timm has renamed: gluon_senet154 -> senet154.gluon_in1k."""
+    """Return the new name of a model that timm renamed: gluon_senet154 -> senet154.gluon_in1k."""
     renamed: str = timm.models.get_deprecated_models().get(name) or name
     return renamed
 
 
-def _full_tag(config: dict[str, Any]) -> str:
-    return (
-        f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
-    )
-
-
-def _tags(architecture: str) -> list[str]:
-    return [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint that we wrote says of itself; empty for others' files.
+    """Return the metadata of a checkpoint written by this project; empty for other files.
 
-    Keys: architecture, classes, img_size, mean, std, weights_sha256; without the classes and the
-    hash for a released file, which is known by its exact name.
+    Keys: architecture, classes, img_size, mean, std, weights_sha256. A released file, recognised by
+    its exact name, has no classes and no hash.
     """
     path = find_checkpoint(path)
     if known := by_file(path.name):
@@ -212,13 +198,13 @@ def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[s
         return
     different = [f"{a!r} / {b!r}" for a, b in zip(stored, classes, strict=False) if a != b][:1]
     raise ConfigError(
-        f"checkpoint {path} was trained on other classes: {len(stored)} there, {len(classes)} in "
-        f"the data; first difference {', '.join(different) or 'in their number'}"
+        f"checkpoint {path} was trained on other classes: it has {len(stored)}, the data "
+        f"{len(classes)}; first difference: {', '.join(different) or 'their number'}"
     )
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Return a SHA-256 (hex) over a module's state: sorted names, types, shapes and values."""
+    """Return a SHA-256 (hex) of a module's state: sorted names, types, shapes and values."""
     digest = sha256()
     for name, tensor in sorted(module.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -230,10 +216,10 @@ def weights_sha256(module: nn.Module) -> str:
 def save_classifier(
     folder: Path, model: Classifier, *, classes: Sequence[str], img_size: int
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``: timm's own folder format, no pickle.
+    """Write ``config.json`` and ``model.safetensors`` in timm's folder format.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The class names, size and
-    normalisation also stand in the header of the weights file. Raises OSError.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The header of the weights
+    file has the class names, the size and the normalisation as well. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = model.tag.split(".")[0]
@@ -247,7 +233,7 @@ def save_classifier(
         "weights_sha256": weights_sha256(model.backbone),
     }
     state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
-    # one entry: safetensors writes several in a random order
+    # one entry: safetensors writes several entries in random order
     metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
     write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
     of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The discriminator: tells the student's outputs from the ensemble's."""
+"""The discriminator: distinguishes the student's outputs from those of the ensemble."""
 
 import math
 from typing import Any, Literal, get_args
@@ -10,10 +10,10 @@ Variant = Literal["paper", "official", "adversarial"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 
 REDUCTION = 8  # official code: each layer is 8 times narrower than the one before
-MIN_WIDTH = 8  # below 512 classes the paper's widths would shrink to a single unit
+MIN_WIDTH = 8  # with fewer than 512 classes the paper's widths would shrink to a few units
 
-# Values of the loss to recognise in a log, nats. In the official code no output can be negative,
-# so a dead output keeps its sigmoid at 1/2, and a separated one cannot get below half of ln 2.
+# Characteristic values of the loss in a log, nats. In the official code no output is negative, so
+# the sigmoid of a dead output stays at 1/2, and a separated one cannot get below half of ln 2.
 PLATEAUS: dict[str, dict[str, float]] = {
     "paper": {"chance": math.log(2.0)},
     "adversarial": {"chance": math.log(2.0)},
@@ -24,21 +24,19 @@ PLATEAUS: dict[str, dict[str, float]] = {
     },
 }
 
-_MAX_REDRAWS = (
-    100  # of the official widths about one draw in four has a dead output, so this is plenty
-)
+_MAX_REDRAWS = 100  # with the official widths about one draw in four has a dead output
 
 
 class Discriminator(nn.Module):
     """Three fully connected layers over a row of class outputs, C -> C/8 -> C/64 -> out.
 
-    ``paper`` (eq. 4-5): ReLU between the layers, one logit for a sigmoid; hidden widths not below
-    8. ``official`` (models/discriminator.py of the code): widths as they fall (at least 1), two
-    outputs, and a ReLU after the last layer too, so that no output is negative. ``adversarial``:
-    the paper's layers behind a gradient reversal, so that the student maximises what the
-    discriminator minimises (MEAL's title; neither paper's results).
-    ``forward`` maps float32 B x C to B x 1, or B x 2 (official). Initialised as PyTorch initialises
-    linear layers. Raises ValueError for another variant or fewer than 2 classes.
+    ``paper`` (eq. 4-5): ReLU between the layers, one logit for a sigmoid, hidden widths of at least
+    8. ``official`` (models/discriminator.py of the code): hidden widths of at least 1, two outputs,
+    and a ReLU after the last layer, so that no output is negative. ``adversarial``: the paper's
+    layers behind a gradient reversal, so that the student maximises what the discriminator
+    minimises (the title of MEAL; not the results of either paper).
+    ``forward`` maps float32 B x C to B x 1, or B x 2 (official). Raises ValueError for another
+    variant or fewer than 2 classes.
     """
 
     def __init__(self, num_classes: int, variant: Variant = "paper") -> None:
@@ -65,18 +63,20 @@ class Discriminator(nn.Module):
 
     def forward(self, rows_BC: Tensor) -> Tensor:
         if self.variant == "adversarial":
-            rows_BC = reverse_gradient(rows_BC)
+            rows_BC = _Reversal.apply(rows_BC)
         outputs: Tensor = self.layers(rows_BC)
         return outputs
 
     def redraw(self) -> None:
-        """Draw all weights anew, from torch's generator."""
+        """Draw new weights from torch's generator."""
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
 
 class _Reversal(torch.autograd.Function):
+    """The identity; backward changes the sign of the gradient."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         return value.view_as(value)
@@ -86,14 +86,8 @@ class _Reversal(torch.autograd.Function):
         return -grads[0]
 
 
-def reverse_gradient(value: Tensor) -> Tensor:
-    """Return ``value`` unchanged; its gradient comes back with the sign turned round."""
-    reversed_: Tensor = _Reversal.apply(value)
-    return reversed_
-
-
 def num_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
-    """Return how many outputs do not react to any of the rows: no gradient will ever wake them."""
+    """Return the number of outputs without gradient for all rows: training cannot change them."""
     with torch.enable_grad():
         rows_BC = rows_BC.detach().requires_grad_()
         outputs = discriminator(rows_BC)
@@ -105,12 +99,12 @@ def num_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
 
 
 def redraw_dead_outputs(discriminator: Discriminator, rows_BC: Tensor) -> int:
-    """Redraw the weights until every output reacts to some row; return how often.
+    """Redraw the weights until every output has a gradient; return the number of redraws.
 
-    Raises RuntimeError when 100 draws do not do it.
+    Raises RuntimeError after 100 draws.
     """
     for redraws in range(_MAX_REDRAWS):
         if not num_dead_outputs(discriminator, rows_BC):
             return redraws
         discriminator.redraw()
-    raise RuntimeError("no initialisation of the discriminator reacts to these rows")
+    raise RuntimeError("every initialisation of the discriminator has dead outputs on these rows")

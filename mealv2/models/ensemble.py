@@ -1,4 +1,4 @@
-"""The teachers together: each with its own normalisation, the mean of their softmax outputs."""
+"""The ensemble: several teachers, and the mean of their softmax outputs."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class EnsembleOutput(NamedTuple):
-    """What an ensemble says about B views: ``probs_BC`` sums to 1 per row; both float32."""
+    """The ensemble's output for B views, float32; each row of ``probs_BC`` sums to 1."""
 
     probs_BC: Tensor
     mean_logits_BC: Tensor
@@ -25,13 +25,12 @@ def combine(logits_TBC: Tensor) -> EnsembleOutput:
 
 
 class TeacherEnsemble(nn.Module):
-    """Frozen teachers that answer a batch of views.
+    """Frozen teachers that label a batch of views.
 
-    ``teachers``: modules that map images to logits with the same class count, such as
-    ``mealv2.models.Classifier``, which normalises with the model's own mean and std. They are put
-    into eval mode, and stay there whatever ``train()`` is called above them; no gradient flows.
-    ``forward`` takes B x 3 x H x W, uint8 or float in [0, 1]. Raises ValueError without teachers.
-    ``calls`` are what is asked, one a teacher: the modules themselves, or compiled forms of them.
+    ``teachers`` map images (B x 3 x H x W, uint8 or float in [0, 1]) to logits of the same classes,
+    as ``mealv2.models.Classifier`` does with its own mean and std. They stay in eval mode and have
+    no gradient. ``calls`` are the callables that run, one a teacher: the modules themselves or
+    compiled forms of them. Raises ValueError without teachers.
     """
 
     def __init__(self, teachers: Sequence[nn.Module]) -> None:
@@ -44,7 +43,7 @@ class TeacherEnsemble(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "TeacherEnsemble":
-        """Stay in eval mode: teachers never learn, nor update their batch statistics."""
+        """Stay in eval mode."""
         return super().train(False)
 
     @torch.no_grad()

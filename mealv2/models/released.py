@@ -1,4 +1,4 @@
-"""The eight models that the authors of MEAL V2 published: names, files, how to get them."""
+"""The eight models that the authors of MEAL V2 published: names, files, download."""
 
 import http.client
 import urllib.error
@@ -14,24 +14,23 @@ from mealv2.storage.atomic import atomic_file
 
 BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
 
-# official code: all eight, also the MobileNets, whose timm weights want 0.5
+# official code: for all eight models, also the MobileNets, whose timm weights use 0.5
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# what a connection may raise; a full disk or a missing permission is none of it
+# errors of a connection; a full disk or a missing permission is not among them
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True)
 class Released:
-    """A published model: ImageNet, 256/224 evaluation, accuracies (percent) as its authors say.
+    """A published model: ImageNet, 256/224 evaluation, accuracies (percent) of its authors.
 
-    ``names`` are the published hub name (some say resnest for resnet), its right spelling, which
-    may be the same, and one with the size. ``architecture`` has the tag of timm's nearest relative;
-    its weights are not used.
+    ``hub_name`` is the published name. ``architecture`` has the tag of timm's nearest relative,
+    whose weights are not used.
     """
 
-    names: tuple[str, str, str]
+    hub_name: str
     architecture: str
     file_name: str
     img_size: int
@@ -39,18 +38,24 @@ class Released:
     top5: float
 
     @property
+    def names(self) -> tuple[str, str, str]:
+        """The published name, its corrected spelling (may be the same), and one with the size."""
+        name = self.hub_name.replace("resnest", "resnet").replace("mobilenet_v3", "mobilenetv3")
+        return self.hub_name, name, f"{name.removesuffix('_380x380')}_{self.img_size}"
+
+    @property
     def tag(self) -> str:
-        """What a model with these weights is called: timm's architecture, then our name."""
+        """The full name of a model with these weights: timm's architecture, then our name."""
         return f"{self.architecture.split('.')[0]}.{self.names[2]}"
 
     @property
     def url(self) -> str:
-        """Where the file is published."""
+        """The address of the file."""
         return BASE_URL + self.file_name
 
     @property
     def timm_config(self) -> dict[str, Any]:
-        """What timm's own config of the architecture says wrongly of these weights."""
+        """The entries in which these weights differ from timm's config of the architecture."""
         return {
             "tag": self.names[2],
             "mean": MEAN,
@@ -63,102 +68,44 @@ class Released:
         }
 
 
+# fmt: off
 RELEASED = (
-    Released(
-        ("mealv1_resnest50", "mealv1_resnet50", "mealv1_resnet50_224"),
-        "resnet50.ram_in1k",
-        "MEALV1_ResNet50_224.pth",
-        224,
-        78.21,
-        94.01,
-    ),
-    Released(
-        ("mealv2_resnest50", "mealv2_resnet50", "mealv2_resnet50_224"),
-        "resnet50.ram_in1k",
-        "MEALV2_ResNet50_224.pth",
-        224,
-        80.67,
-        95.09,
-    ),
-    Released(
-        ("mealv2_resnest50_cutmix", "mealv2_resnet50_cutmix", "mealv2_resnet50_cutmix_224"),
-        "resnet50.ram_in1k",
-        "MEALV2_ResNet50_224_cutmix.pth",
-        224,
-        80.98,
-        95.35,
-    ),
-    Released(
-        ("mealv2_resnest50_380x380", "mealv2_resnet50_380x380", "mealv2_resnet50_380"),
-        "resnet50.ram_in1k",
-        "MEALV2_ResNet50_380.pth",
-        380,
-        81.72,
-        95.81,
-    ),
-    Released(
-        (
-            "mealv2_mobilenetv3_small_075",
-            "mealv2_mobilenetv3_small_075",
-            "mealv2_mobilenetv3_small_075_224",
-        ),
-        "tf_mobilenetv3_small_075.in1k",
-        "MEALV2_MobileNet_V3_Small_0.75_224.pth",
-        224,
-        67.60,
-        87.23,
-    ),
-    Released(
-        (
-            "mealv2_mobilenetv3_small_100",
-            "mealv2_mobilenetv3_small_100",
-            "mealv2_mobilenetv3_small_100_224",
-        ),
-        "tf_mobilenetv3_small_100.in1k",
-        "MEALV2_MobileNet_V3_Small_1.0_224.pth",
-        224,
-        69.65,
-        88.71,
-    ),
-    Released(
-        (
-            "mealv2_mobilenet_v3_large_100",
-            "mealv2_mobilenetv3_large_100",
-            "mealv2_mobilenetv3_large_100_224",
-        ),
-        "tf_mobilenetv3_large_100.in1k",
-        "MEALV2_MobileNet_V3_Large_1.0_224.pth",
-        224,
-        76.92,
-        93.32,
-    ),
-    Released(
-        ("mealv2_efficientnet_b0", "mealv2_efficientnet_b0", "mealv2_efficientnet_b0_224"),
-        "tf_efficientnet_b0.aa_in1k",
-        "MEALV2_EfficientNet_B0_224.pth",
-        224,
-        78.29,
-        93.95,
-    ),
+    Released("mealv1_resnest50", "resnet50.ram_in1k",
+             "MEALV1_ResNet50_224.pth", 224, 78.21, 94.01),
+    Released("mealv2_resnest50", "resnet50.ram_in1k",
+             "MEALV2_ResNet50_224.pth", 224, 80.67, 95.09),
+    Released("mealv2_resnest50_cutmix", "resnet50.ram_in1k",
+             "MEALV2_ResNet50_224_cutmix.pth", 224, 80.98, 95.35),
+    Released("mealv2_resnest50_380x380", "resnet50.ram_in1k",
+             "MEALV2_ResNet50_380.pth", 380, 81.72, 95.81),
+    Released("mealv2_mobilenetv3_small_075", "tf_mobilenetv3_small_075.in1k",
+             "MEALV2_MobileNet_V3_Small_0.75_224.pth", 224, 67.60, 87.23),
+    Released("mealv2_mobilenetv3_small_100", "tf_mobilenetv3_small_100.in1k",
+             "MEALV2_MobileNet_V3_Small_1.0_224.pth", 224, 69.65, 88.71),
+    Released("mealv2_mobilenet_v3_large_100", "tf_mobilenetv3_large_100.in1k",
+             "MEALV2_MobileNet_V3_Large_1.0_224.pth", 224, 76.92, 93.32),
+    Released("mealv2_efficientnet_b0", "tf_efficientnet_b0.aa_in1k",
+             "MEALV2_EfficientNet_B0_224.pth", 224, 78.29, 93.95),
 )
+# fmt: on
 NAMES = tuple(dict.fromkeys(name for model in RELEASED for name in model.names))
 
 
 def find(name: str) -> Released | None:
-    """Return the released model of a name in any of its spellings; None for another name."""
+    """Return the released model with this name, in any spelling, or None."""
     return next((model for model in RELEASED if name in model.names), None)
 
 
 def by_file(file_name: str) -> Released | None:
-    """Return the released model whose file is called exactly so; None for another file."""
+    """Return the released model with exactly this file name, or None."""
     return next((model for model in RELEASED if file_name == model.file_name), None)
 
 
 def download(model: Released, *, progress: bool = True) -> Path:
-    """Return the model's file in torch.hub's cache folder, fetched if it is not there.
+    """Return the model's file in torch.hub's cache folder; download it if it is missing.
 
-    A file gets its final name after it came whole and was read as weights. Raises MealError where
-    it cannot be had, OSError where the folder cannot be written.
+    A file gets its final name when it is complete and readable as weights. Raises MealError if the
+    download fails, OSError if the folder is not writable.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / model.file_name
@@ -168,18 +115,18 @@ def download(model: Released, *, progress: bool = True) -> Path:
     try:
         with atomic_file(path) as temporary:
             torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)
-            read_state(temporary)  # torch takes a connection that was cut for the end of the file
+            read_state(temporary)  # torch reports no error when the connection is cut
     except _NETWORK as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise _download_error(model, folder, " ".join(str(error).split())) from error
     except ConfigError as error:
-        raise _download_error(model, folder, "what came is damaged or no weights") from error
+        raise _download_error(model, folder, "the file is damaged or has no weights") from error
     return path
 
 
 def _download_error(model: Released, folder: Path, reason: str) -> MealError:
     return MealError(
-        f"cannot download {model.url} ({reason}); fetch it by hand and put it into {folder}, or "
-        "give it with --checkpoint FILE, --initial-checkpoint FILE or --teacher NAME=FILE"
+        f"cannot download {model.url} ({reason}); download it by hand to {folder}, or pass the "
+        "file with --checkpoint FILE, --initial-checkpoint FILE or --teacher NAME=FILE"
     )

@@ -1,4 +1,4 @@
-"""Reading weights: the tensors of a checkpoint by plain keys."""
+"""Read the tensors of a checkpoint by plain keys, and load them into a model."""
 
 import argparse
 import re
@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 
-# Where others keep the weights in a checkpoint; the first there is counts, averages before the rest
-# as in timm.
+# Keys of the weights in a training checkpoint: the first match counts, EMA first as in timm.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 
@@ -24,9 +23,9 @@ _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a weights file on the CPU, by the model's plain keys.
 
-    Reads safetensors and what torch.save wrote: a state dict, also one wrapped in a training
-    checkpoint, with the prefixes of DataParallel, DDP and torch.compile taken off. Nothing in the
-    file is executed. Raises ConfigError for a file that is no such thing.
+    Reads safetensors and files of torch.save: a state dict, or a training checkpoint around one.
+    Removes the prefixes of DataParallel, DDP and torch.compile. Executes nothing in the file.
+    Raises ConfigError for any other file.
     """
     try:
         state = _load(path)
@@ -37,7 +36,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     while inner := next((name for name in _WRAPPERS if _is_wrapped(state, name)), None):
         state = state[inner]
     if not isinstance(state, Mapping):
-        raise ConfigError(f"checkpoint {path} holds a {type(state).__name__}, no weights")
+        raise ConfigError(f"checkpoint {path} holds a {type(state).__name__}, not weights")
     return {_plain_key(str(key)): value for key, value in state.items()}
 
 
@@ -46,17 +45,17 @@ def _load(path: Path) -> Any:
         return safetensors.torch.load_file(path)
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")
-        # timm: a training checkpoint keeps its flags as a Namespace; that class holds values only
+        # timm: a training checkpoint stores its flags as a Namespace, a class with values only
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _why(error: Exception) -> str:
-    """Say in a line what torch says in ten, or as a number."""
+    """Return torch's long message in one line."""
     if isinstance(error, PermissionError | SafetensorError):
         return str(error).strip().split("\n")[0]
     if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"it holds {found[1]}, which is never loaded; save its state_dict alone"
-    return "it is damaged, or no weights at all"
+        return f"it contains {found[1]}, which is never loaded; save only its state_dict"
+    return "it is damaged or has no weights"
 
 
 def _is_wrapped(state: object, name: str) -> bool:
@@ -67,23 +66,22 @@ def _plain_key(key: str) -> str:
     """Return timm's key: ``module.fc.bias`` -> ``fc.bias``."""
     while key.startswith(_PREFIXES):
         key = key.split(".", 1)[1]
-    # official code: of VGG and AlexNet only the features are wrapped
+    # official code: VGG and AlexNet wrap only their features
     return re.sub(r"^features\.module\.", "features.", key)
 
 
 def load_weights(backbone: nn.Module, path: Path, *, new_head: bool = False) -> None:
-    """Load a weights file into a timm model; raises ConfigError where it does not fit.
+    """Load a weights file into a timm model; raises ConfigError if it does not fit.
 
-    With ``new_head`` a head of another class count stays as it is, as when timm starts from its
-    own weights.
+    With ``new_head`` a head with another class count keeps its initial weights, as in timm.
     """
     path = find_checkpoint(path)
     state, own = read_state(path), backbone.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         raise ConfigError(
-            f"checkpoint {path} is of another model: it lacks {len(missing)} tensors "
-            f"(first: {missing[:1] or 'none'}) and has {len(unknown)} unknown ones "
+            f"checkpoint {path} is of another model: {len(missing)} tensors are missing "
+            f"(first: {missing[:1] or 'none'}) and {len(unknown)} are unknown "
             f"(first: {unknown[:1] or 'none'})"
         )
     for key, tensor in own.items():
@@ -93,8 +91,8 @@ def load_weights(backbone: nn.Module, path: Path, *, new_head: bool = False) -> 
             continue
         if not (new_head and key.startswith(_heads(backbone))):
             raise ConfigError(
-                f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)} there and "
-                f"{tuple(tensor.shape)} here (is its class count another?)"
+                f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)}, the model "
+                f"has {tuple(tensor.shape)} (another class count?)"
             )
         state[key] = tensor
     backbone.load_state_dict(state)

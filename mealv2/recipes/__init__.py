@@ -14,11 +14,11 @@ _ABLATION = "ablation-"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What was published of one training, and the settings that stand for it.
+    """The published numbers of a training, and its settings.
 
-    ``top1`` and ``top5`` are ImageNet's validation accuracy in per cent as ``source`` states them,
-    None where it states none; ``params_m`` is millions of parameters. ``teachers`` serves both
-    stages, ``precompute`` and ``distill`` one each; their keys are fields of the stages' configs.
+    ``top1`` and ``top5`` are ImageNet's validation accuracy in percent, None if ``source`` has no
+    number; ``params_m`` is millions of parameters. ``teachers`` applies to both commands,
+    ``precompute`` and ``distill`` to one; their keys are fields of the configs.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Recipe:
     def settings(
         self, command: Literal["precompute", "distill"], *, online: bool = False
     ) -> dict[str, Any]:
-        """Return a stage's settings; ``distill`` has teachers of its own only when ``online``."""
+        """Return the settings of a command; ``distill`` has teachers only if ``online``."""
         if command == "precompute":
             return self.teachers | self.precompute
         return (self.teachers if online else {}) | self.distill
@@ -49,17 +49,27 @@ def names() -> list[str]:
 
 
 def text(name: str) -> str:
-    """Return a recipe's TOML; raises ConfigError, with the nearest names, for an unknown one."""
+    """Return the TOML of a recipe; raises ConfigError for an unknown name."""
     known = names()
     if name not in known:
         suggestion = difflib.get_close_matches(name, known, n=3)
-        hint = (
-            f"did you mean {', '.join(suggestion)}?" if suggestion else f"known: {', '.join(known)}"
-        )
+        hint = f"known: {', '.join(known)}"
+        if suggestion:
+            hint = f"did you mean {', '.join(suggestion)}?"
         raise ConfigError(f"unknown recipe {name!r}; {hint}")
     return (resources.files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 
 def load(name: str) -> Recipe:
-    """Return a recipe; raises ConfigError, with the nearest names, for an unknown one."""
-    return Recipe(name=name, **tomllib.loads(text(name)))
+    """Return a recipe; raises ConfigError for an unknown name.
+
+    A file with ``base`` has only the settings that differ from another recipe, and in ``unset`` the
+    settings that it does not have.
+    """
+    fields = tomllib.loads(text(name))
+    if "base" in fields:
+        base, unset = load(fields.pop("base")), fields.pop("unset", ())
+        distill = base.distill | fields.get("distill", {})
+        fields["distill"] = {key: v for key, v in distill.items() if key not in unset}
+        fields |= {key: getattr(base, key) for key in ("params_m", "teachers", "precompute")}
+    return Recipe(name=name, **fields)

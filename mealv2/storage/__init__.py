@@ -1,1 +1,1 @@
-"""Files, URLs, object stores, caches and JSON; nothing here knows of labels or images."""
+"""Files, URLs, object stores, caches and JSON, independent of labels and images."""

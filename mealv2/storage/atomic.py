@@ -1,4 +1,4 @@
-"""Files that are whole under their final name or not there, and files that are read in parts."""
+"""Files that appear under their final name only when complete, and reads of parts of files."""
 
 import contextlib
 import errno
@@ -17,30 +17,17 @@ from typing import Protocol
 Stamp = tuple[int, int, int]  # size, time and inode of a file
 
 TEMPORARY_PREFIX = ".tmp-"
-SCRIPTS_NAME = "slurm"  # batch jobs keep their scripts there, in the folder that they fill
-# Between tries to put a file in place. Some network shares lose the reply to what they did, and
-# show a folder as it was some seconds ago.
+SCRIPTS_NAME = "slurm"  # folder of the job scripts, inside the folder that the jobs fill
+# Before each retry of a rename or link. Some network shares lose the reply to an operation, and
+# list a folder as it was some seconds ago.
 _RETRY_DELAYS_S = (0.2, 0.8, 2.0, 5.0)
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_PERMANENT = DISK_FULL | {
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-}  # the same again
-_LINKS_UNSUPPORTED = {
-    errno.EPERM,
-    errno.EACCES,
-    errno.EINVAL,
-    errno.EMLINK,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-}
+_PERMANENT = DISK_FULL | {errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP}
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Return the names in a folder, but for temporary files and the scripts that fill it."""
+    """Return the sorted names in a folder, without temporary files and job scripts."""
     names = sorted(path.name for path in folder.iterdir())
     return [n for n in names if not n.startswith(TEMPORARY_PREFIX) and n != SCRIPTS_NAME]
 
@@ -54,13 +41,12 @@ def file_sha256(path: Path) -> str:
 def write_atomic(
     path: Path, data: bytes, *, replace: bool = True, damaged: Stamp | None = None
 ) -> bool:
-    """Write a file so that no reader ever sees a part of it; return whether it was put in place.
+    """Write a file atomically; return whether it got its final name.
 
-    A unique temporary file in the same folder, flush, fsync, then os.replace; with
-    ``replace=False`` a hard link instead, so that the first whole file wins and False says another
-    was there. ``damaged`` is the stamp of a file that is to give way, if it is still that one; any
-    other stays. Raises OSError (disk full, no permission), which names ``path``, and leaves nothing
-    behind.
+    Writes a unique temporary file in the same folder, flushes, syncs and calls os.replace. With
+    ``replace=False`` it calls os.link: the first file wins, and False means that one exists.
+    ``damaged`` is the stamp of a file to replace; a file with another stamp stays. Raises OSError
+    with ``path`` as the file name (disk full, no permission), and removes the temporary file.
     """
     temporary = _temporary(path)
     try:
@@ -74,17 +60,18 @@ def write_atomic(
             return False
         _sync_folder(path.parent)
         return True
-    except OSError as error:  # a full disk names no file, a failed rename the temporary one
+    except OSError as error:  # its file name is missing or the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        _unlink(temporary)
+        if temporary.exists():  # unlink would raise where the parent is not a folder
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes ``path`` at the end, or is removed.
+    """Yield a temporary path to write to; it becomes ``path`` at the end, or is removed on error.
 
-    For what is too large for the memory, or written by a library. Raises as write_atomic.
+    For files that do not fit in memory or that a library writes. Raises OSError.
     """
     temporary = _temporary(path)
     try:
@@ -94,11 +81,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _publish(temporary, path, replace=True)
         _sync_folder(path.parent)
     finally:
-        _unlink(temporary)
+        if temporary.exists():  # unlink would raise where the parent is not a folder
+            temporary.unlink(missing_ok=True)
 
 
 def file_stamp(path: Path) -> Stamp | None:
-    """Return what tells a file from one that takes its place; None where there is none."""
+    """Return size, time and inode of a file, which change when it is replaced, or None."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -107,16 +95,16 @@ def file_stamp(path: Path) -> Stamp | None:
 
 
 class File(Protocol):
-    """What can be opened to be read, wherever it lies."""
+    """A local or remote file that can be opened for reading."""
 
     def open(self) -> int:
-        """Return a new descriptor of the file."""
+        """Return a new file descriptor."""
 
 
 class OpenFiles:
-    """Reads parts of some files by their number, at most ``most`` of them open in each process.
+    """Reads parts of files by index and keeps at most ``most`` files open in each process.
 
-    Any thread, and any forked or spawned process, may read.
+    Safe in threads and in forked or spawned processes.
     """
 
     def __init__(self, files: Sequence[File], *, most: int) -> None:
@@ -130,15 +118,15 @@ class OpenFiles:
         self._pid = os.getpid()
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """Return up to ``size`` bytes, fewer at the end; raises what the file's ``open`` does."""
-        if self._pid != os.getpid():  # a fork: a lock may be held there by nobody
+        """Return up to ``size`` bytes, fewer at the end; raises the errors of ``open``."""
+        if self._pid != os.getpid():  # after a fork the lock may be held for ever
             self._start()
         with self._lock:
             file = self._open.get(number)
             if file is not None:
                 self._open.move_to_end(number)
         if file is None:
-            file = _Descriptor(self._files[number])  # others read on while it is fetched
+            file = _Descriptor(self._files[number])  # no lock: other threads may read
             with self._lock:
                 file = self._open.setdefault(number, file)
                 if len(self._open) > self._most:
@@ -154,7 +142,7 @@ class OpenFiles:
 
 
 class _Descriptor:
-    """An open file, closed when the last thread that reads it lets it go."""
+    """An open file; it is closed with its last reference."""
 
     def __init__(self, file: File) -> None:
         self.fd = -1
@@ -170,17 +158,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
 
 
-def _unlink(temporary: Path) -> None:
-    if temporary.exists():
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
 def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
-    """Give a file its final name; return False where another file has it and is to keep it.
+    """Give a file its final name; return False if another file has it and must stay.
 
-    An error of a share that lost its reply, or that will not last, is not one: it looks whether the
-    file is in place, waits and tries again. Raises OSError.
+    After an error that a network share may have caused, checks whether the file is in place, waits
+    and tries again. Raises OSError.
     """
     written, links = file_stamp(temporary), not replace
     pauses = iter(_RETRY_DELAYS_S)
@@ -194,11 +176,11 @@ def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
                 return True
             if links and (existing or error.errno == errno.EEXIST):
                 return False
-            # a share can make up inodes; its temporary file went nowhere else
+            # a share can invent inodes: compare size and time; the temporary file was renamed
             if existing and written and existing[:2] == written[:2] and not temporary.exists():
                 return True
-            if links and error.errno in _LINKS_UNSUPPORTED:
-                links = False  # a rename, which may replace an equal file
+            if links and error.errno in _NO_LINKS:
+                links = False  # a rename may replace an equal file
                 continue
             pause = next(pauses, None)
             if pause is None or error.errno in _PERMANENT:
@@ -207,24 +189,23 @@ def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
 
 
 def _move_aside(path: Path, damaged: Stamp) -> None:
-    """Remove a damaged file, and no whole one that another job put in its place meanwhile.
+    """Remove a damaged file, but not an intact file that replaced it.
 
-    It is looked at again after it was moved aside, for between a look and a rename, or in a rename
-    that a network held up, another job may have been at it. Raises OSError.
+    Another job may replace the file between the check and the rename, so the stamp is compared
+    again after the rename. Raises OSError.
     """
     if file_stamp(path) != damaged:
         return
     if stat.S_ISDIR(path.lstat().st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     aside = _temporary(path)
-    with contextlib.suppress(FileNotFoundError):  # another job was first
+    with contextlib.suppress(FileNotFoundError):  # another job moved it
         path.rename(aside)
     if (found := file_stamp(aside)) is None:
         return
     if found[:2] != damaged[:2]:
         _publish(aside, path, replace=False)
-    with contextlib.suppress(FileNotFoundError):
-        aside.unlink()
+    aside.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder of copies of remote files, kept below a size; those used longest ago go first."""
+"""A folder with copies of remote files and a size limit; removes the least recently used first."""
 
 import contextlib
 import fcntl
@@ -15,16 +15,16 @@ from mealv2.storage.atomic import TEMPORARY_PREFIX, atomic_file
 from mealv2.storage.urls import PIPE, shown
 
 _LOCK_PREFIX = ".lock-"
-STAMPS_PREFIX = ".notes-"  # of files that say what copies are of
-_OLD_NS = 86_400 * 10**9  # a temporary file that nobody can still be writing: of one who was killed
+STAMPS_PREFIX = ".notes-"  # of files with the stamps of the remote files that were copied
+_OLD_NS = 86_400 * 10**9  # older temporary files are left over from processes that were killed
 _PLAIN = re.compile(r"[A-Za-z0-9_.,=@+-]+")
 
 
 class Cache:
-    """Copies of remote files, in a folder that any number of processes of a machine may share.
+    """Copies of remote files, in a folder that the processes of a machine share.
 
-    A file is fetched once, whoever asks; the oldest are removed when a new one would make them
-    more than ``limit`` bytes. A file that is open may be removed: who has it open reads on.
+    Each file is fetched once. When a new file would exceed ``limit`` bytes, the files used longest
+    ago are removed, also open ones: an open file stays readable.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -32,10 +32,7 @@ class Cache:
         self.limit = limit
 
     def path_of(self, url: str, *, version: str = "") -> Path:
-        """Return where the copy of a URL lies: under names that a person recognises.
-
-        Copies of several ``version`` of a file lie beside each other.
-        """
+        """Return the path of the copy of a URL, with readable names and one path a ``version``."""
         if url.startswith(PIPE):
             return self.folder / "pipe" / _digest(url)
         parts = urlsplit(url)
@@ -48,9 +45,9 @@ class Cache:
     def open(
         self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
     ) -> int:
-        """Return a descriptor of the copy of a URL; ``fetch`` writes it to a path if need be.
+        """Return a descriptor of the copy of a URL; ``fetch`` writes a missing copy to a path.
 
-        Raises what ``fetch`` does, ConfigError for a file of ``size`` bytes that never fits.
+        Raises the errors of ``fetch``, and ConfigError if ``size`` exceeds the limit.
         """
         path = self.path_of(url, version=version)
         while True:
@@ -60,16 +57,16 @@ class Cache:
                     os.utime(handle)
                     return handle
                 os.close(handle)
-                path.unlink(missing_ok=True)  # of another version of the file
+                path.unlink(missing_ok=True)  # a copy of another version
             self.make(url, fetch, size=size, version=version)
 
     def make(
         self, url: str, fetch: Callable[[Path], None], *, size: int = 0, version: str = ""
     ) -> None:
-        """See that the copy of a URL is there; raises as ``open``."""
+        """Fetch the copy of a URL if it is missing; raises as ``open``."""
         if size > self.limit:
             raise ConfigError(
-                f"{shown(url)} has {size} bytes, more than --cache-size {self.limit}; give more"
+                f"{shown(url)} has {size} bytes, more than --cache-size {self.limit}; increase it"
             )
         path = self.path_of(url, version=version)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +101,16 @@ class Cache:
 
 
 def hold(folder: Path) -> int:
-    """Say that the files of a folder are in use until the descriptor, or the process, is closed."""
+    """Mark a folder as in use until the returned descriptor is closed or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    with contextlib.suppress(OSError):  # a share without locks: nothing is held there
+    with contextlib.suppress(OSError):  # a share without locks
         fcntl.flock(handle, fcntl.LOCK_SH)
     return handle
 
 
 def in_use(folder: Path) -> bool:
-    """Return whether some process holds a folder."""
+    """Return whether a process has marked a folder with ``hold``."""
     try:
         handle = os.open(_lock_of(folder), os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -131,10 +128,10 @@ def in_use(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one thread of one process at a time be here for a path."""
+    """Hold an exclusive lock on a path, across threads and processes."""
     handle = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        with contextlib.suppress(OSError):  # without locks a file may be fetched twice, no more
+        with contextlib.suppress(OSError):  # without locks a file may be fetched twice
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

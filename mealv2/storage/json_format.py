@@ -21,14 +21,15 @@ def json_sha256(value: object) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises OSError, or ValueError where it is not JSON in UTF-8."""
+    """Parse a JSON file; raises OSError, or ValueError if it is not JSON in UTF-8."""
     return parse_json(path.read_bytes())
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8; raises ValueError for all that ``canonical_json`` could not write.
+    """Parse JSON in UTF-8.
 
-    Such are texts nested too deep, numbers that are not finite, strings that are no Unicode.
+    Raises ValueError for anything that ``canonical_json`` cannot write: text nested too deeply,
+    numbers that are not finite, strings that are not Unicode.
     """
     text = data.decode("utf-8")
     try:
@@ -37,7 +38,7 @@ def parse_json(data: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _finite(number: str) -> float:

@@ -1,6 +1,6 @@
-"""Files behind URLs: read, fetched, put and listed, through fsspec or the output of a program.
+"""Files behind URLs: read, fetch, upload and list, through fsspec or the output of a program.
 
-Credentials are the client's own business (its environment variables and files); no message has any.
+The clients find credentials themselves (environment variables, files). No message contains any.
 """
 
 import contextlib
@@ -21,25 +21,23 @@ from mealv2.storage.urls import PIPE, shown
 
 T = TypeVar("T")
 
-_MAX_ATTEMPTS = 4  # of a transfer that breaks off; clients try some of their own
-_RETRY_DELAY_S = 0.5  # before the second try, twice as long before each other
+_MAX_ATTEMPTS = 4  # of an interrupted transfer; clients add retries of their own
+_RETRY_DELAY_S = 0.5  # before the second attempt, doubled before each further one
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
-# what clients call that which differs between a file and one that takes its place
+# the clients' names for a value that changes when a file is replaced
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
-_REFUSED = ("Credentials", "AccessKey", "Token", "Signature")  # in the names of clients' errors
+_DENIED = ("Credentials", "AccessKey", "Token", "Signature")  # in the class names of errors
 
 
 class File(NamedTuple):
-    """A file as a server describes it: its size in bytes, 0 where that is not said, and what tells
-    it from one that takes its place, empty where nothing does.
-    """
+    """A remote file: its size (0 if unknown), and a stamp that changes when it is replaced."""
 
     size: int
     stamp: str
 
 
 def read(url: str) -> bytes | None:
-    """Return the bytes of a small file, None where there is none. Raises RemoteError."""
+    """Return the bytes of a small file, or None if it is missing. Raises RemoteError."""
     with _as_remote_error(url, "read"):
         system, path = _system(url)
         try:
@@ -50,45 +48,42 @@ def read(url: str) -> bytes | None:
 
 
 def fetch(url: str, path: Path) -> None:
-    """Write the bytes of a URL to a new file, whole or not at all.
+    """Download a URL to a new file, with retries.
 
-    Tries again where a transfer breaks off. Raises RemoteError, ConfigError for a file that is not
-    there, OSError where ``path`` cannot be written.
+    Raises RemoteError, ConfigError if the file is missing, OSError if ``path`` is not writable.
     """
     write = _run if url.startswith(PIPE) else _download
     _retry(url, lambda: write(url, path))
 
 
 def info(url: str) -> File:
-    """Return what a listing says of a file; raises as ``fetch``."""
+    """Return the size and stamp of a file; raises as ``fetch``."""
     return _retry(url, lambda: _info(url))
 
 
 def _retry(url: str, action: Callable[[], T]) -> T:
-    """Do something, again where it breaks off; raises RemoteError at last."""
+    """Call ``action`` again after an interruption; raises RemoteError after the last attempt."""
     for attempts in itertools.count(1):
         try:
             return action()
         except _InterruptedError as error:
             if attempts == _MAX_ATTEMPTS:
-                what = "the program" if url.startswith(PIPE) else "the connection"
+                source = "program" if url.startswith(PIPE) else "connection"
                 raise RemoteError(
-                    f"cannot read {shown(url)}: {error}, {attempts} times; nothing is lost: run "
-                    f"the "
-                    f"same command again when {what} is well"
+                    f"cannot read {shown(url)}: {error}, {attempts} times; check the {source} and "
+                    "run the same command again: it continues"
                 ) from None
             time.sleep(_RETRY_DELAY_S * 2 ** (attempts - 1))
     raise AssertionError("count never ends")
 
 
 def upload(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
-    """Put a file where a URL says, in one step, so that nobody ever sees a part of it.
+    """Upload a file in one step; return whether it was stored.
 
-    The first one wins, and False says that another was there; ``damaged`` gives way if it is still
-    that file, and with ``replace`` any does. S3 compares in the same step (If-None-Match,
-    If-Match). Other clients may pass over that: there it is looked before, and read after, so that
-    of two at the very same time the last one stays, and the first may not hear of it. Raises
-    RemoteError.
+    The first upload wins: False means that another file exists. ``damaged`` is a file to replace if
+    it is unchanged; ``replace`` replaces any file. S3 compares atomically (If-None-Match,
+    If-Match). Other clients check the file before the upload and read it after: of two simultaneous
+    uploads the last one stays, and the first may not notice. Raises RemoteError.
     """
     with _as_remote_error(url, "write"):
         system, target = _system(url)
@@ -105,7 +100,7 @@ def _upload_if_unchanged(system: Any, target: str, path: Path, damaged: File | N
     for attempts in itertools.count(1):
         settings: dict[str, Any] = {"mode": "create"}
         if damaged is not None:
-            # whole, however large: s3fs has no condition for the end of several parts
+            # a single part of any size: s3fs has no condition for multipart uploads
             settings = {"IfMatch": damaged.stamp, "chunksize": path.stat().st_size + 1}
         try:
             system.put_file(str(path), target, **settings)
@@ -114,14 +109,14 @@ def _upload_if_unchanged(system: Any, target: str, path: Path, damaged: File | N
         except FileNotFoundError:
             if damaged is None:
                 raise
-            damaged = None  # it was removed meanwhile
+            damaged = None  # it was removed since
         except OSError as error:
             match _status(error):
-                case 412:  # of a store that does not say which condition
+                case 412:  # some stores report no more than a failed condition
                     return False
                 case 501:
                     raise _ConditionsUnsupportedError from None
-                case 409 if attempts < _MAX_ATTEMPTS:  # another one is writing
+                case 409 if attempts < _MAX_ATTEMPTS:  # a concurrent upload
                     time.sleep(_RETRY_DELAY_S)
                 case _:
                     raise
@@ -137,26 +132,26 @@ def _upload_and_compare(system: Any, target: str, path: Path, damaged: File | No
         existing = None
     if existing is not None and existing != damaged:
         return False
-    may_ask = existing is None and "s3" not in system.protocol  # which has answered already
+    may_ask = existing is None and "s3" not in system.protocol  # S3 has just rejected it
     try:
         system.put_file(str(path), target, **({"mode": "create"} if may_ask else {}))
     except FileExistsError:
         return False
-    except (NotImplementedError, TypeError):  # a client that knows no such mode
+    except (NotImplementedError, TypeError):  # the client has no such mode
         system.put_file(str(path), target)
     return bytes(system.cat_file(target)) == path.read_bytes()
 
 
 def listing(url: str) -> dict[str, File]:
-    """Return the files right in a folder by name; none where there is no such folder.
+    """Return the files of a folder by name, without subfolders; empty if the folder is missing.
 
-    Raises RemoteError, ConfigError where the bucket is missing or the server lists nothing.
+    Raises RemoteError, ConfigError if the bucket is missing or the server has no listings.
     """
     with _as_remote_error(url, "list"):
         system, path = _system(url)
         if "http" in system.protocol:
             raise ConfigError(
-                f"a web server does not say what is in {shown(url)}; name the files, such as "
+                f"a web server cannot list {shown(url)}; name the files, for example "
                 f"{shown(url).rstrip('/')}/train-{{000000..000146}}.tar"
             )
         try:
@@ -180,28 +175,28 @@ def _file_of(entry: dict[str, Any]) -> File:
 
 
 class _InterruptedError(Exception):
-    """A transfer that came to an end too early; another try may succeed."""
+    """A transfer that ended too early; another attempt may succeed."""
 
 
 class _ConditionsUnsupportedError(Exception):
-    """A store that does not know "unless it is there"."""
+    """The store has no conditional writes."""
 
 
 def _status(error: OSError) -> int:
-    """Return the HTTP status that an error of an S3 client stands for, 0 for none."""
+    """Return the HTTP status of an S3 client's error, or 0."""
     response = getattr(error.__cause__, "response", {})
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """Return fsspec's client for a URL, and what it calls the file."""
+    """Return fsspec's client for a URL, and the client's path of the file."""
     try:
-        # without a cache: other machines put files there too
+        # no cache of listings: other machines upload files as well
         system, path = url_to_fs(url, use_listings_cache=False)
     except ImportError:
         kind = urlsplit(url).scheme
         package = f"'mealv2[{_EXTRAS[kind]}]'" if kind in _EXTRAS else "fsspec's package for it"
-        raise ConfigError(f"reading {kind}:// needs more: pip install {package}") from None
+        raise ConfigError(f"{kind}:// needs another package: pip install {package}") from None
     except ValueError as error:
         raise ConfigError(f"{shown(url)}: {str(error).splitlines()[0]}") from None
     return system, path
@@ -216,7 +211,7 @@ def _info(url: str) -> File:
             if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
                 raise _InterruptedError(_reason(error.__cause__ or error)) from None
             _check_bucket(system, url, path)
-            raise ConfigError(f"there is no {shown(url)}") from None
+            raise ConfigError(f"{shown(url)} does not exist") from None
     return _file_of(entry)
 
 
@@ -227,72 +222,66 @@ def _download(url: str, path: Path) -> None:
         with _as_interrupted():
             system.get_file(remote, str(path))
     if size and (got := path.stat().st_size) != size:
-        raise _InterruptedError(f"{got} of {size} bytes came")
+        raise _InterruptedError(f"received {got} of {size} bytes")
 
 
 def _is_connection(error: BaseException | None) -> bool:
-    """Return whether a client gave up for want of a connection, and not of the file."""
+    """Return whether an error is about the connection, not the file."""
     return error is not None and "Connect" in type(error).__name__
 
 
 def _run(url: str, path: Path) -> None:
-    """Write what a program prints; a shell takes the command as it is."""
+    """Write the output of a program; the shell runs the command as it is."""
     command = url.removeprefix(PIPE).strip()
     with path.open("wb") as output:
         done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.PIPE)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _InterruptedError(f"it ended with code {done.returncode}{': ' if last else ''}{last}")
+        raise _InterruptedError(f"it exits with code {done.returncode}{': ' if last else ''}{last}")
 
 
 @contextlib.contextmanager
 def _as_interrupted() -> Iterator[None]:
-    """Turn what clients raise when a connection is cut into one error."""
+    """Convert the clients' errors for a lost connection into _InterruptedError."""
     try:
         yield
     except (PermissionError, FileNotFoundError):
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise  # of the file that is written
+            raise  # an error of the local file
         raise _InterruptedError(_reason(error)) from None
-    except Exception as error:  # each client has kinds of its own: botocore's, aiohttp's
-        if any(word in type(error).__name__ for word in _REFUSED):
+    except Exception as error:  # clients have their own classes: botocore, aiohttp
+        if any(word in type(error).__name__ for word in _DENIED):
             raise
         raise _InterruptedError(_reason(error)) from None
 
 
 @contextlib.contextmanager
 def _as_remote_error(url: str, what: str) -> Iterator[None]:
-    """Turn what clients raise into a RemoteError that says what to do."""
+    """Convert the clients' errors into a RemoteError with advice."""
     try:
         yield
     except (RemoteError, ConfigError, _InterruptedError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # of this machine's own file
-        refused = isinstance(error, PermissionError) or any(
-            word in type(error).__name__ for word in _REFUSED
-        )
-        advice = (
-            "check the credentials, which are taken from where the client always has them (for S3 "
-            "the environment or ~/.aws)"
-            if refused
-            else "run the same command again when the connection is well"
-        )
+            raise  # an error of a local file
+        advice = "check the connection and run the same command again"
+        if isinstance(error, PermissionError) or any(w in type(error).__name__ for w in _DENIED):
+            advice = "check the credentials (for S3 in the environment or ~/.aws)"
         raise RemoteError(f"cannot {what} {shown(url)}: {_reason(error)}; {advice}") from None
 
 
 def _reason(error: BaseException) -> str:
-    """Return why something failed, in a line without addresses that may hold secrets."""
+    """Return the first line of an error, or its class name if the line may contain secrets."""
     text = str(error).strip().split("\n")[0]
-    # their texts quote the request: signed URLs, keys
+    # some errors quote the request: signed URLs, keys
     return text if text and len(text) < 120 and "://" not in text else type(error).__name__
 
 
 def _check_bucket(system: Any, url: str, path: str) -> None:
-    """Raise ConfigError where a file is missing because its whole bucket is."""
+    """Raise ConfigError if the bucket of a missing file does not exist."""
     if "s3" not in system.protocol:
         return
     bucket = path.partition("/")[0]

@@ -1,4 +1,4 @@
-"""Where data lies: a path of this machine, or a URL of object storage, a web server, a program."""
+"""Locations of data: a local path, or a URL of an object store, a web server or a program."""
 
 import posixpath
 import re
@@ -7,21 +7,20 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from mealv2.errors import ConfigError
 
-Location = Path | str  # a path; text is a URL
+Location = Path | str  # a str is a URL
 
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _IN_COMMAND = re.compile(r"://(?:[^\s'\"/@]*@)?([^\s'\"?#|;<>()]*)(?:[?#][^\s'\"|;<>()]*)?")
-# a folder may be called so, but who types it means a store
+# a folder can have this name, but the user probably means a store
 _HALF = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf|https?):(?!//)", re.IGNORECASE)
 _FILE = "file://"
 PIPE = "pipe:"
 
 
 def located(text: str | Path) -> Location:
-    """Return a URL as text, anything else as a path: a ``file:`` URL too, for fsspec puts files
-    there in pieces and over others.
+    """Return a URL as text and anything else as a path, also a ``file:`` URL.
 
-    Raises ConfigError for what was to be a URL and is none.
+    fsspec does not write local files atomically. Raises ConfigError for a malformed URL.
     """
     if isinstance(text, str):
         _check_url(text)
@@ -31,28 +30,28 @@ def located(text: str | Path) -> Location:
 
 
 def _check_url(text: str) -> None:
-    """Raise ConfigError for a URL that lacks a slash, or what is behind its slashes."""
+    """Raise ConfigError for a URL without two slashes, host, bucket or program."""
     kind, _, rest = text.partition(":")
     if _HALF.match(text):
         meant = shown(f"{kind}://{rest.lstrip('/')}")
-        raise ConfigError(f"a URL has two slashes behind {kind}: — {meant}")
+        raise ConfigError(f"the URL needs two slashes after {kind}: write {meant}")
     if text.startswith(_FILE) or not is_url(text):
         return
     if text.startswith(PIPE):
         if not rest.strip():
-            raise ConfigError("pipe: names no program; give pipe:COMMAND")
+            raise ConfigError("pipe: has no command; write pipe:COMMAND")
     elif not rest.removeprefix("//").partition("/")[0].rpartition("@")[2]:
         what = "host" if kind.lower() in ("http", "https") else "bucket"
-        raise ConfigError(f"a URL names no {what}; give {kind}://{what.upper()}/…")
+        raise ConfigError(f"the URL has no {what}; write {kind}://{what.upper()}/…")
 
 
 def is_url(location: object) -> bool:
-    """Return whether a place is a URL: ``s3://…``, ``https://…``, ``pipe:COMMAND``, …"""
+    """Return whether a location is a URL: ``s3://…``, ``https://…``, ``pipe:COMMAND``, …"""
     return isinstance(location, str) and _URL.match(location) is not None
 
 
 def shown(location: Location) -> str:
-    """Return a place as messages name it: without what a URL has of passwords and signatures."""
+    """Return a location for messages: a URL without passwords and signatures."""
     if not isinstance(location, str):
         return str(location)
     if location.startswith(PIPE):

@@ -11,7 +11,7 @@ from mealv2.data.folder import class_folders
 from mealv2.data.tar_splits import find_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline.config import NO_SPLIT, ExportConfig, PackConfig, Settings, require, spelling
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest

@@ -22,7 +22,7 @@ from mealv2.errors import ConfigError, MealError
 from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json
-from mealv2.weight_files import EXPORT_FOLDER, find_checkpoint
+from mealv2.storage.weight_files import EXPORT_FOLDER, find_checkpoint
 from pipeline import console
 from pipeline.config import ExportConfig
 from pipeline.export import model_card

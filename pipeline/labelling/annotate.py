@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mealv2.codec import to_device
 from mealv2.data.source import ImageSource
-from mealv2.devices import to_device
 from mealv2.errors import ConfigError, DataError
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct

@@ -7,7 +7,7 @@ from typing import Any
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier, create_classifier, read_metadata, weights_sha256
 from mealv2.models.ensemble import TeacherEnsemble
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline import console
 from pipeline.config import split_commas
 from pipeline.runtime.device import Runtime

@@ -120,7 +120,7 @@ class Evaluator:
             metrics.add(logits, truth, self._soft_labels(batch.positions))
         model.train(was_training)
         if ranks.is_distributed:
-            metrics.take(ranks.all_reduce(metrics.sums()))
+            metrics.load_sums(ranks.all_reduce(metrics.sums()))
         if not metrics.num_images:
             raise DataError(f"no image of {self.source.name} could be read")
         return metrics

@@ -10,8 +10,8 @@ from typing import Any
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier, save_classifier
+from mealv2.storage.weight_files import EXPORT_FOLDER
 from mealv2.targets import ONLINE, SKIPPED
-from mealv2.weight_files import EXPORT_FOLDER
 from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views

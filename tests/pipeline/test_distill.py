@@ -19,10 +19,10 @@ from mealv2.models import create_classifier
 from mealv2.models.discriminator import Discriminator
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import top_k
+from mealv2.storage.weight_files import find_checkpoint
 from mealv2.targets import BatchTargets, StoredLabels, Targets
 from mealv2.task import DistillTask
 from mealv2.views import DrawnViews, scheduled_view, view_of
-from mealv2.weight_files import find_checkpoint
 from pipeline.config import DistillConfig
 from pipeline.runtime.device import create_runtime
 from pipeline.runtime.seeds import seed_everything

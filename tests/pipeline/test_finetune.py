@@ -9,8 +9,8 @@ import torch
 
 from conftest import Result
 from mealv2.models import create_classifier, read_metadata
+from mealv2.storage.weight_files import find_checkpoint
 from mealv2.targets import HardLabels, StoredLabels
-from mealv2.weight_files import find_checkpoint
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

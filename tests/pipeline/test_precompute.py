@@ -21,11 +21,11 @@ from torchvision.transforms.v2 import functional as v2
 from conftest import FORMS, Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
+from mealv2.losses import compress_logits
 from mealv2.soft_labels import (
     EncodedLabels,
     Labels,
     SoftLabels,
-    compress_logits,
     encode,
     top_k,
 )

@@ -23,7 +23,7 @@ from mealv2.models import (
 from mealv2.models.classifier import _current_name
 from mealv2.models.weights import load_weights
 from mealv2.storage.json_format import read_json
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 
 CLASSES = ["ant", "bee", "größer Bär", "猫"]
 
@@ -93,7 +93,7 @@ def test_the_papers_names_mean_todays(old, new):
 def test_pretrained_weights_without_a_network_end_in_an_error_with_advice(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    advice = "check the network or the Hugging Face cache, give a file .*--initial-checkpoint"
+    advice = "check the network or the Hugging Face cache, pass a file .*--initial-checkpoint"
     with pytest.raises(MealError, match=f"weights of test_resnet.r160_in1k .*{advice}") as caught:
         create_classifier("test_resnet.r160_in1k", num_classes=4, pretrained=True)
     assert "\n" not in str(caught.value)
@@ -252,13 +252,13 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     save_classifier(tmp_path, small_model("test_efficientnet"), classes=CLASSES, img_size=64)
-    with pytest.raises(ConfigError, match=r"is of another model: it lacks \d+ tensors .*unknown"):
+    with pytest.raises(ConfigError, match=r"another model: \d+ tensors are missing .*unknown"):
         small_model("test_resnet", checkpoint=tmp_path)
 
 
 def test_a_head_of_another_width_is_refused_naming_both_widths(tmp_path):
     save_classifier(tmp_path, small_model(), classes=CLASSES, img_size=64)
-    with pytest.raises(ConfigError, match=r"fc\.weight is \(4, 96\) there and \(7, 96\) here"):
+    with pytest.raises(ConfigError, match=r"fc\.weight is \(4, 96\), the model has \(7, 96\)"):
         small_model(num_classes=7, checkpoint=tmp_path)
 
 
@@ -274,9 +274,9 @@ def test_refused_weights_leave_the_model_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "reason"),
     [
-        (["ant", "bee", "größer Bär", "dog"], "first difference '猫' / 'dog'"),
-        (["bee", "ant", "größer Bär", "猫"], "first difference 'ant' / 'bee'"),
-        (CLASSES[:3], "4 there, 3 in the data"),
+        (["ant", "bee", "größer Bär", "dog"], "first difference: '猫' / 'dog'"),
+        (["bee", "ant", "größer Bär", "猫"], "first difference: 'ant' / 'bee'"),
+        (CLASSES[:3], "it has 4, the data 3"),
     ],
     ids=["another name", "another order", "fewer"],
 )

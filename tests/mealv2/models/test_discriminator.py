@@ -275,7 +275,7 @@ def test_draws_that_wake_nothing_end_in_a_runtime_error():
     discriminator = Stillborn(20)
     with torch.no_grad():
         linear_layers(discriminator)[1].bias.fill_(-1e4)
-    with pytest.raises(RuntimeError, match="no initialisation"):
+    with pytest.raises(RuntimeError, match="every initialisation"):
         redraw_dead_outputs(discriminator, logits(20, seed=0))
     assert discriminator.draws == 100
 

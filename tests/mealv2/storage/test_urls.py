@@ -22,16 +22,16 @@ def test_anything_else_is_a_path(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("s3:/b/x", "a URL has two slashes behind s3: — s3://b/x"),
+        ("s3:/b/x", "the URL needs two slashes after s3: write s3://b/x"),
         ("s3:b/x", "s3://b/x"),
         (
             "https:/user:secret@h/x.tar?secret",
-            "a URL has two slashes behind https: — https://h/x.tar",
+            "the URL needs two slashes after https: write https://h/x.tar",
         ),
-        ("s3://", "a URL names no bucket; give s3://BUCKET/…"),
-        ("s3:///x", "a URL names no bucket; give s3://BUCKET/…"),
-        ("https://user:secret@/", "a URL names no host; give https://HOST/…"),
-        ("pipe: ", "pipe: names no program; give pipe:COMMAND"),
+        ("s3://", "the URL has no bucket; write s3://BUCKET/…"),
+        ("s3:///x", "the URL has no bucket; write s3://BUCKET/…"),
+        ("https://user:secret@/", "the URL has no host; write https://HOST/…"),
+        ("pipe: ", "pipe: has no command; write pipe:COMMAND"),
     ],
 )
 def test_half_a_url_is_refused(text: str, named: str) -> None:

@@ -98,7 +98,7 @@ def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:
         part = Evaluation(3)
         part.add(logits_BC[rows], labels_B[rows])
         sums += part.sums()
-    process_group.take(sums)
+    process_group.load_sums(sums)
     assert process_group.summary() == pytest.approx(whole.summary(), rel=1e-12)
     assert process_group.per_class() == whole.per_class()
 

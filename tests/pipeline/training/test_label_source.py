@@ -22,9 +22,9 @@ from mealv2.losses import discriminator_loss
 from mealv2.models import Classifier, create_classifier
 from mealv2.models.discriminator import Discriminator
 from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.storage.weight_files import find_checkpoint
 from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
-from mealv2.weight_files import find_checkpoint
 from pipeline.config import DistillConfig
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.batches import epoch_order, split_batches

@@ -18,7 +18,7 @@ import torch
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.models import create_classifier
-from mealv2.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

@@ -1,15 +1,15 @@
-"""Where the weights of a checkpoint are; imports no torch."""
+"""Find the weights file of a checkpoint, without importing torch."""
 
 from pathlib import Path
 
 from mealv2.errors import ConfigError
 
 WEIGHTS_NAME = "model.safetensors"
-EXPORT_FOLDER = "student"  # where a run folder keeps the model it trained
+EXPORT_FOLDER = "student"  # in a run folder: the trained model
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the weights file that a path means: itself, or the model of a run or model folder."""
+    """Return the weights file at a path: the file itself, or that of a run or model folder."""
     candidates = (
         [path / EXPORT_FOLDER / WEIGHTS_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path]
     )
