@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from mealv2.data.folder import ImageFolder
-from mealv2.data.tar_index import TarIndex, write_index
-from mealv2.data.tar_writer import index_of, sample, sample_names, tar_writer
+from mealv2.data.tar_index import TarIndex, create_index, index_bytes, index_path
+from mealv2.data.tar_writer import sample, sample_names, tar_writer
 
 Files = Iterable[tuple[str, bytes]]
 
@@ -60,8 +60,8 @@ def write_packed(
     with path.open("wb") as stream, tar_writer(stream) as writer:
         for name, (key, class_id, image) in zip(names, samples, strict=True):
             writer.write(sample(name, key, class_id, image))
-    index = index_of(path, [len(image) + extra for _, _, image in samples])
-    write_index(path, index)
+    index = create_index(path, [len(image) + extra for _, _, image in samples])
+    index_path(path).write_bytes(index_bytes(index))
     return index
 
 

@@ -56,7 +56,6 @@ LONG_FUNCTIONS = {
 }
 LONG_FILES = {
     "mealv2/label_set/encoding.py",
-    "pipeline/loading/loader.py",
 }
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

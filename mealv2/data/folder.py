@@ -7,29 +7,29 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mealv2.data.jpeg_pack import INDEX_NAME, Pack
+from mealv2.data.pack_index import INDEX_NAME, Pack
 from mealv2.data.source import EXTENSIONS
 from mealv2.errors import ConfigError
 
 
 class UnorderedSource:
-    """What an image source says whose images lie on this machine, each in a file of its own."""
+    """The parts of an ImageSource with one local file for each image: any order costs the same."""
 
     shard_starts: Sequence[int] | None = None
     groups: Sequence[int] | None = None
 
     def announce(self, groups: Sequence[int]) -> None:
-        """Do nothing: any order costs the same."""
+        """Do nothing."""
 
 
 class ImageFolder(UnorderedSource):
     """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
 
-    Keys are posix paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
+    Keys are POSIX paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
     follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
-    (``.ipynb_checkpoints`` is no class, ``._dog.jpg`` no image). Sizes of a split that `mealv2
-    pack` made are those of the original files. Raises ConfigError for a missing folder or an empty
-    class, DataError for a packed split whose files are not those it lists.
+    (``.ipynb_checkpoints``, ``._dog.jpg``). Sizes of a split that `mealv2 pack` made are those of
+    the original files. Raises ConfigError for a missing folder or an empty class, DataError for a
+    packed split whose files do not match its index.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
@@ -47,11 +47,11 @@ class ImageFolder(UnorderedSource):
             for key, size, path in _images_of(self.folder, class_folder)
         ]
         rows.sort(key=lambda row: row[0])
+        _check_unique([(row[0], row[3]) for row in rows])
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
-        self._paths = [row[3] for row in rows]
-        _check_unique([(row[0], row[3]) for row in rows])
         self.sizes = self.stored_sizes = [row[2] for row in rows]
+        self._paths = [row[3] for row in rows]
         if pack is not None:
             pack.check(self.name, dict(zip(self.keys, self.sizes, strict=True)))
             images = pack.images()
@@ -61,12 +61,12 @@ class ImageFolder(UnorderedSource):
         return len(self.keys)
 
     def read(self, position: int) -> bytes:
-        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+        """Return the encoded image at ``position``; raises OSError."""
         return Path(self._paths[position]).read_bytes()
 
 
 def walk_images(folder: Path) -> Iterator[Path]:
-    """Yield the image files under a folder, links followed, in no order; no hidden names."""
+    """Yield the image files under a folder, unsorted; follows links, skips hidden names."""
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
@@ -75,7 +75,7 @@ def walk_images(folder: Path) -> Iterator[Path]:
 
 
 def class_folders(folder: Path) -> list[tuple[str, Path]]:
-    """List (class name, its folder) of a split; names are sorted and in Unicode's composed form.
+    """List the (class name, folder) pairs of a split, sorted; names are in NFC.
 
     Raises ConfigError for a missing folder, or one without class folders.
     """
@@ -85,8 +85,8 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
         if not folder.parent.is_dir():
             folders = f"there is no folder {folder.parent}"
         raise ConfigError(
-            f"no folder {folder}; --data-dir must hold the split as ROOT/SPLIT/CLASS/IMAGE, or as "
-            f"tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({folders})"
+            f"no folder {folder}; --data-dir must contain the split as ROOT/SPLIT/CLASS/IMAGE, or "
+            f"as tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({folders})"
         )
     found = sorted(
         (_key_of(path, folder), path)
@@ -94,17 +94,17 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
         if path.is_dir() and path.name[0] != "."
     )
     if not found:
-        raise ConfigError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE.jpg")
+        raise ConfigError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg")
     _check_unique(found)
     return found
 
 
 def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
-    """Raise ConfigError where two neighbours of a sorted list have the same name."""
+    """Raise ConfigError for a name that appears twice in a sorted list."""
     for (name, path), (other_name, other_path) in itertools.pairwise(named):
         if name == other_name:
             raise ConfigError(
-                f"{path} and {other_path} differ only in how Unicode spells them; rename one"
+                f"{path} and {other_path} differ only in Unicode normalisation; rename one"
             )
 
 
@@ -114,7 +114,7 @@ def _images_of(folder: Path, class_folder: Path) -> list[tuple[str, int, str]]:
     found = [(_key_of(path, folder), _size_of(path), str(path)) for path in paths]
     if not found:
         raise ConfigError(
-            f"class folder {class_folder} holds no image ({', '.join(EXTENSIONS)}); "
+            f"class folder {class_folder} has no image ({', '.join(EXTENSIONS)}); "
             "add images or remove the folder"
         )
     return found
@@ -133,5 +133,5 @@ def _size_of(path: Path) -> int:
     try:
         status = path.stat()
     except OSError:
-        return 0  # a dangling link: reading it will name it
+        return 0  # a dangling link: ``read`` raises for it
     return status.st_size if stat.S_ISREG(status.st_mode) else 0

@@ -1,4 +1,4 @@
-"""JPEGs into JPEGs with restart markers, by the program jpegtran: every pixel stays the same."""
+"""Add restart markers to JPEGs with the program jpegtran, without changing a pixel."""
 
 import shutil
 import subprocess
@@ -12,11 +12,9 @@ from mealv2.data.jpeg_restart import is_packed, mcus_per_row, with_index
 from mealv2.data.pixels import decode
 from mealv2.errors import ConfigError, DataError
 
-AGAIN = "run the same command again to go on"
+_MCUS_PER_INTERVAL = 4  # about; more decode more pixels than a view needs, fewer make files larger
 
-MCUS_PER_INTERVAL = 4  # about: more make views larger than they need be, fewer make files larger
-
-# Why a file is a copy of the original.
+# Reasons why a file is a copy of the original.
 NOT_A_JPEG = "not a JPEG"
 UNREADABLE = "unreadable"
 OTHER_KIND = "not 8-bit gray or 3 components"
@@ -26,14 +24,14 @@ DIFFERENT = "pixels would differ"
 
 @dataclass(frozen=True)
 class Jpegtran:
-    """The program that moves a JPEG's coefficients into another JPEG, and its version."""
+    """The program that copies a JPEG's coefficients into another JPEG, and its version."""
 
     path: str
     version: str
 
     @classmethod
     def find(cls) -> "Jpegtran":
-        """Look for it; raises ConfigError where there is none, or one that does something else."""
+        """Find the program; raises ConfigError if it is missing or writes no restart markers."""
         path = shutil.which("jpegtran")
         if path is None:
             raise ConfigError(
@@ -53,23 +51,25 @@ class Jpegtran:
         return program
 
     def restarted(self, data: bytes, interval: int) -> bytes | None:
-        """Return a JPEG with a restart marker every ``interval`` MCUs; None where it refuses.
+        """Return a baseline JPEG with a restart marker every ``interval`` MCUs; None on failure.
 
-        It is baseline, with the Huffman tables that fit it best. Raises DataError where the
-        program was killed.
+        Huffman tables are optimised. Raises DataError if the program was killed.
         """
         command = [self.path, "-copy", "all", "-optimize", "-restart", f"{interval}B"]
-        # a group of its own: Ctrl-C is for this process, which finishes what was begun
+        # its own process group: Ctrl-C reaches this process only, which finishes the image
         done = subprocess.run(
             command, input=data, capture_output=True, check=False, process_group=0
         )
         if done.returncode < 0:
-            raise DataError(f"jpegtran was killed by signal {-done.returncode}; {AGAIN}")
+            raise DataError(
+                f"jpegtran was killed by signal {-done.returncode}; run the same "
+                "command again to continue"
+            )
         return done.stdout if done.returncode in (0, 2) else None  # 2: there were warnings
 
 
 def packed(data: bytes, program: Jpegtran) -> tuple[bytes, str | None]:
-    """Return the packed file and None, or the same file and why it is not packed."""
+    """Return the packed file and None, or the same file and the reason why it is not packed."""
     try:
         pixels_HWC = decode(data)
     except DataError:
@@ -87,13 +87,13 @@ def packed(data: bytes, program: Jpegtran) -> tuple[bytes, str | None]:
 
 
 def interval_of(per_row: int) -> int:
-    """Return the divisor of the MCUs of a row that is nearest to 4, the smaller one of two."""
+    """Return the divisor of the MCUs of a row that is nearest to 4, the smaller of two."""
     divisors = [number for number in range(1, per_row + 1) if per_row % number == 0]
-    return min(divisors, key=lambda number: (abs(number - MCUS_PER_INTERVAL), number))
+    return min(divisors, key=lambda number: (abs(number - _MCUS_PER_INTERVAL), number))
 
 
 def decodes_to(data: bytes, pixels_HWC: np.ndarray) -> bool:
-    """Return whether a file has the very pixels of an image."""
+    """Return whether a file decodes to exactly these pixels."""
     try:
         return np.array_equal(decode(data), pixels_HWC)
     except DataError:

@@ -1,16 +1,14 @@
-"""Many keys in little memory: their bytes one after another, and where each ends."""
+"""Many keys in little memory: their bytes in one buffer, and where each ends."""
 
 from collections.abc import Iterator, Sequence
+from operator import eq
 from typing import overload
 
 import numpy as np
 
 
 class Keys(Sequence[str]):
-    """A sequence of texts that takes a third of the memory of a list of them.
-
-    Texts are decoded whenever they are asked for.
-    """
+    """A sequence of strings in a third of the memory of a list; each access decodes one."""
 
     def __init__(self, data: bytes, ends_N: np.ndarray) -> None:
         self._data = data
@@ -18,13 +16,13 @@ class Keys(Sequence[str]):
 
     @classmethod
     def of(cls, keys: Sequence[str]) -> "Keys":
-        """Return a compact copy of texts."""
+        """Return a compact copy of strings."""
         encoded = [key.encode() for key in keys]
         return cls(b"".join(encoded), np.cumsum([len(key) for key in encoded], dtype=np.int64))
 
     @classmethod
     def concat(cls, parts: Sequence["Keys"]) -> "Keys":
-        """Return the texts of all parts, in their order."""
+        """Return the strings of all parts, in order."""
         begins = np.cumsum([0, *(len(part._data) for part in parts)])
         ends = [part._ends_N + begin for part, begin in zip(parts, begins[:-1], strict=True)]
         return cls(b"".join(part._data for part in parts), np.concatenate(ends))
@@ -50,8 +48,4 @@ class Keys(Sequence[str]):
         return self._data[begin : self._ends_N[index]].decode()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))

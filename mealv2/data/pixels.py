@@ -1,8 +1,7 @@
-"""How a view becomes pixels: decode, crop, resize, flip; and a probe that says whether today's
-libraries still give the same pixels.
+"""Decode, crop, resize and flip: from an image file and a view to pixels.
 
-Every full JPEG decoder of the libjpeg-turbo family gives the same bits, so the fast one is used
-where it is installed; the resize is torch's or Pillow's, which differ by up to 2 of 255.
+All full JPEG decoders of the libjpeg-turbo family give the same bits, so the fast one is used if it
+is installed. The resize is torch's or Pillow's; the two differ by up to 2 of 255.
 """
 
 import io
@@ -19,39 +18,39 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from mealv2.data import jpeg_restart
+from mealv2.data.jpeg_restart import PACKED_MARKS, PACKED_MARKS_END, read_header
 from mealv2.errors import DataError
 from mealv2.views import View, evaluation_resize
 
 try:
     import simplejpeg
-except ImportError:  # then Pillow decodes to the same bits
+except ImportError:  # Pillow decodes to the same bits
     simplejpeg = None
 
-# What resizes: both are antialiased and bilinear, torch is three times as fast.
+# Both are antialiased and bilinear; torch is three times as fast.
 Resize = Literal["torch", "pil"]
 RESIZES: tuple[Resize, ...] = get_args(Resize)
 
-_INTERPOLATION = "bilinear, antialias"  # what a plan says, before who did it
-_FAST_COLOURS = ("Gray", "YCbCr", "RGB")  # simplejpeg's names of what it decodes as Pillow does
+_INTERPOLATION = "bilinear, antialias"  # in a plan, before the library's name
+_FAST_COLOURS = ("Gray", "YCbCr", "RGB")  # those that simplejpeg decodes as Pillow does
 _JPEG = b"\xff\xd8\xff"
 
 
 def interpolation(resize: Resize) -> str:
-    """Return what a plan says about how a box became pixels."""
+    """Return a plan's text for a resize."""
     return f"{_INTERPOLATION} ({'PIL' if resize == 'pil' else resize})"
 
 
 def resize_of(interpolation: object) -> Resize:
-    """Return who resized, of what a plan says; Pillow did before plans said it."""
+    """Return the resize of a plan's text; Pillow's for imported labels and any other text."""
     return "torch" if interpolation == f"{_INTERPOLATION} (torch)" else "pil"
 
 
 def decode(data: bytes) -> np.ndarray:
     """Decode an encoded image to RGB, uint8 H x W x 3, as torchvision's ImageFolder loader does.
 
-    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason when the
-    bytes are no image, end too early or unpack to a decompression bomb; the caller knows the name.
+    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason for
+    bytes that are not an image, are truncated or are a decompression bomb.
     """
     if not data:
         raise DataError("the file is empty")
@@ -60,7 +59,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """Decode a plain JPEG; None for one that Pillow has to look at."""
+    """Decode a plain JPEG; None for one that needs Pillow."""
     if simplejpeg is None:
         return None
     try:
@@ -69,7 +68,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
             return None
         pixels_HWC: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
         return pixels_HWC
-    except ValueError:  # damaged, or what libjpeg only warns of: Pillow knows which
+    except ValueError:  # damaged, or only a warning of libjpeg: Pillow decides
         return None
 
 
@@ -81,18 +80,17 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise DataError("not an image that PIL can read") from None
     except MemoryError:
         raise
-    except Exception as error:
-        # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, …
         raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
 
 
-# Some views of an image, given its width and height.
+# Some views of an image as a function of its width and height.
 ViewsOf = Callable[[int, int], Sequence[View]]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A decoded image of ``width`` x ``height`` pixels, or the part of it from (top, left) on."""
+    """A decoded image of ``width`` x ``height`` pixels, or a part that starts at (top, left)."""
 
     pixels_HWC: np.ndarray
     width: int
@@ -101,26 +99,25 @@ class DecodedImage:
     left: int = 0
 
     def cut(self, view: View, img_size: int, *, resize: Resize) -> np.ndarray:
-        """Return a view of the image, which is inside the part; see ``cut``."""
+        """Return the pixels of a view inside the part; see ``cut``."""
         inside = replace(view, top=view.top - self.top, left=view.left - self.left)
         return cut(self.pixels_HWC, inside, img_size, resize=resize)
 
 
 def decode_for(data: bytes, views_of: ViewsOf | None) -> DecodedImage:
-    """Decode an image, or a part that holds its views where restart markers allow it.
+    """Decode an image; of a JPEG with restart markers only the part that contains its views.
 
-    ``views_of(width, height)`` are the views; None takes the whole. The pixels are the same.
+    ``views_of(width, height)`` are the views; None needs the full image. The pixels are equal.
     """
-    file = None if views_of is None else jpeg_restart.opened(data)
-    if views_of is not None and file is not None:
-        views = views_of(file.width, file.height)
+    is_packed = any(data.find(mark, 0, PACKED_MARKS_END) >= 0 for mark in PACKED_MARKS)
+    if views_of and is_packed and (file := read_header(data)):
+        frame = file.frame
+        views = views_of(frame.width, frame.height)
         top, left = min(view.top for view in views), min(view.left for view in views)
         height = max(view.top + view.height for view in views) - top
         width = max(view.left + view.width for view in views) - left
-        part = file.region(top, left, height, width)
-        if part is not None:
-            corner = top - part.top, left - part.left
-            return DecodedImage(decode(part.data), file.width, file.height, *corner)
+        if (part := file.region(top, left, height, width)) is not None:
+            return DecodedImage(decode(part.data), frame.width, frame.height, part.top, part.left)
     pixels_HWC = decode(data)
     height, width, _ = pixels_HWC.shape
     return DecodedImage(pixels_HWC, width, height)
@@ -136,7 +133,10 @@ def cut(
     rows = slice(view.top, view.top + view.height)
     columns = slice(view.left, view.left + view.width)
     resized_SSC = _resized(pixels_HWC[rows, columns], img_size, img_size, resize)
-    return _flipped(resized_SSC) if view.flip else resized_SSC
+    if not view.flip:
+        return resized_SSC
+    # ten times as fast as NumPy's reversed rows of three-byte pixels
+    return _as_array(torch.from_numpy(resized_SSC).permute(2, 0, 1).flip(2))
 
 
 def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torch") -> np.ndarray:
@@ -157,21 +157,15 @@ def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torc
 
 
 def _resized(pixels_HWC: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
-    # a crop's rows lie apart: NumPy joins them in this thread, torch would ask others to help
+    # the rows of a crop are not contiguous; NumPy copies them in this thread, torch would use more
     pixels_HWC = np.require(pixels_HWC, requirements=["C", "W"])
     if resize == "pil":
         image = Image.fromarray(pixels_HWC)
         return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
-    # channels-last by its strides, that of the batch included: so is the result then, in half the
-    # time, and it need not be transposed to lie in a batch
+    # channels-last strides, also of the batch dimension: the result has them too, in half the time
     pixels_1CHW = torch.from_numpy(pixels_HWC.reshape(1, *pixels_HWC.shape)).permute(0, 3, 1, 2)
     resized_1CHW = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)
     return _as_array(resized_1CHW[0])
-
-
-def _flipped(pixels_HWC: np.ndarray) -> np.ndarray:
-    # ten times as fast as NumPy's reversed pixels of three bytes
-    return _as_array(torch.from_numpy(pixels_HWC).permute(2, 0, 1).flip(2))
 
 
 def _as_array(pixels_CHW: torch.Tensor) -> np.ndarray:
@@ -180,7 +174,7 @@ def _as_array(pixels_CHW: torch.Tensor) -> np.ndarray:
 
 
 _PROBE_SIZE = 32
-_PROBE_VIEWS = (  # of a picture of 61 x 47: larger, smaller, taller and wider than the result
+_PROBE_VIEWS = (  # of an image of 61 x 47: larger, smaller, taller and wider than the result
     View(0, 0, 47, 61, False),
     View(3, 7, 11, 9, True),
     View(1, 20, 45, 17, False),
@@ -190,9 +184,9 @@ _PROBE_VIEWS = (  # of a picture of 61 x 47: larger, smaller, taller and wider t
 
 @cache
 def probe_sha256(resize: Resize) -> str:
-    """Return a SHA-256 (hex) of a picture's views, as this machine's libraries cut them.
+    """Return a SHA-256 (hex) of the views of probe.jpg, as this machine's libraries cut them.
 
-    Two machines with the same one cut the same pixels of any JPEG, whatever their versions.
+    Machines with equal hashes cut equal pixels from any JPEG, whatever their library versions.
     """
     pixels_HWC = decode(resources.files("mealv2.data").joinpath("probe.jpg").read_bytes())
     cuts = [cut(pixels_HWC, view, _PROBE_SIZE, resize=resize) for view in _PROBE_VIEWS]

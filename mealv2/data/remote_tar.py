@@ -1,40 +1,26 @@
-"""Tar shards behind URLs as an image source: found by pattern or listing, read through a cache.
+"""Tar shards behind URLs as an image source, read through a cache.
 
-Each is fetched whole, once, ahead of its turn; an epoch's order (pipeline/order.py) sees to it that
-few of them are needed at a time.
+Each shard is fetched once, ahead of its first use; an epoch's order (pipeline/training/batches.py)
+keeps the number of shards that are needed at a time small.
 """
 
-import fnmatch
-import posixpath
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from mealv2.data.jpeg_pack import SUFFIX as PACK_SUFFIX
-from mealv2.data.jpeg_pack import Pack
-from mealv2.data.tar import TarShards, index_shard
-from mealv2.data.tar_index import SUFFIX as INDEX_SUFFIX
-from mealv2.data.tar_index import ShardIndex, TarIndex, index_bytes, index_of_bytes
-from mealv2.data.tar_splits import (
-    CLASS_FILES,
-    class_names,
-    has_word,
-    is_tar,
-    require_plain_tars,
-    shards_of,
-    without_braces,
-)
+from mealv2.data.tar import TarShards
+from mealv2.data.tar_index import ShardIndex, TarIndex, index_bytes, index_of_bytes, index_shard
+from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.cache import Cache
-from mealv2.storage.urls import PIPE, beside, file_name, shown, within
+from mealv2.storage.urls import PIPE, beside, file_name, shown
 
-AHEAD = 8  # shards fetched ahead of those that are read, as many as an epoch reads at a time
-_FETCHED_AT_ONCE = 2
+AHEAD = 8  # shards fetched ahead of those in use, as many as an epoch reads at a time
+_MAX_FETCHES = 2
 
 
 class RemoteTar:
@@ -42,72 +28,64 @@ class RemoteTar:
 
     def __init__(self, url: str, cache: Cache) -> None:
         self.name = shown(url)
+        self.size = 0  # bytes; 0 if unknown
         self._url = url
         self._cache = cache
         self._sha256 = ""
         self._has_index = False
-        self._remote: object_store.File | None = None  # as it was when its samples were found
-        self._version = ""  # what its copy is told by from those of files it has replaced
-        self.size = 0  # 0: not known
+        self._remote: object_store.File | None = None  # as it was when it was indexed
+        self._version = ""  # distinguishes its copy from those of files that it replaced
 
     def index(self) -> ShardIndex:
         """Return its samples, from the index beside it, or by reading it once.
 
-        Raises DataError, RemoteError, ConfigError where it is not there.
+        Raises DataError, RemoteError, ConfigError for a missing file.
         """
-        index = self._remote_index()
-        self._has_index = index is not None
-        if index is not None:
+        url = beside(self._url, file_name(self._url) + INDEX_SUFFIX)
+        data = None if self._url.startswith(PIPE) else object_store.read(url)
+        self._has_index = data is not None
+        index = self._cached_index() if data is None else index_of_bytes(data, shown(url))
+        if self._has_index:
             self._version = index.sha256
-        else:
-            index = self._cached_index()
         self.size, self._sha256 = index.num_bytes, index.sha256
         return index.images
 
     def open(self) -> int:
-        """Return a descriptor of the copy; it is fetched where it is not there.
+        """Return a descriptor of the copy, which is fetched if it is missing.
 
-        Raises RemoteError, also where the copy cannot be written: the image is none the worse.
+        Raises RemoteError, also if the copy cannot be written, which is not a bad image.
         """
         try:
             return self._cache.open(self._url, self._fetch, size=self.size, version=self._version)
         except OSError as error:
             raise RemoteError(
                 f"cannot keep a copy of {self.name}: {error.strerror or error}: "
-                f"{error.filename or self._cache.folder}; see to --cache-dir and run the same "
+                f"{error.filename or self._cache.folder}; check --cache-dir and run the same "
                 "command again"
             ) from error
 
     def fetch(self) -> None:
-        """See that the copy is there."""
+        """Fetch the copy if it is missing."""
         self._cache.make(self._url, self._fetch, size=self.size, version=self._version)
 
-    def _remote_index(self) -> TarIndex | None:
-        if self._url.startswith(PIPE):
-            return None
-        url = beside(self._url, file_name(self._url) + INDEX_SUFFIX)
-        data = object_store.read(url)
-        return None if data is None else index_of_bytes(data, shown(url))
-
     def _cached_index(self) -> TarIndex:
-        """Return the index of a file that has none beside it; kept beside the copy.
+        """Return the index of a file that has none beside it, and keep it beside the copy.
 
-        It is that of the very file that is there, as far as the server tells files apart; what a
-        program prints is taken for the same.
+        It matches the remote file's size and stamp; the output of a program is assumed constant.
         """
         if not self._url.startswith(PIPE):
             self._remote = object_store.info(self._url)
             self._version = f"{self._remote.size} {self._remote.stamp}"
         copy = self._cache.path_of(self._url, version=self._version)
         path = copy.with_name(copy.name + INDEX_SUFFIX)
-        with suppress(OSError, DataError):  # one that is missing or damaged is made anew
+        with suppress(OSError, DataError):  # a missing or damaged one is created again
             return index_of_bytes(path.read_bytes(), str(path))
         while True:
             self.fetch()
             try:
                 index = TarIndex(index_shard(copy), copy.stat().st_size, file_sha256(copy))
             except FileNotFoundError:
-                continue  # another process needed the room
+                continue  # another process removed the copy to free space
             except DataError as error:
                 raise DataError(str(error).replace(str(copy), self.name)) from None
             write_atomic(path, index_bytes(index))
@@ -121,39 +99,46 @@ class RemoteTar:
             )
         if self._sha256 and file_sha256(path) != self._sha256:
             raise RemoteError(
-                f"{self.name} is not the file that its index describes (SHA-256); put both there "
-                "anew, as `mealv2 pack` made them"
+                f"{self.name} is not the file that its index describes (SHA-256); upload both "
+                "again, as `mealv2 pack` made them"
                 if self._has_index
-                else f"{self.name} is no longer what it was; run the same command again"
+                else f"{self.name} has changed since it was opened; run the same command again"
             )
 
 
 class RemoteShards(TarShards):
-    """Images in tar files behind URLs; each file is fetched whole when an image of it is needed."""
+    """Images in tar files behind URLs; a file is fetched when one of its images is needed.
+
+    Raises as TarShards, and ConfigError for a cache that cannot hold the shards in use.
+    """
 
     def __init__(
         self,
         files: Sequence[RemoteTar],
+        cache: Cache,
         *,
         name: str,
         split: str,
         classes: list[str] | None,
-        cache: Cache,
     ) -> None:
         super().__init__(files, name=name, split=split, classes=classes)
         self._tars = list(files)
         self.groups = self.shard_starts or []
-        # of the tar files that have images at all, which are the groups
-        self._numbers = [self._shard_of(start) for start in self.groups]
+        self._numbers = [self._shard_of(start) for start in self.groups]  # shards with images
         self._next: dict[int, list[int]] = {}
         self._wanted: dict[int, None] = {}
         self._num_fetching = 0
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(_FETCHED_AT_ONCE, "mealv2-fetch")
-        self._check_cache_size(cache)
+        self._threads = ThreadPoolExecutor(_MAX_FETCHES, "mealv2-fetch")
+        needed = sum(sorted((tar.size for tar in files), reverse=True)[: AHEAD + 1])
+        if needed > cache.limit:
+            raise ConfigError(
+                f"--cache-size {cache.limit} bytes: reading {name} needs {AHEAD + 1} of its "
+                f"shards at a time, {needed} bytes"
+            )
 
     def announce(self, groups: Sequence[int]) -> None:
-        """Take note in which order shards will be read, to fetch them ahead of it."""
+        """Store the order in which shards will be read, to fetch them ahead."""
         order = [self._numbers[group] for group in groups]
         with self._lock:
             self._next = {n: order[i + 1 : i + 1 + AHEAD] for i, n in enumerate(order)}
@@ -161,126 +146,27 @@ class RemoteShards(TarShards):
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``.
 
-        Raises RemoteError where its shard cannot be fetched, else as TarShards.
+        Raises RemoteError if its shard cannot be fetched, else as TarShards.
         """
-        self._fetch_after(self._shard_of(position))
+        with self._lock:
+            self._wanted |= dict.fromkeys(self._next.pop(self._shard_of(position), []))
+            self._start_fetches()
         return super().read(position)
 
-    def _fetch_after(self, number: int) -> None:
-        with self._lock:
-            self._wanted |= dict.fromkeys(self._next.pop(number, []))
-            while self._wanted and self._num_fetching < _FETCHED_AT_ONCE:
-                self._num_fetching += 1
-                self._begin()
+    def _start_fetches(self) -> None:
+        """Fetch the shards that are wanted first; the lock is held.
 
-    def _begin(self) -> None:
-        """Begin to fetch what is wanted first, if anything is; the lock is held.
-
-        One after another: what is in the pool's own queue would be fetched even by a process that
-        is about to end.
+        The pool's queue stays empty: a process that ends would still fetch all of it.
         """
-        if not self._wanted:
-            self._num_fetching -= 1
-            return
-        del self._wanted[number := next(iter(self._wanted))]
-        self._threads.submit(self._fetch, number)
+        while self._wanted and self._num_fetching < _MAX_FETCHES:
+            del self._wanted[number := next(iter(self._wanted))]
+            self._num_fetching += 1
+            self._threads.submit(self._fetch, number)
 
     def _fetch(self, number: int) -> None:
         try:
             self._tars[number].fetch()
         finally:
             with self._lock:
-                self._begin()
-
-    def _check_cache_size(self, cache: Cache) -> None:
-        """Raise ConfigError for a cache that would be emptied before an epoch has used it."""
-        needed = sum(sorted((tar.size for tar in self._tars), reverse=True)[: AHEAD + 1])
-        if needed > cache.limit:
-            raise ConfigError(
-                f"--cache-size {cache.limit} bytes: reading {self.name} needs {AHEAD + 1} of its "
-                f"shards at a time, {needed} bytes"
-            )
-
-
-# --- which -------------------------------------------------------------------------------------
-
-
-def open_remote(url: str, split: str, cache: Cache) -> RemoteShards:
-    """Open the tar files of a split behind a URL: a pattern of names, or a folder of a store.
-
-    Raises ConfigError where there are none, DataError, RemoteError.
-    """
-    urls = _by_pattern(url, split) if _is_pattern(url) else _in_folder(url, split)
-    if not urls:
-        raise ConfigError(f"{shown(url)} has no tar files of the split {split}")
-    return RemoteShards(
-        [RemoteTar(name, cache) for name in urls],
-        name=f"{shown(url)} ({split})",
-        split=split,
-        classes=None if url.startswith(PIPE) else _classes(urls, split),
-        cache=cache,
-    )
-
-
-def _is_pattern(url: str) -> bool:
-    return url.startswith(PIPE) or is_tar(url) or re.search(r"[{*?[]", url) is not None
-
-
-def _in_folder(url: str, split: str) -> list[str]:
-    listed = _tars(url)  # first: a server that lists nothing is refused by the name that was given
-    inside = [within(url, f"{split}/{name}") for name in _tars(within(url, split))]
-    urls = sorted(shards_of(split, url.rstrip("/"), inside, listed))
-    pack_url = within(url, f"{split}{PACK_SUFFIX}")
-    if not inside and (data := object_store.read(pack_url)) is not None:
-        pack = Pack.of_bytes(data, shown(pack_url))
-        pack.check(shown(url).rstrip("/"), {n: listed[n] for n in map(file_name, urls)})
-    return urls
-
-
-def _by_pattern(pattern: str, split: str) -> list[str]:
-    named = without_braces(pattern)
-    if pattern.startswith(PIPE):
-        tar_urls = [command for command in named if has_word(command, split)]
-    else:
-        named = [url for name in named for url in _matching(name)]
-        tar_urls = [url for url in named if _is_of(split, url)]
-        require_plain_tars(map(shown, tar_urls))
-    if named and not tar_urls:
-        raise ConfigError(
-            f"--data-dir {shown(pattern)}: none of its {len(named)} tar files is of the split "
-            f"{split}, whose name must be a word of the file's or its folder's name"
-        )
-    return sorted(set(tar_urls))
-
-
-def _is_of(split: str, url: str) -> bool:
-    folder = posixpath.basename(posixpath.dirname(shown(url)))
-    return folder == split or has_word(file_name(url), split)
-
-
-def _matching(url: str) -> list[str]:
-    """Return the files that a name with wildcards stands for; the name itself without any."""
-    name = file_name(url)
-    if not re.search(r"[*?[]", name):
-        return [url]
-    folder = beside(url, "")
-    return [within(folder, other) for other in _tars(folder) if fnmatch.fnmatch(other, name)]
-
-
-def _tars(url: str) -> dict[str, int]:
-    """Return the tar files in a folder by name, in order, with their sizes."""
-    listed = sorted(object_store.listing(url).items())
-    return {name: file.size for name, file in listed if name[0] != "." and is_tar(name)}
-
-
-def _classes(urls: Sequence[str], split: str) -> list[str] | None:
-    """Read the class names beside the shards, or in the folder above where a split has its own."""
-    folders = {beside(url, "") for url in urls}
-    above = {beside(f.rstrip("/"), "") for f in folders if f.rstrip("/").endswith(f"/{split}")}
-    found = []
-    for folder in sorted(folders | above):
-        for name in CLASS_FILES:
-            url = within(folder, name)
-            if (data := object_store.read(url)) is not None:
-                found.append((shown(url), data))
-    return class_names(found)
+                self._num_fetching -= 1
+                self._start_fetches()

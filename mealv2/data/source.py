@@ -1,13 +1,13 @@
-"""What an image source is: keys, classes, sizes and encoded images, and their fingerprint."""
+"""The interface of image sources: keys, classes, sizes and encoded images; their fingerprint."""
 
 from collections.abc import Container, Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
 
-# torchvision: the file names that ImageFolder takes for images
+# torchvision: the file names that ImageFolder accepts
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# How files of the formats begin.
+# The first bytes of files.
 _STARTS = {
     b"\xff\xd8": "jpg",
     b"\x89PNG": "png",
@@ -20,19 +20,19 @@ _STARTS = {
 
 
 class ImageSource(Protocol):
-    """Images by position: a key, a class and encoded bytes each, in an order of the source's."""
+    """Images by position, in the source's own order: a key, a class and encoded bytes each."""
 
     @property
     def name(self) -> str:
-        """What to call the source in messages."""
+        """The name in messages."""
 
     @property
     def split(self) -> str:
-        """Which part of the data set it is."""
+        """The part of the data set: ``train``, ``val``, …"""
 
     @property
     def keys(self) -> Sequence[str]:
-        """The stable text id of each image, unique, in the source's order."""
+        """The stable, unique text id of each image."""
 
     @property
     def labels(self) -> Sequence[int]:
@@ -40,7 +40,7 @@ class ImageSource(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The size in bytes of each encoded image, before it was packed if it was."""
+        """The size in bytes of each encoded image, before it was packed if it is packed."""
 
     @property
     def stored_sizes(self) -> Sequence[int]:
@@ -48,17 +48,14 @@ class ImageSource(Protocol):
 
     @property
     def shard_starts(self) -> Sequence[int] | None:
-        """The position of the first image of each file of many, None where each has its own."""
+        """The position of each tar file's first image; None if every image has its own file."""
 
     @property
     def groups(self) -> Sequence[int] | None:
-        """The position at which each group of images begins that should be read together.
-
-        None where any order costs the same.
-        """
+        """The first position of each group of images to read together; None if order is free."""
 
     def announce(self, groups: Sequence[int]) -> None:
-        """Take note of the groups that will be read, by number, in the order of their first use."""
+        """Receive the numbers of the groups that will be read, in order of first use."""
 
     @property
     def classes(self) -> list[str]:
@@ -67,20 +64,17 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, position: int) -> bytes:
-        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+        """Return the encoded image at ``position``; raises OSError, DataError, RemoteError."""
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
-    """Return the fingerprint of a source's images; ``only`` leaves out keys that it lacks."""
+    """Return the fingerprint of a source's images, or of those whose keys are in ``only``."""
     images = zip(source.labels, source.keys, source.sizes, strict=True)
     return fingerprint_of(source.classes, (i for i in images if only is None or i[1] in only))
 
 
 def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]]) -> str:
-    """Return a SHA-256 (hex) over the class names and (class, key, bytes of the file) of images.
-
-    In the order of these, so that a set of images has one fingerprint, whatever its order.
-    """
+    """Return a SHA-256 (hex) over class names and sorted (class id, key, file size) of images."""
     digest = sha256()
     for name in classes:
         digest.update(f"class\0{name}\n".encode())
@@ -90,7 +84,7 @@ def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]
 
 
 def extension_of(data: bytes) -> str:
-    """Return the extension, without a dot, that an encoded image goes by; ``jpg`` if unknown."""
+    """Return the extension of an encoded image, without a dot; ``jpg`` if unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for start, name in _STARTS.items() if data.startswith(start)), "jpg")

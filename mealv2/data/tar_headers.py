@@ -1,7 +1,7 @@
 """The members of a tar file, found by its headers alone: ustar, GNU long names, pax records.
 
-The standard library's tarfile takes several times as long, and reads what is cut off between two
-members as a shorter archive.
+The standard library's tarfile takes several times as long, and reads a file that is truncated
+between two members as a shorter archive.
 """
 
 import os
@@ -16,14 +16,14 @@ from mealv2.errors import DataError
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _WINDOW = 4096  # read at once: the headers and small members between two images
-_LONGEST_RECORD = 1 << 20  # of a long name or pax header; real ones have some hundred bytes
+_MAX_RECORD_SIZE = 1 << 20  # of a long name or pax header; real ones have some hundred bytes
 _ADLER = 65521
 _REGULAR = b"0\0" + b"7"
-_NAMES = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
+_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
 
 class Member(NamedTuple):
-    """A regular file in a tar file: its name, where its bytes are, CRC-32 of the header before."""
+    """A regular file in a tar file: name, offset and size of its bytes, CRC-32 of its header."""
 
     name: str
     offset: int
@@ -32,9 +32,9 @@ class Member(NamedTuple):
 
 
 class Archive:
-    """A tar file open for one pass over its headers; close it, or use it in ``with``.
+    """A context manager: a tar file open for one pass over its headers.
 
-    Raises DataError, naming file and byte, for whatever is no whole tar file, and OSError.
+    Raises OSError, and DataError, with file and byte, for a file that is not a complete tar file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class Archive:
         self._window, self._start = b"", 0
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)
-            raise DataError(f"{path} is no tar file, nor any other regular file")
+            raise DataError(f"{path} is not a tar file: it is not a regular file")
 
     def __enter__(self) -> "Archive":
         return self
@@ -54,22 +54,22 @@ class Archive:
         os.close(self._fd)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the file; what lies close together is read once."""
+        """Return bytes of the file, from the window of the last read if possible."""
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._window):
             if offset + size > self._size:
-                self._error(offset, "it is cut off there")
+                self._error(offset, "it is truncated")
             self._window = os.pread(self._fd, max(size, _WINDOW), offset)
             self._start, begin = offset, 0
             if len(self._window) < size:
-                self._error(offset, "it was cut off while it was read")
+                self._error(offset, "it was truncated while it was read")
         return self._window[begin : begin + size]
 
     def members(self) -> Iterator[Member]:
-        """Yield the regular files in the order they lie; folders are passed over.
+        """Yield the regular files in file order; folders are skipped.
 
-        Links, sparse files and devices are refused. So is a file without tar's mark of the end:
-        it may be cut off between two members.
+        Links, sparse files and devices are errors. So is a missing end mark: the file may be
+        truncated between two members.
         """
         offset = 0
         long_name: bytes | None = None
@@ -79,7 +79,9 @@ class Archive:
             kind, size = header[156:157], self._number(header[124:136], offset)
             data = offset + BLOCK
             if kind in b"LKxXg":
-                record = self._record(data, size)
+                if size > _MAX_RECORD_SIZE:
+                    self._error(data, f"a name or record of {size} bytes")
+                record = self.read(data, size)
                 if kind == b"L":
                     long_name = record.partition(b"\0")[0]
                 elif kind == b"g":
@@ -87,27 +89,29 @@ class Archive:
                         self._error(offset, "a pax header gives all members one name or size")
                 elif kind != b"K":
                     pax = self._pax(record, offset)
-                offset = data + _padded(size)
+                offset = data + size + -size % BLOCK
                 continue
             size = self._number(pax[b"size"], offset, base=10) if b"size" in pax else size
             name = pax.get(b"path", _plain_name(header) if long_name is None else long_name)
             if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
                 size = 0
             elif kind not in _REGULAR:
-                what = _NAMES.get(kind, f"of the kind {kind!r}")
-                self._error(offset, f"{_shown(name)} is {what}; only files are read", damaged=False)
+                what = _KINDS.get(kind, f"of the kind {kind!r}")
+                self._error(
+                    offset, f"{_shown(name)} is {what}; only files can be read", damaged=False
+                )
             elif data + size > self._size:
-                self._error(offset, f"it is cut off within {_shown(name)}")
+                self._error(offset, f"it is truncated within {_shown(name)}")
             else:
                 yield Member(self._text(name, offset), data, size, zlib.crc32(header))
             long_name, pax = None, {}
-            offset = data + _padded(size)
+            offset = data + size + -size % BLOCK
         if long_name is not None or pax:
             self._error(offset, "a long name has no file")
         self._check_end(offset)
 
     def _check_header(self, header: bytes, offset: int) -> None:
-        """Compare a header with its checksum: the sum of its bytes, the field itself as spaces."""
+        """Compare a header with its checksum: the sum of its bytes, with spaces in the field."""
         stored = self._number(header[148:156], offset)
         others = header[:148] + b"        " + header[156:]
         # Adler-32's lower half is 1 + the sum modulo 65521, forty times as fast as sum()
@@ -120,26 +124,17 @@ class Archive:
         packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
         if offset == 0 and header.startswith(packed):
             return "it is compressed; unpack it to a plain .tar"
-        return "no header of a member is there"
+        return "there is no header of a member"
 
     def _number(self, field: bytes, offset: int, *, base: int = 8) -> int:
-        """Parse a number: octal digits, or GNU's binary form after a byte 0x80."""
-        digits = field.rstrip(b"\0 ")
-        if not digits.isdigit():
-            if base == 8 and field[0] == 0x80:
-                return int.from_bytes(field[1:], "big")
-            digits = field.partition(b"\0")[0].strip(b" ")
+        """Parse octal digits, or GNU's binary number after a byte 0x80."""
+        if base == 8 and field[0] == 0x80:
+            return int.from_bytes(field[1:], "big")
+        digits = field.partition(b"\0")[0].strip(b" ") or b"0"
         try:
-            if digits and not (digits.isdigit() and len(digits) < 24):
-                raise ValueError
-            return int(digits or b"0", base)
+            return int(digits if digits.isdigit() and len(digits) < 24 else b"?", base)
         except ValueError:
             self._error(offset, self._describe_block(offset, self._window[:6]))
-
-    def _record(self, offset: int, size: int) -> bytes:
-        if size > _LONGEST_RECORD:
-            self._error(offset, f"a name or record of {size} bytes")
-        return self.read(offset, size)
 
     def _pax(self, record: bytes, offset: int) -> dict[bytes, bytes]:
         """Parse pax records, each ``LENGTH KEY=VALUE`` and a newline."""
@@ -153,7 +148,7 @@ class Archive:
             if not (key and equals and len(line) == length and line.endswith(b"\n")):
                 self._error(offset, "a damaged pax record")
             if key.startswith(b"GNU.sparse."):
-                self._error(offset, "a sparse file; only whole ones are read", damaged=False)
+                self._error(offset, "a sparse file; only complete files can be read", damaged=False)
             found[key] = value
             at += length
         return found
@@ -168,30 +163,23 @@ class Archive:
         return text
 
     def _check_end(self, offset: int) -> None:
-        """Raise where something stands behind the mark of the end: most readers would skip it."""
+        """Raise for data after the end mark, which most readers would skip."""
         while offset < self._size:
             rest = os.pread(self._fd, 1 << 16, offset)
             if not rest:
                 return
             if rest.strip(b"\0"):
-                self._error(
-                    offset, "there is more behind the end; tar files cannot be joined with cat"
-                )
+                self._error(offset, "data after the end; tar files cannot be joined with cat")
             offset += len(rest)
 
     def _error(self, offset: int, what: str, *, damaged: bool = True) -> NoReturn:
-        state, advice = (
-            ("is damaged", "; copy or make it again") if damaged else ("cannot be read", "")
-        )
+        state = "is damaged" if damaged else "cannot be read"
+        advice = "; copy or create it again" if damaged else ""
         raise DataError(f"tar file {self.path} {state} at byte {offset}: {what}{advice}")
 
 
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
 def _plain_name(header: bytes) -> bytes:
-    """Return the name in a header; ustar proper has room for the folders before it."""
+    """Return the name in a header; ustar has a field for its folders."""
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
         return header[345:500].partition(b"\0")[0] + b"/" + name

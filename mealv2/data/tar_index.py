@@ -1,38 +1,42 @@
-"""TAR.index beside a tar file: the images in it and where they lie, so that no header is read.
+"""The images in a tar file and where they lie: found by its headers, or read from TAR.index.
 
-`mealv2 pack --to tar` writes it; docs/how-to/tar-shards.md has the format. Read and written as
-bytes or by path. Whoever uses one compares the tar file's size with it, and what is before an image
-with its CRC whenever that is read: an index of another file is found out, not followed.
+`mealv2 pack --to tar` writes TAR.index beside a tar file, so that no header is read;
+docs/how-to/tar-shards.md has the format. The index of another file is detected: readers compare
+the tar file's size, and the CRC of what precedes each image that they read.
 """
 
+import re
+import unicodedata
+import zlib
 from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mealv2.data.index_json import ADVICE_RERUN, checked_json, sealed_json
+from mealv2.data.pack_index import ADVICE_RERUN
+from mealv2.data.source import EXTENSIONS
+from mealv2.data.tar_headers import BLOCK, Archive, Member
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import DataError
-from mealv2.storage.atomic import write_atomic
+from mealv2.storage.atomic import file_sha256
+from mealv2.storage.json_format import parse_sealed_json, sealed_json
 
-SUFFIX = INDEX_SUFFIX
+META = re.compile(r"__[^/]*__(/|$)")  # webdataset: folders without samples
+MAX_CLASSES = 1_000_000  # without a file of names
+_MAX_TEXT_SIZES = {"cls": 32, "key": 4096}  # bytes of members that are read with the headers
 _KNOWN = ("mealv2-tar-index", 1)
-_ADVICE_RECREATE = f"remove it to do without, or {ADVICE_RERUN}"
-_COLUMNS = {
-    "classes": "q",
-    "sizes": "q",
-    "offsets": "q",
-    "head_sizes": "q",
-    "head_crc32s": "I",
-}
+_ADVICE = f"remove it to work without an index, or {ADVICE_RERUN}"
+# the fields of the file that are fields 1 to 5 of ShardIndex, and their array types
+_COLUMNS = {"classes": "q", "sizes": "q", "offsets": "q", "head_sizes": "q", "head_crc32s": "I"}
 
 
 class ShardIndex(NamedTuple):
-    """The images of one tar file, in the order they lie.
+    """The images of one tar file, in file order.
 
-    ``sizes`` and ``offsets`` say where an image's bytes are; ``head_crc32s`` are the CRC-32 of the
-    ``head_sizes`` bytes before them. ``original_sizes`` are those before the images were packed.
+    ``head_crc32s`` are the CRC-32 of the ``head_sizes`` bytes before each image;
+    ``original_sizes`` are those of the images before they were packed.
     """
 
     keys: list[str]
@@ -52,90 +56,176 @@ class TarIndex(NamedTuple):
     sha256: str
 
 
+# --- by the headers -----------------------------------------------------------------------------
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """Find the samples of a tar file by one pass over its headers.
+
+    Raises DataError, which names file and sample, for a bad sample or a damaged tar file.
+    """
+    sizes = array("q")
+    index = ShardIndex([], array("q"), sizes, array("q"), array("q"), array("I"), sizes)
+    with Archive(path) as archive:
+        for sample in _samples(archive):
+            where = f"sample {sample.name} of {path}"
+            if (image := _image_of(sample, where)) is None:
+                continue
+            index.keys.append(_key_of(sample, where))
+            index.labels.append(_label_of(sample, where))
+            index.sizes.append(image.size)
+            index.offsets.append(image.offset)
+            index.head_sizes.append(BLOCK)
+            index.head_crc32s.append(image.header_crc32)
+    return index
+
+
+def create_index(path: Path, original_sizes: Sequence[int]) -> TarIndex:
+    """Return the index of a packed tar file; CRCs cover everything between two images."""
+    images = index_shard(path)
+    data_end = 0
+    with path.open("rb") as file:
+        for number, (offset, size) in enumerate(zip(images.offsets, images.sizes, strict=True)):
+            file.seek(data_end)
+            images.head_sizes[number] = offset - data_end
+            images.head_crc32s[number] = zlib.crc32(file.read(offset - data_end))
+            data_end = offset + size + -size % BLOCK
+    images = images._replace(original_sizes=array("q", original_sizes))
+    return TarIndex(images, path.stat().st_size, file_sha256(path))
+
+
+class _Sample(NamedTuple):
+    """The members with one name up to the first dot, by extension, and the text of small ones."""
+
+    name: str
+    members: dict[str, Member]
+    texts: dict[str, bytes]
+
+
+def _samples(archive: Archive) -> Iterator[_Sample]:
+    """Yield each run of members with one name."""
+    sample = _Sample("", {}, {})
+    for member in archive.members():
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        # webdataset: names without a dot, and members below __some__/, are not samples
+        if not (stem and dot) or (folder[:2] == "__" and META.match(folder)):
+            continue
+        if (name := folder + slash + stem) != sample.name:
+            if sample.members:
+                yield sample
+            sample = _Sample(name, {}, {})
+        extension = extension.lower()
+        if extension in sample.members:
+            raise DataError(f"sample {name} of {archive.path} has two members .{extension}")
+        sample.members[extension] = member
+        if (max_size := _MAX_TEXT_SIZES.get(extension)) is not None:  # while it is in the window
+            if member.size > max_size:
+                raise DataError(
+                    f"{member.name} in {archive.path} has {member.size} bytes, more than {max_size}"
+                )
+            sample.texts[extension] = archive.read(member.offset, member.size)
+    if sample.members:
+        yield sample
+
+
+def _image_of(sample: _Sample, where: str) -> Member | None:
+    """Return the image of a sample; None if it has neither image nor class."""
+    images = [member for ext, member in sample.members.items() if f".{ext}" in EXTENSIONS]
+    if len(images) > 1:
+        names = ", ".join(member.name for member in images)
+        raise DataError(f"{where} has {len(images)} images: {names}; one is needed")
+    if images and "cls" not in sample.members:
+        raise DataError(f"{where} has no class: add a member .cls with the class id")
+    if not images and "cls" in sample.members:
+        found = ", ".join(f".{ext}" for ext in list(sample.members)[:8])
+        raise DataError(f"{where} has no image, for example .jpg or .png (it has {found})")
+    return images[0] if images else None
+
+
+def _label_of(sample: _Sample, where: str) -> int:
+    digits = sample.texts["cls"].strip()
+    if not digits.isdigit():
+        raise DataError(f"the .cls of {where} is {digits!r}; it must be a class id, counted from 0")
+    return min(int(digits), MAX_CLASSES)  # TarShards raises for this one
+
+
+def _key_of(sample: _Sample, where: str) -> str:
+    try:
+        key = sample.texts["key"].decode("utf-8") if "key" in sample.texts else sample.name
+    except UnicodeDecodeError:
+        key = ""
+    if not key or "\0" in key:
+        raise DataError(f"the .key of {where} is not a text in UTF-8")
+    if not _is_key(key):
+        raise DataError(f"{where} has the key {key!r}, which leads out of its folder")
+    return unicodedata.normalize("NFC", key)
+
+
+def _is_key(key: object) -> bool:
+    """Return whether a value can be a key: a text that is not a path out of a folder."""
+    if not isinstance(key, str) or not key or "\0" in key:
+        return False
+    return key[0] != "/" and ".." not in key.split("/")
+
+
+# --- TAR.index ----------------------------------------------------------------------------------
+
+
 def index_path(tar: Path) -> Path:
-    """Return where the index of a tar file lies."""
-    return tar.with_name(tar.name + SUFFIX)
+    """Return the path of a tar file's index."""
+    return tar.with_name(tar.name + INDEX_SUFFIX)
 
 
 def read_index(tar: Path) -> TarIndex | None:
-    """Read the index beside a tar file, None where there is none; raises as index_of_bytes."""
+    """Read the index beside a tar file, None if there is none; raises as ``index_of_bytes``."""
     path = index_path(tar)
     try:
-        data = path.read_bytes()
+        return index_of_bytes(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
-    return index_of_bytes(data, str(path))
-
-
-def write_index(tar: Path, index: TarIndex) -> None:
-    """Write the index beside a tar file."""
-    write_atomic(index_path(tar), index_bytes(index))
 
 
 def index_bytes(index: TarIndex) -> bytes:
-    """Return the file of an index: compact JSON, the same for equal indices."""
+    """Return the file of an index; equal indices give equal bytes."""
     images = index.images
+    columns = zip(_COLUMNS, images[1:6], strict=True)
+    value = {"bytes": index.num_bytes, "sha256": index.sha256, "keys": images.keys}
+    value |= {name: column.tolist() for name, column in columns}
     is_packed = images.original_sizes != images.sizes
-    value = {
-        "bytes": index.num_bytes,
-        "sha256": index.sha256,
-        "keys": images.keys,
-        "classes": images.labels.tolist(),
-        "sizes": images.sizes.tolist(),
-        "offsets": images.offsets.tolist(),
-        "head_sizes": images.head_sizes.tolist(),
-        "head_crc32s": images.head_crc32s.tolist(),
-        "original_sizes": images.original_sizes.tolist() if is_packed else None,
-    }
+    value["original_sizes"] = images.original_sizes.tolist() if is_packed else None
     return sealed_json(_KNOWN, value)
 
 
 def index_of_bytes(data: bytes, name: str) -> TarIndex:
-    """Parse the file of an index; raises DataError, calling it ``name``, for one that is damaged.
+    """Parse an index file called ``name``; raises DataError for a damaged one.
 
-    It is not compared with the tar file: that is for whoever has both.
+    The caller compares it with the tar file.
     """
-    value = checked_json(
-        data, name, what="an index of a tar file", known=_KNOWN, advice=_ADVICE_RECREATE
-    )
-    index = _index_of(value)
+    what = "an index of a tar file"
+    index = _parsed(parse_sealed_json(data, name, what=what, known=_KNOWN, advice=_ADVICE))
     if index is None:
-        raise DataError(f"{name} is damaged: it describes no tar file; {_ADVICE_RECREATE}")
+        raise DataError(f"{name} is damaged: it does not describe a tar file; {_ADVICE}")
     return index
 
 
-def _index_of(value: dict[str, Any]) -> TarIndex | None:
-    """Return the index that a JSON object is, None where it is none that could be true."""
-    keys, num_bytes, of_tar = (value.get(name) for name in ("keys", "bytes", "sha256"))
-    if not (isinstance(keys, list) and all(map(is_key, keys))):
+def _parsed(value: dict[str, Any]) -> TarIndex | None:
+    """Return the index in a JSON object, None for impossible values."""
+    keys, num_bytes, sha256 = (value.get(name) for name in ("keys", "bytes", "sha256"))
+    if not (isinstance(keys, list) and all(map(_is_key, keys))):
         return None
-    if type(num_bytes) is not int or not isinstance(of_tar, str):
+    if type(num_bytes) is not int or not isinstance(sha256, str):
         return None
     try:
         columns = [array(kind, value[name]) for name, kind in _COLUMNS.items()]
-        labels, sizes, offsets, heads, crcs = columns
         originals = value["original_sizes"]
-        originals = sizes if originals is None else array("q", originals)
+        columns.append(columns[1] if originals is None else array("q", originals))
     except (KeyError, TypeError, OverflowError):
         return None
-    if any(len(column) != len(keys) for column in (*columns, originals)):
+    tables = [np.asarray(column) for column in columns]
+    if any(len(t) != len(keys) or (t < 0).any() or (t > 1 << 62).any() for t in tables):
         return None
-    tables = [np.asarray(column) for column in (labels, sizes, offsets, heads, originals)]
-    if any((table < 0).any() or (table > 1 << 62).any() for table in tables):
-        return None
-    _, sizes_N, offsets_N, heads_N, _ = tables
+    _, sizes_N, offsets_N, heads_N, *_ = tables
     if (heads_N > offsets_N).any() or (offsets_N + sizes_N > num_bytes).any():
         return None
-    images = ShardIndex(keys, labels, sizes, offsets, heads, crcs, originals)
-    return TarIndex(images, num_bytes, of_tar)
-
-
-def is_key(key: object) -> bool:
-    """Return whether a value can be an image's key: a text, and no path out of a folder."""
-    return (
-        isinstance(key, str)
-        and key != ""
-        and "\0" not in key
-        and key[0] != "/"
-        and ".." not in key.split("/")
-    )
+    return TarIndex(ShardIndex(keys, *columns), num_bytes, sha256)

@@ -1,176 +1,227 @@
 """Which tar files are a split of a data set, by folder or pattern, and the names of its classes."""
 
+import fnmatch
 import glob
 import itertools
 import os
+import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from braceexpand import braceexpand  # comes with webdataset
 
-from mealv2.data.jpeg_pack import SUFFIX as PACK_SUFFIX
-from mealv2.data.jpeg_pack import Pack
+from mealv2.data.pack_index import SUFFIX as PACK_SUFFIX
+from mealv2.data.pack_index import Pack
 from mealv2.errors import ConfigError
 from mealv2.storage.json_format import parse_json
+from mealv2.storage.urls import PIPE, Location, beside, file_name, is_url, shown, within
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-_MOST_FILES = 100_000
-INDEX_SUFFIX = ".index"  # of the file next to a tar file that lists its images
-CLASS_FILES = ("classes.txt", "classes.json")
+_MAX_FILES = 100_000
+INDEX_SUFFIX = ".index"  # of the index file next to a tar file
+_CLASS_FILES = ("classes.txt", "classes.json")
+Store = ModuleType  # mealv2.storage.object_store, which takes 0.2 s to import
 
 
 class Split(NamedTuple):
-    """The tar files of a split, by name, what to call them, and the class names if known."""
+    """The sorted tar files of a split, its name in messages, and the class names if known."""
 
-    paths: list[Path]
+    tars: list[Location]
     name: str
     classes: list[str] | None
 
 
-def find_split(data_dir: Path, split: str) -> Split | None:
-    """Find the tar files of a split; None where ``data_dir`` is something else.
+def find_split(data_dir: Location, split: str, *, store: Store | None = None) -> Split | None:
+    """Find the tar files of a split; None if ``data_dir`` has none. A URL needs a ``store``.
 
-    It is a folder with SPLIT/*.tar, or with *.tar whose names have SPLIT as a word; or a pattern of
-    such files, with ``{000000..000146}``, ``{a,b}``, ``*``, ``?`` and ``[…]``. A SPLIT folder with
-    folders in it is an ImageFolder's, whatever else is there. Raises ConfigError, and DataError for
-    a folder that `mealv2 pack` made which lacks files or has others.
+    ``data_dir`` is a folder with SPLIT/*.tar, or with *.tar whose names contain SPLIT as a word; or
+    a pattern of such files, with ``{000000..000146}``, ``{a,b}``, ``*``, ``?`` and ``[…]``. A SPLIT
+    folder with subfolders belongs to an ImageFolder. Raises ConfigError, RemoteError, and DataError
+    for a folder that does not match the index of `mealv2 pack`.
     """
     text = str(data_dir)
-    if os.path.isdir(text):  # noqa: PTH112 - a pattern can be too long for Path.is_dir
-        return _in_folder(data_dir, split)
-    if text.lower().endswith(".tar") or _COMPRESSED.search(text) or re.search(r"[{*?[]", text):
-        return _by_pattern(text, split)
-    return None
+    if not is_url(data_dir) and os.path.isdir(text):  # noqa: PTH112 - Path.is_dir: name too long
+        return _in_folder(data_dir, split, store)
+    if text.startswith(PIPE) or _is_tar(text) or re.search(r"[{*?[]", text):
+        return _by_pattern(data_dir, split, store)
+    return _in_folder(data_dir, split, store) if is_url(data_dir) else None
 
 
-def _in_folder(root: Path, split: str) -> Split | None:
-    folder = root / split
-    if folder.is_dir() and any(p.is_dir() for p in folder.iterdir() if p.name[0] != "."):
+def _in_folder(root: Location, split: str, store: Store | None) -> Split | None:
+    folder = _within(root, split)
+    if isinstance(folder, Path) and any(p.name[0] != "." for p in folder.glob("*/")):
         return None
-    inside = _tars(folder) if folder.is_dir() else []
-    names = [path.name for path in _tars(root)]
-    paths = [*map(Path, shards_of(split, str(root), map(str, inside), names))]
-    if not inside and (pack := Pack.read(root / f"{split}{PACK_SUFFIX}")) is not None:
-        pack.check(str(root), {path.name: path.stat().st_size for path in paths})
-    return Split(paths, str(folder), _class_names([root])) if paths else None
-
-
-def shards_of(split: str, root: str, inside: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the tar files of a split in a folder: those in ROOT/SPLIT, or those named after it.
-
-    ``inside`` are whole names, ``names`` those right in ``root``. Raises ConfigError where both
-    kinds, or two series of names, could be meant.
-    """
-    inside = list(inside)
-    beside = [f"{root}/{name}" for name in names if has_word(name, split)]
-    if inside and beside:
+    sizes = _tars(root, store)  # first: a server that cannot list is an error that names this URL
+    inside = [_within(folder, name) for name in _tars(folder, store)]
+    beside_it = [_within(root, name) for name in sizes if _has_word(name, split)]
+    if inside and beside_it:
         raise ConfigError(
-            f"both {inside[0]} and {beside[0]} are shards of {split}; move one kind elsewhere"
+            f"both {shown(inside[0])} and {shown(beside_it[0])} are shards of {split}; move one "
+            "kind elsewhere"
         )
-    require_plain_tars([*inside, *beside])
-    series = {re.sub(r"\d+", "#", base := path.rpartition("/")[2]): base for path in beside}
+    _check_not_compressed([*inside, *beside_it])
+    _check_one_series(root, split, [_name(tar) for tar in beside_it])
+    pack_file = _within(root, f"{split}{PACK_SUFFIX}")
+    if not inside and (data := _read(pack_file, store)) is not None:
+        pack = Pack.of_bytes(data, shown(pack_file))
+        pack.check(shown(root).rstrip("/"), {name: sizes[name] for name in map(_name, beside_it)})
+    tars = inside or beside_it
+    name = str(folder) if isinstance(folder, Path) else f"{shown(root)} ({split})"
+    return Split(tars, name, _class_names(tars, split, store)) if tars else None
+
+
+def _check_one_series(root: Location, split: str, names: Sequence[str]) -> None:
+    """Raise ConfigError for names that differ in more than their numbers."""
+    series = {re.sub(r"\d+", "#", name): name for name in names}
     if len(series) > 1:
         one, two = sorted(series.values())[:2]
+        pattern = f"{shown(root)}/{re.sub(r'[0-9]+', '[0-9]*', one)}"
         raise ConfigError(
-            f"{root} has two series of shards that could be {split}: {one} and {two}; "
-            "give the one as a pattern in quotes, such as --data-dir "
-            f"'{root}/{re.sub(r'[0-9]+', '[0-9]*', one)}'"
+            f"{shown(root)} has two series of shards that could be {split}: {one} and {two}; "
+            f"choose one by a pattern in quotes: --data-dir '{pattern}'"
         )
-    return inside or beside
 
 
-def _by_pattern(pattern: str, split: str) -> Split:
-    named = [Path(name) for name in _expanded(pattern)]
-    own_paths = [path for path in named if path.parent.name == split or has_word(path.name, split)]
-    missing = [path for path in own_paths if not path.is_file()]
+def _by_pattern(pattern: Location, split: str, store: Store | None) -> Split:
+    found = [tar for name in expand_braces(str(pattern)) for tar in _matching(name, store)]
+    tars = sorted({tar for tar in found if _is_of(split, tar)}, key=_sort_key)
+    missing = [tar for tar in tars if isinstance(tar, Path) and not tar.is_file()]
+    flag = f"--data-dir {shown(pattern)}"
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"--data-dir {pattern}: there is no file {missing[0]}{more}")
-    if not named:
-        raise ConfigError(f"--data-dir {pattern}: there is no such file")
-    if not own_paths:
+        raise ConfigError(f"{flag}: there is no file {missing[0]}{more}")
+    if not found:
+        raise ConfigError(f"{flag}: there is no such file")
+    if not tars:
         raise ConfigError(
-            f"--data-dir {pattern}: none of its {len(named)} tar files is of the split {split}, "
-            f"whose name must be a word of the file's or its folder's name (first: {named[0]})"
+            f"{flag}: none of its {len(found)} tar files is of the split {split}, which must be a "
+            f"word in the file's or its folder's name (first: {shown(found[0])})"
         )
-    require_plain_tars(map(str, own_paths))
-    folders = {path.parent for path in own_paths}
-    folders |= {folder.parent for folder in folders if folder.name == split}
-    return Split(sorted(set(own_paths)), pattern, _class_names(sorted(folders)))
+    if str(pattern).startswith(PIPE):
+        return Split(tars, f"{shown(pattern)} ({split})", None)
+    _check_not_compressed(tars)
+    name = f"{shown(pattern)} ({split})" if is_url(pattern) else str(pattern)
+    return Split(tars, name, _class_names(tars, split, store))
 
 
-def _tars(folder: Path) -> list[Path]:
-    """List the tar files in a folder by name, the compressed ones too; hidden ones aside."""
-    files = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    return [path for path in files if is_tar(path.name)]
+def _is_of(split: str, tar: Location) -> bool:
+    if isinstance(tar, str) and tar.startswith(PIPE):
+        return _has_word(tar, split)
+    return _has_word(_name(tar), split) or _name(_parent(tar)) == split
 
 
-def is_tar(name: str) -> bool:
-    """Return whether a file's name is a tar file's, compressed or not."""
+def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar") or _COMPRESSED.search(name) is not None
 
 
-def require_plain_tars(paths: Iterable[str]) -> None:
-    """Raise ConfigError for a name that is not a plain tar file's."""
-    for path in paths:
-        if _COMPRESSED.search(path):
+def _check_not_compressed(tars: Iterable[Location]) -> None:
+    """Raise ConfigError for a file whose name is not that of an uncompressed tar file."""
+    for name in map(shown, tars):
+        if _COMPRESSED.search(name):
             raise ConfigError(
-                f"{path} is compressed, so that no image can be read on its own; "
+                f"{name} is compressed, so single images cannot be read from it; "
                 "unpack it to a plain .tar (images hardly shrink)"
             )
-        if not path.lower().endswith(".tar"):
-            raise ConfigError(f"{path} is no .tar file; let the pattern of --data-dir leave it out")
+        if not name.lower().endswith(".tar"):
+            raise ConfigError(f"{name} is not a .tar file; exclude it from the --data-dir pattern")
 
 
-def has_word(name: str, split: str) -> bool:
-    """Return whether a split's name stands in a file's name with no letter or digit next to it."""
+def _has_word(name: str, split: str) -> bool:
+    """Return whether a name contains the split's name with no letter or digit next to it."""
     return bool(re.search(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])", name))
 
 
 # --- patterns ---------------------------------------------------------------------------------
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Return the names that a pattern stands for: braces as written, wildcards as files match."""
-    found: list[str] = []
-    for name in without_braces(pattern):
-        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
-    return [name for name in found if not name.endswith(f".tar{INDEX_SUFFIX}")]
-
-
-def without_braces(pattern: str) -> list[str]:
-    """Return what a pattern with ``{a,b}`` and ``{000..146}`` stands for, as in webdataset."""
+def expand_braces(pattern: str) -> list[str]:
+    """Expand ``{a,b}`` and ``{000..146}`` as webdataset does."""
     ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
     names: list[str] = []
-    # braceexpand makes a list of each range at once
-    if all(abs(int(last) - int(first)) <= _MOST_FILES for first, last in ranges):
+    # braceexpand creates a list of each range at once
+    if all(abs(int(last) - int(first)) <= _MAX_FILES for first, last in ranges):
         try:
-            names = list(itertools.islice(braceexpand(pattern, escape=False), _MOST_FILES + 1))
-        except ValueError:  # unbalanced braces stand for themselves, as in bash
+            names = list(itertools.islice(braceexpand(pattern, escape=False), _MAX_FILES + 1))
+        except ValueError:  # unbalanced braces are literal, as in bash
             return [pattern]
-    if not 0 < len(names) <= _MOST_FILES:
-        raise ConfigError(f"--data-dir {pattern} names more than {_MOST_FILES} files")
+    if not 0 < len(names) <= _MAX_FILES:
+        raise ConfigError(f"--data-dir {pattern} names more than {_MAX_FILES} files")
     return names
+
+
+def _matching(name: str, store: Store | None) -> list[Location]:
+    """Return the files that match a name with wildcards; the name itself if it has none."""
+    if not is_url(name):
+        names = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
+        return [Path(name) for name in names if not name.endswith(f".tar{INDEX_SUFFIX}")]
+    if name.startswith(PIPE) or not glob.has_magic(file_name(name)):
+        return [name]
+    folder = beside(name, "")
+    return [within(folder, tar) for tar in fnmatch.filter(_tars(folder, store), file_name(name))]
+
+
+# --- local files and those of a store ---------------------------------------------------------
+
+
+def _tars(folder: Location, store: Store | None) -> dict[str, int]:
+    """Return the tar files in a folder, compressed ones too, as sorted names, and their sizes."""
+    if isinstance(folder, Path):
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = [path for path in paths if _is_tar(path.name)]
+        sizes = {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
+    else:
+        assert store is not None, "URLs need a store"
+        listed = sorted(store.listing(folder).items())
+        sizes = {name: file.size for name, file in listed if _is_tar(name)}
+    return {name: size for name, size in sizes.items() if name[0] != "."}
+
+
+def _read(file: Location, store: Store | None) -> bytes | None:
+    """Return the bytes of a small file, None if there is none."""
+    if isinstance(file, Path):
+        return file.read_bytes() if file.is_file() else None
+    assert store is not None, "URLs need a store"
+    data: bytes | None = store.read(file)
+    return data
+
+
+def _within(folder: Location, name: str) -> Location:
+    return folder / name if isinstance(folder, Path) else within(folder, name)
+
+
+def _parent(file: Location) -> Location:
+    if isinstance(file, Path):
+        return file.parent
+    parts = urlsplit(file)
+    return parts._replace(path=posixpath.dirname(parts.path)).geturl()
+
+
+def _name(file: Location) -> str:
+    return file.name if isinstance(file, Path) else file_name(file)
+
+
+def _sort_key(file: Location) -> tuple[str, ...]:
+    return file.parts if isinstance(file, Path) else (file,)
 
 
 # --- class names ------------------------------------------------------------------------------
 
 
-def _class_names(folders: Sequence[Path]) -> list[str] | None:
-    """Read the class names that lie in one of the folders; see ``class_names``."""
-    paths = [folder / name for folder in folders for name in CLASS_FILES]
-    return class_names([(str(path), path.read_bytes()) for path in paths if path.is_file()])
+def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> list[str] | None:
+    """Read the class names beside the tar files, or above a folder with the split's name.
 
-
-def class_names(files: Sequence[tuple[str, bytes]]) -> list[str] | None:
-    """Return what classes.txt (a name a line) or classes.json (a list) says, by name and bytes.
-
-    None where there is no such file. Raises ConfigError where there are several, or one is no such
-    list.
+    From classes.txt (a name a line) or classes.json (a list); None if there is no such file. Raises
+    ConfigError for several files, or for one that is not a list of names.
     """
+    folders = {_parent(tar) for tar in tars}
+    folders |= {_parent(folder) for folder in folders if _name(folder) == split}
+    paths = [_within(folder, name) for folder in sorted(folders, key=str) for name in _CLASS_FILES]
+    files = [(shown(path), data) for path in paths if (data := _read(path, store)) is not None]
     if not files:
         return None
     if len(files) > 1:
@@ -179,14 +230,14 @@ def class_names(files: Sequence[tuple[str, bytes]]) -> list[str] | None:
     try:
         names = parse_json(data) if file.endswith(".json") else _lines(data)
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    good = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-    if not (good and names):
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not (is_list and names):
         raise ConfigError(f"{file} must be a list of class names, by class id, none of them empty")
     names = [unicodedata.normalize("NFC", name) for name in names]
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise ConfigError(f"{file} has the class {twice} twice")
+        raise ConfigError(f"{file} lists the class {twice} twice")
     return names
 
 

@@ -11,11 +11,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mealv2.data.index_json import own_sha256, with_own_sha256
 from mealv2.errors import LabelSetError
 from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
 from mealv2.storage.atomic import write_atomic
-from mealv2.storage.json_format import canonical_json, json_sha256, parse_json
+from mealv2.storage.json_format import (
+    canonical_json,
+    json_sha256,
+    own_sha256,
+    parse_json,
+    with_own_sha256,
+)
 
 FORMAT = "mealv2 label set"
 PLAN_NAME = "plan.json"

@@ -1,7 +1,7 @@
-"""From requests to batches of pixels: one path for stage one, stage two and validation.
+"""Load batches of views: one path for stage one, stage two and validation.
 
-A request names images and which views of each to cut; threads decode every image once and write its
-views into their rows of the batch, uint8. Decoders and resizes release the GIL.
+A request lists images and the views of each; threads decode every image once and write its views
+into their rows of the batch, uint8. Decoders and resizes release the GIL.
 """
 
 import math
@@ -12,7 +12,8 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from pipeline.loading.requests import CENTRE, BatchRequest, announce
 T = TypeVar("T")
 Box = tuple[int, int, int, int, int]  # top, left, height, width, flip
 
-_TASK_VIEWS = 8  # cut by a thread before it takes up the next task
+_TASK_VIEWS = 8  # views in a thread's task
 _BATCHES_AHEAD = 2
 
 
@@ -35,9 +36,9 @@ _BATCHES_AHEAD = 2
 class Batch:
     """The views of one request: ``images_BCHW`` uint8 (channels-last in memory), row by row.
 
-    ``positions`` and ``views`` name each row; ``sizes_B2`` are the width and height of its image,
-    ``boxes_B5`` top, left, height, width and flip of what was cut (0 of a centre crop). ``failed``
-    are the images that could not be read, with the reason: they have no rows.
+    ``positions`` and ``views`` identify each row; ``sizes_B2`` are the width and height of its
+    image, ``boxes_B5`` top, left, height, width and flip of the view (0 for a centre crop).
+    ``failed`` maps images that could not be read to the reason: they have no rows.
     """
 
     images_BCHW: torch.Tensor
@@ -48,48 +49,39 @@ class Batch:
     failed: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class ViewReader:
-    """Cuts views of a source's images; an image that cannot be read is reported, not raised.
+    """How to load views of a source's images; ``views`` are not needed for centre crops."""
 
-    ``views`` defines the views; centre crops need none.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        *,
-        img_size: int,
-        views: Views | None = None,
-        resize: Resize = "torch",
-    ) -> None:
-        self.source = source
-        self.img_size = img_size
-        self._views = views
-        self._resize = resize
+    source: ImageSource
+    _: KW_ONLY
+    img_size: int
+    views: Views | None = None
+    resize: Resize = "torch"
 
     def read(self, request: BatchRequest) -> Batch:
-        """Return the pixels of one request, read by this thread."""
-        batch = _BatchReader(self, request, memory=_BufferPool(pin_memory=False))
-        for task in batch.tasks():
-            batch.run(task)
-        return batch.batch()
+        """Return the batch of one request, read by this thread."""
+        return _BatchReader(self, request, memory=_BufferPool(pin_memory=False)).read()
 
-    def view(self, position: int, index: int, *, width: int, height: int) -> View:
-        """Return the box and flip of a view of an image."""
-        assert self._views is not None, "only centre crops can be cut without views"
-        return self._views.view(self.source.keys[position], index, width=width, height=height)
+    def views_of(
+        self, position: int, indices: Iterable[int], width: int, height: int
+    ) -> list[View]:
+        """Return the boxes and flips of some views of an image."""
+        assert self.views is not None, "only centre crops can be cut without views"
+        key = self.source.keys[position]
+        return [self.views.view(key, index, width=width, height=height) for index in indices]
 
     def cut(self, decoded_image: DecodedImage, position: int, index: int) -> tuple[np.ndarray, Box]:
         """Return the pixels and the box of a view of a decoded image."""
-        size, resize = self.img_size, self._resize
         if index == CENTRE:
-            return centre_crop(decoded_image.pixels_HWC, size, resize=resize), (0, 0, 0, 0, 0)
-        view = self.view(position, index, width=decoded_image.width, height=decoded_image.height)
-        return decoded_image.cut(view, size, resize=resize), view.box()
+            pixels_HWC = centre_crop(decoded_image.pixels_HWC, self.img_size, resize=self.resize)
+            return pixels_HWC, (0, 0, 0, 0, 0)
+        (view,) = self.views_of(position, (index,), decoded_image.width, decoded_image.height)
+        return decoded_image.cut(view, self.img_size, resize=self.resize), view.box()
 
 
 class _Image:
-    """An image, decoded once by the thread that needs it first, and released by the last."""
+    """An image, decoded by the first thread that needs it, released by the last."""
 
     def __init__(self, source: ImageSource, position: int) -> None:
         self.position = position
@@ -100,10 +92,10 @@ class _Image:
         self._is_shared = False
         self._decoded: DecodedImage | None = None
 
-    def keep(self, uses: int) -> None:
-        """Keep the pixels for so many more uses."""
+    def keep(self) -> None:
+        """Keep the pixels for one more use."""
         with self._lock:
-            self._uses += uses
+            self._uses += 1
             self._is_shared = self._uses > 1
 
     def release(self) -> None:
@@ -114,9 +106,9 @@ class _Image:
                 self._decoded = None
 
     def decoded(self, views_of: ViewsOf | None) -> DecodedImage | None:
-        """Return the part that ``views_of`` needs, or all if other tasks need the image too.
+        """Return the part that ``views_of`` needs, or all of an image that other tasks need too.
 
-        None where it cannot be read; ``failure`` has the reason.
+        None for an image that cannot be read; ``failure`` has the reason.
         """
         with self._lock:
             if self._decoded is None and self.failure is None:
@@ -129,9 +121,9 @@ class _Image:
 
 
 class _BufferPool:
-    """Memory of batches, reused as soon as nothing holds a batch any more.
+    """Memory of batches, reused when nothing references a batch any more.
 
-    New memory costs a page fault every 4 kB: writing a view takes five times as long with them.
+    Page faults in new memory make writing a view five times as slow.
     """
 
     def __init__(self, *, pin_memory: bool) -> None:
@@ -141,14 +133,14 @@ class _BufferPool:
     def take(self, num_rows: int, img_size: int) -> torch.Tensor:
         """Return uninitialised rows of uint8 pixels, B x S x S x 3."""
         shape = (num_rows, img_size, img_size, 3)
-        if self._pin_memory:  # torch caches such memory, and knows when a GPU has read it
+        if self._pin_memory:  # torch reuses it after the GPU has read it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         needed = math.prod(shape)
         block = self._free.popleft() if self._free else np.empty(0, dtype=np.uint8)
         if block.size < needed:
             block = np.empty(needed, dtype=np.uint8)
         rows = block[:needed].reshape(shape)
-        # tensors of the batch hold this array: it is finalized with the last of them
+        # the batch's tensors reference this array: it is finalized with the last of them
         weakref.finalize(rows, self._free.append, block)
         return torch.from_numpy(rows)
 
@@ -160,7 +152,7 @@ _ViewTask = tuple[_Image, tuple[int, ...], int]
 class _BatchReader:
     """A batch while threads fill its rows.
 
-    ``before`` is the last image of the request before: its views may continue here.
+    ``before`` is the last image of the previous request: its views may continue in this one.
     """
 
     def __init__(
@@ -173,25 +165,21 @@ class _BatchReader:
     ) -> None:
         self._reader = reader
         self._cuts: list[_ViewTask] = []
-        self._positions: list[int] = []
-        self._indices: list[int] = []
-        image = before
+        self._positions = [position for position, views in request for _ in views]
+        self._indices = [index for _, views in request for index in views]
+        num_rows, row, image = len(self._positions), 0, before
         for position, views in request:
             if image is None or image.position != position:
                 image = _Image(reader.source, position)
-            starts = range(0, len(views), _TASK_VIEWS)
-            image.keep(len(starts))
-            for start in starts:
-                task_views = views[start : start + _TASK_VIEWS]
-                self._cuts.append((image, task_views, len(self._positions) + start))
-            self._positions.extend([position] * len(views))
-            self._indices.extend(views)
+            for start in range(0, len(views), _TASK_VIEWS):
+                image.keep()
+                self._cuts.append((image, views[start : start + _TASK_VIEWS], row + start))
+            row += len(views)
         if image is not None:
-            image.keep(1)  # until the next request starts
+            image.keep()  # for the next request
         if before is not None:
             before.release()
         self.last = image
-        num_rows = len(self._positions)
         self._images_BHWC = memory.take(num_rows, reader.img_size)
         self._rows = self._images_BHWC.numpy()
         self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
@@ -200,36 +188,37 @@ class _BatchReader:
     def tasks(self) -> Iterator[list[_ViewTask]]:
         """Yield tasks of about _TASK_VIEWS views."""
         task: list[_ViewTask] = []
-        num_views = 0
         for cut in self._cuts:
             task.append(cut)
-            num_views += len(cut[1])
-            if num_views >= _TASK_VIEWS:
+            if sum(len(views) for _, views, _ in task) >= _TASK_VIEWS:
                 yield task
-                task, num_views = [], 0
+                task = []
         if task:
             yield task
 
+    def read(self) -> Batch:
+        """Fill all rows in this thread; return the batch."""
+        for task in self.tasks():
+            self.run(task)
+        return self.finish()
+
     def run(self, task: list[_ViewTask]) -> None:
-        """Decode the images that are not decoded yet and cut their views."""
-        for image, views, row in task:
-            cut = self._reader.cut
-            decoded_image = image.decoded(None if CENTRE in views else self._views_of(image, views))
+        """Decode the images of a task if necessary and cut their views."""
+        for image, indices, row in task:
+            views_of = partial(self._reader.views_of, image.position, indices)
+            decoded_image = image.decoded(None if CENTRE in indices else views_of)
             if decoded_image is not None:
-                self._sizes_B2[row : row + len(views)] = decoded_image.width, decoded_image.height
-                for at, index in enumerate(views, start=row):
-                    self._rows[at], self._boxes_B5[at] = cut(decoded_image, image.position, index)
+                self._sizes_B2[row : row + len(indices)] = decoded_image.width, decoded_image.height
+                for at, index in enumerate(indices, start=row):
+                    self._rows[at], self._boxes_B5[at] = self._reader.cut(
+                        decoded_image, image.position, index
+                    )
             image.release()
 
-    def _views_of(self, image: _Image, indices: tuple[int, ...]) -> ViewsOf:
-        """Return a function of the image's size: some of its views."""
-        view, position = self._reader.view, image.position
-        return lambda width, height: [
-            view(position, i, width=width, height=height) for i in indices
-        ]
-
-    def batch(self) -> Batch:
-        """Return the batch; all tasks must be done."""
+    def finish(self, tasks: Iterable[Future[None]] = ()) -> Batch:
+        """Return the batch once its tasks are done."""
+        for task in tasks:
+            task.result()
         failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
         images_BHWC, sizes_B2, boxes_B5 = self._images_BHWC, self._sizes_B2, self._boxes_B5
         positions, indices = self._positions, self._indices
@@ -245,7 +234,7 @@ class _BatchReader:
 
 @dataclass(frozen=True)
 class ViewLoader(Iterable[Batch]):
-    """An iterable over the pixels of each request, in order; see read_views."""
+    """See ``read_views``."""
 
     reader: ViewReader
     requests: Iterable[BatchRequest]
@@ -255,15 +244,12 @@ class ViewLoader(Iterable[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.requests, list):
             announce(self.reader.source, self.requests)
-        # warnings of odd palettes and EXIF blocks; all threads share the filters
+        # about unusual palettes and EXIF blocks; all threads share the filters
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if self.workers == 0:
-            for batch in self._batches():
-                for task in batch.tasks():
-                    batch.run(task)
-                yield batch.batch()
+            yield from (batch.read() for batch in self._readers())
             return
-        # operations that start threads of their own would slow down the other workers
+        # one torch thread each: more would slow down the other workers
         pool = ThreadPoolExecutor(
             self.workers, "mealv2-read", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -272,7 +258,7 @@ class ViewLoader(Iterable[Batch]):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batches(self) -> Iterator[_BatchReader]:
+    def _readers(self) -> Iterator[_BatchReader]:
         last: _Image | None = None
         memory = _BufferPool(pin_memory=self.pin_memory)
         for request in self.requests:
@@ -281,21 +267,15 @@ class ViewLoader(Iterable[Batch]):
             yield batch
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
-        """Yield batches in order, while the next ones are being read."""
+        """Yield batches in order while threads read the next ones."""
         reading: deque[tuple[_BatchReader, list[Future[None]]]] = deque()
-        for batch in self._batches():
+        for batch in self._readers():
             reading.append((batch, [pool.submit(batch.run, task) for task in batch.tasks()]))
             num_tasks = sum(len(tasks) for _, tasks in reading)
             if len(reading) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
-                yield _finished(*reading.popleft())
+                yield _BatchReader.finish(*reading.popleft())
         while reading:
-            yield _finished(*reading.popleft())
-
-
-def _finished(batch: _BatchReader, tasks: list[Future[None]]) -> Batch:
-    for task in tasks:
-        task.result()
-    return batch.batch()
+            yield _BatchReader.finish(*reading.popleft())
 
 
 def read_views(
@@ -305,11 +285,11 @@ def read_views(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> ViewLoader:
-    """Return an iterable over the pixels of each request, in order, read ahead by threads.
+    """Return an iterable over the batch of each request, in order, read ahead by threads.
 
     A list of requests is announced to the source; the caller announces other iterables. An image is
-    decoded once for all its views, also where they continue in the next request. With 0 ``workers``
-    the calling thread reads. ``pin_memory`` puts batches into page-locked memory.
+    decoded once for all its views, even if they continue in the next request. With 0 ``workers``
+    the calling thread reads. ``pin_memory`` allocates batches in page-locked memory.
     """
     return ViewLoader(reader, requests, workers, pin_memory)
 
@@ -317,7 +297,7 @@ def read_views(
 class WaitTimer(Generic[T]):
     """An iterator that measures the seconds spent waiting for the next item.
 
-    ``start_s`` is the wait for the first item, when nothing was read ahead.
+    ``start_s`` is the wait for the first item, which nothing has read ahead.
     """
 
     def __init__(self, items: Iterable[T]) -> None:
@@ -344,10 +324,10 @@ class WaitTimer(Generic[T]):
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the same batches with their images on a device, in the same memory layout.
+    """Yield batches with their images on a device, in the same memory layout.
 
-    On a GPU they are copied on a separate stream, from pinned memory. Nothing is read ahead: a host
-    that never waits for the device is ahead of it, and so are its copies.
+    Copies to a GPU use a separate stream and pinned memory. Nothing is read ahead: the host runs
+    ahead of the device anyway, and so do its copies.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -359,6 +339,6 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
             images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
-        # else the next copy may take this memory while the model still reads it
+        # otherwise the next copy may reuse this memory while the model still reads it
         images_BCHW.record_stream(computing)
         yield replace(batch, images_BCHW=images_BCHW)

@@ -1,4 +1,4 @@
-"""Batch requests: which views of which images to load, and what to do with unreadable images."""
+"""Batch requests: which views of which images to load; what to do with unreadable images."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,19 +8,19 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from pipeline.config import OnBadImage
 
-CENTRE = -1  # the view of an evaluation: the centre crop
+CENTRE = -1  # the view number of the centre crop, for evaluation
 
-# One batch: (position in the source, views to cut of it) for each image.
+# One batch: (position in the source, view numbers) for each image.
 BatchRequest = list[tuple[int, tuple[int, ...]]]
 
 
 def num_views_of(request: BatchRequest) -> int:
-    """Return how many views a request asks for."""
+    """Return the number of views in a request."""
     return sum(len(views) for _, views in request)
 
 
 def announce(source: ImageSource, requests: Iterable[BatchRequest]) -> None:
-    """Announce to a source which of its groups requests will read, in the order of first use."""
+    """Announce to a source the groups that requests will read, in order of first use."""
     if source.groups is None:
         return
     used: dict[int, None] = {}
@@ -32,7 +32,7 @@ def announce(source: ImageSource, requests: Iterable[BatchRequest]) -> None:
 
 
 def centre_requests(positions: Sequence[int], batch_size: int) -> list[BatchRequest]:
-    """Return requests for the centre crops of images, ``batch_size`` at a time."""
+    """Return requests for the centre crops of images, ``batch_size`` images each."""
     return [
         [(position, (CENTRE,)) for position in positions[start : start + batch_size]]
         for start in range(0, len(positions), batch_size)
@@ -40,16 +40,16 @@ def centre_requests(positions: Sequence[int], batch_size: int) -> list[BatchRequ
 
 
 def failures_by_key(source: ImageSource, failed: dict[int, str]) -> dict[str, str]:
-    """Return the reasons by key instead of by position."""
+    """Return the reasons of failures, given by position, by key."""
     return {source.keys[position]: reason for position, reason in failed.items()}
 
 
 def check_failures(source: ImageSource, failed: dict[int, str], policy: OnBadImage) -> None:
-    """Raise DataError naming the first bad image, unless the policy is to skip them."""
+    """Raise DataError for the first bad image, unless the policy is to skip them."""
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
         where = "/".join(filter(None, (source.name, source.keys[position])))
         raise DataError(
             f"cannot read image {where}: {reason}; "
-            "replace it, or leave such images out with --on-bad-image skip"
+            "replace it, or skip such images with --on-bad-image skip"
         )

@@ -1,4 +1,4 @@
-"""Opening the images of a split, wherever they lie."""
+"""Open the images of a split, local or remote."""
 
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
@@ -11,7 +11,7 @@ from pipeline.runtime import env
 
 
 def cache_of(config: CacheConfig) -> Cache:
-    """Return the folder that a command keeps copies of remote files in."""
+    """Return the cache for copies of remote files."""
     return Cache(config.cache_dir or env.cache_folder(), config.cache_bytes)
 
 
@@ -23,7 +23,7 @@ def open_images(config: CacheConfig, data_dir: Location, split: str) -> ImageSou
 def open_split(
     config: CacheConfig, data_dir: Location, split: str, *, classes: list[str]
 ) -> ImageSource | None:
-    """Open a validation split; None for ``none``. Raises ConfigError where the classes differ."""
+    """Open a validation split, None for ``none``; raises ConfigError for other ``classes``."""
     if split == NO_SPLIT:
         return None
     source = open_images(config, data_dir, split)
@@ -31,7 +31,7 @@ def open_split(
         unmatched = sorted(set(source.classes) ^ set(classes))
         advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
         raise ConfigError(
-            f"split {split} of {shown(data_dir)} has other classes than the training data: "
+            f"split {split} of {shown(data_dir)} has different classes from the training data: "
             f"{', '.join(unmatched[:4])}{advice}"
         )
     return source

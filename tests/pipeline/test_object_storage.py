@@ -17,8 +17,7 @@ from conftest import Result
 from mealv2.data import remote_tar
 from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
-from mealv2.data.tar import index_shard
-from mealv2.data.tar_index import TarIndex, index_bytes
+from mealv2.data.tar_index import TarIndex, index_bytes, index_shard
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256
@@ -514,7 +513,7 @@ def test_a_process_that_ends_does_not_fetch_all_that_it_would_have_read(
         may_go_on.wait(30)
 
     monkeypatch.setattr(RemoteTar, "fetch", fetch)
-    monkeypatch.setattr(remote_tar, "_FETCHED_AT_ONCE", 1)
+    monkeypatch.setattr(remote_tar, "_MAX_FETCHES", 1)
     far.announce(range(4))
     far.read(0)
     threading.Timer(0.1, may_go_on.set).start()

@@ -12,7 +12,7 @@ from conftest import IMG_SIZE, Result
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
 from mealv2.data.pixels import cut, decode
-from mealv2.data.tar import index_shard
+from mealv2.data.tar_index import index_shard
 from mealv2.label_set import LabelSet, read_manifest
 from mealv2.views import DrawnViews, view_of
 from pipeline.loading.loader import ViewReader, read_views
@@ -232,7 +232,7 @@ def test_validation_shards_without_class_names_say_what_to_do(
     (tree / "val-000001.tar").unlink()  # the third class
     result = run_cli(*on(tree, precompute_flags), "--output", tmp_path / "labels")
     assert result.code == 2
-    assert "other classes than the training data: 2; name them in classes.txt" in result.stderr
+    assert "different classes from the training data: 2; name them in classes.txt" in result.stderr
 
 
 # --- exported sets ------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ import pytest
 from PIL import Image
 
 from mealv2.data import jpeg_restart
-from mealv2.data.jpeg_restart import MOST_KEPT, is_packed, mcus_per_row, region, with_index
+from mealv2.data.jpeg_restart import (
+    MAX_KEPT,
+    Region,
+    is_packed,
+    mcus_per_row,
+    read_header,
+    with_index,
+)
 from mealv2.data.pixels import decode
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +43,13 @@ LAYOUTS = {
     "gray": ("", 8, 8),
 }
 SIZES = [(121, 77), (67, 131), (128, 64), (19, 50), (35, 18), (5, 33), (3, 40)]
+
+
+def region(data: bytes, top: int, left: int, height: int, width: int) -> Region | None:
+    """Return a smaller JPEG, and the first pixel of a box in it."""
+    file = read_header(data)
+    part = None if file is None else file.region(top, left, height, width)
+    return None if part is None else Region(part.data, top - part.top, left - part.left)
 
 
 def run(*command: str, data: bytes) -> bytes:
@@ -208,7 +222,7 @@ def test_the_file_of_these_tests_can_be_cut() -> None:
 
 def test_a_box_that_is_nearly_the_whole_is_not_cut() -> None:
     data = packed("4:4:4", 160, 160, 1)  # 20 x 20 MCUs
-    rows = int(20 * MOST_KEPT)
+    rows = int(20 * MAX_KEPT)
     assert region(data, 0, 0, 8 * rows, 160) is not None
     assert region(data, 0, 0, 8 * rows + 1, 160) is None
     assert region(data, 0, 0, 160, 160) is None
@@ -454,7 +468,7 @@ def test_parts_by_an_index_are_those_by_a_search(
     assert not any(b"mealv2" in (part or b"") for part in parts(indexed))
 
 
-def test_an_index_is_made_anew_and_only_for_what_can_be_cut(indexed: bytes) -> None:
+def test_an_index_is_made_again_and_only_for_what_can_be_cut(indexed: bytes) -> None:
     assert with_index(indexed) == indexed
     # the lengths of another file
     place = indexed.index(b"mealv2 restart\0") + 15

@@ -21,8 +21,9 @@ from mealv2.data import tar_splits
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
 from mealv2.data.source import fingerprint
-from mealv2.data.tar import TarShards, index_shard
+from mealv2.data.tar import TarShards
 from mealv2.data.tar_headers import BLOCK, Archive
+from mealv2.data.tar_index import index_shard
 from mealv2.errors import ConfigError, DataError
 from tars import Files, tar_of, tar_tree, write_tar, write_with_webdataset
 
@@ -175,7 +176,7 @@ REFUSED = {
     "compressed, by name": (["train-0.tgz"], "train-{0..0}.tgz", "train-0.tgz is compressed"),
     "both layouts": (["train/0.tar", "train-0.tar"], "", "both .*train/0.tar and .*train-0.tar"),
     "two series": (["train-0.tar", "train-v2-0.tar"], "", "two series.*train-0.tar and train-v2"),
-    "no tar": (["train-0.zip"], "train-*", "train-0.zip is no .tar file"),
+    "no tar": (["train-0.zip"], "train-*", "train-0.zip is not a .tar file"),
     "endless": ([], "train-{0..99999999999}.tar", "more than 100000 files"),
     "nothing": (["val-0.tar"], "", r"no folder .*/train; .*SPLIT-\*\.tar"),
 }
@@ -207,7 +208,7 @@ def test_braces_stand_for_what_webdataset_takes_them_for(pattern: str) -> None:
         expected = list(braceexpand.braceexpand(pattern))
     except braceexpand.UnbalancedBracesError:  # stands for itself, as in bash
         expected = [pattern]
-    assert tar_splits.without_braces(pattern) == expected
+    assert tar_splits.expand_braces(pattern) == expected
 
 
 @pytest.mark.parametrize(
@@ -228,10 +229,10 @@ def test_class_names_come_from_a_file_beside_the_shards(
         ({"classes.txt": b"a\n"}, "class id 1, but only 1 classes"),
         ({"classes.txt": b"a\n\nb\n"}, "none of them empty"),
         ({"classes.txt": b"a\na\n"}, "the class a twice"),
-        ({"classes.txt": b"\xff\n"}, "classes.txt cannot be read"),
+        ({"classes.txt": b"\xff\n"}, "cannot read .*classes.txt"),
         ({"classes.json": b'{"a": 1}'}, "list of class names"),
         ({"classes.json": b"[1, 2]"}, "list of class names"),
-        ({"classes.json": b"["}, "classes.json cannot be read"),
+        ({"classes.json": b"["}, "cannot read .*classes.json"),
         ({"classes.json": b"[]"}, "list of class names"),
         ({"classes.json": b'["a"]', "classes.txt": b"a"}, "both name the classes"),
     ],
@@ -252,8 +253,8 @@ def test_a_bad_list_of_classes_is_refused(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([("a/1.jpg", b"x")], r"sample a/1 of .*bad\.tar has no class: a member \.cls"),
-        ([("a/1.cls", b"0"), ("a/1.heic", b"x")], r"sample a/1 .* no image .*\.cls, \.heic"),
+        ([("a/1.jpg", b"x")], r"sample a/1 of .*bad\.tar has no class: add a member \.cls"),
+        ([("a/1.cls", b"0"), ("a/1.heic", b"x")], r"sample a/1 .* no image.*\.cls, \.heic"),
         ([*sample("1", 0), ("1.png", b"y")], r"2 images: 1\.jpg, 1\.png"),
         ([*sample("1", 0), ("1.JPG", b"y")], r"two members \.jpg"),
         ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], "sample 1 .*has no class"),
@@ -302,22 +303,22 @@ PLAIN = tar_of(sample("a", 0))
 PAX = tar_of(sample("ü" * 200, 0), kind=tarfile.PAX_FORMAT)
 LONG_NAME = tar_of(sample("a" * 200, 0))
 DAMAGE = {
-    "empty": (b"", "byte 0: it is cut off"),
-    "text": (b"hello " * 400, "byte 0: no header"),
+    "empty": (b"", "byte 0: it is truncated"),
+    "text": (b"hello " * 400, "byte 0: there is no header"),
     "compressed": (b"\x1f\x8b" + PLAIN[2:], "it is compressed; unpack"),
-    "checksum": (PLAIN.replace(b"a.jpg", b"b.jpg", 1), "byte 0: no header"),
-    "two joined": (PLAIN + PLAIN, "more behind the end"),
+    "checksum": (PLAIN.replace(b"a.jpg", b"b.jpg", 1), "byte 0: there is no header"),
+    "two joined": (PLAIN + PLAIN, "data after the end"),
     "link": (with_header(PLAIN, 156, b"2"), "a.jpg is a symbolic link"),
     "hard link": (with_header(PLAIN, 156, b"1"), "a.jpg is a hard link"),
     "sparse": (with_header(PLAIN, 156, b"S"), "a.jpg is a sparse file"),
     "device": (with_header(PLAIN, 156, b"3"), "kind b'3'"),
     "pax sparse": (PAX.replace(b" path=" + "ü".encode() * 6, b" GNU.sparse.x=1234"), "sparse"),
-    "size too large": (with_header(PLAIN, 124, b"77777777777\0"), "cut off within a.jpg"),
-    "size of 2**80": (with_header(PLAIN, 124, b"\x80\0" + b"\xff" * 10), "cut off within a.jpg"),
-    "size below 0": (with_header(PLAIN, 124, b"\xff" * 12), "no header"),
-    "size with a sign": (with_header(PLAIN, 124, b"-0000000001\0"), "no header"),
-    "size that int() takes": (with_header(PLAIN, 124, b"0_0000001\0"), "no header"),
-    "size of digits 8": (with_header(PLAIN, 124, b"00000000008\0"), "no header"),
+    "size too large": (with_header(PLAIN, 124, b"77777777777\0"), "truncated within a.jpg"),
+    "size of 2**80": (with_header(PLAIN, 124, b"\x80\0" + b"\xff" * 10), "truncated within a.jpg"),
+    "size below 0": (with_header(PLAIN, 124, b"\xff" * 12), "there is no header"),
+    "size with a sign": (with_header(PLAIN, 124, b"-0000000001\0"), "there is no header"),
+    "size that int() takes": (with_header(PLAIN, 124, b"0_0000001\0"), "there is no header"),
+    "size of digits 8": (with_header(PLAIN, 124, b"00000000008\0"), "there is no header"),
     "no name": (with_header(PLAIN, 0, bytes(100)), "name b'' is not"),
     "name not UTF-8": (with_header(PLAIN, 0, b"\xff"), "not UTF-8"),
     "name too long": (with_header(LONG_NAME, 124, b"00077777777\0"), "a name or record of"),
@@ -349,7 +350,7 @@ def test_headers_of_other_programs_are_read(tmp_path: Path) -> None:
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train-0.tar")
-    with pytest.raises(DataError, match="no tar file"):
+    with pytest.raises(DataError, match="not a tar file"):
         open_source(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""mealv2.data.tar_index, tar_writing and keys: what lies where, and nothing wrong believed."""
+"""mealv2.data.tar_index, tar_writer and keys: what lies where, and nothing wrong believed."""
 
 import hashlib
 import io
@@ -12,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from mealv2.data.keys import Keys
-from mealv2.data.tar import TarShards, index_shard
-from mealv2.data.tar_index import TarIndex, index_bytes, index_of_bytes, index_path, read_index
+from mealv2.data.tar import TarShards
+from mealv2.data.tar_index import (
+    TarIndex,
+    index_bytes,
+    index_of_bytes,
+    index_path,
+    index_shard,
+    read_index,
+)
 from mealv2.data.tar_writer import pack_order, sample, sample_names, tar_writer
 from mealv2.errors import DataError
 from tars import write_packed
@@ -148,25 +155,25 @@ def sealed(value: object) -> bytes:
     ("change", "message"),
     [
         ({"format": "x"}, "is not an index of a tar file"),
-        ({"format_version": 2}, "format version 2; this mealv2 knows version 1"),
-        ({"keys": ["a"]}, "describes no tar file"),
-        ({"keys": ["a", 1]}, "describes no tar file"),
-        ({"keys": ["a", "../b"]}, "describes no tar file"),
-        ({"keys": ["a", "/b"]}, "describes no tar file"),
-        ({"keys": ["a", ""]}, "describes no tar file"),
-        ({"bytes": None}, "describes no tar file"),
-        ({"bytes": 700}, "describes no tar file"),
-        ({"sha256": 3}, "describes no tar file"),
-        ({"sizes": [1, -1]}, "describes no tar file"),
-        ({"sizes": [1, 1 << 70]}, "describes no tar file"),
-        ({"sizes": [1, "2"]}, "describes no tar file"),
-        ({"sizes": [1, 2.5]}, "describes no tar file"),
-        ({"offsets": [512]}, "describes no tar file"),
-        ({"offsets": None}, "describes no tar file"),
-        ({"head_sizes": [512, 99999]}, "describes no tar file"),
-        ({"head_crc32s": [1, -1]}, "describes no tar file"),
-        ({"classes": [0, -1]}, "describes no tar file"),
-        ({"original_sizes": [1]}, "describes no tar file"),
+        ({"format_version": 2}, "format version 2; this mealv2 reads version 1"),
+        ({"keys": ["a"]}, "does not describe a tar file"),
+        ({"keys": ["a", 1]}, "does not describe a tar file"),
+        ({"keys": ["a", "../b"]}, "does not describe a tar file"),
+        ({"keys": ["a", "/b"]}, "does not describe a tar file"),
+        ({"keys": ["a", ""]}, "does not describe a tar file"),
+        ({"bytes": None}, "does not describe a tar file"),
+        ({"bytes": 700}, "does not describe a tar file"),
+        ({"sha256": 3}, "does not describe a tar file"),
+        ({"sizes": [1, -1]}, "does not describe a tar file"),
+        ({"sizes": [1, 1 << 70]}, "does not describe a tar file"),
+        ({"sizes": [1, "2"]}, "does not describe a tar file"),
+        ({"sizes": [1, 2.5]}, "does not describe a tar file"),
+        ({"offsets": [512]}, "does not describe a tar file"),
+        ({"offsets": None}, "does not describe a tar file"),
+        ({"head_sizes": [512, 99999]}, "does not describe a tar file"),
+        ({"head_crc32s": [1, -1]}, "does not describe a tar file"),
+        ({"classes": [0, -1]}, "does not describe a tar file"),
+        ({"original_sizes": [1]}, "does not describe a tar file"),
     ],
 )
 def test_an_index_that_cannot_be_true_is_refused(

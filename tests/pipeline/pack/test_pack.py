@@ -21,14 +21,14 @@ from PIL import Image
 from conftest import Result
 from mealv2.data import jpegtran
 from mealv2.data.folder import ImageFolder
-from mealv2.data.index_json import sealed_json
-from mealv2.data.jpeg_pack import INDEX_NAME, Pack, PackedImage, PackedTar
-from mealv2.data.jpeg_restart import is_packed, region
+from mealv2.data.jpeg_restart import is_packed, read_header
+from mealv2.data.pack_index import INDEX_NAME, Pack, PackedImage, PackedTar
 from mealv2.data.pixels import decode
 from mealv2.data.source import fingerprint
 from mealv2.errors import DataError
 from mealv2.storage.atomic import write_atomic
-from pipeline.pack import folder, reading
+from mealv2.storage.json_format import sealed_json
+from pipeline.pack import common, folder
 from tars import tar_tree
 from warm import warm_process
 
@@ -85,7 +85,9 @@ def test_a_packed_tree_has_the_same_keys_classes_pixels_and_fingerprint(
             assert decode(after).tobytes() == decode(before).tobytes()
             assert (before != after) == is_packed(after) == key.endswith("jpg")
             if key.endswith("jpg"):
-                assert region(after, 9, 9, 2, 2) is not None
+                file = read_header(after)
+                assert file is not None
+                assert file.region(9, 9, 2, 2) is not None
 
 
 def test_the_report_counts_images_bytes_and_reasons(
@@ -169,7 +171,7 @@ def test_each_kind_of_file_is_packed_or_copied_for_its_reason(
         "ants/a png.jpg": jpegtran.NOT_A_JPEG,
     }
     assert result.report["packed"] == 5
-    assert result.stderr.count("cannot be read, copied as it is") == 3
+    assert result.stderr.count("cannot be decoded, copied unchanged") == 3
     for name, data in files.items():
         there = (tmp_path / "out" / "train" / "ants" / name).read_bytes()
         assert is_packed(there) == (f"ants/{name}" not in kept)
@@ -240,7 +242,7 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
             assert different <= {f"train/{INDEX_NAME}", f"val/{INDEX_NAME}"}
             if f"train/{INDEX_NAME}" in different:
                 unfinished += 1
-                with pytest.raises(DataError, match="packed in part only; run the same"):
+                with pytest.raises(DataError, match="only partly packed; run the same"):
                     ImageFolder(out, "train")
     assert kills >= 8
     assert unfinished >= 4
@@ -298,7 +300,7 @@ def test_nothing_is_begun_once_the_reader_stops(monkeypatch: pytest.MonkeyPatch)
         shutdown(pool)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
-    results = reading.in_threads(work, range(100), workers=1)
+    results = common.in_threads(work, range(100), workers=1)
     assert next(results) == 0
     results.close()  # type: ignore[attr-defined]
     assert set(begun) <= {0, 1}
@@ -352,7 +354,7 @@ def test_files_that_are_not_those_of_the_index_are_named(
         said = ["is missing", "run the same `mealv2 pack` again"]
     else:
         path = shutil.copy(path, path.with_name("more.jpg"))
-        said = ["was not put there by `mealv2 pack`"]
+        said = ["was not made by `mealv2 pack`"]
     one_line(run_cli("labels", "verify", labels_dir, "--data-dir", own_pack), 1, str(path), *said)
 
 
@@ -386,7 +388,7 @@ def test_a_damaged_index_is_one_line(
 
 def test_an_index_of_a_later_version_is_named(tmp_path: Path) -> None:
     data = sealed_json(("mealv2-pack", 2), {"data_sha256": "0", "settings": {}, "files": {}})
-    with pytest.raises(DataError, match="has format version 2; this mealv2 knows version 1"):
+    with pytest.raises(DataError, match="has format version 2; this mealv2 reads version 1"):
         Pack.of_bytes(data, "here")
 
 
@@ -466,7 +468,7 @@ def test_out_and_data_may_not_lie_in_one_another(
     own_data = own_data.rename(own_data.with_name("data"))
     before = contents(own_data.parent)
     result = run_cli("pack", "--data-dir", own_data, "--output", own_data.parent / place)
-    one_line(result, 2, "lie in one another")
+    one_line(result, 2, "contain one another")
     assert contents(own_data.parent) == before
 
 
@@ -571,7 +573,7 @@ def test_tar_files_that_cannot_be_a_tree_are_refused_before_anything_is_written(
     named = {
         "keys": ["is not ants/…/IMAGE.jpg", "--to tar"],
         "classes": ["needs an image of each", "--to tar"],
-        "no split": ["holds tar files and no class folders", "--split train"],
+        "no split": ["has tar files and no class folders", "--split train"],
     }[what]
     one_line(result, 2, *named)
     assert not out.exists()

@@ -15,8 +15,8 @@ from packs import final, one_line
 
 from conftest import Result
 from mealv2.data.folder import ImageFolder
-from mealv2.data.jpeg_pack import Pack, PackedTar
 from mealv2.data.open import open_source
+from mealv2.data.pack_index import Pack, PackedTar
 from mealv2.data.source import fingerprint
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_index import index_path, read_index
@@ -134,7 +134,7 @@ def test_tar_files_of_a_packed_tree_are_the_original_data_in_packed_files(
     assert list(source.sizes) != list(source.stored_sizes)
     position_of = {key: p for p, key in enumerate(packed.keys)}
     assert all(source.read(p) == packed.read(position_of[key]) for p, key in enumerate(source.keys))
-    one_line(run_cli(*flags(data_dir, out)), 2, "before, or after, `mealv2 pack` re-packed them")
+    one_line(run_cli(*flags(data_dir, out)), 2, "before or after `mealv2 pack` re-packed them")
 
 
 def test_tar_files_are_packed_into_others_in_the_same_order(
@@ -172,7 +172,7 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(
             assert different <= {"train.pack.json", "val.pack.json"}, "nothing torn"
             if "train.pack.json" in different:
                 unfinished += 1
-                with pytest.raises(DataError, match="packed in part only; run the same"):
+                with pytest.raises(DataError, match="only partly packed; run the same"):
                     open_source(out, "train")
     assert kills >= 8
     assert unfinished >= 4
@@ -256,11 +256,11 @@ def test_tar_files_that_are_not_those_of_the_pack_are_named(
         said = ["is missing", "run the same `mealv2 pack` again"]
     elif what == "more":
         path = Path(shutil.copy(path, own_pack / "train-000009.tar"))
-        said = ["was not put there by `mealv2 pack`"]
+        said = ["was not made by `mealv2 pack`"]
     else:
         path = index_path(path)
         path.write_bytes(path.read_bytes()[:-200])
-        said = ["fails its own SHA-256", "remove it to do without"]
+        said = ["its SHA-256 does not match", "remove it to work without an index"]
     one_line(run_cli("labels", "verify", labels_dir, "--data-dir", own_pack), 1, str(path), *said)
 
 
@@ -295,7 +295,7 @@ def test_other_settings_and_other_images_are_refused_by_name(
     words = flags(own_data, own_pack, "--images-per-shard", 11)
     refused(run_cli, contents, own_pack, words, "with images_per_shard 10, which is 11")
     (own_data / "train/ants/00.jpg").unlink()
-    said = "other images than", "what that was before it changed"
+    said = "other images than", "an earlier version of them"
     refused(run_cli, contents, own_pack, flags(own_data, own_pack), *said)
     shutil.rmtree(own_data / "train/ants")
     shutil.rmtree(own_data / "val/ants")
@@ -306,18 +306,18 @@ def test_a_folder_of_something_else_is_refused(
     run_cli: Run, data_dir: Path, own_pack: Path, tmp_path: Path, contents: Files
 ) -> None:
     (own_pack / "notes.txt").write_text("mine")
-    refused(run_cli, contents, own_pack, flags(data_dir, own_pack), "notes.txt is not packed")
+    refused(run_cli, contents, own_pack, flags(data_dir, own_pack), "notes.txt is not from")
     (own_pack / "notes.txt").unlink()
     (own_pack / "test-000000.tar").write_text("mine")
     refused(run_cli, contents, own_pack, flags(data_dir, own_pack), "test-000000.tar is not")
     words = flags(data_dir, data_dir / "tars")
-    one_line(run_cli(*words), 2, "lie in one another")
+    one_line(run_cli(*words), 2, "contain one another")
     assert not (data_dir / "tars").exists()
 
 
 def test_splits_of_other_classes_are_refused(run_cli: Run, own_data: Path, tmp_path: Path) -> None:
     shutil.rmtree(own_data / "val/ants")
-    one_line(run_cli(*flags(own_data, tmp_path / "out")), 2, "have other classes", "--split")
+    one_line(run_cli(*flags(own_data, tmp_path / "out")), 2, "have different classes", "--split")
     assert not (tmp_path / "out").exists()
 
 
@@ -326,7 +326,7 @@ def test_a_class_name_of_several_lines_is_refused(
 ) -> None:
     for split in ("train", "val"):
         (own_data / split / "ants").rename(own_data / split / "a\nb")
-    one_line(run_cli(*flags(own_data, tmp_path / "out")), 2, "has a line break in it")
+    one_line(run_cli(*flags(own_data, tmp_path / "out")), 2, "contains a line break")
 
 
 def test_an_image_that_changes_or_goes_while_it_is_packed_stops_it(

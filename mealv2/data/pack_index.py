@@ -1,8 +1,7 @@
-"""pack.json: which files `mealv2 pack` made of a split, JPEGs in a tree or tar files.
+"""pack.json: the files that `mealv2 pack` made of a split, JPEGs in a tree or tar files.
 
-Labels belong to the original files. The index has their fingerprint, and of a tree their sizes, so
-that the original and the packed files are one data set. It has the sizes of the packed files, so
-that a file that was replaced is noticed.
+Labels identify the original files. The index has their fingerprint and sizes, so that originals and
+packed files are the same data set, and the sizes of the packed files, to detect a replaced one.
 """
 
 from collections.abc import Mapping
@@ -10,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from mealv2.data.index_json import ADVICE_RECREATE, ADVICE_RERUN, checked_json, sealed_json
 from mealv2.errors import DataError
+from mealv2.storage.json_format import parse_sealed_json, sealed_json
 
-INDEX_NAME = "pack.json"  # in the folder of a split, of a tree
+INDEX_NAME = "pack.json"  # in the folder of a split of a tree
 SUFFIX = f".{INDEX_NAME}"  # after the name of a split, beside its tar files
+ADVICE_RERUN = "run the same `mealv2 pack` again"
+_ADVICE_RECREATE = f"remove it and {ADVICE_RERUN} into a new folder"
 _KNOWN = ("mealv2-pack", 1)
 
 
 class PackedImage(NamedTuple):
-    """An image file of a packed tree; ``kept`` says why it is a copy of the original."""
+    """An image file of a packed tree; ``kept`` is the reason why it is a copy of the original."""
 
     bytes: int
     original_bytes: int
@@ -35,10 +36,10 @@ class PackedTar(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """What an index says: the fingerprint of the original images, and the files made of them.
+    """The content of an index: the fingerprint of the original images, and the packed files.
 
-    ``settings`` are what else the bytes of the files depend on. ``files``, by path below the split
-    or by name of the tar file, is None until all files are there.
+    ``settings`` are the other inputs that determine the files' bytes. ``files``, by path below the
+    split or by name of the tar file, is None until the pack is complete.
     """
 
     data_sha256: str
@@ -55,58 +56,56 @@ class Pack:
 
     @classmethod
     def of_bytes(cls, data: bytes, name: str) -> Self:
-        """Parse an index; raises DataError, which calls it ``name``, for anything else."""
-        value = checked_json(data, name, what="an index of `mealv2 pack`", known=_KNOWN)
+        """Parse an index file called ``name``; raises DataError."""
+        what = "an index of `mealv2 pack`"
+        value = parse_sealed_json(data, name, what=what, known=_KNOWN, advice=_ADVICE_RECREATE)
         try:
             files = value["files"]
             if files is not None:
                 files = {name: _file(row) for name, row in files.items()}
             return cls(value["data_sha256"], dict(value["settings"]), files)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{name} is damaged; {ADVICE_RECREATE}") from None
+            raise DataError(f"{name} is damaged; {_ADVICE_RECREATE}") from None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Read an index, None where there is none; raises DataError as ``of_bytes``."""
+        """Read an index file, None if there is none; raises DataError."""
         try:
             return cls.of_bytes(path.read_bytes(), str(path))
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; {ADVICE_RECREATE}") from None
+            raise DataError(f"cannot read {path}: {error.strerror}; {_ADVICE_RECREATE}") from None
 
-    def require_finished(self, place: str) -> None:
-        """Raise DataError where not all files of the pack are there; ``place`` is its name."""
+    def require_finished(self, folder: str) -> None:
+        """Raise DataError if the pack in ``folder`` is incomplete."""
         if self.files is None:
-            raise DataError(f"{place} is packed in part only; {ADVICE_RERUN} to go on")
+            raise DataError(f"{folder} is only partly packed; {ADVICE_RERUN} to continue")
 
-    def check(self, place: str, sizes: Mapping[str, int]) -> None:
-        """Raise DataError where the files of the split are not those of the index.
-
-        ``sizes`` are the bytes of the files there, ``place`` is the name of their folder.
-        """
-        self.require_finished(place)
+    def check(self, folder: str, sizes: Mapping[str, int]) -> None:
+        """Raise DataError if the files of ``folder`` (name to size) are not those listed."""
+        self.require_finished(folder)
         files = self.files or {}
         for name, size in sizes.items():
             if name not in files:
                 raise DataError(
-                    f"{place}/{name} was not put there by `mealv2 pack`; move it away, or pack its "
+                    f"{folder}/{name} was not made by `mealv2 pack`; move it away, or pack its "
                     "data set into a new folder"
                 )
             if size != files[name].bytes:
                 raise DataError(
-                    f"{place}/{name} has {size} bytes, not the {files[name].bytes} that were "
-                    f"packed: it was replaced or damaged; {ADVICE_RERUN} to make it anew"
+                    f"{folder}/{name} has {size} bytes, not the {files[name].bytes} that were "
+                    f"packed: it was replaced or damaged; {ADVICE_RERUN} to repair it"
                 )
         if len(sizes) < len(files):
             lost = min(files.keys() - sizes.keys())
-            raise DataError(f"{place}/{lost} is missing; {ADVICE_RERUN} to make it anew")
+            raise DataError(f"{folder}/{lost} is missing; {ADVICE_RERUN} to repair it")
 
     def images(self) -> dict[str, PackedImage]:
         """Return the image files of a packed tree; raises DataError for a pack of tar files."""
         images = {n: f for n, f in (self.files or {}).items() if isinstance(f, PackedImage)}
         if len(images) < len(self.files or {}):
-            raise DataError(f"{INDEX_NAME} lists tar files and no images; {ADVICE_RECREATE}")
+            raise DataError(f"{INDEX_NAME} lists tar files, not images; {_ADVICE_RECREATE}")
         return images
 
 
@@ -118,4 +117,4 @@ def _file(row: list[object]) -> PackedImage | PackedTar:
             return PackedImage(size, original_size)
         case [int(size), int(original_size), str(kept)]:
             return PackedImage(size, original_size, kept)
-    raise ValueError("no file of a pack")
+    raise ValueError("not a file of a pack")
