@@ -1,10 +1,10 @@
-"""Stage one by one process and by two, and how long the shards of a large set take to check.
+"""Time stage one with one process and with two, and the check of the shards of a large set.
 
     python benchmarks/jobs.py
     python benchmarks/jobs.py --quick
 
-Drawn pictures, resnet18 with random weights as the teacher. Each arm is a whole command, from the
-start of Python to the manifest; all take turns. Needs two cores with nothing else to do. Prints
+Synthetic images; the teacher is resnet18 with random weights. Each arm is a complete command, from
+the start of Python to the manifest; the arms run in alternation. Needs two idle cores. Prints
 Markdown tables.
 """
 
@@ -29,8 +29,8 @@ from label_set_speed import plan_of, put_shard
 from mealv2.label_set import Encoding, claim, planned_shards
 from mealv2.models import create_classifier, save_classifier
 from pipeline.bench import hardware
-from pipeline.bench.room import drawn_rows
-from pipeline.bench.synthetic_images import draw_tree
+from pipeline.bench.context import simulated_rows
+from pipeline.bench.synthetic_images import write_image_folder
 from pipeline.config import LabelsFinishConfig, LabelsStatusConfig
 from pipeline.label_sets import finish, status
 
@@ -39,7 +39,7 @@ STATUS_IMAGES, STATUS_VIEWS = 2048, 30  # of a shard
 
 
 class Arm(NamedTuple):
-    """A way to run stage one: processes, and torch's threads in each."""
+    """A way to run stage one: the number of processes, and of torch's threads in each."""
 
     num_procs: int
     threads: int
@@ -54,13 +54,13 @@ ARMS = {
 
 def label(folder: Path, out: Path, arm: Arm, *, num_views: int) -> float:
     """Run the command; return its seconds."""
-    words = ["precompute", "--data-dir", folder / "data", "--output", out, "--workers", 0]
-    words += ["--teacher", f"{TEACHER}={folder / 'teacher'}", "--val-split", "none"]
-    words += ["--num-views", num_views, "--shard-size", SHARD_SIZE, "--batch-size", BATCH_SIZE]
-    words += ["--num-procs", arm.num_procs]
+    arguments = ["precompute", "--data-dir", folder / "data", "--output", out, "--workers", 0]
+    arguments += ["--teacher", f"{TEACHER}={folder / 'teacher'}", "--val-split", "none"]
+    arguments += ["--num-views", num_views, "--shard-size", SHARD_SIZE, "--batch-size", BATCH_SIZE]
+    arguments += ["--num-procs", arm.num_procs]
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "mealv2", *map(str, words)],
+        [sys.executable, "-m", "mealv2", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": str(arm.threads)},
         capture_output=True,
         check=True,
@@ -69,8 +69,8 @@ def label(folder: Path, out: Path, arm: Arm, *, num_views: int) -> float:
 
 
 def measure(folder: Path, *, num_images: int, num_views: int, repetitions: int) -> None:
-    """Let the arms take turns and print what they took."""
-    draw_tree(folder / "data" / "train", num_images=num_images, num_classes=CLASSES)
+    """Run the arms in alternation and print their times."""
+    write_image_folder(folder / "data" / "train", num_images=num_images, num_classes=CLASSES)
     classes = sorted(path.name for path in (folder / "data" / "train").iterdir())
     torch.manual_seed(0)
     teacher = create_classifier(TEACHER, num_classes=len(classes), img_size=224)
@@ -82,33 +82,33 @@ def measure(folder: Path, *, num_images: int, num_views: int, repetitions: int) 
         for name in turn:
             out = folder / "labels"
             seconds[name].append(label(folder, out, ARMS[name], num_views=num_views))
-            # the same again makes nothing: what starting, checking and ending take
+            # a second run has nothing to label: the time to start, check and end
             starts[name].append(label(folder, out, ARMS[name], num_views=num_views))
             shutil.rmtree(out)
     one, two, _ = ARMS
     pairs = zip(seconds[one], starts[one], seconds[two], starts[two], strict=True)
-    whole, work = [], []
+    total, labelling = [], []
     for s1, start1, s2, start2 in pairs:
-        whole.append(s1 / (2 * s2))
-        work.append((s1 - start1) / (2 * (s2 - start2)))
+        total.append(s1 / (2 * s2))
+        labelling.append((s1 - start1) / (2 * (s2 - start2)))
     rows = [[name, spread(seconds[name]), spread(starts[name])] for name in ARMS]
     print(f"{num_images} pictures x {num_views} views, {-(-num_images // SHARD_SIZE)} shards.\n")
     print(table(["stage one", "s", "s, start-up only"], rows))
     figures = [
-        ["complete command", spread(whole)],
-        ["without start-up", spread(work)],
+        ["complete command", spread(total)],
+        ["without start-up", spread(labelling)],
     ]
     print(table(["efficiency of two processes, t1 / (2 t2)", ""], figures))
 
 
 def measure_status(folder: Path, *, num_shards: int, repetitions: int) -> None:
-    """Write a set of many shards; print what looking at all of them takes."""
+    """Write a set of many shards; print the time to check all of them."""
     encoding = Encoding(NUM_CLASSES, rate=0.001)
     num_images = num_shards * STATUS_IMAGES
     plan = plan_of(encoding, STATUS_VIEWS) | {"shard_size": STATUS_IMAGES, "teachers": []}
     plan["roles"]["train"]["num_images"] = num_images
     claim(folder, plan)
-    one = encoding.blocks(drawn_rows(encoding, 64 * STATUS_VIEWS), STATUS_VIEWS)
+    one = encoding.blocks(simulated_rows(encoding, 64 * STATUS_VIEWS), STATUS_VIEWS)
     blocks = one * (STATUS_IMAGES // len(one))
     for shard in planned_shards(plan):
         keys = [key_of(n) for n in shard.images or ()]
@@ -136,7 +136,9 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a run of a minute, to see it work")
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of one minute, to try the script"
+    )
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
         sizes = (32, 1, 1) if quick else (96, 4, 5)
@@ -144,10 +146,10 @@ def main() -> None:
         measure_status(
             Path(folder) / "set", num_shards=3 if quick else 1000, repetitions=1 if quick else 5
         )
-    runtime = hardware.describe(torch.device("cpu"))
+    info = hardware.describe(torch.device("cpu"))
     print(
-        f"{datetime.date.today()}, {runtime['cpu']}, {runtime['cores']} cores, no GPU used, "
-        f"torch {torch.__version__}, python {platform.python_version()}; medians, least and most."
+        f"{datetime.date.today()}, {info['cpu']}, {info['cores']} cores, no GPU used, "
+        f"torch {torch.__version__}, python {platform.python_version()}; median, min and max."
     )
 
 

@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def last_row(run: Path) -> dict[str, float]:
-    """Return the figures of a run's last epoch."""
+    """Return the figures of the last epoch of a run."""
     names, *_, last = (line.split(",") for line in (run / "summary.csv").read_text().splitlines())
     return {n: float(v) for n, v in zip(names, last, strict=True) if v}
 

@@ -1,14 +1,14 @@
-"""How far the default's pixels are from Pillow's, and the labels made of them from each other.
+"""Compare the pixels of the default resize with those of Pillow, and the labels of both.
 
     python benchmarks/pixels.py
     mealv2 demo --output demo
     python benchmarks/pixels.py --demo demo
 
-Draws 495 pictures like ImageNet's and cuts two views of each, 224 pixels, both ways. With a folder
-of the demo it also labels the demo's images both ways, with the demo's teachers and dense float32
-labels. Prints Markdown tables; the same figures again on the same versions.
+Draws 495 images like those of ImageNet and cuts two views of each, 224 pixels, with both. With a
+folder of the demo it also labels the images of the demo with both, by the teachers of the demo and
+as dense float32 labels. Prints Markdown tables; equal versions give equal figures.
 
-`--quick` draws a few pictures, for the tests.
+`--quick` draws a few images, for the tests.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mealv2.data.pixels import RESIZES, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
 from mealv2.views import view_of
 from pipeline import console, precompute
-from pipeline.bench.synthetic_images import draw_picture
+from pipeline.bench.synthetic_images import draw_jpeg
 from pipeline.config import PrecomputeConfig
 from pipeline.demo import IMG_SIZE, TEACHERS
 from pipeline.runtime.device import library_versions, use_one_thread
@@ -49,10 +49,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def compare_pixels(num_pictures: int) -> None:
-    """Print how much views and centre crops differ, in steps of 255."""
+    """Print the differences of views and centre crops, in 255ths."""
     found: dict[str, list[np.ndarray]] = {"views": [], "centre crops": []}
     for number in range(num_pictures):
-        pixels_HWC = decode(draw_picture(number))
+        pixels_HWC = decode(draw_jpeg(number))
         height, width, _ = pixels_HWC.shape
         for index in range(VIEWS_OF_EACH):
             view = view_of(f"{number}", index, seed=0, width=width, height=height)
@@ -76,7 +76,7 @@ def compare_pixels(num_pictures: int) -> None:
 
 
 def compare_labels(demo: Path, folder: Path) -> None:
-    """Print how much labels of the demo's images differ by who resized."""
+    """Print the differences of the labels between the two resizes."""
     use_one_thread()
     config = PrecomputeConfig(
         data_dir=demo / "data",
@@ -94,17 +94,17 @@ def compare_labels(demo: Path, folder: Path) -> None:
     for split in ("train", "val"):
         sets = {resize: LabelSet.open(folder / resize, split=split) for resize in RESIZES}
         keys = list(sets["torch"].keys())
-        places = [(key, view) for key in keys for view in range(sets["torch"].num_views)]
+        addresses = [(key, view) for key in keys for view in range(sets["torch"].num_views)]
         pil_NC, fast_NC = (
-            sets[resize].soft_labels(*map(list, zip(*places, strict=True))).to_dense().double()
+            sets[resize].soft_labels(*map(list, zip(*addresses, strict=True))).to_dense().double()
             for resize in ("pil", "torch")
         )
-        # KL(pil || torch), float32's smallest number for what is 0 there
+        # KL(pil || torch), with the smallest number of float32 instead of 0
         kl_NC = torch.xlogy(pil_NC, pil_NC) - torch.xlogy(pil_NC, fast_NC.clamp_min(1e-45))
         agree = (pil_NC.argmax(1) == fast_NC.argmax(1)).double().mean()
         rows.append(
             [
-                f"{len(places)} of {split}",
+                f"{len(addresses)} of {split}",
                 f"{float(kl_NC.sum(1).mean()):.2e}",
                 f"{float(kl_NC.sum(1).max()):.2e}",
                 f"{100 * float(agree):.3f}",

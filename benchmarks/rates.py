@@ -1,14 +1,14 @@
-"""Distil the demo's student from label sets of several rates and compare what comes of it.
+"""Distil the student of the demo with label sets of several rates, and compare the results.
 
     mealv2 demo --seeds 3 --output demo
     python benchmarks/rates.py --demo demo --output rates --seeds 3
 
-Takes data, teachers and starts from the demo's folder. The dense set is made once, the others are
-converted from it. Arms, interleaved seed by seed, have the same start and the same images in the
-same batches. All students are held against the dense labels of the validation split. Prints
-Markdown tables; the same figures run to run on one machine.
+Uses the data, teachers and starts in the folder of the demo. The dense set is created once, the
+others are converted from it. The arms are interleaved seed by seed, with the same start and the
+same images in the same batches. All students are compared with the dense labels of the validation
+split. Prints Markdown tables; runs on one machine give equal figures.
 
-`--quick` is the same in seconds, with two epochs and one seed: its figures say nothing.
+`--quick` takes seconds, with two epochs and one seed, only to try the script.
 """
 
 import argparse
@@ -52,9 +52,9 @@ from pipeline.training.evaluator import Evaluator
 from pipeline.training.run_folder import REPORT_NAME, has_checkpoint
 
 QUICK_EPOCHS = 2
-LEAST = 1e-30  # what a label may say at least, where float16 says 0
+MIN_PROB = 1e-30  # instead of the 0 of float16
 
-# A label set by folder name: the set that it is converted from, None for the teachers, and how.
+# Label sets by folder name: the set to convert from (None: the teachers), and the settings.
 SETS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dense": (None, {"topk": "all", "label_dtype": "float32"}),
     "rate-0.0003": ("dense", {"rate": 0.0003}),
@@ -72,7 +72,7 @@ ALONE = ("dense", "rate-0.0003", "rate-0.001", "rate-0.005", "top-3", "top-1")
 
 @dataclass(frozen=True)
 class Arm:
-    """A student: the set it learns from, and whether beside a discriminator, as in the demo."""
+    """A student: its label set, and whether it has a discriminator."""
 
     labels: str
     has_discriminator: bool = True
@@ -84,11 +84,11 @@ class Arm:
 
     @property
     def dense(self) -> "Arm":
-        """The arm that it is compared with."""
+        """The arm to compare with."""
         return Arm(SETS[self.labels][0] or self.labels, self.has_discriminator)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the arms differ in."""
+        """Return the settings that differ between arms."""
         if self.has_discriminator:
             return {"discriminator_lr": DISCRIMINATOR_LR}
         return {"discriminator": "off"}
@@ -99,7 +99,7 @@ ARMS = (*(Arm(name) for name in SETS), *(Arm(name, False) for name in ALONE))
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things are, and how long an arm trains."""
+    """The folders, and the epochs of an arm."""
 
     demo: Path
     out: Path
@@ -113,7 +113,7 @@ class Bench:
         return self.out / "labels" / name
 
     def make_labels(self, name: str) -> None:
-        """Make a label set, by the teachers or from another one; nothing where it is there."""
+        """Create a label set with the teachers or from another set, unless it exists."""
         source, settings = SETS[name]
         if source is not None:
             folders = {"labels": self.labels(source), "output": self.labels(name)}
@@ -132,7 +132,7 @@ class Bench:
         )
 
     def train(self, arm: Arm, seed: int) -> dict[str, float]:
-        """Distil with the demo's settings, go on, or take what is there; return the figures."""
+        """Distil with the settings of the demo, resume, or read a finished run; return figures."""
         run = self.out / f"seed-{seed}" / arm.name
         if not (run / REPORT_NAME).exists():
             distill.run(
@@ -177,7 +177,7 @@ class Bench:
         return evaluator(found.model, num_classes=len(source.classes)).summary()
 
 
-# --- what the labels are --------------------------------------------------------------------------
+# --- properties of the labels ---------------------------------------------------------------------
 
 
 def of_training(folder: Path) -> Labels:
@@ -190,23 +190,23 @@ def of_training(folder: Path) -> Labels:
 def divergence(probs_NC: Tensor, recovered_NC: Tensor) -> Tensor:
     """Return KL(p || recovered) of each row, nats, float64."""
     # KL(p || q) = sum_c p_c (ln p_c - ln q_c), 0 ln 0 = 0
-    exact_NC, other_NC = probs_NC.double(), recovered_NC.double().clamp_min(LEAST)
+    exact_NC, other_NC = probs_NC.double(), recovered_NC.double().clamp_min(MIN_PROB)
     return (torch.xlogy(exact_NC, exact_NC) - torch.xlogy(exact_NC, other_NC)).sum(1)
 
 
 def only_cut(probs_NC: Tensor, labels: Labels) -> Tensor:
-    """Return p at the classes that labels keep and the mean of the others elsewhere, N x C."""
+    """Return p at the stored classes, and the mean of the other classes elsewhere, N x C."""
     kept = labels.kept()
-    shares_NC = torch.zeros_like(probs_NC)
-    shares_NC.scatter_add_(1, kept.indices_NK, kept.is_kept_NK.to(probs_NC.dtype))
-    is_kept_NC = shares_NC > 0
+    counts_NC = torch.zeros_like(probs_NC)
+    counts_NC.scatter_add_(1, kept.indices_NK, kept.is_kept_NK.to(probs_NC.dtype))
+    is_kept_NC = counts_NC > 0
     rest_N1 = probs_NC.masked_fill(is_kept_NC, 0.0).sum(1, keepdim=True)
     num_others_N1 = (~is_kept_NC).sum(1, keepdim=True).clamp_min(1)
     return torch.where(is_kept_NC, probs_NC, rest_N1 / num_others_N1)
 
 
 def labels_row(folder: Path, dense_NC: Tensor) -> list[str]:
-    """Return the cells of a set: what it keeps, its bytes, classes, and what is lost."""
+    """Return the cells of a set: its encoding, bytes and classes, and the loss of precision."""
     labels = of_training(folder)
     split = info.run(LabelsInfoConfig(labels=folder))["roles"]["train"]
     num_kept_N = labels.kept().is_kept_NK.sum(1).double()
@@ -234,7 +234,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Return mean ± standard deviation, the latter of two values or more."""
+    """Return mean ± standard deviation; only the mean of a single value."""
     text = f"{mean(values):{sign}.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
@@ -252,7 +252,7 @@ def students_row(title: str, runs: list[dict[str, float]]) -> list[str]:
 def paired_row(
     title: str, runs: list[dict[str, float]], dense: list[dict[str, float]]
 ) -> list[str]:
-    """Return the differences of a set's students to the dense set's, seed by seed."""
+    """Return the differences between the students of a set and of the dense set, by seed."""
     cells = [title]
     for name, digits in (("loss", 4), ("top1", 2), ("agreement", 2), ("kl", 4)):
         apart = [run[name] - other[name] for run, other in zip(runs, dense, strict=True)]

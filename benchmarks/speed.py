@@ -22,13 +22,13 @@ turns; the figure is the median over the rounds, with minimum and maximum in bra
 
 
 def document(reports: Sequence[dict[str, Any]]) -> str:
-    """Return the document of reports of one machine each, as --results-file keeps them."""
+    """Return the document for reports of --results-file, one per machine."""
     return "\n".join([_INTRODUCTION, *(line for report in reports for line in _section(report))])
 
 
 def _section(report: dict[str, Any]) -> Iterator[str]:
-    runtime = report["hardware"]
-    yield f"## {runtime.get('gpu') or runtime['cpu']}, {runtime['cores']} cores\n"
+    hardware = report["hardware"]
+    yield f"## {hardware.get('gpu') or hardware['cpu']}, {hardware['cores']} cores\n"
     yield f"```\n{report['command']}\n```\n"
     yield _about(report)
     if report["lines"]:
@@ -44,10 +44,10 @@ def _section(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _about(report: dict[str, Any]) -> str:
-    runtime = report["hardware"]
-    parts = [f"{runtime['cpu']}, {runtime['cores']} cores, {runtime['memory_gb']:.0f} GB"]
-    if "gpu" in runtime:
-        parts.append(f"{runtime['gpu']}, {runtime['gpu_memory_gb']:.0f} GB")
+    hardware = report["hardware"]
+    parts = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']:.0f} GB"]
+    if "gpu" in hardware:
+        parts.append(f"{hardware['gpu']}, {hardware['gpu_memory_gb']:.0f} GB")
     parts += [f"networks in {report['precision']}", f"{report['seconds']:.0f} s in all"]
     if images := report.get("images"):
         parts.append(
@@ -122,7 +122,7 @@ def _table(head: list[str], rows: Sequence[list[str]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="+", type=Path, help="what mealv2 bench --results-file wrote")
+    parser.add_argument("file", nargs="+", type=Path, help="file of mealv2 bench --results-file")
     reports: list[dict[str, Any]] = [
         json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().file
     ]

@@ -1,6 +1,6 @@
-"""Networks compiled by torch.compile, for batches of one size; as they are where nothing compiles.
+"""torch.compile for batches of one size, with the eager network as the fallback.
 
-What is called is compiled, never the module: what a checkpoint keeps does not change.
+The call is compiled, not the module, so that checkpoints do not change.
 """
 
 from collections.abc import Callable
@@ -18,37 +18,34 @@ _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 @dataclass
 class Compiler:
-    """How networks are compiled, for batches of ``batch_size``; ``is_usable`` until it was
-    tried.
-    """
+    """Mode and batch size of compiled networks; ``is_usable`` until a compilation fails."""
 
     mode: CompileMode
     batch_size: int
     is_usable: bool = True
 
     def compiled(self, network: nn.Module, *, begins_step: bool = True) -> "Compiled":
-        """Return what to call in a network's place.
+        """Return the callable to use instead of a network.
 
-        ``begins_step``: what was answered before is no longer needed, and CUDA graphs may use its
-        memory again.
+        ``begins_step``: CUDA graphs may reuse the memory of earlier outputs.
         """
         marks = begins_step and self.mode in _WITH_CUDA_GRAPHS
         return Compiled(network, self, marks=marks)
 
     def give_up(self, error: RuntimeError) -> None:
-        """Say why nothing compiles here; once, for all networks."""
+        """Report why this machine cannot compile; once, for all networks."""
         self.is_usable = False
-        cause = getattr(error, "inner_exception", error)  # torch wraps what its back end raises
+        cause = getattr(error, "inner_exception", error)  # torch wraps errors of its back end
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = lines[0] if lines else type(cause).__name__
-        console.info(f"--torchcompile: this machine cannot compile ({reason}); computing without")
+        console.info(f"--torchcompile: this machine cannot compile ({reason}); running without it")
 
 
 class Compiled:
-    """Calls a network through torch.compile where a batch has the full size, else as it is.
+    """Calls a network through torch.compile for full batches, and eagerly for others.
 
-    Which of the two depends on the batch alone, so that a run that is stopped anywhere goes on in
-    the same bits. Where nothing compiles the network is called as it is.
+    The choice depends on the batch alone, so that a resumed run gives the same bits. If this
+    machine cannot compile, all calls are eager.
     """
 
     def __init__(self, network: nn.Module, compiler: Compiler, *, marks: bool) -> None:
@@ -66,17 +63,18 @@ class Compiled:
         return self._first(images_BCHW) if self._call is None else self._call(images_BCHW)
 
     def _first(self, images_BCHW: Tensor) -> Tensor:
-        """Answer the first full batch: it says whether this machine can compile."""
+        """Compile with the first full batch, which shows whether this machine can compile."""
         try:
-            # one shape: a graph for any batch size is a slower one, and no CUDA graph
-            mode = self._compiler.mode
+            # dynamic=False: a graph for any batch size is slower and excludes CUDA graphs
             call: Callable[[Tensor], Tensor] = torch.compile(
-                self._network, mode=mode, dynamic=False
+                self._network, mode=self._compiler.mode, dynamic=False
             )
             logits_BC = call(images_BCHW)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # no compiler, no Triton; what is the network's comes again
+        except (
+            RuntimeError
+        ) as error:  # no compiler or no Triton; an error of the network is raised again below
             self._compiler.give_up(error)
             return self(images_BCHW)
         self._call = call
@@ -84,7 +82,7 @@ class Compiled:
 
 
 def compile_teachers(ensemble: TeacherEnsemble, *, mode: CompileMode, batch_size: int) -> None:
-    """Let an ensemble ask its teachers through torch.compile, each on its own."""
+    """Make an ensemble run its teachers through torch.compile, one graph each."""
     compiler = Compiler(mode, batch_size)
     ensemble.calls = [
         compiler.compiled(teacher, begins_step=number == 0)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: messages, progress bars, tables, units."""
+"""Output for the user: messages, progress bars, tables, units."""
 
 import sys
 import threading
@@ -15,21 +15,21 @@ from pipeline.runtime.env import on_terminal
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
 
-# tqdm's own lock is shared with forked processes too, and one of them that is killed while it
-# writes a line would stop all others for good; only one process talks here
+# tqdm's own lock is shared with forked processes, and one that is killed while it writes would
+# block the others for ever; here only one process writes
 tqdm.set_lock(threading.RLock())
 
 
 def info(text: str) -> None:
-    """Print a line of talk to stderr, around a progress bar if there is one; first rank only."""
+    """Print a message to stderr, above a progress bar if there is one; rank 0 only."""
     if is_main_process():
         tqdm.write(use_display_names(text), file=sys.stderr)
 
 
 class ProgressBar:
-    """Shows how far a loop is: a bar with rate and ETA on a terminal, else a line now and then.
+    """Shows the progress of a loop: a bar with rate and ETA on a terminal, else a line every 10 s.
 
-    A context manager; ``total`` is in units. Of several ranks the main one shows it.
+    A context manager; ``total`` is in units. Only rank 0 shows it.
     """
 
     def __init__(self, total: int, *, what: str, unit: str) -> None:
@@ -51,7 +51,7 @@ class ProgressBar:
             self._bar.close()
 
     def update(self, units: int) -> None:
-        """Count units that are done."""
+        """Count ``units`` more."""
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
@@ -69,10 +69,7 @@ class ProgressBar:
 def progress(
     items: Iterable[T], *, total: int, what: str, unit: str, size: Any = None
 ) -> Iterator[T]:
-    """Yield ``items`` and show how far they are in a ProgressBar.
-
-    ``size(item)`` is how many units an item counts, 1 by default.
-    """
+    """Yield ``items`` with a ProgressBar; ``size(item)`` is the units of an item, 1 by default."""
     with ProgressBar(total, what=what, unit=unit) as bar:
         for item in items:
             yield item
@@ -80,7 +77,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 48 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    """Return seconds as text: 48 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -91,28 +88,28 @@ def duration(seconds: float) -> str:
 
 
 def size_of(num_bytes: float) -> str:
-    """Return a byte count as a person says it, in powers of 1000."""
+    """Return a byte count as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:  # what rounds to 1000 is 1 of the next unit
+        if num_bytes < 999.5:  # 999.5 rounds to 1000, which is 1 of the next unit
             return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
 
 
 def count(number: int, unit: str) -> str:
-    """Return a number of things: 1 shard, 2 shards; also of a unit of several words."""
+    """Return a number with its unit: 1 shard, 2 shards, 2 shards of labels."""
     first, space, rest = unit.partition(" of ")
     return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
 
 
-def first_names(names: Iterable[str], *, most: int = 3) -> str:
-    """Return the first few of some names, with an ellipsis for the rest."""
+def first_names(names: Iterable[str]) -> str:
+    """Return the first names, with an ellipsis for the rest."""
     names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return rows as aligned columns, the first row as head, text left and figures right."""
+    """Return rows in aligned columns: the first row is the head, the first column text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

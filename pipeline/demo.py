@@ -1,7 +1,6 @@
-"""The whole story on real images that come with a library: scikit-learn's handwritten digits.
+"""Run both stages on scikit-learn's handwritten digits and compare with hard labels.
 
-A driver: it runs the stages one after another and shows what they came to (docs/adr/0005). Stages
-that are finished are kept, so that a second call goes on where the first one stopped.
+It drives the other commands (docs/adr/0005). A second call keeps finished runs and resumes others.
 """
 
 import math
@@ -27,7 +26,7 @@ from pipeline.config import (
 from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import REPORT_NAME, has_checkpoint
 
-# The setting of the story; docs/tutorial/demo.md says how it was found.
+# docs/tutorial/demo.md describes how these settings were found.
 IMG_SIZE = 32
 SPLITS = {"teacher-train": 1000, "train": 150}  # disjoint; the rest, 647 scans, is val
 TEACHERS = ("resnet10t", "test_resnet")
@@ -46,19 +45,34 @@ _PARTS = ("teachers", "labels", "student start", "hard-label control", "distille
 
 @dataclass
 class DemoRun:
-    """The reports of every stage, by part, and the seconds that this call spent on each."""
+    """The reports of all runs by part, and the seconds that this call spent on each part."""
 
     config: DemoConfig
     data: Path
     reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def train(self, part: str, settings: FinetuneConfig | DistillConfig) -> Path:
-        """Do a training run, go on with it, or take the report it left; return its folder."""
-        assert settings.output is not None
+    def finetune(self, part: str, name: str, **settings: Any) -> Path:
+        """Train on hard labels in the folder ``name``; see ``_train``."""
+        settings = {"img_size": IMG_SIZE, **settings}
+        return self._train(part, FinetuneConfig(**self._common(name), **settings))
+
+    def distill(self, part: str, name: str, **settings: Any) -> Path:
+        """Distil in the folder ``name``; see ``_train``."""
+        return self._train(part, DistillConfig(**self._common(name), **settings))
+
+    def _common(self, name: str) -> dict[str, Any]:
+        config = self.config
+        hardware = {"device": config.device, "workers": config.workers}
+        intervals = {"val_interval": 10, "log_interval": 10}
+        return {"data_dir": self.data, "output": config.output / name, **intervals, **hardware}
+
+    def _train(self, part: str, settings: FinetuneConfig | DistillConfig) -> Path:
+        """Start or resume a run, or take the report of a finished one; return its folder."""
         folder = settings.output
+        assert folder is not None
         console.info(f"\n== {part}: {folder}")
-        began = time.monotonic()
+        start_s = time.monotonic()
         report = _finished(folder, settings)
         if report is None:
             if has_checkpoint(folder):
@@ -67,103 +81,79 @@ class DemoRun:
                 report = distill.run(settings)
             else:
                 report = finetune.run(settings)
-            self._count(part, began)
+            self._add_seconds(part, start_s)
         self.reports.setdefault(part, []).append(report)
         return folder
 
-    def label(self, settings: PrecomputeConfig) -> None:
-        """Do stage one, as far as it is not done."""
-        console.info(f"\n== labels: {settings.output}")
-        began = time.monotonic()
-        # all of it, also where the environment says that this is one of several jobs
-        report = precompute.run(replace(settings, job_index=0, num_jobs=1))
+    def label(self, teachers: list[Path]) -> Path:
+        """Create the missing labels of stage one; return the label set."""
+        folder = self.config.output / "labels"
+        console.info(f"\n== labels: {folder}")
+        start_s = time.monotonic()
+        settings = PrecomputeConfig(
+            data_dir=self.data,
+            output=folder,
+            teacher=tuple(f"{n}={f}" for n, f in zip(TEACHERS, teachers, strict=True)),
+            num_views=EPOCHS,
+            img_size=IMG_SIZE,
+            topk="all",  # ten classes are few enough to store
+            device=self.config.device,
+            workers=self.config.workers,
+            job_index=0,  # one job, whatever the environment is
+            num_jobs=1,
+        )
+        report = precompute.run(settings)
         if report["shards_made"]:
-            self._count("labels", began)
+            self._add_seconds("labels", start_s)
         self.reports["labels"] = [report]
+        return folder
 
     def figures(self, part: str, name: str) -> list[float]:
         """Return one figure of every run of a part."""
         return [report[name] for report in self.reports[part]]
 
-    def _count(self, part: str, began: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
+    def _add_seconds(self, part: str, start_s: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - start_s
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Tell the story; return its figures. Raises MealError and OSError."""
+    """Run the demo; print and return its figures. Raises MealError and OSError."""
     use_one_thread()
     demo = DemoRun(config, write_digits(config.output / "data"))
-    hardware: dict[str, Any] = {"device": config.device, "workers": config.workers}
-    base: dict[str, Any] = {
-        "data_dir": demo.data,
-        "val_interval": 10,
-        "log_interval": 10,
-        **hardware,
-    }
-
     teachers = [
-        demo.train(
+        demo.finetune(
             "teachers",
-            FinetuneConfig(
-                **base,
-                model=name,
-                train_split="teacher-train",
-                pretrained=False,
-                img_size=IMG_SIZE,
-                epochs=TEACHER_EPOCHS,
-                batch_size=TEACHER_BATCH_SIZE,
-                lr=START_LR,
-                weight_decay=5e-4,
-                output=config.output / f"teacher-{name}",
-            ),
+            f"teacher-{name}",
+            model=name,
+            train_split="teacher-train",
+            pretrained=False,
+            epochs=TEACHER_EPOCHS,
+            batch_size=TEACHER_BATCH_SIZE,
+            lr=START_LR,
+            weight_decay=5e-4,
         )
         for name in TEACHERS
     ]
-    labels = config.output / "labels"
-    demo.label(
-        PrecomputeConfig(
-            data_dir=demo.data,
-            output=labels,
-            teacher=tuple(f"{n}={f}" for n, f in zip(TEACHERS, teachers, strict=True)),
-            num_views=EPOCHS,
-            img_size=IMG_SIZE,
-            topk="all",  # of ten classes there is nothing to leave out
-            **hardware,
-        )
-    )
+    labels = demo.label(teachers)
     for seed in range(config.seeds):
-        folder = config.output / f"seed-{seed}"
-        start = demo.train(
+        common = {"model": STUDENT, "seed": seed, "batch_size": BATCH_SIZE}
+        start = demo.finetune(
             "student start",
-            FinetuneConfig(
-                **base,
-                model=STUDENT,
-                pretrained=False,
-                img_size=IMG_SIZE,
-                epochs=START_EPOCHS,
-                batch_size=BATCH_SIZE,
-                lr=START_LR,
-                seed=seed,
-                output=folder / "start",
-            ),
+            f"seed-{seed}/start",
+            **common,
+            pretrained=False,
+            epochs=START_EPOCHS,
+            lr=START_LR,
         )
-        # the two arms see the same views in the same order and differ in who labels them
-        arm = {**base, "model": STUDENT, "initial_checkpoint": start, "epochs": EPOCHS, "lr": LR}
-        arm |= {"seed": seed, "weight_decay": 0.0, "batch_size": BATCH_SIZE}
-        demo.train(
-            "hard-label control",
-            FinetuneConfig(
-                **arm, img_size=IMG_SIZE, num_views=EPOCHS, output=folder / "hard-labels"
-            ),
-        )
-        demo.train(
+        # both arms see the same views in the same order; only the labels differ
+        common |= {"initial_checkpoint": start, "epochs": EPOCHS, "lr": LR, "weight_decay": 0.0}
+        demo.finetune("hard-label control", f"seed-{seed}/hard-labels", **common, num_views=EPOCHS)
+        demo.distill(
             "distilled",
-            DistillConfig(
-                **arm,
-                labels=labels,
-                discriminator_lr=DISCRIMINATOR_LR,
-                output=folder / "distilled",
-            ),
+            f"seed-{seed}/distilled",
+            **common,
+            labels=labels,
+            discriminator_lr=DISCRIMINATOR_LR,
         )
     report = _report(demo)
     console.info("\n" + _table(demo, report))
@@ -171,10 +161,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def write_digits(folder: Path) -> Path:
-    """Write the digits as an ImageFolder and return it: 1,000 scans for the teachers, 150 others
-    for the students, 647 for validation.
+    """Write the digits as an ImageFolder: 1,000 for the teachers, 150 others to train, 647 val.
 
-    The 8 x 8 scans are enlarged to 32 x 32 pixels, bicubic, so that a crop of 8 % shows something.
+    The 8 x 8 scans are resized to 32 x 32 pixels, bicubic, so that a crop of 8 % shows something.
     The split is a fixed permutation. Raises ConfigError without scikit-learn.
     """
     try:
@@ -205,14 +194,14 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
 
 
 def _finished(folder: Path, settings: FinetuneConfig | DistillConfig) -> dict[str, Any] | None:
-    """Return the report of a run that is done; raises ConfigError where it is another run."""
+    """Return the report of a finished run; raises ConfigError if its settings differ."""
     if not has_checkpoint(folder):
         return None
     expected = {**settings.as_json(), "output": None, "resume": None}
     kept = current_names(type(settings), read_json(folder / "config.json"))
     free = ("workers", "device")
     if any(kept.get(name) != value for name, value in expected.items() if name not in free):
-        raise ConfigError(f"{folder} holds a run with other settings; give another --output")
+        raise ConfigError(f"{folder} has a run with other settings; give another --output")
     report = folder / REPORT_NAME
     return dict(read_json(report)) if report.exists() else None
 
@@ -241,7 +230,7 @@ def _report(demo: DemoRun) -> dict[str, Any]:
 
 
 def _table(demo: DemoRun, report: dict[str, Any]) -> str:
-    """Return the story as a table and a few lines."""
+    """Return the figures as a table and a few lines."""
     rows = [["", "top-1 %", "per seed"]]
     for teacher in report["teachers"]:
         rows.append([f"teacher {teacher['model']}", f"{teacher['top1']:.2f}", ""])
@@ -258,7 +247,7 @@ def _table(demo: DemoRun, report: dict[str, Any]) -> str:
     spread = (
         f"95 % interval {between[0]:+.2f} to {between[1]:+.2f}, {report['seeds']} seeds"
         if between
-        else "one seed says little: --seeds 5 gives an interval"
+        else "one seed proves little: --seeds 5 gives an interval"
     )
     lines.append(f"distilled - hard-label control: {report['difference']:+.2f} points ({spread})")
     per_view = report["label_bytes"] / report["label_views"]

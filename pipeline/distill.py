@@ -1,4 +1,4 @@
-"""Stage two: train a student and a discriminator, from a label set or from teachers online."""
+"""Stage two: train a student and a discriminator with stored labels or online teachers."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipeline.training.spec import CutMix, TrainingSpec, create_student
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
-    """Distil; return the report. Raises MealError and OSError, see training.loop.train."""
+    """Distil and return the report. Raises as training.loop.train."""
     if config.dry_run:
         env.require_single_process("distill --dry-run")
     with distributed_runtime(config) as runtime:
@@ -37,7 +37,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
     source = open_training_images(config, folder)
     val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
     if config.dry_run:
-        val = None  # online teachers would label all of it first
+        val = None  # online teachers would label the whole split first
     labels = (
         from_online_teachers(config, runtime, source, val)
         if folder is None
@@ -88,7 +88,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
 def _discriminator(
     config: DistillConfig, num_classes: int
 ) -> tuple[Discriminator | None, dict[str, tuple[nn.Module, float]]]:
-    """Return the discriminator, if any, and the extra module for the optimizer."""
+    """Return the discriminator, if any, and the extra modules for the optimizer."""
     if config.discriminator == "off":
         return None, {}
     if num_classes < 2:
@@ -107,7 +107,7 @@ def _cutmix_settings(config: DistillConfig) -> CutMix | None:
 
 
 def _column_notes(config: DistillConfig) -> dict[str, str]:
-    """Return what to print behind the discriminator loss: the values of its plateaus."""
+    """Return the text to print after the discriminator loss: the values of its plateaus."""
     if config.discriminator == "off":
         return {}
     plateaus = ", ".join(f"{name} {v:.3f}" for name, v in PLATEAUS[config.discriminator].items())

@@ -1,4 +1,4 @@
-"""Accuracy of any checkpoint or timm model on a split, per class too."""
+"""Measure the accuracy of a checkpoint or timm model on a split, also per class."""
 
 from typing import Any
 
@@ -15,14 +15,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     runtime = create_runtime(config)
     source = open_images(config, config.data_dir, config.val_split)
     found = load_model.load(config, classes=source.classes)
-    model = found.model
+    model = runtime.to_device(found.model)
     if model.num_classes != len(source.classes):
         raise ConfigError(
-            f"{found.name} knows {model.num_classes} classes, {source.name} has "
-            f"{len(source.classes)}"
+            f"{found.name} has {model.num_classes} classes, {source.name} has {len(source.classes)}"
         )
     evaluator = Evaluator(source, runtime, config, img_size=found.img_size, resize=config.resize)
-    figures = evaluator(runtime.to_device(model), num_classes=model.num_classes)
+    figures = evaluator(model, num_classes=model.num_classes)
     report = {"model": model.tag, "img_size": found.img_size, **figures.summary()}
     if config.results_file is not None:
         rows = [

@@ -1,4 +1,4 @@
-"""Hard-label training with the same loop: teachers on own data, a student's start, the control."""
+"""Train on hard labels: teachers, the start of a student, or the control of an experiment."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.training.spec import TrainingSpec, create_student
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune; return the report. Raises MealError and OSError, see training.loop.train."""
+    """Fine-tune and return the report. Raises as training.loop.train."""
     with distributed_runtime(config) as runtime:
         return _finetune(config, runtime)
 

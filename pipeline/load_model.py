@@ -1,4 +1,4 @@
-"""A model that only answers, as --model and --checkpoint name it: one way for every stage."""
+"""Load the model that --model and --checkpoint name, for inference."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, the side of its centre crop, and the class names its checkpoint keeps, if any."""
+    """A model, the side of its centre crop, and the class names in its checkpoint, if any."""
 
     name: str
     model: Classifier
@@ -27,9 +27,9 @@ class LoadedModel:
 
 
 def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> LoadedModel:
-    """Build the model; with ``classes``, refuse a checkpoint that was trained on others.
+    """Build the model. Raises ConfigError and MealError as mealv2.models.create_classifier.
 
-    Raises ConfigError and MealError as mealv2.models.create_classifier does.
+    With ``classes``, a checkpoint that was trained on other classes is an error.
     """
     if config.results_file is not None and not config.results_file.parent.is_dir():
         raise ConfigError(f"--results-file: there is no folder {config.results_file.parent}")
@@ -37,11 +37,14 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
     stored = read_metadata(checkpoint) if checkpoint else {}
     name = config.model or stored.get("architecture")
     if name is None:
-        raise ConfigError(f"{checkpoint} does not say what model it is; give --model")
+        raise ConfigError(f"{checkpoint} does not name its model; give --model")
     released = find(name)
     own_size = stored.get("img_size") or (released.img_size if released else DEFAULT_IMG_SIZE)
     img_size = config.img_size or own_size
     known = stored.get("classes") if classes is None else classes
+    preprocessing = None
+    if config.mean and config.std:
+        preprocessing = Preprocessing(config.mean, config.std)
     model = create_classifier(
         name,
         num_classes=len(known) if checkpoint and known else None,
@@ -49,15 +52,13 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
         checkpoint=checkpoint,
         img_size=img_size,
         classes=classes,
-        preprocessing=Preprocessing(config.mean, config.std)
-        if config.mean and config.std
-        else None,
+        preprocessing=preprocessing,
     )
     return LoadedModel(name, model, img_size, stored.get("classes"))
 
 
 def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write a report as JSON, or its rows as CSV, as the name of the file asks."""
+    """Write a report as JSON, or its rows as CSV, by the suffix of the file."""
     if path.suffix == ".json":
         data = canonical_json(report)
     else:

@@ -1,4 +1,4 @@
-"""What a model says of pictures that nobody labelled: the best classes, by name, of each."""
+"""Predict the most probable classes of image files, by name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +22,11 @@ IMAGENET_CLASSES = 1000
 
 
 class ImageFiles(UnorderedSource):
-    """An image source of files by path, without classes: keys are paths as they were given.
+    """An image source without classes; its keys are the paths as the user gives them.
 
-    Folders stand for the pictures under them, sorted; names that begin with a dot are left out, and
-    a picture that is named twice is one. Raises ConfigError for a path that is not there, a folder
-    without pictures, or a name that is not UTF-8.
+    A folder stands for the images below it, sorted, without hidden files. A path that is given
+    twice counts once. Raises ConfigError for a missing path, a folder without images, or a name
+    that is not UTF-8.
     """
 
     name = ""
@@ -40,7 +40,7 @@ class ImageFiles(UnorderedSource):
 
     @property
     def sizes(self) -> list[int]:
-        """The size in bytes of each file."""
+        """The size of each file in bytes."""
         return [Path(key).stat().st_size for key in self.keys]
 
     stored_sizes = sizes
@@ -49,7 +49,7 @@ class ImageFiles(UnorderedSource):
         return len(self.keys)
 
     def read(self, position: int) -> bytes:
-        """Return the encoded image at ``position``; raises OSError where it cannot be read."""
+        """Return the encoded image at ``position``; raises OSError."""
         return Path(self.keys[position]).read_bytes()
 
 
@@ -68,7 +68,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     if not predictions:
         raise DataError("no image could be read")
     for key, reason in skipped.items():
-        console.info(f"left out {key}: {reason}")
+        console.info(f"skipped {key}: {reason}")
     report = {
         "model": found.model.tag,
         "img_size": found.img_size,
@@ -94,7 +94,7 @@ def _predictions(
     found: load_model.LoadedModel,
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield each image's best (class id, probability); what cannot be read goes to ``skipped``."""
+    """Yield each image's best (class id, probability); unreadable images go to ``skipped``."""
     model = runtime.to_device(found.model).eval()
     loader = read_views(
         ViewReader(source, img_size=found.img_size, resize=config.resize),
@@ -123,16 +123,16 @@ def _predictions(
 
 
 def _image_files(path: Path) -> Iterator[Path]:
-    """Yield a picture, or those under a folder, links followed, in order."""
+    """Yield an image, or the images below a folder in order; links are followed."""
     _check_name(path)
     if not path.is_dir():
         if not path.exists():
-            raise ConfigError(f"no picture or folder at {path}")
+            raise ConfigError(f"{path} does not exist")
         yield path
         return
     found = sorted(walk_images(path))
     if not found:
-        raise ConfigError(f"folder {path} holds no picture ({', '.join(EXTENSIONS)})")
+        raise ConfigError(f"folder {path} has no images ({', '.join(EXTENSIONS)})")
     for image in found:
         _check_name(image)
         yield image
@@ -146,11 +146,11 @@ def _check_name(path: Path) -> None:
 
 
 def _class_names(config: PredictConfig, found: load_model.LoadedModel) -> list[str]:
-    """Return the names that the checkpoint keeps, ImageNet's for its models, else the class ids."""
+    """Return the class names of the checkpoint, those of ImageNet for its models, or class ids."""
     if found.classes is not None:
         return found.classes
     num_classes = found.model.num_classes
-    # timm: a tag that ends in in1k names weights with ImageNet-1k's head
+    # timm: the tag of weights with an ImageNet-1k head ends in in1k
     tag = found.model.tag
     of_imagenet = "in1k" in f"{tag} {config.model}" or find(tag.partition(".")[2]) is not None
     if num_classes == IMAGENET_CLASSES and of_imagenet:

@@ -1,4 +1,4 @@
-"""Measurements: interleaved turns on a clock, time spent waiting, memory, multiplications."""
+"""Measurements: workloads in alternation, waiting time, memory, multiply-accumulates."""
 
 import math
 import os
@@ -18,11 +18,11 @@ from pipeline import console
 
 _PROC = Path("/proc")
 SAMPLE_SECONDS = 5.0  # about how long --dry-run measures
-_WAITS = 0.1  # share of the time spent waiting for images above which these are what limits
+_MAX_WAITING = 0.1  # fraction of the time; above it, reading images limits the rate
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was asked to."""
+    """Wait until a device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was done in one go, the seconds it took, and those of all cores together."""
+    """The units of one turn, its duration, and its CPU time over all cores."""
 
     units: int
     seconds: float
@@ -42,24 +42,25 @@ class Turn:
 
     @property
     def rate(self) -> float:
-        """Units a second."""
+        """Units per second."""
         return self.units / self.seconds
 
 
 def timed(work: Callable[[], int], device: torch.device) -> Turn:
-    """Do work once, from an idle device to an idle device; ``work`` returns how many units."""
+    """Time one call of ``work``, which returns its number of units, until the device is idle."""
     synchronize(device)
-    cpu_began, began = cpu_seconds(), time.perf_counter()
+    start_cpu_s, start_s = cpu_seconds(), time.perf_counter()
     units = work()
     synchronize(device)
-    seconds = time.perf_counter() - began
-    return Turn(units, seconds, cpu_seconds() - cpu_began)
+    seconds = time.perf_counter() - start_s
+    return Turn(units, seconds, cpu_seconds() - start_cpu_s)
 
 
 def cpu_seconds() -> float:
-    """Return what this process and all below it have computed so far, on all cores together.
+    """Return the CPU time so far of this process and its descendants.
 
-    Steadier than the clock where other work shares the cores; without /proc, of this process only.
+    It is steadier than the clock if other programs share the cores. Without /proc, descendants are
+    not counted.
     """
     if not (_PROC / "self" / "stat").exists():
         return time.process_time()
@@ -67,12 +68,12 @@ def cpu_seconds() -> float:
 
 
 def processes(pid: int) -> list[int]:
-    """Return a process and all below it, as /proc has them."""
+    """Return the ids of a process and its descendants, from /proc."""
     try:
         tasks = list((_PROC / str(pid) / "task").iterdir())
         children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
     except OSError:
-        return []  # it has just ended
+        return []  # the process has ended
     return [pid, *(below for child in children for below in processes(child))]
 
 
@@ -82,16 +83,16 @@ def _ticks(pid: int) -> int:
         text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return 0
-    # behind the name, which may have blanks: state is field 3, utime to cstime are 14 to 17
+    # after the name, which may have spaces: state is field 3, utime to cstime are 14 to 17
     return sum(map(int, text.rpartition(")")[2].split()[11:15]))
 
 
 def take_turns(
     workloads: Mapping[str, Callable[[], int]], *, rounds: int, device: torch.device
 ) -> dict[str, list[Turn]]:
-    """Do every work once a round, one after another: A B C A B C …; a first round does not count.
+    """Run every workload once per round, A B C A B C …, after one round to warm up.
 
-    What else the machine does weighs on all of a round alike, so compare within a round.
+    Compare turns of the same round: other load on the machine affects them alike.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in workloads}
     for number in range(rounds + 1):
@@ -103,13 +104,13 @@ def take_turns(
 
 
 def times_for(work: Callable[[], int], device: torch.device, *, seconds: float) -> int:
-    """Return how often to do work for it to take about ``seconds``; does it twice to find out."""
+    """Return how many calls of ``work`` take about ``seconds``, from two calls."""
     timed(work, device)
     return max(1, math.ceil(seconds / max(timed(work, device).seconds, 1e-6)))
 
 
 def repeated(work: Callable[[], int], times: int) -> Callable[[], int]:
-    """Return work that is done so many times in a turn."""
+    """Return a workload that calls ``work`` several times."""
     return lambda: sum(work() for _ in range(times))
 
 
@@ -118,7 +119,7 @@ def repeated(work: Callable[[], int], times: int) -> Callable[[], int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Units done in some seconds, and how many of these went by waiting for images."""
+    """Units, their duration, and the part of it that was spent waiting for images."""
 
     units: int
     seconds: float
@@ -126,22 +127,22 @@ class Sample:
 
     @property
     def rate(self) -> float:
-        """Units a second."""
+        """Units per second."""
         return self.units / self.seconds
 
     @property
     def waiting_share(self) -> float:
-        """The share of the time that the networks waited for images."""
+        """The fraction of the time that the networks waited for images."""
         return self.waited_s / self.seconds
 
     @property
     def limit(self) -> str:
         """What limits the rate."""
-        return "reading images" if self.waiting_share > _WAITS else "the networks"
+        return "reading images" if self.waiting_share > _MAX_WAITING else "the networks"
 
 
 def sample(measure: Callable[[int], Sample], *, min_size: int) -> Sample:
-    """Measure ``min_size`` units to warm up, then as many as take a few seconds."""
+    """Measure ``min_size`` units to warm up, then those of a few seconds."""
     units = min_size
     for _ in range(2):
         found = measure(units)
@@ -150,10 +151,10 @@ def sample(measure: Callable[[int], Sample], *, min_size: int) -> Sample:
 
 
 def print_limit(found: Sample) -> None:
-    """Say what limits the rate."""
+    """Print what limits the rate."""
     console.info(
-        f"{found.limit} limits it: the networks waited for images {found.waiting_share:.0%} of "
-        "the time"
+        f"limit: {found.limit} (the networks waited for images {found.waiting_share:.0%} of the "
+        "time)"
     )
 
 
@@ -161,28 +162,26 @@ def print_limit(found: Sample) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin anew with the peak of a GPU's memory."""
+    """Reset the peak of a GPU's memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory in use: of a GPU since reset_peak_memory, else of this process
-    ever.
-    """
+    """Return the peak memory: of a GPU since reset_peak_memory, else of this process ever."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# --- multiplications ------------------------------------------------------------------------------
+# --- multiply-accumulates -------------------------------------------------------------------------
 
 
 def count_macs(call: Callable[[], Any]) -> int:
-    """Return how many multiply-accumulates of convolutions and matrix products a call does.
+    """Return the multiply-accumulates of the convolutions and matrix products in a call.
 
-    Tensors on the meta device are enough: nothing is computed then.
+    With tensors on the meta device, nothing is computed.
     """
     with FlopCounterMode(display=False) as counter:
         call()
@@ -190,12 +189,12 @@ def count_macs(call: Callable[[], Any]) -> int:
 
 
 def forward_macs(model: nn.Module, img_size: int) -> int:
-    """Return the multiply-accumulates of a forward pass of one view; ``model`` is on meta."""
+    """Return the multiply-accumulates of the forward pass of one view; ``model`` is on meta."""
     return count_macs(lambda: model.eval()(torch.empty(1, 3, img_size, img_size, device="meta")))
 
 
 def step_macs(model: nn.Module, img_size: int) -> int:
-    """Return those of a training step, per view: forward and backward; ``model`` is on meta."""
+    """Return those of the forward and backward pass, per view; ``model`` is on meta."""
 
     def step() -> None:
         images = torch.empty(2, 3, img_size, img_size, device="meta")

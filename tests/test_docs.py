@@ -387,7 +387,7 @@ def test_bench_doc_runs(
     run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.bench.labelling._LOOK_UPS", 1)
+    monkeypatch.setattr("pipeline.bench.labelling._NUM_LOOKUPS", 1)
     for words in commands("docs/how-to/bench.md"):
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)

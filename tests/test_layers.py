@@ -52,7 +52,6 @@ MAX_FUNCTION, MAX_FILE = 60, 350
 # Too long today. Shorten one, then remove its line; a line that is not needed fails the test.
 LONG_FUNCTIONS = {
     "mealv2/fkd/torch_files.py _description",
-    "pipeline/demo.py run",
 }
 LONG_FILES = {
     "mealv2/label_set/encoding.py",

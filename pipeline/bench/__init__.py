@@ -1,4 +1,4 @@
-"""`mealv2 bench`: this machine's figures beside the goals, each a ratio within one run."""
+"""`mealv2 bench`: measure the speed of this machine and compare it with the goals."""
 
 import dataclasses
 import datetime
@@ -6,7 +6,7 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from mealv2.storage.atomic import write_atomic
 from pipeline import console
 from pipeline.bench import (
-    command,
     hardware,
+    help_time,
     imagenet,
     labelling,
     loading,
@@ -24,51 +24,51 @@ from pipeline.bench import (
     profile,
     steps,
 )
+from pipeline.bench.context import BenchContext
 from pipeline.bench.lines import HEAD, Line, NotMeasuredError
-from pipeline.bench.room import BenchContext
 from pipeline.config import BenchConfig, flag
-from pipeline.runtime.device import Runtime, create_runtime
+from pipeline.runtime.device import create_runtime
 from pipeline.runtime.seeds import seed_everything
 
-Measure = Callable[[BenchContext, Sequence[str]], list[Line]]
-
-# Lines that take turns with one another stand together.
-GROUPS: tuple[tuple[tuple[str, ...], Measure], ...] = (
+# Lines that are measured in alternation are in one group.
+GROUPS: tuple[tuple[tuple[str, ...], Callable[[BenchContext], list[Line]]], ...] = (
     (("loader-1", "loader-packed", "loader-4", "loader-16"), loading.measure),
     (("loader-tar",), loading.measure_tar),
     (("labels",), labelling.measure_lookup),
     (("step-hard",), steps.measure_hard),
     (("step-online",), steps.measure_online),
     (("stage-one",), labelling.measure_stage_one),
-    (("help",), command.measure),
+    (("help",), help_time.measure),
     (("memory",), memory.measure),
 )
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Measure; say the table; return the report. Raises MealError and OSError."""
+    """Measure, print the table and return the report. Raises MealError and OSError."""
     runtime = create_runtime(config)
     seed_everything(0)
-    began = time.monotonic()
+    start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mealv2-bench-") as folder:
         bench = BenchContext(config, runtime, Path(folder))
-        lines = measure(bench, config.chosen)
+        lines = measure(bench)
         more: dict[str, Any] = {}
         if lines:
             console.info(console.table([HEAD, *(line.row() for line in lines)]))
         if config.profile:
             more["profile"] = profile.both_stages(bench)
-        if not config.lines and not config.profile:
-            more["estimate"] = (
-                imagenet.gpu_hours(bench)
-                if runtime.device.type == "cuda"
-                else steps.arithmetic(bench)
-            )
+        elif not config.lines:
+            is_gpu = runtime.device.type == "cuda"
+            more["estimate"] = imagenet.gpu_hours(bench) if is_gpu else steps.arithmetic(bench)
         if "images" in vars(bench):
-            more["images"] = dataclasses.asdict(bench.images.described)
+            more["images"] = dataclasses.asdict(bench.images.stats)
     report = {
-        **about(config, runtime),
-        "seconds": round(time.monotonic() - began, 1),
+        "command": command_of(config),
+        "date": datetime.date.today().isoformat(),
+        "precision": runtime.precision,
+        "rounds": config.rounds,
+        "hardware": hardware.describe(runtime.device),
+        "versions": hardware.versions(),
+        "seconds": round(time.monotonic() - start_s, 1),
         "lines": [line.summary() for line in lines],
         **more,
     }
@@ -78,38 +78,26 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return report
 
 
-def measure(bench: BenchContext, names: Sequence[str]) -> list[Line]:
-    """Return the lines of these names, in their order; a group that cannot run says why."""
+def measure(bench: BenchContext) -> list[Line]:
+    """Return the chosen lines in order; a line that cannot be measured gives the reason."""
     found: dict[str, Line] = {}
-    for of_group, measure_group in GROUPS:
-        wanted = [name for name in of_group if name in names]
-        if not wanted:
+    for group, measure_group in GROUPS:
+        names = [name for name in group if name in bench.config.chosen]
+        if not names:
             continue
-        console.info(f"measuring {', '.join(wanted)}")
+        console.info(f"measuring {', '.join(names)}")
         try:
-            found |= {line.name: line for line in measure_group(bench, wanted)}
+            found |= {line.name: line for line in measure_group(bench)}
         except NotMeasuredError as error:
-            found |= {name: Line(name, why=str(error)) for name in wanted}
+            found |= {name: Line(name, why=str(error)) for name in names}
         except torch.cuda.OutOfMemoryError:
-            why = "the GPU's memory is too small; give a smaller --batch-size"
-            found |= {name: Line(name, why=why) for name in wanted}
-    return [found[name] for name in names]
-
-
-def about(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Return what a reader of the figures must know: command, day, machine, versions."""
-    return {
-        "command": command_of(config),
-        "date": datetime.date.today().isoformat(),
-        "precision": runtime.precision,
-        "rounds": config.rounds,
-        "hardware": hardware.describe(runtime.device),
-        "versions": hardware.versions(),
-    }
+            why = "out of GPU memory; use a smaller --batch-size"
+            found |= {name: Line(name, why=why) for name in names}
+    return [found[name] for name in bench.config.chosen]
 
 
 def command_of(config: BenchConfig) -> str:
-    """Return the command line that gives these settings, without anyone's paths."""
+    """Return the command line that gives these settings, with placeholders for paths."""
     words = ["mealv2", "bench"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -117,11 +105,8 @@ def command_of(config: BenchConfig) -> str:
             continue
         if isinstance(value, bool):
             words.append(flag(field.name) if value else f"--no-{field.name}")
-        elif isinstance(value, Path):
-            words += [flag(field.name), field.name.upper()]
-        else:
-            words += [
-                flag(field.name),
-                ",".join(value) if isinstance(value, tuple) else str(value),
-            ]
+            continue
+        if isinstance(value, Path):
+            value = field.name.upper()
+        words += [flag(field.name), ",".join(value) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""What a report says of the machine: nothing that names it, all that can change a figure."""
+"""The hardware and library versions of a report; nothing that identifies the machine."""
 
 import os
 import platform
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from pipeline.runtime.device import library_versions
+from pipeline.runtime.env import num_cores
 
 _OPTIONAL = ("webdataset", "simplejpeg", "triton")
-# Dense bf16 with float32 sums, TFLOP/s, from NVIDIA's data sheets (H200, H100 SXM and PCIe, A100,
-# L40S, L4, A10): the larger figures there are with sparsity.
+# Dense bf16 with float32 accumulation, TFLOP/s, from NVIDIA's data sheets (H200, H100 SXM and PCIe,
+# A100, L40S, L4, A10), whose larger figures are with sparsity.
 _PEAKS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -25,12 +26,12 @@ _PEAKS = {
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return processor, cores, memory and, where one computes, the GPU."""
+    """Return the CPU, cores and memory, and the GPU if ``device`` is one."""
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": cores(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(_memory() / 1e9, 1),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
@@ -44,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is installed and can change a figure."""
+    """Return the versions of the installed libraries that can change a figure."""
     found = library_versions()
     for name in _OPTIONAL:
         try:
@@ -54,28 +55,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def peak_tflops(device: torch.device) -> float | None:
-    """Return the most that a known card does in bf16, TFLOP/s; None for another one."""
+    """Return the bf16 peak of a known GPU in TFLOP/s, None for any other device."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_properties(device).name
-    words = name.replace("-", " ").split()
-    return next((peak for card, peak in _PEAKS.items() if set(card.split()) <= set(words)), None)
+    words = set(torch.cuda.get_device_properties(device).name.replace("-", " ").split())
+    return next((peak for card, peak in _PEAKS.items() if set(card.split()) <= words), None)
 
 
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -1,17 +1,20 @@
-"""The lines on labels: looking them up beside decoding, making them beside the networks alone."""
+"""The lines on labels: the cost of looking them up, and the speed of stage one."""
 
 import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mealv2 import label_set
 from mealv2.data.pixels import decode
+from mealv2.data.source import ImageSource
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
+from pipeline.bench.context import NUM_VIEWS, BenchContext, make_plan
 from pipeline.bench.lines import Line, ratios
-from pipeline.bench.room import NUM_VIEWS, BenchContext, plan_of
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.manifest import write_manifest
 from pipeline.labelling.plan import LabelSplit
@@ -20,24 +23,23 @@ from pipeline.labelling.store import Store
 from pipeline.loading.loader import ViewReader
 from pipeline.timing import repeated, take_turns, times_for
 
-LOOKED_UP = 512  # views of a batch
-_LOOK_UPS = 20  # in a turn
-_TURN_S = 4.0  # about how long a turn of the networks takes
+LOOKUP_SIZE = 512  # views of a batch
+_NUM_LOOKUPS = 20  # in a turn
+_TURN_S = 4.0  # minimum duration of a turn of the networks, about
 
 
-def measure_lookup(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
-    """Return the line on looking labels up, in one thread as the decoding is."""
+def measure_lookup(bench: BenchContext) -> list[Line]:
+    """Return the line on the lookup of labels, in one thread, like the decoding."""
     images, labels = bench.images, bench.labels
-    drawn = random.Random(0)
-    keys = [images.source.keys[p] for p in drawn.choices(images.positions, k=LOOKED_UP)]
-    views = drawn.choices(range(NUM_VIEWS), k=LOOKED_UP)
-    cycle = itertools.islice(itertools.cycle(images.positions), LOOKED_UP)
-    files = [images.source.read(position) for position in cycle]
+    rng = random.Random(0)
+    keys = [images.source.keys[p] for p in rng.choices(images.positions, k=LOOKUP_SIZE)]
+    views = rng.choices(range(NUM_VIEWS), k=LOOKUP_SIZE)
+    positions = itertools.islice(itertools.cycle(images.positions), LOOKUP_SIZE)
+    files = [images.source.read(position) for position in positions]
 
     def look_up() -> int:
-        # what the loss and the discriminator begin with
         found = labels.rows(keys, views).labels.to(bench.device)
-        found.kept()
+        found.kept()  # for the loss; the dense labels are for the discriminator
         return len(found.to_dense())
 
     def decode_all() -> int:
@@ -46,7 +48,7 @@ def measure_lookup(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        workloads = {"labels": repeated(look_up, _LOOK_UPS), "JPEGs": decode_all}
+        workloads = {"labels": repeated(look_up, _NUM_LOOKUPS), "JPEGs": decode_all}
         turns = take_turns(workloads, rounds=bench.config.rounds, device=bench.device)
     finally:
         torch.set_num_threads(threads)
@@ -56,22 +58,39 @@ def measure_lookup(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     return [Line("labels", percent, turns, notes)]
 
 
-def measure_stage_one(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
-    """Return the line on stage one: from files to a shard, beside its networks alone."""
-    annotator = annotator_of(bench)
-    resident_BCHW = bench.resident(bench.batch_size)
-
-    def bare() -> int:
-        with torch.inference_mode(), bench.runtime.autocast():
-            annotator.ensemble.teacher_logits(resident_BCHW)
-        return len(resident_BCHW)
-
-    times = times_for(bare, bench.device, seconds=_TURN_S)
+def measure_stage_one(bench: BenchContext) -> list[Line]:
+    """Return the line on stage one, from image files to a shard, over its teachers alone."""
+    annotator = create_annotator(bench)
+    images_BCHW = bench.random_images(bench.batch_size)
     folders = (bench.folder / "stage-one" / str(number) for number in itertools.count())
-    workloads = {
-        "stage one": lambda: label_views(bench, annotator, next(folders), times * bench.batch_size),
-        "teachers alone": repeated(bare, times),
-    }
+
+    def teachers_alone() -> int:
+        with torch.inference_mode(), bench.runtime.autocast():
+            annotator.ensemble.teacher_logits(images_BCHW)
+        return len(images_BCHW)
+
+    times = times_for(teachers_alone, bench.device, seconds=_TURN_S)
+    num_images = -(-times * bench.batch_size // NUM_VIEWS)
+    cycle = itertools.islice(itertools.cycle(bench.images.positions), num_images)
+    positions = list(dict.fromkeys(cycle))
+    num_views = -(-times * bench.batch_size // len(positions))
+
+    def stage_one() -> int:
+        store = Store(next(folders))
+        plan = label_images(
+            annotator,
+            bench.images.source,
+            store,
+            positions=positions,
+            num_views=num_views,
+            shard_size=len(positions),
+            img_size=bench.config.img_size,
+            workers=bench.config.workers,
+        )
+        write_manifest(store, plan, batch_size=annotator.batch_size)
+        return len(positions) * num_views
+
+    workloads = {"stage one": stage_one, "teachers alone": repeated(teachers_alone, times)}
     turns = take_turns(workloads, rounds=bench.config.rounds, device=bench.device)
     notes = {
         "batch_size": bench.batch_size,
@@ -81,32 +100,37 @@ def measure_stage_one(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
     return [Line("stage-one", ratios(turns, "stage one", "teachers alone"), turns, notes)]
 
 
-def annotator_of(bench: BenchContext) -> Annotator:
+def create_annotator(bench: BenchContext) -> Annotator:
     """Return the teachers as stage one runs them."""
     return Annotator(
-        bench.ensemble,
-        bench.runtime,
-        bench.encoding,
-        batch_size=bench.batch_size,
-        on_bad_image=bench.config.on_bad_image,
+        bench.ensemble, bench.runtime, bench.encoding, bench.batch_size, bench.config.on_bad_image
     )
 
 
-def label_views(bench: BenchContext, annotator: Annotator, folder: Path, num_views: int) -> int:
-    """Label about so many views, into shards of a new folder; return how many."""
-    per_image = min(NUM_VIEWS, num_views)
-    num_images = -(-num_views // per_image)
-    positions = list(
-        dict.fromkeys(itertools.islice(itertools.cycle(bench.images.positions), num_images))
+def label_images(
+    annotator: Annotator,
+    source: ImageSource,
+    store: Store,
+    *,
+    positions: Sequence[int],
+    num_views: int,
+    shard_size: int,
+    img_size: int,
+    workers: int,
+) -> dict[str, Any]:
+    """Write the shards of stage one into an empty store; return their plan."""
+    plan = make_plan(
+        annotator.encoding,
+        num_images=len(positions),
+        num_views=num_views,
+        shard_size=shard_size,
+        img_size=img_size,
     )
-    views = tuple(range(-(-num_views // len(positions))))
-    reader = ViewReader(bench.images.source, img_size=bench.config.img_size, views=DrawnViews(0))
-    plan = plan_of(bench.encoding, num_views=len(views), img_size=bench.config.img_size)
-    plan["shard_size"] = plan["roles"]["train"]["num_images"] = len(positions)
-    split = LabelSplit("train", reader, views, [positions], json_sha256(plan))
-    store = Store(folder)
+    shards = [
+        positions[r.start : r.stop] for r in label_set.shard_ranges(len(positions), shard_size)
+    ]
+    reader = ViewReader(source, img_size=img_size, views=DrawnViews(0))
+    split = LabelSplit("train", reader, tuple(range(num_views)), shards, json_sha256(plan))
     store.claim(plan)
-    missing = find_missing(split, store)
-    label_shards(split, missing, annotator, store, workers=bench.config.workers)
-    write_manifest(store, plan, batch_size=annotator.batch_size)
-    return len(positions) * len(views)
+    label_shards(split, find_missing(split, store), annotator, store, workers=workers)
+    return plan

@@ -1,23 +1,23 @@
-"""The lines of the table: what is measured against what, the goal, the figures of the rounds."""
+"""The lines of the table: what is compared with what, the goal, and the figure of each round."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
 from pipeline.timing import Turn
 
-_LEAST_CPU_S = 0.05  # the counter has steps of a hundredth
+_MIN_CPU_S = 0.05  # the counter has steps of 10 ms
 HEAD = ["line", "what", "against", "figure", "range", "goal", ""]
 
 
 class NotMeasuredError(Exception):
-    """A line cannot be measured here; the text says why."""
+    """A line cannot be measured on this machine; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of ``what``, beside ``against``, is to be at least or at most ``value``."""
+    """The limit ``value`` for the figure of ``what`` compared with ``against``."""
 
     what: str
     against: str
@@ -26,7 +26,7 @@ class Goal:
     unit: str = "x"
 
     def is_met(self, figure: float) -> bool:
-        """Return whether a figure reaches the goal."""
+        """Return whether a figure meets the goal."""
         if self.side == ">=":
             return figure >= self.value
         return figure <= self.value if self.side == "<=" else figure < self.value
@@ -54,7 +54,7 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured: a figure a round, every turn behind it, and notes; or why it was not."""
+    """A measured line: one figure per round, all turns, notes; or ``why`` it was not measured."""
 
     name: str
     figures: Sequence[float] = ()
@@ -63,25 +63,20 @@ class Line:
     why: str | None = None
 
     @property
-    def goal(self) -> Goal:
-        """What the line is to reach."""
-        return GOALS[self.name]
-
-    @property
     def figure(self) -> float:
         """The median of the rounds."""
         return median(self.figures)
 
     @property
     def verdict(self) -> str:
-        """met, missed, or why it was not measured."""
+        """ "met", "missed", or the reason why the line was not measured."""
         if self.why is not None:
             return f"not measured: {self.why}"
-        return "met" if self.goal.is_met(self.figure) else "missed"
+        return "met" if GOALS[self.name].is_met(self.figure) else "missed"
 
     def row(self) -> list[str]:
-        """Return the cells of the table."""
-        goal = self.goal
+        """Return the cells of the line in the table."""
+        goal = GOALS[self.name]
         figure, spread = "-", "-"
         if self.why is None:
             figure = f"{self.figure:.3g}{_spaced(goal.unit)}"
@@ -90,20 +85,21 @@ class Line:
 
     def summary(self) -> dict[str, Any]:
         """Return the line as JSON, without the turns."""
+        goal = GOALS[self.name]
         measured = {}
         if self.why is None:
             measured = {
                 "figure": round(self.figure, 4),
                 "least": round(min(self.figures), 4),
                 "most": round(max(self.figures), 4),
-                "met": self.goal.is_met(self.figure),
+                "met": goal.is_met(self.figure),
             }
         return {
             "line": self.name,
-            "what": self.goal.what,
-            "against": self.goal.against,
-            "goal": str(self.goal),
-            "unit": self.goal.unit,
+            "what": goal.what,
+            "against": goal.against,
+            "goal": str(goal),
+            "unit": goal.unit,
             "verdict": self.verdict,
             **measured,
             **({"notes": self.notes} if self.notes else {}),
@@ -112,36 +108,28 @@ class Line:
     def raw(self) -> dict[str, Any]:
         """Return the line as JSON, with the figure and the turns of every round."""
         turns = {
-            name: [
-                {
-                    "units": t.units,
-                    "seconds": round(t.seconds, 6),
-                    "cpu_seconds": round(t.cpu_seconds, 3),
-                }
-                for t in of_work
-            ]
-            for name, of_work in self.turns.items()
+            name: [{key: round(value, 6) for key, value in asdict(t).items()} for t in of_workload]
+            for name, of_workload in self.turns.items()
         }
         figures = [round(figure, 5) for figure in self.figures]
         return {**self.summary(), "figures": figures, "turns": turns}
 
 
 def by_cpu_time(turns: dict[str, list[Turn]], what: str, against: str) -> dict[str, float]:
-    """Return, as a note, how many times less ``what`` computes a unit than ``against``.
+    """Return, as a note, the CPU time per unit of ``against`` over that of ``what``.
 
-    Of the seconds of all cores; nothing where these were too few to count.
+    CPU time is summed over all cores. Rounds with too little of it to measure are left out.
     """
-    sides = zip(turns[what], turns[against], strict=True)
     found = [
         (b.cpu_seconds / b.units) / (a.cpu_seconds / a.units)
-        for a, b in sides
-        if min(a.cpu_seconds, b.cpu_seconds) > _LEAST_CPU_S
+        for a, b in zip(turns[what], turns[against], strict=True)
+        if min(a.cpu_seconds, b.cpu_seconds) > _MIN_CPU_S
     ]
     return {"by_cpu_time": round(median(found), 4)} if found else {}
 
 
 def ratios(turns: dict[str, list[Turn]], what: str, against: str) -> list[float]:
-    """Return, round by round, how many times the rate of ``against`` that of ``what`` is."""
+    """Return the rate of ``what`` over that of ``against``, round by round."""
     return [a.rate / b.rate for a, b in zip(turns[what], turns[against], strict=True)]
 
 

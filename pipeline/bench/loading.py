@@ -1,16 +1,16 @@
-"""The lines on reading images: our loader beside torchvision's and webdataset's recipes."""
+"""The lines on reading images: our loader over torchvision's and webdataset's recipes."""
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 import webdataset as wds
 from torch.utils.data import DataLoader, RandomSampler, Subset
-from torchvision import transforms as of_torchvision
 from torchvision.datasets import ImageFolder
 
 from mealv2.data.jpegtran import Jpegtran, packed
@@ -19,39 +19,38 @@ from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, tar_writer
 from mealv2.errors import ConfigError
 from mealv2.views import DrawnViews
+from pipeline.bench.context import NUM_VIEWS, BenchContext, Images
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
-from pipeline.bench.room import NUM_VIEWS, BenchContext, Images
 from pipeline.labelling.plan import batch_requests
-from pipeline.loading.loader import Batch, ViewReader, read_views
+from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.timing import take_turns
 from pipeline.training.batches import split_batches
 
 BATCH_SIZE = 128
-_PASSES = 2  # over the images in a turn, of what shows an image once
+_NUM_PASSES = 2  # over the images in a turn, with one view of each
 _FEW_VIEWS = 4
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BASELINE = "ImageFolder + DataLoader"
-_TAR_SHARDS = 4  # two for each of two processes, which is how webdataset shares them out
+_TAR_SHARDS = 4  # two for each of two processes: webdataset gives each whole shards
 
 Workload = Callable[[], int]
 
 
-def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
+def measure(bench: BenchContext) -> list[Line]:
     """Return the lines whose baseline is ImageFolder with torchvision's transforms."""
-    images = bench.images
-    workloads: dict[str, Workload] = {}
-    left_out = []
-    for name in wanted:
-        try:
-            workloads[name] = _OWN_LOADER[name](bench, images)
-        except NotMeasuredError as error:
-            left_out.append(Line(name, why=str(error)))
-    if not workloads:
-        return left_out
-    workloads = {_BASELINE: image_folder(bench, images), **workloads}
+    workloads: dict[str, Workload] = {_BASELINE: image_folder(bench)}
+    not_measured = []
+    for name in ("loader-1", "loader-packed", "loader-4", "loader-16"):
+        if name in bench.config.chosen:
+            try:
+                workloads[name] = own_workload(bench, name)
+            except NotMeasuredError as error:
+                not_measured.append(Line(name, why=str(error)))
+    if len(workloads) == 1:
+        return not_measured
     turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
-    measured = [
+    return not_measured + [
         Line(
             name,
             ratios(turns, name, _BASELINE),
@@ -61,11 +60,11 @@ def measure(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
         for name in workloads
         if name != _BASELINE
     ]
-    return measured + left_out
 
 
-def image_folder(bench: BenchContext, images: Images) -> Workload:
+def image_folder(bench: BenchContext) -> Workload:
     """Return a turn of torchvision's recipe: float32 batches, normalised in the workers."""
+    images = bench.images
     folder = images.root / images.split
     if not folder.is_dir():
         raise NotMeasuredError("torchvision's ImageFolder needs a folder of images")
@@ -77,7 +76,7 @@ def image_folder(bench: BenchContext, images: Images) -> Workload:
     loader: DataLoader[Any] = DataLoader(
         subset,
         batch_size=BATCH_SIZE,
-        sampler=RandomSampler(subset, num_samples=_PASSES * len(subset)),
+        sampler=RandomSampler(subset, num_samples=_NUM_PASSES * len(subset)),
         num_workers=workers,
         persistent_workers=workers > 0,
     )
@@ -86,99 +85,84 @@ def image_folder(bench: BenchContext, images: Images) -> Workload:
 
 def transforms(img_size: int) -> Any:
     """Return torchvision's transforms for training."""
-    return of_torchvision.Compose(
+    return torchvision.transforms.Compose(
         [
-            of_torchvision.RandomResizedCrop(img_size),
-            of_torchvision.RandomHorizontalFlip(),
-            of_torchvision.ToTensor(),
-            of_torchvision.Normalize(_MEAN, _STD),
+            torchvision.transforms.RandomResizedCrop(img_size),
+            torchvision.transforms.RandomHorizontalFlip(),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(_MEAN, _STD),
         ]
     )
 
 
+def own_workload(bench: BenchContext, name: str) -> Workload:
+    """Return a turn of our loader, as the line of that name measures it."""
+    source, positions = bench.images.source, bench.images.positions
+    if name == "loader-packed":
+        source = packed_source(bench.images, bench.folder / "packed")
+        return own_loader(bench, source, single_views(range(len(source))))
+    if name == "loader-1":
+        return own_loader(bench, source, single_views(positions))
+    if name == "loader-4":
+        rows = [(position, tuple(range(_FEW_VIEWS))) for position in positions]
+        return own_loader(bench, source, split_batches(rows, BATCH_SIZE // _FEW_VIEWS))
+    half = positions[: max(1, len(positions) // 2)]
+    return own_loader(bench, source, batch_requests(half, range(NUM_VIEWS), BATCH_SIZE))
+
+
 def own_loader(bench: BenchContext, source: ImageSource, requests: list[BatchRequest]) -> Workload:
-    """Return a turn of our loader: uint8 batches, as both stages get them."""
+    """Return a turn of our loader: uint8 batches, as both stages read them."""
     reader = ViewReader(source, img_size=bench.config.img_size, views=DrawnViews(0))
     loader = read_views(reader, requests, workers=bench.config.workers)
-    return lambda: sum(map(_num_read(bench, source), loader))
+
+    def read() -> int:
+        units = 0
+        for batch in loader:
+            check_failures(source, batch.failed, bench.config.on_bad_image)
+            units += len(batch.positions)
+        return units
+
+    return read
 
 
-def _num_read(bench: BenchContext, source: ImageSource) -> Callable[[Batch], int]:
-    def count(pixels: Batch) -> int:
-        check_failures(source, pixels.failed, bench.config.on_bad_image)
-        return len(pixels.positions)
-
-    return count
-
-
-def _one_view(bench: BenchContext, images: Images) -> Workload:
-    return own_loader(bench, images.source, single_views(images.positions))
-
-
-def single_views(positions: Iterable[int]) -> list[BatchRequest]:
+def single_views(positions: Sequence[int]) -> list[BatchRequest]:
     """Return requests for one view of each image, then another view of each."""
-    positions = list(positions)
-    rows = [(position, (view,)) for view in range(_PASSES) for position in positions]
+    rows = [(position, (view,)) for view in range(_NUM_PASSES) for position in positions]
     return split_batches(rows, BATCH_SIZE)
 
 
-def _few_views(bench: BenchContext, images: Images) -> Workload:
-    views = tuple(range(_FEW_VIEWS))
-    rows = [(position, views) for position in images.positions]
-    return own_loader(bench, images.source, split_batches(rows, BATCH_SIZE // _FEW_VIEWS))
-
-
-def _stage_one_views(bench: BenchContext, images: Images) -> Workload:
-    positions = images.positions[: max(1, len(images.positions) // 2)]
-    return own_loader(bench, images.source, batch_requests(positions, range(NUM_VIEWS), BATCH_SIZE))
-
-
-def _packed(bench: BenchContext, images: Images) -> Workload:
-    source = packed_source(images, bench.folder / "packed")
-    return own_loader(bench, source, single_views(range(len(source))))
-
-
 def packed_source(images: Images, folder: Path) -> ImageSource:
-    """Re-pack the images into a folder, losslessly with restart markers; return their source."""
+    """Re-pack the images into a folder, lossless with restart markers; return their source."""
     try:
         program = Jpegtran.find()
     except ConfigError:
         raise NotMeasuredError("needs jpegtran") from None
-    paths = [folder / images.split / images.source.keys[p] for p in images.positions]
-    for path in paths:
+
+    def pack(position: int) -> None:
+        path = folder / images.split / images.source.keys[position]
         path.parent.mkdir(parents=True, exist_ok=True)
-    files = map(images.source.read, images.positions)
+        path.write_bytes(packed(images.source.read(position), program)[0])
+
     with ThreadPoolExecutor(4) as threads:
-        for path, (data, _) in zip(
-            paths, threads.map(lambda d: packed(d, program), files), strict=True
-        ):
-            path.write_bytes(data)
+        list(threads.map(pack, images.positions))
     return open_source(folder, images.split)
-
-
-_OWN_LOADER: dict[str, Callable[[BenchContext, Images], Workload]] = {
-    "loader-1": _one_view,
-    "loader-packed": _packed,
-    "loader-4": _few_views,
-    "loader-16": _stage_one_views,
-}
 
 
 # --- tar shards -----------------------------------------------------------------------------------
 
 
-def measure_tar(bench: BenchContext, wanted: Sequence[str]) -> list[Line]:
-    """Return the line on tar shards; the same images, in a few shards."""
+def measure_tar(bench: BenchContext) -> list[Line]:
+    """Return the line on tar shards of the same images."""
     images = bench.images
     tar_root = bench.folder / "tar"
     paths = write_tars(images, tar_root / "train")
-    source = open_source(tar_root, "train")
+    requests = single_views(range(len(images.positions)))
     workloads = {
-        "ours": own_loader(bench, source, single_views(range(len(images.positions)))),
+        "ours": own_loader(bench, open_source(tar_root, "train"), requests),
         "webdataset": webdataset(bench, paths),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset does not close its files
         turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
         workloads.clear()
         gc.collect()
@@ -201,7 +185,7 @@ def write_tars(images: Images, folder: Path) -> list[str]:
 
 
 def webdataset(bench: BenchContext, paths: list[str]) -> Workload:
-    """Return a turn of webdataset's own pipeline: decode("pil") and torchvision's transforms."""
+    """Return a turn of webdataset's pipeline: decode("pil") and torchvision's transforms."""
     workers = bench.config.workers
     dataset = (
         wds.WebDataset(paths, shardshuffle=False, empty_check=False)
@@ -212,4 +196,4 @@ def webdataset(bench: BenchContext, paths: list[str]) -> Workload:
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0
     )
-    return lambda: sum(len(classes_B) for _ in range(_PASSES) for _, classes_B in loader)
+    return lambda: sum(len(classes_B) for _ in range(_NUM_PASSES) for _, classes_B in loader)

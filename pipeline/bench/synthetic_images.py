@@ -1,4 +1,4 @@
-"""Pictures to measure with: drawn on the spot, about as big and as hard to decode as ImageNet's."""
+"""Synthetic JPEGs, about as large and as slow to decode as those of ImageNet."""
 
 import io
 import multiprocessing
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Share of pictures, width and height before a draw turns some upright.
+# Fraction of the images, width and height; some are then turned upright.
 SIZES = (
     (0.62, 500, 375),
     (0.16, 500, 333),
@@ -22,30 +22,30 @@ SIZES = (
     (0.02, 1024, 768),
 )
 UPRIGHT = 0.2
-# Share, and what PIL calls the chroma subsampling; the rest is gray.
-SUBSAMPLINGS = ((0.70, "4:4:4"), (0.26, "4:2:0"), (0.025, "4:2:2"))
+# Cumulative fraction, and Pillow's name of the chroma subsampling; the rest is grey.
+SUBSAMPLINGS = ((0.70, "4:4:4"), (0.70 + 0.26, "4:2:0"), (0.70 + 0.26 + 0.025, "4:2:2"))
 PROGRESSIVE = 0.02
 QUALITIES = (96, 96, 96, 95, 94, 92, 90)
-_WORTH_PROCESSES = 64  # pictures
-_MOST_PROCESSES = 16
-_FALL = 1.4  # exponent: amplitude over frequency; 1 in nature, a lens takes some of the finest
-_FINE_NOISE = (0.5, 3.0)  # standard deviation in 255ths, drawn per picture
+_MIN_IMAGES_PARALLEL = 64
+_MAX_PROCESSES = 16
+_SPECTRUM_EXPONENT = 1.4  # amplitude over frequency; 1 in nature, and lenses blur fine detail
+_FINE_NOISE = (0.5, 3.0)  # range of the standard deviation, in 255ths
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a tree of pictures came to: how many, their mean size in bytes, and in pixels."""
+class ImageStats:
+    """The number of images, and their mean size in bytes and in pixels."""
 
     num_images: int
     mean_bytes: float
     mean_pixels: float
 
 
-def draw_picture(seed: int, *, size: tuple[int, int] | None = None) -> bytes:
-    """Return a JPEG: clouds with a 1/f spectrum, shapes with textures and edges, fine noise.
+def draw_jpeg(seed: int, *, size: tuple[int, int] | None = None) -> bytes:
+    """Return a JPEG: noise with a 1/f spectrum, textured shapes, and fine noise.
 
-    The same for a seed, on the same libraries; about 500 x 375 pixels and 110 kB on average.
-    ``size`` is width and height where they are to be given.
+    Equal seeds give equal bytes with the same libraries. The average is 500 x 375 pixels and 110
+    kB; ``size``, width and height, replaces the random size.
     """
     rng = np.random.default_rng(seed)
     width, height = size or _size(rng)
@@ -53,34 +53,33 @@ def draw_picture(seed: int, *, size: tuple[int, int] | None = None) -> bytes:
     _draw_shapes(rng, image)
     pixels = np.asarray(image, np.float32)
     pixels = pixels + rng.uniform(*_FINE_NOISE) * rng.standard_normal(pixels.shape, np.float32)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return _encoded(rng, image)
+    return _encode(rng, Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
 
 
-def draw_tree(
+def write_image_folder(
     folder: Path, *, num_images: int, num_classes: int = 10, size: tuple[int, int] | None = None
-) -> Drawn:
-    """Write pictures as FOLDER/CLASS/NUMBER.JPEG, drawn by as many processes as there are cores."""
+) -> ImageStats:
+    """Write synthetic images as FOLDER/CLASS/NUMBER.JPEG, with one process per core."""
     classes = [folder / f"class-{number:03d}" for number in range(min(num_classes, num_images))]
     for path in classes:
         path.mkdir(parents=True, exist_ok=True)
 
     paths = [classes[n % len(classes)] / f"{n:05d}.JPEG" for n in range(num_images)]
-    write = partial(_write_picture, size=size)
-    if num_images < _WORTH_PROCESSES:
+    write = partial(_write_jpeg, size=size)
+    if num_images < _MIN_IMAGES_PARALLEL:
         num_bytes = [write(path, n) for n, path in enumerate(paths)]
     else:
-        # new interpreters, that import this module alone: a fork would take threads' locks along
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            min(os.cpu_count() or 1, _MOST_PROCESSES), mp_context=context
-        ) as processes:
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+        num_processes = min(os.cpu_count() or 1, _MAX_PROCESSES)
+        with ProcessPoolExecutor(num_processes, mp_context=context) as processes:
             num_bytes = list(processes.map(write, paths, range(num_images), chunksize=8))
-    return Drawn(num_images, float(np.mean(num_bytes)), mean_pixels(map(Path.read_bytes, paths)))
+    return ImageStats(
+        num_images, float(np.mean(num_bytes)), mean_pixels(map(Path.read_bytes, paths))
+    )
 
 
-def _write_picture(path: Path, seed: int, *, size: tuple[int, int] | None) -> int:
-    return path.write_bytes(draw_picture(seed, size=size))
+def _write_jpeg(path: Path, seed: int, *, size: tuple[int, int] | None) -> int:
+    return path.write_bytes(draw_jpeg(seed, size=size))
 
 
 def mean_pixels(files: Iterable[bytes]) -> float:
@@ -99,11 +98,11 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Return noise whose amplitude falls with frequency, in three channels that go together."""
+    """Return noise whose amplitude falls with frequency, in three correlated channels."""
     down = np.fft.fftfreq(height)[:, None]
     across = np.fft.rfftfreq(width)[None, :]
     lowest = 1.0 / max(width, height)
-    falling = np.maximum(np.hypot(down, across), lowest) ** -_FALL
+    falling = np.maximum(np.hypot(down, across), lowest) ** -_SPECTRUM_EXPONENT
     falling[0, 0] = 0.0
     layers = []
     for _ in range(3):
@@ -117,7 +116,7 @@ def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def _draw_shapes(rng: np.random.Generator, image: Image.Image) -> None:
-    """Put discs, boxes and polygons on a picture, half of them filled with stripes."""
+    """Draw ellipses, rectangles and polygons on an image, half of them with stripes."""
     reach = min(image.size) // 3
     for _ in range(int(rng.integers(5, 12))):
         across, down = (int(rng.integers(max(2, reach // 5), max(3, reach))) for _ in range(2))
@@ -145,9 +144,9 @@ def _filling(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _encoded(rng: np.random.Generator, image: Image.Image) -> bytes:
-    draw = rng.random()
-    subsampling = next((name for probability, name in _summed() if draw < probability), None)
+def _encode(rng: np.random.Generator, image: Image.Image) -> bytes:
+    drawn = rng.random()
+    subsampling = next((name for fraction, name in SUBSAMPLINGS if drawn < fraction), None)
     if subsampling is None:
         image, subsampling = image.convert("L"), "4:4:4"
     file = io.BytesIO()
@@ -159,11 +158,3 @@ def _encoded(rng: np.random.Generator, image: Image.Image) -> bytes:
         progressive=bool(rng.random() < PROGRESSIVE),
     )
     return file.getvalue()
-
-
-def _summed() -> list[tuple[float, str]]:
-    total, summed = 0.0, []
-    for probability, name in SUBSAMPLINGS:
-        total += probability
-        summed.append((total, name))
-    return summed

@@ -1,6 +1,6 @@
-"""Hand a trained model to others: timm folder, torch.hub folder, ONNX or TorchScript file.
+"""Export a trained model: timm folder, torch.hub folder, ONNX or TorchScript file.
 
-What is written is built beside its final place, checked there, and then appears whole.
+The output is built under a temporary name, checked, and then renamed.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ from pipeline import console
 from pipeline.config import ExportConfig
 from pipeline.export import model_card
 
-# How far a file may be from the model it was made from, relative to its greatest logit.
+# Largest difference between the logits of a file and of its model, relative to the largest logit.
 TOLERANCES = {"onnx": 1e-4, "torchscript": 1e-6}
 
 _MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph
 
-_HUBCONF = '''"""torch.hub's door to the model in this folder; needs torch and timm."""
+_HUBCONF = '''"""Entry point of torch.hub to the model in this folder; needs torch and timm."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ dependencies = ["torch", "timm"]
 def {entry}(pretrained=True, **kwargs):
     """Return the timm model of this folder, with its weights unless pretrained is false.
 
-    It takes images in [0, 1] after (image - mean) / std; README.md has the numbers.
+    Its input is images in [0, 1] after (image - mean) / std; README.md has the values.
     """
     import timm
 
@@ -53,7 +53,7 @@ def {entry}(pretrained=True, **kwargs):
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """The model to export, what its checkpoint says of itself, and its run folder if it has one."""
+    """The model to export, the metadata of its checkpoint, and its run folder, if any."""
 
     model: Classifier
     stored: dict[str, Any]
@@ -61,7 +61,7 @@ class ExportedModel:
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Export; return the report. Raises MealError and OSError."""
+    """Export and return the report. Raises MealError and OSError."""
     out = config.output or _default_out(config)
     as_file = config.to in TOLERANCES
     _check_out(out, as_file=as_file)
@@ -75,7 +75,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         if difference is not None:
             report["max_difference"] = difference
             console.info(
-                f"greatest difference to the checkpoint: {difference:.2g} of the top logit"
+                f"largest difference to the checkpoint: {difference:.2g} of the largest logit"
             )
         if not write_atomic(out, data, replace=False):
             _check_out(out, as_file=True)
@@ -95,20 +95,20 @@ def _default_out(config: ExportConfig) -> Path:
 
 
 def _check_out(out: Path, *, as_file: bool) -> None:
-    """Raise ConfigError for what is there already; an empty folder may become the new one."""
+    """Raise ConfigError if the output exists; an empty folder is replaced."""
     if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is already there; remove it, or give another --output")
+        raise ConfigError(f"{out} already exists; remove it, or give another --output")
 
 
 def _load(path: Path) -> ExportedModel:
-    """Load a model that mealv2 saved; raises ConfigError for what is none."""
+    """Load a model that mealv2 saved; raises ConfigError for other files."""
     checkpoint = find_checkpoint(path)
     stored = read_metadata(checkpoint)
     missing = {"architecture", "classes", "img_size", "mean", "std"} - stored.keys()
     if missing:
         raise ConfigError(
-            f"{checkpoint} is no model that mealv2 saved (it does not say its {min(missing)}); "
-            "give a run folder or the model folder in it"
+            f"mealv2 did not save {checkpoint} (it has no {min(missing)}); give a run folder or "
+            "the model folder in it"
         )
     model = create_classifier(
         stored["architecture"],
@@ -153,7 +153,7 @@ def _require_onnx() -> None:
 
 
 def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
-    """Return the ONNX file and its difference to the model, None without onnxruntime."""
+    """Return the ONNX file, and its difference to the model if onnxruntime is installed."""
     weights = sum(t.numel() * t.element_size() for t in exported.model.state_dict().values())
     if weights > _MAX_ONNX_BYTES:
         raise ConfigError(
@@ -178,7 +178,7 @@ def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
-        console.info("not compared with the checkpoint: pip install onnxruntime to have that done")
+        console.info("not compared with the checkpoint; pip install onnxruntime to compare")
         return data, None
     import onnxruntime
 
@@ -192,7 +192,7 @@ def _onnx(exported: ExportedModel) -> tuple[bytes, float | None]:
 
 
 def _remove_local_paths(proto: Any) -> None:
-    """Remove what torch notes for debugging: stack traces with the paths of this machine."""
+    """Remove the stack traces that torch adds, which have paths of this machine."""
     graph = proto.graph
     noted = [proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info]
     for part in [*noted, *graph.initializer, *proto.functions]:
@@ -204,9 +204,9 @@ def _torchscript(exported: ExportedModel) -> tuple[bytes, float | None]:
     """Return the TorchScript file, traced, and its difference to the model."""
     buffer, extra = io.BytesIO(), {"mealv2.json": canonical_json(_properties(exported))}
     with warnings.catch_warnings():
-        # torch: TorchScript is no longer developed; what can load it stays
+        # torch no longer develops TorchScript, but keeps the loader
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is deprecated")
-        # the shapes that a vision transformer looks at are those of the one input size
+        # a vision transformer checks its input shape, which is fixed here
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         traced = torch.jit.trace(exported.model, _images(exported, 2))  # type: ignore[no-untyped-call]
         torch.jit.save(traced, buffer, _extra_files=extra)
@@ -216,7 +216,7 @@ def _torchscript(exported: ExportedModel) -> tuple[bytes, float | None]:
 
 
 def _without_debug_records(archive: io.BytesIO) -> bytes:
-    """Return a TorchScript archive without the source lines, which name paths of this machine."""
+    """Return a TorchScript archive without source lines, which have paths of this machine."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(buffer, "w") as new:
         for entry in old.infolist():
@@ -226,7 +226,7 @@ def _without_debug_records(archive: io.BytesIO) -> bytes:
 
 
 def _properties(exported: ExportedModel) -> dict[str, str]:
-    """Return what a file says of the model in it, each value as JSON."""
+    """Return the metadata of a file, each value as JSON."""
     stored = exported.stored
     values = {name: stored[name] for name in ("architecture", "classes", "img_size", "mean", "std")}
     return {name: json.dumps(v) for name, v in values.items()} | {"mealv2": mealv2.__version__}
@@ -241,19 +241,19 @@ def _images(exported: ExportedModel, num_images: int) -> torch.Tensor:
 def _checked(
     kind: str, exported: ExportedModel, forward: Callable[[torch.Tensor], torch.Tensor]
 ) -> float:
-    """Return the greatest difference to the model's logits, relative to the greatest of them.
+    """Return the largest difference to the model's logits, relative to the largest logit.
 
-    Raises MealError above the tolerance. The batch sizes are others than the one that was traced.
+    Raises MealError above the tolerance.
     """
-    greatest = 0.0
-    for num_images in (1, 3):
+    largest = 0.0
+    for num_images in (1, 3):  # traced with 2
         images_BCHW = _images(exported, num_images)
         expected, found = exported.model(images_BCHW), forward(images_BCHW)
         scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
-        greatest = max(greatest, float((found - expected).abs().max()) / scale)
-    if not greatest <= TOLERANCES[kind]:  # nan is not
+        largest = max(largest, float((found - expected).abs().max()) / scale)
+    if not largest <= TOLERANCES[kind]:  # also for NaN
         raise MealError(
-            f"the {kind} file would answer otherwise than the checkpoint: difference "
-            f"{greatest:.2g} of the greatest logit, allowed {TOLERANCES[kind]:.0g}; not written"
+            f"the logits of the {kind} file differ from those of the checkpoint by {largest:.2g} "
+            f"of the largest logit, allowed {TOLERANCES[kind]:.0g}; not written"
         )
-    return greatest
+    return largest

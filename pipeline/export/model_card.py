@@ -1,9 +1,11 @@
-"""The README.md of an exported model: what is known of it, and nothing that was not measured."""
+"""The README.md of an exported model; every figure in it was measured."""
 
 import dataclasses
+import html
 import json
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +27,12 @@ from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
 
 SHOWN_CLASSES = 20
 
-# Settings that stand elsewhere in the card, or change nothing about the model.
-_LEFT_OUT = {
+# Settings that are elsewhere in the card, or do not change the model.
+_OMITTED = {
     *("model", "data_dir", "labels", "split", "val_split", "teacher", "recipe", "output", "resume"),
     *("workers", "device", "log_interval", "checkpoint_hist", "recovery_interval"),
 }
-# What report.json may say, with its unit.
+# Figures of report.json, with name and unit.
 _FIGURES = {
     "top1": ("top-1", "%"),
     "top5": ("top-5", "%"),
@@ -47,14 +49,14 @@ tags:
 - timm
 - knowledge-distillation
 - mealv2
-# license: yours to choose; mind the terms of the teachers, the starting weights and the images
+# license: choose one; check the terms of the teachers, the starting weights and the images
 ---
 """
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run folder says of the model in it; all empty for a model folder without its run."""
+    """The record of a run folder; all fields are empty for a model folder without its run."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
@@ -65,21 +67,19 @@ class History:
 
 
 def history_of(run: Path | None) -> History:
-    """Read a run folder: settings, report, and the label set where it still lies.
+    """Read a run folder: settings, report, and the plan of its label set if that still exists.
 
-    A label set that is not the one the report names is left out.
+    The plan of another label set in the same folder is ignored.
     """
     if run is None:
         return History()
     settings, report = _object(run / "config.json"), _object(run / REPORT_NAME)
-    noted = report.get("labels") or _object(run / LABELS_NAME)
-    known = noted.get("plan_sha256")
+    recorded = report.get("labels") or _object(run / LABELS_NAME)
+    known = recorded.get("plan_sha256")
     manifest: dict[str, Any] = {}
     if isinstance(settings.get("labels"), str):
-        try:
+        with suppress(LabelSetError, OSError):
             manifest = read_manifest(Path(settings["labels"]))
-        except (LabelSetError, OSError):
-            manifest = {}
     if known and manifest.get("plan_sha256") != known:
         manifest = {}
     return History(
@@ -88,16 +88,20 @@ def history_of(run: Path | None) -> History:
         _date_of(run, report),
         manifest.get("plan", {}),
         known or manifest.get("plan_sha256"),
-        noted.get("teachers", []),
+        recorded.get("teachers", []),
     )
 
 
 def model_card(stored: dict[str, Any], history: History) -> str:
-    """Return the card of a model from its checkpoint's metadata and its run; Markdown."""
-    name = escaped(stored["architecture"])
+    """Return the card, Markdown, from the metadata of a checkpoint and its run."""
+    name, how = escaped(stored["architecture"]), ""
+    if history.settings:
+        how = "trained on hard labels "
+        if "labels" in history.settings:
+            how = "distilled from an ensemble of teachers (MEAL V2) "
     parts = [
         f"{_FRONT_MATTER}\n# {name}, {len(stored['classes'])} classes\n",
-        f"An image classifier in timm's format, {_how(history)}with "
+        f"An image classifier in timm's format, {how}with "
         "[mealv2](https://arxiv.org/abs/2009.08453).\n",
         _table(["", ""], _facts(stored, history)),
         _accuracy(history),
@@ -109,21 +113,16 @@ def model_card(stored: dict[str, Any], history: History) -> str:
 
 
 def escaped(text: object) -> str:
-    """Return text that Markdown and HTML show as it is, on one line, in a table too."""
+    """Return text that Markdown and HTML show literally, on one line, also in a table."""
     line = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in str(text))
-    html = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()|~$!@^=:\"'])", r"\\\1", html).replace("#", "&#35;")
-
-
-def _how(history: History) -> str:
-    if "labels" in history.settings:
-        return "distilled from an ensemble of teachers (MEAL V2) "
-    return "trained on hard labels " if history.settings else ""
+    line = html.escape(line, quote=False)
+    return re.sub(r"([\\`*_{}\[\]()|~$!@^=:\"'])", r"\\\1", line).replace("#", "&#35;")
 
 
 def _facts(stored: dict[str, Any], history: History) -> list[tuple[str, str]]:
-    """Return the rows on student, teachers, data and labels that are known."""
-    settings, plan, version = history.settings, history.plan, library_versions()
+    """Return the known rows on student, teachers, data and labels."""
+    settings, plan, labels = history.settings, history.plan, history.labels_sha256
+    version = library_versions()
     recipe = settings.get("recipe") or history.report.get("recipe")
     rows = [
         ("recipe", escaped(_without_folders(recipe)) if recipe else ""),
@@ -131,7 +130,7 @@ def _facts(stored: dict[str, Any], history: History) -> list[tuple[str, str]]:
         ("teachers", ", ".join(map(escaped, _teachers(history)))),
         ("data", _data(history)),
         ("image size", f"{stored['img_size']} x {stored['img_size']}"),
-        ("labels", _labels(history)),
+        ("labels", f"plan\\_sha256 `{labels}`" if labels else ""),
         ("normalisation", f"mean {_triple(stored['mean'])}, std {_triple(stored['std'])}"),
         ("exported with", ", ".join(f"{n} {version[n]}" for n in ("mealv2", "torch", "timm"))),
     ]
@@ -141,7 +140,7 @@ def _facts(stored: dict[str, Any], history: History) -> list[tuple[str, str]]:
 
 
 def _teachers(history: History) -> list[str]:
-    """Return the teachers' names, from the label set or from the command; never a path."""
+    """Return the names of the teachers, from the label set or the command; never a path."""
     if known := history.plan.get("teachers") or history.online_teachers:
         return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
@@ -149,7 +148,7 @@ def _teachers(history: History) -> list[str]:
 
 
 def _data(history: History) -> str:
-    """Return the split that was trained on, and how many images it has if that was recorded."""
+    """Return the training split, with its number of images if that was recorded."""
     part = history.plan.get("roles", {}).get("train", {})
     if part:
         return f"split {escaped(part['split'])}, {part['num_images']} images"
@@ -157,12 +156,8 @@ def _data(history: History) -> str:
     return f"split {escaped(split)}" if split else ""
 
 
-def _labels(history: History) -> str:
-    return f"plan\\_sha256 `{history.labels_sha256}`" if history.labels_sha256 else ""
-
-
 def _accuracy(history: History) -> str:
-    """Return the measured figures with their split, count and date; words where there are none."""
+    """Return the measured figures with their split, number of images and date."""
     report = history.report
     rows = [
         (label, f"{report[name]:.{2 if unit == '%' else 4}f} {unit}")
@@ -178,7 +173,7 @@ def _accuracy(history: History) -> str:
 
 
 def _settings(history: History) -> str:
-    """Return the settings that differ from the command's defaults."""
+    """Return the settings that differ from the defaults of the command."""
     if not history.settings:
         return ""
     command: type[TrainConfig] = DistillConfig if "labels" in history.settings else FinetuneConfig
@@ -186,14 +181,14 @@ def _settings(history: History) -> str:
     for known in dataclasses.fields(command):
         value = history.settings.get(known.name)
         default = None if known.default is dataclasses.MISSING else known.default
-        if known.name not in _LEFT_OUT and value is not None and value != plain(default):
+        if known.name not in _OMITTED and value is not None and value != plain(default):
             rows.append((known.name.replace("_", " "), escaped(_without_folders(value))))
     recorded = _table(["", ""], rows) if rows else "None.\n"
     return f"## Settings that differ from the defaults\n\n{recorded}"
 
 
 def _without_folders(value: Any) -> str:
-    """Return a setting as text; of a path, also behind NAME=, only the last name."""
+    """Return a setting as text; of a path, also after NAME=, only the file name."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_without_folders, value))
     parts = [part.rpartition("=") for part in str(value).split(",")]
@@ -213,9 +208,9 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-`FOLDER` is where this file lies. The model takes B x 3 x {size} x {size} images in [0, 1] after
+`FOLDER` is the folder of this file. The model takes B x 3 x {size} x {size} images in [0, 1] after
 `(image - mean) / std` per channel, mean {mean}, std {std}; validation resizes the shorter side to
-{int(256 / 224 * size)} (bilinear, antialiased) and cuts out the centre.
+{int(256 / 224 * size)} (bilinear, antialiased) and crops the centre.
 """
 
 
@@ -224,7 +219,7 @@ def _classes(classes: list[str]) -> str:
     more = len(classes) - SHOWN_CLASSES
     rest = f"And {more} more; all" if more > 0 else "They"
     listed = _table(["id", "class"], rows)
-    return f"## Classes\n\n{listed}\n{rest} stand in `config.json` under `label_names`.\n"
+    return f"## Classes\n\n{listed}\n{rest} are in `config.json` under `label_names`.\n"
 
 
 def _triple(values: Any) -> str:
@@ -237,7 +232,7 @@ def _table(head: list[str], rows: list[tuple[str, str]]) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is none."""
+    """Return the JSON object in a file, empty if there is none."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -246,15 +241,12 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _date_of(run: Path, report: dict[str, Any]) -> str | None:
-    """Return the UTC date of the validation that the report repeats, as metrics.jsonl says it."""
+    """Return the UTC date of the last validation, from metrics.jsonl."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        events = [json.loads(line) for line in lines]
-        last = next(
-            event
-            for event in reversed(events)
-            if event.get("event") == "validation" and event.get("epoch") == report.get("epochs")
-        )
-        return f"{datetime.fromtimestamp(last['time'], UTC):%Y-%m-%d}"
-    except (OSError, ValueError, StopIteration, KeyError):
-        return None
+        for event in map(json.loads, reversed(lines)):
+            if (event.get("event"), event.get("epoch")) == ("validation", report.get("epochs")):
+                return f"{datetime.fromtimestamp(event['time'], UTC):%Y-%m-%d}"
+    except (OSError, ValueError, KeyError):
+        pass
+    return None

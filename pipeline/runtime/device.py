@@ -21,37 +21,37 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, the precision that networks compute in on it, and who trains along."""
+    """The device, the precision of its networks, and the ranks of the run."""
 
     device: torch.device
     amp_dtype: torch.dtype | None
     ranks: Ranks = Ranks()
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context for forward passes: autocast with --amp, else nothing."""
+        """Return the context for forward passes: autocast with --amp, else a null context."""
         if self.amp_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
     @property
     def precision(self) -> str:
-        """The name of the type that networks compute in."""
+        """The name of the dtype that networks compute in."""
         return str(self.amp_dtype or torch.float32).removeprefix("torch.")
 
     def to_device(self, network: M) -> M:
-        """Return a network on the device, with its weights laid out as images are."""
-        # tensor cores want channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
-        # 0.72 and resnet50 0.83 of its time with weights and images as timm lays them out
+        """Return a network on the device, channels-last like the images."""
+        # tensor cores prefer channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
+        # 0.72 and resnet50 0.83 of the time that it takes with timm's layout
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     @property
     def should_pin_memory(self) -> bool:
-        """Whether pixels are to be read into page-locked memory, for this device."""
+        """Whether to read pixels into page-locked memory."""
         return self.device.type == "cuda"
 
 
 def create_runtime(config: RuntimeConfig) -> Runtime:
-    """Choose device and precision; raises ConfigError for a device this machine does not have."""
+    """Choose device and precision; raises ConfigError for a device that is not available."""
     if config.device == "auto":
         device = torch.device(_gpu() or "cpu")
     else:
@@ -72,7 +72,7 @@ def create_runtime(config: RuntimeConfig) -> Runtime:
 
 
 def _gpu() -> str | None:
-    """Return the GPU to use, of several the one of this rank; None where there is none."""
+    """Return the GPU of this rank; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     number = env.local_rank()
@@ -80,17 +80,16 @@ def _gpu() -> str | None:
 
 
 def gpu_of(number: int) -> str | None:
-    """Return the GPU for the process of a number on this machine; None where there is none."""
+    """Return the GPU for a process by its number on this machine; None without a GPU."""
     count = torch.cuda.device_count()
     return f"cuda:{number % count}" if count else None
 
 
 @contextmanager
 def distributed_runtime(config: RuntimeConfig) -> Iterator[Runtime]:
-    """Start a training run's part of the machine: all of it, or that of one of torchrun's ranks.
+    """Open the runtime of a training run: one process, or one of torchrun's ranks.
 
-    Raises ConfigError as ``create_runtime`` does, and where ranks cannot meet; see
-    distributed.process_group.
+    Raises as ``create_runtime`` and ``distributed.process_group`` do.
     """
     rank = env.rank()
     if rank.size == 1:
@@ -106,30 +105,29 @@ def distributed_runtime(config: RuntimeConfig) -> Iterator[Runtime]:
 
 
 def _with_own_device(config: RuntimeConfig, local_rank: int) -> RuntimeConfig:
-    """Return the settings with the device of one of several ranks: the CPU, or a GPU of its own."""
+    """Return the settings with the device of one of several ranks: the CPU, or its own GPU."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return replace(config, device="cpu")
     if config.device not in ("auto", "cuda"):
         raise ConfigError(
-            f"--device {config.device} is one device, and there are several ranks; use auto, cuda "
-            "or cpu"
+            f"--device {config.device} is one device for several ranks; use auto, cuda or cpu"
         )
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus > 0:
         raise ConfigError(
-            f"this machine has {num_gpus} GPUs, and more ranks; use "
-            f"--nproc-per-node {num_gpus}, or --device cpu"
+            f"this machine has {num_gpus} GPUs and more ranks; use --nproc-per-node {num_gpus}, or "
+            "--device cpu"
         )
     return replace(config, device=f"cuda:{local_rank}")
 
 
 def use_one_thread() -> None:
-    """Compute in one thread: networks of the demo's size lose by more (docs/tutorial/demo.md)."""
+    """Compute in one thread: more slow the small networks of the demo (docs/tutorial/demo.md)."""
     torch.set_num_threads(1)
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that can change a number."""
+    """Return the versions of the libraries that can change a result."""
     libraries = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
     found = {name: metadata.version(name) for name in libraries}
     return {"mealv2": mealv2.__version__, "python": platform.python_version(), **found}

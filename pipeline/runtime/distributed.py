@@ -1,7 +1,7 @@
-"""The ranks of a training run, its processes: who does which share, and what they tell each other.
+"""The ranks of a training run: collectives, and how a failed rank ends the others.
 
-Words, counts and random states go through CPU tensors (gloo), so that no device is waited for;
-gradients are averaged by DistributedDataParallel (pipeline.training.parallel).
+Texts, counts and random states are CPU tensors (gloo), so that no collective waits for a GPU.
+DistributedDataParallel averages the gradients (pipeline.training.parallel).
 """
 
 import json
@@ -21,10 +21,10 @@ from pipeline.runtime.env import Rank
 _SIGNALS = ("SIGINT", "SIGTERM")
 _CLAIM_TIMEOUT = timedelta(seconds=10)
 _LOST_MESSAGE = (
-    "another rank ended without a word (killed, or its machine is gone); start the run again with "
-    "--resume or --auto-resume, it goes on from its newest checkpoint"
+    "another rank ended without a message (killed, or its machine failed); start the run again "
+    "with --resume or --auto-resume to continue from its newest checkpoint"
 )
-# what torch's back ends say when a connection breaks: gloo has no error class of its own
+# messages of torch's back ends when a connection breaks: gloo has no error class
 _CONNECTION_ERRORS = (
     "gloo",
     "Connection closed by peer",
@@ -33,8 +33,8 @@ _CONNECTION_ERRORS = (
 )
 
 
-class ReportedElsewhereError(MealError):  # the error is the other rank's
-    """An error that another rank has told the user of; this one ends with its code, silently."""
+class ReportedElsewhereError(MealError):
+    """An error that another rank has reported; this rank ends silently, with the same code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class ReportedElsewhereError(MealError):  # the error is the other rank's
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run as one of them sees it; a run of one process has one, which tells nobody.
+    """The ranks of a run, seen from one of them; every collective is free with one rank.
 
-    All ranks have to call every method, in the same order.
+    All ranks must call every method, in the same order.
     """
 
     rank: int = 0
@@ -53,16 +53,16 @@ class Ranks:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are others."""
+        """Whether the run has several ranks."""
         return self.size > 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one that writes and talks."""
+        """Whether this rank writes files and messages."""
         return self.rank == 0
 
     def sync_step(self, num_views: int, signal_name: str | None) -> tuple[int, str | None]:
-        """Return how many views all ranks have together, and a signal that one of them got."""
+        """Return the number of views of all ranks, and a signal that one of them received."""
         if not self.is_distributed:
             return num_views, signal_name
         counts = torch.tensor([num_views, *(signal_name == name for name in _SIGNALS)])
@@ -71,7 +71,7 @@ class Ranks:
         return total, next((n for n, got in zip(_SIGNALS, signals, strict=True) if got), None)
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.sync_step(0, None)
 
     def all_reduce(self, sums: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ class Ranks:
         return [bytes(other.tolist()).decode() for other in self.all_gather(row)]
 
     def broadcast_text(self, text: str) -> str:
-        """Return the first rank's text."""
+        """Return the text of rank 0."""
         return self.all_gather_text(text if self.is_main_process else "")[0]
 
     def all_reduce_counts(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums of named numbers; a rank may lack names that others have."""
+        """Return the sums of named numbers; the names may differ between ranks."""
         if not self.is_distributed:
             return dict(numbers)
         sums: dict[str, float] = {}
@@ -101,7 +101,7 @@ class Ranks:
         return sums
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return a tensor of every rank, on the CPU; they may differ in their first size."""
+        """Return the tensor of every rank, on the CPU; the first dimension may differ."""
         tensor = tensor.detach().cpu()
         if not self.is_distributed:
             return [tensor]
@@ -115,72 +115,68 @@ class Ranks:
         return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
 
     def gather_rows(self, rows_BC: Tensor) -> Tensor:
-        """Return the rows of all ranks in their order, on the device of this one's."""
+        """Return the rows of all ranks in order, on the device of ``rows_BC``."""
         if not self.is_distributed:
             return rows_BC
         return torch.cat(self.all_gather(rows_BC)).to(rows_BC.device)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors, weights or buffers of a module, with the first rank's."""
+        """Overwrite tensors, weights or buffers of a module, with those of rank 0."""
         if not self.is_distributed:
             return
         with torch.no_grad():
-            for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-                of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
-                flat = torch.cat([tensor.reshape(-1) for tensor in of_type])
-                dist.broadcast(flat, 0)
-                parts = torch.split(flat, [tensor.numel() for tensor in of_type])
-                for tensor, part in zip(of_type, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
+            for tensor in tensors:
+                contiguous = tensor.contiguous()  # NCCL takes no channels-last tensors
+                dist.broadcast(contiguous, 0)
+                tensor.copy_(contiguous)
 
     def require_equal(self, text: str, *, what: str) -> None:
-        """Raise ConfigError where the ranks' texts differ; ``what`` they describe."""
+        """Raise ConfigError if the texts of the ranks differ; ``what`` names their subject."""
         if len(set(self.all_gather_text(text))) > 1:
             raise ConfigError(
                 f"the ranks do not have the same {what}; start all of them with the same command, "
-                "with data, labels and run folder where every machine sees them"
+                "and keep data, labels and run folder on a file system that all machines share"
             )
 
 
 def is_main_process() -> bool:
-    """Return whether this process is to talk: the first rank of a run, or a process alone."""
+    """Return whether this process is rank 0, or the only one."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 @contextmanager
 def process_group(rank: Rank, *, backend: str) -> Iterator[Ranks]:
-    """Meet the other ranks where the environment says (env://), for as long as the block lasts.
+    """Join the process group that the environment describes (env://) while the block runs.
 
-    Who lost a rank that ended for a reason of its own raises ReportedElsewhereError. Raises
-    ConfigError where nothing says whom to meet, MealError where they cannot be met, or one was lost
-    without a word.
+    Raises ConfigError if the environment describes none, MealError if the other ranks cannot be
+    reached or one was lost, ReportedElsewhereError if the lost rank has reported its error.
     """
     try:
         store = _store(rank)
         dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size)
     except ValueError as error:
         raise ConfigError(
-            f"the ranks cannot meet ({_first_line(error)}); start them with torchrun"
+            f"the ranks cannot connect ({_first_line(error)}); start them with torchrun"
         ) from error
-    except RuntimeError as error:  # a machine that is not there (yet): no fault of the command
+    except RuntimeError as error:  # a machine is not ready: a retry may succeed
         raise MealError(
-            f"the ranks cannot meet ({_first_line(error)}); start them again"
+            f"the ranks cannot connect ({_first_line(error)}); start them again"
         ) from error
     try:
         yield Ranks(rank.number, rank.size)
     except BaseException as error:
-        # the group is left to the end of the process: to close it might wait for who is gone
-        counts = _error_to_raise(error, store)
-        if counts is error:
+        # the group is not destroyed: that could wait for a rank that has ended
+        raised = _error_to_raise(error, store)
+        if raised is error:
             raise
-        raise counts from error
+        raise raised from error
     dist.destroy_process_group()
 
 
 def _error_to_raise(error: BaseException, store: Any) -> BaseException:
-    """Return what a rank that ends with ``error`` is to raise."""
+    """Return the exception of a rank that ends with ``error``."""
     if isinstance(error, RuntimeError) and _is_connection_error(error):
-        # who ends for a reason of its own has said so before its connections closed
+        # a rank that fails counts itself before its connections close
         if _count(store, "ended", 0) > 0:
             return ReportedElsewhereError(MealError.exit_code)
         return MealError(_LOST_MESSAGE)
@@ -189,9 +185,9 @@ def _error_to_raise(error: BaseException, store: Any) -> BaseException:
 
 
 def claim_message(text: str, rank: Rank) -> bool:
-    """Return whether this is the first of torchrun's ranks that wants to say something.
+    """Return whether this is the first of torchrun's ranks with this message.
 
-    They need not have met. Where torchrun's store cannot be reached all of them may.
+    The ranks need not be connected. All of them get true if torchrun's store cannot be reached.
     """
     try:
         store = _store(rank, timeout=_CLAIM_TIMEOUT)
@@ -201,12 +197,12 @@ def claim_message(text: str, rank: Rank) -> bool:
 
 
 def _store(rank: Rank, **settings: timedelta) -> Any:
-    """Return where the ranks of an attempt find each other; raises ValueError or RuntimeError."""
+    """Return the store that the ranks of an attempt share; raises ValueError or RuntimeError."""
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
     store, _, _ = next(rendezvous("env://", rank.number, rank.size, **settings))
-    # torchrun keeps one store for all its attempts: without a prefix these ranks would look
-    # for each other where those before them listened
+    # torchrun has one store for all attempts: without a prefix, ranks would connect to the
+    # addresses of an earlier attempt
     return dist.PrefixStore(f"attempt-{rank.attempt}", store)  # type: ignore[attr-defined]
 
 
@@ -221,7 +217,7 @@ def _is_connection_error(error: RuntimeError) -> bool:
 
 
 def _count(store: Any, key: str, number: int) -> int:
-    """Add to a counter that all ranks see; 0 where it cannot be reached."""
+    """Add to a counter that all ranks share and return it; 0 if the store is not reachable."""
     with suppress(RuntimeError):
         return int(store.add(key, number))
     return 0

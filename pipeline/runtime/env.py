@@ -1,6 +1,6 @@
-"""What the environment says of this process: which rank or job it is, where its files are to go.
+"""The environment of this process: its rank or job, and where its files go.
 
-The only reader of os.environ. It imports nothing heavy, so that the command line can ask it.
+The only module that reads os.environ. It imports nothing slow, because the command line needs it.
 """
 
 import os
@@ -15,17 +15,17 @@ from mealv2.storage.atomic import write_atomic
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"
 
-# A command that is wrong, or its label set, is so too when it is tried again.
+# A retry cannot repair a wrong command or label set.
 _FINAL_EXIT_CODES = (ConfigError.exit_code, LabelSetError.exit_code)
 _CHILD_PROCESS = "MEALV2_SPOKEN_FOR"
-_EXIT_CODE_FILE = "MEALV2_REFUSED"  # a file of the job: torchrun hands on no exit code of its ranks
+_EXIT_CODE_FILE = "MEALV2_REFUSED"  # a file of the job: torchrun drops the exit codes of its ranks
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Which of the processes that torchrun started this is; alone it is the only one.
+    """The rank of this process among those that torchrun started; 0 of 1 without torchrun.
 
-    ``local`` counts those of a machine, ``attempt`` how often torchrun started them before.
+    ``local`` is the rank on this machine, ``attempt`` the number of restarts.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Rank:
 
 
 def rank() -> Rank:
-    """Return which rank this process is; raises ConfigError for variables that are no numbers."""
+    """Return the rank of this process; raises ConfigError for a variable that is not a number."""
     number = _number("RANK", 0, advice=_BY_TORCHRUN)
     return Rank(
         number,
@@ -46,44 +46,44 @@ def rank() -> Rank:
 
 
 def local_rank() -> int | None:
-    """Return which process of this machine this is; None where nobody counts them."""
+    """Return the rank on this machine; None without torchrun."""
     return rank().local if "LOCAL_RANK" in os.environ else None
 
 
 def require_single_process(command: str) -> None:
-    """Raise ConfigError where torchrun started several processes of a command that is for one."""
+    """Raise ConfigError if torchrun started several processes."""
     if rank().size > 1:
         raise ConfigError(
-            f"mealv2 {command} runs in one process, and WORLD_SIZE says there are several; "
+            f"mealv2 {command} runs in one process, and WORLD_SIZE is larger than 1; "
             "torchrun is for distill, finetune and precompute"
         )
 
 
 def has_torchrun_store() -> bool:
-    """Return whether torchrun keeps a store for this process and others."""
+    """Return whether torchrun has a store for several ranks."""
     with suppress(ConfigError):
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank().size > 1
     return False
 
 
 def saved_exit_code() -> int | None:
-    """Return the exit code with which this job refused to run before; None where it did not."""
+    """Return the final exit code of an earlier attempt at this job; None if there is none."""
     with suppress(OSError, ValueError):
         return int(Path(os.environ.get(_EXIT_CODE_FILE, "")).read_text(encoding="ascii"))
     return None
 
 
 def save_exit_code(exit_code: int) -> None:
-    """Leave an exit code for who would try the job again, where that would be in vain."""
+    """Save an exit code for later attempts at the job, if they cannot succeed."""
     if exit_code in _FINAL_EXIT_CODES and (path := os.environ.get(_EXIT_CODE_FILE)):
         with suppress(OSError):
             write_atomic(Path(path), f"{exit_code}\n".encode())
 
 
 def job() -> tuple[int, int, str]:
-    """Return which of how many jobs this is, and the variable that says so; (0, 1, "") for none.
+    """Return index, number of jobs, and the variable they come from; (0, 1, "") without one.
 
-    Raises ConfigError for variables that do not fit each other.
+    Raises ConfigError for variables that contradict each other.
     """
     in_array = "SLURM_ARRAY_TASK_ID" in os.environ
     index, size = 0, 1
@@ -104,44 +104,44 @@ def job() -> tuple[int, int, str]:
     if rest or first + max(1, step) * (count - 1) != last or not 0 <= number < count:
         raise ConfigError(
             f"this Slurm array has {count} tasks from {first} to {last} in steps of {step}: not "
-            f"evenly spaced, so that nothing says which {index} is; {_GIVE_BOTH}"
+            f"evenly spaced, so the number of task {index} is unknown; {_GIVE_BOTH}"
         )
     return number, count, "SLURM_ARRAY_TASK_ID"
 
 
 def _number(name: str, default: int | None = None, *, advice: str) -> int:
-    """Return the whole number that a variable holds; raises ConfigError, also without a default."""
+    """Return the number in a variable; raises ConfigError if it is missing without a default."""
     value = os.environ.get(name, "" if default is None else str(default))
     if not value.isdecimal():
-        raise ConfigError(f"{name} is {value or 'not set'!r}, and no number: {advice}")
+        raise ConfigError(f"{name} is {value or 'not set'!r}, not a number: {advice}")
     return int(value)
 
 
-def child_environment(count: int) -> dict[str, str]:
-    """Return the environment of one of several processes that share this machine's cores.
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    It says that another process speaks to the user for it.
-    """
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "OMP_NUM_THREADS": str(max(1, (num_cores or 1) // count)),
-        **os.environ,
-        _CHILD_PROCESS: "1",
-    }
+
+def child_environment(count: int) -> dict[str, str]:
+    """Return the environment for one of ``count`` child processes, which share the cores."""
+    threads = str(max(1, num_cores() // count))
+    return {"OMP_NUM_THREADS": threads, **os.environ, _CHILD_PROCESS: "1"}
 
 
 def is_child_process() -> bool:
-    """Return whether this is one of the processes of --num-procs: what to do next is not its."""
+    """Return whether --num-procs started this process; the parent writes to the user."""
     return _CHILD_PROCESS in os.environ
 
 
 def cache_folder() -> Path:
-    """Return the folder for copies of remote files that nobody named."""
+    """Return the default folder for copies of remote files."""
     if named := os.environ.get("MEALV2_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mealv2"
 
 
 def on_terminal() -> bool:
-    """Return whether a moving progress bar has somewhere to move."""
+    """Return whether stderr can show a progress bar that moves."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

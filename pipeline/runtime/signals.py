@@ -1,4 +1,4 @@
-"""A signal asks a run to save and stop."""
+"""Stop a run at the next safe point after Ctrl-C or SIGTERM."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequested(Exception):  # noqa: N818  # no error: the user asked for it
+class StopRequested(Exception):  # noqa: N818  # the user asked for it: not an error
     """A signal asked the run to save and stop."""
 
 
@@ -20,26 +20,26 @@ class StopFlag:
         self._is_alone = is_alone
 
     def check(self) -> None:
-        """Raise StopRequested if a signal came."""
+        """Raise StopRequested if a signal arrived."""
         if self.signal_name is not None:
             raise StopRequested(self.signal_name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_alone:
-            # srun signals every process, and torchrun its ranks once more
+            # srun signals every process, and torchrun then signals its ranks again
             self.signal_name = self.signal_name or signal.Signals(number).name
             return
         if self.signal_name is not None:
-            os._exit(128 + number)  # the second one quits at once
+            os._exit(128 + number)  # the second signal quits at once
         self.signal_name = signal.Signals(number).name
-        os.write(2, b"\nstopping in good order; once more quits at once\n")
+        os.write(2, b"\nsaving and stopping; a second signal quits at once\n")
 
 
 @contextmanager
 def stop_on_signal(*numbers: signal.Signals, is_alone: bool = True) -> Iterator[StopFlag]:
-    """Turn signals into a flag while the block runs (in the main thread only).
+    """Turn signals into a flag while the block runs; only the main thread can.
 
-    A second one quits at once, unless this process is one of several ranks.
+    A second signal quits at once, unless this process is one of several ranks.
     """
     stop = StopFlag(is_alone=is_alone)
     if threading.current_thread() is not threading.main_thread():

@@ -15,8 +15,8 @@ from pipeline.config import DemoConfig
 
 
 @pytest.fixture(scope="module")
-def short_story() -> Iterator[None]:
-    """The same story with small teachers, one or two epochs a run."""
+def short_demo() -> Iterator[None]:
+    """The demo with small teachers, one or two epochs a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TEACHERS", ("test_efficientnet", "test_resnet"))
         patch.setattr(demo, "TEACHER_EPOCHS", 1)
@@ -26,10 +26,10 @@ def short_story() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def use_display_names(
-    short_story: None, run_cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+def finished(
+    short_demo: None, run_cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
-    """Return (folder, result) of the story told once."""
+    """Return (folder, result) of one finished demo."""
     out = tmp_path_factory.mktemp("story") / "demo"
     return out, run_cli("demo", "--output", out)
 
@@ -48,9 +48,9 @@ def test_digits_are_the_real_scans_split_without_overlap(digits: Path) -> None:
 
 @pytest.mark.slow
 def test_story_ends_with_its_table_and_keeps_what_is_finished(
-    told: tuple[Path, Any], run_cli: Callable[..., Any]
+    finished: tuple[Path, Any], run_cli: Callable[..., Any]
 ) -> None:
-    out, first = told
+    out, first = finished
     assert first.code == 0, first.stderr
     for row in ("ensemble", "at start", "hard-label control", "distilled", "label set:", "time:"):
         assert row in first.stderr
@@ -68,8 +68,8 @@ def test_story_ends_with_its_table_and_keeps_what_is_finished(
 
 
 @pytest.mark.slow
-def test_arms_share_start_schedule_and_data(told: tuple[Path, Any]) -> None:
-    out, _ = told
+def test_arms_share_start_schedule_and_data(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
     control, distilled = (
         json.loads((out / "seed-0" / arm / "config.json").read_text())
         for arm in ("hard-labels", "distilled")
@@ -88,10 +88,10 @@ def test_arms_share_start_schedule_and_data(told: tuple[Path, Any]) -> None:
 
 @pytest.mark.slow
 def test_folder_of_another_story_is_refused(
-    told: tuple[Path, Any], run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Any], run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "TEACHER_EPOCHS", 3)
-    result = run_cli("demo", "--output", told[0])
+    result = run_cli("demo", "--output", finished[0])
     assert result.code == 2
     assert "other settings" in result.stderr
 

@@ -831,7 +831,7 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
     assert told["seconds"] == pytest.approx(told["views"] / told["views_per_second"], abs=0.1)
     assert f"{told['views']} views, " in result.stderr
     assert told["limit"] in ("reading images", "the networks")
-    assert f"{told['limit']} limits it" in result.stderr
+    assert f"limit: {told['limit']}" in result.stderr
     assert told["peak_bytes"] > 0
 
 

@@ -168,7 +168,7 @@ def test_bad_image_stops_or_is_left_out_by_name(
         assert result.code == 0
         assert result.report["num_images"] == 14
         assert list(result.report["skipped"]) == [str(bad)]
-        assert f"left out {bad}: not an image" in result.stderr
+        assert f"skipped {bad}: not an image" in result.stderr
 
 
 def test_nothing_but_bad_images_is_a_failure(
@@ -212,7 +212,7 @@ def test_timms_imagenet_weights_answer_with_names(
     [
         ([], "IMAGE is required"),
         (["/nowhere.jpg"], "/nowhere.jpg"),
-        (["{tmp}"], "holds no picture"),
+        (["{tmp}"], "has no images"),
         (["{picture}", "--topk", "0"], "--topk"),
         (["{picture}", "--results-file", "x.txt"], "--results-file"),
         (["{picture}", "--checkpoint", "/nowhere"], "/nowhere"),

@@ -355,7 +355,7 @@ def test_evaluate_refuses_data_of_another_class_count(
     server.files[SMALL_FILE] = published.as_published(small)
     result = run_cli("evaluate", "--model", SMALL, "--data-dir", data_dir)
     assert (result.code, result.stdout) == (2, "")
-    assert f"{SMALL} knows 1000 classes, {data_dir}/val has 3" in result.stderr
+    assert f"{SMALL} has 1000 classes, {data_dir}/val has 3" in result.stderr
     result = run_cli("evaluate", "--checkpoint", small_file, "--data-dir", data_dir)
     assert result.code == 2
     assert "another class count?" in result.stderr
@@ -367,7 +367,7 @@ def test_evaluate_without_a_model_knows_no_other_file(
     other = small_file.rename(small_file.with_name("other.pth"))
     result = run_cli("evaluate", "--checkpoint", other, "--data-dir", data_dir)
     assert result.code == 2
-    assert "other.pth does not say what model it is; give --model" in result.stderr
+    assert "other.pth does not name its model; give --model" in result.stderr
 
 
 @pytest.mark.parametrize("by", ["name", "file"])

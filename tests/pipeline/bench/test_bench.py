@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from benchmarks.speed import document
-from conftest import ROOT, Result
+from conftest import Result
 from mealv2 import recipes
-from pipeline.bench import command_of, hardware, imagenet
+from pipeline.bench import command_of, hardware, imagenet, steps
+from pipeline.bench.context import BenchContext
 from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
-from pipeline.bench.room import BenchContext
-from pipeline.bench.synthetic_images import draw_picture, draw_tree
+from pipeline.bench.synthetic_images import draw_jpeg, write_image_folder
 from pipeline.config import BenchConfig
 from pipeline.config.bench import LINES
 from pipeline.runtime.device import Runtime
@@ -29,6 +29,7 @@ from pipeline.timing import (
     step_macs,
     take_turns,
 )
+from pipeline.training.step import TrainStep
 
 pytestmark = pytest.mark.slow
 
@@ -40,20 +41,20 @@ TINY = {
     "--img-size": 32,
     "--batch-size": 4,
     "--num-images": 12,
-    "--memory-images": 8,
     "--rounds": 1,
     "--workers": 0,
     "--device": "cpu",
 }
 FLAGS = [part for item in TINY.items() for part in item]
+ALL_LINES = [*FLAGS, "--memory-images", 8]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_turns() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.bench.labelling._TURN_S", 0.01)
-        patch.setattr("pipeline.bench.labelling._LOOK_UPS", 1)
-        patch.setattr("pipeline.bench.labelling.LOOKED_UP", 32)
+        patch.setattr("pipeline.bench.labelling._NUM_LOOKUPS", 1)
+        patch.setattr("pipeline.bench.labelling.LOOKUP_SIZE", 32)
         patch.setattr("pipeline.bench.steps._TURN_S", 0.01)
         patch.setattr("pipeline.bench.imagenet._TURN_S", 0.01)
         yield
@@ -63,7 +64,7 @@ def short_turns() -> Any:
 def everything(done: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Any]:
     """A run of all lines, and what --results-file kept of it."""
     path = tmp_path_factory.mktemp("bench") / "raw.json"
-    result = done("bench", *FLAGS, "--results-file", path)
+    result = done("bench", *ALL_LINES, "--results-file", path)
     return result, json.loads(path.read_text())
 
 
@@ -192,14 +193,6 @@ def test_webdatasets_pipeline_reads_all_that_was_written(done: Run) -> None:
     assert line["figure"] > 0
 
 
-def test_webdataset_is_imported_by_its_line_alone() -> None:
-    code = "import sys, pipeline.bench\nprint('webdataset' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"
-
-
 def test_hours_for_imagenet_are_said_of_every_recipe(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -215,7 +208,7 @@ def test_hours_for_imagenet_are_said_of_every_recipe(
 
 
 def test_rates_for_imagenet_are_measured_for_real(tmp_path: Path) -> None:
-    config = BenchConfig(batch_size=4)
+    config = BenchConfig(batch_size=4, num_images=12)
     bench = BenchContext(config, Runtime(torch.device("cpu"), None), tmp_path)
     assert imagenet.teachers_rate(bench, ["test_resnet", "test_efficientnet"], 32) > 0
     assert imagenet.step_rate(bench, "test_resnet", 32) > 0
@@ -225,13 +218,38 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     bench = BenchContext(BenchConfig(batch_size=16), Runtime(torch.device("cpu"), None), tmp_path)
     tried: list[int] = []
 
-    def ask(images_BCHW: torch.Tensor) -> None:
-        tried.append(len(images_BCHW))
-        if len(images_BCHW) > 4:
-            raise torch.cuda.OutOfMemoryError
+    def create(batch_size: int) -> Callable[[], int]:
+        def work() -> int:
+            tried.append(batch_size)
+            if batch_size > 4:
+                raise torch.cuda.OutOfMemoryError
+            return batch_size
 
-    assert imagenet._rate(bench, ask, 8) > 0
+        return work
+
+    assert imagenet.rate_of(bench, create) > 0
     assert list(dict.fromkeys(tried)) == [16, 8, 4]
+
+
+def test_the_stored_labels_line_runs_the_training_step_of_the_real_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = BenchConfig(model="test_resnet", img_size=32, batch_size=6, num_images=4)
+    bench = BenchContext(config, Runtime(torch.device("cpu"), None), tmp_path)
+    step = steps.train_step(bench, bench.network(config.model), "stored")
+    assert type(step) is TrainStep
+    seen: list[int] = []
+    forward = step._model.forward
+
+    def recorded(images_BCHW: torch.Tensor, *arguments: Any) -> Any:
+        seen.append(len(images_BCHW))
+        return forward(images_BCHW, *arguments)
+
+    monkeypatch.setattr(step._model, "forward", recorded)
+    assert steps.workload(bench, step)() == config.batch_size
+    assert seen == [config.batch_size]
+    assert next(step.spec.student.parameters()).grad is None  # the optimizer has stepped
+    assert step.state.optimizer.state
 
 
 # --- the parts --------------------------------------------------------------------------------
@@ -282,23 +300,23 @@ def test_multiplications_are_those_known_of_resnet50() -> None:
     assert step_macs(model, 224) / 1e9 == pytest.approx(12.15, abs=0.05)
 
 
-def test_a_drawn_picture_is_the_same_for_a_seed_and_about_as_big_as_imagenets(
+def test_a_synthetic_image_is_the_same_for_a_seed_and_about_as_large_as_imagenets(
     tmp_path: Path,
 ) -> None:
-    assert draw_picture(3) == draw_picture(3) != draw_picture(4)
-    drawn = draw_tree(tmp_path, num_images=16)
+    assert draw_jpeg(3) == draw_jpeg(3) != draw_jpeg(4)
+    drawn = write_image_folder(tmp_path, num_images=16)
     assert 80_000 < drawn.mean_bytes < 150_000
     assert 140_000 < drawn.mean_pixels < 260_000
     with Image.open(next(tmp_path.rglob("*.JPEG"))) as image:
         assert image.format == "JPEG"
 
 
-def test_a_command_line_is_told_without_paths() -> None:
+def test_a_command_line_is_reported_without_paths() -> None:
     config = BenchConfig(rounds=7, data_dir=Path("secret"), amp=True, lines=("help", "labels"))
-    told = command_of(config)
-    assert "secret" not in told
+    command = command_of(config)
+    assert "secret" not in command
     words = "mealv2 bench --amp --lines help,labels --rounds 7 --data-dir DATA_DIR"
-    assert set(told.split()) == set(words.split())
+    assert set(command.split()) == set(words.split())
 
 
 @pytest.mark.parametrize(

@@ -468,7 +468,7 @@ def test_a_signal_ends_a_job_as_any_process(
     job.signal(number)
     result = job.result()
     assert result.code == (4 if number is signal.SIGINT else -signal.SIGTERM)
-    assert "stopping in good order" not in result.stderr
+    assert "saving and stopping" not in result.stderr
     assert "Traceback" not in result.stderr
 
 

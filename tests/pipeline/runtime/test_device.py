@@ -85,7 +85,7 @@ def test_a_signal_stops_at_the_next_check_and_not_before(
         os.kill(os.getpid(), number)
         with pytest.raises(StopRequested, match=number.name):
             stop.check()
-    assert "once more quits at once" in capfd.readouterr().err
+    assert "a second signal quits at once" in capfd.readouterr().err
 
 
 def test_handlers_are_put_back() -> None:

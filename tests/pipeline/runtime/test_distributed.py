@@ -422,7 +422,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_clear_line(
     ended = ranks(3, *finetune_flags, "--output", run, hit=hit)
     assert ended.codes == [1, -signal.SIGKILL, 1]
     (line,) = ended.lines
-    assert "another rank ended without a word" in line
+    assert "another rank ended without a message" in line
     assert "--auto-resume" in line
     assert "Traceback" not in "".join(ended.said)
 

@@ -23,11 +23,11 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "two")
-    with pytest.raises(ConfigError, match=f"{name} is 'two', and no number: start it"):
+    with pytest.raises(ConfigError, match=f"{name} is 'two', not a number: start it"):
         env.rank()
     monkeypatch.setenv("LOCAL_RANK", "one")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="and no number"):
+    with pytest.raises(ConfigError, match="not a number"):
         create_runtime(EvaluateConfig(data_dir=Path("d"), model="m", device="auto"))
 
 
@@ -94,7 +94,7 @@ def test_ranks_that_do_not_answer_are_no_refusal(monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr(module, "rendezvous", raising(error))
         with (
-            pytest.raises(MealError, match="the ranks cannot meet") as caught,
+            pytest.raises(MealError, match="the ranks cannot connect") as caught,
             distributed.process_group(two, backend="gloo"),
         ):
             pass

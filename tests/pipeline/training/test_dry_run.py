@@ -51,7 +51,7 @@ def test_dry_run_says_the_steps_of_the_run_and_writes_nothing(
     assert told["peak_bytes"] > 0
     assert told["limit"] in ("reading images", "the networks")
     assert f"{told['steps']} steps of 8 views, about " in result.stderr
-    assert f"{told['limit']} limits it" in result.stderr
+    assert f"limit: {told['limit']}" in result.stderr
 
 
 def test_dry_run_leaves_a_label_set_alone_that_teachers_would_add_to(

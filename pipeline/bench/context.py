@@ -1,4 +1,4 @@
-"""What the lines share: images, networks with random weights, labels like a big ensemble's."""
+"""What several lines share: images, networks with random weights, simulated labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,43 +19,39 @@ from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 from pipeline import console
 from pipeline.bench.lines import by_cpu_time
-from pipeline.bench.synthetic_images import Drawn, draw_tree, mean_pixels
+from pipeline.bench.synthetic_images import ImageStats, mean_pixels, write_image_folder
 from pipeline.config import DEFAULT_RATE, BenchConfig
 from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn
 
 NUM_CLASSES = 1000
-NUM_VIEWS = 16  # stored of an image, and cut from one decode in stage one
+NUM_VIEWS = 16  # stored per image, and cut from one decode in stage one
 _CPU_BATCH, _GPU_BATCH, _SMALL_GPU_BATCH = 8, 256, 128
 _SMALL_GPU = 40e9  # bytes
-_CALIBRATED_ON = 4  # views
-# Of the logits of drawn labels: about 40 bytes a view, the likeliest class at 0.6.
-_SPREAD, _PEAK = 6.0, 12.0
+_CALIBRATION_VIEWS = 4
+# Logits of the simulated labels: about 40 bytes a view, the most probable class at 0.6.
+_LOGIT_STD, _MAX_PEAK = 6.0, 12.0
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split on disk, the images of it that are read, and what they are like."""
+    """A split on disk, the positions to read, and the statistics of these images."""
 
     root: Path
     split: str
     source: ImageSource
     positions: list[int]
-    described: Drawn
+    stats: ImageStats
 
 
 class BenchContext:
-    """Makes, once and when a line first asks, what several lines measure with."""
+    """Creates images, networks and labels when a line first needs them."""
 
     def __init__(self, config: BenchConfig, runtime: Runtime, folder: Path) -> None:
         self.config = config
         self.runtime = runtime
+        self.device = runtime.device
         self.folder = folder
-
-    @property
-    def device(self) -> torch.device:
-        """Where networks compute."""
-        return self.runtime.device
 
     @cached_property
     def batch_size(self) -> int:
@@ -69,27 +65,35 @@ class BenchContext:
 
     @cached_property
     def images(self) -> Images:
-        """The images that are read: drawn now, or the user's own."""
-        config = self.config
+        """The images to read: synthetic ones, or the user's own."""
+        config, root, split = self.config, self.folder / "images", "train"
         if config.data_dir is None:
             console.info(f"drawing {config.num_images} pictures")
-            drawn = draw_tree(self.folder / "images" / "train", num_images=config.num_images)
-            source = open_source(self.folder / "images", "train")
-            return Images(self.folder / "images", "train", source, list(range(len(source))), drawn)
-        source = open_source(config.data_dir, config.train_split)
-        step = max(1, len(source) // config.num_images)
-        positions = list(range(0, len(source), step))[: config.num_images]
-        num_bytes = sum(source.sizes[p] for p in positions) / len(positions)
+            stats = write_image_folder(root / split, num_images=config.num_images)
+            source = open_source(root, split)
+            return Images(root, split, source, list(range(len(source))), stats)
+        root, split = config.data_dir, config.train_split
+        source = open_source(root, split)
+        stride = max(1, len(source) // config.num_images)
+        positions = list(range(0, len(source), stride))[: config.num_images]
+        mean_bytes = sum(source.sizes[p] for p in positions) / len(positions)
         pixels = mean_pixels(source.read(p) for p in positions)
-        described = Drawn(len(positions), num_bytes, pixels)
-        return Images(config.data_dir, config.train_split, source, positions, described)
+        return Images(
+            root, split, source, positions, ImageStats(len(positions), mean_bytes, pixels)
+        )
 
     @cached_property
     def ensemble(self) -> TeacherEnsemble:
         """The teachers, with random weights."""
-        teachers = [self.network(name) for name in self.config.teacher]
+        return self.create_ensemble(self.config.teacher, self.config.img_size)
+
+    def create_ensemble(self, names: Sequence[str], img_size: int) -> TeacherEnsemble:
+        """Return calibrated models with random weights, on the device."""
+        teachers = [
+            create_classifier(name, num_classes=NUM_CLASSES, img_size=img_size) for name in names
+        ]
         for teacher in teachers:
-            calibrate(teacher, self.config.img_size)
+            calibrate(teacher, img_size)
         return self.runtime.to_device(TeacherEnsemble(teachers))
 
     def network(self, name: str) -> Classifier:
@@ -98,23 +102,24 @@ class BenchContext:
 
     @cached_property
     def encoding(self) -> Encoding:
-        """How labels are kept unless told otherwise."""
+        """The default encoding of labels."""
         return Encoding(NUM_CLASSES, rate=DEFAULT_RATE)
 
     @cached_property
     def labels(self) -> LabelSet:
         """A label set of the images."""
-        folder = self.folder / "labels"
-        write_labels(folder, self.encoding, self.images.source.keys, num_views=NUM_VIEWS)
+        folder, keys = self.folder / "labels", self.images.source.keys
+        rows = simulated_rows(self.encoding, len(keys) * NUM_VIEWS)
+        write_labels(folder, self.encoding, keys, rows)
         return LabelSet.open(folder)
 
     def cpu_note(self, turns: dict[str, list[Turn]], what: str, against: str) -> dict[str, float]:
-        """Return the ratio by CPU time where networks compute there."""
+        """Return the ratio by CPU time if networks compute on the CPU."""
         return by_cpu_time(turns, what, against) if self.device.type == "cpu" else {}
 
-    def resident(self, num_views: int) -> Tensor:
-        """Return random pixels of so many views, on the device as the loop has them."""
-        size = self.config.img_size
+    def random_images(self, num_views: int, img_size: int | None = None) -> Tensor:
+        """Return random pixels on the device, uint8 B x 3 x H x W, channels last."""
+        size = img_size or self.config.img_size
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(
             0, 256, (num_views, size, size, 3), dtype=torch.uint8, generator=generator
@@ -124,9 +129,10 @@ class BenchContext:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, img_size: int) -> None:
-    """Give a network with random weights the batch statistics of noise, so that nothing overflows.
+    """Set the running statistics of a network with random weights to those of noise.
 
-    A residual network of 150 layers with those it is born with doubles its values block by block.
+    With its initial statistics, a residual network of 150 layers overflows: its values double block
+    by block.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -135,45 +141,52 @@ def calibrate(model: nn.Module, img_size: int) -> None:
     size = min(img_size, 64) if norms else img_size
     model.train()
     if norms:
-        model(torch.rand(_CALIBRATED_ON, 3, size, size))
+        model(torch.rand(_CALIBRATION_VIEWS, 3, size, size))
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
-def drawn_rows(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
-    """Return labels of drawn probabilities: a likely class, some rivals, a long tail."""
+def simulated_rows(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
+    """Return labels with random probabilities: one likely class, some rivals, a long tail."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, num_rows, 4096):
         num = min(4096, num_rows - start)
-        logits_NC = _SPREAD * torch.randn(num, encoding.num_classes, generator=generator)
+        logits_NC = _LOGIT_STD * torch.randn(num, encoding.num_classes, generator=generator)
         classes_N = torch.randint(0, encoding.num_classes, (num,), generator=generator)
-        logits_NC[torch.arange(num), classes_N] += _PEAK * torch.rand(num, generator=generator)
+        logits_NC[torch.arange(num), classes_N] += _MAX_PEAK * torch.rand(num, generator=generator)
         parts.append(encoding.encode(torch.softmax(logits_NC, dim=1), logits_NC))
     return Rows.concat(parts)
 
 
-def plan_of(encoding: Encoding, *, num_views: int, img_size: int) -> dict[str, Any]:
-    """Return a plan with what the writer and the reader of labels ask it for."""
+def make_plan(
+    encoding: Encoding, *, num_images: int, num_views: int, shard_size: int, img_size: int = 224
+) -> dict[str, Any]:
+    """Return a plan with the fields that writing and reading labels need."""
+    views = {**RECIPE, "seed": 0}
     return {
         "format": label_set.FORMAT,
         "format_version": label_set.FORMAT_VERSION,
         "classes": [f"class {number}" for number in range(encoding.num_classes)],
         "img_size": img_size,
         "labels": encoding.plan(),
-        "roles": {"train": {"num_views": num_views, "views": {**RECIPE, "seed": 0}}},
+        "shard_size": shard_size,
+        "roles": {"train": {"num_images": num_images, "num_views": num_views, "views": views}},
     }
 
 
-def write_labels(folder: Path, encoding: Encoding, keys: Sequence[str], *, num_views: int) -> None:
-    """Write a label set of drawn labels, in one shard."""
-    plan = plan_of(encoding, num_views=num_views, img_size=224)
+def write_labels(folder: Path, encoding: Encoding, keys: Sequence[str], rows: Rows) -> None:
+    """Write a label set of one shard; ``rows`` are the labels of all views, image by image."""
+    num_images, num_views = len(keys), len(rows.labels) // len(keys)
+    plan = make_plan(encoding, num_images=num_images, num_views=num_views, shard_size=num_images)
     label_set.claim(folder, plan)
-    blocks = encoding.blocks(drawn_rows(encoding, len(keys) * num_views), num_views)
+    blocks = encoding.blocks(rows, num_views)
     path = folder / label_set.shard_name("train", 0)
     shard = Shard(json_sha256(plan), "train", 0, 0, num_views, list(keys), blocks)
     label_set.write_shard(path, shard)
-    described = label_set.describe_file(path, num_images=len(keys))
-    block = {"views": [0, num_views], "shards": [described]}
+    block = {
+        "views": [0, num_views],
+        "shards": [label_set.describe_file(path, num_images=num_images)],
+    }
     label_set.write_manifest(folder, plan, roles={"train": {"skipped": {}, "blocks": [block]}})
