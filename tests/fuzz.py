@@ -269,7 +269,7 @@ def with_right_crcs(shard: bytes, header: dict[str, Any]) -> bytes:
     """Return a shard whose blocks pass their CRC-32, whatever is in them."""
     import numpy as np
 
-    from mealv2.label_set.shard import block_crc
+    from mealv2.label_set.blocks import block_crc
 
     def column(name: str, kind: str) -> list[int]:
         where = header["columns"][name]

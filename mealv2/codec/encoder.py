@@ -1,4 +1,4 @@
-"""Encoding: which classes a view keeps, and the curve and the tail that fit them best."""
+"""Encoding: select the classes that a view keeps, and fit the curve and the tail."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec.labels import EncodedLabels
+from mealv2.codec.labels import EncodedLabels, curve_offsets, num_anchors, num_bits, weights
 from mealv2.codec.record import (
     ANCHORS,
     CURVE_STEPS,
@@ -20,34 +20,27 @@ from mealv2.codec.record import (
     TAIL_STEPS,
     id_bits,
 )
-from mealv2.codec.tensors import (
-    curve_offsets,
-    num_anchors,
-    num_bits,
-    pack,
-    weights,
-)
 
-RATE_MAX_KEPT = 255  # classes that ``rate`` may keep: their number fits a byte
+RATE_MAX_KEPT = 255  # the most classes that ``rate`` keeps: their number fits in a byte
 
-_KEY_ID_BITS = 20  # of a sort key: the class id below the probability's 32 bits
+_KEY_ID_BITS = 20  # low bits of a sort key; the probability has the 32 bits above
 _LOWEST_KEY = (1 << _KEY_ID_BITS) - 1
-_FIRST_LOOK = 64  # classes that the best k mostly lies among
-_WIDTHS = (32, 64)  # rows are padded to one of these, or to the longest
-_CHUNK = 1 << 22  # probabilities encoded in one go
-_BLOCK = 1 << 18  # probabilities sorted in one go: their keys stay in a cache
+_FIRST_LOOK = 64  # classes searched first for the best k
+_WIDTHS = (32, 64)  # rows are padded to one of these, or to the longest row
+_CHUNK = 1 << 22  # probabilities encoded at once
+_BLOCK = 1 << 18  # probabilities sorted at once: their keys fit in a cache
 
 
 def encode(
     probs_NC: Tensor, *, rate: float | None = None, topk: int | None = None
 ) -> EncodedLabels:
-    """Encode probabilities, any float type, where they are.
+    """Encode probabilities of any float type, on their device.
 
-    ``rate``: each view keeps the k classes (1 to 255) with the least KL(p || recovered) + rate * k,
-    in nats, where recovered is exact in the kept classes and even in the others. ``topk``: each
-    keeps so many (up to 65,535). Of equal probabilities the lower id goes first. Rows are
-    normalised. Raises ValueError for neither or both, a value out of range, and rows that are no
-    distribution: not finite, negative, or without mass.
+    ``rate``: each view keeps the k likeliest classes (1 to 255) with the least
+    KL(p || recovered) + rate * k, in nats, where recovered is exact for the kept classes and even
+    over the others. ``topk``: each view keeps this number (up to 65,535). The lower id of equal
+    probabilities comes first. Rows are normalised. Raises ValueError for neither or both, a value
+    out of range, and rows that are not distributions.
     """
     if probs_NC.ndim != 2 or not probs_NC.is_floating_point():
         raise ValueError(f"probabilities must be float, N x C, got {tuple(probs_NC.shape)}")
@@ -75,7 +68,7 @@ def encode(
     return EncodedLabels.concat([empty, *parts])
 
 
-# --- which classes a view keeps -------------------------------------------------------------------
+# --- selecting classes ----------------------------------------------------------------------------
 
 
 def _encode_chunk(
@@ -94,7 +87,7 @@ def _encode_chunk(
         else:
             counts_N[block] = _choose(keys_BC, total_N[block], rate, keys_NK[block])
 
-    # rows of about the same k together: each is padded to the longest
+    # group rows of similar k: each row is padded to the longest of its group
     group_N = torch.bucketize(counts_N, torch.tensor(_WIDTHS, device=counts_N.device))
     order_N = group_N.argsort()
     parts = []
@@ -107,12 +100,12 @@ def _encode_chunk(
 
 
 def _keys(probs_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (keys that sort as the probabilities do, equal ones by falling id; sums of rows)."""
+    """Return keys that sort as the probabilities, ties by descending id, and the rows' sums."""
     probs_NC = (probs_NC.to(torch.float32) + 0.0).contiguous()  # -0.0 becomes 0.0
     total_N = _row_sum(probs_NC.double())
     if not bool((torch.isfinite(total_N) & (total_N > 0) & (probs_NC.amin(dim=1) >= 0)).all()):
-        raise ValueError("a row is no distribution: not finite, negative, or without mass")
-    # probabilities >= 0 sort as their bits do: no two keys are equal, so top-k has one answer
+        raise ValueError("a row is not a distribution: not finite, negative, or without mass")
+    # probabilities >= 0 sort as their bits; no two keys are equal, so the top k are unique
     ids_C = torch.arange(probs_NC.shape[1], device=probs_NC.device)
     keys_NC = probs_NC.view(torch.int32).long()
     keys_NC <<= _KEY_ID_BITS
@@ -125,23 +118,23 @@ def _ids(keys_NK: Tensor) -> Tensor:
 
 
 def _probs(keys_NK: Tensor, total_N: Tensor) -> Tensor:
-    """Return the probabilities of sort keys, float64, over the rows' sums."""
+    """Return the normalised probabilities of sort keys, float64."""
     bits_NK = (keys_NK >> _KEY_ID_BITS).to(torch.int32)
     return bits_NK.view(torch.float32) / total_N[:, None]
 
 
 def _largest(keys_NC: Tensor, k: int) -> Tensor:
-    """Return the k largest keys of each row, falling; reorders rows on a CPU."""
+    """Return the k largest keys of each row, descending; reorders the rows on a CPU."""
     if keys_NC.device.type != "cpu":
         return keys_NC.topk(k, dim=1, sorted=True).values
-    keys, first = keys_NC.numpy(), keys_NC.shape[1] - k  # several times as fast as torch's topk
+    keys, first = keys_NC.numpy(), keys_NC.shape[1] - k  # several times faster than torch's topk
     if first:
         keys.partition(first, axis=1)
     return torch.from_numpy(np.sort(keys[:, first:], axis=1)).flip(1)
 
 
 def _choose(keys_NC: Tensor, total_N: Tensor, rate: float, keys_NK: Tensor) -> Tensor:
-    """Return the best k of each row; its k largest keys, or more, go into ``keys_NK``."""
+    """Return the best k of each row; writes at least its k largest keys to ``keys_NK``."""
     num_classes, max_kept = keys_NC.shape[1], keys_NK.shape[1]
     first = min(max_kept, _FIRST_LOOK)
     keys_NK[:, :first] = _largest(keys_NC, first)
@@ -155,9 +148,9 @@ def _choose(keys_NC: Tensor, total_N: Tensor, rate: float, keys_NK: Tensor) -> T
 
 
 def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tensor, Tensor]:
-    """Return (the best k among 1..K, whether none above K can be better)."""
+    """Return the best k among 1..K, and whether no k above K can be better."""
     # KL_k = sum_{j > k} p ln p - R_k ln(R_k / (C - k)),  R_k = 1 - sum_{j <= k} p;
-    # KL_k = sum_all p ln p + score_k, and the first does not depend on k
+    # KL_k = sum_all p ln p + score_k, where the first term does not depend on k
     num_kept = probs_NK.shape[1]
     k_K = torch.arange(1, num_kept + 1, device=probs_NK.device)
     rest_NK = _rest(probs_NK)
@@ -166,8 +159,8 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
     cost_NK = score_NK + rate * k_K
     cost_N = cost_NK.amin(dim=1)
     counts_N = torch.where(cost_NK <= cost_N[:, None], k_K, num_kept).amin(dim=1)
-    # no class beyond K has more than p_K, so KL_K <= R ln(p_K (C - K) / R); a larger k costs at
-    # least rate * (K + 1), and its KL is not negative
+    # no class beyond K exceeds p_K, so KL_K <= R ln(p_K (C - K) / R); a larger k costs at least
+    # rate * (K + 1), because KL >= 0
     rest_N, last_N = rest_NK[:, -1], probs_NK[:, -1]
     kl_N = torch.xlogy(rest_N, last_N * others_K[-1]) - torch.xlogy(rest_N, rest_N)
     best_N = kl_N.clamp_min(0.0) - score_NK[:, -1] + cost_N
@@ -175,7 +168,7 @@ def _best_counts(probs_NK: Tensor, num_classes: int, rate: float) -> tuple[Tenso
 
 
 def _times_log(values: Tensor, of: Tensor) -> Tensor:
-    """Return values * ln(of), 0 for 0; xlogy takes twice as long on a CPU."""
+    """Return values * ln(of), 0 for 0; twice as fast as xlogy on a CPU."""
     return of.clamp_min(1e-300).log_().mul_(values)
 
 
@@ -185,7 +178,7 @@ def _rest(probs_NK: Tensor) -> Tensor:
 
 
 def _row_sum(values_NC: Tensor) -> Tensor:
-    """Return sums of rows by halving: the same number for a row in any batch, on any device."""
+    """Return sums of rows by halving: the same bits in any batch and on any device."""
     while (size := values_NC.shape[1]) > 1:
         half = size // 2
         sums_NC = values_NC[:, :half] + values_NC[:, half : 2 * half]
@@ -199,7 +192,7 @@ def _row_sum(values_NC: Tensor) -> Tensor:
 def _write(
     keys_NK: Tensor, total_N: Tensor, counts_N: Tensor, num_classes: int, count_size: int
 ) -> EncodedLabels:
-    """Return the records of rows whose k is decided; the longest takes the whole width."""
+    """Return the records of rows whose k is known."""
     indices_NK, probs_NK = _ids(keys_NK), _probs(keys_NK, total_N)
     device = counts_N.device
     rank_K = torch.arange(1, probs_NK.shape[1] + 1, device=device)
@@ -223,15 +216,15 @@ def _write(
         ]
     )
     values_F = torch.cat([tail_N[has_tail_N], curve_NA[has_NA], indices_NK[is_kept_NK]])
-    payload_P = pack(at_F, values_F, int(sizes_N.sum()))
+    payload_P = _pack(at_F, values_F, int(sizes_N.sum()))
     return EncodedLabels(counts_N.int(), payload_P, num_classes, count_size)
 
 
 def _fit_curve(probs_NK: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes N x A, levels of rank 1 and the anchors N x (1 + A)), anchor after anchor.
+    """Return codes, N x A, and the decoded levels of rank 1 and the anchors, N x (1 + A).
 
-    Each step is the weighted least-squares line through its ranks, from the level that a reader
-    has reached, so errors do not add up: min over d of sum p (level(p) - low - t d)^2.
+    Each step is a weighted least-squares line through its ranks that starts at the decoded level,
+    so errors do not accumulate: min over d of sum p (level(p) - low - t d)^2.
     """
     probs_NK = probs_NK.clamp_min(probs_NK[:, :1] * math.exp(-LOWEST / LEVELS_PER_NAT))
     exact_NK = LEVELS_PER_NAT * (probs_NK[:, :1].log() - probs_NK.log())
@@ -263,8 +256,8 @@ def _fit_tail(
     levels_NA: Tensor,
     num_classes: int,
 ) -> Tensor:
-    """Return the tail's codes, for which the recovered mass of the classes not kept is right."""
-    # (C - k) w_tail / (W + (C - k) w_tail) = R, with W the weights of the kept as a reader has them
+    """Return the tail's codes, which give the classes not kept their mass."""
+    # (C - k) w_tail / (W + (C - k) w_tail) = R, with W the decoded weights of the kept classes
     kept_N = _row_sum(weights(levels_NA.double(), counts_N, is_kept_NK))
     rest_NK = _rest(probs_NK)
     rest_N = rest_NK.gather(1, counts_N[:, None] - 1)[:, 0].clamp(1e-30, 1.0 - 1e-9)
@@ -275,8 +268,17 @@ def _fit_tail(
 
 
 def _nearest(steps_N: Tensor, table: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return (codes, steps) of a table's entries nearest to these."""
+    """Return the codes and values of the nearest entries of a table."""
     table_S = torch.from_numpy(table).to(steps_N.device)
     borders = (table_S[1:] + table_S[:-1]).double() / 2.0
     codes_N = torch.bucketize(steps_N.contiguous(), borders)
     return codes_N, table_S[codes_N]
+
+
+def _pack(at_F: Tensor, values_F: Tensor, num_bytes: int) -> Tensor:
+    """Return bytes that hold each field at its bit offset; fields do not overlap."""
+    words_F = values_F << (at_F & 7)
+    payload_P = torch.zeros(num_bytes + 4, dtype=torch.int32, device=at_F.device)
+    for i in range(4):  # a field of 20 bits spans up to four bytes; a sum is an or
+        payload_P.index_add_(0, (at_F >> 3) + i, ((words_F >> (8 * i)) & 255).int())
+    return payload_P[:num_bytes].to(torch.uint8)

@@ -1,30 +1,27 @@
-"""The record of one encoded label: its bytes, how long it is, and its reader in NumPy.
+"""The record of one encoded label: its bytes, its size, and its decoder in NumPy.
 
-A label keeps its ``k`` likeliest classes in falling order, a curve for their probabilities, and one
-number for all others. k stands in a column of its own: one byte, or two (little-endian) where k may
-exceed 255. The record is a row of unsigned fields, each lowest bit first, filling every byte from
-its lowest bit; zeros fill up the last byte:
+A label keeps its ``k`` likeliest classes in descending order, a curve of their probabilities, and
+one number for all others. k is stored separately: one byte, or two (little-endian) if k can exceed
+255. The record is a sequence of unsigned fields, lowest bit first; zeros pad the last byte:
 
 =================  ==========================  ================================================
 field              bits                        meaning
 =================  ==========================  ================================================
 tail               6; absent when k = C        index into TAIL_STEPS: last anchor -> tail
-curve              5, then 4 for each other    indices into FIRST_STEPS, then CURVE_STEPS: from
-                   anchor; absent when k = 1   rank 1 to the first anchor, then from each to the
-                                               next
+curve              5, then 4 for each other    index into FIRST_STEPS: rank 1 to first anchor;
+                   anchor; absent when k = 1   then into CURVE_STEPS: each anchor to the next
 ids                k times ceil(log2 C)        the kept classes, distinct, likeliest first
 =================  ==========================  ================================================
 
-Anchors stand at the ranks 2, 3, 4, 6, 8, 12, 16, 24, … (2^i and 3 * 2^i) below k, and at k. A level
-is 16 ln(p_1 / p): 0 at rank 1; at an anchor the level of the one before plus the step; linear in
-ln(rank) between two. Every class not kept has the tail's level: the last anchor's plus the tail's
-step. Levels of anchors and tail that exceed 1024 are 1024. p = exp(-level / 16), over the sum of
-that over all C classes: so every p > 0, and the row sums to 1.
-docs/reference/label-codec.md has an example.
+Anchors are the ranks 2, 3, 4, 6, 8, 12, 16, 24, … (2^i and 3 * 2^i) below k, and k. A level is
+16 ln(p_1 / p): 0 at rank 1; at an anchor, the previous anchor's level plus the step; between
+anchors, linear in ln(rank). Every class not kept has the level of the last anchor plus the tail's
+step. Levels of anchors and tail are at most 1024. p = exp(-level / 16), normalised over all C
+classes, so every p > 0. docs/reference/label-codec.md has an example.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +32,7 @@ MIN_CLASSES, MAX_CLASSES = 2, 1_000_000
 MAX_KEPT = 65_535
 
 LEVELS_PER_NAT = 16
-LOWEST = 1024  # e^-64 of the likeliest: above 0 in float32 with 10^6 classes
+LOWEST = 1024  # e^-64: above 0 in float32 with 10^6 classes
 TAIL_BITS, FIRST_BITS, CURVE_BITS = 6, 5, 4
 TAIL_STEPS = np.arange(64) * 6
 # fmt: off
@@ -45,20 +42,20 @@ FIRST_STEPS = np.array([
 ])
 # fmt: on
 CURVE_STEPS = np.array([0, 1, 3, 5, 8, 11, 14, 18, 23, 29, 36, 44, 54, 66, 84, 112])
-# the tables one after another, as floats
+# the tables concatenated, as floats
 STEPS = np.concatenate([FIRST_STEPS, CURVE_STEPS, TAIL_STEPS]).astype(np.float32)
 # 2, 3, 4, 6, 8, 12, …, 65536
 ANCHORS = np.array([2] + [rank for i in range(15) for rank in (3 << i, 4 << i)])
 
 _Array = np.ndarray[Any, Any]
-_CHUNK_BYTES = 1 << 22  # of records read in one go: rows of one k are many, yet stay in a cache
+_CHUNK_BYTES = 1 << 22  # records per chunk: many rows of each k, and all fit in a cache
 
 
 class KeptRows(NamedTuple):
-    """Decoded rows, one after another: the classes kept and what every other class has.
+    """Decoded rows, concatenated.
 
-    ``indices_E`` (int32) and ``probs_E`` (float32) hold the kept classes of all rows; row n's begin
-    at ``starts_N[n]``. ``tail_N`` (float32) is the probability of each single class not kept.
+    ``indices_E`` (int32) and ``probs_E`` (float32) have the kept classes; row n starts at
+    ``starts_N[n]``. ``tail_N`` (float32) is the probability of each class not kept.
     """
 
     indices_E: _Array
@@ -67,13 +64,14 @@ class KeptRows(NamedTuple):
     tail_N: _Array
 
 
+@cache
 def id_bits(num_classes: int) -> int:
     """Return the bits of a class id, ceil(log2 C)."""
     return (num_classes - 1).bit_length()
 
 
 def num_bits(counts_N: _Array, num_classes: int) -> _Array:
-    """Return the bits of records that keep so many classes, before filling up the last byte."""
+    """Return the bits of records by the number of classes kept, without padding."""
     num_anchors_N = anchors_of(counts_N)
     tail_N = TAIL_BITS * (counts_N < num_classes)
     curve_N = CURVE_BITS * num_anchors_N + (FIRST_BITS - CURVE_BITS) * (num_anchors_N > 0)
@@ -82,17 +80,17 @@ def num_bits(counts_N: _Array, num_classes: int) -> _Array:
 
 
 def num_bytes(counts_N: _Array, num_classes: int) -> _Array:
-    """Return the bytes of records that keep so many classes."""
+    """Return the bytes of records by the number of classes kept."""
     return (num_bits(counts_N, num_classes) + 7) >> 3
 
 
 def anchors_of(counts_N: _Array) -> _Array:
-    """Return how many anchors a curve over so many ranks has: those below k, and k (not 1)."""
+    """Return the number of anchors of curves: those below k, and k unless it is 1."""
     return np.searchsorted(ANCHORS, counts_N) + (counts_N > 1)
 
 
 def decode_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> KeptRows:
-    """Decode records that lie one after another; sizes must be right (see ``check_rows``)."""
+    """Decode contiguous records, which must pass ``check_rows``."""
     counts_N = counts_N.astype(np.int64)
     starts_N = np.cumsum(counts_N) - counts_N
     indices_E = np.empty(int(counts_N.sum()), np.uint32)
@@ -119,10 +117,10 @@ def dense_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> _Array:
 
 
 def check_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
-    """Raise LabelSetError unless every record is whole and one that an encoder could write."""
+    """Raise LabelSetError for a record that no encoder writes."""
     if not MIN_CLASSES <= num_classes <= MAX_CLASSES:
         raise LabelSetError(
-            f"encoded labels of {num_classes} classes: {MIN_CLASSES} to 10^6 may be"
+            f"encoded labels must have {MIN_CLASSES} to 10^6 classes, not {num_classes}"
         )
     max_kept = min(num_classes, MAX_KEPT)
     if len(counts_N) and not 1 <= counts_N.min() <= counts_N.max() <= max_kept:
@@ -133,7 +131,7 @@ def check_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
         raise LabelSetError(f"encoded labels need {expected} bytes and have {len(payload_P)}")
     for k, _, layout, words_GS in _groups(counts_N, payload_P, num_classes):
         if ((words_GS[:, -1] & 255) >> layout.last_bits).any():
-            raise LabelSetError("an encoded label has bits behind its end")
+            raise LabelSetError("an encoded label has bits after its end")
         ids_GK = _ids(words_GS, layout)
         if ids_GK.max() >= num_classes:
             raise LabelSetError(f"an encoded label names a class above {num_classes - 1}")
@@ -142,13 +140,13 @@ def check_rows(counts_N: _Array, payload_P: _Array, num_classes: int) -> None:
             raise LabelSetError("an encoded label names a class twice")
 
 
-# --- records of the same k, whose fields lie at the same places -----------------------------------
+# --- records of equal k, whose fields have the same offsets ---------------------------------------
 
 
 class _Layout(NamedTuple):
-    """What all records that keep k of C classes have in common: fields F are the curve, the tail.
+    """The layout of all records that keep k of C classes; fields F are the curve and the tail.
 
-    A field is ``words >> shift & mask`` of the 32 bits from its first byte on.
+    A field is ``words >> shift & mask`` of the 32 bits that start at its first byte.
     """
 
     size: int  # bytes
@@ -156,8 +154,8 @@ class _Layout(NamedTuple):
     step_bytes_F: _Array
     step_shifts_F: _Array
     step_masks_F: _Array
-    step_tables_F: _Array  # where the table of each begins in STEPS
-    exponents_FK: _Array  # steps @ exponents: logs of the weights of the ranks, and of the tail
+    step_tables_F: _Array  # offset of each field's table in STEPS
+    exponents_FK: _Array  # steps @ exponents = log weights of the ranks and the tail
     id_bytes_K: _Array
     id_shifts_K: _Array
     id_mask: np.uint32
@@ -173,14 +171,14 @@ def _layout(k: int, num_classes: int) -> _Layout:
     tables += [len(FIRST_STEPS) + len(CURVE_STEPS)] * has_tail
     bits, width = int(num_bits(np.array(k), num_classes)), id_bits(num_classes)
     ids_at_K = bits - width * np.arange(k, 0, -1)
-    # level = low + step ln(rank / from) / ln(to / from) between the anchors around a rank: of a
-    # step nothing counts up to ``from``, and all of it beyond ``to``
+    # level = low + step ln(rank / from) / ln(to / from) between the anchors around a rank: a step
+    # adds nothing up to ``from``, and everything beyond ``to``
     ends = np.log(np.array([1, *ANCHORS[: max(0, num_anchors - 1)], k], np.float64))
     from_A, to_A = ends[:num_anchors, None], ends[1 : num_anchors + 1, None]
-    share_FK = np.ones((len(at_F), k + 1))
-    share_FK[num_anchors:, :k] = 0.0
+    part_FK = np.ones((len(at_F), k + 1))
+    part_FK[num_anchors:, :k] = 0.0
     ranks_AK = (np.log(np.arange(1, k + 1)) - from_A) / (to_A - from_A)
-    share_FK[:num_anchors, :k] = ranks_AK.clip(0.0, 1.0)
+    part_FK[:num_anchors, :k] = ranks_AK.clip(0.0, 1.0)
     return _Layout(
         size=(bits + 7) >> 3,
         last_bits=(bits - 1) % 8 + 1,
@@ -188,7 +186,7 @@ def _layout(k: int, num_classes: int) -> _Layout:
         step_shifts_F=(at_F & 7).astype(np.uint32),
         step_masks_F=((1 << widths_F) - 1).astype(np.uint32),
         step_tables_F=np.array(tables, np.uint32),
-        exponents_FK=(share_FK / -LEVELS_PER_NAT).astype(np.float32),
+        exponents_FK=(part_FK / -LEVELS_PER_NAT).astype(np.float32),
         id_bytes_K=ids_at_K >> 3,
         id_shifts_K=(ids_at_K & 7).astype(np.uint32),
         id_mask=np.uint32((1 << width) - 1),
@@ -201,14 +199,14 @@ _cached_layout = lru_cache(maxsize=1024)(_layout)
 def _groups(
     counts_N: _Array, payload_P: _Array, num_classes: int
 ) -> Iterator[tuple[int, _Array, _Layout, _Array]]:
-    """Yield (k, rows that keep k, their layout, the 32 bits from each of their bytes on)."""
+    """Yield (k, rows that keep k, their layout, the 32 bits that start at each of their bytes)."""
     sizes = num_bytes(np.arange(1 + int(counts_N.max(initial=0))), num_classes)
     ends_N = np.cumsum(sizes[counts_N])
     for first, last in _chunks(ends_N):
         begin_N = np.concatenate([[ends_N[first - 1] if first else 0], ends_N[first : last - 1]])
         data = np.concatenate([payload_P[begin_N[0] : ends_N[last - 1]], np.zeros(3, np.uint8)])
         begin_N -= begin_N[0]
-        keys = counts_N[first:last].astype(np.uint16)  # NumPy's sort of 16 bits takes linear time
+        keys = counts_N[first:last].astype(np.uint16)  # NumPy sorts 16 bits in linear time
         order = np.argsort(keys, kind="stable")
         for rows_G in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             k = int(keys[rows_G[0]])
@@ -220,7 +218,7 @@ def _groups(
 
 
 def _runs(flat: _Array, num: int) -> _Array:
-    """Return a view of so many entries from each on, as one item: copied and set as a whole."""
+    """Return a view of ``num`` entries from each offset as one item, for copies in one step."""
     shape = (len(flat) - num + 1,)
     return np.ndarray(shape, f"V{num * flat.itemsize}", flat, strides=flat.strides)
 
@@ -238,7 +236,7 @@ def _ids(words_GS: _Array, layout: _Layout) -> _Array:
 
 
 def _weights(words_GS: _Array, layout: _Layout) -> _Array:
-    """Return p / p_1 of the kept ranks, and last of each class not kept."""
+    """Return p / p_1 of the kept ranks, then of each class not kept."""
     codes_GF = words_GS.take(layout.step_bytes_F, axis=1)
     codes_GF >>= layout.step_shifts_F
     codes_GF &= layout.step_masks_F
@@ -252,7 +250,7 @@ def _weights(words_GS: _Array, layout: _Layout) -> _Array:
 
 
 def _chunks(ends_N: _Array) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows of at most ``_CHUNK_BYTES`` each, or one."""
+    """Yield ranges of rows of at most ``_CHUNK_BYTES``, at least one row each."""
     first = 0
     while first < len(ends_N):
         begin = int(ends_N[first - 1]) if first else 0

@@ -1,4 +1,4 @@
-"""The label files of FKD (fast knowledge distillation): read safely, matched to images, written."""
+"""The label files of FKD (fast knowledge distillation): reading, matching to images, writing."""
 
 from mealv2.fkd.files import FkdFile, read_file, write_file
 from mealv2.fkd.labels import LABEL_TYPES, is_label_type, kind_of, labels_of, num_kept, pack

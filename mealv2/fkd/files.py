@@ -20,7 +20,7 @@ class FkdFile:
     """The labelled crops of an image.
 
     ``boxes`` float32 (M, 4): top, left, height, width as fractions of the original image; ``flips``
-    bool (M,); ``labels`` as stored, M first: what they mean is kind_of's to say.
+    bool (M,); ``labels`` as stored, M first (see ``kind_of``).
     """
 
     path: Path
@@ -29,7 +29,7 @@ class FkdFile:
     labels: np.ndarray
 
     def soft_labels(self, num_classes: int, label_type: str | None = None) -> SoftLabels:
-        """Return what the labels stand for; raises LabelSetError as kind_of and labels_of do."""
+        """Return the labels as distributions; raises LabelSetError as kind_of and labels_of."""
         try:
             kind = kind_of(self.labels, num_classes, label_type)
             return labels_of(self.labels, kind, num_classes)
@@ -38,11 +38,10 @@ class FkdFile:
 
 
 def read_file(path: Path) -> FkdFile:
-    """Read a label file of FKD, or of MEAL V2 which has the same; nothing in it is executed.
+    """Read a label file of FKD or MEAL V2 without executing anything in it.
 
-    Crops without a label are left out (FKD's generator labels whole segments of crops only, and
-    stores the boxes of all). Raises OSError, and LabelSetError with path and reason for a file that
-    is damaged or something else.
+    Skips crops without a label: FKD's generator stores all boxes, but labels only full segments of
+    crops. Raises OSError, and LabelSetError for a damaged or unknown file.
     """
     boxes, flips, labels = read_arrays(path)
     try:
@@ -53,11 +52,10 @@ def read_file(path: Path) -> FkdFile:
 
 
 def write_file(path: Path, boxes: np.ndarray, flips: np.ndarray, labels: Tensor) -> None:
-    """Write a label file that FKD's readers load, those of today's torch included.
+    """Write a label file that FKD's readers load.
 
-    ``boxes`` (M, 4) are fractions, ``labels`` what ``pack`` gave. Tensors are stored, not arrays:
-    torch.load reads no others by default. Raises OSError, and ValueError for what read_file would
-    refuse.
+    ``boxes`` (M, 4) are fractions, ``labels`` the output of ``pack``. The file has tensors, because
+    torch.load rejects arrays by default. Raises OSError, ValueError for what read_file rejects.
     """
     boxes, flips, stored = _checked(boxes, flips, labels.detach().cpu().numpy())
     buffer = io.BytesIO()
@@ -85,7 +83,7 @@ def _checked(
 
 
 def _check_boxes(boxes: np.ndarray) -> None:
-    # rounding moves a number up to 1 by eps / 4 at most, so that top + height may be above 1
+    # rounding moves a number below 1 by at most eps / 4, so top + height can exceed 1
     allowed = 1.0 + float(np.finfo(boxes.dtype).eps)
     top, left, height, width = boxes.astype(np.float64).T
     inside = (top >= 0) & (left >= 0) & (top + height <= allowed) & (left + width <= allowed)

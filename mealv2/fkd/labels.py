@@ -1,8 +1,4 @@
-"""FKD's label types (fast knowledge distillation; the stored labels of the MEAL V2 code).
-
-Each view's label is one small array. What distribution it stands for, which type an array is of,
-and the array for a distribution.
-"""
+"""FKD's label types (fast knowledge distillation, also in the MEAL V2 code): one array a view."""
 
 import numpy as np
 import torch
@@ -14,15 +10,15 @@ from mealv2.soft_labels import SoftLabels
 LABEL_TYPES = ("ori", "hard", "smoothing", "marginal_smoothing_kK", "marginal_renorm_kK")
 
 _WITH_REST = ("smoothing", "marginal_smoothing")
-_MASS_SLACK = 0.01  # how far above 1 float16 and half-precision softmax may take a sum
+_MASS_SLACK = 0.01  # a sum of float16 probabilities can exceed 1
 
 
 def kind_of(packed: np.ndarray, num_classes: int, label_type: str | None = None) -> str:
-    """Return the type of N packed arrays by their shape, K included: ``marginal_smoothing_k5``.
+    """Return the type of N packed arrays by their shape, with K: ``marginal_smoothing_k5``.
 
-    ``label_type`` decides where shapes cannot: between marginal_smoothing (the default) and
-    marginal_renorm, whose data are the same, and between ori and smoothing of two classes; its K
-    may be left out. Raises LabelSetError where nothing fits, or several types and none is named.
+    ``label_type``, with or without K, decides between types of the same shape: marginal_smoothing
+    (the default) and marginal_renorm; ori and smoothing of two classes. Raises LabelSetError for a
+    shape of no type, or of several types when ``label_type`` is None.
     """
     shape = packed.shape
     if label_type is not None:
@@ -40,22 +36,22 @@ def kind_of(packed: np.ndarray, num_classes: int, label_type: str | None = None)
         return named[0]
     what = f"labels are {packed.dtype} of shape {shape}"
     if label_type is not None or not fitting:
-        are = f"which {label_type or 'no FKD type of as many classes'} cannot be"
-        raise LabelSetError(f"{what}, {are} (classes: {num_classes})")
+        kind = label_type or "any FKD type"
+        raise LabelSetError(f"{what}, which does not match {kind} (classes: {num_classes})")
     if fitting == ["ori", "smoothing"]:
         raise LabelSetError(f"{what}: ori or smoothing of two classes; name the label type")
     return fitting[0]
 
 
 def labels_of(packed: np.ndarray, label_type: str, num_classes: int) -> SoftLabels:
-    """Return the labels that N packed arrays of an FKD type stand for.
+    """Return the distributions of N packed arrays of an FKD type.
 
     ``packed`` per view: ``ori`` C probabilities; ``hard`` a class id; ``smoothing`` (id,
     probability), the rest spread evenly; ``marginal_smoothing_kK`` (2, K) ids over probabilities,
-    the rest spread evenly; ``marginal_renorm_kK`` the same data, divided by its sum and nothing
-    elsewhere (recover_soft_label of the FKD code; its number K may be left out of the name). Raises
-    LabelSetError for another type or shape, an id that is no class or comes twice, float16 ids of
-    more than 2,049 classes (which float16 cannot count), and values that are no probabilities.
+    the rest spread evenly; ``marginal_renorm_kK`` the same data, normalised, with 0 elsewhere
+    (recover_soft_label of the FKD code; K may be omitted from the name). Raises LabelSetError for
+    another type or shape, an unknown or repeated id, float16 ids of more than 2,049 classes (which
+    float16 cannot count), and values that are not probabilities.
     """
     kind, given_k = _split(label_type)
     try:
@@ -84,11 +80,11 @@ def labels_of(packed: np.ndarray, label_type: str, num_classes: int) -> SoftLabe
 
 
 def pack(labels: SoftLabels, label_type: str) -> Tensor:
-    """Return the N packed arrays of an FKD type, the inverse of labels_of: float32, hard int64.
+    """Return N packed arrays of an FKD type, the inverse of labels_of: float32, hard int64.
 
-    A marginal type's K must be in its name, and no more classes than that are kept: likeliest
-    first, of equal ones those that come first in ``labels``. Raises LabelSetError for an unknown
-    type, a marginal one without K, and when ``labels`` have fewer classes than K.
+    The name of a marginal type must have K. The K likeliest classes are kept, ties in the order of
+    ``labels``. Raises LabelSetError for an unknown type, a marginal type without K, and labels of
+    fewer than K classes.
     """
     kind, given_k = _split(label_type)
     if kind == "ori":
@@ -98,7 +94,7 @@ def pack(labels: SoftLabels, label_type: str) -> Tensor:
     if k > num_kept or (kind.startswith("marginal") and not given_k):
         raise LabelSetError(
             f"labels of {num_kept} kept classes cannot be stored as {label_type}; "
-            f"name a K from 1 to {num_kept}"
+            f"give a K from 1 to {num_kept}"
         )
     order_NK = labels.probs_NK.argsort(dim=1, descending=True, stable=True)[:, :k]
     ids_NK, probs_NK = labels.indices_NK.gather(1, order_NK), labels.probs_NK.gather(1, order_NK)
@@ -109,7 +105,7 @@ def pack(labels: SoftLabels, label_type: str) -> Tensor:
 
 
 def num_kept(label_type: str, num_classes: int) -> int:
-    """Return how many classes a label of a type keeps; raises LabelSetError as ``pack``."""
+    """Return the number of classes that a type keeps; raises LabelSetError as ``pack``."""
     kind, given_k = _split(label_type)
     if kind == "ori":
         return num_classes
@@ -119,7 +115,7 @@ def num_kept(label_type: str, num_classes: int) -> int:
 
 
 def is_label_type(name: str) -> bool:
-    """Return whether a name is one of FKD's types, with or without its K."""
+    """Return whether a name is an FKD type, with or without K."""
     try:
         _split(name)
     except LabelSetError:
@@ -128,7 +124,7 @@ def is_label_type(name: str) -> bool:
 
 
 def _split(label_type: str) -> tuple[str, int | None]:
-    """Return the kind and K of a type's name; K is None where the name has none."""
+    """Return the kind and the K of a type's name, K None if the name has none."""
     kind, _, given_k = label_type.partition("_k")
     marginal = kind in ("marginal_smoothing", "marginal_renorm")
     if not (marginal or label_type in LABEL_TYPES) or not (given_k.isdecimal() or not given_k):
@@ -159,11 +155,11 @@ def _columns(packed: np.ndarray, kind: str, num_classes: int) -> tuple[np.ndarra
 
 
 def _check_ids(ids_NK: np.ndarray, num_classes: int, dtype: np.dtype[np.generic]) -> None:
-    if dtype == np.float16 and num_classes > 2049:  # float16: every whole number up to 2048
+    if dtype == np.float16 and num_classes > 2049:  # float16 has every integer up to 2048
         raise LabelSetError(f"FKD labels in float16 cannot tell {num_classes} classes apart")
     integral = ids_NK == np.floor(ids_NK)  # false for NaN
     if not integral.all():
-        raise LabelSetError(f"FKD labels name class {ids_NK[~integral][0]}, no whole number")
+        raise LabelSetError(f"FKD labels name class {ids_NK[~integral][0]}, not an integer")
     outside = (ids_NK < 0) | (ids_NK >= num_classes)
     if outside.any():
         raise LabelSetError(f"FKD labels name class {ids_NK[outside][0]:.0f} of {num_classes}")
@@ -175,4 +171,4 @@ def _check_ids(ids_NK: np.ndarray, num_classes: int, dtype: np.dtype[np.generic]
 def _check_probs(probs_NK: np.ndarray) -> None:
     mass_N = probs_NK.sum(axis=1)
     if not ((probs_NK >= 0).all() and ((mass_N > 0) & (mass_N <= 1 + _MASS_SLACK)).all()):
-        raise LabelSetError("FKD labels hold values that are no probabilities")
+        raise LabelSetError("FKD labels hold values that are not probabilities")

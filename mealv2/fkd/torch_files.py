@@ -1,10 +1,9 @@
-"""The arrays of a file that torch.save wrote, read as data: its pickle is never run.
+"""The arrays in a file of torch.save, read as data: its pickle is never executed.
 
-The opcodes come from the standard library's disassembler. Names in the file stay text and calls
-stay descriptions, from which only plain arrays are made here, of bytes that the file holds: nothing
-is imported, called, or given more memory than the file's size accounts for. (torch.load with
-weights_only=True and NumPy's names allowed makes 2 GiB of a file of 1.4 kB, and its list of allowed
-names is one for all threads.)
+The standard library's disassembler yields the opcodes. Names stay text and calls stay descriptions;
+only plain arrays are built, from bytes in the file. Nothing is imported or called, and memory is
+bounded by the file's size. (torch.load with weights_only=True and NumPy's names allowed allocates
+2 GiB for a file of 1.4 kB, and all threads share its list of allowed names.)
 """
 
 import io
@@ -19,7 +18,7 @@ import numpy as np
 
 from mealv2.errors import LabelSetError
 
-# torch: a class of storages for every type of element
+# torch has a storage class for each element type
 _STORAGES = {
     "torch HalfStorage": "f2",
     "torch FloatStorage": "f4",
@@ -35,17 +34,15 @@ _NUMPY_TYPES = ("f2", "f4", "f8", "b1", "u1", "i1", "i2", "i4", "i8")
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _NDARRAYS = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _DTYPE = "numpy dtype"
-_ENCODE = "_codecs encode"  # protocol 2 has no bytes: they are text, encoded as latin1
+_ENCODE = "_codecs encode"  # protocol 2 stores bytes as text, encoded as latin1
 _NAMES = {_TENSOR, *_NDARRAYS, _DTYPE, _ENCODE, "numpy ndarray", "collections OrderedDict"}
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch: before 1.6, files were no zip
-
-
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch: before 1.6, files were not zips
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 @dataclass(eq=False)
 class _Call:
-    """What REDUCE would call, and what BUILD would set on the result."""
+    """A call of REDUCE, and the state that BUILD sets on the result."""
 
     function: object
     args: object
@@ -54,7 +51,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Storage:
-    """What a tensor's elements lie in: the name of their bytes, their type and number."""
+    """The storage of a tensor: its key, element type and size."""
 
     key: str
     dtype: str
@@ -64,19 +61,19 @@ class _Storage:
 def read_arrays(path: Path) -> list[np.ndarray]:
     """Return the three arrays or tensors of a list that torch.save wrote, as NumPy arrays.
 
-    Reads protocol 2, torch's default, in a zip (whose checksums are compared) or in the form before
-    torch 1.6. Raises OSError, and LabelSetError for any other file.
+    Reads protocol 2, torch's default, from a zip (and compares its checksums) or in the format
+    before torch 1.6. Raises OSError, and LabelSetError for any other file.
     """
     data = path.read_bytes()
     try:
         value, stored = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
         if not isinstance(value, list | tuple) or len(value) != 3:
-            raise ValueError("it is no list of boxes, flips and labels")
+            raise ValueError("it is not a list of boxes, flips and labels")
         return [_array(item, stored) for item in value]
     except (ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         why = " ".join(str(error).split())[:200]
     except (LookupError, TypeError, AttributeError, EOFError, OverflowError, RuntimeError, Warning):
-        why = "it is damaged"  # what zipfile, pickletools and taking a pickle apart run into
+        why = "it is damaged"  # zipfile, pickletools and the parser raise these
     raise LabelSetError(f"cannot read label file {path}: {why}; download or make it again")
 
 
@@ -86,7 +83,7 @@ def _from_zip(data: bytes) -> tuple[object, dict[str, bytes]]:
         members = archive.infolist()
         is_uncompressed = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not is_uncompressed or sum(member.file_size for member in members) > len(data):
-            raise ValueError("its zip holds more than its size accounts for")
+            raise ValueError("its zip expands to more than its size")
         content = {member.filename: archive.read(member) for member in members}
     (name,) = [name for name in content if name.endswith("/data.pkl")]
     folder = name.removesuffix("data.pkl")
@@ -102,7 +99,7 @@ def _from_legacy(data: bytes) -> tuple[object, dict[str, bytes]]:
     stream = io.BytesIO(data)
     types: dict[str, str] = {}
     if data[:1] != b"\x80" or _description(stream) != _LEGACY_MAGIC:
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("it is not a file of torch.save")
     _version, system_info = _description(stream), _description(stream)
     if not isinstance(system_info, dict) or system_info["little_endian"] is not True:
         raise ValueError("it was written on a big-endian machine")
@@ -115,17 +112,16 @@ def _from_legacy(data: bytes) -> tuple[object, dict[str, bytes]]:
 
 
 def _description(stream: io.BytesIO, types: dict[str, str] | None = None) -> object:
-    """Return what a pickle describes, with calls and storages as descriptions.
+    """Return the value of a pickle, with calls and storages as descriptions.
 
-    ``types`` takes the element type of every storage, by key. Raises ValueError for an opcode or a
-    name that label files do not need.
+    Adds the element type of every storage to ``types``, by key. Raises ValueError for an opcode or
+    a name that label files do not need.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[object, Any] = {}
 
-    def pop_to_mark() -> list[Any]:
-        start = marks.pop()
+    def pop(start: int) -> list[Any]:
         items = stack[start:]
         del stack[start:]
         return items
@@ -143,40 +139,28 @@ def _description(stream: io.BytesIO, types: dict[str, str] | None = None) -> obj
             case "EMPTY_LIST" | "EMPTY_DICT":
                 stack.append([] if opcode.name == "EMPTY_LIST" else {})
             case "GLOBAL":
-                if arg not in _NAMES and arg not in _STORAGES:
-                    raise ValueError(f"it names {arg!r}, which no label file does")
-                stack.append(arg)
+                stack.append(_known(arg))
             case "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
+                stack.append(tuple(pop(marks.pop())))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                stack[-size:] = [tuple(stack[-size:])]
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = pop_to_mark()
+                stack.append(tuple(pop(-int(opcode.name[-1]))))
+            case "APPEND" | "APPENDS":
+                items = pop(-1 if opcode.name == "APPEND" else marks.pop())
                 stack[-1].extend(items)
             case "SETITEMS":
-                items = pop_to_mark()
-                keys = [_text(key) for key in items[::2]]
-                stack[-1].update(zip(keys, items[1::2], strict=True))
+                items = pop(marks.pop())
+                stack[-1].update(zip(map(_text, items[::2]), items[1::2], strict=True))
             case "REDUCE":
-                args, function = stack.pop(), stack.pop()
-                stack.append(_Call(function, args))
+                stack.append(_Call(*pop(-2)))
             case "BUILD":
                 state = stack.pop()
                 stack[-1].state = state
             case "BINPERSID":
-                _, storage_class, key, _, num_elements, *_ = stack.pop()
-                storage = _Storage(_text(key), _STORAGES[_text(storage_class)], num_elements)
-                stack.append(storage)
-                if types is not None:
-                    types[storage.key] = storage.dtype
+                stack.append(_storage(stack.pop(), types))
             case "STOP":
                 (value,) = stack
                 return value
@@ -185,10 +169,24 @@ def _description(stream: io.BytesIO, types: dict[str, str] | None = None) -> obj
     raise ValueError("its pickle has no end")
 
 
+def _known(name: Any) -> str:
+    if name not in _NAMES and name not in _STORAGES:
+        raise ValueError(f"it names {name!r}, which no label file does")
+    return str(name)
+
+
+def _storage(description: Any, types: dict[str, str] | None) -> _Storage:
+    _, storage_class, key, _, num_elements, *_ = description
+    storage = _Storage(_text(key), _STORAGES[_text(storage_class)], num_elements)
+    if types is not None:
+        types[storage.key] = storage.dtype
+    return storage
+
+
 def _text(value: object) -> str:
-    """Return a text; a tuple of tuples of tuples, say, might take for ever to look up or print."""
+    """Return a string; nested tuples can take forever to hash or print."""
     if not isinstance(value, str):
-        raise ValueError("its pickle is none of a label file")
+        raise ValueError("its pickle is not that of a label file")
     return value
 
 
@@ -196,25 +194,25 @@ def _array(value: object, stored: dict[str, bytes]) -> np.ndarray:
     match value:
         case _Call(function=function, state=(_, shape, dtype, in_columns, data)):
             if function not in _NDARRAYS:
-                raise ValueError("it holds something else than arrays")
+                raise ValueError("it does not hold arrays")
             elements = np.frombuffer(_bytes(data), _dtype(dtype))
             sizes = _sizes(shape, len(elements))
             return elements.reshape(sizes, order="F" if in_columns else "C")
         case _Call(function=function, args=(_Storage() as storage, offset, shape, strides, *_)):
             if function != _TENSOR:
-                raise ValueError("it holds something else than tensors")
+                raise ValueError("it does not hold tensors")
             elements = np.frombuffer(stored[storage.key], np.dtype(storage.dtype).newbyteorder("<"))
             if len(elements) != storage.num_elements:
                 raise ValueError("a tensor's bytes are too many or too few")
             return _strided(elements, offset, shape, strides)
-    raise ValueError("it holds something else than arrays")
+    raise ValueError("it does not hold arrays")
 
 
 def _bytes(value: object) -> bytes:
     match value:
         case _Call(function=function, args=(str() as text, "latin1")) if function == _ENCODE:
             return text.encode("latin1")
-    raise ValueError("an array's elements are no bytes")
+    raise ValueError("an array's elements are not bytes")
 
 
 def _dtype(value: object) -> np.dtype[Any]:
@@ -222,21 +220,21 @@ def _dtype(value: object) -> np.dtype[Any]:
         case _Call(function=function, args=(code, *_), state=(_, order, *_)):
             if function == _DTYPE and code in _NUMPY_TYPES and order in ("<", ">", "|"):
                 return np.dtype(f"{order}{code}")
-    raise ValueError("an array's elements are no numbers")
+    raise ValueError("an array's elements are not numbers")
 
 
 def _strided(elements: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.ndarray:
-    """Return the tensor that lies in ``elements`` as offset, shape and strides say, as a copy."""
+    """Return a copy of the tensor with this offset, shape and strides in ``elements``."""
     sizes = _sizes(shape, len(elements))
     last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     if min(offset, *strides, 0) < 0 or last >= len(elements):
-        raise ValueError("a tensor lies outside its bytes")
+        raise ValueError("a tensor exceeds its bytes")
     steps = [step * elements.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(elements[offset:], sizes, steps, writeable=False).copy()
 
 
 def _sizes(shape: Any, num_elements: int) -> tuple[int, ...]:
-    """Return a shape from a file; raises ValueError unless so many elements fill or exceed it."""
+    """Return a shape as a tuple; raises ValueError if it needs more than ``num_elements``."""
     sizes = tuple(shape)
     is_valid = len(sizes) <= 3 and all(type(n) is int and n > 0 for n in sizes)
     if not is_valid or math.prod(sizes) > num_elements:

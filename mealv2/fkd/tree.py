@@ -1,4 +1,4 @@
-"""A tree of FKD's label files, and which of them is of which image."""
+"""A tree of FKD's label files, matched to images."""
 
 import os
 import unicodedata
@@ -8,19 +8,19 @@ from pathlib import Path, PurePosixPath
 
 from mealv2.errors import LabelSetError
 
-SUFFIX = ".tar"  # FKD's, though the files are no tar archives
+SUFFIX = ".tar"  # FKD's suffix, although the files are not tar archives
 
 
 @dataclass(frozen=True)
 class MatchedFiles:
-    """Label files by image key, and what is left over on either side, sorted."""
+    """Label files by image key, and the unmatched images and files, sorted."""
 
     paths: dict[str, Path]
     without_label: list[str]  # keys of images
-    without_image: list[str]  # label files, as find_files names them
+    without_image: list[str]  # label files, named as by find_files
 
     def require_all(self) -> None:
-        """Raise LabelSetError, with counts and the first names, where an image has no label."""
+        """Raise LabelSetError if an image has no label file."""
         if not self.without_label:
             return
         raise LabelSetError(
@@ -32,11 +32,11 @@ class MatchedFiles:
 
 
 def find_files(folder: Path, *, split: str = "train") -> dict[str, Path]:
-    """Return the label files of a split by name: ``CLASS/STEM``, sorted.
+    """Return the label files of a split by name, ``CLASS/STEM``, sorted.
 
-    They lie in ROOT/DATA_SET/SPLIT/CLASS/STEM.tar; ``folder`` may be any of ROOT, DATA_SET and
-    SPLIT. Names are in Unicode's composed form, as keys are; hidden files are ignored. Raises
-    LabelSetError where there are none, or more than one such split.
+    Their paths are ROOT/DATA_SET/SPLIT/CLASS/STEM.tar; ``folder`` is ROOT, DATA_SET or SPLIT. Names
+    are in NFC, like keys; hidden files are ignored. Raises LabelSetError for no file, or several
+    splits of this name.
     """
     split_folder = _split_folder(folder, split)
     files: dict[str, Path] = {}
@@ -44,7 +44,7 @@ def find_files(folder: Path, *, split: str = "train") -> dict[str, Path]:
         name = path.relative_to(split_folder).as_posix().removesuffix(SUFFIX)
         name = unicodedata.normalize("NFC", name)
         if name in files:
-            raise LabelSetError(f"{path} and {files[name]} are label files of the same images")
+            raise LabelSetError(f"{path} and {files[name]} are label files of the same image")
         files[name] = path
     if not files:
         raise LabelSetError(f"no label files in {folder}; expected {split_folder}/CLASS/STEM.tar")
@@ -52,10 +52,9 @@ def find_files(folder: Path, *, split: str = "train") -> dict[str, Path]:
 
 
 def match_files(keys: Iterable[str], files: dict[str, Path]) -> MatchedFiles:
-    """Return which of ``find_files``' label files belongs to which image.
+    """Match ``find_files``' label files to images by the name up to the first dot.
 
-    An image's label file has its name up to the first dot. Raises LabelSetError where two images
-    share a label file.
+    Raises LabelSetError if two images share a label file.
     """
     named = {path.removesuffix(SUFFIX): key for key, path in label_names(keys).items()}
     return MatchedFiles(
@@ -66,17 +65,17 @@ def match_files(keys: Iterable[str], files: dict[str, Path]) -> MatchedFiles:
 
 
 def label_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the path of every image's label file below its split, CLASS/STEM.tar, by key.
+    """Return the path of every image's label file in its split, CLASS/STEM.tar, by key.
 
-    Raises LabelSetError where two images share one.
+    Raises LabelSetError if two images share one.
     """
     taken: dict[str, str] = {}
     for key in keys:
         name = _label_name(key)
         if name in taken:
             raise LabelSetError(
-                f"images {taken[name]} and {key} share the label file {name}{SUFFIX}, which goes "
-                "by the name up to the first dot; rename one of them and label it again"
+                f"images {taken[name]} and {key} share the label file {name}{SUFFIX}: only "
+                "the name up to the first dot counts; rename one of them and label it again"
             )
         taken[name] = key
     return {key: name + SUFFIX for name, key in taken.items()}
@@ -88,7 +87,7 @@ def _label_name(key: str) -> str:
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """Return the folder itself, or the split below it, or the split of the only data set below."""
+    """Return the folder itself, the split in it, or the split of the only data set in it."""
     if folder.name == split:
         return folder
     if (folder / split).is_dir():
@@ -96,12 +95,12 @@ def _split_folder(folder: Path, split: str) -> Path:
     found = sorted(path for path in folder.glob(f"*/{split}") if path.is_dir())
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
-        raise LabelSetError(f"{folder} holds labels of several data sets; name one of {names}")
+        raise LabelSetError(f"{folder} holds labels of several data sets; give one of {names}")
     return found[0] if found else folder
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the label files under a folder, links followed, in order; no hidden names."""
+    """Yield the visible label files in a folder in order; follows links."""
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(files):

@@ -1,9 +1,10 @@
-"""The label set: what an ensemble said about some views of some images, as a verified artifact."""
+"""The label set: an ensemble's labels of views of images, as a verified artifact."""
 
 from mealv2.label_set.appended import Appender, write_rows
+from mealv2.label_set.blocks import Rows, block_of_member, member_bytes
 from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
-from mealv2.label_set.encoding import Encoding, Form, Rows
+from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -26,14 +27,12 @@ from mealv2.label_set.planned import (
     check_shard,
     planned_shards,
 )
-from mealv2.label_set.reader import LabelSet, Lookup
+from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import (
     FORMAT_VERSION,
     Images,
     Shard,
     StoredViews,
-    block_of_member,
-    member_bytes,
     write_shard,
 )
 from mealv2.label_set.shard_file import ShardFile, read_shard
@@ -48,10 +47,8 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
-    "Form",
     "Images",
     "LabelSet",
-    "Lookup",
     "PlannedShard",
     "Rows",
     "Shard",

@@ -1,7 +1,7 @@
-"""Answers appended to a finished label set: files of single rows beside its shards.
+"""Labels appended to a finished label set: files of single rows beside its shards.
 
-Each file is named after its own bytes and published whole, so any number of jobs may append at
-once; the manifest is never touched. A reader takes every such file that is there.
+The name of a file is a hash of its bytes and the manifest stays the same, so any number of jobs can
+append at once. A reader uses every such file in the folder.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ import numpy as np
 import torch
 
 from mealv2.errors import LabelSetError
-from mealv2.label_set.encoding import Rows
+from mealv2.label_set.blocks import Rows
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import APPENDED_PREFIX, Shard, shard_bytes
 from mealv2.storage.atomic import write_atomic
 
 
 class Appender:
-    """Collects rows (key, view, label) that a label set lacks and appends them to its folder."""
+    """Collects rows (key, view, label) that are missing in a label set and appends them."""
 
     def __init__(self, label_set: LabelSet) -> None:
         self._label_set = label_set
-        self._addresses: set[tuple[str, int]] = set()  # also of what is written: no row twice
+        self._addresses: set[tuple[str, int]] = set()  # written ones too: no row twice
         self._pending: list[tuple[list[tuple[str, int]], Rows]] = []
 
     def add(self, keys: Sequence[str], views: Sequence[int], rows: Rows) -> None:
-        """Keep rows for the next flush; ``rows`` on the CPU, in the set's own encoding."""
+        """Keep rows for the next flush; ``rows`` is on the CPU, in the set's encoding."""
         new = {
             address: row
             for row, address in enumerate(zip(keys, views, strict=True))
@@ -38,7 +38,7 @@ class Appender:
             self._pending.append((list(new), rows.rows(torch.tensor(list(new.values())))))
 
     def flush(self) -> Path | None:
-        """Write the rows kept as one file; return its path, None without rows. Raises OSError."""
+        """Write the kept rows to a file and return its path, None without rows; raises OSError."""
         if not self._pending:
             return None
         unsorted = [address for addresses, _ in self._pending for address in addresses]
@@ -66,7 +66,7 @@ class Appender:
 
 
 def write_rows(folder: Path, shard: Shard) -> Path:
-    """Write a shard of rows under the name that its bytes give it; return its path."""
+    """Write a shard of rows, named by the hash of its bytes; return its path."""
     data = shard_bytes(shard)
     path = folder / f"{shard.split}-{APPENDED_PREFIX}{sha256(data).hexdigest()[:16]}.h5"
     write_atomic(path, data, replace=False)

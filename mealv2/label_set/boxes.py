@@ -1,4 +1,4 @@
-"""A checksum of the boxes that labels are of: another box under the same label is found."""
+"""A checksum of the labelled boxes: it detects a view that is cut from another box."""
 
 from hashlib import sha256
 
@@ -16,12 +16,12 @@ def boxes_sha256(boxes_NV5: np.ndarray) -> str:
 
 
 def boxes_of(shard: Shard, views: Views | None = None) -> str:
-    """Return the SHA-256 of a shard's boxes: as its views give them, or as they are stored."""
+    """Return the SHA-256 of a shard's boxes, stored ones or those of ``views``."""
     stored = shard.stored_views
     if stored is not None:
         return boxes_sha256(np.concatenate([stored.boxes_NV4, stored.flips_NV[..., None]], axis=2))
-    assert shard.images is not None, "no sizes of the images"
-    assert views is not None, "neither stored boxes nor a recipe"
+    assert shard.images is not None, "the image sizes are missing"
+    assert views is not None, "no boxes are stored and views is None"
     indices = range(shard.first_view, shard.first_view + shard.num_views)
     boxes = [
         views.view(key, index, width=width, height=height).box()
@@ -32,10 +32,10 @@ def boxes_of(shard: Shard, views: Views | None = None) -> str:
 
 
 def check_box_drift(file: ShardFile, views: Views) -> None:
-    """Raise LabelSetError where ``views`` gives other boxes than those that a shard labels."""
+    """Raise LabelSetError if ``views`` gives other boxes than the shard's labels have."""
     known = file.header["boxes_sha256"]
     if known is not None and boxes_of(file.shard(), views) != known:
         raise LabelSetError(
-            f"the views in {file.path} are not those that were labelled: this version of mealv2 "
-            "gives other boxes; `mealv2 labels verify` checks the whole set"
+            f"the views in {file.path} are not the labelled ones: this version of mealv2 computes "
+            "other boxes; `mealv2 labels verify` checks the whole set"
         )

@@ -1,6 +1,7 @@
-"""Whose a folder is: what its plan, its manifest and its shards say, and its plan written."""
+"""Claiming a folder for a label set: its plan, manifest and shards must match."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,22 @@ from mealv2.storage.json_format import canonical_json, json_sha256
 
 _SHARD = re.compile(r"(train|val)-\d+(-views-\d+-\d+)?\.h5")
 _MAX_DIFFERENCES = 3
+_ReadPlan = Callable[[Path], dict[str, Any]]
 
 
 def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Make ``folder`` the place of the label set that ``plan`` describes.
+    """Make ``folder`` the folder of the label set that ``plan`` describes.
 
-    Plan, manifest and shards each say whose they are; most of them decide, and between two that
-    disagree the shards, so that no stray file can make labels be thrown away. plan.json is written
-    where it is not there, and anew where it alone is lost, damaged or of another set. Raises
-    ConfigError for a folder that holds something else, LabelSetError naming what differs when it
-    belongs to another plan, OSError where it cannot be written.
+    Plan, manifest and shards each belong to a plan. The majority decides, and the shards decide a
+    tie, so that one wrong file cannot cause the loss of labels. plan.json is written if it is
+    missing, and replaced if only it is damaged or differs. Raises ConfigError for a folder with
+    other files, LabelSetError with the differences for another plan, OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = canonical_json(plan).encode()
     names = list_folder(folder)
-    plan_matches, manifest_matches = _plan_matches(folder, plan), _manifest_matches(folder, plan)
+    plan_matches = _matches(read_plan, folder, plan)
+    manifest_matches = _matches(_planned, folder, plan)
     if plan_matches and manifest_matches:
         shards_match = None
     else:
@@ -39,8 +41,8 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
         write_atomic(folder / PLAN_NAME, data)
     elif not num_matching:
         if names and PLAN_NAME not in names:
-            raise ConfigError(f"{folder} is no label set and not empty ({names[0]}, …)")
-        # a plan that cannot be read, and nothing else: no label can be lost
+            raise ConfigError(f"{folder} is not a label set and not empty ({names[0]}, …)")
+        # replace a damaged plan only if it is the only file: no label can be lost
         write_atomic(
             folder / PLAN_NAME, data, replace=plan_matches is None and names == [PLAN_NAME]
         )
@@ -48,24 +50,22 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
             raise _other_label_set(folder, plan)
 
 
-def _plan_matches(folder: Path, plan: dict[str, Any]) -> bool | None:
-    """Return whether plan.json is this plan, None where it cannot be read."""
-    try:
-        return read_plan(folder) == plan
-    except LabelSetError:
-        return None
+def _planned(folder: Path) -> dict[str, Any]:
+    """Return the plan in the manifest; raises LabelSetError as ``read_manifest``."""
+    plan: dict[str, Any] = read_manifest(folder)["plan"]
+    return plan
 
 
-def _manifest_matches(folder: Path, plan: dict[str, Any]) -> bool | None:
-    """Return whether the manifest is of this plan, None where it cannot be read."""
+def _matches(read: _ReadPlan, folder: Path, plan: dict[str, Any]) -> bool | None:
+    """Return whether a function reads this plan, None if it raises LabelSetError."""
     try:
-        return bool(read_manifest(folder)["plan"] == plan)
+        return read(folder) == plan
     except LabelSetError:
         return None
 
 
 def _shards_match(folder: Path, names: list[str], plan_sha256: str) -> bool | None:
-    """Return whether at least half of the shards are of a plan, None where none can be read."""
+    """Return whether at least half of the shards belong to a plan, None without any shard."""
     num_matching = num_other = 0
     for name in filter(_SHARD.fullmatch, names):
         try:
@@ -77,28 +77,28 @@ def _shards_match(folder: Path, names: list[str], plan_sha256: str) -> bool | No
 
 
 def _other_label_set(folder: Path, plan: dict[str, Any]) -> LabelSetError:
-    """Return the error for a folder of another set, with what differs."""
+    """Return the error for a folder of another set, with the differences."""
     differing: list[str] = []
-    for read in (read_plan, lambda folder: read_manifest(folder)["plan"]):
+    for read in (read_plan, _planned):
         try:
             differing = differing or _differences(read(folder), plan)
         except LabelSetError:
             continue
-    differing = differing or ["its shards were made by another plan"]
+    differing = differing or ["its shards belong to another plan"]
     shown = "; ".join(differing[:_MAX_DIFFERENCES])
     more = len(differing) - _MAX_DIFFERENCES
     only_views = len(differing) == 1 and differing[0].startswith("roles.train.num_views ")
     hint = "; `mealv2 labels add-views` adds views to a set" if only_views else ""
     if any(line.startswith("probe_sha256 ") for line in differing):
-        hint += "; its views were resized to other pixels, by other versions of torch or Pillow"
+        hint += "; another version of torch or Pillow resizes views to other pixels"
     return LabelSetError(
         f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
-        f"Give another --output, or the settings it was made with{hint}"
+        f"Use another --output, or the same settings{hint}"
     )
 
 
 def _differences(existing: object, planned: object, name: str = "") -> list[str]:
-    """List in words where two JSON values differ, by dotted name."""
+    """Describe the differences between two JSON values, by dotted name."""
     if isinstance(existing, dict) and isinstance(planned, dict):
         return [
             line
@@ -116,7 +116,7 @@ def _differences(existing: object, planned: object, name: str = "") -> list[str]
     return (
         []
         if existing == planned
-        else [f"{name} is {_short(existing)} there and {_short(planned)} here"]
+        else [f"{name} is {_short(existing)} in the set and {_short(planned)} in this run"]
     )
 
 

@@ -1,7 +1,7 @@
-"""What a label set says of itself: the plan, before the first label, the manifest, after the last.
+"""The plan and the manifest of a label set.
 
-plan.json holds everything that determines the labels; a folder has one plan for ever. manifest.json
-repeats it, lists the shards that were found whole, with their hashes, and is the only "done".
+plan.json holds everything that determines the labels; it never changes. manifest.json repeats it
+and lists the complete shards with their hashes; a set is finished if it has a manifest.
 """
 
 import itertools
@@ -25,23 +25,20 @@ from mealv2.storage.json_format import (
 FORMAT = "mealv2 label set"
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
-UNKNOWN = "unknown"  # of imported labels: the hash of a teacher's weights, for one
-_ADVICE = "the command that made the set writes it anew from the shards"
+UNKNOWN = "unknown"  # in the plan of imported labels, for example a hash of weights
+_ADVICE = "run the command that made the set again: it writes the file from the shards"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
 _OWN_SHA256 = "manifest_sha256"
 
 
 def shard_name(split: str, number: int, views: range | None = None) -> str:
-    """Return the file name of a shard; ``split`` is ``train`` or ``val``.
-
-    ``views`` are those of a block that was added to the set's first views.
-    """
+    """Return the file name of a shard; ``views`` are those of a block added to a finished set."""
     block = "" if views is None else f"-views-{views.start}-{views.stop - 1}"
     return f"{split}-{number:05d}{block}.h5"
 
 
 def shard_ranges(num_images: int, shard_size: int) -> list[range]:
-    """Return the image positions of each shard: ``shard_size`` in a row, the last one fewer."""
+    """Return the image positions of each shard; the last one may be smaller."""
     return [
         range(start, min(start + shard_size, num_images))
         for start in range(0, num_images, shard_size)
@@ -49,34 +46,35 @@ def shard_ranges(num_images: int, shard_size: int) -> list[range]:
 
 
 def planned_ranges(plan: dict[str, Any], split: str) -> list[range]:
-    """Return the image positions of each shard of a role, as its plan says them.
+    """Return the image positions of each shard of a split.
 
-    Raises KeyError, TypeError or ValueError for a plan that does not.
+    Raises KeyError, TypeError or ValueError for a plan that does not define them.
     """
     entry = plan["roles"][split]
     sizes = entry.get("shard_sizes")
     if sizes is None:
         return shard_ranges(entry["num_images"], plan["shard_size"])
     if sum(sizes) != entry["num_images"] or not all(size > 0 for size in sizes):
-        raise ValueError(f"shards of {sum(sizes)} images, not {entry['num_images']}")
+        raise ValueError(f"the shards have {sum(sizes)} images, not {entry['num_images']}")
     ends = itertools.accumulate(sizes)
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """Return plan.json; raises LabelSetError where it is missing or damaged."""
-    return _read(folder / PLAN_NAME, "it is no label set folder, or its plan was removed")
+    path = folder / PLAN_NAME
+    return _parsed(path, _read_bytes(path, "not a label set, or its plan was removed"))
 
 
 def creating_command(plan: dict[str, Any]) -> str:
-    """Return the command that makes a set of this plan, as a person writes it."""
+    """Return the command that makes a set of this plan."""
     return f"`mealv2 {plan.get('derived', {}).get('command', 'precompute')}`"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json; raises LabelSetError where it is missing, damaged or changed."""
     path = folder / MANIFEST_NAME
-    missing = "no label set there; give the --output of `mealv2 precompute`"
+    missing = "not a label set; give the --output of `mealv2 precompute`"
     if not path.exists() and (folder / PLAN_NAME).exists():
         again = creating_command(read_plan(folder))
         missing = f"the label set is not finished; run the same {again} again"
@@ -86,17 +84,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise LabelSetError(f"{path} is damaged: it fails its own SHA-256; {_ADVICE}")
     manifest = _parsed(path, data)
     if own is None:
-        raise LabelSetError(f"{path} is damaged: it lacks its own SHA-256; {_ADVICE}")
-    if not isinstance(manifest.get("plan"), dict) or not _is_plan(manifest["plan"]):
-        raise LabelSetError(f"{path} lacks its plan")
+        raise LabelSetError(f"{path} is damaged: its own SHA-256 is missing; {_ADVICE}")
+    if not _fits(manifest.get("plan"), _PLAN):
+        raise LabelSetError(f"{path} has no valid plan")
     try:
         plan_sha256 = json_sha256(manifest["plan"])
     except RecursionError:
-        raise LabelSetError(f"{path} is damaged: it is nested too deep") from None
+        raise LabelSetError(f"{path} is damaged: its plan is nested too deeply") from None
     if manifest.get("plan_sha256") != plan_sha256:
         raise LabelSetError(f"{path} was changed: its plan has another SHA-256; {_ADVICE}")
     if not _lists_shards(manifest.get("roles")):
-        raise LabelSetError(f"{path} lacks its shards")
+        raise LabelSetError(f"{path} has no valid list of shards")
     return manifest
 
 
@@ -125,29 +123,20 @@ def listed_sha256(folder: Path, plan_sha256: str) -> dict[str, str]:
 
 
 def listed_shards(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what the roles of a manifest say of their shard files."""
+    """Return the manifest's entries of all shards."""
     return [s for split in splits.values() for block in split["blocks"] for s in block["shards"]]
 
 
-def describe_file(path: Path, *, num_images: int) -> dict[str, Any]:
-    """Return what the manifest says of a shard file."""
-    with path.open("rb") as file:
-        head = file.read(HEAD_SIZE)
-        digest = sha256(head)
-        while part := file.read(1 << 20):
-            digest.update(part)
-        size = file.tell()
+def describe_file(path: Path, *, num_images: int, data: bytes | None = None) -> dict[str, Any]:
+    """Return the manifest's entry of a shard; ``data`` is the content if it was read before."""
+    data = path.read_bytes() if data is None else data
     return {
         "name": path.name,
-        "bytes": size,
+        "bytes": len(data),
         "images": num_images,
-        "sha256": digest.hexdigest(),
-        "head_sha256": sha256(head).hexdigest(),
+        "sha256": sha256(data).hexdigest(),
+        "head_sha256": sha256(data[:HEAD_SIZE]).hexdigest(),
     }
-
-
-def _read(path: Path, missing: str) -> dict[str, Any]:
-    return _parsed(path, _read_bytes(path, missing))
 
 
 def _read_bytes(path: Path, missing: str) -> bytes:
@@ -166,9 +155,7 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = parse_json(data)
     except ValueError as error:
-        raise LabelSetError(
-            f"{path} is damaged: {error}; the command that made the set writes it anew"
-        ) from None
+        raise LabelSetError(f"{path} is damaged: {error}; {_ADVICE}") from None
     if not isinstance(value, dict):
         raise LabelSetError(f"{path} is damaged: not a JSON object")
     plan = value.get("plan", value)
@@ -182,77 +169,67 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _is_plan(plan: dict[str, Any]) -> bool:
-    """Return whether a plan has what every reader asks it for."""
-    classes, splits = plan.get("classes"), plan.get("roles")
-    teachers, derived = plan.get("teachers", []), plan.get("derived", {"how": "", "from": []})
-    if not (isinstance(teachers, list) and isinstance(derived, dict)):
-        return False
-    if not (isinstance(derived.get("how"), str) and isinstance(derived.get("from"), list)):
-        return False
-    if not all(isinstance(t, dict) and isinstance(t.get("model"), str) for t in teachers):
-        return False
-    return (
-        isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and _is_count(plan.get("img_size"))
-        and isinstance(splits, dict)
-        and all(
-            isinstance(split, dict)
-            and _is_count(split.get("num_views"))
-            and isinstance(split.get("views", {}), dict)
-            for split in splits.values()
+# --- what every reader relies on ------------------------------------------------------------------
+
+
+def _fits(value: object, form: Any) -> bool:
+    """Return whether a JSON value has a form.
+
+    A form is a type, a predicate, [form of each item], {str: form of each value}, or {name: form},
+    where a name that ends in "?" is optional.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in form:
+            return all(_fits(item, form[str]) for item in value.values())
+        return all(
+            _fits(value[name.rstrip("?")], item) if name.rstrip("?") in value else name[-1] == "?"
+            for name, item in form.items()
         )
-    )
+    return isinstance(value, form) if isinstance(form, type) else bool(form(value))
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 62
 
 
+def _is_range(value: object) -> bool:
+    return _fits(value, [int]) and len(value) == 2 and 0 <= value[0] < value[1] < 1 << 62  # type: ignore[arg-type,index]
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and _FILE_NAME.fullmatch(value) is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+_PLAN = {
+    "classes": [str],
+    "img_size": _is_count,
+    "roles": {str: {"num_views": _is_count, "views?": dict}},
+    "teachers?": [{"model": str}],
+    "derived?": {"how": str, "from": list},
+}
+_FIGURES = {"top1": _is_number, "top5": _is_number}
+_SHARD = {"name": _is_file_name, "bytes": int, "sha256": str}
+_SPLIT = {
+    "skipped": {str: str},
+    "accuracy?": {"teachers": [_FIGURES], "ensemble": _FIGURES},
+    "blocks": [{"views": _is_range, "shards": [_SHARD]}],
+}
+
+
 def _lists_shards(splits: object) -> bool:
-    """Return whether every role lists shard files of the folder itself, with size and hashes."""
-    if not isinstance(splits, dict) or not splits:
+    """Return whether every split lists shards of the folder, in blocks of contiguous views."""
+    if not (isinstance(splits, dict) and splits and _fits(splits, {str: _SPLIT})):
         return False
     for split in splits.values():
-        if not (isinstance(split, dict) and isinstance(split.get("skipped"), dict)):
-            return False
-        if not all(isinstance(reason, str) for reason in split["skipped"].values()):
-            return False
-        if "accuracy" in split and not _is_accuracy(split["accuracy"]):
-            return False
-        blocks = split.get("blocks")
-        if not (isinstance(blocks, list) and blocks and all(map(_is_block, blocks))):
-            return False
-        begins = [0, *(block["views"][1] for block in blocks[:-1])]
-        if begins != [block["views"][0] for block in blocks]:
+        ends = [0, *(end for block in split["blocks"] for end in block["views"])]
+        if len(ends) == 1 or ends[:-1:2] != ends[1::2]:
             return False
     return True
-
-
-def _is_accuracy(accuracy: object) -> bool:
-    if not isinstance(accuracy, dict) or not isinstance(accuracy.get("teachers"), list):
-        return False
-    return all(
-        isinstance(figures, dict)
-        and all(isinstance(figures.get(name), int | float) for name in ("top1", "top5"))
-        for figures in (*accuracy["teachers"], accuracy.get("ensemble"))
-    )
-
-
-def _is_block(block: object) -> bool:
-    if not isinstance(block, dict):
-        return False
-    views, shards = block.get("views"), block.get("shards")
-    if not (isinstance(views, list) and len(views) == 2 and isinstance(shards, list)):
-        return False
-    if not (all(isinstance(view, int) for view in views) and 0 <= views[0] < views[1] < 1 << 62):
-        return False
-    return all(
-        isinstance(entry, dict)
-        and isinstance(name := entry.get("name"), str)
-        and _FILE_NAME.fullmatch(name)
-        and isinstance(entry.get("bytes"), int)
-        and isinstance(entry.get("sha256"), str)
-        for entry in shards
-    )

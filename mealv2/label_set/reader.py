@@ -1,8 +1,8 @@
-"""LabelSet: open a finished label set, look labels up by (key, view)."""
+"""LabelSet: look up the labels of a finished label set by (key, view)."""
 
 import os
-import resource
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +11,23 @@ import torch
 
 from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
-from mealv2.label_set.encoding import Encoding, Rows
-from mealv2.label_set.manifest import creating_command, read_manifest
+from mealv2.label_set.blocks import Rows, block_crc, key_hash
+from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.manifest import read_manifest
+from mealv2.label_set.opening import max_open_files, open_appended, open_blocks
 from mealv2.label_set.shard import APPENDED_PREFIX
-from mealv2.label_set.shard_file import ShardFile
-from mealv2.label_set.table import StoredBoxes, Table, encoded
+from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.soft_labels import Labels
-from mealv2.views import RECIPE, STORED_BOXES, DrawnViews, Views
+from mealv2.storage.atomic import OpenFiles
+from mealv2.views import RECIPE, STORED_BOXES, DrawnViews, View, Views, unpacked_view
+
+_NO_VIEW = 1 << 62  # larger than every view of a set
 
 
 class Lookup(NamedTuple):
-    """Labels of N views: class ids int64, probabilities float32, most likely first unless dense.
+    """Labels of N views: class ids int64, probabilities float32, likeliest first unless dense.
 
-    Where a view keeps fewer classes than another, id -1 and probability 0 fill its row.
+    Where a view keeps fewer classes than another, id -1 and probability 0 pad its row.
     """
 
     indices_NK: np.ndarray
@@ -31,12 +35,12 @@ class Lookup(NamedTuple):
 
 
 class LabelSet:
-    """The labels of one role of a label set: ``train``, many views, or ``val``, the centre crop.
+    """The labels of one split of a label set: ``train``, many views, or ``val``, the centre crop.
 
-    Length is the number of images with labels. ``appended`` names the files of single rows that
-    later jobs added. What finds a label is in memory; the labels are read from the shards, of which
-    some stay open, at most a quarter of what the process may have open. An open set works in forked
-    workers; a spawned one opens it again by its path.
+    Its length is the number of images with labels. ``appended`` names the files of rows that jobs
+    appended. The index is in memory. Labels are read from the shards; the open files are at most a
+    quarter of the process's limit. Forked workers can use an open set; a spawned worker opens it
+    again by its path.
     """
 
     def __init__(
@@ -55,24 +59,13 @@ class LabelSet:
         self.num_classes = len(self.classes)
         self.img_size = int(plan["img_size"])
         self.encoding = Encoding.of_plan(plan)
-        entry = manifest["roles"][split]
-        views = [range(*block["views"]) for block in entry["blocks"]]
-        self.num_views = views[-1].stop if num_views is None else num_views
-        if self.num_views not in {block.stop for block in views}:
-            raise LabelSetError(
-                f"{folder} holds {' or '.join(str(block.stop) for block in views)} views of each "
-                f"image, {num_views} are needed"
-            )
-        views = [block for block in views if block.stop <= self.num_views]
-        listed = zip(views, entry["blocks"], strict=False)
-        files = [[self._open_shard(s, v) for s in block["shards"]] for v, block in listed]
-        max_open_files = max(1, _most_open() // (len(views) + 1))
-        self._tables = [
-            Table(*table, max_open_files=max_open_files) for table in zip(files, views, strict=True)
-        ]
+        blocks = open_blocks(folder, manifest, split, num_views)
+        self.num_views = blocks[-1][0].stop
+        most = max_open_files(len(blocks) + 1)
+        self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
         self.appended = list(appended)
-        more = [_open_appended(folder / name, manifest, split) for name in self.appended]
-        self._appended = Table(more, range(0, 1), max_open_files=max_open_files)
+        files = open_appended(folder, manifest, split, appended)
+        self._appended = Table(files, range(1), max_open_files=most)
         self._appended_rows: dict[tuple[str, int], int] = {}
         for row, address in enumerate(self._appended.addresses()):
             self._appended_rows.setdefault(address, row)
@@ -88,11 +81,10 @@ class LabelSet:
     ) -> "LabelSet":
         """Open the finished label set in a folder.
 
-        Checks the manifest, every shard's presence and size, and everything by which labels are
-        found; the labels themselves are checked whenever they are read. ``appended`` limits the
-        appended files to those named, ``num_views`` the views to the first ones, so that a run that
-        goes on sees what it saw before; None takes all that are there. Raises LabelSetError when
-        the set is unfinished, damaged, or has no such role.
+        Checks the manifest, the size of every shard and the index; the labels are checked when they
+        are read. ``appended`` limits the appended files to those named, and ``num_views`` the views
+        to the first ones, so that a resumed run sees the same labels; None takes all. Raises
+        LabelSetError when the set is unfinished or damaged, or does not have the split.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -106,7 +98,8 @@ class LabelSet:
         return cls(folder, manifest, split, appended, num_views)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.folder, self.split, self.appended, self.num_views)
+        opened = partial(LabelSet.open, split=self.split, appended=self.appended)
+        return partial(opened, num_views=self.num_views), (self.folder,)
 
     def __len__(self) -> int:
         return self._tables[0].num_rows
@@ -115,18 +108,18 @@ class LabelSet:
         return isinstance(key, str) and self._tables[0].row(key) is not None
 
     def holds(self, key: str, view: int) -> bool:
-        """Return whether the label of a view is there, in a shard or appended."""
+        """Return whether a shard or an appended file has the label of a view."""
         if (key, view) in self._appended_rows:
             return True
         return any(view in table.views and table.row(key) is not None for table in self._tables)
 
     def has_labels(self, keys: Sequence[str]) -> np.ndarray:
-        """Return of each image whether it has labels, bool."""
-        has_labels_N: np.ndarray = self._tables[0].rows(encoded(keys)) >= 0
+        """Return whether each image has labels, bool N."""
+        has_labels_N: np.ndarray = self._tables[0].rows(_encoded(keys)) >= 0
         return has_labels_N
 
     def views(self) -> Views:
-        """Return what the labelled views are; raises LabelSetError for those of another recipe."""
+        """Return the labelled views; raises LabelSetError for an unknown recipe."""
         recipe = dict(self.manifest["plan"]["roles"][self.split].get("views", {}))
         if recipe == STORED_BOXES:
             return StoredBoxes(self._tables)
@@ -134,8 +127,8 @@ class LabelSet:
         if recipe == RECIPE and isinstance(seed, int) and 0 <= seed < 1 << 64:
             return DrawnViews(seed)
         raise LabelSetError(
-            f"{self.folder} labels views of another recipe than this mealv2 cuts "
-            f"({recipe.get('name')}, version {recipe.get('version')})"
+            f"{self.folder} labels views of the recipe {recipe.get('name')}, version "
+            f"{recipe.get('version')}, which this mealv2 does not know"
         )
 
     def keys(self) -> Iterator[str]:
@@ -145,18 +138,18 @@ class LabelSet:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """The images without labels, by key, and why."""
+        """The reason for each image without labels, by key."""
         skipped: dict[str, str] = self.manifest["roles"][self.split]["skipped"]
         return skipped
 
     @property
     def appended_files(self) -> list[ShardFile]:
-        """The files of rows that were appended."""
+        """The files of appended rows."""
         return self._appended.files
 
     @property
     def num_appended(self) -> int:
-        """How many rows were appended."""
+        """The number of appended rows."""
         return self._appended.num_rows
 
     @property
@@ -167,136 +160,191 @@ class LabelSet:
     def lookup(self, keys: Sequence[str], views: Sequence[int]) -> Lookup:
         """Return the labels of view ``views[i]`` of image ``keys[i]``, row by row.
 
-        Raises LabelSetError for an image or a view that the set does not hold, or whose labels are
-        damaged, ValueError when the two sequences differ in length.
+        Raises LabelSetError for an image or a view without a label and for damaged labels,
+        ValueError when the sequences differ in length.
         """
         labels = self.soft_labels(keys, views)
         if isinstance(labels, EncodedLabels):
             kept = labels.kept()
             indices_NK = torch.where(kept.is_kept_NK, kept.indices_NK, -1)
             return Lookup(indices_NK.numpy(), kept.probs_NK.numpy())
-        indices_NK = labels.indices_NK.contiguous()  # of dense labels it is one row, repeated
+        indices_NK = labels.indices_NK.contiguous()  # dense labels share one row
         return Lookup(indices_NK.numpy(), labels.probs_NK.float().numpy())
 
     def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
-        """Return the same labels in the set's own form; raises as lookup."""
+        """Return the same labels as stored; raises as ``lookup``."""
         return self.rows(keys, views).labels
 
     def rows(self, keys: Sequence[str], views: Sequence[int]) -> Rows:
-        """Return the same with the ensemble's mean logits, if the set keeps them."""
+        """Return the same labels with the mean logits, if the set stores them."""
         if len(keys) != len(views):
             raise ValueError(f"{len(keys)} keys and {len(views)} views")
-        all_names = encoded(keys)
-        views_N = _whole_numbers(views)
-        appended_N = np.full(len(keys), -1)
+        names, views_N = _encoded(keys), _as_int64(views)
+        rows_N = np.full(len(keys), -1)
         if self._appended_rows:
             addresses = zip(keys, map(int, views), strict=True)
-            appended_N = np.array(
-                [self._appended_rows.get(address, -1) for address in addresses], dtype=np.int64
-            )
-        found = []
-        where = np.flatnonzero(appended_N >= 0)
-        if len(where):
-            names, first_N = [all_names[i] for i in where.tolist()], np.zeros_like(where)
-            found.append(
-                (where, self._appended.read(names, appended_N[where], first_N, self.encoding))
-            )
+            rows_N[:] = [self._appended_rows.get(address, -1) for address in addresses]
+        groups = [(self._appended, rows_N >= 0)]
         for table in self._tables:
-            first, stop = table.views.start, table.views.stop
-            where = np.flatnonzero((appended_N < 0) & (views_N >= first) & (views_N < stop))
-            if len(where) or not len(keys):
-                is_all = len(where) == len(keys)
-                names = all_names if is_all else [all_names[i] for i in where.tolist()]
-                rows_N = table.rows(names)
-                if (rows_N < 0).any():
-                    missing = int(where[np.argmin(rows_N)])
-                    raise self._missing_label(keys[missing], int(views[missing]))
-                read = table.read(names, rows_N, views_N[where] - first, self.encoding)
-                found.append((where, read))
-        found_N = np.concatenate([where for where, _ in found]) if found else np.empty(0, np.int64)
-        if len(found_N) < len(keys):
-            missing = int(np.setdiff1d(np.arange(len(keys)), found_N)[0])
+            in_block_N = (views_N >= table.views.start) & (views_N < table.views.stop)
+            groups.append((table, in_block_N & (rows_N < 0)))
+        parts = []
+        for table, is_member_N in groups:
+            where_N = np.flatnonzero(is_member_N)
+            if len(where_N) or not keys:
+                is_all = len(where_N) == len(keys)
+                members = names if is_all else [names[i] for i in where_N.tolist()]
+                columns_N = np.zeros_like(where_N)
+                if table is not self._appended:
+                    rows_N[where_N] = table.rows(members)
+                    columns_N = views_N[where_N] - table.views.start
+                parts.append((where_N, table, members, columns_N))
+        if (rows_N < 0).any():
+            missing = int(np.argmin(rows_N))
             raise self._missing_label(keys[missing], int(views[missing]))
-        return _in_order(found)
+        found = [
+            table.read(members, rows_N[where_N], columns_N, self.encoding)
+            for where_N, table, members, columns_N in parts
+        ]
+        if len(found) == 1:
+            return found[0]
+        order_N = np.concatenate([where_N for where_N, *_ in parts]).argsort()
+        return Rows.concat(found).rows(torch.from_numpy(order_N))
 
     def _missing_label(self, key: str, view: int) -> LabelSetError:
-        """Return the error for a row that is not there."""
+        """Return the error for a label that the set does not have."""
         if key not in self:
             reason = self.skipped.get(key)
             why = f"it was skipped: {reason}" if reason else "it is not an image of this set"
             return LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
-        held_views = [table.views for table in self._tables if table.row(key) is not None]
-        why = f"it holds {sum(map(len, held_views))}, from 0"
+        num_views = sum(len(table.views) for table in self._tables if table.row(key) is not None)
+        why = f"its views are 0 to {num_views - 1}"
         if view < self.num_views:
-            why += "; the image could not be read when the others were added"
+            why += "; the image could not be read when the other views were added"
         return LabelSetError(f"{self.folder} has no view {view} of {key!r}; {why}")
 
-    def _open_shard(self, entry: dict[str, Any], views: range) -> ShardFile:
-        """Check a shard's index against the manifest, and return it."""
-        path = self.folder / entry["name"]
-        again = f"run the same {creating_command(self.manifest['plan'])} again to make it anew"
+
+class Table:
+    """Shards of one range of views: images by key, and their labels."""
+
+    def __init__(self, files: list[ShardFile], views: range, *, max_open_files: int) -> None:
+        self.files = files
+        self.views = views
+        # not mapped: the pages of a mapped file count as the process's memory, and random reads
+        # touch all of them in the end
+        self._descriptor = OpenFiles(files, most=max_open_files).descriptor
+        self._labels_at = np.array([file.labels_at for file in files], np.int64)
+        self._first_rows = np.cumsum([0, *(file.num_images for file in files)])
+        self.num_rows = int(self._first_rows[-1])
+        hashes = _concatenated([file.column("key_hashes") for file in files], "<u8")
+        self._order = np.argsort(hashes, kind="stable").astype(np.uint32)
+        self._hashes = hashes[self._order]
+        self._crcs = _concatenated([file.column("crc32") for file in files], "<u4")
+        # offsets in the concatenated files, with a 0 first
+        self._ends = _ends([file.column("label_ends") for file in files])
+        self._key_ends = _ends([file.column("key_ends") for file in files])
+        self._keys = b"".join(file.column("keys").tobytes() for file in files)
+        for file in files:
+            file.unmap()
+
+    def addresses(self) -> Iterator[tuple[str, int]]:
+        """Iterate over (key, view) of appended rows."""
+        for file in self.files:
+            yield from zip(file.keys(), file.column("views").tolist(), strict=True)
+
+    def row(self, key: str) -> int | None:
+        """Return the row of an image, or None."""
+        row = int(self.rows(_encoded([key]))[0])
+        return None if row < 0 else row
+
+    def rows(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the row of each image by its key in UTF-8, -1 for an unknown key."""
+        hashes_N = np.frombuffer(b"".join(map(key_hash, keys)), dtype="<u8")
+        at_N = np.searchsorted(self._hashes, hashes_N)
+        rows_N = np.full(len(keys), -1, dtype=np.int64)
+        left = np.arange(len(keys))
+        while len(left):  # repeats only for keys of equal hash
+            left = left[at_N[left] < self.num_rows]
+            left = left[self._hashes[at_N[left]] == hashes_N[left]]
+            found = self._order[at_N[left]].astype(np.int64)
+            spans = self._key_ends[found].tolist(), self._key_ends[found + 1].tolist()
+            candidates = [self._keys[begin:end] for begin, end in zip(*spans, strict=True)]
+            is_same = np.array(
+                [keys[i] == candidates[n] for n, i in enumerate(left.tolist())], bool
+            )
+            rows_N[left[is_same]] = found[is_same]
+            left = left[~is_same]
+            at_N[left] += 1
+        return rows_N
+
+    def read(
+        self, keys: Sequence[bytes], rows_N: np.ndarray, views_N: np.ndarray, encoding: Encoding
+    ) -> Rows:
+        """Return one view of each row; raises LabelSetError for labels that fail their CRC."""
+        numbers_N = np.searchsorted(self._first_rows, rows_N, side="right") - 1
+        first_N = self._ends[self._first_rows[numbers_N]]
+        sizes_N = self._ends[rows_N + 1] - self._ends[rows_N]
+        at_N = self._labels_at[numbers_N] + self._ends[rows_N] - first_N
+        blocks = [b""] * len(keys)
+        order_N = np.argsort(numbers_N, kind="stable")  # file by file
+        columns = (order_N, *(c[order_N] for c in (numbers_N, sizes_N, at_N, self._crcs[rows_N])))
+        for row, number, size, at, crc in zip(*(c.tolist() for c in columns), strict=True):
+            file = self._descriptor(number)
+            block = os.pread(file.fd, size, at)
+            if block_crc(keys[row], block) != crc:
+                raise damaged_rows(self.files[number], keys[row].decode())
+            blocks[row] = block
+        data = np.frombuffer(b"".join(blocks), np.uint8)
         try:
-            file = ShardFile(path)
+            return encoding.rows_of(data, np.cumsum(sizes_N), len(self.views), views_N)
         except LabelSetError as error:
-            raise LabelSetError(f"{error}; {again}") from None
-        except OSError as error:
-            raise LabelSetError(f"cannot read shard {path}: {error.strerror}; {again}") from None
-        header = file.header
-        is_same = (header["plan_sha256"], header["role"], file.first_view, file.num_views) == (
-            self.manifest["plan_sha256"],
-            self.split,
-            views.start,
-            len(views),
-        )
-        if file.head_sha256 != entry.get("head_sha256") or not is_same:
-            raise LabelSetError(f"shard {path} is not the one in the manifest; {again}")
-        return file
+            folder = self.files[0].path.parent
+            raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
+
+    def stored_view(self, row: int, view: int, *, width: int, height: int) -> View:
+        """Return a view whose box the shard stores."""
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        file, at = self.files[number], (row - self._first_rows[number], view - self.views.start)
+        flip = bool(file.column("flips")[at])
+        return unpacked_view(file.column("boxes")[at], flip, width=width, height=height)
 
 
-_BEYOND = 1 << 62
-_MAX_OPEN = 1024
+class StoredBoxes(Views):
+    """Views whose boxes the shards store."""
+
+    def __init__(self, tables: list[Table]) -> None:
+        self._tables = tables
+
+    def view(self, key: str, index: int, *, width: int, height: int) -> View:
+        """Return a stored view; raises LabelSetError when the set does not have it."""
+        for table in self._tables:
+            row = table.row(key) if index in table.views else None
+            if row is not None:
+                return table.stored_view(row, index, width=width, height=height)
+        raise LabelSetError(f"no box is stored for view {index} of {key!r}")
 
 
-def _most_open() -> int:
-    """Return how many shards of a set may stay open: a part of what the process may have open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_OPEN if soft == resource.RLIM_INFINITY else min(_MAX_OPEN, soft // 4 - 16)
+def _encoded(keys: Sequence[str]) -> list[bytes]:
+    """Return keys in UTF-8; a key with a surrogate becomes bytes that match no stored key."""
+    return [key.encode("utf-8", "surrogatepass") for key in keys]
 
 
-def _whole_numbers(views: Sequence[int]) -> np.ndarray:
-    """Return views as int64; one that has more bits is in no block, and becomes _BEYOND."""
+def _as_int64(views: Sequence[int]) -> np.ndarray:
+    """Return views as int64; one that does not fit becomes ``_NO_VIEW`` or -1."""
     try:
         return np.asarray(views, dtype=np.int64).reshape(-1)
     except OverflowError:
-        return np.array([max(-1, min(int(view), _BEYOND)) for view in views], dtype=np.int64)
+        return np.array([max(-1, min(int(view), _NO_VIEW)) for view in views], dtype=np.int64)
 
 
-def _open_appended(path: Path, manifest: dict[str, Any], split: str) -> ShardFile:
-    """Check a file of appended rows; raises LabelSetError where it is none of this set."""
-    try:
-        file = ShardFile(path)
-    except FileNotFoundError:
-        raise LabelSetError(f"{path} is gone; labels that this run used were in it") from None
-    except LabelSetError as error:
-        raise LabelSetError(f"{error}; remove the file, its rows can be made again") from None
-    except OSError as error:
-        raise LabelSetError(f"cannot read {path}: {error.strerror}") from None
-    of_this_set = (file.header["plan_sha256"], file.header["role"]) == (
-        manifest["plan_sha256"],
-        split,
-    )
-    if not of_this_set or not file.has_column("views") or file.num_views != 1:
-        raise LabelSetError(f"{path} holds rows of another label set; remove it")
-    return file
+def _concatenated(columns: list[np.ndarray], kind: str) -> np.ndarray:
+    return np.concatenate([np.empty(0, kind), *columns])
 
 
-def _reopen(folder: Path, split: str, appended: Sequence[str], num_views: int) -> LabelSet:
-    return LabelSet.open(folder, split=split, appended=appended, num_views=num_views)
-
-
-def _in_order(found: list[tuple[np.ndarray, Rows]]) -> Rows:
-    """Put rows that were read in groups where they belong."""
-    if len(found) == 1:
-        return found[0][1]
-    order = torch.from_numpy(np.concatenate([where for where, _ in found]).argsort())
-    return Rows.concat([rows for _, rows in found]).rows(order)
+def _ends(columns: list[np.ndarray]) -> np.ndarray:
+    """Return the ends of the pieces of all columns, concatenated, int64, with a 0 first."""
+    ends, last = [np.zeros(1, np.int64)], 0
+    for column in columns:
+        ends.append(column.astype(np.int64) + last)
+        last = int(ends[-1][-1]) if len(column) else last
+    return np.concatenate(ends)

@@ -1,8 +1,7 @@
-"""One shard of a label set: an HDF5 file in contiguous columns, behind a head of our own.
+"""One shard of a label set: an HDF5 file of contiguous columns.
 
-The head, 512 bytes that HDF5 leaves to its users, says where everything is and its SHA-256, so
-that reading needs no HDF5 library and nothing unchecked is ever parsed. Written in memory and
-published whole; docs/reference/label-set-format.md has every byte.
+The first 512 bytes, HDF5's user block, locate everything and hold its SHA-256. So reading needs no
+HDF5 library and parses only checked bytes. docs/reference/label-set-format.md describes every byte.
 """
 
 import json
@@ -10,28 +9,27 @@ import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import h5py
 import numpy as np
 
-from mealv2.errors import LabelSetError
+from mealv2.label_set.blocks import block_crc, key_hash
 from mealv2.storage.atomic import Stamp, write_atomic
 
-APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the role
+APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the split
 FORMAT_VERSION = 2
 
 MAGIC = b"MEALV2\x1a\n"
 # magic, format version, 0, bytes of the file, offset and bytes of the header, its SHA-256
 HEAD = struct.Struct("<8sII QQQ 32s")
-HEAD_SIZE = 512  # of HDF5's user block; 72 bytes of it, their SHA-256, zeros
-_LIBRARY_VERSION = "v110"  # HDF5 1.10's file format: readable everywhere, and byte-reproducible
-LABELS = "labels"  # the one column that is not checked as a whole when a set is opened
+HEAD_SIZE = 512  # HDF5's user block: HEAD, its SHA-256, zeros
+_LIBRARY_VERSION = "v110"  # HDF5 1.10's format is common and gives the same bytes each time
+LABELS = "labels"  # the only column without a SHA-256: each block has a CRC
 
-# Every column: its type and its number of dimensions, the first of them the images.
+# The type and the number of dimensions of each column; the first dimension is the images.
 COLUMNS: dict[str, tuple[str, int]] = {
     LABELS: ("|u1", 1),
     "keys": ("|u1", 1),
@@ -50,10 +48,10 @@ COLUMNS: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Images:
-    """What a label set knows of N images beside their labels.
+    """Properties of N images, all integers.
 
     ``sizes_N2`` width and height in pixels, ``file_bytes_N`` the size of the file, ``classes_N``
-    the data set's own class id; all whole numbers.
+    the data set's class id.
     """
 
     sizes_N2: np.ndarray
@@ -67,7 +65,7 @@ class Images:
 
     @staticmethod
     def concat(parts: "Sequence[Images]") -> "Images":
-        """Return the images of several, one after another."""
+        """Return the images of several parts, in order."""
         return Images(
             np.concatenate([part.sizes_N2 for part in parts]),
             np.concatenate([part.file_bytes_N for part in parts]),
@@ -77,9 +75,10 @@ class Images:
 
 @dataclass(frozen=True)
 class StoredViews:
-    """Boxes of N images x V views that no arithmetic gives again, as fractions of 65535.
+    """Boxes of N images x V views that cannot be computed again.
 
-    ``boxes_NV4`` uint16 top, left, height, width of the image's; ``flips_NV`` 0 or 1.
+    ``boxes_NV4`` uint16 top, left, height, width as fractions of the image in units of 1 / 65535;
+    ``flips_NV`` 0 or 1.
     """
 
     boxes_NV4: np.ndarray
@@ -88,12 +87,12 @@ class StoredViews:
 
 @dataclass(frozen=True)
 class Shard:
-    """The labels of N images x V views, from ``first_view`` on; ``blocks`` has one per image.
+    """The labels of N images x V views that start at ``first_view``; one block per image.
 
-    ``skipped`` the images of this shard without labels, by key: their ``position`` among all the
-    images of the shard, ``reason``, ``bytes`` and ``class``. ``boxes_sha256`` covers the boxes that
-    were cut (see ``boxes_sha256``); ``counts`` are whole numbers, such as how many answers were
-    right. In appended rows V is 1, and ``views_N`` names each row's view: a key may come twice.
+    ``skipped`` maps the key of each image without labels to its ``position`` among all images of
+    the shard, ``reason``, ``bytes`` and ``class``. ``boxes_sha256`` covers the boxes of the views;
+    ``counts`` are integers, for example of correct predictions. In appended rows V is 1,
+    ``views_N`` has the view of each row, and a key may occur twice.
     """
 
     plan_sha256: str
@@ -114,34 +113,11 @@ class Shard:
 def write_shard(
     path: Path, shard: Shard, *, replace: bool = False, damaged: Stamp | None = None
 ) -> bool:
-    """Publish a shard whole; return False when another job's was there first. Raises OSError.
+    """Write a shard atomically; return False if the file exists. Raises OSError.
 
-    ``damaged`` is the stamp of a file that gives way, if it is still that one.
+    ``damaged`` is the stamp of a damaged file, which the shard replaces.
     """
     return write_atomic(path, shard_bytes(shard), replace=replace, damaged=damaged)
-
-
-def key_hash(key: bytes) -> bytes:
-    """Return the 8 bytes under which an image is found: BLAKE2b-64 of its key in UTF-8."""
-    return blake2b(key, digest_size=8).digest()
-
-
-def block_crc(key: bytes, block: bytes | memoryview) -> int:
-    """Return the CRC-32 (zlib's) of a key in UTF-8 followed by the image's block."""
-    return crc32(block, crc32(key))
-
-
-def member_bytes(key: str, block: bytes) -> bytes:
-    """Return an image's block as it stands alone, in a tar shard: with its CRC-32 behind it."""
-    return block + block_crc(key.encode(), block).to_bytes(4, "little")
-
-
-def block_of_member(key: str, data: bytes) -> bytes:
-    """Return the block that member_bytes was given; raises LabelSetError where it is damaged."""
-    block = data[:-4]
-    if len(data) < 4 or block_crc(key.encode(), block) != int.from_bytes(data[-4:], "little"):
-        raise LabelSetError(f"the labels of {key!r} are damaged (CRC-32)")
-    return block
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -166,7 +142,7 @@ def shard_bytes(shard: Shard) -> bytes:
         },
     }
     with h5py.File(
-        f"shard-{secrets.token_hex(8)}",  # in memory; of one name HDF5 opens only one at a time
+        f"shard-{secrets.token_hex(8)}",  # in memory; HDF5 opens a name only once at a time
         "w",
         driver="core",
         backing_store=False,
@@ -175,7 +151,7 @@ def shard_bytes(shard: Shard) -> bytes:
     ) as file:
         for name, column in columns.items():
             dataset = file.create_dataset(name, data=column, track_times=False)
-            # an empty column lies nowhere
+            # an empty column has no offset
             header["columns"][name]["offset"] = dataset.id.get_offset() or HEAD_SIZE
         text = np.frombuffer(
             json.dumps(header, sort_keys=True, ensure_ascii=False).encode(), dtype="|u1"
@@ -196,7 +172,7 @@ def shard_bytes(shard: Shard) -> bytes:
 
 
 def _columns(shard: Shard) -> dict[str, np.ndarray]:
-    """Return the columns of a shard by name, the labels first."""
+    """Return the columns by name, the labels first."""
     keys = [key.encode() for key in shard.keys]
     blocks = shard.blocks
     columns: dict[str, np.ndarray] = {

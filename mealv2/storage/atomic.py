@@ -7,12 +7,11 @@ import os
 import secrets
 import socket
 import stat
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 Stamp = tuple[int, int, int]  # size, time and inode of a file
 
@@ -102,47 +101,30 @@ class File(Protocol):
 
 
 class OpenFiles:
-    """Reads parts of files by index and keeps at most ``most`` files open in each process.
+    """Reads parts of files by their number; each process keeps the ``most`` last used ones open.
 
-    Safe in threads and in forked or spawned processes.
+    Any thread and any forked or spawned process may read. ``descriptor(number)`` returns an open
+    file, whose ``fd`` is valid as long as the caller keeps the object; raises what the file's
+    ``open`` raises.
     """
 
     def __init__(self, files: Sequence[File], *, most: int) -> None:
-        self._files = list(files)
-        self._most = most
-        self._start()
-
-    def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._pid = os.getpid()
+        self._files, self._most = list(files), most
+        opened = self._files  # no reference to self: files close when the last reader drops them
+        # pread has no position to share, and no lock is held while a file opens
+        self.descriptor = lru_cache(maxsize=most)(lambda number: Descriptor(opened[number]))
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """Return up to ``size`` bytes, fewer at the end; raises the errors of ``open``."""
-        if self._pid != os.getpid():  # after a fork the lock may be held for ever
-            self._start()
-        with self._lock:
-            file = self._open.get(number)
-            if file is not None:
-                self._open.move_to_end(number)
-        if file is None:
-            file = _Descriptor(self._files[number])  # no lock: other threads may read
-            with self._lock:
-                file = self._open.setdefault(number, file)
-                if len(self._open) > self._most:
-                    self._open.popitem(last=False)
+        """Return up to ``size`` bytes, fewer at the end of the file; raises as ``descriptor``."""
+        file = self.descriptor(number)
         return os.pread(file.fd, size, offset)
 
-    def __getstate__(self) -> tuple[list[File], int]:
-        return self._files, self._most
-
-    def __setstate__(self, state: tuple[list[File], int]) -> None:
-        self._files, self._most = state
-        self._start()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(OpenFiles, most=self._most), (self._files,)
 
 
-class _Descriptor:
-    """An open file; it is closed with its last reference."""
+class Descriptor:
+    """An open file, closed when the last thread that reads it drops the object."""
 
     def __init__(self, file: File) -> None:
         self.fd = -1

@@ -16,7 +16,8 @@ from mealv2.label_set import (
     creating_command,
     read_manifest,
 )
-from mealv2.label_set.shard import APPENDED_PREFIX, key_hash
+from mealv2.label_set.blocks import key_hash
+from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import file_sha256
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.urls import shown

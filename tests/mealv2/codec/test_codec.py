@@ -431,7 +431,7 @@ def test_what_is_no_distribution_raises_value_error(probs):
 
 
 def test_labels_of_different_classes_cannot_be_joined():
-    with pytest.raises(ValueError, match="joined"):
+    with pytest.raises(ValueError, match="cannot concatenate"):
         EncodedLabels.concat([encode(distributions(2, c), topk=1) for c in (9, 10)])
 
 
@@ -455,18 +455,18 @@ GOOD = (1 | 3 << 6 | 7 << 11 | 4 << 15).to_bytes(3, "little")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "cut off"),
+        (b"", "truncated"),
         (b"MEALREC2" + by_hand(b"\2", GOOD)[8:], "version"),
         (by_hand(b"\2", GOOD)[:15] + b"\1" + by_hand(b"\2", GOOD)[16:], "version"),
-        (by_hand(b"\2", GOOD)[:12] + b"\3" + by_hand(b"\2", GOOD)[13:], "counts"),
-        (by_hand(b"\2", GOOD, rows=1 << 63), "cut off"),
+        (by_hand(b"\2", GOOD)[:12] + b"\3" + by_hand(b"\2", GOOD)[13:], "a count has"),
+        (by_hand(b"\2", GOOD, rows=1 << 63), "truncated"),
         (by_hand(b"\2", GOOD, num_classes=1), "classes"),
         (by_hand(b"\2", GOOD, num_classes=4_000_000_000), "classes"),
         (by_hand(b"\0", b""), "keep"),
         (by_hand(b"\13", GOOD), "keep"),
         (by_hand(b"\2", GOOD[:2]), "need 3 bytes and have 2"),
         (by_hand(b"\2", GOOD + b"\0"), "need 3 bytes and have 4"),
-        (by_hand(b"\2", GOOD[:2] + bytes([GOOD[2] | 128])), "behind its end"),
+        (by_hand(b"\2", GOOD[:2] + bytes([GOOD[2] | 128])), "after its end"),
         (by_hand(b"\2", (1 | 10 << 11).to_bytes(3, "little")), "above 9"),
         (by_hand(b"\2", (1 | 7 << 11 | 7 << 15).to_bytes(3, "little")), "twice"),
     ],
@@ -483,7 +483,7 @@ def test_a_fault_is_found_in_any_chunk_of_rows(monkeypatch):
     for row in range(20):
         records = bytearray(GOOD * 20)
         records[3 * row + 2] |= 128
-        with pytest.raises(LabelSetError, match="behind its end"):
+        with pytest.raises(LabelSetError, match="after its end"):
             EncodedLabels.from_bytes(by_hand(b"\2" * 20, bytes(records)))
 
 

@@ -25,6 +25,7 @@ from mealv2.data.tar import TarShards
 from mealv2.data.tar_headers import BLOCK, Archive
 from mealv2.data.tar_index import index_shard
 from mealv2.errors import ConfigError, DataError
+from mealv2.storage.atomic import OpenFiles
 from tars import Files, tar_of, tar_tree, write_tar, write_with_webdataset
 
 LONG = "n01440764/" + "a-long-folder-name/" * 12 + "x" * 120
@@ -412,8 +413,8 @@ def num_open() -> int:
 
 
 def test_threads_read_the_right_bytes_through_few_files(shards: TarShards) -> None:
-    shards._files._most = 3
     before, wrong = num_open(), []
+    shards._files = OpenFiles(shards._tar_files, most=3)
 
     def read_all(seed: int) -> None:
         order = list(range(0, 200, 2)) * 5
@@ -433,15 +434,28 @@ def test_threads_read_the_right_bytes_through_few_files(shards: TarShards) -> No
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # threads are about: that is the point
 def test_a_forked_process_reads_though_its_parent_was_reading(shards: TarShards) -> None:
+    is_opening, may_open = threading.Event(), threading.Event()
+
+    class Slow:
+        def open(self) -> int:
+            is_opening.set()
+            may_open.wait(30)
+            return shards._tar_files[1].open()
+
     shards.read(0)
-    with shards._files._lock:
-        child = os.fork()
-        if child == 0:
-            signal.alarm(30)  # ends it, should it wait for the lock
-            try:
-                os._exit(0 if shards.read(2) == b"a1" else 1)
-            finally:
-                os._exit(2)
+    shards._files = OpenFiles([shards._tar_files[0], Slow(), *shards._tar_files[2:]], most=2)
+    thread = threading.Thread(target=shards._files.read, args=(1, 1, 0))
+    thread.start()
+    is_opening.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends it, should it wait for the parent's thread
+        try:
+            os._exit(0 if shards.read(4) == b"a2" else 1)
+        finally:
+            os._exit(2)
+    may_open.set()
+    thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -334,7 +334,7 @@ def test_a_shard_under_an_appended_files_name_is_refused(tmp_path):
 def test_a_vanished_file_that_a_run_began_with_is_named(tmp_path):
     path = append(make_set(tmp_path)[0], PLACES)
     path.unlink()
-    with pytest.raises(LabelSetError, match=rf"{path.name} is gone") as caught:
+    with pytest.raises(LabelSetError, match=rf"{path.name} is missing") as caught:
         LabelSet.open(tmp_path, appended=[path.name])
     assert caught.value.exit_code == 3
 

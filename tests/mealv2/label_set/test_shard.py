@@ -222,7 +222,7 @@ def test_a_plan_says_its_shards_by_a_size_or_one_by_one():
 
 @pytest.mark.parametrize("sizes", [[], [4, 4], [10, -1], [9, 0], ["9"], 9, [None, 9]])
 def test_a_plan_whose_shards_are_not_all_of_its_images_is_refused(sizes):
-    with pytest.raises(LabelSetError, match="its plan does not say its shards"):
+    with pytest.raises(LabelSetError, match="its plan does not define its shards"):
         planned_shards(plan_of_shards(num_images=9, shard_sizes=sizes))
 
 
@@ -372,7 +372,7 @@ def test_a_flipped_bit_in_any_index_column_is_found_when_the_file_is_opened(tmp_
     (begin, size), data = columns_of(path)[column], path.read_bytes()
     for byte in (begin, begin + size // 2, begin + size - 1):
         flip(path, data, 8 * byte)
-        with pytest.raises(LabelSetError, match=rf"a\.h5 is damaged: its column {column} fails"):
+        with pytest.raises(LabelSetError, match=rf"a\.h5 is damaged: the column {column} fails"):
             ShardFile(path)
 
 
@@ -496,7 +496,7 @@ def test_ends_that_do_not_rise_are_refused(tmp_path, column):
     data[begin : begin + size] = ends.tobytes()
     digest = sha256(ends.tobytes()).hexdigest()
     path.write_bytes(forged(bytes(data), _column(column, sha256=digest)))
-    with pytest.raises(LabelSetError, match=f"its column {column} does not fit"):
+    with pytest.raises(LabelSetError, match=f"the column {column} does not match"):
         ShardFile(path)
 
 

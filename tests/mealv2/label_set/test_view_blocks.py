@@ -98,10 +98,10 @@ def test_holds_says_what_lookup_finds(appended):
 @pytest.mark.parametrize(
     ("key", "view", "message"),
     [
-        (KEYS[0], 35, "no view 35 of 'ant/1.jpg'; it holds 35, from 0"),
-        (LATE, 17, f"no view 17 of '{LATE}'; it holds 16, from 0"),
-        (LATE, 34, f"no view 34 of '{LATE}'; it holds 16, from 0"),
-        (LATE, 36, f"no view 36 of '{LATE}'; it holds 16, from 0"),
+        (KEYS[0], 35, "no view 35 of 'ant/1.jpg'; its views are 0 to 34"),
+        (LATE, 17, f"no view 17 of '{LATE}'; its views are 0 to 15"),
+        (LATE, 34, f"no view 34 of '{LATE}'; its views are 0 to 15"),
+        (LATE, 36, f"no view 36 of '{LATE}'; its views are 0 to 15"),
         ("other", 20, "no label for 'other'; it is not an image of this set"),
         ("other", 40, "no label for 'other'; it is not an image of this set"),
         ("bad.jpg", 20, "no label for 'bad.jpg'; it was skipped: the file is empty"),
@@ -127,14 +127,15 @@ def test_a_set_opened_with_fewer_views_has_the_first_ones(made, num_views, num_b
     for labels in (opened, pickle.loads(pickle.dumps(opened))):  # noqa: S301
         assert same(look_up(labels, addresses), made.of(addresses))
         assert not labels.holds(KEYS[0], opened.num_views)
-        with pytest.raises(LabelSetError, match=rf"it holds {opened.num_views}, from 0"):
+        with pytest.raises(LabelSetError, match=rf"its views are 0 to {opened.num_views - 1}"):
             look_up(labels, [(KEYS[0], opened.num_views)])
 
 
 @pytest.mark.parametrize("num_views", [-1, 0, 1, 15, 17, 33, 36])
 def test_a_number_of_views_where_no_block_ends_is_refused(made, num_views):
     with pytest.raises(
-        LabelSetError, match=rf"holds 16 or 32 or 35 views of each image, {num_views} are needed"
+        LabelSetError,
+        match=rf"holds 16 or 32 or 35 views of each image, but {num_views} are needed",
     ):
         LabelSet.open(made.folder, num_views=num_views)
 
@@ -178,7 +179,7 @@ def test_blocks_that_do_not_follow_each_other_are_refused(
     manifest = read_manifest(tmp_path)
     change(blocks_of(manifest))
     write_manifest(tmp_path, manifest["plan"], roles=manifest["roles"])
-    with pytest.raises(LabelSetError, match=r"manifest\.json lacks its shards"):
+    with pytest.raises(LabelSetError, match=r"manifest\.json has no valid list of shards"):
         LabelSet.open(tmp_path)
 
 

@@ -341,7 +341,7 @@ def test_a_stopped_import_goes_on(
 @pytest.mark.parametrize(
     ("flags", "code", "named"),
     [
-        (["--label-type", "marginal_smoothing_k4"], 3, "marginal_smoothing_k4 cannot be"),
+        (["--label-type", "marginal_smoothing_k4"], 3, "does not match marginal_smoothing_k4"),
         (["--label-type", "smoth"], 2, "--label-type smoth: FKD has none such"),
         (["--train-split", "val"], 3, "36 label files have no image"),
         (["--train-split", "trian"], 2, "no folder"),

@@ -148,4 +148,4 @@ def test_boxes_that_drifted_are_not_written_anew_as_if_they_had_been_labelled(
     monkeypatch.setattr("mealv2.label_set.boxes.boxes_of", lambda shard, views: "0" * 64)
     result = run_cli("labels", "split", whole, "--output", tmp_path / "parts")
     assert result.code == 3
-    assert "not those that were labelled" in result.stderr
+    assert "not the labelled ones" in result.stderr

@@ -179,7 +179,7 @@ def test_a_set_made_of_others_is_known_by_its_manifest(
     (part / "manifest.json").unlink()
     result = run_cli("labels", "status", part)
     assert (result.code, len(result.stderr.splitlines())) == (3, 1)
-    assert "its plan does not name its shards; the same `mealv2 labels split`" in result.stderr
+    assert "its plan does not list its shards; run the same `mealv2 labels split`" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "empty"])

@@ -550,7 +550,7 @@ def test_run_whose_added_views_vanished_is_not_continued_without_them(
     shutil.copy(labels_dir / "manifest.json", own_labels)
     result = run_cli("distill", "--resume", run)
     assert (result.code, one_line(result)) == (3, True)
-    assert "holds 4 views of each image, 6 are needed" in result.stderr
+    assert "holds 4 views of each image, but 6 are needed" in result.stderr
 
 
 def test_run_whose_appended_labels_vanished_is_not_continued_without_them(
@@ -566,7 +566,7 @@ def test_run_whose_appended_labels_vanished_is_not_continued_without_them(
     appended.unlink()
     result = run_cli("distill", "--resume", run)
     assert (result.code, one_line(result)) == (3, True)
-    assert f"{appended.name} is gone" in result.stderr
+    assert f"{appended.name} is missing" in result.stderr
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"appended": 3}'])
