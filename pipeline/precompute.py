@@ -1,8 +1,8 @@
 """Stage one: run the teachers once on the views of every image and store their soft labels.
 
-A plan names everything that determines the labels; shards of labels are made until all shards of
-the plan are complete; the manifest lists them. Interrupted runs and parallel jobs continue from the
-shards that are there. The validation split is labelled first, one centre crop an image.
+The plan has everything that determines the labels. A run makes the missing shards of the plan, then
+writes the manifest, so an interrupted run or a parallel job continues from the existing shards. The
+validation split comes first, with one centre crop per image.
 """
 
 import shutil
@@ -18,18 +18,13 @@ from pipeline.config import PrecomputeConfig
 from pipeline.labelling import jobs, manifest, teachers, workers
 from pipeline.labelling.annotate import Annotator, encoding_of, make_annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests, make_plan, open_sources, splits_of
-from pipeline.labelling.shards import (
-    complete_shards,
-    find_missing,
-    label_shards,
-    stop_between_batches,
-)
+from pipeline.labelling.shards import find_missing, label_shards, stop_between_batches
 from pipeline.labelling.store import open_store
 from pipeline.loading.loader import WaitTimer, read_views
 from pipeline.runtime.device import create_runtime
 
-_INDEX_BYTES = 48  # of an image in a shard, beside its key and its labels
-_HEADER_BYTES = 7500  # of a shard, about
+_INDEX_BYTES = 48  # per image of a shard, beside its key and its labels
+_HEADER_BYTES = 7500  # per shard, about
 
 
 def run(config: PrecomputeConfig) -> dict[str, Any]:
@@ -41,8 +36,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     if config.num_procs > 1:
         return _run_in_processes(config, job)
 
-    # The plan comes first: equal plans give equal labels, so a later run or another job with the
-    # same plan can continue this one.
+    # Equal plans give equal labels, so a later run or another job with this plan can continue.
     sources = open_sources(config)
     annotator, described = _load_annotator(config, sources)
     plan = make_plan(config, sources, annotator, described)
@@ -57,30 +51,30 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     if job.is_part:  # `mealv2 labels finish` writes the manifest after the last job
         return jobs.label_part(job, splits, annotator, store, workers=config.workers)
 
-    # A manifest from an earlier run lists SHA-256 of files: they detect damage in bytes that the
-    # checksums inside a shard do not cover.
+    # The SHA-256 in the manifest of an earlier run detect damage in bytes that the checksums inside
+    # a shard do not cover.
     listed = label_set.listed_sha256(store.folder, json_sha256(plan))
     num_made = 0
     with stop_between_batches() as stop:
         for split in splits:
             missing = find_missing(split, store, listed=listed)
-            # for each of them: read views, run the teachers, encode, write
             label_shards(split, missing, annotator, store, workers=config.workers, stop=stop)
             num_made += len(missing)
-            if split.name == "val":  # before the hours of train: are the teachers any good?
-                files = complete_shards(split, store)
-                manifest.log_accuracy(manifest.accuracy_of(plan, files), len(plan["classes"]))
+            if split.name == "val":  # shows bad teachers before the hours of train
+                sha256 = split.plan_sha256
+                checked = manifest.require_complete(store.folder, split.planned, sha256)
+                manifest.log_accuracy(manifest.accuracy_of(plan, checked), len(plan["classes"]))
 
-    # Only the manifest makes a label set of the shards: readers refuse a folder without it.
-    batch_size = annotator.batch_size
-    if not num_made:  # then the manifest keeps what the labels were made with
-        batch_size = manifest.recorded_batch_size(store.folder) or batch_size
+    # Readers refuse a folder without a manifest.
+    # If nothing was made, keep the batch size that the labels were made with.
+    recorded = None if num_made else manifest.recorded_batch_size(store.folder)
+    batch_size = recorded or annotator.batch_size
     written = manifest.write_manifest(store, plan, batch_size=batch_size, listed=listed)
     return manifest.report_of(store, written) | _made(num_made, began)
 
 
 def _run_in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:
-    """Label in several processes, each a job; then write the manifest unless this is a job too."""
+    """Label in several processes, each a job; then write the manifest unless this is a part."""
     began = time.monotonic()
     num_made = workers.run_workers(["precompute"], config, job)
     store = open_store(config, config.output)
@@ -105,15 +99,8 @@ def _load_annotator(
     ensemble, described = teachers.build(
         config.teacher, classes=list(train.classes), img_size=config.img_size, runtime=runtime
     )
-    annotator = make_annotator(
-        config,
-        runtime,
-        ensemble,
-        encoding,
-        img_size=config.img_size,
-        max_batch_size=len(train) * config.num_views,
-    )
-    return annotator, described
+    sizes = {"img_size": config.img_size, "max_batch_size": len(train) * config.num_views}
+    return make_annotator(config, runtime, ensemble, encoding, **sizes), described
 
 
 # --- --dry-run ------------------------------------------------------------------------------------
@@ -124,21 +111,21 @@ def _estimate(
 ) -> dict[str, Any]:
     """Label for a few seconds; return the views, bytes and seconds of the whole run."""
     device, train = annotator.runtime.device, splits[-1]
-    num_labels = sum(split.num_labels for split in splits)
+    num_labels = sum(len(split.source) * len(split.views) for split in splits)
     timing.reset_peak_memory(device)
     sample, label_bytes = _measure(config, annotator, train)
     rate, peak_bytes = sample.rate, timing.peak_bytes(device)
     num_bytes = round(num_labels * label_bytes) + sum(map(_bytes_beside_labels, splits))
     console.info(
         f"{num_labels} views, {console.size_of(num_bytes)}, about "
-        f"{console.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, memory up "
-        f"to "
+        f"{console.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, peak memory "
         f"{console.size_of(peak_bytes)}"
     )
     timing.print_limit(sample)
     if isinstance(config.output, Path):
-        free = shutil.disk_usage(_existing(config.output)).free
-        if free < num_bytes:
+        output = config.output.absolute()
+        existing = next(path for path in (output, *output.parents) if path.is_dir())
+        if (free := shutil.disk_usage(existing).free) < num_bytes:
             console.info(f"only {console.size_of(free)} are free at {config.output}")
     return {
         "dry_run": True,
@@ -156,7 +143,7 @@ def _estimate(
 def _measure(
     config: PrecomputeConfig, annotator: Annotator, split: LabelSplit
 ) -> tuple[timing.Sample, float]:
-    """Return a sample of the work, and the bytes of a label."""
+    """Return a sample of the labelling, and the bytes per label."""
     num_views, batch_size = len(split.views), annotator.batch_size
     label_bytes = 0.0
 
@@ -181,12 +168,6 @@ def _measure(
 
 
 def _bytes_beside_labels(split: LabelSplit) -> int:
-    """Return about how many bytes the shards of a split need for keys, index and headers."""
+    """Return the approximate bytes of keys, index and headers in the shards of a split."""
     keys = sum(len(key.encode()) + _INDEX_BYTES for key in split.source.keys)
     return keys + len(split.shards) * _HEADER_BYTES
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest folder at or above a path that exists."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.is_dir())

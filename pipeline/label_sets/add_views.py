@@ -1,77 +1,54 @@
-"""`mealv2 labels add-views`: more views of a set's images, in new files beside its shards."""
+"""`mealv2 labels add-views`: label more views of a set's images, in new shards."""
 
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mealv2 import label_set
 from mealv2.errors import ConfigError
-from mealv2.label_set import LabelSet, read_manifest
+from mealv2.label_set import LabelSet, listed_sha256, read_manifest, write_manifest
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import LabelsAddViewsConfig
-from pipeline.labelling import jobs, workers
+from pipeline.labelling import compatibility, jobs, manifest, shards, workers
 from pipeline.labelling.annotate import Annotator, make_annotator
-from pipeline.labelling.compatibility import (
-    build_original_teachers,
-    check_precision,
-    check_same_data,
-    choose_resize,
-)
-from pipeline.labelling.manifest import block_views, describe_block
 from pipeline.labelling.plan import LabelSplit
-from pipeline.labelling.shards import (
-    complete_shards,
-    find_missing,
-    label_shards,
-    stop_between_batches,
-)
 from pipeline.labelling.store import Store
-from pipeline.loading.loader import ViewReader
 from pipeline.loading.sources import open_images
-from pipeline.runtime.device import create_runtime, library_versions
+from pipeline.runtime.device import create_runtime
 
 
 def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
     """Label views up to --num-views, or a job's part of them; return the report.
 
-    Raises MealError and OSError.
+    Complete shards of added views are kept, missing or damaged ones are made. The manifest lists
+    the views when all of their shards are complete. Raises MealError and OSError.
     """
     job = jobs.choose_job(config)
-    last_step = _last_step(config, read_manifest(config.labels)["plan"])
+    if "derived" in read_manifest(config.labels)["plan"]:  # `labels finish` cannot complete it
+        same = f"the same `mealv2 labels add-views {config.labels}`"
+        job = replace(job, last_step=f"{same} with --job-index 0 --num-jobs 1")
     if config.num_procs == 1:
-        return _run(config, job, last_step)
+        return _run(config, job)
     began = time.monotonic()
     num_made = workers.run_workers(["labels", "add-views"], config, job)
     if job.is_part:
-        return jobs.job_report(job, Store(config.labels), num_made, began, last_step=last_step)
+        return jobs.job_report(job, Store(config.labels), num_made, began)
     alone = replace(config, num_procs=1, job_index=0, num_jobs=1)
-    return _run(alone, jobs.Job(0, 1), last_step) | {"shards_made": num_made}
+    return _run(alone, jobs.Job(0, 1)) | {"shards_made": num_made}
 
 
-def _last_step(config: LabelsAddViewsConfig, plan: dict[str, Any]) -> str | None:
-    """Return what completes a set after jobs, if `labels finish` cannot."""
-    again = f"the same `mealv2 labels add-views {config.labels}` with --job-index 0 --num-jobs 1"
-    return again if "derived" in plan else None
-
-
-def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> dict[str, Any]:
-    """Label views in this process.
-
-    Complete shards are kept. Missing or damaged ones are made, also in blocks that were added
-    before. The manifest lists the views when all of their shards are complete.
-    """
-    manifest = read_manifest(config.labels)
-    plan = manifest["plan"]
-    first, *added = _views_of(manifest)
+def _run(config: LabelsAddViewsConfig, job: jobs.Job) -> dict[str, Any]:
+    """Label views in this process."""
+    before = read_manifest(config.labels)
+    first, *added = _views_of(before)
     num_stored = added[-1].stop if added else first.stop
     if config.num_views < num_stored:
         raise ConfigError(
-            f"--num-views {config.num_views}: {config.labels} holds {num_stored} already, and "
-            f"keeps them"
+            f"--num-views {config.num_views}: {config.labels} has {num_stored} already; give a "
+            "larger number"
         )
-    # opened without the added views: their damaged shards must not be an error here
+    # without the added views, because some of their shards may be damaged
     labels = LabelSet.open(config.labels, appended=[], num_views=first.stop)
     annotator, split = _load(config, labels)
     began = time.monotonic()
@@ -79,16 +56,22 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     splits = [replace(split, views=tuple(views)) for views in blocks]
     store = Store(config.labels)
     if job.is_part:
-        return jobs.label_part(
-            job, splits, annotator, store, workers=config.workers, last_step=last_step
-        )
-    listed = label_set.listed_sha256(store.folder, json_sha256(plan))
-    described, num_made, skipped = _label_blocks(config, splits, annotator, store, listed)
-    skipped -= labels.skipped.keys()
-    if skipped:
-        console.info(f"{len(skipped)} images could not be read: they keep only their first views")
-    _write_manifest(config.labels, manifest, described)
-    console.info(f"{config.labels} now holds views 0 to {config.num_views - 1}")
+        return jobs.label_part(job, splits, annotator, store, workers=config.workers)
+    listed = listed_sha256(store.folder, split.plan_sha256)
+    num_made, described, skipped = 0, [], set[str]()
+    with shards.stop_between_batches() as stop:
+        for views, block in zip(blocks, splits, strict=True):
+            missing = shards.find_missing(block, store, listed=listed)
+            shards.label_shards(block, missing, annotator, store, workers=config.workers, stop=stop)
+            num_made += len(missing)
+            checked = manifest.require_complete(store.folder, block.planned, split.plan_sha256)
+            described.append(manifest.describe_block(views, checked))
+            skipped |= {key for shard in checked for key in shard.header["skipped"]}
+    if skipped := skipped - labels.skipped.keys():
+        images = console.count(len(skipped), "image")
+        console.info(f"{images} could not be read: only their first views have labels")
+    _write_manifest(config.labels, before, described)
+    console.info(f"{config.labels} has views 0 to {config.num_views - 1} now")
     return {
         "labels": str(config.labels),
         "images": len(labels),
@@ -101,57 +84,25 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job, last_step: str | None) -> 
     }
 
 
-def _label_blocks(
-    config: LabelsAddViewsConfig,
-    blocks: list[LabelSplit],
-    annotator: Annotator,
-    store: Store,
-    listed: dict[str, str],
-) -> tuple[list[dict[str, Any]], int, set[str]]:
-    """Return the manifest entries of the blocks, how many shards were made, and skipped keys."""
-    num_made = 0
-    entries = []
-    skipped: set[str] = set()
-    for block in blocks:
-        with stop_between_batches() as stop:
-            missing = find_missing(block, store, listed=listed)
-            label_shards(block, missing, annotator, store, workers=config.workers, stop=stop)
-        num_made += len(missing)
-        files = complete_shards(block, store)
-        entries.append(describe_block(range(block.views[0], block.views[-1] + 1), files))
-        skipped |= {key for file in files for key in file.header["skipped"]}
-    return entries, num_made, skipped
-
-
-def _write_manifest(
-    folder: Path, manifest: dict[str, Any], described: list[dict[str, Any]]
-) -> None:
-    """Write the manifest with other added blocks; all else stays."""
-    train = manifest["roles"]["train"]
-    kept = {"batch_size": manifest["batch_size"]} if "batch_size" in manifest else {}
-    label_set.write_manifest(
-        folder,
-        manifest["plan"],
-        roles={
-            **manifest["roles"],
-            "train": {**train, "blocks": [train["blocks"][0], *described]},
-        },
-        versions=manifest.get("versions", library_versions()),
-        **kept,
-    )
+def _write_manifest(folder: Path, before: dict[str, Any], described: list[dict[str, Any]]) -> None:
+    """Write the manifest with other added blocks of views."""
+    train = before["roles"]["train"]
+    roles = {"train": {**train, "blocks": [train["blocks"][0], *described]}}
+    kept = {name: before[name] for name in ("batch_size", "versions") if name in before}
+    write_manifest(folder, before["plan"], roles=before["roles"] | roles, **kept)
 
 
 def _views_of(manifest: dict[str, Any]) -> list[range]:
     """Return the views of each block of training labels."""
     if "train" not in manifest["roles"]:
-        raise ConfigError("the label set has no train labels to add views to")
+        raise ConfigError("the label set has no train split to add views to")
     return [range(*block["views"]) for block in manifest["roles"]["train"]["blocks"]]
 
 
 def _blocks_to_add(folder: Path, num_stored: int, num_views: int) -> list[range]:
-    """Return the blocks to add: those that were started before, then one of the rest."""
+    """Return the blocks to add: the blocks of earlier, unfinished runs, then one block."""
     blocks = []
-    for views in block_views(folder, "train"):
+    for views in manifest.block_views(folder, "train"):
         if views.start == num_stored and views.stop <= num_views:
             blocks.append(views)
             num_stored = views.stop
@@ -159,25 +110,17 @@ def _blocks_to_add(folder: Path, num_stored: int, num_views: int) -> list[range]
 
 
 def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, LabelSplit]:
-    """Return the teachers that made the set, and its images, without views so far."""
-    plan = labels.manifest["plan"]
+    """Return the teachers that made the set, and its train split without views."""
+    folder, plan = config.labels, labels.manifest["plan"]
     runtime = create_runtime(config)
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
-    check_same_data(labels, source, allow_missing=True)  # a split set has a part of the images
-    check_precision(config.labels, plan, runtime)
-    ensemble = build_original_teachers(config.labels, config.teacher, plan, runtime)
-    annotator = make_annotator(
-        config,
-        runtime,
-        ensemble,
-        labels.encoding,
-        img_size=labels.img_size,
-        max_batch_size=len(labels),
-    )
+    compatibility.check_same_data(labels, source, allow_missing=True)  # for a part of a split set
+    compatibility.check_precision(folder, plan, runtime)
+    ensemble = compatibility.build_original_teachers(folder, config.teacher, plan, runtime)
+    sizes = {"img_size": labels.img_size, "max_batch_size": len(labels)}
+    annotator = make_annotator(config, runtime, ensemble, labels.encoding, **sizes)
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
-    shards = [[position_of[key] for key in file.all_keys()] for file in files]
-    reader = ViewReader(
-        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
-    )
-    return annotator, LabelSplit("train", reader, (), shards, json_sha256(plan))
+    images = [[position_of[key] for key in file.all_keys()] for file in files]
+    reader = compatibility.view_reader(labels, source)
+    return annotator, LabelSplit("train", reader, (), images, json_sha256(plan))

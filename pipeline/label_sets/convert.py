@@ -7,42 +7,29 @@ from typing import Any
 from mealv2.label_set import Encoding, Shard, ShardFile
 from pipeline import console
 from pipeline.config import LabelsConvertConfig
-from pipeline.label_sets.writing import (
-    Writer,
-    accuracies_of,
-    all_rows,
-    derived_plan,
-    encoded,
-    new_encoding,
-    open_splits,
-    require_outside,
-)
+from pipeline.label_sets import writing
 
 
 def run(config: LabelsConvertConfig) -> dict[str, Any]:
-    """Write the set anew; return the report. Raises MealError and OSError."""
-    require_outside(config.output, [config.labels])
-    splits = open_splits(config.labels)
-    train = splits["train"]
-    old = train.encoding
-    new = new_encoding(config, old.num_classes, default=old, has_logits=old.logits)
-    plan = train.manifest["plan"]
-    writer = Writer(
-        config.output, derived_plan(plan, "labels convert", "converted", [plan], labels=new.plan())
+    """Write the set in another encoding; return the report. Raises MealError and OSError."""
+    splits = writing.open_splits(config.labels, config.output)
+    old, plan = splits["train"].encoding, splits["train"].manifest["plan"]
+    new = writing.new_encoding(config, [old])
+    writer = writing.Writer.derive(
+        config.output, "labels convert", "converted", [plan], labels=new.plan()
     )
     for name, labels in splits.items():
-        files = [(views, file) for views, files in labels.blocks for file in files]
-        for views, file in console.progress(
-            files, total=len(files), what=f"converting {name}", unit="shards"
-        ):
-            writer.add(name, views, partial(_converted, file, old, new))
-        for file in labels.appended_files:
-            writer.add_rows(file, range(file.num_images), encoded(all_rows(file, old), old, new))
-    report = writer.finish(accuracies_of(splits))
-    console.info(f"{config.output} keeps {new}, in {console.size_of(report['bytes'])}")
+        shards = [
+            (views, partial(_converted, file, old, new))
+            for views, file in writing.shards_of(labels)
+        ]
+        writer.add(name, shards, what=f"converting {name}")
+        writer.add_appended(labels)
+    report = writer.finish()
+    console.info(f"{config.output}: {new}, {console.size_of(report['bytes'])}")
     return report
 
 
 def _converted(file: ShardFile, old: Encoding, new: Encoding) -> Shard:
-    rows = encoded(all_rows(file, old), old, new)
+    rows = writing.encoded(writing.all_rows(file, old), old, new)
     return replace(file.shard(), blocks=new.blocks(rows, file.num_views))

@@ -1,7 +1,8 @@
 """`mealv2 labels export`: labels as FKD's files, as members of tar shards, or as tables."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 
 from mealv2 import fkd
-from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
@@ -23,47 +23,43 @@ from pipeline.label_sets.writing import all_rows, require_outside
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.loading.sources import open_images
 
-# readers of a folder of tables leave out names that begin so
+# readers of a folder of tables ignore names that start with an underscore
 _PLAN_NAME = "_plan.json"
 _REPORT_NAME = "_export.json"
+
+Export = Callable[[], list[Path]]  # writes the missing files; returns all
 
 
 def run(config: LabelsExportConfig) -> dict[str, Any]:
     """Export; return the report. Raises MealError and OSError.
 
-    _plan.json says what is exported, before the first file, and _export.json how much it was, after
-    the last. Every file is whole; those that are there are kept, so it can be run again.
+    Writes _plan.json before the first file and _export.json, the report, after the last one. Files
+    of an earlier run of the same export are kept.
     """
-    require_outside(config.output, [config.labels])
+    require_outside(config.output, config.labels)
     labels = LabelSet.open(config.labels, split=config.split)
     if labels.num_appended:
-        console.info(f"{labels.num_appended} labels that were appended are left out")
+        console.info(f"left out: {console.count(labels.num_appended, 'appended label')}")
     labels = LabelSet.open(config.labels, split=config.split, appended=[])
-    prepare, write = {
-        "fkd": (_check_fkd, _fkd),
-        "webdataset": (_check_webdataset, _webdataset),
-        "parquet": (_check_parquet, _parquet),
-    }[config.to]
-    prepare(config, labels)
+    exporters = {"fkd": _fkd, "webdataset": _webdataset, "parquet": _parquet}
+    export = exporters[config.to](config, labels)
     _claim(config, labels)
-    files = write(config, labels)
-    num_bytes = sum(path.stat().st_size for path in files)
-    report = {
+    files = export()
+    report: dict[str, Any] = {
         "to": config.to,
         "images": len(labels),
         "views": len(labels) * labels.num_views,
         "files": len(files),
-        "bytes": num_bytes,
+        "bytes": sum(path.stat().st_size for path in files),
     }
     write_atomic(config.output / _REPORT_NAME, canonical_json(report).encode())
-    console.info(
-        f"{config.output}: {console.count(len(files), 'file')}, {console.size_of(num_bytes)}"
-    )
+    size = console.size_of(report["bytes"])
+    console.info(f"{config.output}: {console.count(len(files), 'file')}, {size}")
     return {"output": str(config.output), **report}
 
 
 def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
-    """Make --output the place of this export; raises ConfigError where it holds something else."""
+    """Write _plan.json; raises ConfigError if --output has another export or other files."""
     plan = {
         "to": config.to,
         "role": config.split,
@@ -75,7 +71,7 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         if path.read_bytes() != canonical_json(plan).encode():
-            raise ConfigError(f"--output {config.output} holds another export; give a new folder")
+            raise ConfigError(f"--output {config.output} has another export; give a new folder")
         return
     if names := list_folder(config.output):
         raise ConfigError(
@@ -84,40 +80,41 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
     write_atomic(path, canonical_json(plan).encode())
 
 
-def _is_there(module: str) -> bool:
-    """Return whether a module can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # it has been ruled out
-        return False
-
-
-def _progress(labels: LabelSet, what: str) -> Iterator[tuple[int, ShardFile]]:
-    """Yield the shards of the first block of views, with their numbers."""
+def _shards(labels: LabelSet) -> Iterator[tuple[int, ShardFile]]:
+    """Yield the shards of the first block of views with their numbers, with a progress bar."""
     _, files = labels.blocks[0]
-    return iter(
-        console.progress(
-            list(enumerate(files)),
-            total=len(labels),
-            what=what,
-            unit="images",
-            size=lambda item: item[1].num_images,
-        )
-    )
+    return console.progress(enumerate(files), total=len(files), what="exporting", unit="shards")
+
+
+def _write_shards(
+    config: LabelsExportConfig,
+    labels: LabelSet,
+    name: str,
+    write: Callable[[int, ShardFile, Path], None],
+) -> list[Path]:
+    """Write one file per shard, unless it exists; return all files.
+
+    ``name`` has the field ``number``. ``write`` receives the number, the shard and the path.
+    """
+    paths = []
+    for number, file in _shards(labels):
+        path = config.output / f"{labels.split}-{name.format(number=number)}"
+        paths.append(path)
+        if not path.exists():
+            with atomic_file(path) as temporary:
+                write(number, file, temporary)
+    return paths
 
 
 def _rows_of(labels: LabelSet, number: int) -> Rows:
-    """Return all views of the images of a shard, those of added blocks too, image by image.
-
-    Every block is read once, however many views there are.
-    """
+    """Return the labels of all views of the images of a shard, image by image."""
     parts, addresses, first_row = [], [], 0
     keys = labels.blocks[0][1][number].keys()
     for views, files in labels.blocks:
         file = files[number]
         row_of = {key: row for row, key in enumerate(file.keys())}
         if missing := [key for key in keys if key not in row_of]:
-            labels.rows(missing[:1], [views.start])  # raises, saying why it is not there
+            labels.rows(missing[:1], [views.start])  # raises the error that explains it
         images_N1 = np.array([row_of[key] for key in keys], dtype=np.int64)[:, None]
         addresses.append(first_row + images_N1 * len(views) + np.arange(len(views)))
         parts.append(all_rows(file, labels.encoding))
@@ -132,7 +129,7 @@ def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray
     if file.stored_views is not None:
         return file.stored_views.boxes_NV4 / BOX_UNIT, file.stored_views.flips_NV.astype(bool)
     if images is None:
-        raise LabelSetError(f"{file.path} does not say how large its images are")
+        raise LabelSetError(f"{file.path} has no image sizes; its boxes cannot be computed")
     recipe = labels.views()
     boxes, flips = [], []
     for key, (width, height) in zip(file.keys(), images.sizes_N2.tolist(), strict=True):
@@ -147,103 +144,79 @@ def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray
 # --- FKD ------------------------------------------------------------------------------------------
 
 
-def _check_fkd(config: LabelsExportConfig, labels: LabelSet) -> None:
+def _fkd(config: LabelsExportConfig, labels: LabelSet) -> Export:
+    """Write OUTPUT/SPLIT/CLASS/STEM.tar for every image."""
     try:
-        fkd.num_kept(config.label_type, labels.num_classes)
+        kept = fkd.num_kept(config.label_type, labels.num_classes)
     except LabelSetError as error:
         raise ConfigError(f"--label-type {config.label_type}: {error}") from None
-    fkd.label_names(labels.keys())
-    _boxes_of(labels, labels.blocks[0][1][0])
-
-
-def _fkd(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
-    """Write OUT/SPLIT/CLASS/STEM.tar for every image, as FKD names them; return the files."""
-    folder = config.output / labels.manifest["plan"]["roles"]["train"]["split"]
     names = fkd.label_names(labels.keys())
-    kept = fkd.num_kept(config.label_type, labels.num_classes)
-    for number, file in _progress(labels, "exporting"):
-        paths = [folder / name for name in map(names.__getitem__, file.keys())]
-        if all(path.exists() for path in paths):
-            continue
-        boxes, flips = _boxes_of(labels, file)
-        exact = top_k(_rows_of(labels, number).labels.to_dense(), kept)
-        packed = fkd.pack(exact, config.label_type)
-        by_image = packed.reshape(file.num_images, labels.num_views, *packed.shape[1:])
-        for row, path in enumerate(paths):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fkd.write_file(path, boxes[row].astype(np.float32), flips[row], by_image[row])
-    return [folder / name for name in names.values()]
+    _boxes_of(labels, labels.blocks[0][1][0])  # raises without image sizes
+    folder = config.output / labels.manifest["plan"]["roles"]["train"]["split"]
+
+    def export() -> list[Path]:
+        for number, file in _shards(labels):
+            paths = [folder / name for name in map(names.__getitem__, file.keys())]
+            if all(path.exists() for path in paths):
+                continue
+            boxes, flips = _boxes_of(labels, file)
+            exact = top_k(_rows_of(labels, number).labels.to_dense(), kept)
+            packed = fkd.pack(exact, config.label_type)
+            by_image = packed.reshape(file.num_images, labels.num_views, *packed.shape[1:])
+            for row, path in enumerate(paths):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fkd.write_file(path, boxes[row].astype(np.float32), flips[row], by_image[row])
+        return [folder / name for name in names.values()]
+
+    return export
 
 
 # --- WebDataset -----------------------------------------------------------------------------------
 
 
-def _source_of(config: LabelsExportConfig, labels: LabelSet) -> ImageSource:
+def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
+    """Write classes.json, and a tar of images and labels for every shard."""
     assert config.data_dir is not None
     split = labels.manifest["plan"]["roles"][labels.split]["split"]
-    return open_images(config, config.data_dir, split)
-
-
-def _check_webdataset(config: LabelsExportConfig, labels: LabelSet) -> None:
-    check_same_data(labels, _source_of(config, labels), allow_missing=True)
-
-
-def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
-    """Write a tar of images and labels for every shard; return the files.
-
-    Equal inputs give equal bytes. The class names go into classes.json.
-    """
-    source = _source_of(config, labels)
+    source = open_images(config, config.data_dir, split)
+    check_same_data(labels, source, allow_missing=True)
     position_of = {key: position for position, key in enumerate(source.keys)}
-    write_atomic(config.output / "classes.json", canonical_json(source.classes).encode())
-    made = []
-    for number, file in _progress(labels, "exporting"):
-        path = config.output / f"{labels.split}-{number:06d}.tar"
-        made.append(path)
-        if path.exists():
-            continue
+
+    def write(number: int, file: ShardFile, path: Path) -> None:
         keys = file.keys()
         blocks = labels.encoding.blocks(_rows_of(labels, number), labels.num_views)
-        with (
-            atomic_file(path) as temporary,
-            temporary.open("xb") as stream,
-            tar_writer(stream) as writer,
-        ):
+        with path.open("xb") as stream, tar_writer(stream) as writer:
             for key, name, block in zip(keys, sample_names(keys), blocks, strict=True):
                 position = position_of[key]
                 class_id, image = source.labels[position], source.read(position)
                 writer.write(sample(name, key, class_id, image, mealv2=member_bytes(key, block)))
-    return made
+
+    def export() -> list[Path]:
+        write_atomic(config.output / "classes.json", canonical_json(source.classes).encode())
+        return _write_shards(config, labels, "{number:06d}.tar", write)
+
+    return export
 
 
 # --- Parquet --------------------------------------------------------------------------------------
 
 
-def _check_parquet(config: LabelsExportConfig, labels: LabelSet) -> None:
-    if not _is_there("pyarrow"):
+def _parquet(config: LabelsExportConfig, labels: LabelSet) -> Export:
+    """Write a table of labels for every shard, one row per view."""
+    if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--to parquet needs pyarrow: pip install 'mealv2[parquet]'")
-
-
-def _parquet(config: LabelsExportConfig, labels: LabelSet) -> list[Path]:
-    """Write a table of labels for every shard, one row a view; return the files."""
     import pyarrow
     import pyarrow.parquet
 
-    made = []
-    for number, _ in _progress(labels, "exporting"):
-        path = config.output / f"{labels.split}-{number:05d}.parquet"
-        made.append(path)
-        if path.exists():
-            continue
-        table = pyarrow.table(_columns(labels, number, pyarrow))
-        with atomic_file(path) as temporary:
-            pyarrow.parquet.write_table(table, temporary, compression="zstd")
-    return made
+    def write(number: int, file: ShardFile, path: Path) -> None:
+        table = pyarrow.table(_columns(labels, file, _rows_of(labels, number), pyarrow))
+        pyarrow.parquet.write_table(table, path, compression="zstd")
+
+    return partial(_write_shards, config, labels, "{number:05d}.parquet", write)
 
 
-def _columns(labels: LabelSet, number: int, pyarrow: Any) -> dict[str, Any]:
+def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dict[str, Any]:
     """Return the columns of a shard's table by name."""
-    rows, file = _rows_of(labels, number), labels.blocks[0][1][number]
     kept = rows.labels.kept()
     counts = kept.is_kept_NK.sum(dim=1)
     ends = np.concatenate([[0], np.cumsum(counts.numpy())]).astype(np.int32)

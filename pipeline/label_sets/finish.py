@@ -1,10 +1,9 @@
-"""`mealv2 labels finish`: the manifest of a set whose shards were made by jobs."""
+"""`mealv2 labels finish`: write the manifest of a set whose shards were made by jobs."""
 
 import time
 from typing import Any
 
-from mealv2 import label_set
-from mealv2.errors import LabelSetError
+from mealv2.label_set import read_plan
 from pipeline.config import LabelsFinishConfig
 from pipeline.labelling.manifest import finalize
 from pipeline.labelling.store import open_store
@@ -17,10 +16,5 @@ def run(config: LabelsFinishConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     store = open_store(config, config.labels)
-    plan = label_set.read_plan(store.folder)
-    try:
-        label_set.planned_shards(plan)
-    except LabelSetError as error:
-        raise LabelSetError(f"cannot finish {store.location}: {error}") from None
-    report = finalize(store, plan, batch_size=config.batch_size)
+    report = finalize(store, read_plan(store.folder), batch_size=config.batch_size)
     return report | {"seconds": round(time.monotonic() - began, 2)}

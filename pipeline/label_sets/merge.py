@@ -1,6 +1,6 @@
-"""`mealv2 labels merge`: sets of disjoint images into one, sets of different teachers into one."""
+"""`mealv2 labels merge`: join sets of different images, or average sets of different teachers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,24 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile
+from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile, read_manifest
 from mealv2.metrics import num_correct
+from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import LabelsMergeConfig
-from pipeline.label_sets.writing import (
-    Writer,
-    all_rows,
-    averaged,
-    derived_plan,
-    images_of,
-    mean_probs,
-    new_encoding,
-    open_splits,
-    require_outside,
-)
-from pipeline.labelling.manifest import accuracy_of
+from pipeline.label_sets import writing
 
 _COMMAND = "labels merge"
 _SAME = ("classes", "ensemble", "precision", "img_size", "interpolation", "probe_sha256")
@@ -34,70 +23,104 @@ _SAME = ("classes", "ensemble", "precision", "img_size", "interpolation", "probe
 
 @dataclass(frozen=True)
 class _Set:
-    """One of the sets to merge: its folder, plan and roles."""
+    """A label set to merge."""
 
     folder: Path
-    plan: dict[str, Any]
     splits: dict[str, LabelSet]
 
     @property
-    def teachers(self) -> list[str]:
-        """What tells its teachers from others, sorted."""
-        return sorted(map(_identity, self.plan["teachers"]))
+    def train(self) -> LabelSet:
+        return self.splits["train"]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        plan: dict[str, Any] = self.train.manifest["plan"]
+        return plan
 
 
 def run(config: LabelsMergeConfig) -> dict[str, Any]:
     """Merge sets; return the report. Raises MealError and OSError.
 
-    Sets with the same teachers are joined, and keep their encoding; others are averaged.
+    Sets with the same teachers are joined and keep their encoding; others are writing.averaged.
     """
-    require_outside(config.output, config.sets)
-    sets = [_opened(folder) for folder in config.sets]
-    for other in sets[1:]:
-        _check_same(other, sets[0])
-    if any(f"{UNKNOWN} {UNKNOWN}" in each.teachers for each in sets):
+    sets = [_Set(folder, writing.open_splits(folder, config.output)) for folder in config.sets]
+    _check_same(sets, _common)
+    teachers = [sorted(map(_identity, each.plan["teachers"])) for each in sets]
+    if any(f"{UNKNOWN} {UNKNOWN}" in each for each in teachers):
         raise ConfigError(
-            "nobody knows whether imported sets have the same teachers; import them with "
-            "--teacher-name, the same name or another"
+            "the teachers of an imported set are unknown; import it again with --teacher-name: "
+            "the same name for the same teacher"
         )
-    if all(other.teachers == sets[0].teachers for other in sets):
+    if all(each == teachers[0] for each in teachers):
         return _join(config, sets)
-    every = [teacher for each in sets for teacher in each.teachers]
-    if len(set(every)) < len(every):
+    if len(set().union(*teachers)) < sum(map(len, teachers)):
         raise ConfigError(
-            "some of the sets share a teacher and some do not: join those of the same teachers, "
-            "average those of different ones"
+            "some of the sets share a teacher and some do not: first join the sets of the same "
+            "teachers, then average the results"
         )
     return _average(config, sets)
 
 
-def _opened(folder: Path) -> _Set:
-    splits = open_splits(folder)
-    return _Set(folder, next(iter(splits.values())).manifest["plan"], splits)
-
-
 def _identity(teacher: dict[str, Any]) -> str:
-    """Return what tells a teacher from others: weights and normalisation, else its name."""
+    """Return what identifies a teacher: weights and normalisation, else its name."""
     if teacher["weights_sha256"] == UNKNOWN:
         return f"{UNKNOWN} {teacher['model']}"
     return f"{teacher['weights_sha256']} {teacher['mean']} {teacher['std']}"
 
 
-def _check_same(other: _Set, first: _Set) -> None:
-    """Raise LabelSetError where two sets differ in what all that are merged have in common."""
-    _compare(other, first, other.plan, first.plan, _SAME)
-    if other.splits.keys() != first.splits.keys():
-        has, first_values = ", ".join(other.splits), ", ".join(first.splits)
-        raise _merge_error(other, first, f"one has {has} labels, the other {first_values}")
+# --- what must be equal ---------------------------------------------------------------------------
 
 
-def _compare(
-    other: _Set, first: _Set, other_values: Any, first_values: Any, names: Sequence[str]
-) -> None:
-    for name in names:
-        if other_values.get(name) != first_values.get(name):
-            a, b = (_short(part.get(name)) for part in (other_values, first_values))
-            raise _merge_error(other, first, f"{name} differs ({a} and {b})")
+def _check_same(sets: Sequence[_Set], describe: Callable[[_Set], dict[str, Any]]) -> None:
+    """Raise LabelSetError if a set differs from the first one in what ``describe`` returns."""
+    expected = describe(sets[0])
+    for other in sets[1:]:
+        found = describe(other)
+        for name in found | expected:
+            a, b = found.get(name), expected.get(name)
+            if a != b:
+                raise _merge_error(
+                    other, sets[0], f"different {name} ({_short(a)} and {_short(b)})"
+                )
+
+
+def _common(each: _Set) -> dict[str, Any]:
+    """Return what all merged sets have in common."""
+    splits = ", ".join(sorted(each.splits))
+    return {"splits": splits, **{name: each.plan.get(name) for name in _SAME}}
+
+
+def _joinable(each: _Set) -> dict[str, Any]:
+    """Return what joined sets also have in common."""
+    blocks = {
+        f"{split} views in the files": ", ".join(
+            f"{views.start} to {views.stop - 1}" for views, _ in labels.blocks
+        )
+        for split, labels in each.splits.items()
+    }
+    return {"encodings": each.train.encoding, **_recipe(each), **blocks}
+
+
+def _alignable(each: _Set) -> dict[str, Any]:
+    """Return what averaged sets also have in common, beside the layout of their shards."""
+    return _recipe(each, "data_sha256", "num_images")
+
+
+def _recipe(each: _Set, *names: str) -> dict[str, Any]:
+    """Return what determines the views of every split, and more entries of its plan."""
+    recipe: dict[str, Any] = {}
+    for split, entry in each.plan["roles"].items():
+        recipe |= {f"{split} {name}": entry.get(name) for name in ("split", *names)}
+        recipe |= {f"{split} view {name}": value for name, value in entry["views"].items()}
+    return recipe
+
+
+def _layout(labels: LabelSet) -> list[Any]:
+    """Return the views of each block of a split, and the images and boxes of each shard."""
+    return [
+        (views, [(json_sha256(file.keys()), file.header["boxes_sha256"]) for file in files])
+        for views, files in labels.blocks
+    ]
 
 
 def _merge_error(other: _Set, first: _Set, why: str) -> LabelSetError:
@@ -115,66 +138,41 @@ def _short(value: object) -> str:
 def _join(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
     if config.rate is not None or config.topk is not None or config.store_logits:
         raise ConfigError(
-            "sets of the same teachers are joined as they are; `mealv2 labels convert` gives them "
-            "another encoding"
+            "sets of the same teachers are joined without a change of encoding; leave out --rate, "
+            "--topk and --store-logits, and use `mealv2 labels convert` on the result"
         )
+    _check_same(sets, _joinable)
     first = sets[0]
-    for other in sets[1:]:
-        _check_joinable(other, first)
     sources = {split: _sources(sets, split) for split in first.splits}
-    described = {
-        split: {**first.plan["roles"][split], **_data_of(first.plan["classes"], chosen)}
+    roles = {
+        split: first.plan["roles"][split]
+        | writing.describe_images(
+            first.train.classes, writing.images_of(file for s in chosen for file in s.blocks[0][1])
+        )
         for split, chosen in sources.items()
     }
     plans = [each.plan for each in sets]
-    writer = Writer(
-        config.output, derived_plan(first.plan, _COMMAND, "joined", plans, roles=described)
-    )
-    accuracies = {}
+    writer = writing.Writer.derive(config.output, _COMMAND, "joined", plans, roles=roles)
     for split, chosen in sources.items():
-        for block, (views, _) in enumerate(chosen[0].blocks):
-            files = [file for labels in chosen for file in labels.blocks[block][1]]
-            for file in console.progress(
-                files, total=len(files), what=f"joining {split}", unit="shards"
-            ):
-                writer.add(split, views, file.shard)
-        if split == "val" and writer.has_counts(split):
-            accuracies[split] = accuracy_of(first.plan, writer.files(split))
+        shards = [
+            (views, file.shard)
+            for block, (views, _) in enumerate(chosen[0].blocks)
+            for labels in chosen
+            for file in labels.blocks[block][1]
+        ]
+        writer.add(split, shards, what=f"joining {split}")
     for each in sets:
-        for file in each.splits["train"].appended_files:
-            rows = all_rows(file, each.splits["train"].encoding)
-            writer.add_rows(file, range(file.num_images), rows)
-    report = writer.finish(accuracies)
+        writer.add_appended(each.train)
+    report = writer.finish()
     console.info(f"joined {len(sets)} sets: {report['images']} images, {report['views']} labels")
     return {**report, "merged": "joined", "sets": len(sets)}
 
 
-def _check_joinable(other: _Set, first: _Set) -> None:
-    encodings = (other.splits["train"].encoding, first.splits["train"].encoding)
-    if encodings[0] != encodings[1]:
-        raise _merge_error(
-            other, first, f"their labels are kept as {encodings[0]} and {encodings[1]}"
-        )
-    for split, labels in other.splits.items():
-        recipes = (other.plan["roles"][split], first.plan["roles"][split])
-        _compare(other, first, *recipes, ("split", "views"))
-        other_values, first_values = (
-            [(views.start, views.stop) for views, _ in each.blocks]
-            for each in (labels, first.splits[split])
-        )
-        if other_values != first_values:
-            raise _merge_error(
-                other, first, f"their files hold the views {other_values} and {first_values}"
-            )
-
-
-def _data_of(classes: list[str], chosen: list[LabelSet]) -> dict[str, Any]:
-    images = [image for s in chosen for file in s.blocks[0][1] for image in images_of(file)]
-    return {"num_images": len(images), "data_sha256": fingerprint_of(classes, images)}
-
-
 def _sources(sets: list[_Set], split: str) -> list[LabelSet]:
-    """Return whose labels of a role are taken: all, or one where all label the same images."""
+    """Return the sets whose labels of a split are used.
+
+    All of them; one, if all have labels of the same validation images.
+    """
     data = {each.plan["roles"][split]["data_sha256"] for each in sets}
     if split != "train" and len(data) == 1:
         return [sets[0].splits[split]]
@@ -195,73 +193,49 @@ def _sources(sets: list[_Set], split: str) -> list[LabelSet]:
 
 
 def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
-    first = sets[0]
+    _check_same(sets, _alignable)
+    first, trains = sets[0], [each.train for each in sets]
     for other in sets[1:]:
-        _check_aligned(other, first)
-    trains = [each.splits["train"] for each in sets]
-    encoding = new_encoding(
-        config, trains[0].num_classes, has_logits=all(train.encoding.logits for train in trains)
-    )
-    _warn_dropped_views(trains)
+        for split, labels in other.splits.items():
+            if _layout(labels) != _layout(first.splits[split]):
+                raise _merge_error(
+                    other,
+                    first,
+                    f"their {split} shards hold other images or views; make them with the same "
+                    "--shard-size and --num-views, and skip the same images",
+                )
+    encoding = writing.new_encoding(config, [train.encoding for train in trains])
+    _warn_dropped_labels(trains)
     teachers = [teacher for each in sets for teacher in each.plan["teachers"]]
     counts = [len(each.plan["teachers"]) for each in sets]
     plans = [each.plan for each in sets]
     changes = {"teachers": teachers, "labels": encoding.plan()}
-    writer = Writer(config.output, derived_plan(first.plan, _COMMAND, "averaged", plans, **changes))
+    writer = writing.Writer.derive(config.output, _COMMAND, "averaged", plans, **changes)
     for split, labels in first.splits.items():
-        blocks = enumerate(labels.blocks)
-        addresses = [(b, views, n) for b, (views, files) in blocks for n in range(len(files))]
-        for block, views, number in console.progress(
-            addresses, total=len(addresses), what=f"averaging {split}", unit="shards"
-        ):
-            files = [each.splits[split].blocks[block][1][number] for each in sets]
-            encodings = [each.splits[split].encoding for each in sets]
-            writer.add(split, views, partial(_mean_shard, files, encodings, counts, encoding))
-    accuracies = {}
-    if writer.has_counts("val"):
-        accuracies["val"] = accuracy_of(writer.plan, writer.files("val"))
-        top1 = accuracies["val"]["ensemble"]["top1"]
+        encodings = [each.splits[split].encoding for each in sets]
+        shards = [
+            (views, partial(_mean_shard, same, encodings, counts, encoding))
+            for block, (views, _) in enumerate(labels.blocks)
+            for same in zip(*(each.splits[split].blocks[block][1] for each in sets), strict=True)
+        ]
+        writer.add(split, shards, what=f"averaging {split}")
+    report = writer.finish()
+    validation = read_manifest(config.output)["roles"].get("val", {})
+    if "accuracy" in validation:
+        top1 = validation["accuracy"]["ensemble"]["top1"]
         console.info(f"{len(teachers)} teachers together: top-1 {top1:.2f} on the validation split")
-    report = writer.finish(accuracies)
     return {**report, "merged": "averaged", "sets": len(sets), "teachers": len(teachers)}
 
 
-def _check_aligned(other: _Set, first: _Set) -> None:
-    """Raise LabelSetError where two sets do not have the same views in the same shards."""
-    for split, labels in other.splits.items():
-        recipes = (other.plan["roles"][split], first.plan["roles"][split])
-        _compare(other, first, *recipes, ("split", "views", "data_sha256", "num_images"))
-        if not _aligned(labels, first.splits[split]):
-            raise _merge_error(
-                other,
-                first,
-                f"their {split} shards hold other images or views; make them with the same "
-                "--shard-size and --num-views, and skip the same images",
-            )
-
-
-def _aligned(labels: LabelSet, other: LabelSet) -> bool:
-    own_rows, other_rows = labels.blocks, other.blocks
-    return [(views, len(files)) for views, files in own_rows] == [
-        (views, len(files)) for views, files in other_rows
-    ] and all(
-        np.array_equal(a.column("keys"), b.column("keys"))
-        and np.array_equal(a.column("key_ends"), b.column("key_ends"))
-        and a.header["boxes_sha256"] == b.header["boxes_sha256"]
-        for (_, files), (_, other_files) in zip(own_rows, other_rows, strict=True)
-        for a, b in zip(files, other_files, strict=True)
-    )
-
-
-def _warn_dropped_views(trains: Sequence[LabelSet]) -> None:
+def _warn_dropped_labels(trains: Sequence[LabelSet]) -> None:
     if not all(train.encoding.is_dense for train in trains):
         console.info(
-            "not all sets are dense: their means carry what their encodings lost "
-            "(precompute with --topk all to lose nothing)"
+            "not all sets are dense: the means contain the errors of their encodings "
+            "(precompute with --topk all for exact means)"
         )
-    appended = sum(train.num_appended for train in trains)
-    if appended:
-        console.info(f"{appended} labels that were appended are left out: not all sets have them")
+    if appended := sum(train.num_appended for train in trains):
+        appended_labels = console.count(appended, "appended label")
+        console.info(f"left out: {appended_labels}, which are not in all sets")
 
 
 def _mean_shard(
@@ -270,16 +244,16 @@ def _mean_shard(
     counts: Sequence[int],
     encoding: Encoding,
 ) -> Shard:
-    """Return the shard of an ensemble of all teachers, ``counts`` of them in each set."""
-    rows = [all_rows(file, its) for file, its in zip(files, encodings, strict=True)]
+    """Return the shard of the ensemble of all teachers; ``counts`` are the teachers per set."""
+    rows = [writing.all_rows(file, its) for file, its in zip(files, encodings, strict=True)]
     shard = files[0].shard()
-    blocks = encoding.blocks(averaged(rows, counts, encoding), shard.num_views)
+    blocks = encoding.blocks(writing.averaged(rows, counts, encoding), shard.num_views)
     if not shard.counts or shard.images is None:
         return replace(shard, blocks=blocks, counts={})
     truth_N = torch.from_numpy(shard.images.classes_N.astype(np.int64))
-    probs_NC = mean_probs(rows, counts)
+    probs_NC = writing.mean_probs(rows, counts)
     correct = {
-        # of every teacher, as the sets counted them, and of all together
+        # of every teacher, as the sets counted them, and of the ensemble
         name: [
             *(count for file in files for count in file.header["counts"][name][:-1]),
             int(num_correct(probs_NC, truth_N, k)),

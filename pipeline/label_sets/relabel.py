@@ -1,6 +1,5 @@
-"""Asking a label set's teachers again about some of its views, to compare."""
+"""Label some views of a label set again with its teachers, to compare."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,20 @@ from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.compatibility import build_original_teachers, check_precision, choose_resize
-from pipeline.loading.loader import ViewReader, on_device, read_views
+from pipeline.labelling.compatibility import build_original_teachers, check_precision, view_reader
+from pipeline.loading.loader import on_device, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
 
-_NOTHING = float(np.finfo(np.float32).tiny)  # of a class that float16 rounded to 0: no log of 0
+_MIN_PROB = float(np.finfo(np.float32).tiny)  # instead of a probability that float16 rounded to 0
 
 
 def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[str, Any]:
-    """Return how the stored labels of random views differ from the teachers' answers now.
+    """Label random views again; return how the stored labels differ.
 
-    ``kl`` is the mean KL(answer || stored) in nats and ``kl_of_encoding`` what the set's encoding
-    alone loses of these answers; ``top1_agreement`` in percent; ``identical`` the share of labels
-    that come out the same to the bit. Raises MealError.
+    ``kl`` is the mean KL(new || stored) in nats, ``kl_of_encoding`` the mean KL(new || encoded
+    new). ``top1_agreement`` is in percent, ``identical`` a fraction. Raises MealError.
     """
     assert config.data_dir is not None
     labels = LabelSet.open(folder)
@@ -41,15 +39,14 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         on_bad_image=config.on_bad_image,
     )
     source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
-    addresses = _addresses(labels, config.relabel, seed=config.seed)
-    reader = ViewReader(
-        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
+    reader = view_reader(labels, source)
+    requests = _requests(
+        labels, source, config.relabel, seed=config.seed, batch_size=config.batch_size
     )
-    requests = _requests(source, addresses, config.batch_size)
     batches = console.progress(
         read_views(reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory),
-        total=len(addresses),
-        what="asking the teachers again",
+        total=sum(map(len, requests)),
+        what="labelling again",
         unit="views",
         size=lambda batch: len(batch.positions) + len(batch.failed),
     )
@@ -65,43 +62,32 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         total += _compared(annotations, stored, fresh)
     kl, kl_of_encoding, agreement, identical = (total / max(1, num_views)).tolist()
     console.info(
-        f"{num_views} views asked again: KL {kl:.3g} nats, of which the encoding loses "
-        f"{kl_of_encoding:.3g}; top-1 agrees in {100.0 * agreement:.2f} %, "
-        f"{100.0 * identical:.2f} % are the same to the bit"
+        f"labelled {num_views} views again: KL {kl:.3g} nats, {kl_of_encoding:.3g} of it from the "
+        f"encoding; the same top-1 class for {agreement:.2%}, identical labels for {identical:.2%}"
     )
-    return {
-        "views": num_views,
-        "kl": kl,
-        "kl_of_encoding": kl_of_encoding,
-        "top1_agreement": 100.0 * agreement,
-        "identical": identical,
-    }
+    figures = {"kl": kl, "kl_of_encoding": kl_of_encoding, "identical": identical}
+    return {"views": num_views, "top1_agreement": 100.0 * agreement, **figures}
 
 
-def _addresses(labels: LabelSet, number: int, *, seed: int) -> list[tuple[str, int]]:
-    """Return the (key, view) of random labels, in the order of the set."""
+def _requests(
+    labels: LabelSet, source: ImageSource, number: int, *, seed: int, batch_size: int
+) -> list[BatchRequest]:
+    """Return requests for random labelled views, in the order of the set."""
     keys, num_views = list(labels.keys()), labels.num_views
+    position_of = {key: position for position, key in enumerate(source.keys)}
     num_labels = len(keys) * num_views
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(num_labels, min(number, num_labels), replace=False)).tolist()
     addresses = [(keys[n // num_views], n % num_views) for n in chosen]
-    return [
-        address for address in addresses if labels.holds(*address)
-    ]  # added views can lack an image
-
-
-def _requests(
-    source: ImageSource, addresses: Sequence[tuple[str, int]], batch_size: int
-) -> list[BatchRequest]:
-    position_of = {key: position for position, key in enumerate(source.keys)}
-    return [
-        [(position_of[key], (view,)) for key, view in addresses[start : start + batch_size]]
-        for start in range(0, len(addresses), batch_size)
+    # an image that could not be read later has no added views
+    views: BatchRequest = [
+        (position_of[key], (view,)) for key, view in addresses if labels.holds(key, view)
     ]
+    return [views[start : start + batch_size] for start in range(0, len(views), batch_size)]
 
 
 def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:
-    """Return the sums over rows of the four figures, the last two as counts."""
+    """Return the sums over rows of the two KL, and the counts of agreeing and identical rows."""
     probs_NC = annotations.probs_BC.cpu().double()
     then_NC, now_NC = stored.labels.to_dense(), fresh.labels.to_dense()
     agrees_N = probs_NC.argmax(dim=1) == stored.labels.argmax()
@@ -114,5 +100,5 @@ def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndar
 def _kl(probs_NC: torch.Tensor, stored_NC: torch.Tensor) -> float:
     """Return the sum over rows of KL(p || q), nats."""
     # sum_c p_c (log p_c - log q_c), 0 log 0 = 0
-    stored_NC = stored_NC.double().clamp_min(_NOTHING)
+    stored_NC = stored_NC.double().clamp_min(_MIN_PROB)
     return float((torch.xlogy(probs_NC, probs_NC) - torch.xlogy(probs_NC, stored_NC)).sum())

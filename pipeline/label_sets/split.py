@@ -6,44 +6,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, Shard, ShardFile, StoredViews, boxes_of, check_box_drift
 from mealv2.views import Views
 from pipeline import console
 from pipeline.config import LabelsSplitConfig
-from pipeline.label_sets.writing import (
-    Writer,
-    accuracies_of,
-    all_rows,
-    derived_plan,
-    images_of,
-    open_splits,
-    require_outside,
-)
+from pipeline.label_sets import writing
 
 
 def run(config: LabelsSplitConfig) -> dict[str, Any]:
     """Write the parts; return the report. Raises MealError and OSError.
 
-    Training images are divided in their order; every part has the whole validation split.
+    Each part has consecutive training images and the complete validation split.
     """
     folders = [config.output / f"part-{number}" for number in range(config.parts)]
-    for folder in folders:
-        require_outside(folder, [config.labels])
-    splits = open_splits(config.labels)
+    splits = writing.open_splits(config.labels, *folders)
     train = splits["train"]
     _, files = train.blocks[0]
     keys = [key for file in files for key in file.all_keys()]
     if config.parts > len(keys):
         raise ConfigError(
-            f"--parts {config.parts}: {config.labels} has {console.count(len(keys), 'image')}"
+            f"--parts {config.parts}: {config.labels} has only {console.count(len(keys), 'image')}"
         )
     borders = [len(keys) * part // config.parts for part in range(config.parts + 1)]
     parts = [set(keys[a:b]) for a, b in itertools.pairwise(borders)]
-    # rows can have been appended of images that the set has no views of: to the last part
+    # the last part gets the appended rows of images that are in no shard
     appended = itertools.chain.from_iterable(file.keys() for file in train.appended_files)
     parts[-1] |= set(appended) - set(keys)
     reports = []
@@ -57,37 +44,28 @@ def _write_part(
     folder: Path, name: str, splits: dict[str, LabelSet], kept: set[str]
 ) -> dict[str, Any]:
     train = splits["train"]
-    plan = train.manifest["plan"]
-    images = [image for file in train.blocks[0][1] for image in images_of(file) if image[1] in kept]
-    of_train = {
-        **plan["roles"]["train"],
-        "num_images": len(images),
-        "data_sha256": fingerprint_of(train.classes, images),
+    plan, recipe = train.manifest["plan"], train.views()
+    images = [image for image in writing.images_of(train.blocks[0][1]) if image[1] in kept]
+    roles = {
+        **plan["roles"],
+        "train": plan["roles"]["train"] | writing.describe_images(train.classes, images),
     }
-    writer = Writer(
-        folder,
-        derived_plan(
-            plan, "labels split", name, [plan], roles={**plan["roles"], "train": of_train}
-        ),
-    )
-    recipe = train.views()
-    for views, files in train.blocks:
-        for file in files:
-            if not kept.isdisjoint(file.all_keys()):
-                writer.add("train", views, partial(_cut, file, kept, recipe))
+    writer = writing.Writer.derive(folder, "labels split", name, [plan], roles=roles)
+    shards = [
+        (views, partial(_cut, file, kept, recipe))
+        for views, file in writing.shards_of(train)
+        if not kept.isdisjoint(file.all_keys())
+    ]
+    writer.add("train", shards, what=f"train of {name}")
     for split in splits.keys() - {"train"}:
-        for views, files in splits[split].blocks:
-            for file in files:
-                writer.add(split, views, file.shard)
-    for file in train.appended_files:
-        chosen = [row for row, key in enumerate(file.keys()) if key in kept]
-        rows = all_rows(file, train.encoding).rows(torch.tensor(chosen, dtype=torch.int64))
-        writer.add_rows(file, chosen, rows)
-    return writer.finish(accuracies_of(splits))
+        copies = [(views, file.shard) for views, file in writing.shards_of(splits[split])]
+        writer.add(split, copies, what=f"{split} of {name}")
+    writer.add_appended(train, kept)
+    return writer.finish()
 
 
 def _cut(file: ShardFile, kept: set[str], views: Views) -> Shard:
-    """Return the images of a shard that are kept; raises LabelSetError where its boxes drifted."""
+    """Return the images of a shard that are kept; raises LabelSetError if its boxes drifted."""
     shard = file.shard()
     assert shard.images is not None
     check_box_drift(file, views)
@@ -103,8 +81,8 @@ def _cut(file: ShardFile, kept: set[str], views: Views) -> Shard:
         images=shard.images.rows(rows),
         stored_views=stored,
         skipped={
-            key: {**missing, "position": order.index(key)}
-            for key, missing in shard.skipped.items()
+            key: {**image, "position": order.index(key)}
+            for key, image in shard.skipped.items()
             if key in kept
         },
     )

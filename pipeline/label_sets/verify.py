@@ -1,4 +1,4 @@
-"""`mealv2 labels verify`: a label set against its hashes, its images and its teachers."""
+"""`mealv2 labels verify`: check a label set's files, labels, boxes, images and teachers."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -7,15 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mealv2 import label_set
 from mealv2.errors import LabelSetError
-from mealv2.label_set import (
-    PLAN_NAME,
-    LabelSet,
-    ShardFile,
-    boxes_of,
-    creating_command,
-    read_manifest,
-)
+from mealv2.label_set import PLAN_NAME, LabelSet, ShardFile, boxes_of, creating_command
 from mealv2.label_set.blocks import key_hash
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import file_sha256
@@ -33,7 +27,7 @@ from pipeline.runtime.device import create_runtime
 
 @dataclass
 class Found:
-    """What a check came to: problems by file, and how much was looked at."""
+    """The result of a check: problems by file, and counts of what was checked."""
 
     problems: dict[str, str] = field(default_factory=dict)
     shards: int = 0
@@ -43,17 +37,17 @@ class Found:
 
 
 def run(config: LabelsVerifyConfig) -> dict[str, Any]:
-    """Verify a set; return the report. Raises LabelSetError saying what is damaged."""
+    """Verify a set; return the report. Raises LabelSetError naming the damaged files."""
     folder = local_folder(config, config.labels, require_complete=False)
-    manifest = read_manifest(folder)
+    manifest = label_set.read_manifest(folder)
     found = Found()
-    _check_plan(folder, manifest, found)
-    for split, entry in manifest["roles"].items():
-        listed = [s for b in entry["blocks"] for s in b["shards"]]
-        for shard in console.progress(
-            listed, total=len(listed), what=f"bytes of {split}", unit="shards"
-        ):
-            _hash_shard(folder / shard["name"], shard, found)
+    listed = label_set.listed_shards(manifest["roles"])
+    found.shards += 1 + len(listed)
+    if why := _plan_problem(folder / PLAN_NAME, manifest["plan"]):
+        found.problems[PLAN_NAME] = why
+    for shard in console.progress(listed, total=len(listed), what="bytes", unit="shards"):
+        if why := _file_problem(folder / shard["name"], shard):
+            found.problems[shard["name"]] = why
     if not found.problems:
         for split in manifest["roles"]:
             _check_split(LabelSet.open(folder, split=split), found)
@@ -62,9 +56,8 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if found.problems:
         raise LabelSetError(
             f"{shown(config.labels)}: {len(found.problems)} of "
-            f"{console.count(found.shards, 'file')} "
-            f"are damaged or missing ({console.first_names(found.problems)}); "
-            f"{_advice(manifest['plan'], found.problems)}"
+            f"{console.count(found.shards, 'file')} damaged or missing "
+            f"({console.first_names(found.problems)}); {_advice(manifest['plan'], found.problems)}"
         )
     report = {
         "labels": shown(config.labels),
@@ -73,7 +66,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         "views": found.labels,
         "sha256": "right",
         "crc32": "right",
-        "boxes": "right" if not found.unchecked_boxes else "not known",
+        "boxes": "right" if not found.unchecked_boxes else "not checked",
     }
     if config.data_dir is not None:
         report["data"] = _check_data(config, folder, manifest)
@@ -87,79 +80,75 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
 
 
 def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
-    """Return what makes damaged files again."""
-    steps = [f"the same {creating_command(plan)}"]
+    """Return the commands that repair damaged files."""
+    steps = [f"run the same {creating_command(plan)} again"]
     if any("-views-" in name for name in problems):
-        steps.append("then the same `mealv2 labels add-views`")
+        steps.append("run the same `mealv2 labels add-views` again")
     if any(APPENDED_PREFIX in name for name in problems):
-        steps.insert(0, f"remove those of appended rows ({APPENDED_PREFIX}…)")
-    return f"{', '.join(steps)} makes these again, and only these"
+        steps.insert(0, f"remove the files of appended rows ({APPENDED_PREFIX}…)")
+    return f"{', then '.join(steps)}: only these files are made again"
 
 
-def _check_plan(folder: Path, manifest: dict[str, Any], found: Found) -> None:
-    """Compare plan.json with the manifest, which repeats it."""
-    found.shards += 1
+def _plan_problem(path: Path, plan: dict[str, Any]) -> str | None:
     try:
-        if (folder / PLAN_NAME).read_bytes() != canonical_json(manifest["plan"]).encode():
-            found.problems[PLAN_NAME] = "it is not the plan in the manifest"
+        is_same = path.read_bytes() == canonical_json(plan).encode()
+        return None if is_same else "differs from the plan in the manifest"
     except OSError as error:
-        found.problems[PLAN_NAME] = f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
 
 
-def _hash_shard(path: Path, entry: dict[str, Any], found: Found) -> None:
-    """Compare a file with the manifest."""
-    found.shards += 1
+def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
+    """Return how a shard differs from its manifest entry."""
     try:
-        if path.stat().st_size != entry["bytes"]:
-            found.problems[path.name] = f"it has {path.stat().st_size} bytes of {entry['bytes']}"
-        elif file_sha256(path) != entry["sha256"]:
-            found.problems[path.name] = "its contents fail their SHA-256" + _where(path)
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"has {size} bytes, not {entry['bytes']}"
+        is_same = file_sha256(path) == entry["sha256"]
+        return None if is_same else f"has another SHA-256 ({_damaged_part(path)})"
     except OSError as error:
-        found.problems[path.name] = f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
 
 
-def _where(path: Path) -> str:
-    """Return what of a damaged shard is wrong, where it can be told."""
+def _damaged_part(path: Path) -> str:
     try:
-        damaged = [key.decode() for key, _, is_intact in ShardFile(path).blocks() if not is_intact]
+        damaged = _damaged_keys(ShardFile(path))
     except LabelSetError as error:
-        return f" ({str(error).partition(' is damaged: ')[2] or error})"
+        return str(error).partition(" is damaged: ")[2] or str(error)
     if not damaged:
-        return " (not in the labels nor in how they are found)"
-    return (
-        f" (the labels of {console.count(len(damaged), 'image')}: {console.first_names(damaged)})"
-    )
+        return "in neither the labels nor their index"
+    return f"the labels of {console.count(len(damaged), 'image')}: {console.first_names(damaged)}"
+
+
+def _damaged_keys(file: ShardFile) -> list[str]:
+    return [key.decode() for key, _, is_intact in file.blocks() if not is_intact]
 
 
 def _check_split(labels: LabelSet, found: Found) -> None:
-    """Check the contents of shards that are the ones in the manifest, and appended files."""
+    """Check the contents of shards whose hashes are right, and appended files."""
     more = labels.appended_files
     found.shards += len(more)
     for file in more:
         if file_sha256(file.path)[:16] != file.path.stem.rpartition("-")[2]:
-            found.problems[file.path.name] = "its name is not that of its bytes"
+            found.problems[file.path.name] = "has another SHA-256 than its name"
     files = [*(file for _, files in labels.blocks for file in files), *more]
-    for file in console.progress(
-        files, total=len(files), what=f"labels and boxes of {labels.split}", unit="shards"
-    ):
+    what = f"labels and boxes of {labels.split}"
+    for file in console.progress(files, total=len(files), what=what, unit="shards"):
         for problem in _problems(labels, file, found):
             found.problems.setdefault(file.path.name, problem)
         found.labels += file.num_images * file.num_views
-    # Added views and appended rows are of images that other files have too.
+    # added views and appended rows belong to images that are in other files too
     found.images += len(np.unique(np.concatenate([f.column("key_hashes") for f in files])))
 
 
 def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
-    bad = [key.decode() for key, _, is_intact in file.blocks() if not is_intact]
-    if bad:
-        yield f"the labels of {len(bad)} images fail their CRC-32: {console.first_names(bad)}"
+    if bad := _damaged_keys(file):
+        yield f"the labels of {len(bad)} images have another CRC-32: {console.first_names(bad)}"
         return
     keys = file.keys()
     hashes = np.frombuffer(b"".join(key_hash(key.encode()) for key in keys), "<u8")
     if not np.array_equal(hashes, file.column("key_hashes")):
-        yield "its key hashes are not those of its keys"
+        yield "key hashes differ from the hashes of the keys"
     if not file.has_column("views") and len(set(keys)) < len(keys):
-        yield "it has an image twice"
+        yield "contains an image twice"
     try:
         rows = labels.encoding.all_rows_of(
             file.column("labels"), file.column("label_ends"), file.num_views
@@ -172,25 +161,25 @@ def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
 
 
 def _drift(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
-    """Compare the boxes that were cut with those that the recipe gives today."""
+    """Compare the hash of the boxes when the shard was made with the boxes of the recipe now."""
     views = labels.views()
     if file.header["boxes_sha256"] is None or file.images is None:
         found.unchecked_boxes += 1
         return
     try:
         boxes_hash = boxes_of(file.shard(), views)
-    except (ValueError, LabelSetError) as error:  # an image without pixels
+    except (ValueError, LabelSetError) as error:  # an image of size 0
         yield str(error)
         return
     if boxes_hash != file.header["boxes_sha256"]:
         kind = "drawn" if isinstance(views, DrawnViews) else "stored"
-        yield f"its {kind} boxes are not those that were cut when it was made"
+        yield f"the {kind} boxes differ from the boxes that were labelled"
 
 
 def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, Any]) -> str:
-    """Compare keys and files with the data set; raises LabelSetError where they differ.
+    """Compare keys and files with the data set; raises LabelSetError if they differ.
 
-    A part of a set is to label a part of the data: then only its own images are compared.
+    A part of a split set is compared with its own images only.
     """
     assert config.data_dir is not None
     is_part = creating_command(manifest["plan"]) == "`mealv2 labels split`"
@@ -200,6 +189,6 @@ def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, An
         lenient = is_part and split == "train"
         check_same_data(labels, source, allow_missing=lenient)
         num_images = len(labels) + len(labels.skipped)
-        of = "the" if num_images == len(source) else f"{num_images} of {len(source)}"
-        console.info(f"{split}: it labels {of} images of {source.name}, and they are the same")
+        of = "all" if num_images == len(source) else f"{num_images} of {len(source)}"
+        console.info(f"{split}: labels {of} images of {source.name}; the images are unchanged")
     return "a part of it" if is_part else "the same"

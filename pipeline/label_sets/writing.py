@@ -1,8 +1,8 @@
-"""Writing a label set that is made of others: shard by shard, finished by its manifest."""
+"""Write a label set from other label sets or files: shard by shard, then its manifest."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,22 @@ from typing import Any
 import torch
 
 from mealv2 import label_set
+from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, ShardFile
 from mealv2.soft_labels import Labels, SoftLabels
 from mealv2.storage.json_format import json_sha256
+from pipeline import console
 from pipeline.config import DEFAULT_RATE, EncodingConfig
+from pipeline.labelling import manifest
 from pipeline.labelling.annotate import encoding_of
-from pipeline.labelling.manifest import (
-    added_blocks,
-    describe_block,
-    load_complete_shard,
-    skipped_images,
-)
 from pipeline.runtime.device import library_versions
+
+_SLICE = 4096  # rows that are averaged at once
 
 
 class Writer:
-    """Fills the folder of a plan; whole shards that are there are kept, so it can be run again."""
+    """Fills the folder of a plan. Complete shards of an earlier run are kept."""
 
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         label_set.claim(folder, plan)
@@ -34,113 +33,119 @@ class Writer:
         self.plan = plan
         self._plan_sha256 = json_sha256(plan)
         self._listed = label_set.listed_sha256(folder, self._plan_sha256)
-        self._files: dict[str, dict[range, list[ShardFile]]] = {}
+        self._planned: dict[str, dict[range, list[PlannedShard]]] = {}
 
-    def add(self, split: str, views: range, make: Callable[[], Shard]) -> None:
-        """Add the next shard of a role's block of views; ``make`` is asked where it is lacking."""
-        files = self._files.setdefault(split, {}).setdefault(views, [])
-        number = len(files)
-        planned = PlannedShard(split, number, views, None)
-        path = self.folder / planned.name
-        listed = self._listed.get(planned.name)
-        file = load_complete_shard(self.folder, planned, self._plan_sha256, listed)
-        if file is None:
+    @classmethod
+    def derive(
+        cls, folder: Path, command: str, how: str, plans: Sequence[dict[str, Any]], **changes: Any
+    ) -> "Writer":
+        """Return a writer of a set made from the sets of ``plans``.
+
+        Its plan is the first one with ``changes``. It names its sources, so that it differs from
+        every plan of precompute.
+        """
+        derived = {"command": command, "how": how, "from": [json_sha256(plan) for plan in plans]}
+        plan = {**plans[0], "derived": derived, **changes}
+        splits = {
+            name: {key: value for key, value in split.items() if key != "shard_sizes"}
+            for name, split in plan["roles"].items()
+        }
+        return cls(folder, {**plan, "roles": splits})
+
+    def add(
+        self, split: str, shards: Sequence[tuple[range, Callable[[], Shard]]], *, what: str
+    ) -> None:
+        """Add shards, each as its views and a function that makes it if it is not complete.
+
+        Shards of the same views follow each other. ``what`` names the work in the progress bar.
+        """
+        blocks = self._planned.setdefault(split, {})
+        for views, make in console.progress(shards, total=len(shards), what=what, unit="shards"):
+            block = blocks.setdefault(views, [])
+            planned = PlannedShard(split, len(block), views, None)
+            block.append(planned)
+            listed = self._listed.get(planned.name)
+            if manifest.is_complete(self.folder, planned, self._plan_sha256, listed):
+                continue
             shard = replace(
                 make(),
                 plan_sha256=self._plan_sha256,
                 split=split,
-                number=number,
+                number=planned.number,
                 first_view=views.start,
                 num_views=len(views),
             )
+            path = self.folder / planned.name
             label_set.write_shard(path, shard, replace=os.path.lexists(path))
-            file = ShardFile(path)
-        files.append(file)
 
-    def add_rows(self, file: ShardFile, chosen: Sequence[int], rows: Rows) -> None:
-        """Add some of the rows that were appended to a set; ``rows`` are those, as kept here."""
-        keys, views_N = file.keys(), file.column("views")
-        if chosen:
-            shard = replace(
-                file.shard(),
-                plan_sha256=self._plan_sha256,
-                keys=[keys[row] for row in chosen],
-                blocks=Encoding.of_plan(self.plan).blocks(rows, 1),
-                views_N=views_N[list(chosen)],
-            )
-            label_set.write_rows(self.folder, shard)
+    def add_appended(self, labels: LabelSet, kept: Container[str] | None = None) -> None:
+        """Add the rows that were appended to a set; of the images in ``kept``, if it is given."""
+        encoding = Encoding.of_plan(self.plan)
+        for file in labels.appended_files:
+            keys = file.keys()
+            chosen = [row for row, key in enumerate(keys) if kept is None or key in kept]
+            if chosen:
+                rows = all_rows(file, labels.encoding).rows(torch.tensor(chosen))
+                shard = replace(
+                    file.shard(),
+                    plan_sha256=self._plan_sha256,
+                    keys=[keys[row] for row in chosen],
+                    blocks=encoding.blocks(encoded(rows, labels.encoding, encoding), 1),
+                    views_N=file.column("views")[chosen],
+                )
+                label_set.write_rows(self.folder, shard)
 
-    def files(self, split: str) -> list[ShardFile]:
-        """Return the shards of a role that were added."""
-        return [file for files in self._files.get(split, {}).values() for file in files]
-
-    def has_counts(self, split: str) -> bool:
-        """Return whether the shards of a role say how many answers were right."""
-        files = self.files(split)
-        return bool(files) and all(file.header["counts"] for file in files)
-
-    def finish(self, accuracies: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest; return the report. ``accuracies`` are the teachers' by role."""
+    def finish(self) -> dict[str, Any]:
+        """Check the shards and write the manifest; return the report."""
+        checked = {
+            split: [
+                (views, manifest.require_complete(self.folder, shards, self._plan_sha256))
+                for views, shards in blocks.items()
+            ]
+            for split, blocks in self._planned.items()
+        }
         splits = {
-            split: self._entry(split)
-            | ({"accuracy": accuracies[split]} if split in accuracies else {})
-            for split in self._files
+            name: manifest.describe_split(self.folder, self.plan, name, blocks, listed=self._listed)
+            for name, blocks in checked.items()
         }
         label_set.write_manifest(self.folder, self.plan, roles=splits, versions=library_versions())
-        views = sum(
-            len(views) * sum(file.num_images for file in files)
-            for views, files in self._files.get("train", {}).items()
-        )
         return {
             "labels": str(self.folder),
-            "images": splits["train"]["num_images"] if "train" in splits else 0,
-            "views": views,
+            "images": splits["train"]["num_images"],
+            "views": sum(len(views) * s.num_images for views, ss in checked["train"] for s in ss),
             "bytes": sum(shard["bytes"] for shard in label_set.listed_shards(splits)),
         }
 
-    def _entry(self, split: str) -> dict[str, Any]:
-        """Return what the manifest says of a role; views that were added later stay in it."""
-        blocks = self._files[split]
-        first = next(iter(blocks.values()))
-        described = [describe_block(views, files) for views, files in blocks.items()]
-        described += added_blocks(  # since: `labels add-views` on the set that was made
-            self.folder, split, described[-1], self._plan_sha256, listed=self._listed
-        )
-        return {
-            "blocks": described,
-            "num_images": sum(file.num_images for file in first),
-            "skipped": skipped_images(first),
-        }
 
-
-def open_splits(folder: Path) -> dict[str, LabelSet]:
-    """Open every role of a finished set."""
+def open_splits(folder: Path, *outputs: Path) -> dict[str, LabelSet]:
+    """Open every split of a finished set; raises ConfigError if an output folder is in the set."""
+    for output in outputs:
+        require_outside(output, folder)
     names = label_set.read_manifest(folder)["roles"]
     return {name: LabelSet.open(folder, split=name) for name in names}
 
 
-def accuracies_of(splits: dict[str, LabelSet]) -> dict[str, Any]:
-    """Return what a set's manifest says of the teachers' accuracies, by role."""
-    entries = {name: labels.manifest["roles"][name] for name, labels in splits.items()}
-    return {name: entry["accuracy"] for name, entry in entries.items() if "accuracy" in entry}
+def shards_of(labels: LabelSet) -> list[tuple[range, ShardFile]]:
+    """Return the shards of a split, each with its views."""
+    return [(views, file) for views, files in labels.blocks for file in files]
 
 
 def all_rows(file: ShardFile, encoding: Encoding) -> Rows:
-    """Return every label of a shard, image by image; raises LabelSetError where any is damaged."""
-    deque(file.intact_blocks(), maxlen=0)  # which checks them, and copies none
+    """Return every label of a shard, image by image; raises LabelSetError if one is damaged."""
+    deque(file.intact_blocks(), maxlen=0)  # checks them without a copy
     ends = file.column("label_ends")
     return encoding.all_rows_of(file.column("labels"), ends, file.num_views)
 
 
 def encoded(rows: Rows, of: Encoding, to: Encoding) -> Rows:
-    """Return rows in another encoding, through the distributions that they stand for."""
+    """Return rows in another encoding, through their distributions."""
     return rows if to == of else averaged([rows], [1], to)
 
 
 def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding) -> Rows:
     """Return the weighted means of the same rows of several sets, in an encoding.
 
-    A few at a time: dense rows of a shard can be a hundred times as large as the shard.
+    A few rows at a time: dense rows can be a hundred times as large as their shard.
     """
     done = []
     for some in torch.split(torch.arange(len(parts[0].labels)), _SLICE):
@@ -163,10 +168,13 @@ def mean_probs(parts: Sequence[Rows], weights: Sequence[int]) -> torch.Tensor:
 
 
 def _probs(labels: Labels) -> torch.Tensor:
-    """Return distributions N x C, float32: the teachers' own bits where they were kept."""
-    if isinstance(labels, SoftLabels) and labels.is_dense:
-        # float32: softmax gave rows whose sum is 1 but for rounding
-        return labels.probs_NK if labels.probs_NK.dtype is torch.float32 else labels.to_dense()
+    """Return distributions N x C, float32: dense float32 labels to the bit."""
+    if (
+        isinstance(labels, SoftLabels)
+        and labels.is_dense
+        and labels.probs_NK.dtype == torch.float32
+    ):
+        return labels.probs_NK  # to_dense would divide by the sum, which is 1 up to rounding
     return labels.to_dense()
 
 
@@ -180,54 +188,47 @@ def _mean(parts: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor
     return (total / sum(weights)).float()
 
 
-def require_outside(out: Path, other_folders: Iterable[Path]) -> None:
-    """Raise ConfigError where something would be written over, or into, what it is made of."""
-    for other in other_folders:
-        if out.resolve().is_relative_to(other.resolve()):
-            what = "is" if out.resolve() == other.resolve() else "lies in"
-            raise ConfigError(f"--output {out} {what} the label set itself; give another folder")
+def require_outside(output: Path, folder: Path) -> None:
+    """Raise ConfigError if an output folder is a source folder or is in it."""
+    if output.resolve().is_relative_to(folder.resolve()):
+        what = "is" if output.resolve() == folder.resolve() else "lies in"
+        raise ConfigError(f"--output {output} {what} the label set itself; give another folder")
 
 
-def new_encoding(
-    config: EncodingConfig, num_classes: int, *, default: Encoding | None = None, has_logits: bool
-) -> Encoding:
-    """Return the encoding a command asks for, ``default`` where it does not say."""
-    if config.store_logits and not has_logits:
-        raise ConfigError("--store-logits: the set holds no logits to keep")
-    if config.rate is None and config.topk is None:
-        if default is not None:
-            return replace(default, logits=default.logits or config.store_logits)
-        return Encoding(num_classes, rate=DEFAULT_RATE, logits=config.store_logits)
-    return encoding_of(config, num_classes)
+def new_encoding(config: EncodingConfig, sources: Sequence[Encoding]) -> Encoding:
+    """Return the encoding that a command asks for; by default, a single set keeps its own.
+
+    Raises ConfigError for --store-logits without logits in every set.
+    """
+    if config.store_logits and not all(source.logits for source in sources):
+        raise ConfigError("--store-logits: not every label set has logits; leave it out")
+    num_classes = sources[0].num_classes
+    if config.rate is not None or config.topk is not None:
+        return encoding_of(config, num_classes)
+    if len(sources) == 1:
+        return sources[0]  # with its logits
+    return Encoding(num_classes, rate=DEFAULT_RATE, logits=config.store_logits)
 
 
-def derived_plan(
-    plan: dict[str, Any], command: str, how: str, sets: Iterable[dict[str, Any]], **changes: Any
+def images_of(files: Iterable[ShardFile]) -> list[tuple[int, str, int]]:
+    """Return (class, key, bytes) of the images of shards, skipped ones included."""
+    found: list[tuple[int, str, int]] = []
+    for file in files:
+        images = file.images
+        if images is None:
+            raise LabelSetError(
+                f"{file.path} has no image sizes, so the set cannot be split or joined; make it "
+                "again with `mealv2 precompute`"
+            )
+        columns = (images.classes_N.tolist(), file.keys(), images.file_bytes_N.tolist())
+        found += zip(*columns, strict=True)
+        skipped = file.header["skipped"].items()
+        found += [(image["class"], key, image["bytes"]) for key, image in skipped]
+    return found
+
+
+def describe_images(
+    classes: Sequence[str], images: Sequence[tuple[int, str, int]]
 ) -> dict[str, Any]:
-    """Return the plan of a set made of others; it names them, so no precompute takes it for its."""
-    made_of = [json_sha256(other) for other in sets]
-    made = {
-        **plan,
-        "derived": {"command": command, "how": how, "from": made_of},
-        **changes,
-    }
-    splits = {name: dict(split) for name, split in made["roles"].items()}
-    for split in splits.values():
-        split.pop("shard_sizes", None)  # of the others' shards
-    return {**made, "roles": splits}
-
-
-_SLICE = 4096  # rows
-
-
-def images_of(file: ShardFile) -> list[tuple[int, str, int]]:
-    """Return (class, key, bytes) of the images a shard was made from, skipped ones included."""
-    images = file.images
-    if images is None:
-        raise LabelSetError(
-            f"{file.path} does not say how large its images are; label them again to divide or "
-            "join them"
-        )
-    listed = zip(images.classes_N.tolist(), file.keys(), images.file_bytes_N.tolist(), strict=True)
-    skipped = file.header["skipped"].items()
-    return [*listed, *((missing["class"], key, missing["bytes"]) for key, missing in skipped)]
+    """Return the part of a plan that describes the images of a split."""
+    return {"num_images": len(images), "data_sha256": fingerprint_of(classes, images)}

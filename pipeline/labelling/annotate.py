@@ -1,4 +1,4 @@
-"""Run the ensemble on a stream of views: batches of pixels in, encoded rows of a label set out."""
+"""Run the ensemble on a stream of batches and encode its outputs as rows of a label set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ from pipeline.loading.loader import Batch, on_device
 from pipeline.loading.requests import check_failures
 from pipeline.runtime.device import Runtime
 
-# The encoder runs on at most so many rows at once: 16 MB of probabilities and as many bytes of
-# mean logits; of few classes, so many views at about 2 kB each.
+# The encoder runs when either limit is reached: 16 MB of probabilities (and of mean logits), or
+# views of few classes at about 2 kB each.
 _MAX_PROBABILITIES, _MAX_VIEWS = 1 << 22, 1 << 12
 
 
@@ -34,9 +34,9 @@ _MAX_PROBABILITIES, _MAX_VIEWS = 1 << 22, 1 << 12
 class Annotations:
     """The labels of N views: ``positions`` in the source, and the encoded ``rows`` on the CPU.
 
-    ``sizes_N2`` and ``boxes_N5`` are those of Batch. ``correct`` counts correct predictions,
-    int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble. ``failed``
-    maps the positions of unreadable images to the reason.
+    ``sizes_N2`` and ``boxes_N5`` are as in Batch. ``correct`` has the numbers of correct
+    predictions, int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble.
+    ``failed`` maps the positions of unreadable images to the reason.
     """
 
     positions: list[int]
@@ -47,10 +47,12 @@ class Annotations:
     failed: dict[int, str]
 
     def without_failed(self) -> "Annotations":
-        """Return the same without any view of an image that failed.
+        """Return the annotations without the views of images that failed.
 
         ``correct`` stays: it is counted for images with one view, which has no row if it failed.
         """
+        if self.failed.keys().isdisjoint(self.positions):
+            return self
         is_kept_N = np.array([p not in self.failed for p in self.positions], dtype=bool)
         return replace(
             self,
@@ -74,11 +76,11 @@ class Annotator:
     def annotate(
         self, source: ImageSource, batches: Iterable[Batch], *, count_correct: bool
     ) -> Annotations:
-        """Label every view of a stream, batch by batch as it is read.
+        """Label every view of a stream of batches; an image with an unreadable view has no labels.
 
-        If one view of an image cannot be read, no view of it is kept. ``count_correct`` compares
-        the predictions with the classes of the source. Raises DataError for an unreadable image
-        (unless the policy is to skip it) or an output of the teachers that is not finite.
+        ``count_correct`` compares the predictions with the classes of the source. Raises DataError
+        for an unreadable image, unless ``on_bad_image`` is skip, or for an output of the teachers
+        that is not finite.
         """
         failed: dict[int, str] = {}
         positions: list[int] = []
@@ -99,19 +101,19 @@ class Annotator:
             if count_correct:
                 # on the device: reading a count here would wait for every batch
                 classes_B = torch.tensor([source.labels[p] for p in batch.positions])
-                correct += _count_correct(logits_TBC, output.probs_BC, to_device(classes_B, device))
+                classes_B = to_device(classes_B, device)
+                scores = (*logits_TBC, output.probs_BC)
+                counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
+                correct += torch.stack(counts).view(shape)
             encoder.add(output, first_key=source.keys[batch.positions[0]])
-        annotations = Annotations(
+        return Annotations(
             positions,
             encoder.rows(),
             np.concatenate(sizes),
             np.concatenate(boxes),
             correct.cpu().numpy(),
             failed,
-        )
-        if failed.keys().isdisjoint(positions):
-            return annotations
-        return annotations.without_failed()
+        ).without_failed()
 
     def predict(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, EnsembleOutput]:
         """Return the teachers' logits T x B x C and the output of the ensemble, float32.
@@ -127,7 +129,7 @@ class Annotator:
 class _RowEncoder:
     """Collects the outputs of batches and encodes some thousand rows at once.
 
-    One call of the encoder costs milliseconds however few its rows; rows do not depend on each
+    A call of the encoder takes milliseconds, however few the rows, and rows do not depend on each
     other. The host waits for the device only here.
     """
 
@@ -184,13 +186,13 @@ def make_annotator(
     img_size: int,
     max_batch_size: int,
 ) -> Annotator:
-    """Return an annotator with the batch size and compilation that a config asks for.
+    """Return an annotator with the batch size and compilation of a config.
 
     ``max_batch_size`` limits --batch-size auto. Raises ConfigError if no batch fits into memory.
     """
-    batch_size = config.batch_size if config.batch_size != "auto" else 0
+    batch_size = 0 if config.batch_size == "auto" else config.batch_size
     annotator = Annotator(ensemble, runtime, encoding, batch_size, config.on_bad_image)
-    if config.batch_size == "auto":
+    if not batch_size:
         found = find_batch_size(
             annotator.predict, img_size=img_size, device=runtime.device, max_size=max_batch_size
         )
@@ -201,7 +203,7 @@ def make_annotator(
 
 
 def encoding_of(config: PrecomputeConfig | EncodingConfig, num_classes: int) -> Encoding:
-    """Return the encoding a config asks for; raises ConfigError if it does not fit the classes."""
+    """Return the encoding of a config; raises ConfigError if it does not fit the classes."""
     rate, topk, form = None, None, config.label_dtype or "curve"
     if config.topk is None:
         rate = DEFAULT_RATE if config.rate is None else config.rate
@@ -220,12 +222,3 @@ def encoding_of(config: PrecomputeConfig | EncodingConfig, num_classes: int) -> 
         raise ConfigError(
             f"{error}; --topk all or --label-dtype stores values without coding"
         ) from None
-
-
-def _count_correct(
-    logits_TBC: torch.Tensor, probs_BC: torch.Tensor, labels_B: torch.Tensor
-) -> torch.Tensor:
-    """Return the numbers of correct predictions at top-1 and top-5, 2 x (T + 1), on the device."""
-    scores = [*logits_TBC, probs_BC]
-    counts = [num_correct(s, labels_B, k) for k in (1, 5) for s in scores]
-    return torch.stack(counts).view(2, -1)

@@ -1,4 +1,4 @@
-"""The batch size with the highest throughput on this device, found by trying."""
+"""Measure the batch size with the highest throughput on a device."""
 
 import time
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from pipeline import console
 _MIN_SIZE = 8
 _MAX_SIZE, _MAX_SIZE_CPU = 4096, 256
 _MIN_GAIN = 1.03  # of doubling the batch
-_MAX_MEMORY_SHARE = 0.8  # of what is free; the encoder and other processes need the rest
-_MIN_SECONDS = 0.3  # of measuring, for each batch size
+_MAX_MEMORY_SHARE = 0.8  # of the free memory; the encoder and other processes need the rest
+_MIN_SECONDS = 0.3  # of measurement per batch size
 
 Forward = Callable[[torch.Tensor], object]
 
@@ -20,8 +20,8 @@ Forward = Callable[[torch.Tensor], object]
 def find_batch_size(forward: Forward, *, img_size: int, device: torch.device, max_size: int) -> int:
     """Return the power of two up to ``max_size`` at which ``forward`` is fastest per image.
 
-    It is the first one whose double does not fit into memory or gains less than 3 %. ``forward``
-    receives uint8 images on the device. Raises ConfigError if not even the smallest batch fits.
+    This is the first one whose double does not fit into memory or gains less than 3 %. ``forward``
+    receives uint8 images on the device. Raises ConfigError if the smallest batch does not fit.
     """
     largest = min(_MAX_SIZE_CPU if device.type == "cpu" else _MAX_SIZE, max_size)
     rates: dict[int, float] = {}
@@ -56,8 +56,9 @@ def _images_per_second(
         ).fill_(128)
         _seconds(forward, grey_BCHW)  # the first call selects kernels and allocates memory
         if on_cuda:
-            peak = torch.cuda.max_memory_allocated(device)
-            if peak > _MAX_MEMORY_SHARE * _available_bytes(device):
+            free, _ = torch.cuda.mem_get_info(device)
+            available = free + torch.cuda.memory_reserved(device)
+            if torch.cuda.max_memory_allocated(device) > _MAX_MEMORY_SHARE * available:
                 return None
         seconds = [_seconds(forward, grey_BCHW)]
         while sum(seconds) < _MIN_SECONDS:
@@ -76,9 +77,3 @@ def _seconds(forward: Forward, images_BCHW: torch.Tensor) -> float:
     if images_BCHW.device.type == "cuda":
         torch.cuda.synchronize(images_BCHW.device)
     return time.perf_counter() - began
-
-
-def _available_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that are free or reserved by this process."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)

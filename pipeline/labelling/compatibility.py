@@ -1,4 +1,4 @@
-"""Whether a label set fits these images, these teachers, this machine's arithmetic."""
+"""Check that a label set matches images, teachers and the arithmetic of this machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import console
 from pipeline.console import first_names
 from pipeline.labelling import teachers
+from pipeline.loading.loader import ViewReader
 from pipeline.runtime.device import Runtime, library_versions
 
 _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
@@ -20,17 +21,17 @@ _LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
 def check_same_data(
     labels: LabelSet, source: ImageSource, *, allow_missing: bool = False, advice: str = ""
 ) -> None:
-    """Raise LabelSetError, naming the difference, when the labels are of other images.
+    """Raise LabelSetError, naming the difference, if the set was made from other images.
 
-    With ``allow_missing`` the source may have images that the set does not. ``advice`` is added to
-    the message where missing labels are the only difference.
+    With ``allow_missing`` the source may have more images than the set. ``advice`` ends the message
+    if missing labels are the only difference.
     """
     if list(source.classes) != labels.classes:
         odd = sorted(set(source.classes) ^ set(labels.classes))
         raise LabelSetError(
             f"{labels.folder} is a label set of {labels.num_classes} classes, {source.name} has "
             f"{len(source.classes)} (only in one of them: {first_names(odd)}); "
-            "give its own --data-dir"
+            "give the --data-dir it was made from"
         )
     known = set(labels.keys()) | labels.skipped.keys()
     made_from = labels.manifest["plan"]["roles"][labels.split]["data_sha256"]
@@ -39,10 +40,8 @@ def check_same_data(
     new, gone = sorted(set(source.keys) - known), sorted(known - set(source.keys))
     if allow_missing:
         new = []
-    differences = [f"images without labels: {len(new)} ({first_names(new)})"] if new else []
-    differences += (
-        [f"missing images with labels: {len(gone)} ({first_names(gone)})"] if gone else []
-    )
+    groups = (("images without labels", new), ("missing images with labels", gone))
+    differences = [f"{what}: {len(keys)} ({first_names(keys)})" for what, keys in groups if keys]
     fix = "give the data it was made from, or precompute labels for this data"
     if new and not gone:
         fix += advice
@@ -55,9 +54,9 @@ def check_same_data(
 def build_original_teachers(
     folder: Path, given: Sequence[str], plan: dict[str, Any], runtime: Runtime
 ) -> TeacherEnsemble:
-    """Build the teachers of the set in a folder, as its plan or --teacher names them.
+    """Build the teachers that made a set, from --teacher or from the names in its plan.
 
-    Raises LabelSetError where the weights differ or are unknown.
+    Raises LabelSetError if the weights differ or are unknown.
     """
     _check_teachers_known(folder, plan)
     made_by = plan["teachers"]
@@ -66,8 +65,8 @@ def build_original_teachers(
         for teacher in made_by:
             if "." not in teacher["model"]:
                 raise ConfigError(
-                    f"{folder} was made by a local checkpoint of {teacher['model']}; "
-                    f"give its path: --teacher {teacher['model']}=RUN, for every teacher"
+                    f"{folder} was made with a local checkpoint of {teacher['model']}; give the "
+                    f"path of every teacher: --teacher {teacher['model']}=RUN"
                 )
         specs = [teacher["model"] for teacher in made_by]
     ensemble, described = teachers.build(
@@ -80,49 +79,56 @@ def build_original_teachers(
     if sorted(expected) != sorted(found):
         new = [t["model"] for t, ids in zip(described, found, strict=True) if ids not in expected]
         raise LabelSetError(
-            f"{folder} was made by {len(expected)} teachers with other weights or "
-            f"normalisation than {new[0] if new else f'these {len(found)}'}; give those of its "
-            f"manifest: {', '.join(teacher['model'] for teacher in made_by)}"
+            f"{folder} was made by {console.count(len(expected), 'teacher')} with other weights or "
+            f"normalisation than {new[0] if new else f'these {len(found)}'}; give the teachers of "
+            f"its manifest: {', '.join(teacher['model'] for teacher in made_by)}"
         )
     return ensemble
 
 
 def check_precision(folder: Path, plan: dict[str, Any], runtime: Runtime) -> None:
-    """Raise ConfigError where teachers would compute in another precision than the set's."""
+    """Raise ConfigError if the teachers would run in another precision than the set's."""
     _check_teachers_known(folder, plan)
     if runtime.precision != plan["precision"]:
         raise ConfigError(
-            f"{folder} was computed in {plan['precision']}, this is {runtime.precision}; give or "
-            "leave out --amp and --amp-dtype as when it was made"
+            f"{folder} was computed in {plan['precision']}, this run computes in "
+            f"{runtime.precision}; use --amp and --amp-dtype as when it was made"
         )
 
 
 def _check_teachers_known(folder: Path, plan: dict[str, Any]) -> None:
     if any(teacher["weights_sha256"] == UNKNOWN for teacher in plan["teachers"]):
         raise LabelSetError(
-            f"the labels of {folder} were imported, and the weights of their teachers are unknown: "
-            "no teacher can add to them or be compared with them"
+            f"{folder} was imported and the weights of its teachers are unknown: no teacher can "
+            "add labels or be compared with them"
         )
 
 
 def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     """Return how to resize the views of a set: as when it was labelled, unless a flag differs.
 
-    Warns where the pixels will differ from those that were labelled.
+    Logs a warning if the pixels will differ from the labelled ones.
     """
     plan = labels.manifest["plan"]
     resize = resize_of(plan.get("interpolation"))
     if exact_pil is not None and exact_pil != (resize == "pil"):
         console.info(
-            f"{labels.folder} was labelled on views resized by {_LIBRARY[resize]}; the pixels of "
-            "this run differ from them by up to 2 of 255"
+            f"the views of {labels.folder} were resized by {_LIBRARY[resize]}; the pixels of this "
+            "run differ by up to 2 of 255"
         )
         return "pil" if exact_pil else "torch"
     if plan.get("probe_sha256") not in (None, probe_sha256(resize)):
         library = _LIBRARY[resize]
         version = labels.manifest.get("versions", {}).get(library, "another version")
         console.info(
-            f"{labels.folder} was labelled on views resized by {library} {version}; "
+            f"the views of {labels.folder} were resized by {library} {version}; "
             f"{library_versions()[library]} on this machine gives slightly different pixels"
         )
     return resize
+
+
+def view_reader(labels: LabelSet, source: ImageSource) -> ViewReader:
+    """Return a reader of the views that a set labels, cut and resized as for its labels."""
+    return ViewReader(
+        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
+    )

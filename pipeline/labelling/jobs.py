@@ -1,6 +1,6 @@
-"""One of several jobs that label a set together: which job it is, and which shards it makes.
+"""Divide the shards of a label set over jobs: job i of n makes the shards i, i + n, ...
 
-No job claims a shard: job i of n makes the shards i, i + n, ... of the list, whatever others do.
+Jobs do not communicate and do not lock shards.
 """
 
 import time
@@ -21,15 +21,20 @@ from pipeline.runtime import env
 
 @dataclass(frozen=True)
 class Job:
-    """Job ``index`` of ``count``; ``listed`` are the shards to divide, None for all."""
+    """Job ``index`` of ``count``; ``listed`` are the shards to divide, None means all.
+
+    ``last_step`` is the command that completes the set after all jobs, by default
+    `mealv2 labels finish`.
+    """
 
     index: int
     count: int
     listed: tuple[str, ...] | None = None
+    last_step: str | None = None
 
     @property
     def is_part(self) -> bool:
-        """Whether other jobs may make some of the shards, so that this one writes no manifest."""
+        """Whether other jobs may make some of the shards; then this job writes no manifest."""
         return self.count > 1 or self.listed is not None
 
     def select(self, names: list[str]) -> list[str]:
@@ -38,17 +43,14 @@ class Job:
         unknown = sorted(set(listed) - set(names))
         if unknown:
             raise ConfigError(
-                f"--shard-list names {unknown[0]!r}, which is no shard that this command makes; "
-                f"its shards have names such as {', '.join(names[:1])}"
+                f"--shard-list names {unknown[0]!r}, which is not a shard of this command; its "
+                f"shards have names like {', '.join(names[:1])}"
             )
         return listed[self.index :: self.count]
 
 
 def choose_job(config: JobsConfig) -> Job:
-    """Return which job this process is, by its flags or its environment, and log it.
-
-    Raises ConfigError.
-    """
+    """Return the job of this process, from flags or the environment. Raises ConfigError."""
     listed = None if config.shard_list is None else _read_names(config.shard_list)
     if config.job_index is not None and config.num_jobs is not None:
         index, count, given_by = config.job_index, config.num_jobs, "--job-index"
@@ -77,16 +79,15 @@ def label_part(
     store: Store,
     *,
     workers: int,
-    last_step: str | None = None,
 ) -> dict[str, Any]:
     """Make the missing shards of a job; return its report.
 
-    A shard that fails does not stop the others. No signal is handled: schedulers requeue jobs that
-    a signal killed. ``last_step`` is as in job_report. Raises IncompleteError with the report, at
-    the end, if shards failed, and OSError if the disk is full.
+    A shard that fails does not stop the others. Signals are not handled, because schedulers requeue
+    jobs that a signal killed. Raises IncompleteError with the report, at the end, if shards failed,
+    and OSError if the disk is full.
     """
     began = time.monotonic()
-    all_names = [split.planned(n).name for split in splits for n in range(len(split.shards))]
+    all_names = [shard.name for split in splits for shard in split.planned]
     names = frozenset(job.select(all_names))
     is_worker = env.is_child_process()
     kind = "process" if is_worker else "job"
@@ -94,16 +95,16 @@ def label_part(
     failed: dict[str, str] = {}
     num_missing = 0
     for split in splits:
-        numbers = [n for n in range(len(split.shards)) if split.planned(n).name in names]
+        numbers = [shard.number for shard in split.planned if shard.name in names]
         # without a manifest's SHA-256: it may be older than a shard that another job made again
         missing = find_missing(split, store, numbers=numbers)
         num_missing += len(missing)
         label_shards(split, missing, annotator, store, workers=workers, failed=failed)
-    report = job_report(job, store, num_missing - len(failed), began, last_step=last_step)
+    report = job_report(job, store, num_missing - len(failed), began)
     report |= {"shards": len(names), "failed": failed}
     if failed:
         first, reason = next(iter(failed.items()))
-        advice = "" if is_worker else "; the same command again makes what is missing"
+        advice = "" if is_worker else "; run the same command again to make the missing ones"
         raise IncompleteError(
             f"{len(failed)} of {console.count(len(names), 'shard')} failed, first {first} "
             f"({reason}){advice}",
@@ -112,15 +113,10 @@ def label_part(
     return report
 
 
-def job_report(
-    job: Job, store: Store, num_made: int, began: float, *, last_step: str | None = None
-) -> dict[str, Any]:
-    """Return the report of a job, and log the command that completes the set after all jobs.
-
-    ``last_step`` describes this command, by default `mealv2 labels finish`.
-    """
+def job_report(job: Job, store: Store, num_made: int, began: float) -> dict[str, Any]:
+    """Return the report of a job, and log the command that completes the set after all jobs."""
     if not env.is_child_process():
-        command = last_step or f"`mealv2 labels finish {store.location}`"
+        command = job.last_step or f"`mealv2 labels finish {store.location}`"
         console.info(f"done; after the last job: {command}")
     return {
         "labels": store.location,

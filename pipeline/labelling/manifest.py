@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -43,52 +43,55 @@ def write_manifest(
     batch_size: int | None = None,
     listed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Check every shard of a plan; write and return the manifest. Makes no shard.
+    """Check every shard of a plan; write and return the manifest.
 
-    Complete blocks of added views are listed too; ``listed`` are the SHA-256 that some of their
-    files must have, by name. ``batch_size`` is what the teachers ran with; None keeps the value of
-    an existing manifest. Raises LabelSetError naming the shards that are missing or damaged.
+    The manifest lists complete blocks of added views too; ``listed`` are the SHA-256 that some of
+    their files must have, by name. ``batch_size`` None keeps the value of an existing manifest.
+    Raises LabelSetError naming the shards that are missing or damaged.
     """
+    shards = planned_shards(store.location, plan)
     store.fetch_all()
     folder, plan_sha256 = store.folder, json_sha256(plan)
     before = label_set.listed_sha256(folder, plan_sha256)
-    shards = label_set.planned_shards(plan)
-    found = dict(zip(shards, check_shards(folder, shards, plan_sha256), strict=True))
-    if incomplete := {s.name: why for s, why in found.items() if isinstance(why, str)}:
+    found = check_shards(folder, shards, plan_sha256)
+    if incomplete := incomplete_of(found):
         raise LabelSetError(
             f"{store.location}: {count_incomplete(incomplete)} of "
             f"{console.count(len(shards), 'shard')} ({console.first_names(incomplete)}); run the "
-            f"same "
-            f"{creating_command(plan)} again, then `mealv2 labels finish {store.location}`"
+            f"same {creating_command(plan)} again, then `mealv2 labels finish {store.location}`"
         )
-    complete = [(s.split, shard) for s, shard in found.items() if isinstance(shard, CheckedShard)]
-    splits = {
-        name: _split_entry(
-            folder, plan, name, [s for split, s in complete if split == name], listed
-        )
-        for name in plan["roles"]
-    }
+    splits = {}
+    for name, split in plan["roles"].items():
+        of_split = complete_of({s.name: found[s.name] for s in shards if s.split == name})
+        blocks = [(range(split["num_views"]), of_split)]
+        splits[name] = describe_split(folder, plan, name, blocks, listed=listed)
     _log_replaced(before, splits)
-    optional = {"batch_size": batch_size or recorded_batch_size(folder)}
+    batch_size = batch_size or recorded_batch_size(folder)
+    optional = {} if batch_size is None else {"batch_size": batch_size}
     manifest = label_set.write_manifest(
-        folder,
-        plan,
-        roles=splits,
-        versions=library_versions(),
-        **{name: value for name, value in optional.items() if value is not None},
+        folder, plan, roles=splits, versions=library_versions(), **optional
     )
     store.upload(label_set.MANIFEST_NAME, replace=True)
     _log_temporary_files(store)
     return manifest
 
 
+def planned_shards(location: str, plan: dict[str, Any]) -> list[PlannedShard]:
+    """Return the shards of a plan; raises LabelSetError for a plan that does not list them."""
+    try:
+        return label_set.planned_shards(plan)
+    except LabelSetError as error:
+        raise LabelSetError(f"{location}: {error}") from None
+
+
 def check_shards(
     folder: Path, shards: Sequence[PlannedShard], plan_sha256: str
-) -> Iterator[CheckedShard | str]:
-    """Yield the manifest entry of every shard, or why the shard is missing or damaged."""
+) -> dict[str, CheckedShard | str]:
+    """Return every shard by name: checked, or why it is missing or damaged."""
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checking") as threads:
         found = threads.map(partial(_check_shard, folder, plan_sha256=plan_sha256), shards)
-        yield from console.progress(found, total=len(shards), what="checking", unit="shards")
+        checked = console.progress(found, total=len(shards), what="checking", unit="shards")
+        return {shard.name: result for shard, result in zip(shards, checked, strict=True)}
 
 
 def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> CheckedShard | str:
@@ -102,6 +105,29 @@ def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> Chec
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
 
+def require_complete(
+    folder: Path, shards: Sequence[PlannedShard], plan_sha256: str
+) -> list[CheckedShard]:
+    """Check shards of this run; raises LabelSetError if one is missing or damaged."""
+    found = check_shards(folder, shards, plan_sha256)
+    for name in incomplete_of(found):
+        raise LabelSetError(
+            f"shard {folder / name} was removed or damaged after it was written; run the same "
+            "command again"
+        )
+    return complete_of(found)
+
+
+def complete_of(found: Mapping[str, CheckedShard | str]) -> list[CheckedShard]:
+    """Return the complete shards that ``check_shards`` found."""
+    return [shard for shard in found.values() if isinstance(shard, CheckedShard)]
+
+
+def incomplete_of(found: Mapping[str, CheckedShard | str]) -> dict[str, str]:
+    """Return why the other shards are missing or damaged, by name."""
+    return {name: why for name, why in found.items() if isinstance(why, str)}
+
+
 def count_incomplete(incomplete: Mapping[str, str]) -> str:
     """Return the numbers of missing and of damaged shards as text: "2 missing and 1 damaged"."""
     num_missing = sum(why == MISSING for why in incomplete.values())
@@ -109,34 +135,28 @@ def count_incomplete(incomplete: Mapping[str, str]) -> str:
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
-def _split_entry(
+def describe_split(
     folder: Path,
     plan: dict[str, Any],
     split: str,
-    shards: Sequence[CheckedShard],
+    blocks: Sequence[tuple[range, Sequence[CheckedShard]]],
+    *,
     listed: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the entry of a split in the manifest."""
-    skipped = skipped_images(shards)
+    """Return the manifest entry of a split: its blocks of views, and complete added ones."""
+    described = [describe_block(views, shards) for views, shards in blocks]
+    described += _added_blocks(folder, split, described[-1], json_sha256(plan), listed)
+    _, first = blocks[0]
+    skipped = {key: image["reason"] for s in first for key, image in s.header["skipped"].items()}
     if skipped:
-        console.info(
-            f"{split}: {console.count(len(skipped), 'image')} skipped, listed in manifest.json"
-        )
-    views = [0, plan["roles"][split]["num_views"]]
-    block = {"views": views, "shards": [shard.entry for shard in shards]}
-    more = added_blocks(folder, split, block, json_sha256(plan), listed=listed)
+        images = console.count(len(skipped), "image")
+        console.info(f"{split}: {images} skipped, listed in manifest.json")
+    has_counts = all(shard.header["counts"] for shard in first)  # of correct predictions
     return {
-        "blocks": [block, *more],
-        "num_images": sum(shard.num_images for shard in shards),
+        "blocks": described,
+        "num_images": sum(shard.num_images for shard in first),
         "skipped": skipped,
-        **({"accuracy": accuracy_of(plan, shards)} if split == "val" else {}),
-    }
-
-
-def skipped_images(files: Sequence[ShardFile | CheckedShard]) -> dict[str, str]:
-    """Return why images have no labels, by key."""
-    return {
-        key: skipped["reason"] for file in files for key, skipped in file.header["skipped"].items()
+        **({"accuracy": accuracy_of(plan, first)} if has_counts else {}),
     }
 
 
@@ -154,60 +174,47 @@ def _log_replaced(before: Mapping[str, str], splits: Mapping[str, Any]) -> None:
 # --- blocks of views ------------------------------------------------------------------------------
 
 
-def load_complete_shard(
+def is_complete(
     folder: Path, shard: PlannedShard, plan_sha256: str, listed_sha256: str | None = None
-) -> ShardFile | None:
-    """Return a shard of a plan; None if it is missing, or damaged, which is logged.
+) -> bool:
+    """Return whether a shard exists and is complete; log why a damaged one is not.
 
-    ``listed_sha256`` is the SHA-256 of the whole file in a manifest. Only it covers the bytes that
-    HDF5 alone reads.
+    ``listed_sha256`` is the SHA-256 of the file in a manifest. Only it covers all bytes of the
+    file; the checksums in the shard do not cover those that only HDF5 reads.
     """
     path = folder / shard.name
     try:
-        file = ShardFile(path)
-        label_set.check_planned_shard(file, shard, plan_sha256)
-        is_listed = listed_sha256 in (None, file_sha256(path))
+        label_set.check_planned_shard(ShardFile(path), shard, plan_sha256)
+        if listed_sha256 in (None, file_sha256(path)):
+            return True
+        console.info(f"shard {path} is not the one in the manifest; making it again")
     except FileNotFoundError:
-        return None
+        pass
     except LabelSetError as error:
         console.info(f"{error}; making it again")
-        return None
-    if not is_listed:
-        console.info(f"shard {path} is not the one in the manifest; making it again")
-        return None
-    return file
+    return False
 
 
-def describe_block(views: range, files: Sequence[ShardFile]) -> dict[str, Any]:
-    """Return the manifest entry of the shards of a block of views."""
-    entries = [label_set.describe_file(f.path, num_images=f.num_images) for f in files]
-    return {"views": [views.start, views.stop], "shards": entries}
+def describe_block(views: range, shards: Sequence[CheckedShard]) -> dict[str, Any]:
+    """Return the manifest entry of a block of views."""
+    return {"views": [views.start, views.stop], "shards": [shard.entry for shard in shards]}
 
 
-def added_blocks(
-    folder: Path,
-    split: str,
-    last: dict[str, Any],
-    plan_sha256: str,
-    *,
-    listed: Mapping[str, str],
+def _added_blocks(
+    folder: Path, split: str, last: dict[str, Any], plan_sha256: str, listed: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Return the complete blocks of views that follow the block ``last``.
-
-    ``listed`` are the SHA-256 that some files must have, by name.
-    """
+    """Return the complete blocks of views that follow the block ``last``."""
     stop = last["views"][1]
     blocks = []
     for views in block_views(folder, split):
         if views.start != stop:
             continue
         shards = [PlannedShard(split, n, views, None) for n in range(len(last["shards"]))]
-        found = check_shards(folder, shards, plan_sha256)
-        entries = [shard.entry for shard in found if isinstance(shard, CheckedShard)]
-        if len(entries) == len(shards) and all(
-            listed.get(e["name"], e["sha256"]) == e["sha256"] for e in entries
+        complete = complete_of(check_shards(folder, shards, plan_sha256))
+        if len(complete) == len(shards) and all(
+            listed.get(s.entry["name"], s.entry["sha256"]) == s.entry["sha256"] for s in complete
         ):
-            blocks.append({"views": [views.start, views.stop], "shards": entries})
+            blocks.append(describe_block(views, complete))
             stop = views.stop
         else:
             console.info(
@@ -227,13 +234,11 @@ def block_views(folder: Path, split: str) -> list[range]:
 # --- accuracy, report, temporary files ------------------------------------------------------------
 
 
-def accuracy_of(
-    plan: dict[str, Any], files: Sequence[ShardFile] | Sequence[CheckedShard]
-) -> dict[str, Any]:
-    """Return top-1 and top-5 in percent of every teacher and of the ensemble."""
-    images = sum(file.num_images for file in files)
+def accuracy_of(plan: dict[str, Any], shards: Sequence[CheckedShard]) -> dict[str, Any]:
+    """Return the top-1 and top-5 accuracy in percent of every teacher and of the ensemble."""
+    images = sum(shard.num_images for shard in shards)
     top1, top5 = (
-        np.sum([file.header["counts"][name] for file in files], axis=0) * 100.0 / max(1, images)
+        np.sum([shard.header["counts"][name] for shard in shards], axis=0) * 100.0 / max(1, images)
         for name in ("top1", "top5")
     )
     figures = [
@@ -256,13 +261,13 @@ def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
     console.info(console.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
     if ensemble["top1"] < 200.0 / num_classes:
         console.info(
-            "the ensemble is hardly better than chance: check that the teachers know these "
-            "classes, in this order"
+            "the ensemble is hardly better than chance: check that the teachers were trained on "
+            "these classes, in this order"
         )
 
 
 def report_of(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the report of stage one about a set with a manifest."""
+    """Return the report of precompute for a set with a manifest."""
     splits = manifest["roles"]
     train = splits["train"]
     return {
@@ -276,7 +281,7 @@ def report_of(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def temporary_files(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the temporary files in a folder, with their bytes and their age in seconds."""
+    """Return the size in bytes and the age in seconds of each temporary file in a folder."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")):
         try:
@@ -289,14 +294,9 @@ def temporary_files(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _log_temporary_files(store: Store) -> None:
-    """Log the temporary files of a folder; they stay, because a running job may own them.
-
-    Those of copies are not logged: the cache removes them.
-    """
-    if isinstance(store, RemoteStore):
-        return
+    """Log the temporary files of a folder; they stay, because a running job may own them."""
     files = temporary_files(store.folder)
-    if not files:
+    if not files or isinstance(store, RemoteStore):  # the cache removes those of its copies
         return
     num_old = sum(file["age_s"] > _OLD_S for file in files.values())
     console.info(

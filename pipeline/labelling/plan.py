@@ -1,8 +1,9 @@
-"""The plan of a label set: which views of which images are labelled, by whom, in which shards."""
+"""The plan of a label set: the views, images, teachers and shards that determine its labels."""
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mealv2 import label_set
@@ -21,9 +22,9 @@ from pipeline.loading.sources import open_images, open_split
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """The views of a split that a plan labels: random ones of ``train``, the crop of ``val``.
+    """The views of a split to label: random views of ``train``, the centre crop of ``val``.
 
-    ``shards`` holds, for each shard, the positions of its images in the source of ``reader``.
+    ``shards`` has the positions of the images of each shard in the source of ``reader``.
     """
 
     name: str
@@ -37,17 +38,12 @@ class LabelSplit:
         """The images of the split."""
         return self.reader.source
 
-    @property
-    def num_labels(self) -> int:
-        """The number of views to label."""
-        return len(self.source) * len(self.views)
-
-    def planned(self, number: int) -> PlannedShard:
-        """Return the description of a shard; a centre crop is stored as view 0 of its image."""
+    @cached_property
+    def planned(self) -> list[PlannedShard]:
+        """The descriptions of the shards; a centre crop is view 0 of its image."""
         first = self.views[0] if self.name == "train" else 0
-        return PlannedShard(
-            self.name, number, range(first, first + len(self.views)), self.shards[number]
-        )
+        views = range(first, first + len(self.views))
+        return [PlannedShard(self.name, n, views, images) for n, images in enumerate(self.shards)]
 
 
 def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
@@ -65,7 +61,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """Return everything that determines the labels, as JSON: equal plans give equal labels.
 
-    ``described`` are the teachers, see ``teachers.build``. Raises ConfigError as plan_shards.
+    ``described`` are the teachers, from ``teachers.build``. Raises ConfigError as plan_shards.
     """
     views = {
         "train": {**RECIPE, "seed": config.view_seed},
@@ -100,38 +96,21 @@ def plan_shards(config: PrecomputeConfig, sources: dict[str, ImageSource]) -> di
 
     ``label_set.planned_shards`` reads it. Raises ConfigError if --shard-size has no effect.
     """
-    num_views = {"train": config.num_views, "val": 1}
-    return {
-        "format_version": label_set.FORMAT_VERSION,
-        **_shard_size(config, list(sources.values())),
-        "roles": {
-            name: {
-                "num_images": len(source),
-                "num_views": num_views[name],
-                **_shard_sizes(source),
-            }
-            for name, source in sources.items()
-        },
-    }
-
-
-def _shard_size(config: PrecomputeConfig, sources: list[ImageSource]) -> dict[str, int]:
-    """Return the size of shards that do not follow tar files."""
-    if any(source.shard_starts is None for source in sources):
-        return {"shard_size": config.shard_size or DEFAULT_SHARD_SIZE}
-    if config.shard_size is not None:
+    plan: dict[str, Any] = {"format_version": label_set.FORMAT_VERSION, "roles": {}}
+    for name, source in sources.items():
+        num_views = config.num_views if name == "train" else 1
+        entry: dict[str, Any] = {"num_images": len(source), "num_views": num_views}
+        plan["roles"][name] = entry
+        if source.shard_starts is None:
+            plan["shard_size"] = config.shard_size or DEFAULT_SHARD_SIZE
+        else:  # a shard of labels for each tar file
+            ends = [*source.shard_starts, len(source)]
+            entry["shard_sizes"] = [b - a for a, b in itertools.pairwise(ends)]
+    if config.shard_size is not None and "shard_size" not in plan:
         raise ConfigError(
-            "--shard-size has no effect on tar shards: each tar file gets its own shard of labels"
+            "--shard-size has no effect on tar shards: each tar file gets its own label shard"
         )
-    return {}
-
-
-def _shard_sizes(source: ImageSource) -> dict[str, list[int]]:
-    """Return the number of images in each shard, for shards that follow tar files."""
-    if source.shard_starts is None:
-        return {}
-    ends = [*source.shard_starts, len(source)]
-    return {"shard_sizes": [b - a for a, b in itertools.pairwise(ends)]}
+    return plan
 
 
 def splits_of(
@@ -152,10 +131,7 @@ def splits_of(
 def batch_requests(
     positions: Sequence[int], views: Sequence[int], batch_size: int
 ) -> list[BatchRequest]:
-    """Return requests for the views of images, exactly ``batch_size`` views each, the last fewer.
-
-    The views of an image follow each other and continue in the next request if one is full.
-    """
+    """Return requests of ``batch_size`` views each, the last one fewer, image by image."""
     num_views = len(views)
     total = len(positions) * num_views
     requests = []

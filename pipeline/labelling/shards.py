@@ -1,7 +1,4 @@
-"""Write the shards of a label set: read views, run the teachers, encode, write, shard by shard.
-
-Complete shards in the folder of the set are kept.
-"""
+"""Make the missing shards of a label set: read views, run the teachers, encode, write."""
 
 import errno
 import signal
@@ -16,23 +13,25 @@ from types import MappingProxyType
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.errors import DataError, LabelSetError, RemoteError, StoppedError
-from mealv2.label_set import Encoding, Images, PlannedShard, Shard, ShardFile
+from mealv2.errors import DataError, RemoteError, StoppedError
+from mealv2.label_set import Encoding, Images, Shard
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
 from pipeline import console, display_names
 from pipeline.labelling.annotate import Annotations, Annotator
-from pipeline.labelling.manifest import load_complete_shard
+from pipeline.labelling.manifest import is_complete
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.store import Store
 from pipeline.loading.loader import Batch, read_views
 from pipeline.loading.requests import BatchRequest
+from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 
-# Errors that concern one shard and may not concern the next: its images, the device, the file
-# system, its file in the object store.
+# Errors of one shard that the next shard may not have: of its images, the device, the file system,
+# the object store.
 _SHARD_ERRORS = (DataError, RemoteError, OSError, RuntimeError)
 _BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that would fail every shard
 _NO_SPACE = DISK_FULL | {errno.EROFS}
+STOPPED = "stopped; complete shards are kept: run the same command again to continue"
 
 
 def find_missing(
@@ -42,18 +41,25 @@ def find_missing(
     numbers: Sequence[int] | None = None,
     listed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[int, Stamp | None]:
-    """Return the shards that are missing or damaged, with the stamp of a damaged file.
+    """Return the missing or damaged shards of ``numbers``, by default of all, and their stamps.
 
-    Looks at the shards of ``numbers``, by default at all. ``listed`` are the SHA-256 that a
-    manifest gives for some files, by name. write_shard replaces a file only if it has this stamp.
+    ``listed`` are the SHA-256 of some files in a manifest, by name. write_shard replaces a damaged
+    file only if it still has the returned stamp.
     """
     numbers = range(len(split.shards)) if numbers is None else numbers
     missing = {}
     for number in numbers:
-        planned = split.planned(number)
-        stamp, file = _load(planned, store, split.plan_sha256, listed.get(planned.name))
-        if file is None:
+        planned = split.planned[number]
+        name, path = planned.name, store.folder / planned.name
+        check = partial(is_complete, store.folder, planned, split.plan_sha256, listed.get(name))
+        store.fetch(name)
+        stamp, complete = file_stamp(path), check()
+        if not complete and store.refetch(name):  # only the local copy may be damaged
+            stamp, complete = file_stamp(path), check()
+        if not complete:
             missing[number] = stamp
+        elif store.is_missing(name):  # a run ended before the upload
+            store.upload(name)
     if len(missing) < len(numbers):
         num_complete = len(numbers) - len(missing)
         console.info(
@@ -72,38 +78,31 @@ def label_shards(
     stop: StopFlag | None = None,
     failed: dict[str, str] | None = None,
 ) -> None:
-    """Label the shards that ``find_missing`` returned, and write each one when it is labelled.
+    """Label and write the shards that ``find_missing`` returned.
 
-    ``stop`` is checked before every batch. Without ``failed`` the first error is raised. With it,
-    an error that concerns one shard is recorded there by the name of the shard, and the other
-    shards are labelled; OSError is still raised if the disk is full.
+    Checks ``stop`` before every batch. Raises the first error; or, with ``failed``, records an
+    error of one shard there by name and labels the other shards, unless the disk is full.
     """
     requests = {
         number: batch_requests(split.shards[number], split.views, annotator.batch_size)
         for number in missing
     }
-    names = {number: split.planned(number).name for number in missing}
-    read = partial(
-        _read_views,
-        split,
-        workers=workers,
-        pin_memory=annotator.runtime.should_pin_memory,
-        stop=stop,
-    )
+    names = {number: split.planned[number].name for number in missing}
+    read = partial(_read_views, split, annotator.runtime, workers=workers, stop=stop)
 
     def write(number: int, annotations: Annotations) -> None:
         try:
             shard = make_shard(split, number, annotations, annotator.encoding)
-            # The first complete shard wins, also if another job wrote it in the meantime. Only the
-            # file that was damaged before (or a dead link) is replaced.
+            # The first complete shard wins, even one that another job wrote in the meantime. Only
+            # the damaged file (or a dead link) is replaced.
             damaged = missing[number]
             label_set.write_shard(store.folder / names[number], shard, damaged=damaged)
             store.upload(names[number], damaged=damaged is not None)
         except _SHARD_ERRORS as error:
             _record_failure(failed, names[number], error)
 
-    # All shards are one stream of batches: while the teachers run, threads read the views that
-    # come next and the writer encodes and writes the shard before. The device waits for neither.
+    # All shards are one stream of batches: while the teachers run, threads read the next views and
+    # the writer encodes and writes the previous shard. The device waits for neither.
     batches = read(requests)
     with BackgroundWriter() as writer:
         for number in missing:
@@ -121,14 +120,15 @@ def label_shards(
 
 def _read_views(
     split: LabelSplit,
+    runtime: Runtime,
     requests: Mapping[int, list[BatchRequest]],
     *,
     workers: int,
-    pin_memory: bool,
     stop: StopFlag | None,
 ) -> Iterator[Batch]:
     """Return an iterator over the views of some shards, batch by batch, with a progress bar."""
     in_order = [request for of_shard in requests.values() for request in of_shard]
+    pin_memory = runtime.should_pin_memory
     views = read_views(split.reader, in_order, workers=workers, pin_memory=pin_memory)
     return console.progress(
         views if stop is None else _until_stopped(views, stop),
@@ -146,10 +146,7 @@ def _until_stopped(views: Iterable[Batch], stop: StopFlag) -> Iterator[Batch]:
 
 
 def view_counter(num_views: int) -> Callable[[Batch], int]:
-    """Return a function that counts the views a batch completes, those of failed images included.
-
-    An image can fail in several batches; its views count once.
-    """
+    """Return a function that counts the views of a batch, with all views of a failed image once."""
     failed: set[int] = set()
 
     def count(batch: Batch) -> int:
@@ -163,7 +160,7 @@ def view_counter(num_views: int) -> Callable[[Batch], int]:
 def make_shard(
     split: LabelSplit, number: int, annotations: Annotations, encoding: Encoding
 ) -> Shard:
-    """Return the content of a shard: the labels of its images, and which images have none."""
+    """Return the content of a shard: labels, and the images without labels."""
     num_views = len(split.views)
     positions = annotations.positions[::num_views]
     source = split.source
@@ -173,7 +170,7 @@ def make_shard(
         plan_sha256=split.plan_sha256,
         split=split.name,
         number=number,
-        first_view=split.planned(number).views.start,
+        first_view=split.planned[number].views.start,
         num_views=num_views,
         keys=[source.keys[p] for p in positions],
         blocks=encoding.blocks(annotations.rows, num_views),
@@ -196,39 +193,8 @@ def make_shard(
     )
 
 
-def complete_shards(split: LabelSplit, store: Store) -> list[ShardFile]:
-    """Return every shard of a split; raises LabelSetError if one is missing or damaged."""
-    files = []
-    for number in range(len(split.shards)):
-        planned = split.planned(number)
-        _, file = _load(planned, store, split.plan_sha256)
-        if file is None:
-            raise LabelSetError(
-                f"shard {store.folder / planned.name} was removed or damaged after it was written; "
-                "run the same command again"
-            )
-        files.append(file)
-    return files
-
-
-def _load(
-    planned: PlannedShard, store: Store, plan_sha256: str, listed_sha256: str | None = None
-) -> tuple[Stamp | None, ShardFile | None]:
-    """Return the stamp of a shard's file, and the shard if it is complete."""
-    path = store.folder / planned.name
-    store.fetch(planned.name)
-    stamp = file_stamp(path)
-    file = load_complete_shard(store.folder, planned, plan_sha256, listed_sha256)
-    if file is None and store.refetch(planned.name):  # only the local copy may be damaged
-        stamp = file_stamp(path)
-        file = load_complete_shard(store.folder, planned, plan_sha256, listed_sha256)
-    if file is not None and store.is_missing(planned.name):  # a run ended before the upload
-        store.upload(planned.name)
-    return stamp, file
-
-
 def _record_failure(failed: dict[str, str] | None, name: str, error: Exception) -> None:
-    """Record why a shard failed; raises the error if others would fail of the same cause."""
+    """Record why a shard failed; raises the error if it would fail the other shards too."""
     codes = {getattr(e, "errno", None) for e in (error, error.__cause__)}
     if failed is None or isinstance(error, _BUGS) or codes & _NO_SPACE:
         raise error
@@ -249,44 +215,42 @@ def _reason(error: Exception) -> str:
 def stop_between_batches() -> Iterator[StopFlag]:
     """Turn Ctrl-C into StoppedError between two batches, after the writer has finished.
 
-    SIGTERM ends the process as it does any other: schedulers requeue jobs that a signal killed.
+    SIGTERM kills the process, because schedulers requeue jobs that a signal killed.
     """
     with stop_on_signal(signal.SIGINT) as stop:
         try:
             yield stop
         except StopRequested:
-            raise StoppedError(
-                "stopped; complete shards are kept: run the same command again to continue"
-            ) from None
+            raise StoppedError(STOPPED) from None
 
 
 class BackgroundWriter:
-    """Runs tasks one after another in a thread, while the caller prepares the next one.
+    """Runs tasks in order in a thread, while the caller prepares the next one.
 
-    An error of a task is raised by the next ``submit`` or at the end of the block, and no later
-    task runs. The block waits for all submitted tasks, also if it ends by an exception.
+    The next ``submit`` or the end of the block raises the error of a task; later tasks do not run.
+    The block waits for all submitted tasks, also after an exception.
     """
 
     def __enter__(self) -> "BackgroundWriter":
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         self._pending: deque[Future[None]] = deque()
+        self._has_failed = False
         return self
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run a task after those before it; waits while two are unfinished."""
+        """Run a task after the previous ones; waits while two are unfinished."""
         while self._pending and (len(self._pending) > 1 or self._pending[0].done()):
             self._pending.popleft().result()
-        previous = self._pending[-1] if self._pending else None
-        self._pending.append(self._thread.submit(_run_after, previous, task))
+        self._pending.append(self._thread.submit(self._run, task))
+
+    def _run(self, task: Callable[[], None]) -> None:
+        if not self._has_failed:
+            self._has_failed = True  # unless the task returns
+            task()
+            self._has_failed = False
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
         if kind is None or issubclass(kind, StopRequested):
             for future in self._pending:
                 future.result()
-
-
-def _run_after(previous: "Future[None] | None", task: Callable[[], None]) -> None:
-    if previous is not None:
-        previous.result()
-    task()

@@ -1,7 +1,7 @@
 """Where a label set is stored: in a folder, or at a URL with a copy in the cache.
 
-Files at a URL never change in place, so fetching the missing ones updates a copy. An upload is one
-step, and of two uploads of a file the first one wins (mealv2.storage.object_store.upload).
+Files at a URL never change in place, so fetching missing files updates a copy. Of two uploads of a
+file the first one wins (mealv2.storage.object_store.upload).
 """
 
 import re
@@ -29,9 +29,9 @@ _open_copies: list[int] = []  # locks: copies that this process reads are kept u
 
 
 class Store:
-    """A label set in a local folder: what is written into ``folder`` needs no upload.
+    """A label set in a local folder, where nothing needs to be fetched or uploaded.
 
-    ``location`` is what messages call it. RemoteStore does the same for a set at a URL.
+    RemoteStore has the same methods for a set at a URL. ``location`` is its name in messages.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +49,12 @@ class Store:
         """Fetch a damaged file of ``folder`` again; return False if there is no other copy."""
         return False
 
-    def fetch_all(self) -> None:
-        """Update all files of ``folder`` from the location."""
+    def fetch_all(self, *, require_complete: bool = False) -> None:
+        """Update all files of ``folder`` from the location.
+
+        With ``require_complete``, raises LabelSetError if a set at a URL has no manifest, or a file
+        is not the one in the manifest.
+        """
 
     def is_missing(self, name: str) -> bool:
         """Return whether a file of ``folder`` was not uploaded."""
@@ -59,39 +63,33 @@ class Store:
     def upload(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
         """Upload a file of ``folder``; return False if another one was uploaded first.
 
-        Then that one replaces the file in ``folder``. ``damaged`` replaces the file that was there
-        when it was last fetched, ``replace`` replaces any.
+        That one then replaces the file in ``folder``. ``replace`` replaces every file at the
+        location, ``damaged`` only the file that was last fetched, as far as the object store can
+        compare.
         """
         return True
 
 
 def open_store(config: CacheConfig, location: Location) -> Store:
     """Return the store for the label set at a location. Raises RemoteError, ConfigError."""
-    if is_url(location):
-        return _remote_store(config, str(location))
-    return Store(Path(location))
+    if not is_url(location):
+        return Store(Path(location))
+    if re.match("pipe:|https?:", str(location)):
+        raise ConfigError(
+            f"{shown(location)}: a label set is a folder of files, and neither a program nor a web "
+            "server lists its files; give a folder or a bucket"
+        )
+    return RemoteStore(str(location), cache_of(config))
 
 
 def local_folder(config: CacheConfig, labels: Location, *, require_complete: bool = True) -> Path:
     """Return the folder to read a label set from: its own, or a copy of the files at a URL.
 
-    Raises RemoteError, ConfigError, and LabelSetError if the set at a URL is not complete; without
-    ``require_complete`` an incomplete set is copied as it is.
+    Raises RemoteError, ConfigError, and LabelSetError as ``Store.fetch_all``.
     """
-    if not is_url(labels):
-        return Path(labels)
-    store = _remote_store(config, str(labels))
-    store.fetch_set(require_complete=require_complete)
+    store = open_store(config, labels)
+    store.fetch_all(require_complete=require_complete)
     return store.folder
-
-
-def _remote_store(config: CacheConfig, url: str) -> "RemoteStore":
-    if re.match("pipe:|https?:", url):
-        raise ConfigError(
-            f"{shown(url)}: a label set is a folder of files, and neither a program nor a web "
-            "server lists its files; give a folder or a bucket"
-        )
-    return RemoteStore(url, cache_of(config))
 
 
 class RemoteStore(Store):
@@ -116,25 +114,12 @@ class RemoteStore(Store):
             if not self._upload(PLAN_NAME):
                 label_set.claim(self.folder, plan)  # another job was first: compare its plan
 
-    def fetch_set(self, *, require_complete: bool) -> None:
-        """Fetch the files of the set that the copy does not have.
-
-        Raises LabelSetError if ``require_complete`` is set and the set has no manifest, or a file
-        is not the one that the manifest lists.
-        """
-        with self._locked():
-            self._fetch_set(require_complete=require_complete)
-
     def fetch(self, name: str) -> None:
-        """Update a file of the copy.
-
-        A file that only the copy has stays: its run ended before the upload. See ``is_missing``.
-        """
+        # a file that only the copy has stays: its run ended before the upload
         if name in self._remote and not self._is_current(name):
             self.refetch(name)
 
     def refetch(self, name: str) -> bool:
-        """Fetch a file even if the copy has it; return False if there is none at the URL."""
         if name not in self._remote:
             return False
         with self._locked():
@@ -144,21 +129,15 @@ class RemoteStore(Store):
             self._write_stamps([name])
         return True
 
-    def fetch_all(self) -> None:
+    def fetch_all(self, *, require_complete: bool = False) -> None:
         with self._locked():
             self._list_again()
-            self._fetch_set(require_complete=False)
+            self._fetch_all(require_complete=require_complete)
 
     def is_missing(self, name: str) -> bool:
         return name not in self._remote
 
     def upload(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
-        """Upload a file of the copy; return False if another one was uploaded first.
-
-        Then that one replaces the file in the copy. ``damaged`` replaces the file that was last
-        fetched: of two jobs that made it again the first one wins, as far as the object store can
-        compare (see mealv2.storage.object_store.upload).
-        """
         with self._locked():
             damaged_file = self._remote.get(name) if damaged else None
             return self._upload(name, replace=replace, damaged=damaged_file)
@@ -174,24 +153,28 @@ class RemoteStore(Store):
         listed = object_store.listing(self.url)
         self._remote = {n: file for n, file in listed.items() if _FILES_OF_A_SET.fullmatch(n)}
         for name in (PLAN_NAME, MANIFEST_NAME):
-            self._fetch_text(name)
+            data = object_store.read(within(self.url, name)) if name in self._remote else None
+            if data is None:
+                self._remote.pop(name, None)
+                (self.folder / name).unlink(missing_ok=True)
+            else:
+                write_atomic(self.folder / name, data)
         if PLAN_NAME not in self._remote:  # the set was removed: a plan is uploaded first
             for path in self.folder.iterdir():
                 if _FILES_OF_A_SET.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
-    def _fetch_set(self, *, require_complete: bool) -> None:
+    def _fetch_all(self, *, require_complete: bool) -> None:
         sha256_of: dict[str, str] = {}
         if MANIFEST_NAME in self._remote:
             splits = read_manifest(self.folder)["roles"]
             sha256_of = {s["name"]: s["sha256"] for s in label_set.listed_shards(splits)}
         elif require_complete:
-            reason = "is not finished" if self._remote else "holds no label set"
+            reason = "is not finished" if self._remote else "has no label set"
             raise LabelSetError(
-                f"{shown(self.url)} {reason}; `mealv2 precompute` with it as --output makes one"
+                f"{shown(self.url)} {reason}; run `mealv2 precompute` with this URL as --output"
             )
-        # readers of a set need the files that its manifest lists, status and repair those that are
-        # at the URL now
+        # readers need the files in the manifest, status and repair the files at the URL now
         names = [
             name
             for name in self._remote
@@ -229,9 +212,9 @@ class RemoteStore(Store):
     def _is_current(
         self, name: str, sha256: str | None = None, *, trust_manifest: bool = False
     ) -> bool:
-        """Return whether the copy has a file as it is at the URL, and as a manifest lists it.
+        """Return whether a file of the copy is the one at the URL, and has the given SHA-256.
 
-        With ``trust_manifest`` the SHA-256 is enough.
+        With ``trust_manifest`` the size and the SHA-256 are enough.
         """
         path, file = self.folder / name, self._remote[name]
         if not path.is_file() or path.stat().st_size != file.size:
@@ -244,7 +227,7 @@ class RemoteStore(Store):
         return self._stamps().get(name) == file.stamp  # another file may have the same size
 
     def _stamps(self) -> dict[str, str]:
-        """Return the stamps of the remote files that were copied, by name."""
+        """Return the stamps of the copied files at the URL, by name."""
         try:
             stamps = read_json(self._sibling(STAMPS_PREFIX))
         except (OSError, ValueError):
@@ -261,7 +244,7 @@ class RemoteStore(Store):
         return self.folder.with_name(f"{prefix}{self.folder.name}")
 
     def _locked(self) -> AbstractContextManager[None]:
-        """Let one process of this computer at a time change the copy: ranks fetch it once."""
+        """Let one process at a time change the copy, so that ranks fetch it once."""
         return locked(self._sibling("changes-of-"))
 
     def _make_room(self, names: Iterable[str]) -> None:
@@ -276,11 +259,3 @@ class RemoteStore(Store):
         self._cache.trim(needed)
         if needed:
             console.info(f"fetching {console.size_of(needed)} of labels from {shown(self.url)}")
-
-    def _fetch_text(self, name: str) -> None:
-        data = object_store.read(within(self.url, name)) if name in self._remote else None
-        if data is None:
-            self._remote.pop(name, None)
-            (self.folder / name).unlink(missing_ok=True)
-        else:
-            write_atomic(self.folder / name, data)

@@ -1,5 +1,6 @@
-"""Build the ensemble that --teacher names: NAME, NAME=CHECKPOINT, or a comma list of them."""
+"""Build the ensemble of --teacher: NAME, NAME=CHECKPOINT, or several separated by commas."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.runtime.device import Runtime
 
 
 def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
-    """Return the model name and the checkpoint, if one is given, of every teacher."""
+    """Return the model name and the checkpoint, if there is one, of every teacher."""
     teachers = []
     for spec in split_commas(specs):
         name, _, checkpoint = spec.partition("=")
@@ -45,7 +46,7 @@ def build(
         )
         if model.num_classes != len(classes):
             raise ConfigError(
-                f"teacher {name} knows {model.num_classes} classes, the data has {len(classes)}; "
+                f"teacher {name} has {model.num_classes} classes, the data has {len(classes)}; "
                 f"fine-tune it first (mealv2 finetune --model {name} …) and give {name}=RUN"
             )
         own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
@@ -63,17 +64,10 @@ def build(
                 "std": list(model.preprocessing.std),
             }
         )
-    _check_distinct(described)
-    return runtime.to_device(TeacherEnsemble(models)), described
-
-
-def _check_distinct(described: list[dict[str, Any]]) -> None:
-    seen: dict[str, str] = {}
-    for teacher in described:
-        other = seen.get(teacher["weights_sha256"])
-        if other is not None:
+    for one, other in itertools.combinations(described, 2):
+        if one["weights_sha256"] == other["weights_sha256"]:
             raise ConfigError(
-                f"teachers {other} and {teacher['model']} have the same weights; an ensemble needs "
-                "different ones (name the weights by their full tag)"
+                f"teachers {one['model']} and {other['model']} have the same weights; give "
+                "different teachers, with the full tag of their weights"
             )
-        seen[teacher["weights_sha256"]] = teacher["model"]
+    return runtime.to_device(TeacherEnsemble(models)), described

@@ -1,4 +1,4 @@
-"""Several processes of one command on this computer, each one a job of its own."""
+"""Run a command in several processes on this computer, each one as a job."""
 
 import json
 import signal
@@ -14,20 +14,20 @@ from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
 from pipeline import console
 from pipeline.config import JobsConfig
 from pipeline.labelling.jobs import Job
+from pipeline.labelling.shards import STOPPED
 from pipeline.runtime import env
 from pipeline.runtime.device import gpu_of
 from pipeline.runtime.signals import StopFlag, stop_on_signal
 
 _POLL_INTERVAL_S = 0.1
-_STOPPED = "stopped; complete shards are kept: run the same command again to continue"
 
 
 def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
     """Run `mealv2 COMMAND` in --num-procs processes; return how many shards they made.
 
-    Their messages are prefixed with the number of the process. Ctrl-C and SIGTERM are passed on to
-    them; then this process ends as each of them does: by StoppedError or by the signal. Raises
-    MealError, after all have ended, if one failed; the shards that were made are kept.
+    Their messages get the number of the process as a prefix. Ctrl-C and SIGTERM are passed on to
+    them; then this process ends as they do, by StoppedError or by the signal. Raises MealError
+    after all have ended, if one failed.
     """
     with tempfile.TemporaryDirectory(prefix="mealv2-") as folder:
         workers = [
@@ -39,16 +39,16 @@ def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
                 stack.enter_context(worker)
             _wait(workers, stop)
         if stop.signal_name == "SIGTERM":
-            console.info(f"mealv2: {len(workers)} processes {_STOPPED}")
+            console.info(f"mealv2: {len(workers)} processes {STOPPED}")
             signal.raise_signal(signal.SIGTERM)  # schedulers requeue jobs that a signal killed
         if stop.signal_name is not None:
-            raise StoppedError(f"{len(workers)} processes {_STOPPED}")
+            raise StoppedError(f"{len(workers)} processes {STOPPED}")
         _check_exit_codes(workers)
         return sum(worker.num_shards_made() for worker in workers)
 
 
 def _wait(workers: "list[_Worker]", stop: StopFlag) -> None:
-    """Wait until all processes have ended, and pass a signal on to each."""
+    """Wait until all processes have ended; pass a signal on to each."""
     is_signalled = False
     logged: set[int] = set()
     for worker in workers:
@@ -68,7 +68,7 @@ def _wait(workers: "list[_Worker]", stop: StopFlag) -> None:
 
 
 def _check_exit_codes(workers: "list[_Worker]") -> None:
-    """Raise MealError if a process failed; of the kind of its exit code if all failed alike."""
+    """Raise MealError if a process failed, of the matching kind if all have one exit code."""
     failed = [worker for worker in workers if worker.process.returncode]
     if not failed:
         return
@@ -83,7 +83,7 @@ def _check_exit_codes(workers: "list[_Worker]") -> None:
 
 
 class _Worker:
-    """A process that starts at the beginning of a block and has ended at its end."""
+    """A context manager: a process that starts with the block and has ended after it."""
 
     def __init__(
         self, command: list[str], config: JobsConfig, job: Job, number: int, folder: Path
@@ -91,7 +91,7 @@ class _Worker:
         self.number = number
         self._report = folder / f"{number}.report"
         settings = config.as_json() | {
-            # part `number` of the shards of this job, however other jobs divide theirs
+            # part `number` of the shards of this job
             "job_index": job.index + number * job.count,
             "num_jobs": job.count * config.num_procs,
             "num_procs": 1,
@@ -114,7 +114,7 @@ class _Worker:
                 encoding="utf-8",
                 errors="replace",
                 env=self._environment,
-                process_group=0,  # the Ctrl-C of a terminal reaches it once, through this process
+                process_group=0,  # so that only this process passes on Ctrl-C
             )
         assert self.process.stderr is not None
         self._relay = threading.Thread(target=_relay, args=(self.process.stderr, self.number))
@@ -128,12 +128,12 @@ class _Worker:
         self._relay.join()
 
     def num_shards_made(self) -> int:
-        """Return how many shards it made, from its report."""
+        """Return the number of shards it made, from its report."""
         last = self._report.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         return int(json.loads(last)["shards_made"])
 
     def exit_text(self) -> str:
-        """Return how it ended: its number, and its exit code or signal."""
+        """Return its number and its exit code or signal as text."""
         code = self.process.returncode
         status = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return f"process {self.number}: {status}"

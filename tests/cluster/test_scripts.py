@@ -39,16 +39,16 @@ def test_what_is_in_a_name_is_not_code_and_logs_lie_where_the_name_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = SlurmDistillConfig(flags=("x",), sbatch_arg=(f"--comment={name}",))
-    this = submitting.next_round(tmp_path / name)
+    this = submitting.next_submission(tmp_path / name)
     asked = {
         "job-name": scripts.job_name("distill", tmp_path / name),
-        "output": f"{this.log}/distill-%j.out",
+        "output": f"{this.log_folder}/distill-%j.out",
     }
     words = [name, f"{name}\n#SBATCH --hold\n", str(tmp_path / name)]
-    show = scripts.alone(scripts.command(["printf", "%s|"], words))
-    submitting.keep(this.path("distill"), scripts.head(config, "Shows.", asked) + show)
+    show = scripts.single_process(scripts.command(["printf", "%s|"], words))
+    submitting.write_script(this.path("distill"), scripts.head(config, "Shows.", asked) + show)
 
-    job = submitting.submit(submitting.sbatch_words(config, this.path("distill")))
+    job = submitting.submit(submitting.sbatch_command(config, this.path("distill")))
     user.until_ended(job)
 
     log = tmp_path / name / "slurm" / f"distill-{job}.out"
@@ -72,7 +72,7 @@ def test_what_slurm_refuses_is_one_line_with_the_script_that_is_kept(
     said = run_cli("slurm", *command)
     assert (said.code, said.stdout) == (1, "")
     line = said.stderr.splitlines()[-1]
-    assert line.startswith("mealv2: sbatch refused: ")
+    assert line.startswith("mealv2: sbatch failed: ")
     assert why in line
     kept = re.search(r"the script is kept: (\S+)", line)
     assert kept is not None
@@ -86,7 +86,7 @@ def test_a_second_job_for_the_same_run_is_refused(
     job = run_cli("slurm", *command).report["job"]
     again = run_cli("slurm", *command)
     assert (again.code, again.stdout) == (1, "")
-    assert f"job {job} waiting or at work" in again.stderr
+    assert f"job {job} for {tmp_path / 'run'} is waiting or running" in again.stderr
     user.run("scancel", job)
     user.until_ended(job)
     assert run_cli("slurm", *command).report["job"] == job + 1

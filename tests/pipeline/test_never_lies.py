@@ -474,7 +474,7 @@ def test_added_views_are_made_again_only_where_they_are_damaged(
     assert done(*add_flags, damaged).report["shards_made"] == 0
     result = run_cli(*add_flags, "--num-views", "5", damaged)
     assert result.code == 2
-    assert "holds 6 already" in result.stderr
+    assert "has 6 already" in result.stderr
     (damaged / "train-00000-views-4-5.h5").unlink()
     report = done(*add_flags, damaged).report
     assert (report["shards_made"], report["added"], report["bytes"]) == (1, [6, 6], 0)

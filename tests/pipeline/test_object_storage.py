@@ -550,7 +550,7 @@ def test_a_missing_bucket_and_a_missing_set_are_said(
     flags = training_flags(distill_flags, f"{store.url}/nothing", here / "labels")
     assert "no tar files of the split train" in one_line(run_cli(*flags, *cache), 2)
     flags = training_flags(distill_flags, images, f"{store.url}/nothing")
-    assert "holds no label set" in one_line(run_cli(*flags, *cache), 3)
+    assert "has no label set" in one_line(run_cli(*flags, *cache), 3)
 
 
 def test_a_damaged_set_in_a_bucket_goes_by_its_url(

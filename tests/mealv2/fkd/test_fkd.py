@@ -577,7 +577,11 @@ def test_the_kind_of_stored_labels_shows_in_their_shape(kind: str) -> None:
 @pytest.mark.parametrize(
     ("packed", "label_type", "said"),
     [
-        (LABELS, "marginal_smoothing_k10", r"labels are float32 of shape \(6, 2, 5\), which marg"),
+        (
+            LABELS,
+            "marginal_smoothing_k10",
+            r"labels are float32 of shape \(6, 2, 5\), which does not match marg",
+        ),
         (LABELS, "ori", "which does not match ori"),
         (LABELS, "soft", "unknown FKD label type 'soft'"),
         (LABELS, "marginal_smoothing_kx", "unknown FKD label type"),

@@ -594,14 +594,14 @@ def test_many_differences_are_counted(tmp_path):
     claim(tmp_path, plan_of(RATE))
     changes = dict.fromkeys("abcde", 1)
     with pytest.raises(
-        LabelSetError, match=r"a is None .*b is .*c is .*; and 2 more\. Give another"
+        LabelSetError, match=r"a is None .*b is .*c is .*; and 2 more\. Use another"
     ):
         claim(tmp_path, plan_of(RATE, **changes))
 
 
 def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
-    with pytest.raises(ConfigError, match=r"no label set and not empty \(thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"not a label set and not empty \(thesis\.tex"):
         claim(tmp_path, plan_of(RATE))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

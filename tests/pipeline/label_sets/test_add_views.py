@@ -132,7 +132,7 @@ def test_a_total_below_what_is_there_is_wrong_usage(
     before = stored.files_of(folder)
     result = run_cli(*add(folder, "--num-views", total))
     assert result.code == 2
-    assert f"--num-views {total}: {folder} holds 4 already" in result.stderr
+    assert f"--num-views {total}: {folder} has 4 already" in result.stderr
     assert stored.files_of(folder) == before
 
 
@@ -185,7 +185,7 @@ def test_an_image_unreadable_meanwhile_stops_or_is_left_out(
 
     result = done(*add(folder, "--data-dir", own_data, "--on-bad-image", "skip"))
     assert result.report["skipped"] == 1
-    assert "1 images could not be read: they keep only their first views" in result.stderr
+    assert "1 image could not be read: only their first views have labels" in result.stderr
     labels = LabelSet.open(folder)
     assert labels.holds("ants/01.jpg", 3)
     assert not labels.holds("ants/01.jpg", 4)
@@ -194,7 +194,9 @@ def test_an_image_unreadable_meanwhile_stops_or_is_left_out(
     expected = {(k, v): row for (k, v), row in whole.items() if k != "ants/01.jpg" or v < 4}
     assert stored.rows_of(folder) == expected
     done("labels", "verify", folder)
-    with pytest.raises(label_set.reader.LabelSetError, match="could not be read when the others"):
+    with pytest.raises(
+        label_set.reader.LabelSetError, match="could not be read when the other views"
+    ):
         labels.rows(["ants/01.jpg"], [5])
     words = [*distill_flags, "--labels", folder, "--epochs", 7, "--missing", "skip"]
     done(*words, "--output", run)
@@ -254,7 +256,10 @@ def test_a_damaged_added_shard_is_made_again_in_two_steps(
     whole = stored.rows_of(folder)
     (folder / "train-00001-views-4-6.h5").unlink()
     line = run_cli("labels", "verify", folder).stderr.splitlines()[-1]
-    assert "the same `mealv2 precompute`, then the same `mealv2 labels add-views`" in line
+    assert (
+        "the same `mealv2 precompute` again, then run the same `mealv2 labels add-views` again"
+        in line
+    )
     done(*label("--topk", 2), "--output", folder)
     assert LabelSet.open(folder).num_views == 4
     assert done(*add(folder)).report["shards_made"] == 1

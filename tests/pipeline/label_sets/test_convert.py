@@ -73,7 +73,7 @@ def test_logits_are_kept_where_they_are_asked_for_or_nothing_is(
 def test_logits_that_are_not_there_cannot_be_kept(run_cli: Run, make_set: Make, out: Path) -> None:
     result = run_cli("labels", "convert", make_set(*DENSE), "--store-logits", "--output", out)
     assert result.code == 2
-    assert "--store-logits: the set holds no logits" in result.stderr
+    assert "--store-logits: not every label set has logits" in result.stderr
 
 
 def test_a_set_is_not_converted_onto_itself(run_cli: Run, make_set: Make) -> None:

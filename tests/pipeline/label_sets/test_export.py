@@ -381,7 +381,7 @@ def test_a_folder_of_something_else_is_refused(
 ) -> None:
     done(*exporting("parquet"))
     other = run_cli("labels", "export", make_set("--topk", 2), "--output", out)
-    assert (other.code, "holds another export" in other.stderr) == (2, True)
+    assert (other.code, "has another export" in other.stderr) == (2, True)
     onto_itself = run_cli(*exporting("parquet", "--output", make_set(*DENSE)))
     assert (onto_itself.code, "is the label set itself" in onto_itself.stderr) == (2, True)
     foreign_files = out.with_name("strange")
@@ -393,7 +393,7 @@ def test_a_folder_of_something_else_is_refused(
 
 def test_appended_rows_are_left_out_with_a_note(done: Run, appended_set: Path, out: Path) -> None:
     result = done("labels", "export", appended_set, "--output", out)
-    assert "3 labels that were appended are left out" in result.stderr
+    assert "left out: 3 appended labels" in result.stderr
     assert result.report["views"] == 36 * 4
 
 

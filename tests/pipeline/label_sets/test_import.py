@@ -128,7 +128,7 @@ def test_labels_of_every_kind_are_what_fkd_recovers(
         flags += ["--label-type", "marginal_renorm"]  # what FKD's training calls it
     result = done("labels", "import", tmp_path / "soft", *flags)
     assert (result.report["label_type"], result.report["images"]) == (kind, 3)
-    assert "997 images have no labels, and are not in the set" in result.stderr
+    assert "left out: 997 images without a label file" in result.stderr
 
     expected = _dense(kind).astype(float)
     if is_half:
@@ -239,7 +239,7 @@ def test_imported_sets_are_no_ones_to_add_to_or_compare(
     ):
         result = run_cli(*words)
         assert result.code == 3
-        assert "were imported, and the weights of their teachers are unknown" in result.stderr
+        assert "was imported and the weights of its teachers are unknown" in result.stderr
 
 
 # --- what does not fit ----------------------------------------------------------------------------
@@ -258,8 +258,8 @@ def test_images_without_labels_and_labels_without_images_are_counted(
     (train / "ants" / "00.tar").rename(train / "ants" / "gone.tar")
     (train / "bees" / "01.tar").unlink()
     result = done(*importing())
-    assert "2 images have no labels, and are not in the set" in result.stderr
-    assert "1 label files have no image, and are left out" in result.stderr
+    assert "left out: 2 images without a label file" in result.stderr
+    assert "left out: 1 label file without an image" in result.stderr
     assert result.report["images"] == 34
     verified = run_cli("labels", "verify", tmp_path / "imported", "--data-dir", data_dir)
     assert verified.code == 3
@@ -287,7 +287,7 @@ def test_other_numbers_of_crops_are_refused(
     _write(path, boxes[:4], flips[:4], labels.numpy()[:4])
     result = run_cli(*importing())
     assert result.code == 3
-    assert f"label file {path} has 4 labelled crops, the first one has 6" in result.stderr
+    assert f"label file {path} has 4 labelled crops, the first file has 6" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["ants/00.tar", "cats/03.tar"])
@@ -342,7 +342,7 @@ def test_a_stopped_import_goes_on(
     ("flags", "code", "named"),
     [
         (["--label-type", "marginal_smoothing_k4"], 3, "does not match marginal_smoothing_k4"),
-        (["--label-type", "smoth"], 2, "--label-type smoth: FKD has none such"),
+        (["--label-type", "smoth"], 2, "--label-type smoth is not one of FKD's"),
         (["--train-split", "val"], 3, "36 label files have no image"),
         (["--train-split", "trian"], 2, "no folder"),
         (["--from", "relabel"], 2, "relabel"),

@@ -68,7 +68,7 @@ def test_an_unfinished_set_says_what_is_there_and_what_to_run(
         "train": {"images": 36, "shards": 3, "of": 4},
         "val": {"images": 15, "shards": 2, "of": 2},
     }
-    assert "36 images, 3 of 4 shards are there" in result.stderr
+    assert "36 images, 3 of 4 shards" in result.stderr
     assert "not finished: run the same `mealv2 precompute` again" in result.stderr
 
 

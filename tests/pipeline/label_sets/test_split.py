@@ -111,12 +111,16 @@ def test_a_changed_image_of_a_part_is_found_and_one_of_another_part_is_not(
     )
     assert (first.code, second.code) == (3, 0)
     assert "other files" in first.stderr
-    assert "it labels 18 of 36 images" in second.stderr
+    assert "train: labels 18 of 36 images" in second.stderr
 
 
 @pytest.mark.parametrize(
     ("parts", "named"),
-    [(37, "has 36 images"), (1, "--parts must be at least 2"), (0, "--parts must be at least 2")],
+    [
+        (37, "has only 36 images"),
+        (1, "--parts must be at least 2"),
+        (0, "--parts must be at least 2"),
+    ],
 )
 def test_a_number_of_parts_that_makes_no_sense_is_refused(
     run_cli: Run, make_set: Make, tmp_path: Path, parts: int, named: str

@@ -36,7 +36,7 @@ def check(result: Result, code: int = 1) -> dict[str, Any]:
 
 
 def row(result: Result, split: str, views: str) -> list[str]:
-    """Return the figures of a line of the table: shards, whole, missing, damaged."""
+    """Return the figures of a line of the table: shards, complete, missing, damaged."""
     (line,) = (x for x in result.stderr.splitlines() if x.split()[:2] == [split, views])
     return line.split()[2:6]
 
@@ -48,10 +48,10 @@ def test_a_finished_set_is_whole_and_nothing_is_to_be_run(
     result = run_cli("labels", "status", labels)
     report = check(result, 0)
     assert (report["finished"], report["next"]) == (True, None)
-    assert (report["strays"], report["others"]) == ({}, [])
+    assert (report["temporary_files"], report["unlisted_files"]) == ({}, [])
     assert report["bytes"] == sum(len(d) for n, d in before.items() if n.endswith(".h5"))
     train, val = report["blocks"]
-    assert (train["role"], train["views"], train["shards"], train["whole"]) == (
+    assert (train["role"], train["views"], train["shards"], train["complete"]) == (
         "train",
         [0, 4],
         4,
@@ -97,9 +97,9 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     assert "cannot read" in val["damaged"]["val-00001.h5"]
     assert row(result, "train", "0-3") == ["4", "1", "1", "2"]
     assert row(result, "val", "0-0") == ["2", "1", "0", "1"]
-    assert report["others"] == ["notes.txt", "train-00009.h5"]
-    assert report["strays"][temporary.name]["bytes"] == 4
-    assert report["strays"][temporary.name]["age_s"] == pytest.approx(7200, abs=60)
+    assert report["unlisted_files"] == ["notes.txt", "train-00009.h5"]
+    assert report["temporary_files"][temporary.name]["bytes"] == 4
+    assert report["temporary_files"][temporary.name]["age_s"] == pytest.approx(7200, abs=60)
     assert report["finished"] is False
     broken = [f"train-0000{n}.h5" for n in range(3)] + ["val-00001.h5"]
     assert listed.read_text().splitlines() == broken
@@ -127,7 +127,7 @@ def test_whole_shards_without_a_manifest_of_them_are_to_be_finished(
     shutil.copy(make_set("--topk", 2) / "manifest.json", manifest)
     write_shard(path, replace(read_shard(path), counts={"other": [1]}), replace=True)
     report = check(run_cli("labels", "status", labels))
-    assert [block["whole"] for block in report["blocks"]] == [4, 2]
+    assert [block["complete"] for block in report["blocks"]] == [4, 2]
     assert report["next"] == f"`mealv2 labels finish {labels}`"
     assert (
         "replaced since the previous manifest: 1 shard (" in done("labels", "finish", labels).stderr
@@ -155,7 +155,7 @@ def test_views_that_were_begun_are_a_block_of_their_own(
     assert "add-views" in report["next"]
     assert "--num-views 6" in report["next"]
     assert listed.read_text().split() == [f"train-0000{n}-views-4-5.h5" for n in (1, 3)]
-    assert report["others"] == ["train-00000-views-9-10.h5"]
+    assert report["unlisted_files"] == ["train-00000-views-9-10.h5"]
 
     done(*words, "--shard-list", listed)
     report = check(run_cli("labels", "status", labels))

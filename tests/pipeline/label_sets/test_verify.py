@@ -84,7 +84,7 @@ def test_a_flipped_bit_in_the_labels_is_named_with_its_images_and_made_again(
 
     result = run_cli("labels", "verify", folder)
     assert result.code == 3
-    assert f"train-00001.h5: its contents fail their SHA-256 (the labels of 1 image: {first})" in (
+    assert f"train-00001.h5: has another SHA-256 (the labels of 1 image: {first})" in (
         result.stderr
     )
     line = result.stderr.splitlines()[-1]
@@ -112,11 +112,11 @@ def test_every_kind_of_damage_is_listed_in_one_go(
     assert result.code == 3
     said = dict(line.split(": ", 1) for line in result.stderr.splitlines()[:-1])
     assert "its head fails its SHA-256" in said["train-00000.h5"]
-    assert said["train-00001.h5"] == f"it has {len(data) - 1} bytes of {len(data)}"
+    assert said["train-00001.h5"] == f"has {len(data) - 1} bytes, not {len(data)}"
     assert said["train-00002.h5"] == "cannot be read: No such file or directory"
-    assert said["plan.json"] == "it is not the plan in the manifest"
+    assert said["plan.json"] == "differs from the plan in the manifest"
     assert (
-        "4 of 7 files are damaged or missing (plan.json, train-00000.h5, train-00001.h5, …)"
+        "4 of 7 files damaged or missing (plan.json, train-00000.h5, train-00001.h5, …)"
         in (result.stderr.splitlines()[-1])
     )
 
@@ -140,7 +140,7 @@ def test_another_plan_beside_the_manifest_is_named(
     shutil.copy(make_set("--topk", "all") / "plan.json", folder / "plan.json")
     result = run_cli("labels", "verify", folder)
     assert result.code == 3
-    assert "plan.json: it is not the plan in the manifest" in result.stderr
+    assert "plan.json: differs from the plan in the manifest" in result.stderr
 
 
 # --- boxes --------------------------------------------------------------------------------------
@@ -158,8 +158,9 @@ def test_views_of_another_seed_under_right_hashes_are_found(
     result = run_cli("labels", "verify", folder)
     assert result.code == 3
     for number in range(4):
-        assert f"train-{number:05d}.h5: its drawn boxes are not those that were cut" in (
-            result.stderr
+        assert (
+            f"train-{number:05d}.h5: the drawn boxes differ from the boxes that were labelled"
+            in (result.stderr)
         )
 
 
@@ -174,7 +175,7 @@ def test_arithmetic_that_cuts_other_boxes_is_found(
     monkeypatch.setattr(views, "view_of", other)
     result = run_cli("labels", "verify", make_set("--topk", 2))
     assert result.code == 3
-    assert "drawn boxes are not those that were cut" in result.stderr
+    assert "drawn boxes differ from the boxes that were labelled" in result.stderr
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_another_precision_is_refused_with_the_flags_to_give(
     words = ["labels", "verify", make_set("--topk", 2), "--data-dir", data_dir, "--relabel", 5]
     result = run_cli(*words, *teach_flags, "--amp")
     assert result.code == 2
-    assert "was computed in float32, this is bfloat16; give or leave out --amp" in result.stderr
+    assert "was computed in float32, this run computes in bfloat16; use --amp" in result.stderr
 
 
 def test_an_unreadable_image_is_named(

@@ -91,8 +91,8 @@ def test_tasks_of_an_array_are_counted_from_0_wherever_it_begins(
     [
         ({"ID": 5, "MIN": 1, "MAX": 9, "STEP": 1, "COUNT": 3}, "3 tasks from 1 to 9 in steps of 1"),
         ({"ID": 1, "MIN": 1, "MAX": 9, "STEP": 1, "COUNT": 3}, "not evenly spaced"),
-        ({"ID": 4, "MIN": 0, "MAX": 6, "STEP": 3, "COUNT": 3}, "nothing says which 4 is"),
-        ({"ID": 9, "MIN": 0, "MAX": 6, "STEP": 3, "COUNT": 3}, "nothing says which 9 is"),
+        ({"ID": 4, "MIN": 0, "MAX": 6, "STEP": 3, "COUNT": 3}, "the number of task 4 is unknown"),
+        ({"ID": 9, "MIN": 0, "MAX": 6, "STEP": 3, "COUNT": 3}, "the number of task 9 is unknown"),
         ({"ID": 4}, "SLURM_ARRAY_TASK_MIN is 'not set'"),
         ({"ID": 4, "MIN": 0, "MAX": "x", "STEP": 1, "COUNT": 9}, "SLURM_ARRAY_TASK_MAX is 'x'"),
     ],
@@ -402,7 +402,7 @@ def test_two_jobs_at_one_damaged_shard_leave_the_first_complete_one(
     others = replace(read_shard(labels_dir / "train-00001.h5"), counts={"of another job": [1]})
 
     def late(split: LabelSplit, number: int, *arguments: Any) -> Shard:
-        assert write_shard(out / split.planned(number).name, others, damaged=seen)
+        assert write_shard(out / split.planned[number].name, others, damaged=seen)
         taken.append(damaged.stat().st_ino)
         return make(split, number, *arguments)
 

@@ -149,7 +149,7 @@ def test_a_complete_shard_that_another_job_made_meanwhile_stays(
 
     def late(split: LabelSplit, number: int, *arguments: Any) -> Shard:
         if (split.name, number) == ("train", 1):
-            assert write_shard(out / split.planned(number).name, others)
+            assert write_shard(out / split.planned[number].name, others)
         return own(split, number, *arguments)
 
     monkeypatch.setattr(shards, "make_shard", late)

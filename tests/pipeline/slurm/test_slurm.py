@@ -121,7 +121,7 @@ def test_one_process_is_the_shell_itself_and_several_are_a_step(done: Run) -> No
     assert "srun" not in alone
     assert "--nnodes=2 --nproc-per-node=1 --max-restarts=0 --rdzv-backend=c10d" in nodes
     assert "--nnodes=1 --nproc-per-node=8 --standalone --max-restarts=3" in procs
-    assert all("trap 'told_to_end=1' TERM" in script for script in (nodes, procs))
+    assert all("trap 'terminated=1' TERM" in script for script in (nodes, procs))
     assert all("--auto-resume" in script for script in (alone, nodes, procs))
 
 
@@ -221,7 +221,7 @@ def test_a_run_begins_where_there_are_only_scripts_and_a_finished_one_is_not_sub
     command = [*distill_flags, "--output", tmp_path / "run"]
     refused = run_cli("slurm", *command)
     assert refused.code == 1
-    assert "there is no sbatch here; the script is kept: " in refused.stderr
+    assert "sbatch is not installed; the script is kept: " in refused.stderr
     assert refused.stderr.count("\n") == 1
 
     done(*command, "--auto-resume")
