@@ -86,7 +86,7 @@ def main() -> None:
     if (code := env.saved_exit_code()) is not None:
         sys.exit(code)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="mealv2", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)

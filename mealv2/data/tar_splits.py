@@ -216,7 +216,7 @@ def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> l
     """Read the class names beside the tar files, or above a folder with the split's name.
 
     From classes.txt (a name a line) or classes.json (a list); None if there is no such file. Raises
-    ConfigError for several files, or for one that is not a list of names.
+    ConfigError for files that differ, or for one that is not a list of names.
     """
     folders = {_parent(tar) for tar in tars}
     folders |= {_parent(folder) for folder in folders if _name(folder) == split}
@@ -224,7 +224,7 @@ def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> l
     files = [(shown(path), data) for path in paths if (data := _read(path, store)) is not None]
     if not files:
         return None
-    if len(files) > 1:
+    if len({data for _, data in files}) > 1:
         raise ConfigError(f"{files[0][0]} and {files[1][0]} both name the classes; remove one")
     file, data = files[0]
     try:

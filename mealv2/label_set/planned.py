@@ -75,7 +75,7 @@ def check_planned_shard(file: ShardFile, shard: PlannedShard, plan_sha256: str) 
     """Raise LabelSetError for a shard with damaged labels, or one that is not as planned."""
     damaged = sum(not is_intact for _, _, is_intact in file.blocks())
     if damaged:
-        raise LabelSetError(f"shard {file.path} is damaged: {damaged} images have damaged labels")
+        raise LabelSetError(f"shard {file.path} is damaged: labels of {damaged} image(s)")
     found = (file.header["plan_sha256"], file.header["role"], file.header["number"])
     if (*found, file.first_view) != (plan_sha256, shard.split, shard.number, shard.views.start):
         raise LabelSetError(f"shard {file.path} belongs to another label set")

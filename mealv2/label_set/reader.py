@@ -191,7 +191,7 @@ class LabelSet:
         parts = []
         for table, is_member_N in groups:
             where_N = np.flatnonzero(is_member_N)
-            if len(where_N) or not keys:
+            if len(where_N) or not len(keys):
                 is_all = len(where_N) == len(keys)
                 members = names if is_all else [names[i] for i in where_N.tolist()]
                 columns_N = np.zeros_like(where_N)

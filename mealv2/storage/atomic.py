@@ -22,7 +22,8 @@ SCRIPTS_NAME = "slurm"  # folder of the job scripts, inside the folder that the 
 _RETRY_DELAYS_S = (0.2, 0.8, 2.0, 5.0)
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _PERMANENT = DISK_FULL | {errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}
-_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP}
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS}
+_NO_LINKS |= {errno.ENOTSUP, errno.EOPNOTSUPP}  # one number on Linux, two on macOS
 
 
 def list_folder(folder: Path) -> list[str]:

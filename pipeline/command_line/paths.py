@@ -38,7 +38,8 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
     for split in splits:
         if find_split(data_dir, split) is None:
             class_folders(data_dir / split)
-    if not splits and not data_dir.exists() and find_split(data_dir, "") is None:
+    is_pattern = any(character in "*?[{" for character in str(data_dir))
+    if not splits and not is_pattern and not data_dir.exists():
         raise ConfigError(f"no folder {data_dir}; give the data set as {name}{_near(data_dir)}")
 
 
@@ -52,7 +53,7 @@ def _splits_of(config: Settings) -> Iterable[str]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # the plan cannot be read
             plan = json.loads((labels / PLAN_NAME).read_bytes())
             yield str(plan["roles"][settings.get("split", "train")]["split"])
-    elif "train_split" in settings:
+    elif "train_split" in settings and labels is None:  # a remote label set names its own split
         yield settings["train_split"] or "train"
     if settings.get("val_split", NO_SPLIT) != NO_SPLIT:
         yield settings["val_split"]

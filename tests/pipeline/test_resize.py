@@ -103,7 +103,7 @@ def test_another_resize_than_the_labels_is_said_and_used(
     result = done(*distill_flags, "--labels", folder, flag, "--output", tmp_path / "run")
     assert resizes == {resize}
     assert (
-        f"{folder} was labelled on views resized by {made_by}; the pixels of this run differ"
+        f"the views of {folder} were resized by {made_by}; the pixels of this run differ"
         in result.stderr
     )
 
@@ -124,7 +124,7 @@ def test_other_pixels_than_the_labels_are_said_before_training(
     (line,) = (
         number for number, text in enumerate(said) if "gives slightly different pixels" in text
     )
-    assert said[line].startswith(f"{other_set} was labelled on views resized by torch ")
+    assert said[line].startswith(f"the views of {other_set} were resized by torch ")
     assert line < next(number for number, text in enumerate(said) if "run folder" in text)
 
 
@@ -135,7 +135,7 @@ def test_a_machine_with_other_pixels_adds_nothing_to_a_set(
     result = run_cli(*precompute_flags, "--output", other_set)
     assert result.code == 3
     assert "probe_sha256 is 0000" in result.stderr
-    assert "by other versions of torch or Pillow" in result.stderr
+    assert "another version of torch or Pillow" in result.stderr
     assert contents(other_set) == before
 
 

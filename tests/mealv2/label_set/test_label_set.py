@@ -80,7 +80,7 @@ def test_soft_labels_and_lookup_say_the_same_as_rows(tmp_path, name):
     labels = opened.soft_labels(*wanted)
     dense = [made.dense_NVC[2, 1], made.dense_NVC[0, 3], made.dense_NVC[2, 0]]
     assert np.array_equal(labels.to_dense().numpy(), dense)
-    found = opened.lookup(*wanted)
+    found = opened.lookup(np.array(wanted[0]), np.array(wanted[1]))
     assert found.indices_NK.dtype == np.int64
     assert found.probs_NK.dtype == np.float32
     for ids, probs, row in zip(*found, dense, strict=True):

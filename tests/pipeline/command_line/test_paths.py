@@ -146,6 +146,12 @@ def test_paths_that_are_there_pass_and_urls_are_not_looked_at(
     rest = ["--model", "m", "--output", tmp_path / "new" / "run"]
     check_paths(config_of("distill", "--data-dir", data_dir, "--labels", labels_dir, *rest))
     check_paths(config_of("distill", "--data-dir", "s3://b/d", "--labels", "s3://b/l", *rest))
+    # the label set may name another split than train, and only its plan says which
+    (tmp_path / "training" / "ants").mkdir(parents=True)
+    remote = ["--data-dir", tmp_path, "--labels", "s3://b/l", "--val-split", "none"]
+    check_paths(config_of("distill", *remote, *rest))
+    pattern = tmp_path / "training-{000..003}.tar"
+    check_paths(config_of("labels", "verify", "s3://b/l", "--data-dir", pattern))
 
 
 def test_what_is_missing_is_listed(run_cli: Run, data_dir: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     train, val = report["blocks"]
     assert train["missing"] == ["train-00000.h5"]
     assert train["damaged"].keys() == {"train-00001.h5", "train-00002.h5"}
-    assert "is damaged: the labels of 1 images" in train["damaged"]["train-00001.h5"]
+    assert "is damaged: labels of 1 image(s)" in train["damaged"]["train-00001.h5"]
     assert "another label set" in train["damaged"]["train-00002.h5"]
     assert "cannot read" in val["damaged"]["val-00001.h5"]
     assert row(result, "train", "0-3") == ["4", "1", "1", "2"]
@@ -238,5 +238,5 @@ def test_a_list_that_cannot_be_written_is_refused_before_anything_is_read(
 def test_half_a_url_is_a_line(run_cli: Run, place: str) -> None:
     result = run_cli("labels", "status", place)
     assert result.code == 2
-    assert result.stderr.startswith("mealv2: a URL ")
+    assert result.stderr.startswith("mealv2: the URL ")
     assert len(result.stderr.splitlines()) == 1

@@ -615,7 +615,7 @@ def test_second_signal_quits_at_once(
     metrics = run / "metrics.jsonl"
     process.until(lambda: metrics.exists() and '"validation"' in metrics.read_text())
     process.signal(signal.SIGINT)
-    process.until(lambda: "once more quits at once" in process.stderr)
+    process.until(lambda: "a second signal quits at once" in process.stderr)
     process.signal(signal.SIGINT)
     assert process.result(deadline_s=10).code == 128 + signal.SIGINT
 

@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 
 # What may be done on the CPU before labels are on the device, and once before the first step.
 ALLOWED = {"rows", "_prepare"}
-STEP = {"__call__", "add", "waiting", "count", "_log_metrics"}
+STEP = {"update", "add", "waiting", "count", "_log_metrics"}
 
 
 def _waits(run: Callable[[], object]) -> list[list[str]]:
