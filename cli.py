@@ -86,12 +86,12 @@ def main() -> None:
     if (code := env.saved_exit_code()) is not None:
         sys.exit(code)
     try:
-        cli.main(prog_name="mealv2", standalone_mode=False)
+        cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        command = getattr(getattr(error, "ctx", None), "command_path", "mealv2")
+        command = _command_of(error)
         _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except MealError as error:
         _fail(display_names.use_display_names(str(error)), error.exit_code)
@@ -103,6 +103,15 @@ def main() -> None:
             raise
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}{_HINTS.get(error.errno, '')}", MealError.exit_code)
+
+
+def _command_of(error: click.ClickException) -> str:
+    """Return the command with the wrong usage, as the documents spell it: mealv2 GROUP NAME."""
+    context, words = getattr(error, "ctx", None), []
+    while context is not None and context.parent is not None:
+        words.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(["mealv2", *words])
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -355,8 +355,8 @@ class Reader:
     def _outcome(self, whole: Set, case: Case, rng: random.Random) -> str:
         opened: list[Any] = []
         reasons = [self._refusal(lambda: opened.append(self._open(self.folder)))]
-        some = rng.sample(range(len(whole.columns)), 3)
-        for order in (range(len(whole.columns)), *([n] for n in some)):
+        some = rng.sample(range(len(whole.places)), 3)
+        for order in (range(len(whole.places)), *([n] for n in some)):
             for labels in opened:
                 check = partial(self._check_rows, labels, whole, case, list(order))
                 reasons.append(self._refusal(check))
@@ -369,7 +369,7 @@ class Reader:
     def _check_rows(self, labels: Any, whole: Set, case: Case, order: list[int]) -> None:
         import torch
 
-        rows = self._look_up(labels, [whole.columns[n] for n in order])
+        rows = self._look_up(labels, [whole.places[n] for n in order])
         rows.labels.kept()
         if not case.is_forged:
             expected = whole.rows.rows(torch.tensor(order))

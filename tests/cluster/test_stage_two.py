@@ -118,21 +118,28 @@ def test_two_nodes_train_without_a_word_outside_and_stay_cancelled(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "code", "restarts"),
+    ("wrong", "codes", "restarts"),
     [
-        (["--initial-checkpoint", "not-there"], 2, 0),  # settings: they will be wrong again
-        (["--lr", "1e30"], 1, 1),  # the loss is not finite: as often as said
+        (["--sync-bn"], {2}, 0),  # settings, wrong on this machine: they are wrong again
+        # the loss is not finite: as often as --max-requeues; 143 is of the agent that srun ends
+        (["--lr", "1e30"], {1, 143}, 1),
     ],
 )
 def test_a_training_that_fails_is_begun_again_only_where_that_may_help(
-    cluster: Any, training: list[str], tmp_path: Path, wrong: list[str], code: int, restarts: int
+    cluster: Any,
+    training: list[str],
+    tmp_path: Path,
+    wrong: list[str],
+    codes: set[int],
+    restarts: int,
 ) -> None:
     flags = ["--nodes", 2, "--max-requeues", 1]
     job = cluster.submit("distill", *flags, *training, *wrong, "--output", tmp_path / "run")["job"]
     cluster.until_ended(job)
     failed = cluster.task(job)
     assert (failed.state, failed.restarts) == ("FAILED", restarts)
-    assert f" ExitCode={code}:0 " in cluster.run("scontrol", "-o", "show", "job", job)
+    shown = cluster.run("scontrol", "-o", "show", "job", job)
+    assert any(f" ExitCode={code}:0 " in shown for code in codes)
 
 
 def test_a_sweep_trains_students_from_one_set_without_a_teacher(
