@@ -161,7 +161,7 @@ def _measure(
         seconds = time.perf_counter() - start_s
         blocks = annotator.encoding.blocks(annotations.rows, num_views)
         label_bytes = sum(map(len, blocks)) / max(1, len(annotations.positions))
-        waited_s = timer.take() - (timer.start_s or 0.0)
+        waited_s = timer.take_after_start()
         return timing.Sample(max(1, len(annotations.positions)), seconds, waited_s)
 
     return timing.sample(label, min_size=batch_size), label_bytes

@@ -322,6 +322,10 @@ class WaitTimer(Generic[T]):
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
 
+    def take_after_start(self) -> float:
+        """Return all seconds waited, without the wait for the first item."""
+        return self.take() - (self.start_s or 0.0)
+
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield batches with their images on a device, in the same memory layout.

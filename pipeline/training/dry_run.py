@@ -64,8 +64,7 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     positions = spec.positions[::stride][:num_images]
     sampler = BatchSampler(config, spec.source, positions, spec.targets)
     step = TrainStep(config, runtime, spec)
-    if config.torchcompile != "off":
-        step.compile(sampler.full_batch())
+    step.compile(sampler.full_batch())
     step.log_sizes(sampler.full_batch())
     step.state.set_lr(config.lr_factor(0))
     spec.task.train()
@@ -94,4 +93,4 @@ def _time_steps(step: TrainStep, batches: Iterator[Batch]) -> timing.Sample:
         step.state.progress.total_steps += 1
         units += 1
     seconds = time.perf_counter() - start_s
-    return timing.Sample(units, seconds, timer.take() - (timer.start_s or 0.0))
+    return timing.Sample(units, seconds, timer.take_after_start())

@@ -51,8 +51,7 @@ class _Trainer:
         self.sampler = BatchSampler(config, spec.source, spec.positions, spec.targets)
         self.step = TrainStep(config, runtime, spec)
         self.state = self.step.state
-        if config.torchcompile != "off":
-            self.step.compile(self.sampler.full_batch())
+        self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state)
         self.progress = self.state.progress
         self.step.is_prepared = self.progress.total_steps > 0

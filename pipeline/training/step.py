@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -54,6 +53,7 @@ class TrainStep:
         self.warning: str | None = None
         self.phase: Any = record_function
         self.is_prepared = False
+        self._autocast = runtime.autocast()
         self._num_ranks = runtime.ranks.size
         if config.sync_bn:
             enable_sync_bn(runtime, spec.student, name=spec.student.tag)
@@ -95,7 +95,7 @@ class TrainStep:
 
     def _forward_backward(self, batch: Batch, number: int, fraction: float) -> StepOutput:
         """Add the gradient of a micro-batch, ``fraction`` of the whole batch."""
-        with self._autocast():
+        with self._autocast:
             with self.phase("labels"):
                 images_BCHW, targets, mixture = self._targets(batch, number)
                 self._prepare(images_BCHW, targets)
@@ -150,12 +150,6 @@ class TrainStep:
                 "cannot learn from one: use a larger --batch-size"
             ) from error
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.runtime.amp_dtype
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, dtype=dtype)
-
     # --- rows of a rank and of its micro-batches --------------------------------------------------
 
     def local_rows(self, request: BatchRequest) -> BatchRequest:
@@ -203,7 +197,9 @@ class TrainStep:
     # --- before the first step --------------------------------------------------------------------
 
     def compile(self, request: BatchRequest) -> None:
-        """Compile the student for the micro-batches of a full batch."""
+        """With --torchcompile, compile the student for the micro-batches of a full batch."""
+        if self.config.torchcompile == "off":
+            return
         num_views = num_views_of(self.local_rows(request))
         size = max(map(len, self._micro_batches(num_views, num_views)))
         compiler = Compiler(self.config.torchcompile, size)
