@@ -18,6 +18,7 @@ import cli
 import published
 from mealv2.errors import ConfigError, MealError
 from mealv2.models import released
+from tests.cases import mostly_slow
 
 ROOT = Path(cli.__file__).resolve().parent
 HUB_NAMES = {  # as the hub page lists them
@@ -191,7 +192,7 @@ def load(name: str, **settings: object) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", HUB_NAMES)
+@pytest.mark.parametrize("name", mostly_slow(HUB_NAMES, fast=2))
 def test_without_weights_every_name_is_timms_plain_model(
     server: published.Server, name: str
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import FORMS, IMG_SIZE, ROOT, Result
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier, save_classifier
+from tests.cases import mostly_slow
 
 PATH = ROOT / "docs" / "reference" / "reference_reader.py"
 CLASSES = tuple(f"c{number:03d}" for number in range(300))
@@ -96,7 +97,7 @@ def test_reader_agrees_on_three_classes(
 
 
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("form", LARGE)
+@pytest.mark.parametrize("form", mostly_slow(LARGE, fast=2))
 def test_reader_agrees_on_many_classes(
     read: LabelSetReader, large: Callable[..., Path], form: str, logits: bool
 ) -> None:

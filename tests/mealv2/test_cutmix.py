@@ -139,6 +139,7 @@ def test_a_share_of_the_batches_as_given_is_mixed(probability):
     assert stats.binomtest(round(2000 * share), 2000, probability).pvalue > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.5, 1.0, 4.0])
 def test_lambda_is_beta_distributed(beta):
     """Seen in boxes that no border cuts off: their side is int(S sqrt(1 - lambda)), 2 at a time."""

@@ -16,6 +16,7 @@ from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import keep_logits, top_k
 from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask
+from tests.cases import mostly_slow
 
 NUM_FEATURES = 5
 quickly = hypothesis_settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -137,7 +138,7 @@ def test_a_step_of_random_shape_agrees_with_float64(case: dict[str, Any]) -> Non
     compare(case, num_steps=2)
 
 
-@pytest.mark.parametrize("variant", ["paper", "official", "adversarial", None])
+@pytest.mark.parametrize("variant", mostly_slow(["paper", "official", "adversarial", None]))
 @pytest.mark.parametrize(
     ("online", "shown"), [(True, "logits"), (False, "log-probs"), (False, "logits")]
 )

@@ -389,6 +389,7 @@ def _learned_accuracy(
         return float(step(1000)[1])
 
 
+@pytest.mark.slow
 def test_through_the_channel_nothing_tells_a_student_from_the_teacher_it_equals():
     def through_the_task(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
         task = DistillTask(nn.Identity(), Discriminator(labels.num_classes))

@@ -179,6 +179,7 @@ def test_a_million_views_are_distributed_as_torchvisions(width, height, num_ours
     assert min(p_values.values()) > P_VALUE, p_values
 
 
+@pytest.mark.slow
 def test_views_next_to_each_other_are_not_correlated():
     area = box_figures(our_boxes(500, 375, 100_000), 500, 375)["area"].reshape(1000, 100)
     next_view = stats.spearmanr(area[:, :-1].ravel(), area[:, 1:].ravel()).pvalue
@@ -299,6 +300,7 @@ def boxes_in_images(draw: st.DrawFn) -> tuple[View, int, int]:
     return View(top, left, rows, columns, draw(st.booleans())), width, height
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None, derandomize=True, database=None)
 @given(boxes_in_images())
 def test_a_box_survives_float32_fractions_and_packing(drawn: tuple[View, int, int]) -> None:

@@ -213,6 +213,7 @@ logs.info("after")
 """
 
 
+@pytest.mark.slow
 def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> None:
     said = subprocess.run(
         [sys.executable, "-c", _KILLED_WHILE_IT_TALKS],

@@ -28,6 +28,7 @@ from pipeline.runtime.device import create_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -99,12 +100,14 @@ def _train_online(
 
 @pytest.mark.parametrize(
     ("discriminator", "shown", "tolerance"),
-    [
-        ("paper", None, 1e-5),
-        ("official", None, 1e-5),
-        ("off", None, 1e-5),
-        ("paper", "logits", 1e-4),  # stored in float16
-    ],
+    mostly_slow(
+        [
+            ("paper", None, 1e-5),
+            ("official", None, 1e-5),
+            ("off", None, 1e-5),
+            ("paper", "logits", 1e-4),  # stored in float16
+        ]
+    ),
 )
 def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
     done: Run,
@@ -144,7 +147,7 @@ def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
 
 
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", mostly_slow(FORMS, fast=2))
 def test_every_form_trains_with_every_input_of_the_discriminator_that_it_has(
     done: Run,
     distill_flags: list[str],
@@ -272,6 +275,7 @@ def _centre(path: Path) -> torch.Tensor:
     return torch.from_numpy(crop).permute(2, 0, 1)[None]
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_student_nearer_to_the_ensemble(
     done: Run, distill_flags: list[str], run: Path, events: Events
 ) -> None:
@@ -347,12 +351,15 @@ def _group_rates(run: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("flags", "rates"),
-    [
-        ([], [0.001, 0.001]),
-        (["--discriminator-lr", 0.5], [0.001, 0.05]),
-        (["--discriminator-lr", 0.0], [0.001, 0.0]),
-        (["--discriminator", "off"], [0.001]),
-    ],
+    mostly_slow(
+        [
+            ([], [0.001, 0.001]),
+            (["--discriminator-lr", 0.5], [0.001, 0.05]),
+            (["--discriminator-lr", 0.0], [0.001, 0.0]),
+            (["--discriminator", "off"], [0.001]),
+        ],
+        fast=2,
+    ),
 )
 def test_discriminator_has_a_learning_rate_of_its_own_with_the_same_milestones(
     done: Run, distill_flags: list[str], run: Path, flags: list[object], rates: list[float]

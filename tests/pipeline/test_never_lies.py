@@ -16,6 +16,7 @@ from conftest import Result
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Appender, LabelSet, Rows, ShardFile, read_manifest
 from mealv2.storage.atomic import TEMPORARY_PREFIX
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -295,7 +296,7 @@ def _link_to_nothing(folder: Path, other: Path) -> None:
         (_link_to_nothing, ["train-00002.h5"]),
     ],
 )
-@pytest.mark.parametrize("manifest", ["there", "lost"])
+@pytest.mark.parametrize("manifest", mostly_slow(["there", "lost"]))
 def test_a_shard_that_is_not_its_own_is_refused_and_it_alone_made_again(
     run_cli: Run,
     repair: Callable[..., Result],

@@ -21,6 +21,7 @@ from packs import final
 from conftest import Result, Spawned
 from mealv2.label_set import Appender, LabelSet
 from mealv2.storage.atomic import TEMPORARY_PREFIX
+from tests.cases import mostly_slow
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]
@@ -376,7 +377,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, fast=3))
 def test_full_disk_in_a_labels_command_is_one_line_and_the_same_command_goes_on(
     run_cli: Run,
     done: Run,

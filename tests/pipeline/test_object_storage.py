@@ -27,6 +27,7 @@ from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -85,6 +86,7 @@ def here(
     return folder
 
 
+@pytest.mark.slow
 def test_training_from_a_bucket_is_training_from_a_web_server_and_nearly_from_a_folder(
     store: Store,
     tar_dir: Path,
@@ -181,6 +183,7 @@ def with_batch_size(flags: list[Any]) -> Any:
     return flags[flags.index("--batch-size") + 1]
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     store: Store,
     tar_dir: Path,
@@ -306,6 +309,7 @@ def indexed(store: Store, tar_dir: Path) -> str:
     return images
 
 
+@pytest.mark.slow
 def test_a_shard_of_images_that_cannot_be_fetched_fails_alone_in_a_job(
     store: Store,
     tar_dir: Path,
@@ -342,6 +346,7 @@ def test_a_full_disk_of_copies_is_no_bad_image(
         ViewReader(far, img_size=8).read([(0, (CENTRE,))])
 
 
+@pytest.mark.slow
 def test_a_shard_that_another_machine_made_anew_takes_the_place_of_its_copy(
     store: Store, here: Path, cache: list[Any], done: Run, contents: Files
 ) -> None:
@@ -366,7 +371,8 @@ def test_a_shard_that_another_machine_made_anew_takes_the_place_of_its_copy(
 
 
 @pytest.mark.parametrize(
-    "pattern", ["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"]
+    "pattern",
+    mostly_slow(["", "/{split}-{{000000..000009}}.tar", "/{split}-*.tar", "/*.tar"], fast=2),
 )
 def test_shards_in_a_bucket_are_found(
     pattern: str, store: Store, tar_dir: Path, tmp_path: Path
@@ -393,7 +399,7 @@ def flipped(tar: bytes, image: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["s3", "http"])
-@pytest.mark.parametrize("with_index", [False, True])
+@pytest.mark.parametrize("with_index", mostly_slow([False, True]))
 def test_a_shard_that_was_replaced_is_fetched_and_indexed_anew(
     kind: str, with_index: bool, store: Store, tar_dir: Path, tmp_path: Path
 ) -> None:
@@ -483,6 +489,7 @@ def test_shards_come_from_a_web_server_or_a_program_too(tar_dir: Path, tmp_path:
             ]
 
 
+@pytest.mark.slow
 def test_a_small_cache_is_kept_small_and_enough(
     data_dir: Path, store: Store, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from mealv2.soft_labels import (
     top_k,
 )
 from mealv2.views import view_of
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -193,7 +194,7 @@ def _pixels(data_dir: Path, split: str, keys: list[str], views: list[int]) -> np
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", mostly_slow(FORMS, fast=2))
 def test_rows_are_what_each_form_makes_of_the_teachers_answers(
     labels_of: Callable[..., Path],
     teacher_dirs: dict[str, Path],
@@ -295,6 +296,7 @@ def test_curves_and_logits_are_byte_equal_for_any_number_of_workers(
     assert contents(out) == contents(labels_of("rate", logits=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 10_000])
 def test_batch_size_changes_probabilities_by_less_than_a_thousandth(
     done: Run, precompute_flags: list[str], labels_dir: Path, out: Path, batch_size: int

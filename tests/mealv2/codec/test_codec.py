@@ -332,6 +332,7 @@ def test_encoding_is_the_same_for_any_batch_split(case, random):
     assert EncodedLabels.concat(rows).to_bytes() == whole.to_bytes()
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_the_same_row_by_row(monkeypatch):
     probs = distributions(200, 300, 4.0)
     whole = encode(probs, rate=2e-4)

@@ -242,6 +242,7 @@ def test_damaged_jpegs_are_what_pillow_says_they_are(monkeypatch, name):
         assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_package_works_without_the_fast_decoder():
     code = (
         "import sys; sys.modules['simplejpeg'] = None; from mealv2.data import pixels; "

@@ -24,6 +24,7 @@ from mealv2.label_set import (
     shard_name,
     write_shard,
 )
+from tests.cases import mostly_slow
 
 KEYS = ["ant/1.jpg", "猫/写真.webp"]
 NUM_VIEWS = 2
@@ -213,7 +214,7 @@ def test_a_run_that_goes_on_sees_only_the_files_it_began_with(tmp_path):
     assert LabelSet.open(tmp_path).appended == sorted([first.name, second.name])
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", mostly_slow(["spawn", "forkserver"]))
 def test_a_set_handed_to_another_process_reads_appended_rows(tmp_path, method):
     append(make_set(tmp_path)[0], PLACES)
     opened = LabelSet.open(tmp_path)

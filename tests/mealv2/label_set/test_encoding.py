@@ -13,6 +13,7 @@ from label_sets import ENCODINGS, encoded, ensemble_outputs, plan_of, same, tens
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, Rows
 from mealv2.soft_labels import EncodedLabels, KeptLogits, SoftLabels
+from tests.cases import mostly_slow
 
 quickly = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 MOST = 400_000  # probabilities of a case
@@ -118,12 +119,14 @@ def test_the_reference_reads_the_same_from_the_bytes(case):
 
 @pytest.mark.parametrize(
     "encoding",
-    [
-        Encoding(1_000_000, rate=1e-2, logits=True),
-        Encoding(1_000_000, topk=65_535),
-        Encoding(1_000_000, "float16", topk=1000, logits=True),
-        Encoding(1_000_000, "float32", topk=1_000_000),
-    ],
+    mostly_slow(
+        [
+            Encoding(1_000_000, rate=1e-2, logits=True),
+            Encoding(1_000_000, topk=65_535),
+            Encoding(1_000_000, "float16", topk=1000, logits=True),
+            Encoding(1_000_000, "float32", topk=1_000_000),
+        ]
+    ),
     ids=str,
 )
 def test_a_million_classes(encoding):

@@ -31,6 +31,7 @@ from mealv2.label_set import (
 )
 from mealv2.storage.json_format import canonical_json
 from mealv2.views import RECIPE, DrawnViews
+from tests.cases import mostly_slow
 
 RATE = ENCODINGS["rate"]
 FLOAT16 = ENCODINGS["float16"]
@@ -256,7 +257,7 @@ def test_what_is_known_of_images_is_in_the_shards(tmp_path):
 # --- other processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("method", mostly_slow(["spawn", "forkserver", "fork"]))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_an_open_set_answers_in_another_process(made, method):
     opened = LabelSet.open(made.folder)

@@ -25,6 +25,7 @@ from mealv2.models import Classifier, create_classifier, read_metadata
 from pipeline import export
 from pipeline.config import ExportConfig
 from pipeline.export.model_card import escaped
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 MODELS = ["test_resnet", "test_efficientnet", "test_vit"]
@@ -173,6 +174,7 @@ def test_missing_packages_are_one_line(
     assert line == f"mealv2: --to onnx needs {missing}: pip install 'mealv2[export]'"
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(
     done: Run, local_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +220,7 @@ def test_torchscript_file_answers_without_timm_or_mealv2(
 # --- every kind -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, fast=2))
 def test_report_says_what_was_written_and_nothing_else_is_there(
     done: Run, distilled: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -234,7 +236,7 @@ def test_report_says_what_was_written_and_nothing_else_is_there(
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, fast=2))
 def test_no_file_names_a_path_of_this_machine(
     done: Run, distilled: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -280,7 +282,7 @@ def test_an_empty_folder_may_become_a_folder_but_no_file(
     assert (out / "model.safetensors").exists() == (kind == "timm")
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+@pytest.mark.parametrize("kind", mostly_slow(["onnx", "torchscript"]))
 def test_file_that_would_answer_otherwise_is_not_written(
     local_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

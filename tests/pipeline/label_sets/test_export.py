@@ -299,6 +299,7 @@ def test_the_validation_labels_are_a_table_too(done: Run, make_set: Make, out: P
     assert "box_top" not in table.column_names
 
 
+@pytest.mark.slow
 def test_without_pyarrow_it_says_what_to_install(make_set: Make, out: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"

@@ -20,6 +20,7 @@ from official import CROPS, GOLDEN, KINDS
 from pictures import size_of
 from pipeline.label_sets import writing
 from pipeline.loading.loader import ViewReader
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 
@@ -107,7 +108,7 @@ def importing(data_dir: Path, fkd_folder: Path, tmp_path: Path) -> Callable[...,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", mostly_slow([np.float32, np.float16]))
 def test_labels_of_every_kind_are_what_fkd_recovers(
     done: Run, many_classes: Path, tmp_path: Path, kind: str, dtype: Any
 ) -> None:

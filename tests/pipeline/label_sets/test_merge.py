@@ -342,6 +342,7 @@ def test_sets_that_lost_something_are_averaged_with_a_note(
     assert "--topk all" in result.stderr
 
 
+@pytest.mark.slow
 def test_one_shard_at_a_time_is_read(
     done: Run, dense_sets: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import stored
 from conftest import Result
 from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]
@@ -18,7 +19,7 @@ def _parts(folder: Path, number: int) -> list[Path]:
     return [folder / f"part-{n}" for n in range(number)]
 
 
-@pytest.mark.parametrize("number", [2, 5, 36])
+@pytest.mark.parametrize("number", mostly_slow([2, 5, 36]))
 def test_parts_are_whole_sets_of_disjoint_images_in_order(
     done: Run, make_set: Make, tmp_path: Path, number: int, data_dir: Path
 ) -> None:

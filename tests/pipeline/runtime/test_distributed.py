@@ -29,6 +29,7 @@ from pipeline.loading.requests import centre_requests
 from pipeline.runtime.distributed import Ranks
 from pipeline.training.batches import split_evenly
 from pipeline.training.evaluator import local_centre_requests
+from tests.cases import mostly_slow
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]
@@ -492,12 +493,14 @@ def test_what_all_ranks_find_wrong_is_said_once(
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--lr", "much"], "'much' is not a valid float"),
-        (["--momentum", "-1"], "--momentum"),
-        (["--config", "/not/there"], "/not/there"),
-    ],
+    mostly_slow(
+        [
+            (["--no-such-flag"], "--no-such-flag"),
+            (["--lr", "much"], "'much' is not a valid float"),
+            (["--momentum", "-1"], "--momentum"),
+            (["--config", "/not/there"], "/not/there"),
+        ]
+    ),
 )
 def test_wrong_usage_is_said_once_before_ranks_have_met(
     ranks: Callable[..., Ended], finetune_flags: list[str], wrong: list[str], named: str

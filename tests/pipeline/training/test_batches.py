@@ -262,6 +262,7 @@ def test_a_batch_of_one_image_with_all_its_views_is_enough_for_every_pass(
     assert done(*distill_flags, *flags, "--output", run).report["steps"] == 36 + 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_two_views_stopped_in_the_middle_end_in_the_same_bits(
     done: Run, distill_flags: list[str], tmp_path: Path, weights: Weights, epochs: int

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import Result
 from mealv2.task import DistillTask
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 
@@ -23,7 +24,7 @@ def distill_flags(data_dir: Path, student_dir: Path) -> list[object]:
     return [*flags, "--initial-checkpoint", student_dir, "--epochs", 5, "--batch-size", 8]
 
 
-@pytest.mark.parametrize("source", ["labels", "online"])
+@pytest.mark.parametrize("source", mostly_slow(["labels", "online"]))
 @pytest.mark.parametrize("views_per_image", [1, 2])
 def test_dry_run_says_the_steps_of_the_run_and_writes_nothing(
     done: Run,

@@ -493,6 +493,7 @@ def test_stopped_and_continued_with_write_back_it_ends_in_the_same_bits(
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_continued_run_uses_the_first_views_though_more_were_labelled_meanwhile(
     run_cli: Run,
     done: Run,

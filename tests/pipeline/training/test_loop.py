@@ -15,6 +15,7 @@ import torch
 
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -96,7 +97,9 @@ def test_val_interval_spaces_the_validations_and_keeps_the_last(
     assert [row["epoch"] for row in summary(run)] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(1, ["15"]), (2, ["10", "15"]), (9, ["5", "10", "15"])])
+@pytest.mark.parametrize(
+    ("keep", "kept"), mostly_slow([(1, ["15"]), (2, ["10", "15"]), (9, ["5", "10", "15"])])
+)
 def test_newest_checkpoints_are_kept(
     done: Run, distill_flags: list[str], run: Path, keep: int, kept: list[str]
 ) -> None:
@@ -111,11 +114,13 @@ def test_newest_checkpoints_are_kept(
 
 @pytest.mark.parametrize(
     ("flags", "rates"),
-    [
-        (["--lr", 0.5], [0.5, 0.5, 0.05, 0.05]),  # 100/180 of 4 epochs: from epoch 2
-        (["--decay-milestones", 1, "--decay-milestones", 3], [0.01, 0.001, 0.001, 0.0001]),
-        (["--decay-milestones", 3, "--decay-rate", 0.5], [0.01, 0.01, 0.01, 0.005]),
-    ],
+    mostly_slow(
+        [
+            (["--lr", 0.5], [0.5, 0.5, 0.05, 0.05]),  # 100/180 of 4 epochs: from epoch 2
+            (["--decay-milestones", 1, "--decay-milestones", 3], [0.01, 0.001, 0.001, 0.0001]),
+            (["--decay-milestones", 3, "--decay-rate", 0.5], [0.01, 0.01, 0.01, 0.005]),
+        ]
+    ),
 )
 def test_learning_rate_of_every_epoch_is_the_schedules(
     done: Run,
@@ -220,7 +225,8 @@ def long_finished(
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1)]
+    ("number", "workers"),
+    mostly_slow([(signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1)]),
 )
 def test_stopped_by_a_signal_and_continued_it_ends_in_the_same_bits(
     spawn: Callable[..., Spawned],
@@ -284,15 +290,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
 # 36 images and 15 of val; batches of 8, so steps begin at images 1, 9, 17, 25, 33, 37, ...
 @pytest.mark.parametrize(
     ("split", "image", "steps"),
-    [
-        pytest.param("val", 1, 0, id="validation at step 0"),
-        pytest.param("train", 1, 1, id="first step"),
-        pytest.param("train", 20, 3, id="third step"),
-        pytest.param("train", 36, 5, id="last step of an epoch"),
-        pytest.param("val", 16, 5, id="validation of an epoch"),
-        pytest.param("train", 72, 10, id="last step of all"),
-        pytest.param("val", 31, 10, id="last validation"),
-    ],
+    mostly_slow(
+        [
+            pytest.param("val", 1, 0, id="validation at step 0"),
+            pytest.param("train", 1, 1, id="first step"),
+            pytest.param("train", 20, 3, id="third step"),
+            pytest.param("train", 36, 5, id="last step of an epoch"),
+            pytest.param("val", 16, 5, id="validation of an epoch"),
+            pytest.param("train", 72, 10, id="last step of all"),
+            pytest.param("val", 31, 10, id="last validation"),
+        ],
+        fast=3,
+    ),
 )
 def test_stopped_anywhere_and_continued_it_ends_in_the_same_bits(
     run_cli: Run,
@@ -604,6 +613,7 @@ def test_folder_of_something_else_is_no_place_for_a_run(
         assert sorted(place.glob("**/*")) == before
 
 
+@pytest.mark.slow
 def test_second_signal_quits_at_once(
     spawn: Callable[..., Spawned], finetune_flags: list[str], own_data: Path, run: Path
 ) -> None:

@@ -19,6 +19,7 @@ from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.models import create_classifier
 from mealv2.storage.weight_files import find_checkpoint
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -63,6 +64,7 @@ def as_killed_after(finished: Path, step: int, run: Path) -> None:
 # --- the schedule -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("views", "passes"), [(1, [0, 1, 2, 3]), (2, [0, 2])])
 def test_cosine_rates_of_every_epoch_reach_both_groups(
     done: Run, distill_flags: list[str], run: Path, events: Events, views: int, passes: list[int]
@@ -134,6 +136,7 @@ def test_average_that_forgets_at_once_is_the_student(
     assert all(torch.equal(value, last[name]) for name, value in student(run).items())
 
 
+@pytest.mark.slow
 def test_accuracies_of_the_average_and_of_the_student_are_reported(
     done: Run,
     distill_flags: list[str],
@@ -166,7 +169,7 @@ def test_accuracies_of_the_average_and_of_the_student_are_reported(
     assert report["top1"] != report["student_top1"]
 
 
-@pytest.mark.parametrize("step", [3, 5, 8])
+@pytest.mark.parametrize("step", mostly_slow([3, 5, 8]))
 def test_average_survives_a_kill_to_the_bit(
     done: Run, averaged: Path, run: Path, weights: Weights, step: int
 ) -> None:
@@ -201,7 +204,7 @@ def test_checkpoints_between_do_not_change_the_run(
     assert summary(run) == summary(finished)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 6, 8, 10])
+@pytest.mark.parametrize("step", mostly_slow([2, 4, 5, 6, 8, 10], fast=3))
 def test_killed_after_any_checkpoint_it_ends_in_the_same_bits_and_the_same_log(
     done: Run, finished: Path, run: Path, weights: Weights, events: Events, step: int
 ) -> None:

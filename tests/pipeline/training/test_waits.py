@@ -9,6 +9,7 @@ import torch
 from conftest import Result
 from pipeline.training.meters import Meter
 from syncs import recorded_syncs
+from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 
@@ -34,7 +35,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, fast=2))
 def test_no_step_waits_but_where_it_logs(
     done: Run,
     distill_flags: list[str],
