@@ -16,9 +16,9 @@ from torchvision import transforms
 
 import cli
 import published
+from cases import mostly_slow
 from mealv2.errors import ConfigError, MealError
 from mealv2.models import released
-from tests.cases import mostly_slow
 
 ROOT = Path(cli.__file__).resolve().parent
 HUB_NAMES = {  # as the hub page lists them

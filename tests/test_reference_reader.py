@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from cases import mostly_slow
 from conftest import FORMS, IMG_SIZE, ROOT, Result
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier, save_classifier
-from tests.cases import mostly_slow
 
 PATH = ROOT / "docs" / "reference" / "reference_reader.py"
 CLASSES = tuple(f"c{number:03d}" for number in range(300))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import reference
+from cases import mostly_slow
 from mealv2.models.discriminator import Discriminator
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import keep_logits, top_k
 from mealv2.targets import BatchTargets, OnlineTeachers
 from mealv2.task import DistillTask
-from tests.cases import mostly_slow
 
 NUM_FEATURES = 5
 quickly = hypothesis_settings(max_examples=60, deadline=None, derandomize=True, database=None)

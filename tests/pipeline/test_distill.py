@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import mostly_slow
 from conftest import FORMS, Result
 from mealv2.data.folder import ImageFolder
 from mealv2.data.pixels import centre_crop, cut, decode
@@ -28,7 +29,6 @@ from pipeline.runtime.device import create_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from cases import mostly_slow
 from conftest import Result
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Appender, LabelSet, Rows, ShardFile, read_manifest
 from mealv2.storage.atomic import TEMPORARY_PREFIX
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]

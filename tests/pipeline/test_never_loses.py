@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from packs import final
 
+from cases import mostly_slow
 from conftest import Result, Spawned
 from mealv2.label_set import Appender, LabelSet
 from mealv2.storage.atomic import TEMPORARY_PREFIX
-from tests.cases import mostly_slow
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]

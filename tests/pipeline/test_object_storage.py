@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases import mostly_slow
 from conftest import Result
 from mealv2.data import remote_tar
 from mealv2.data.open import open_source
@@ -27,7 +28,6 @@ from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
+from cases import mostly_slow
 from conftest import FORMS, Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
@@ -30,7 +31,6 @@ from mealv2.soft_labels import (
     top_k,
 )
 from mealv2.views import view_of
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import label_sets
+from cases import mostly_slow
 from label_sets import ENCODINGS, Made, encoded, look_up, same
 from mealv2.errors import LabelSetError
 from mealv2.label_set import (
@@ -24,7 +25,6 @@ from mealv2.label_set import (
     shard_name,
     write_shard,
 )
-from tests.cases import mostly_slow
 
 KEYS = ["ant/1.jpg", "猫/写真.webp"]
 NUM_VIEWS = 2

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from cases import mostly_slow
 from label_sets import ENCODINGS, encoded, ensemble_outputs, plan_of, same, tensors_of
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, Rows
 from mealv2.soft_labels import EncodedLabels, KeptLogits, SoftLabels
-from tests.cases import mostly_slow
 
 quickly = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 MOST = 400_000  # probabilities of a case

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import mostly_slow
 from label_sets import ENCODINGS, KEYS, Made, flip, look_up, make_set, plan_of, same
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
@@ -31,7 +32,6 @@ from mealv2.label_set import (
 )
 from mealv2.storage.json_format import canonical_json
 from mealv2.views import RECIPE, DrawnViews
-from tests.cases import mostly_slow
 
 RATE = ENCODINGS["rate"]
 FLOAT16 = ENCODINGS["float16"]

@@ -19,13 +19,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from cases import mostly_slow
 from conftest import Result
 from mealv2.errors import MealError
 from mealv2.models import Classifier, create_classifier, read_metadata
 from pipeline import export
 from pipeline.config import ExportConfig
 from pipeline.export.model_card import escaped
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 MODELS = ["test_resnet", "test_efficientnet", "test_vit"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 import reference
 import stored
+from cases import mostly_slow
 from conftest import Result
 from mealv2.data.folder import ImageFolder
 from mealv2.data.pixels import cut, decode
@@ -20,7 +21,6 @@ from official import CROPS, GOLDEN, KINDS
 from pictures import size_of
 from pipeline.label_sets import writing
 from pipeline.loading.loader import ViewReader
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 

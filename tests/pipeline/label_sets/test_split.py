@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import stored
+from cases import mostly_slow
 from conftest import Result
 from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

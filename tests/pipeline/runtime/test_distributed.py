@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
+from cases import mostly_slow
 from conftest import Result
 from mealv2.data import source as data_source
 from mealv2.data.source import fingerprint_of
@@ -29,7 +30,6 @@ from pipeline.loading.requests import centre_requests
 from pipeline.runtime.distributed import Ranks
 from pipeline.training.batches import split_evenly
 from pipeline.training.evaluator import local_centre_requests
-from tests.cases import mostly_slow
 from warm import Warm, warm_process
 
 Run = Callable[..., Result]

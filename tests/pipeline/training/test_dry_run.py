@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from cases import mostly_slow
 from conftest import Result
 from mealv2.task import DistillTask
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from cases import mostly_slow
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

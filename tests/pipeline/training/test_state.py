@@ -15,11 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from cases import mostly_slow
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.models import create_classifier
 from mealv2.storage.weight_files import find_checkpoint
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]

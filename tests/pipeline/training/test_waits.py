@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cases import mostly_slow
 from conftest import Result
 from pipeline.training.meters import Meter
 from syncs import recorded_syncs
-from tests.cases import mostly_slow
 
 Run = Callable[..., Result]
 
