@@ -56,6 +56,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
             img_size=labels.img_size,
             resize=labels.resize,
             labels=labels.val_labels,
+            check=labels.val_check,
         )
     spec = TrainingSpec(
         command="distill",
@@ -81,6 +82,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         teacher_forwards=labels.teacher_forwards,
         column_notes=_column_notes(config),
         labels=labels.provenance,
+        check=labels.check,
     )
     return (dry_run if config.dry_run else train)(config, runtime, spec)
 

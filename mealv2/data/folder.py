@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.pack_index import INDEX_NAME, Pack
 from mealv2.data.source import EXTENSIONS
 from mealv2.errors import ConfigError
@@ -20,6 +21,10 @@ class UnorderedSource:
 
     def announce(self, groups: Sequence[int]) -> None:
         """Do nothing."""
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of ``data``: an image that is not packed."""
+        return content_hash(data)
 
 
 class ImageFolder(UnorderedSource):

@@ -64,7 +64,16 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, position: int) -> bytes:
-        """Return the encoded image at ``position``; raises OSError, DataError, RemoteError."""
+        """Return the encoded image at ``position``; raises OSError, DataError, RemoteError.
+
+        Bytes of which an index has the content hash are compared with it: DataError if they differ.
+        """
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of an image before it was packed.
+
+        ``data`` is what ``read`` returned, the image itself unless it is packed.
+        """
 
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:

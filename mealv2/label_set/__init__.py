@@ -4,6 +4,7 @@ from mealv2.label_set.appended import Appender, write_rows
 from mealv2.label_set.blocks import Rows, block_of_member, member_bytes
 from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
+from mealv2.label_set.content import labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.manifest import (
     FORMAT,
@@ -63,6 +64,7 @@ __all__ = [
     "claim",
     "creating_command",
     "describe_file",
+    "labelled_hashes",
     "listed_sha256",
     "listed_shards",
     "member_bytes",
@@ -71,6 +73,7 @@ __all__ = [
     "read_manifest",
     "read_plan",
     "read_shard",
+    "shard_hashes",
     "shard_name",
     "shard_ranges",
     "write_manifest",

@@ -219,6 +219,7 @@ _FIGURES = {"top1": _is_number, "top5": _is_number}
 _SHARD = {"name": _is_file_name, "bytes": int, "sha256": str}
 _SPLIT = {
     "skipped": {str: str},
+    "content?": {"algorithm": str, "images": int, "sha256": str},
     "accuracy?": {"teachers": [_FIGURES], "ensemble": _FIGURES},
     "blocks": [{"views": _is_range, "shards": [_SHARD]}],
 }

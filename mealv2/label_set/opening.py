@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import creating_command
 from mealv2.label_set.shard_file import ShardFile
@@ -78,3 +80,17 @@ def open_appended(
             raise LabelSetError(f"{path} holds rows of another label set; remove it")
         files.append(file)
     return files
+
+
+def concatenated(columns: list[np.ndarray], kind: str) -> np.ndarray:
+    """Return the columns of all files as one, of a NumPy type."""
+    return np.concatenate([np.empty(0, kind), *columns])
+
+
+def ends_of(columns: list[np.ndarray]) -> np.ndarray:
+    """Return the ends of the pieces of all columns, concatenated, int64, with a 0 first."""
+    ends, last = [np.zeros(1, np.int64)], 0
+    for column in columns:
+        ends.append(column.astype(np.int64) + last)
+        last = int(ends[-1][-1]) if len(column) else last
+    return np.concatenate(ends)

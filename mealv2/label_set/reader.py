@@ -14,7 +14,13 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import Rows, block_crc, key_hash
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.manifest import read_manifest
-from mealv2.label_set.opening import max_open_files, open_appended, open_blocks
+from mealv2.label_set.opening import (
+    concatenated,
+    ends_of,
+    max_open_files,
+    open_appended,
+    open_blocks,
+)
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.soft_labels import Labels
@@ -115,8 +121,12 @@ class LabelSet:
 
     def has_labels(self, keys: Sequence[str]) -> np.ndarray:
         """Return whether each image has labels, bool N."""
-        has_labels_N: np.ndarray = self._tables[0].rows(_encoded(keys)) >= 0
+        has_labels_N: np.ndarray = self.image_rows(keys) >= 0
         return has_labels_N
+
+    def image_rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the row of each image among all that have labels, int64 N; -1 if it has none."""
+        return self._tables[0].rows(_encoded(keys))
 
     def views(self) -> Views:
         """Return the labelled views; raises LabelSetError for an unknown recipe."""
@@ -236,13 +246,13 @@ class Table:
         self._labels_at = np.array([file.labels_at for file in files], np.int64)
         self._first_rows = np.cumsum([0, *(file.num_images for file in files)])
         self.num_rows = int(self._first_rows[-1])
-        hashes = _concatenated([file.column("key_hashes") for file in files], "<u8")
+        hashes = concatenated([file.column("key_hashes") for file in files], "<u8")
         self._order = np.argsort(hashes, kind="stable").astype(np.uint32)
         self._hashes = hashes[self._order]
-        self._crcs = _concatenated([file.column("crc32") for file in files], "<u4")
+        self._crcs = concatenated([file.column("crc32") for file in files], "<u4")
         # offsets in the concatenated files, with a 0 first
-        self._ends = _ends([file.column("label_ends") for file in files])
-        self._key_ends = _ends([file.column("key_ends") for file in files])
+        self._ends = ends_of([file.column("label_ends") for file in files])
+        self._key_ends = ends_of([file.column("key_ends") for file in files])
         self._keys = b"".join(file.column("keys").tobytes() for file in files)
         for file in files:
             file.unmap()
@@ -335,16 +345,3 @@ def _as_int64(views: Sequence[int]) -> np.ndarray:
         return np.asarray(views, dtype=np.int64).reshape(-1)
     except OverflowError:
         return np.array([max(-1, min(int(view), _NO_VIEW)) for view in views], dtype=np.int64)
-
-
-def _concatenated(columns: list[np.ndarray], kind: str) -> np.ndarray:
-    return np.concatenate([np.empty(0, kind), *columns])
-
-
-def _ends(columns: list[np.ndarray]) -> np.ndarray:
-    """Return the ends of the pieces of all columns, concatenated, int64, with a 0 first."""
-    ends, last = [np.zeros(1, np.int64)], 0
-    for column in columns:
-        ends.append(column.astype(np.int64) + last)
-        last = int(ends[-1][-1]) if len(column) else last
-    return np.concatenate(ends)

@@ -40,6 +40,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "image_sizes": ("<u4", 2),
     "file_bytes": ("<u8", 1),
     "classes": ("<u4", 1),
+    "content_hashes": ("<u8", 1),
     "boxes": ("<u2", 3),
     "flips": ("|u1", 2),
     "views": ("<u8", 1),
@@ -51,25 +52,32 @@ class Images:
     """Properties of N images, all integers.
 
     ``sizes_N2`` width and height in pixels, ``file_bytes_N`` the size of the file, ``classes_N``
-    the data set's class id.
+    the data set's class id, ``hashes_N`` the content hash of the file (mealv2.data.content_hash);
+    None where nobody read the files, as for imported labels.
     """
 
     sizes_N2: np.ndarray
     file_bytes_N: np.ndarray
     classes_N: np.ndarray
+    hashes_N: np.ndarray | None = None
 
     def rows(self, order: Sequence[int] | np.ndarray) -> "Images":
         """Return images by index."""
         order = np.asarray(order, dtype=np.int64)
-        return Images(self.sizes_N2[order], self.file_bytes_N[order], self.classes_N[order])
+        hashes_N = None if self.hashes_N is None else self.hashes_N[order]
+        return Images(
+            self.sizes_N2[order], self.file_bytes_N[order], self.classes_N[order], hashes_N
+        )
 
     @staticmethod
     def concat(parts: "Sequence[Images]") -> "Images":
         """Return the images of several parts, in order."""
+        hashes = [part.hashes_N for part in parts if part.hashes_N is not None]
         return Images(
             np.concatenate([part.sizes_N2 for part in parts]),
             np.concatenate([part.file_bytes_N for part in parts]),
             np.concatenate([part.classes_N for part in parts]),
+            np.concatenate(hashes) if len(hashes) == len(parts) else None,
         )
 
 
@@ -90,9 +98,10 @@ class Shard:
     """The labels of N images x V views that start at ``first_view``; one block per image.
 
     ``skipped`` maps the key of each image without labels to its ``position`` among all images of
-    the shard, ``reason``, ``bytes`` and ``class``. ``boxes_sha256`` covers the boxes of the views;
-    ``counts`` are integers, for example of correct predictions. In appended rows V is 1,
-    ``views_N`` has the view of each row, and a key may occur twice.
+    the shard, ``reason``, ``bytes``, ``class`` and, if its bytes could be read, ``content_hash``.
+    ``boxes_sha256`` covers the boxes of the views; ``counts`` are integers, for example of correct
+    predictions. In appended rows V is 1, ``views_N`` has the view of each row, and a key may occur
+    twice.
     """
 
     plan_sha256: str
@@ -187,6 +196,8 @@ def _columns(shard: Shard) -> dict[str, np.ndarray]:
         columns["image_sizes"] = shard.images.sizes_N2.astype("<u4")
         columns["file_bytes"] = shard.images.file_bytes_N.astype("<u8")
         columns["classes"] = shard.images.classes_N.astype("<u4")
+        if shard.images.hashes_N is not None:
+            columns["content_hashes"] = shard.images.hashes_N.astype("<u8")
     if shard.stored_views is not None:
         columns["boxes"] = shard.stored_views.boxes_NV4.astype("<u2")
         columns["flips"] = shard.stored_views.flips_NV.astype("|u1")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import block_crc
 from mealv2.label_set.shard import LABELS, Images, Shard, StoredViews
@@ -46,7 +47,10 @@ class ShardFile:
         """The properties of the images, if the shard has them."""
         if not self.has_column("classes"):
             return None
-        return Images(*map(self.column, ("image_sizes", "file_bytes", "classes")))
+        hashes_N = self.column("content_hashes") if self.has_column("content_hashes") else None
+        return Images(
+            self.column("image_sizes"), self.column("file_bytes"), self.column("classes"), hashes_N
+        )
 
     @property
     def stored_views(self) -> StoredViews | None:
@@ -77,6 +81,13 @@ class ShardFile:
         for key in sorted(skipped, key=lambda key: int(skipped[key]["position"])):
             keys.insert(skipped[key]["position"], key)
         return keys
+
+    def content_hashes(self) -> dict[str, int]:
+        """Return the content hash of each image that has one, by key; skipped images included."""
+        hashes: dict[str, int] = {}
+        if self.has_column("content_hashes"):
+            hashes.update(zip(self.keys(), self.column("content_hashes").tolist(), strict=True))
+        return hashes | skipped_hashes(self)
 
     @property
     def labels(self) -> memoryview:
@@ -148,6 +159,12 @@ class ShardFile:
         array = mapped.numpy()
         array.flags.writeable = False
         return array
+
+
+def skipped_hashes(file: ShardFile) -> dict[str, int]:
+    """Return the content hash of each skipped image whose bytes could be read, by key."""
+    skipped = file.header["skipped"].items()
+    return {k: parse_hash(i["content_hash"]) for k, i in skipped if "content_hash" in i}
 
 
 def damaged_rows(file: ShardFile, key: str) -> LabelSetError:

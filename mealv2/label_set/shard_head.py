@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
 from mealv2.label_set.shard import COLUMNS, FORMAT_VERSION, HEAD, HEAD_SIZE, LABELS, MAGIC
 from mealv2.storage.json_format import parse_json
@@ -146,6 +147,8 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     for together in _TOGETHER:
         if 0 < len(shapes.keys() & together) < len(together):
             raise ValueError(f"one of {', '.join(together)} is missing")
+    if "content_hashes" in shapes and "classes" not in shapes:
+        raise ValueError("it has content hashes of unknown images")
     inner = {"image_sizes": (2,), "boxes": (num_views, 4), "flips": (num_views,)}
     for name in shapes.keys() - _BYTES:
         if shapes[name] != (num_images, *inner.get(name, ())):
@@ -154,6 +157,8 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
 
 def _is_skipped(entry: object) -> bool:
     """Return whether a header's entry of a skipped image is valid."""
+    if isinstance(entry, dict) and "content_hash" in entry:
+        parse_hash(entry["content_hash"])
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("reason"), str)

@@ -22,8 +22,8 @@ from pipeline.bench.context import NUM_VIEWS, BenchContext, write_labels
 from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import create_annotator
 from pipeline.bench.steps import train_step
-from pipeline.loading.loader import Batch, ViewReader, WaitTimer, read_views
-from pipeline.loading.requests import BatchRequest
+from pipeline.loading.loader import ViewReader, WaitTimer, read_views
+from pipeline.loading.requests import Batch, BatchRequest
 from pipeline.timing import forward_macs, step_macs, synchronize
 from pipeline.training.batches import split_batches
 

@@ -15,7 +15,7 @@ from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_CLASSES, NUM_VIEWS, BenchContext
 from pipeline.bench.lines import Line, ratios
 from pipeline.config import DistillConfig
-from pipeline.loading.loader import Batch
+from pipeline.loading.requests import Batch
 from pipeline.timing import forward_macs, repeated, step_macs, take_turns, times_for
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep

@@ -26,6 +26,7 @@ from pipeline.config.fields import (
 )
 
 OnBadImage = Literal["fail", "skip"]
+CheckImages = Literal["first", "always", "never"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 Triple = tuple[float, float, float]
 NO_SPLIT = "none"
@@ -41,6 +42,10 @@ MAX_VIEWS = 1_000_000  # per image of a label set
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
 # Help texts of several commands.
+CHECK_IMAGES = (
+    "Compare the content of each image with that of the labelled one: the first time that the run "
+    "reads it, each time, or never."
+)
 DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards; a path or a URL."
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 RECIPE = "Published recipe to take settings from; flags override it. `mealv2 recipes` lists them."

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mealv2.storage.urls import Location, is_url
-from pipeline.config.base import DEFAULT_IMG_SIZE, EXACT_PIL, RECIPE, TEACHER, CropConfig
+from pipeline.config.base import (
+    CHECK_IMAGES,
+    DEFAULT_IMG_SIZE,
+    EXACT_PIL,
+    RECIPE,
+    TEACHER,
+    CheckImages,
+    CropConfig,
+)
 from pipeline.config.fields import (
     MAX_SEED,
     in_data,
@@ -55,6 +63,7 @@ class DistillConfig(CropConfig, TrainConfig):
     train_split: str | None = in_data(
         None, "With --online: split of --data-dir to train on.", shown="train", alias="split"
     )
+    check_images: CheckImages = in_data("first", CHECK_IMAGES)
     img_size: int | None = in_views(
         None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE), low=1
     )
@@ -111,7 +120,8 @@ class DistillConfig(CropConfig, TrainConfig):
         require(self.online == (self.labels is None), either)
         if self.online:
             require(self.teacher, "--online needs --teacher")
-            without_effect(self, "with --online", "missing", "reuse_views", "write_back")
+            names = ("missing", "reuse_views", "write_back", "check_images")
+            without_effect(self, "with --online", *names)
         else:
             without_effect(self, "with --labels", "train_split", "img_size", "view_seed")
         if not self.online and self.missing != "teach":

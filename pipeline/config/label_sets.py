@@ -6,6 +6,7 @@ from typing import Literal
 
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
+    CHECK_IMAGES,
     DATA_DIR,
     DEFAULT_IMG_SIZE,
     DEFAULT_RATE,
@@ -13,6 +14,7 @@ from pipeline.config.base import (
     MAX_VIEWS,
     NEW_FOLDER,
     CacheConfig,
+    CheckImages,
     JobsConfig,
     RuntimeConfig,
     Settings,
@@ -95,15 +97,28 @@ class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
 
     labels: Location = argument(_LOCAL_OR_URL, path="label set")
     data_dir: Location | None = in_data(
-        None, "Also check that the set labels exactly these images.", shown="none", path="data set"
+        None,
+        "Also check that the set labels exactly these images, by their content.",
+        shown="none",
+        path="data set",
     )
-    relabel: int = in_labels(0, "Label this many random views again; needs --data-dir.", low=0)
+    quick: bool = in_data(
+        False, "With --data-dir: compare names and sizes of the images only, not their content."
+    )
+    relabel: int = in_labels(
+        0,
+        "Label this many random views again; needs --data-dir. Labels that differ by more than "
+        "another machine explains are an error.",
+        low=0,
+    )
     teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
     seed: int = in_labels(0, "Seed of the choice of views for --relabel.", low=0, high=MAX_SEED)
     batch_size: int = in_hardware(256, "Views per forward pass of --relabel.", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_dir is None:
+            without_effect(self, "without --data-dir", "quick")
         if self.relabel:
             require(self.data_dir is not None, "--relabel needs --data-dir, the images to label")
         else:
@@ -123,6 +138,7 @@ class LabelsAddViewsConfig(CacheConfig, JobsConfig):
 
     labels: Path = argument("Label set.", path="label set")
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
+    check_images: CheckImages = in_data("first", CHECK_IMAGES)
     num_views: int = in_views(32, "Views per image after the command.", low=1, high=MAX_VIEWS)
     teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
 

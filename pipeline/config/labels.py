@@ -14,6 +14,7 @@ from pipeline.config.base import (
     SIDE,
     TEACHER,
     CacheConfig,
+    CheckImages,
     CropConfig,
     JobsConfig,
     Settings,
@@ -81,6 +82,11 @@ class PrecomputeConfig(CropConfig, EncodingConfig, CacheConfig, JobsConfig):
     )
     val_split: str = in_data(
         "val", "Split of --data-dir to label once, at the centre crop, for validation; or none."
+    )
+    check_images: CheckImages = in_data(
+        "first",
+        "When continuing: compare the images of complete shards with those that were labelled, by "
+        "content (first, always), or never.",
     )
     num_views: int = in_views(
         16, "Random views (crops and flips) to label per image.", low=1, high=MAX_VIEWS

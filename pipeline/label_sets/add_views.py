@@ -122,5 +122,5 @@ def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, La
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     images = [[position_of[key] for key in file.all_keys()] for file in files]
-    reader = compatibility.view_reader(labels, source)
+    reader = compatibility.view_reader(labels, source, check_images=config.check_images)
     return annotator, LabelSplit("train", reader, (), images, json_sha256(plan))

@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
+from mealv2.data.source import ImageSource
 from mealv2.errors import LabelSetError
-from mealv2.label_set import PLAN_NAME, LabelSet, ShardFile, boxes_of, creating_command
+from mealv2.label_set import (
+    PLAN_NAME,
+    LabelSet,
+    ShardFile,
+    boxes_of,
+    creating_command,
+    labelled_hashes,
+)
 from mealv2.label_set.blocks import key_hash
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import file_sha256
@@ -21,6 +29,7 @@ from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.labelling.store import local_folder
+from pipeline.loading.compare import Compared, compare_images, require_same
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import create_runtime
 
@@ -59,7 +68,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
             f"{console.count(found.shards, 'file')} damaged or missing "
             f"({console.first_names(found.problems)}); {_advice(manifest['plan'], found.problems)}"
         )
-    report = {
+    report: dict[str, Any] = {
         "labels": shown(config.labels),
         "shards": found.shards,
         "images": found.images,
@@ -69,7 +78,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
         "boxes": "right" if not found.unchecked_boxes else "not checked",
     }
     if config.data_dir is not None:
-        report["data"] = _check_data(config, folder, manifest)
+        report |= _check_data(config, folder, manifest)
     if config.relabel:
         report["relabelled"] = relabel(config, folder, create_runtime(config))
     console.info(
@@ -176,19 +185,58 @@ def _drift(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
         yield f"the {kind} boxes differ from the boxes that were labelled"
 
 
-def _check_data(config: LabelsVerifyConfig, folder: Path, manifest: dict[str, Any]) -> str:
-    """Compare keys and files with the data set; raises LabelSetError if they differ.
+def _check_data(
+    config: LabelsVerifyConfig, folder: Path, manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Compare the images with the data set; return the report. Raises LabelSetError.
 
-    A part of a split set is compared with its own images only.
+    Names and sizes first, then the content of every image of which the set has the hash, unless
+    --quick is given. A part of a split set is compared with its own images only.
     """
     assert config.data_dir is not None
+    num_images = num_bytes = 0
     is_part = creating_command(manifest["plan"]) == "`mealv2 labels split`"
     for split in manifest["roles"]:
         labels = LabelSet.open(folder, split=split)
         source = open_images(config, config.data_dir, manifest["plan"]["roles"][split]["split"])
         lenient = is_part and split == "train"
         check_same_data(labels, source, allow_missing=lenient)
-        num_images = len(labels) + len(labels.skipped)
-        of = "all" if num_images == len(source) else f"{num_images} of {len(source)}"
-        console.info(f"{split}: labels {of} images of {source.name}; the images are unchanged")
-    return "a part of it" if is_part else "the same"
+        num_labelled = len(labels) + len(labels.skipped)
+        of = "all" if num_labelled == len(source) else f"{num_labelled} of {len(source)}"
+        found = None if config.quick else _compare_content(config, labels, source)
+        how = "names and sizes only" if found is None else f"the content of {found.summary()}"
+        console.info(
+            f"{split}: labels {of} images of {source.name}; they are unchanged (compared {how})"
+        )
+        if found is not None:
+            num_images += found.images
+            num_bytes += found.bytes
+    return {
+        "data": "a part of it" if is_part else "the same",
+        "data_compared": "content" if num_images else "names and sizes",
+        "images_compared": num_images,
+        "image_bytes_compared": num_bytes,
+    }
+
+
+def _compare_content(
+    config: LabelsVerifyConfig, labels: LabelSet, source: ImageSource
+) -> Compared | None:
+    """Compare all images by content; None if the set has no content hashes, which is logged.
+
+    Raises LabelSetError, naming images.
+    """
+    labelled = labelled_hashes(labels, source.keys)
+    if not labelled.num_known:
+        console.info(f"{labels.split}: the label set has no content hashes of its images")
+        return None
+    found = compare_images(
+        source,
+        labelled,
+        range(len(source)),
+        workers=config.workers,
+        what=f"images of {labels.split}",
+    )
+    advice = "give the data that was labelled, or precompute labels for this data"
+    require_same(found, source, shown(config.labels), advice=advice)
+    return found

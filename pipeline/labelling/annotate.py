@@ -1,7 +1,7 @@
 """Run the ensemble on a stream of batches and encode its outputs as rows of a label set."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from pipeline.config import (
     PrecomputeConfig,
 )
 from pipeline.labelling.batch_size import find_batch_size
-from pipeline.loading.loader import Batch, on_device
-from pipeline.loading.requests import check_failures
+from pipeline.loading.loader import on_device
+from pipeline.loading.requests import Batch, check_failures
 from pipeline.runtime.device import Runtime
 
 # The encoder runs when either limit is reached: 16 MB of probabilities (and of mean logits), or
@@ -36,7 +36,8 @@ class Annotations:
 
     ``sizes_N2`` and ``boxes_N5`` are as in Batch. ``correct`` has the numbers of correct
     predictions, int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble.
-    ``failed`` maps the positions of unreadable images to the reason.
+    ``failed`` maps the positions of unreadable images to the reason. ``hashes`` are the content
+    hashes of all images whose bytes could be read, by position.
     """
 
     positions: list[int]
@@ -45,6 +46,7 @@ class Annotations:
     boxes_N5: np.ndarray
     correct: np.ndarray
     failed: dict[int, str]
+    hashes: dict[int, int] = field(default_factory=dict)
 
     def without_failed(self) -> "Annotations":
         """Return the annotations without the views of images that failed.
@@ -83,6 +85,7 @@ class Annotator:
         that is not finite.
         """
         failed: dict[int, str] = {}
+        hashes: dict[int, int] = {}
         positions: list[int] = []
         encoder = _RowEncoder(self.encoding)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
@@ -92,6 +95,7 @@ class Annotator:
         for batch in on_device(batches, device):
             check_failures(source, batch.failed, self.on_bad_image)
             failed |= batch.failed
+            hashes |= batch.hashes
             if not batch.positions:
                 continue
             positions += batch.positions
@@ -113,6 +117,7 @@ class Annotator:
             np.concatenate(boxes),
             correct.cpu().numpy(),
             failed,
+            hashes,
         ).without_failed()
 
     def predict(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, EnsembleOutput]:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import Resize, probe_sha256, resize_of
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import UNKNOWN, LabelSet
+from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
 from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import console
+from pipeline.config import CheckImages
 from pipeline.console import first_names
 from pipeline.labelling import teachers
 from pipeline.loading.loader import ViewReader
@@ -127,8 +129,34 @@ def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
     return resize
 
 
-def view_reader(labels: LabelSet, source: ImageSource) -> ViewReader:
-    """Return a reader of the views that a set labels, cut and resized as for its labels."""
+def view_reader(
+    labels: LabelSet, source: ImageSource, *, check_images: CheckImages = "first"
+) -> ViewReader:
+    """Return a reader of the views that a set labels, cut and resized as for its labels.
+
+    It compares the images with those that were labelled, and keeps their hashes.
+    """
     return ViewReader(
-        source, img_size=labels.img_size, views=labels.views(), resize=choose_resize(labels)
+        source,
+        img_size=labels.img_size,
+        views=labels.views(),
+        resize=choose_resize(labels),
+        check=image_check(labels, source, check_images),
+        keeps_hashes=True,
     )
+
+
+def image_check(labels: LabelSet, source: ImageSource, when: CheckImages) -> ImageCheck | None:
+    """Return what compares the images of a source with those that a set labels, by content.
+
+    None for ``never``, or if the set has no content hashes, which is logged.
+    """
+    if when == "never":
+        return None
+    known = labelled_hashes(labels, source.keys)
+    if not known.num_known:
+        console.info(
+            f"{labels.folder} has no content hashes: its images are compared by name and size only"
+        )
+        return None
+    return ImageCheck(known, always=when == "always")

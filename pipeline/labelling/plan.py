@@ -122,7 +122,13 @@ def splits_of(
     planned = label_set.planned_shards(plan)
     splits = []
     for name, source in sources.items():
-        reader = ViewReader(source, img_size=config.img_size, views=drawn, resize=config.resize)
+        reader = ViewReader(
+            source,
+            img_size=config.img_size,
+            views=drawn,
+            resize=config.resize,
+            keeps_hashes=True,
+        )
         shards = [s.images for s in planned if s.split == name and s.images is not None]
         splits.append(LabelSplit(name, reader, views[name], shards, json_sha256(plan)))
     return splits

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from mealv2 import label_set
+from mealv2.data.content_hash import hash_text
 from mealv2.errors import DataError, RemoteError, StoppedError
 from mealv2.label_set import Encoding, Images, Shard
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
@@ -21,8 +22,8 @@ from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.manifest import is_complete
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.store import Store
-from pipeline.loading.loader import Batch, read_views
-from pipeline.loading.requests import BatchRequest
+from pipeline.loading.loader import read_views
+from pipeline.loading.requests import Batch, BatchRequest
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 
@@ -163,7 +164,7 @@ def make_shard(
     """Return the content of a shard: labels, and the images without labels."""
     num_views = len(split.views)
     positions = annotations.positions[::num_views]
-    source = split.source
+    source, hashes = split.source, annotations.hashes
     top1, top5 = annotations.correct.tolist()
     is_train = split.name == "train"
     return Shard(
@@ -178,6 +179,7 @@ def make_shard(
             annotations.sizes_N2[::num_views],
             np.array([source.sizes[p] for p in positions], dtype=np.uint64),
             np.array([source.labels[p] for p in positions], dtype=np.uint32),
+            np.array([hashes[p] for p in positions], dtype=np.uint64) if hashes else None,
         ),
         boxes_sha256=label_set.boxes_sha256(annotations.boxes_N5) if is_train else None,
         skipped={
@@ -186,6 +188,7 @@ def make_shard(
                 "reason": reason,
                 "bytes": source.sizes[p],
                 "class": source.labels[p],
+                **({"content_hash": hash_text(hashes[p])} if p in hashes else {}),
             }
             for p, reason in annotations.failed.items()
         },

@@ -12,18 +12,19 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from mealv2.views import View, Views
-from pipeline.loading.requests import CENTRE, BatchRequest, announce
+from pipeline.loading.requests import CENTRE, Batch, BatchRequest, announce
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int, int]  # top, left, height, width, flip
@@ -33,31 +34,28 @@ _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The views of one request: ``images_BCHW`` uint8 (channels-last in memory), row by row.
-
-    ``positions`` and ``views`` identify each row; ``sizes_B2`` are the width and height of its
-    image, ``boxes_B5`` top, left, height, width and flip of the view (0 for a centre crop).
-    ``failed`` maps images that could not be read to the reason: they have no rows.
-    """
-
-    images_BCHW: torch.Tensor
-    sizes_B2: np.ndarray
-    boxes_B5: np.ndarray
-    positions: list[int] = field(default_factory=list)
-    views: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ViewReader:
-    """How to load views of a source's images; ``views`` are not needed for centre crops."""
+    """How to load views of a source's images; ``views`` are not needed for centre crops.
+
+    ``check`` compares images with those that were labelled; batches get ``hashes`` if kept.
+    """
 
     source: ImageSource
     _: KW_ONLY
     img_size: int
     views: Views | None = None
     resize: Resize = "torch"
+    check: ImageCheck | None = None
+    keeps_hashes: bool = False
+
+    def hash_of(self, position: int, data: bytes) -> int | None:
+        """Return the content hash of an image, None if it is not needed; raises as ``check``."""
+        if not (self.keeps_hashes or (self.check is not None and self.check.is_due(position))):
+            return None
+        found = self.source.original_hash(position, data)
+        if self.check is not None:
+            self.check(position, found)
+        return found
 
     def read(self, request: BatchRequest) -> Batch:
         """Return the batch of one request, read by this thread."""
@@ -83,10 +81,11 @@ class ViewReader:
 class _Image:
     """An image, decoded by the first thread that needs it, released by the last."""
 
-    def __init__(self, source: ImageSource, position: int) -> None:
+    def __init__(self, reader: ViewReader, position: int) -> None:
         self.position = position
         self.failure: str | None = None
-        self._source = source
+        self.content_hash: int | None = None
+        self._reader = reader
         self._lock = threading.Lock()
         self._uses = 0
         self._is_shared = False
@@ -113,7 +112,8 @@ class _Image:
         with self._lock:
             if self._decoded is None and self.failure is None:
                 try:
-                    data = self._source.read(self.position)
+                    data = self._reader.source.read(self.position)
+                    self.content_hash = self._reader.hash_of(self.position, data)
                     self._decoded = decode_for(data, None if self._is_shared else views_of)
                 except (DataError, OSError) as error:
                     self.failure = getattr(error, "strerror", None) or str(error)
@@ -170,7 +170,7 @@ class _BatchReader:
         num_rows, row, image = len(self._positions), 0, before
         for position, views in request:
             if image is None or image.position != position:
-                image = _Image(reader.source, position)
+                image = _Image(reader, position)
             for start in range(0, len(views), _TASK_VIEWS):
                 image.keep()
                 self._cuts.append((image, views[start : start + _TASK_VIEWS], row + start))
@@ -220,6 +220,8 @@ class _BatchReader:
         for task in tasks:
             task.result()
         failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
+        images = (image for image, _, _ in self._cuts)
+        hashes = {i.position: i.content_hash for i in images if i.content_hash is not None}
         images_BHWC, sizes_B2, boxes_B5 = self._images_BHWC, self._sizes_B2, self._boxes_B5
         positions, indices = self._positions, self._indices
         if failed:
@@ -229,7 +231,7 @@ class _BatchReader:
             positions = [positions[row] for row in kept]
             indices = [indices[row] for row in kept]
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        return Batch(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed)
+        return Batch(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed, hashes)
 
 
 @dataclass(frozen=True)
@@ -287,9 +289,9 @@ def read_views(
 ) -> ViewLoader:
     """Return an iterable over the batch of each request, in order, read ahead by threads.
 
-    A list of requests is announced to the source; the caller announces other iterables. An image is
-    decoded once for all its views, even if they continue in the next request. With 0 ``workers``
-    the calling thread reads. ``pin_memory`` allocates batches in page-locked memory.
+    A list of requests is announced to the source, other iterables by the caller. An image is
+    decoded once, even if its views continue in the next request. With 0 ``workers`` the calling
+    thread reads. ``pin_memory`` allocates batches in page-locked memory.
     """
     return ViewLoader(reader, requests, workers, pin_memory)
 
@@ -331,7 +333,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     """Yield batches with their images on a device, in the same memory layout.
 
     Copies to a GPU use a separate stream and pinned memory. Nothing is read ahead: the host runs
-    ahead of the device anyway, and so do its copies.
+    ahead anyway.
     """
     if device.type != "cuda":
         for batch in batches:

@@ -1,17 +1,40 @@
-"""Batch requests: which views of which images to load; what to do with unreadable images."""
+"""Which views of which images to load, and what was loaded; what to do with bad images."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from mealv2.data.content_hash import NOT_LABELLED
 from mealv2.data.source import ImageSource
-from mealv2.errors import DataError
+from mealv2.errors import DataError, LabelSetError
 from pipeline.config import OnBadImage
 
 CENTRE = -1  # the view number of the centre crop, for evaluation
 
 # One batch: (position in the source, view numbers) for each image.
 BatchRequest = list[tuple[int, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The views of one request: ``images_BCHW`` uint8 (channels-last in memory), row by row.
+
+    ``positions`` and ``views`` identify each row; ``sizes_B2`` are the width and height of its
+    image, ``boxes_B5`` top, left, height, width and flip of the view (0 for a centre crop).
+    ``failed`` maps images that could not be read to the reason: they have no rows. ``hashes`` has
+    the content hash of every image whose bytes were read, failed ones included, if the reader
+    keeps them.
+    """
+
+    images_BCHW: torch.Tensor
+    sizes_B2: np.ndarray
+    boxes_B5: np.ndarray
+    positions: list[int] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    hashes: dict[int, int] = field(default_factory=dict)
 
 
 def num_views_of(request: BatchRequest) -> int:
@@ -45,10 +68,18 @@ def failures_by_key(source: ImageSource, failed: dict[int, str]) -> dict[str, st
 
 
 def check_failures(source: ImageSource, failed: dict[int, str], policy: OnBadImage) -> None:
-    """Raise DataError for the first bad image, unless the policy is to skip them."""
+    """Raise DataError for the first bad image, unless the policy is to skip them.
+
+    LabelSetError for an image that can be read, but is not the one that was labelled.
+    """
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
         where = "/".join(filter(None, (source.name, source.keys[position])))
+        if reason.startswith(NOT_LABELLED):
+            raise LabelSetError(
+                f"image {where}: {reason}; `mealv2 labels verify --data-dir` lists all such "
+                "images; give the data that was labelled, or skip them with --on-bad-image skip"
+            )
         raise DataError(
             f"cannot read image {where}: {reason}; "
             "replace it, or skip such images with --on-bad-image skip"

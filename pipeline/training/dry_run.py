@@ -8,7 +8,8 @@ from typing import Any
 from mealv2.errors import DataError
 from pipeline import console, timing
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
+from pipeline.loading.loader import WaitTimer, on_device, read_views
+from pipeline.loading.requests import Batch
 from pipeline.runtime.device import Runtime
 from pipeline.training.batches import BatchSampler, batch_ranges
 from pipeline.training.spec import TrainingSpec

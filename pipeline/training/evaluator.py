@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
@@ -13,8 +14,8 @@ from mealv2.metrics import Evaluation
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.loading.loader import Batch, ViewReader, on_device, read_views
-from pipeline.loading.requests import CENTRE, BatchRequest, centre_requests, check_failures
+from pipeline.loading.loader import ViewReader, on_device, read_views
+from pipeline.loading.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.signals import StopFlag, StopRequested
@@ -58,7 +59,8 @@ class LabelTable(Protocol):
 class Evaluator:
     """Evaluates models on one split.
 
-    With ``labels`` also against the ensemble; images without labels are left out.
+    With ``labels`` also against the ensemble; images without labels are left out. ``check``
+    compares the images with the labelled ones.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Evaluator:
         img_size: int,
         resize: Resize,
         labels: LabelTable | None = None,
+        check: ImageCheck | None = None,
     ) -> None:
         self.source = source
         self.labels = labels
@@ -80,7 +83,7 @@ class Evaluator:
             for request in local_centre_requests(source, config.batch_size, runtime.ranks)
         ]
         self._loader = read_views(
-            ViewReader(source, img_size=img_size, resize=resize),
+            ViewReader(source, img_size=img_size, resize=resize, check=check),
             self._requests,
             workers=config.workers,
             pin_memory=runtime.should_pin_memory,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
@@ -21,7 +22,12 @@ from pipeline import console
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
 from pipeline.labelling import teachers
 from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.compatibility import build_original_teachers, check_same_data, choose_resize
+from pipeline.labelling.compatibility import (
+    build_original_teachers,
+    check_same_data,
+    choose_resize,
+    image_check,
+)
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
@@ -36,7 +42,8 @@ class LabelSource:
     """Where the labels of a run come from, and the teachers' results on the validation split.
 
     ``accuracies`` are those of the teachers there, by name, and ``teacher_forwards`` the views that
-    they saw for it; ``provenance`` is what the run folder keeps.
+    they saw for it; ``provenance`` is what the run folder keeps. ``check`` and ``val_check``
+    compare the images with those that were labelled.
     """
 
     targets: Targets
@@ -48,6 +55,8 @@ class LabelSource:
     val_labels: LabelTable | None = None
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_forwards: int = 0
+    check: ImageCheck | None = None
+    val_check: ImageCheck | None = None
 
 
 class CentreLabels:
@@ -126,11 +135,12 @@ def from_label_set(
         advice=", or choose what to do with them: --missing teach or --missing skip",
     )
     _check_epochs(config, labels)
-    val_labels = None
+    val_labels = val_check = None
     val_plan = labels.manifest["plan"]["roles"].get("val", {})
     if val is not None and val.split == val_plan.get("split"):
         val_labels = LabelSet.open(folder, split="val")
         check_same_data(val_labels, val)
+        val_check = image_check(val_labels, val, config.check_images)
     provenance = {
         "path": str(plain(config.labels)),
         "plan_sha256": labels.manifest["plan_sha256"],
@@ -146,6 +156,8 @@ def from_label_set(
         provenance,
         val_labels,
         _accuracies(val_labels),
+        check=image_check(labels, source, config.check_images),
+        val_check=val_check,
     )
 
 

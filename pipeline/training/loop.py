@@ -14,8 +14,8 @@ from mealv2.storage.weight_files import EXPORT_FOLDER
 from mealv2.targets import ONLINE, SKIPPED
 from pipeline import console
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import Batch, WaitTimer, on_device, read_views
-from pipeline.loading.requests import check_failures, num_views_of
+from pipeline.loading.loader import WaitTimer, on_device, read_views
+from pipeline.loading.requests import Batch, check_failures, num_views_of
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint

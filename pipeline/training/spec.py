@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mealv2.cutmix import CutMixTarget
+from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.models import Classifier, Preprocessing, create_classifier
@@ -36,7 +37,7 @@ class TrainingSpec:
     that are trained too, each with its initial learning rate. ``teachers`` are accuracies to print
     before the first step, ``teacher_forwards`` the views that teachers saw to measure them,
     ``column_notes`` what to print behind a column of an epoch, ``labels`` what the run folder keeps
-    of the labels it is made from.
+    of the labels it is made from, ``check`` what compares the images with the labelled ones.
     """
 
     command: str
@@ -55,6 +56,7 @@ class TrainingSpec:
     teacher_forwards: int = 0
     column_notes: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
+    check: ImageCheck | None = None
 
     @cached_property
     def data_sha256(self) -> str:
@@ -63,7 +65,13 @@ class TrainingSpec:
 
     def reader(self) -> ViewReader:
         """Return what reads the views of the images."""
-        return ViewReader(self.source, img_size=self.img_size, views=self.views, resize=self.resize)
+        return ViewReader(
+            self.source,
+            img_size=self.img_size,
+            views=self.views,
+            resize=self.resize,
+            check=self.check,
+        )
 
 
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:

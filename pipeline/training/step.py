@@ -16,8 +16,7 @@ from mealv2.task import Mixture
 from pipeline import console
 from pipeline.compile import Compiler
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import Batch
-from pipeline.loading.requests import BatchRequest, num_views_of
+from pipeline.loading.requests import Batch, BatchRequest, num_views_of
 from pipeline.runtime.device import Runtime
 from pipeline.training.batches import split_evenly
 from pipeline.training.parallel import enable_sync_bn, has_batch_norm, in_parallel

@@ -18,7 +18,8 @@ from mealv2.views import DrawnViews
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.shards import BackgroundWriter, view_counter
-from pipeline.loading.loader import Batch, ViewReader, read_views
+from pipeline.loading.loader import ViewReader, read_views
+from pipeline.loading.requests import Batch
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopRequested
 from syncs import recorded_syncs

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loading.loader import Batch, on_device
+from pipeline.loading.loader import on_device
+from pipeline.loading.requests import Batch
 
 
 def _batches(number: int, *, pinned: bool = False) -> list[Batch]:
