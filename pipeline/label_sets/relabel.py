@@ -1,5 +1,6 @@
 """Label some views of a label set again with its teachers, to compare."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from mealv2.data.source import ImageSource
+from mealv2.errors import LabelSetError
 from mealv2.label_set import LabelSet, Rows
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
@@ -18,6 +20,10 @@ from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
 
+# Other threads, devices and resizes stay within these bounds, other views and pictures do not:
+# docs/benchmarks/picture-checks.md has the figures.
+MIN_TOP1_AGREEMENT = 95.0  # percent
+MAX_EXTRA_KL = 0.02  # nats, mean, beyond the loss of the encoding
 _MIN_PROB = float(np.finfo(np.float32).tiny)  # instead of a probability that float16 rounded to 0
 
 
@@ -65,8 +71,31 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         f"labelled {num_views} views again: KL {kl:.3g} nats, {kl_of_encoding:.3g} of it from the "
         f"encoding; the same top-1 class for {agreement:.2%}, identical labels for {identical:.2%}"
     )
-    figures = {"kl": kl, "kl_of_encoding": kl_of_encoding, "identical": identical}
-    return {"views": num_views, "top1_agreement": 100.0 * agreement, **figures}
+    found = {
+        "views": num_views,
+        "top1_agreement": 100.0 * agreement,
+        "kl": kl,
+        "kl_of_encoding": kl_of_encoding,
+        "identical": identical,
+    }
+    check_verdict(found, labels)
+    return found
+
+
+def check_verdict(found: dict[str, Any], labels: LabelSet) -> None:
+    """Raise LabelSetError if labels differ by more than another machine explains."""
+    extra_kl, agreement = found["kl"] - found["kl_of_encoding"], found["top1_agreement"]
+    # a few views more may differ by chance: two standard deviations
+    chance = 200.0 * math.sqrt(0.05 * 0.95 / max(1, found["views"]))
+    if extra_kl <= MAX_EXTRA_KL and agreement >= MIN_TOP1_AGREEMENT - chance:
+        return
+    raise LabelSetError(
+        f"{labels.folder}: these teachers give other labels for these images: KL {extra_kl:.3g} "
+        f"nats beyond the encoding (at most {MAX_EXTRA_KL}), the same top-1 class for "
+        f"{agreement:.4g} % (at least {MIN_TOP1_AGREEMENT:g} %, less chance); run "
+        "`mealv2 labels verify --data-dir` without --quick to compare all images, else precompute "
+        "the set again"
+    )
 
 
 def _requests(
