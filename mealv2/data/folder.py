@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mealv2.data.content_hash import content_hash
-from mealv2.data.pack_index import INDEX_NAME, Pack
+from mealv2.data.pack_index import ADVICE_RERUN, INDEX_NAME, Pack, PackedImage
 from mealv2.data.source import EXTENSIONS
-from mealv2.errors import ConfigError
+from mealv2.errors import ConfigError, DataError
 
 
 class UnorderedSource:
@@ -57,17 +57,31 @@ class ImageFolder(UnorderedSource):
         self.labels = [row[1] for row in rows]
         self.sizes = self.stored_sizes = [row[2] for row in rows]
         self._paths = [row[3] for row in rows]
+        self._packed: list[PackedImage] | None = None
         if pack is not None:
             pack.check(self.name, dict(zip(self.keys, self.sizes, strict=True)))
             images = pack.images()
-            self.sizes = [images[key].original_bytes for key in self.keys]
+            self._packed = [images[key] for key in self.keys]
+            self.sizes = [image.original_bytes for image in self._packed]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, position: int) -> bytes:
-        """Return the encoded image at ``position``; raises OSError."""
-        return Path(self._paths[position]).read_bytes()
+        """Return the encoded image at ``position``; raises OSError.
+
+        Raises DataError for a packed image that is not the one in the index.
+        """
+        data = Path(self._paths[position]).read_bytes()
+        if self._packed is not None and content_hash(data) != self._packed[position].content_hash:
+            raise DataError(f"it was changed since it was packed; {ADVICE_RERUN} to repair it")
+        return data
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of an image before it was packed."""
+        if self._packed is None:
+            return content_hash(data)
+        return self._packed[position].original_hash
 
 
 def walk_images(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,8 @@
 """pack.json: the files that `mealv2 pack` made of a split, JPEGs in a tree or tar files.
 
-Labels identify the original files. The index has their fingerprint and sizes, so that originals and
-packed files are the same data set, and the sizes of the packed files, to detect a replaced one.
+Labels identify the original files. The index has their fingerprint, sizes and content hashes, so
+that originals and packed files are the same data set, and the sizes and content hashes of the
+packed files, to detect a replaced or damaged one.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from mealv2.data.content_hash import hash_text, parse_hash
 from mealv2.errors import DataError
 from mealv2.storage.json_format import parse_sealed_json, sealed_json
 
@@ -20,11 +22,21 @@ _KNOWN = ("mealv2-pack", 1)
 
 
 class PackedImage(NamedTuple):
-    """An image file of a packed tree; ``kept`` is the reason why it is a copy of the original."""
+    """An image file of a packed tree, its content hash, and those of the original.
+
+    ``kept`` is the reason why it is a copy of the original.
+    """
 
     bytes: int
     original_bytes: int
+    content_hash: int
+    original_hash: int
     kept: str = ""
+
+    def row(self) -> list[int | str]:
+        """Return the JSON value."""
+        hashes = map(hash_text, (self.content_hash, self.original_hash))
+        return [self.bytes, self.original_bytes, *hashes, *filter(None, [self.kept])]
 
 
 class PackedTar(NamedTuple):
@@ -32,6 +44,10 @@ class PackedTar(NamedTuple):
 
     bytes: int
     sha256: str
+
+    def row(self) -> list[int | str]:
+        """Return the JSON value."""
+        return list(self)
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Pack:
         """Return the file; equal indices give equal bytes."""
         files = None
         if self.files is not None:
-            files = {name: [v for v in file if v != ""] for name, file in self.files.items()}
+            files = {name: file.row() for name, file in self.files.items()}
         value = {"data_sha256": self.data_sha256, "settings": self.settings, "files": files}
         return sealed_json(_KNOWN, value)
 
@@ -113,8 +129,7 @@ def _file(row: list[object]) -> PackedImage | PackedTar:
     match row:
         case [int(size), str(sha256)]:
             return PackedTar(size, sha256)
-        case [int(size), int(original_size)]:
-            return PackedImage(size, original_size)
-        case [int(size), int(original_size), str(kept)]:
-            return PackedImage(size, original_size, kept)
+        case [int(size), int(original_size), str(found), str(original), *kept]:
+            reason = str(kept[0]) if kept else ""
+            return PackedImage(size, original_size, parse_hash(found), parse_hash(original), reason)
     raise ValueError("not a file of a pack")

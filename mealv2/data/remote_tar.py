@@ -11,12 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from mealv2.data.tar import TarShards
-from mealv2.data.tar_index import ShardIndex, TarIndex, index_bytes, index_of_bytes, index_shard
+from mealv2.data.tar_index import (
+    ShardIndex,
+    TarIndex,
+    create_plain_index,
+    index_bytes,
+    index_of_bytes,
+)
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256, write_atomic
-from mealv2.storage.cache import Cache
+from mealv2.storage.cache import Cache, locked
 from mealv2.storage.urls import PIPE, beside, file_name, shown
 
 AHEAD = 8  # shards fetched ahead of those in use, as many as an epoch reads at a time
@@ -68,6 +74,13 @@ class RemoteTar:
         """Fetch the copy if it is missing."""
         self._cache.make(self._url, self._fetch, size=self.size, version=self._version)
 
+    def remove_damaged(self) -> None:
+        """Remove the copy unless it has the SHA-256 of the index; the next use fetches it again."""
+        copy = self._cache.path_of(self._url, version=self._version)
+        with suppress(FileNotFoundError), locked(copy):
+            if file_sha256(copy) != self._sha256:
+                copy.unlink()
+
     def _cached_index(self) -> TarIndex:
         """Return the index of a file that has none beside it, and keep it beside the copy.
 
@@ -83,7 +96,7 @@ class RemoteTar:
         while True:
             self.fetch()
             try:
-                index = TarIndex(index_shard(copy), copy.stat().st_size, file_sha256(copy))
+                index = create_plain_index(copy)
             except FileNotFoundError:
                 continue  # another process removed the copy to free space
             except DataError as error:
@@ -146,12 +159,18 @@ class RemoteShards(TarShards):
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``.
 
-        Raises RemoteError if its shard cannot be fetched, else as TarShards.
+        A damaged copy of its shard is fetched again. Raises RemoteError if the shard cannot be
+        fetched, else as TarShards.
         """
         with self._lock:
             self._wanted |= dict.fromkeys(self._next.pop(self._shard_of(position), []))
             self._start_fetches()
-        return super().read(position)
+        try:
+            return super().read(position)
+        except DataError:  # the copy may be damaged: fetch it again, once
+            self._tars[self._shard_of(position)].remove_damaged()
+            self._files.close()
+            return super().read(position)
 
     def _start_fetches(self) -> None:
         """Fetch the shards that are wanted first; the lock is held.

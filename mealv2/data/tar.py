@@ -11,8 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.keys import Keys
+from mealv2.data.pack_index import ADVICE_RERUN
 from mealv2.data.tar_index import MAX_CLASSES, ShardIndex, index_path, index_shard, read_index
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import OpenFiles
@@ -70,6 +72,8 @@ class TarShards(UnorderedSource):
     ConfigError for a class id without a name.
     """
 
+    _advice = f"remove the tar file and {ADVICE_RERUN}, or copy it again"
+
     def __init__(
         self,
         files: Sequence[TarFile | Path],
@@ -84,6 +88,8 @@ class TarShards(UnorderedSource):
         self.split = split
         self.labels, self.sizes, self.stored_sizes = array("q"), array("q"), array("q")
         self._offsets, self._head_sizes, self._crcs = array("q"), array("q"), array("I")
+        self._hashes, self._original_hashes = array("Q"), array("Q")
+        self._has_hashes: list[bool] = []  # of each tar file
         self._first: list[int] = []  # position of each shard's first image
         keys = []
         with ThreadPoolExecutor(_INDEX_THREADS) as threads:
@@ -96,6 +102,10 @@ class TarShards(UnorderedSource):
                 self._offsets += index.offsets
                 self._head_sizes += index.head_sizes
                 self._crcs += index.head_crc32s
+                self._has_hashes.append(len(index.hashes) > 0)
+                unknown = array("Q", bytes(0 if index.hashes else 8 * len(index.keys)))
+                self._hashes += index.hashes or unknown
+                self._original_hashes += index.original_hashes or unknown
         self.keys = Keys.concat(keys)
         stops = [*self._first[1:], len(self.keys)]
         self.shard_starts = [a for a, b in zip(self._first, stops, strict=True) if a < b]
@@ -117,7 +127,7 @@ class TarShards(UnorderedSource):
         """Return the encoded image at ``position``; raises OSError where it cannot be read.
 
         Raises DataError for a shard that no longer matches its index, by the CRC of what precedes
-        the image.
+        the image and, if it was indexed with content hashes, by that of the image.
         """
         number = self._shard_of(position)
         head = self._head_sizes[position]
@@ -127,7 +137,18 @@ class TarShards(UnorderedSource):
             raise DataError(
                 f"{self._tar_files[number].name} was changed since it was opened or indexed"
             )
-        return data[head:]
+        image = data[head:]
+        if self._has_hashes[number] and content_hash(image) != self._hashes[position]:
+            raise DataError(
+                f"it was changed since {self._tar_files[number].name} was indexed; {self._advice}"
+            )
+        return image
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of an image before it was packed."""
+        if self._has_hashes[self._shard_of(position)]:
+            return self._original_hashes[position]
+        return content_hash(data)
 
     def _shard_of(self, position: int) -> int:
         return bisect_right(self._first, position) - 1

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.pack_index import ADVICE_RERUN
 from mealv2.data.source import EXTENSIONS
 from mealv2.data.tar_headers import BLOCK, Archive, Member
@@ -36,7 +37,8 @@ class ShardIndex(NamedTuple):
     """The images of one tar file, in file order.
 
     ``head_crc32s`` are the CRC-32 of the ``head_sizes`` bytes before each image;
-    ``original_sizes`` are those of the images before they were packed.
+    ``hashes`` are the content hashes of the images, empty if nobody has read them.
+    ``original_sizes`` and ``original_hashes`` are those of the images before they were packed.
     """
 
     keys: list[str]
@@ -46,6 +48,8 @@ class ShardIndex(NamedTuple):
     head_sizes: "array[int]"
     head_crc32s: "array[int]"
     original_sizes: "array[int]"
+    hashes: "array[int]"
+    original_hashes: "array[int]"
 
 
 class TarIndex(NamedTuple):
@@ -65,7 +69,9 @@ def index_shard(path: Path) -> ShardIndex:
     Raises DataError, which names file and sample, for a bad sample or a damaged tar file.
     """
     sizes = array("q")
-    index = ShardIndex([], array("q"), sizes, array("q"), array("q"), array("I"), sizes)
+    hashes = array("Q")
+    columns = (array("q"), sizes, array("q"), array("q"), array("I"), sizes, hashes, hashes)
+    index = ShardIndex([], *columns)
     with Archive(path) as archive:
         for sample in _samples(archive):
             where = f"sample {sample.name} of {path}"
@@ -80,8 +86,13 @@ def index_shard(path: Path) -> ShardIndex:
     return index
 
 
-def create_index(path: Path, original_sizes: Sequence[int]) -> TarIndex:
-    """Return the index of a packed tar file; CRCs cover everything between two images."""
+def create_index(
+    path: Path, original_sizes: Sequence[int], hashes: Sequence[tuple[int, int]]
+) -> TarIndex:
+    """Return the index of a packed tar file; CRCs cover everything between two images.
+
+    ``hashes`` are the content hashes of each image in the file and of its original.
+    """
     images = index_shard(path)
     data_end = 0
     with path.open("rb") as file:
@@ -90,7 +101,25 @@ def create_index(path: Path, original_sizes: Sequence[int]) -> TarIndex:
             images.head_sizes[number] = offset - data_end
             images.head_crc32s[number] = zlib.crc32(file.read(offset - data_end))
             data_end = offset + size + -size % BLOCK
-    images = images._replace(original_sizes=array("q", original_sizes))
+    images = images._replace(
+        original_sizes=array("q", original_sizes),
+        hashes=array("Q", [found for found, _ in hashes]),
+        original_hashes=array("Q", [original for _, original in hashes]),
+    )
+    return TarIndex(images, path.stat().st_size, file_sha256(path))
+
+
+def create_plain_index(path: Path) -> TarIndex:
+    """Return the index of a tar file that holds original images, with their content hashes.
+
+    Raises as ``index_shard``, FileNotFoundError.
+    """
+    images, hashes = index_shard(path), array("Q")
+    with path.open("rb") as file:
+        for offset, size in zip(images.offsets, images.sizes, strict=True):
+            file.seek(offset)
+            hashes.append(content_hash(file.read(size)))
+    images = images._replace(hashes=hashes, original_hashes=hashes)
     return TarIndex(images, path.stat().st_size, file_sha256(path))
 
 
@@ -194,6 +223,9 @@ def index_bytes(index: TarIndex) -> bytes:
     value |= {name: column.tolist() for name, column in columns}
     is_packed = images.original_sizes != images.sizes
     value["original_sizes"] = images.original_sizes.tolist() if is_packed else None
+    value["hashes"] = _hex(images.hashes)
+    is_packed = images.original_hashes != images.hashes
+    value["original_hashes"] = _hex(images.original_hashes) if is_packed else None
     return sealed_json(_KNOWN, value)
 
 
@@ -220,12 +252,27 @@ def _parsed(value: dict[str, Any]) -> TarIndex | None:
         columns = [array(kind, value[name]) for name, kind in _COLUMNS.items()]
         originals = value["original_sizes"]
         columns.append(columns[1] if originals is None else array("q", originals))
-    except (KeyError, TypeError, OverflowError):
+        hashes, original_hashes = _of_hex(value["hashes"]), value["original_hashes"]
+        originals_Q = hashes if original_hashes is None else _of_hex(original_hashes)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     tables = [np.asarray(column) for column in columns]
     if any(len(t) != len(keys) or (t < 0).any() or (t > 1 << 62).any() for t in tables):
         return None
+    if not len(hashes) == len(originals_Q) == len(keys):
+        return None
     _, sizes_N, offsets_N, heads_N, *_ = tables
     if (heads_N > offsets_N).any() or (offsets_N + sizes_N > num_bytes).any():
         return None
+    columns += [hashes, originals_Q]
     return TarIndex(ShardIndex(keys, *columns), num_bytes, sha256)
+
+
+def _hex(hashes: "array[int]") -> str:
+    """Return content hashes as one text, 16 hex digits each."""
+    return np.asarray(hashes, np.uint64).astype(">u8").tobytes().hex()
+
+
+def _of_hex(text: str) -> "array[int]":
+    """Return the content hashes in a text; raises ValueError, TypeError."""
+    return array("Q", np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).tobytes())

@@ -8,6 +8,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand  # comes with webdataset
 
+from mealv2.data.pack_index import ADVICE_RERUN, Pack
 from mealv2.data.pack_index import SUFFIX as PACK_SUFFIX
-from mealv2.data.pack_index import Pack
-from mealv2.errors import ConfigError
+from mealv2.errors import ConfigError, DataError
 from mealv2.storage.json_format import parse_json
 from mealv2.storage.urls import PIPE, Location, beside, file_name, is_url, shown, within
 
@@ -222,6 +223,7 @@ def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> l
     folders |= {_parent(folder) for folder in folders if _name(folder) == split}
     paths = [_within(folder, name) for folder in sorted(folders, key=str) for name in _CLASS_FILES]
     files = [(shown(path), data) for path in paths if (data := _read(path, store)) is not None]
+    _check_packed_names(folders, split, files, store)
     if not files:
         return None
     if len({data for _, data in files}) > 1:
@@ -239,6 +241,25 @@ def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> l
         twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise ConfigError(f"{file} lists the class {twice} twice")
     return names
+
+
+def _check_packed_names(
+    folders: Iterable[Location], split: str, files: Sequence[tuple[str, bytes]], store: Store | None
+) -> None:
+    """Raise DataError if class names are not those with which `mealv2 pack` made the tar files."""
+    for folder in folders:
+        pack_file = _within(folder, f"{split}{PACK_SUFFIX}")
+        if (data := _read(pack_file, store)) is None:
+            continue
+        wanted = Pack.of_bytes(data, shown(pack_file)).settings.get("classes_sha256")
+        classes = shown(_within(folder, _CLASS_FILES[0]))
+        changed = [name for name, found in files if sha256(found).hexdigest() != wanted]
+        if changed or not files:
+            problem = f"{changed[0]} was changed" if changed else f"{classes} is missing"
+            raise DataError(
+                f"{problem}: {shown(pack_file)} has the SHA-256 of the file of class names; remove "
+                f"a changed file and {ADVICE_RERUN} to write it again"
+            )
 
 
 def _lines(data: bytes) -> list[str]:

@@ -120,6 +120,10 @@ class OpenFiles:
         file = self.descriptor(number)
         return os.pread(file.fd, size, offset)
 
+    def close(self) -> None:
+        """Close all files, so that the next use opens them again."""
+        self.descriptor.cache_clear()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(OpenFiles, most=self._most), (self._files,)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.jpeg_restart import is_packed
 from mealv2.data.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
 from mealv2.data.open import open_source
@@ -101,11 +102,11 @@ def _pack_split(
     shown = console.progress(
         results, total=len(source), what=f"packing {source.split}", unit="images"
     )
-    for position, (size, reason, is_new) in enumerate(shown):
+    for position, (image, is_new) in enumerate(shown):
         key = source.keys[position]
-        images[key] = PackedImage(size, source.sizes[position], reason or "")
+        images[key] = image
         num_made += is_new
-        if reason == UNREADABLE and is_new:
+        if image.kept == UNREADABLE and is_new:
             console.info(f"cannot be decoded, copied unchanged: {Path(source.name) / key}")
     pack = replace(before, files=images)
     if pack != before:
@@ -121,27 +122,29 @@ def _pack_image(
     folder: Path,
     program: Jpegtran,
     existing: dict[str, PackedImage],
-) -> tuple[int, str | None, bool]:
-    """Make a missing file; return its size, why it is a copy, and whether it was made."""
+) -> tuple[PackedImage, bool]:
+    """Make a missing or damaged file; return its entry, and whether it was made."""
     key = source.keys[position]
     path = folder / key
-    if existing and path.is_file() and path.stat().st_size == existing[key].bytes:
-        return existing[key].bytes, existing[key].kept, False
+    found = path.read_bytes() if path.is_file() else None
+    if existing and found is not None and content_hash(found) == existing[key].content_hash:
+        return existing[key], False
     data = read_image(source, position)
-    if not existing and (size := _size_of_packed(path, data)):
-        return size, None, False  # made by an earlier run that did not finish
+    original = source.original_hash(position, data)
+    if not existing and found is not None and _is_packed_from(found, data):
+        # made by an earlier run that did not finish
+        entry = PackedImage(len(found), source.sizes[position], content_hash(found), original)
+        return entry, False
     made, reason = packed(data, program)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, made)
-    return len(made), reason, True
+    hashes = content_hash(made), original
+    return PackedImage(len(made), source.sizes[position], *hashes, reason or ""), True
 
 
-def _size_of_packed(path: Path, original: bytes) -> int:
-    """Return the size of a packed file of an earlier run, 0 if it is missing or wrong."""
-    if not path.is_file():
-        return 0
-    data = path.read_bytes()
+def _is_packed_from(data: bytes, original: bytes) -> bool:
+    """Return whether a file of an earlier run has the pixels of an original."""
     try:
-        return len(data) if is_packed(data) and decodes_to(data, decode(original)) else 0
+        return is_packed(data) and decodes_to(data, decode(original))
     except DataError:
-        return 0
+        return False

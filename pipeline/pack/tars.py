@@ -8,10 +8,12 @@ completed last.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.pack_index import SUFFIX as PACK_SUFFIX
 from mealv2.data.pack_index import Pack, PackedTar
 from mealv2.data.source import ImageSource, fingerprint, fingerprint_of
@@ -28,6 +30,14 @@ from pipeline.pack.common import changed_error, check_output, claim, in_threads,
 
 _CLASSES = "classes.txt"
 _Tars = dict[str, PackedTar]
+
+
+class _Image(NamedTuple):
+    """An encoded image, its content hash, and that of its original."""
+
+    data: bytes
+    content_hash: int
+    original_hash: int
 
 
 def pack_tars(config: PackConfig, sources: Sequence[ImageSource]) -> dict[str, Any]:
@@ -79,6 +89,7 @@ def _claim(config: PackConfig, source: ImageSource, classes: bytes) -> Pack:
     settings: dict[str, str | int] = {
         "images_per_shard": config.images_per_shard,
         "stored_sha256": fingerprint_of(source.classes, stored),
+        "classes_sha256": sha256(classes).hexdigest(),
     }
     path = config.output / _CLASSES
     if path.is_file() and path.read_bytes() != classes:
@@ -122,24 +133,26 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
     return tars, len(missing)
 
 
-def _image(source: ImageSource, position: int) -> bytes:
+def _image(source: ImageSource, position: int) -> _Image:
     data = read_image(source, position)
     if len(data) != source.stored_sizes[position]:
         raise changed_error(source)
-    return data
+    return _Image(data, content_hash(data), source.original_hash(position, data))
 
 
 def _write(
-    path: Path, source: ImageSource, part: Sequence[int], images: Iterator[bytes]
+    path: Path, source: ImageSource, part: Sequence[int], images: Iterator[_Image]
 ) -> TarIndex:
     """Write a tar file, then its index; return the index."""
     keys = [source.keys[position] for position in part]
+    hashes = []
     with atomic_file(path) as temporary:
         with temporary.open("xb") as stream, tar_writer(stream) as writer:
             samples = zip(part, keys, sample_names(keys), images, strict=True)
             for position, key, name, image in samples:
-                writer.write(sample(name, key, source.labels[position], image))
-        index = create_index(temporary, [source.sizes[position] for position in part])
+                writer.write(sample(name, key, source.labels[position], image.data))
+                hashes.append((image.content_hash, image.original_hash))
+        index = create_index(temporary, [source.sizes[position] for position in part], hashes)
     write_atomic(index_path(path), index_bytes(index))
     return index
 
