@@ -406,7 +406,7 @@ def make_sets(folder: Path) -> list[Set]:
     from label_sets import ENCODINGS, KEYS, make_set
     from mealv2.label_set import Appender, Images, LabelSet
 
-    images = Images(np.full((5, 2), 40), np.full(5, 1000), np.zeros(5))
+    images = Images(np.full((5, 2), 40), np.full(5, 1000), np.zeros(5), np.arange(5))
     sets = []
     for number, name in enumerate(
         ("rate", "rate, logits", "curve of all", "float16", "float32, logits", "dense float16")

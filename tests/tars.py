@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from mealv2.data.content_hash import content_hash
 from mealv2.data.folder import ImageFolder
 from mealv2.data.tar_index import TarIndex, create_index, index_bytes, index_path
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
@@ -60,7 +61,9 @@ def write_packed(
     with path.open("wb") as stream, tar_writer(stream) as writer:
         for name, (key, class_id, image) in zip(names, samples, strict=True):
             writer.write(sample(name, key, class_id, image))
-    index = create_index(path, [len(image) + extra for _, _, image in samples])
+    sizes = [len(image) + extra for _, _, image in samples]
+    hashes = [(content_hash(image), content_hash(image) ^ extra) for _, _, image in samples]
+    index = create_index(path, sizes, hashes)
     index_path(path).write_bytes(index_bytes(index))
     return index
 

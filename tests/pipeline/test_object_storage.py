@@ -18,10 +18,9 @@ from conftest import Result
 from mealv2.data import remote_tar
 from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
-from mealv2.data.tar_index import TarIndex, index_bytes, index_shard
+from mealv2.data.tar_index import create_plain_index, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
-from mealv2.storage.atomic import file_sha256
 from mealv2.storage.cache import Cache
 from pipeline.labelling.store import RemoteStore
 from pipeline.loading.loader import ViewReader
@@ -304,7 +303,7 @@ def indexed(store: Store, tar_dir: Path) -> str:
     """The tar shards in a bucket, with their indices."""
     images = store.upload(tar_dir, "images")
     for tar in tar_dir.glob("*.tar"):
-        index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+        index = create_plain_index(tar)
         store.system.pipe_file(f"{images}/{tar.name}.index", index_bytes(index))
     return images
 
@@ -419,7 +418,7 @@ def test_a_shard_that_was_replaced_is_fetched_and_indexed_anew(
         def there() -> list[tuple[str, bytes]]:
             if with_index:
                 for tar in here.glob("*.tar"):
-                    index = TarIndex(index_shard(tar), tar.stat().st_size, file_sha256(tar))
+                    index = create_plain_index(tar)
                     tar.with_name(f"{tar.name}.index").write_bytes(index_bytes(index))
             if kind == "s3":
                 store.upload(here, "images")

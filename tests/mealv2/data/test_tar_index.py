@@ -174,6 +174,10 @@ def sealed(value: object) -> bytes:
         ({"head_crc32s": [1, -1]}, "does not describe a tar file"),
         ({"classes": [0, -1]}, "does not describe a tar file"),
         ({"original_sizes": [1]}, "does not describe a tar file"),
+        ({"hashes": "00" * 8}, "does not describe a tar file"),
+        ({"hashes": "xx" * 16}, "does not describe a tar file"),
+        ({"hashes": None}, "does not describe a tar file"),
+        ({"original_hashes": "00" * 8}, "does not describe a tar file"),
     ],
 )
 def test_an_index_that_cannot_be_true_is_refused(

@@ -396,7 +396,7 @@ def test_an_index_of_a_later_version_is_named(tmp_path: Path) -> None:
     "files",
     [
         None,
-        {"ü/1.jpg": PackedImage(3, 2), "a/1.jpg": PackedImage(0, 0, "why")},
+        {"ü/1.jpg": PackedImage(3, 2, 1, 2**64 - 1), "a/1.jpg": PackedImage(0, 0, 5, 5, "why")},
         {"train-000000.tar": PackedTar(512, "0f")},
     ],
 )
@@ -408,7 +408,7 @@ def test_an_index_is_read_as_it_was_written(tmp_path: Path, files: Any) -> None:
 
 
 def test_no_byte_of_an_index_can_change_unnoticed() -> None:
-    data = Pack("0f", {"jpegtran": "j"}, {"a/1.jpg": PackedImage(3, 2)}).to_bytes()
+    data = Pack("0f", {"jpegtran": "j"}, {"a/1.jpg": PackedImage(3, 2, 1, 2)}).to_bytes()
     for place, bit in itertools.product(range(len(data)), (1, 16, 128)):
         changed = bytearray(data)
         changed[place] ^= bit
