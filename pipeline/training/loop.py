@@ -124,6 +124,8 @@ class _Trainer:
                 batch = next(batches)
                 if batch.failed:  # raise, or leave out images that cannot be read
                     check_failures(spec.source, batch.failed, config.on_bad_image)
+                    for meter in (state.window, state.pass_means):
+                        meter.count({"images_skipped": len(batch.failed)})
                     batch = self.step.without_failures(batch)
                 progress.step += 1
                 progress.total_steps += 1
