@@ -1,18 +1,21 @@
 """A picture is its bytes: labels belong to the content of the images, not to names and sizes."""
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
+from PIL import Image
 
 from conftest import Result
 from mealv2.data.content_hash import combined_sha256, content_hash, content_line
+from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
-from mealv2.label_set import LabelSet, read_manifest
+from mealv2.label_set import LabelSet, ShardFile, read_manifest, write_shard
+from mealv2.storage.cache import Cache
 from mealv2.storage.json_format import parse_json
 from stored import signed_again
 from stores import web_server
@@ -60,9 +63,9 @@ def distil(run_cli: Run, labels: Path, student_dir: Path, tmp_path: Path) -> Run
 
 
 def test_the_hash_is_xxh3_of_64_bits() -> None:
-    """The golden values are those of the algorithm's authors for no byte, and of xxhsum -H3."""
+    """Golden: the value of no byte in XXH3's own tests; others would make every set useless."""
     assert content_hash(b"") == 0x2D06800538D394C2
-    assert content_hash(bytes(range(256))) == xxhash.xxh3_64_intdigest(bytes(range(256)))
+    assert content_hash(b"mealv2") == xxhash.xxh3_64_intdigest(b"mealv2", seed=0)
 
 
 def test_a_label_set_has_the_hash_of_every_image(labels: Path, data_dir: Path) -> None:
@@ -114,8 +117,6 @@ def test_verify_compares_the_content_of_all_images(done: Run, labels: Path, data
 def test_exchanged_pictures_of_one_size_are_found_but_not_by_quick(
     run_cli: Run, label: Callable[..., list[object]], own_data: Path, tmp_path: Path, done: Run
 ) -> None:
-    from PIL import Image
-
     paths = [own_data / "train" / name for name in ("ants/x.bmp", "bees/x.bmp")]
     for number, path in enumerate(paths):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
@@ -136,15 +137,6 @@ def test_exchanged_pictures_of_one_size_are_found_but_not_by_quick(
     assert "compared names and sizes only" in quick.stderr
 
 
-def test_an_image_that_cannot_be_read_is_named(run_cli: Run, labels: Path, own_data: Path) -> None:
-    path = own_data / "train" / KEY
-    size = path.stat().st_size
-    path.unlink()
-    path.mkdir()  # of a name and size as before: not possible; so the names differ
-    assert run_cli("labels", "verify", labels, "--data-dir", own_data).code == 3
-    assert size
-
-
 def test_a_set_without_hashes_says_so(
     done: Run, labels: Path, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -157,10 +149,6 @@ def test_a_set_without_hashes_says_so(
 
 def without_hashes(folder: Path) -> None:
     """Write the shards of a set without content hashes, as those of an import, and its manifest."""
-    from dataclasses import replace
-
-    from mealv2.label_set import ShardFile, write_shard
-
     for path in folder.glob("*.h5"):
         shard = ShardFile(path).shard()
         assert shard.images is not None
@@ -207,8 +195,6 @@ def test_never_compares_names_and_sizes_only(distil: Run, own_data: Path) -> Non
 def test_a_picture_that_changes_during_a_run_is_found_by_always(
     when: str, code: int, distil: Run, own_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mealv2.data.folder import ImageFolder
-
     read, reads = ImageFolder.read, set[int]()
 
     def changing(self: ImageFolder, position: int) -> bytes:
@@ -239,7 +225,7 @@ def test_a_resumed_precompute_does_not_mix_two_versions_of_the_pictures(
     assert done(*words, "--check-images", "never").report["shards_made"] == 1
 
 
-def test_a_resumed_precompute_goes_on_with_the_pictures_of_before(
+def test_a_resumed_precompute_continues_with_the_pictures_of_before(
     done: Run, label: Callable[..., list[object]], own_data: Path, tmp_path: Path
 ) -> None:
     words = [*label("--data-dir", own_data), "--output", tmp_path / "set"]
@@ -323,19 +309,10 @@ def test_the_class_names_of_packed_tar_files_are_under_a_checksum(
         assert path.read_text() == names
 
 
-@contextlib.contextmanager
-def far_tars(folder: Path) -> Iterator[str]:
-    """Serve the tar files of a folder on loopback; gives their URL."""
-    with web_server(folder) as url:
-        yield f"{url}/train-{{000000..000001}}.tar"
-
-
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_bit_that_flips_in_a_cached_copy_is_never_used(
     with_index: bool, done: Run, data_dir: Path, tmp_path: Path
 ) -> None:
-    from mealv2.storage.cache import Cache
-
     packed = tmp_path / "packed"
     done("pack", "--data-dir", data_dir, "--to", "tar", "--output", packed)
     tars = sorted(packed.glob("train-*.tar"))
@@ -346,7 +323,7 @@ def test_a_bit_that_flips_in_a_cached_copy_is_never_used(
         cache = Cache(tmp_path / "cache", 10**9)
         far = open_source(f"{url}/{tars[0].name}", "train", cache=cache)
         images = [far.read(p) for p in range(len(far))]
-        (copy,) = cache.folder.rglob("*.tar")
+        (copy,) = cache.folder.rglob("[!.]*.tar")
         flip_image(copy, images[4])
         again = open_source(f"{url}/{tars[0].name}", "train", cache=cache)
         assert [again.read(p) for p in range(len(far))] == images
