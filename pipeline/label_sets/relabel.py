@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mealv2.data.source import ImageSource
-from mealv2.errors import LabelSetError
+from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
@@ -66,7 +66,9 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         stored = labels.rows([source.keys[p] for p in batch.positions], batch.views)
         fresh = labels.encoding.encode(*annotations).to(torch.device("cpu"))
         total += _compared(annotations, stored, fresh)
-    kl, kl_of_encoding, agreement, identical = (total / max(1, num_views)).tolist()
+    if not num_views:
+        raise DataError(f"none of the views of {source.name} to label again could be read")
+    kl, kl_of_encoding, agreement, identical = (total / num_views).tolist()
     console.info(
         f"labelled {num_views} views again: KL {kl:.3g} nats, {kl_of_encoding:.3g} of it from the "
         f"encoding; the same top-1 class for {agreement:.2%}, identical labels for {identical:.2%}"
@@ -86,7 +88,7 @@ def check_verdict(found: dict[str, Any], labels: LabelSet) -> None:
     """Raise LabelSetError if labels differ by more than another machine explains."""
     extra_kl, agreement = found["kl"] - found["kl_of_encoding"], found["top1_agreement"]
     # a few views more may differ by chance: two standard deviations
-    chance = 200.0 * math.sqrt(0.05 * 0.95 / max(1, found["views"]))
+    chance = 200.0 * math.sqrt(0.05 * 0.95 / found["views"])
     if extra_kl <= MAX_EXTRA_KL and agreement >= MIN_TOP1_AGREEMENT - chance:
         return
     raise LabelSetError(

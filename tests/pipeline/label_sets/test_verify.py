@@ -13,10 +13,11 @@ import torch
 import stored
 from conftest import Result
 from mealv2 import views
+from mealv2.errors import LabelSetError
 from mealv2.label_set import LabelSet
 from mealv2.views import View
 from pipeline.config import LabelsVerifyConfig
-from pipeline.label_sets.relabel import relabel
+from pipeline.label_sets.relabel import MAX_EXTRA_KL, MIN_TOP1_AGREEMENT, check_verdict, relabel
 from pipeline.runtime.device import Runtime
 
 Run = Callable[..., Result]
@@ -237,7 +238,11 @@ def test_every_view_can_be_asked_again_and_the_kl_is_the_encodings_loss(
 
 
 def test_labels_that_are_not_the_teachers_are_noticed(
-    done: Run, make_set: Make, copied: Copy, data_dir: Path, teach_flags: list[object]
+    make_set: Make,
+    copied: Copy,
+    data_dir: Path,
+    teach_flags: list[object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A set whose hashes are all right, and whose labels belong to other views."""
     folder = copied(make_set("--topk", 2, "--view-seed", 8))
@@ -250,9 +255,35 @@ def test_labels_that_are_not_the_teachers_are_noticed(
     config = LabelsVerifyConfig(
         labels=folder, data_dir=data_dir, relabel=60, teacher=teachers, workers=0
     )
+    monkeypatch.setattr("pipeline.label_sets.relabel.check_verdict", lambda *_: None)
     found = relabel(config, folder, Runtime(torch.device("cpu"), None))
     assert found["identical"] < 0.2
     assert found["kl"] > 5 * found["kl_of_encoding"]
+    print(found)
+
+
+@pytest.mark.parametrize(
+    ("extra_kl", "agreement", "is_right"),
+    [
+        (0.0, 100.0, True),
+        (MAX_EXTRA_KL, 100.0, True),
+        (1.01 * MAX_EXTRA_KL, 100.0, False),
+        (0.0, MIN_TOP1_AGREEMENT, True),
+        (0.0, MIN_TOP1_AGREEMENT - 0.4, True),  # by chance
+        (0.0, MIN_TOP1_AGREEMENT - 1.0, False),
+        (float("nan"), 100.0, False),
+    ],
+)
+def test_other_labels_than_the_bounds_allow_are_an_error(
+    make_set: Make, extra_kl: float, agreement: float, is_right: bool
+) -> None:
+    found = {"kl": 0.1 + extra_kl, "kl_of_encoding": 0.1, "top1_agreement": agreement}
+    labels = LabelSet.open(make_set("--topk", 2))
+    if is_right:
+        check_verdict({**found, "views": 10_000}, labels)
+        return
+    with pytest.raises(LabelSetError, match="these teachers give other labels"):
+        check_verdict({**found, "views": 10_000}, labels)
 
 
 def test_the_choice_of_views_is_the_seeds(
@@ -286,17 +317,18 @@ def test_another_precision_is_refused_with_the_flags_to_give(
     assert "was computed in float32, this run computes in bfloat16; use --amp" in result.stderr
 
 
-def test_an_unreadable_image_is_named(
+def test_an_image_that_was_damaged_since_is_named_also_by_quick(
     run_cli: Run, make_set: Make, own_data: Path, teach_flags: list[object]
 ) -> None:
     path = own_data / "train" / "ants" / "02.png"
     path.write_bytes(bytes(path.stat().st_size))  # as long as it was
     words = ["labels", "verify", make_set("--topk", 2), "--data-dir", own_data, "--relabel", 999]
-    result = run_cli(*words, *teach_flags)
-    assert result.code == 1
-    assert "ants/02.png" in result.stderr
-    assert "not an image" in result.stderr
-    found = run_cli(*words, *teach_flags, "--on-bad-image", "skip").report["relabelled"]
+    for flags in ((), ("--quick",)):  # --relabel compares the images that it reads
+        result = run_cli(*words, *teach_flags, *flags)
+        assert result.code == 3
+        assert "ants/02.png" in result.stderr
+    words += ["--quick", "--on-bad-image", "skip"]
+    found = run_cli(*words, *teach_flags).report["relabelled"]
     assert (found["views"], found["identical"]) == (35 * 4, 1.0)
 
 
