@@ -8,7 +8,7 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.data.folder import UnorderedSource, walk_images
-from mealv2.data.source import EXTENSIONS
+from mealv2.data.image_files import EXTENSIONS
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
 from pipeline import console, load_model

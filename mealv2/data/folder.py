@@ -2,14 +2,15 @@
 
 import itertools
 import os
-import stat
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mealv2.data.content_hash import content_hash
+from mealv2.data.image_files import EXTENSIONS
+from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN, INDEX_NAME, Pack, PackedImage
-from mealv2.data.source import EXTENSIONS
+from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 
 
@@ -18,6 +19,7 @@ class UnorderedSource:
 
     shard_starts: Sequence[int] | None = None
     groups: Sequence[int] | None = None
+    left_out = LeftOut()
 
     def announce(self, groups: Sequence[int]) -> None:
         """Do nothing."""
@@ -31,10 +33,10 @@ class ImageFolder(UnorderedSource):
     """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
 
     Keys are POSIX paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
-    follow the sorted class folder names as in torchvision. Names that begin with a dot are ignored
-    (``.ipynb_checkpoints``, ``._dog.jpg``). Sizes of a split that `mealv2 pack` made are those of
-    the original files. Raises ConfigError for a missing folder or an empty class, DataError for a
-    packed split whose files do not match its index.
+    follow the sorted class folder names as in torchvision. ``Walk`` states what an image is;
+    ``left_out`` counts the rest. Sizes of a split that `mealv2 pack` made are those of the original
+    files. Raises ConfigError for a missing folder, an empty class or a link to a folder above it,
+    DataError for a packed split whose files do not match its index.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
@@ -46,11 +48,14 @@ class ImageFolder(UnorderedSource):
             pack.require_finished(self.name)
         folders = class_folders(self.folder)
         self.classes = [name for name, _ in folders]
+        walk = Walk(self.folder)
         rows = [
             (key, class_id, size, path)
             for class_id, (_, class_folder) in enumerate(folders)
-            for key, size, path in _images_of(self.folder, class_folder)
+            for key, size, path in _images_of(self.folder, class_folder, walk)
         ]
+        walk.count_outside(INDEX_NAME)
+        self.left_out = walk.left_out()
         rows.sort(key=lambda row: row[0])
         _check_unique([(row[0], row[3]) for row in rows])
         self.keys = [row[0] for row in rows]
@@ -82,15 +87,6 @@ class ImageFolder(UnorderedSource):
         if self._packed is None:
             return content_hash(data)
         return self._packed[position].original_hash
-
-
-def walk_images(folder: Path) -> Iterator[Path]:
-    """Yield the image files under a folder, unsorted; follows links, skips hidden names."""
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in files:
-            if name[0] != "." and name.lower().endswith(EXTENSIONS):
-                yield Path(where, name)
 
 
 def class_folders(folder: Path) -> list[tuple[str, Path]]:
@@ -127,10 +123,9 @@ def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
             )
 
 
-def _images_of(folder: Path, class_folder: Path) -> list[tuple[str, int, str]]:
+def _images_of(folder: Path, class_folder: Path, walk: Walk) -> list[tuple[str, int, str]]:
     """List (key, size in bytes, path) of the images under a class folder, links followed."""
-    paths = walk_images(class_folder)
-    found = [(_key_of(path, folder), _size_of(path), str(path)) for path in paths]
+    found = [(_key_of(path, folder), size, str(path)) for path, size in walk.images(class_folder)]
     if not found:
         raise ConfigError(
             f"class folder {class_folder} has no image ({', '.join(EXTENSIONS)}); "
@@ -146,11 +141,3 @@ def _key_of(path: Path, folder: Path) -> str:
     except UnicodeEncodeError:
         raise ConfigError(f"the file name {path!r} is not valid UTF-8; rename it") from None
     return key
-
-
-def _size_of(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0  # a dangling link: ``read`` raises for it
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0

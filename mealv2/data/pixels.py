@@ -4,7 +4,6 @@ All full JPEG decoders of the libjpeg-turbo family give the same bits, so the fa
 is installed. The resize is torch's or Pillow's; the two differ by up to 2 of 255.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,11 +12,12 @@ from importlib import resources
 from typing import Literal, get_args
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from mealv2.data.bit_depth import rgb_pixels
+from mealv2.data.image_files import MAX_PIXELS, open_image
 from mealv2.data.jpeg_restart import PACKED_MARKS, PACKED_MARKS_END, read_header
 from mealv2.errors import DataError
 from mealv2.views import View, evaluation_resize
@@ -49,8 +49,9 @@ def resize_of(interpolation: object) -> Resize:
 def decode(data: bytes) -> np.ndarray:
     """Decode an encoded image to RGB, uint8 H x W x 3, as torchvision's ImageFolder loader does.
 
-    The first frame, ``convert("RGB")``, no EXIF rotation. Raises DataError with the reason for
-    bytes that are not an image, are truncated or are a decompression bomb.
+    The first frame, ``convert("RGB")``, no EXIF rotation; ``rgb_pixels`` states how 16 bits and
+    floats are scaled. Raises DataError with the reason for bytes that are not an image, are
+    truncated or have more than MAX_PIXELS pixels.
     """
     if not data:
         raise DataError("the file is empty")
@@ -64,7 +65,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in _FAST_COLOURS or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        if colours not in _FAST_COLOURS or height * width > MAX_PIXELS:
             return None
         pixels_HWC: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
         return pixels_HWC
@@ -74,11 +75,9 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
-    except PIL.UnidentifiedImageError:
-        raise DataError("not an image that PIL can read") from None
-    except MemoryError:
+        with open_image(data) as image:
+            return rgb_pixels(image)
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, …
         raise DataError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
@@ -110,7 +109,8 @@ def decode_for(data: bytes, views_of: ViewsOf | None) -> DecodedImage:
     ``views_of(width, height)`` are the views; None needs the full image. The pixels are equal.
     """
     is_packed = any(data.find(mark, 0, PACKED_MARKS_END) >= 0 for mark in PACKED_MARKS)
-    if views_of and is_packed and (file := read_header(data)):
+    file = read_header(data) if views_of and is_packed else None
+    if views_of and file and file.frame.width * file.frame.height <= MAX_PIXELS:
         frame = file.frame
         views = views_of(frame.width, frame.height)
         top, left = min(view.top for view in views), min(view.left for view in views)

@@ -4,19 +4,7 @@ from collections.abc import Container, Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
 
-# torchvision: the file names that ImageFolder accepts
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-# The first bytes of files.
-_STARTS = {
-    b"\xff\xd8": "jpg",
-    b"\x89PNG": "png",
-    b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"P5": "pgm",
-    b"P6": "ppm",
-}
+from mealv2.data.left_out import LeftOut
 
 
 class ImageSource(Protocol):
@@ -61,6 +49,10 @@ class ImageSource(Protocol):
     def classes(self) -> list[str]:
         """The class names, by class id."""
 
+    @property
+    def left_out(self) -> LeftOut:
+        """The files that are not images of the source, and remarks on those that are."""
+
     def __len__(self) -> int: ...
 
     def read(self, position: int) -> bytes:
@@ -90,10 +82,3 @@ def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]
     for label, key, size in sorted(images):
         digest.update(f"{key}\0{size}\0{label}\n".encode())
     return digest.hexdigest()
-
-
-def extension_of(data: bytes) -> str:
-    """Return the extension of an encoded image, without a dot; ``jpg`` if unknown."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((name for start, name in _STARTS.items() if data.startswith(start)), "jpg")

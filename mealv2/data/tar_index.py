@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.data.content_hash import content_hash
+from mealv2.data.image_files import EXTENSIONS
 from mealv2.data.pack_index import ADVICE_RERUN
-from mealv2.data.source import EXTENSIONS
 from mealv2.data.tar_headers import BLOCK, Archive, Member
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import DataError

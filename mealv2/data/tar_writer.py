@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import webdataset
 
-from mealv2.data.source import EXTENSIONS, extension_of
+from mealv2.data.image_files import EXTENSIONS, extension_of
 from mealv2.data.tar_index import META
 
 
@@ -23,7 +23,7 @@ def sample(name: str, key: str, class_id: int, image: bytes, **more: bytes) -> d
     """Return the sample of an image; the extension is the key's own or that of the image."""
     suffix = PurePosixPath(key).suffix.lower()
     suffix = suffix[1:] if suffix in EXTENSIONS else extension_of(image)
-    suffix = "jpg" if suffix == "jpeg" else suffix
+    suffix = "jpg" if suffix in ("jpeg", "jpe", "jfif") else suffix
     members = {suffix: image, "cls": str(class_id).encode(), "key": key.encode()}
     return {"__key__": name, **members, **more}
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.content_hash import content_hash
+from mealv2.data.image_files import EXTENSIONS
 from mealv2.data.jpeg_restart import is_packed
 from mealv2.data.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
 from mealv2.data.open import open_source
 from mealv2.data.pack_index import INDEX_NAME, Pack, PackedImage
 from mealv2.data.pixels import decode
-from mealv2.data.source import EXTENSIONS, ImageSource, fingerprint
+from mealv2.data.source import ImageSource, fingerprint
 from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import list_folder, write_atomic
