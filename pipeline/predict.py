@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 
-from mealv2.data.folder import UnorderedSource, walk_images
+from mealv2.data.folder import UnorderedSource
 from mealv2.data.image_files import EXTENSIONS
+from mealv2.data.left_out import LeftOut
+from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
 from pipeline import console, load_model
 from pipeline.config import PredictConfig
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
+from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime, create_runtime
 from pipeline.training.evaluator import finite_logits
 
@@ -29,11 +32,12 @@ class ImageFiles(UnorderedSource):
     that is not UTF-8.
     """
 
-    name = ""
+    name = "IMAGE"
     split = ""
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
-        found = [str(image) for path in paths for image in _image_files(path)]
+        self.left_out = LeftOut()
+        found = [str(image) for path in paths for image in _image_files(path, self.left_out)]
         self.keys = list(dict.fromkeys(found))
         self.labels: list[int] = []
         self.classes: list[str] = []
@@ -57,6 +61,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     """Predict; return the report. Raises MealError and OSError."""
     runtime = create_runtime(config)
     source = ImageFiles(config.image)
+    show_summary(source, strict=config.strict)
     found = load_model.load(config)
     names = _class_names(config, found)
     skipped: dict[str, str] = {}
@@ -122,15 +127,19 @@ def _predictions(
             yield {"image": source.keys[position], "best": best}
 
 
-def _image_files(path: Path) -> Iterator[Path]:
+def _image_files(path: Path, left_out: LeftOut) -> Iterator[Path]:
     """Yield an image, or the images below a folder in order; links are followed."""
     _check_name(path)
     if not path.is_dir():
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file: give a picture or a folder")
         yield path
         return
-    found = sorted(walk_images(path))
+    walk = Walk(path)
+    found = sorted(image.path for image in walk.images(path))
+    left_out.update(walk.left_out())
     if not found:
         raise ConfigError(f"folder {path} has no images ({', '.join(EXTENSIONS)})")
     for image in found:

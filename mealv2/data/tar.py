@@ -14,6 +14,7 @@ import numpy as np
 from mealv2.data.content_hash import content_hash
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.keys import Keys
+from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN
 from mealv2.data.tar_index import MAX_CLASSES, ShardIndex, index_path, index_shard, read_index
 from mealv2.errors import ConfigError, DataError
@@ -90,12 +91,14 @@ class TarShards(UnorderedSource):
         self._offsets, self._head_sizes, self._crcs = array("q"), array("q"), array("I")
         self._hashes, self._original_hashes = array("Q"), array("Q")
         self._has_hashes: list[bool] = []  # of each tar file
+        self.left_out = LeftOut()
         self._first: list[int] = []  # position of each shard's first image
         keys = []
         with ThreadPoolExecutor(_INDEX_THREADS) as threads:
             for index in threads.map(lambda file: file.index(), self._tar_files):
                 self._first.append(len(self.labels))
                 keys.append(Keys.of(index.keys))
+                self.left_out.update(index.left_out)
                 self.labels += index.labels
                 self.sizes += index.original_sizes
                 self.stored_sizes += index.sizes

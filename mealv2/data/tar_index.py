@@ -17,6 +17,7 @@ import numpy as np
 
 from mealv2.data.content_hash import content_hash
 from mealv2.data.image_files import EXTENSIONS
+from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN
 from mealv2.data.tar_headers import BLOCK, Archive, Member
 from mealv2.data.tar_splits import INDEX_SUFFIX
@@ -39,6 +40,7 @@ class ShardIndex(NamedTuple):
     ``head_crc32s`` are the CRC-32 of the ``head_sizes`` bytes before each image;
     ``hashes`` are the content hashes of the images, empty if nobody has read them.
     ``original_sizes`` and ``original_hashes`` are those of the images before they were packed.
+    ``left_out`` counts the other members.
     """
 
     keys: list[str]
@@ -50,6 +52,7 @@ class ShardIndex(NamedTuple):
     original_sizes: "array[int]"
     hashes: "array[int]"
     original_hashes: "array[int]"
+    left_out: LeftOut
 
 
 class TarIndex(NamedTuple):
@@ -71,12 +74,11 @@ def index_shard(path: Path) -> ShardIndex:
     sizes = array("q")
     hashes = array("Q")
     columns = (array("q"), sizes, array("q"), array("q"), array("I"), sizes, hashes, hashes)
-    index = ShardIndex([], *columns)
+    index = ShardIndex([], *columns, LeftOut())
     with Archive(path) as archive:
-        for sample in _samples(archive):
+        for sample in _samples(archive, index.left_out):
             where = f"sample {sample.name} of {path}"
-            if (image := _image_of(sample, where)) is None:
-                continue
+            image = _image_of(sample, where)
             index.keys.append(_key_of(sample, where))
             index.labels.append(_label_of(sample, where))
             index.sizes.append(image.size)
@@ -124,52 +126,91 @@ def create_plain_index(path: Path) -> TarIndex:
 
 
 class _Sample(NamedTuple):
-    """The members with one name up to the first dot, by extension, and the text of small ones."""
+    """The members with one name, by extension, and the text of small ones."""
 
     name: str
     members: dict[str, Member]
     texts: dict[str, bytes]
 
 
-def _samples(archive: Archive) -> Iterator[_Sample]:
-    """Yield each run of members with one name."""
+def _samples(archive: Archive, left_out: LeftOut) -> Iterator[_Sample]:
+    """Yield the samples of each run of members with one name up to the first dot."""
     sample = _Sample("", {}, {})
     for member in archive.members():
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         # webdataset: names without a dot, and members below __some__/, are not samples
         if not (stem and dot) or (folder[:2] == "__" and META.match(folder)):
+            reason = "no extension" if stem and not dot else "hidden" if dot else "below __…__"
+            left_out.add(member.name, reason if folder[:2] != "__" else "below __…__")
             continue
         if (name := folder + slash + stem) != sample.name:
-            if sample.members:
-                yield sample
+            yield from _divided(sample, left_out)
             sample = _Sample(name, {}, {})
         extension = extension.lower()
         if extension in sample.members:
             raise DataError(f"sample {name} of {archive.path} has two members .{extension}")
         sample.members[extension] = member
-        if (max_size := _MAX_TEXT_SIZES.get(extension)) is not None:  # while it is in the window
+        last = extension.rpartition(".")[2]
+        if (max_size := _MAX_TEXT_SIZES.get(last)) is not None:  # while it is in the window
             if member.size > max_size:
                 raise DataError(
                     f"{member.name} in {archive.path} has {member.size} bytes, more than {max_size}"
                 )
             sample.texts[extension] = archive.read(member.offset, member.size)
-    if sample.members:
-        yield sample
+    yield from _divided(sample, left_out)
 
 
-def _image_of(sample: _Sample, where: str) -> Member | None:
-    """Return the image of a sample; None if it has neither image nor class."""
+def _divided(sample: _Sample, left_out: LeftOut) -> list[_Sample]:
+    """Return the samples in the members with one name up to the first dot, by place of the image.
+
+    webdataset's sample is all of them. Members with dots in their names are samples of their own,
+    named up to the last dot, where an image and a class have that name: ``cat.v0.jpg`` with
+    ``cat.v0.cls``, but not ``cat.mask.png`` beside ``cat.jpg``.
+    """
+    parts: dict[str, _Sample] = {}
+    for extension, member in sample.members.items():
+        inner, dot, last = extension.rpartition(".")
+        part = parts.setdefault(inner, _Sample(f"{sample.name}{dot and '.'}{inner}", {}, {}))
+        part.members[last] = member
+        if extension in sample.texts:
+            part.texts[last] = sample.texts[extension]
+    inner_names = [inner for inner, part in parts.items() if inner and _is_complete(part)]
+    own = [parts[inner] for inner in inner_names]
+    prefixes = tuple(f"{inner}." for inner in inner_names)
+    rest = {
+        extension: member
+        for extension, member in sample.members.items()
+        if not extension.startswith(prefixes)
+    }
+    if "cls" in rest or any(f".{extension}" in EXTENSIONS for extension in rest):
+        own.append(_Sample(sample.name, rest, sample.texts))
+    elif orphans := [m for ext, m in rest.items() if f".{ext.rpartition('.')[2]}" in EXTENSIONS]:
+        raise DataError(f"{orphans[0].name} has no class: add a member of its name with .cls")
+    else:
+        for extension, member in rest.items():
+            left_out.add(member.name, f".{extension.rpartition('.')[2]}")
+    left_out.num_metadata += sum(len(part.members.keys() - {"cls", "key"}) - 1 for part in own)
+    return sorted(own, key=lambda part: min(member.offset for member in part.members.values()))
+
+
+def _is_complete(sample: _Sample) -> bool:
+    images = [extension for extension in sample.members if f".{extension}" in EXTENSIONS]
+    return bool(images) and "cls" in sample.members
+
+
+def _image_of(sample: _Sample, where: str) -> Member:
+    """Return the image of a sample; raises DataError unless it has one image and a class."""
     images = [member for ext, member in sample.members.items() if f".{ext}" in EXTENSIONS]
     if len(images) > 1:
         names = ", ".join(member.name for member in images)
         raise DataError(f"{where} has {len(images)} images: {names}; one is needed")
     if images and "cls" not in sample.members:
         raise DataError(f"{where} has no class: add a member .cls with the class id")
-    if not images and "cls" in sample.members:
+    if not images:
         found = ", ".join(f".{ext}" for ext in list(sample.members)[:8])
         raise DataError(f"{where} has no image, for example .jpg or .png (it has {found})")
-    return images[0] if images else None
+    return images[0]
 
 
 def _label_of(sample: _Sample, where: str) -> int:
@@ -181,7 +222,7 @@ def _label_of(sample: _Sample, where: str) -> int:
 
 def _key_of(sample: _Sample, where: str) -> str:
     try:
-        key = sample.texts["key"].decode("utf-8") if "key" in sample.texts else sample.name
+        key = sample.texts["key"].decode("utf-8-sig") if "key" in sample.texts else sample.name
     except UnicodeDecodeError:
         key = ""
     if not key or "\0" in key:
@@ -226,6 +267,8 @@ def index_bytes(index: TarIndex) -> bytes:
     value["hashes"] = _hex(images.hashes)
     is_packed = images.original_hashes != images.hashes
     value["original_hashes"] = _hex(images.original_hashes) if is_packed else None
+    if (left_out := images.left_out.as_json()) is not None:
+        value["left_out"] = left_out
     return sealed_json(_KNOWN, value)
 
 
@@ -264,8 +307,10 @@ def _parsed(value: dict[str, Any]) -> TarIndex | None:
     _, sizes_N, offsets_N, heads_N, *_ = tables
     if (heads_N > offsets_N).any() or (offsets_N + sizes_N > num_bytes).any():
         return None
+    if (left_out := LeftOut.from_json(value.get("left_out"))) is None:
+        return None
     columns += [hashes, originals_Q]
-    return TarIndex(ShardIndex(keys, *columns), num_bytes, sha256)
+    return TarIndex(ShardIndex(keys, *columns, left_out), num_bytes, sha256)
 
 
 def _hex(hashes: "array[int]") -> str:

@@ -263,5 +263,8 @@ def _check_packed_names(
 
 
 def _lines(data: bytes) -> list[str]:
-    text = data.decode("utf-8")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    """Return the lines of a text without a byte-order mark and blanks at their ends."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    text = data.decode("utf-8-sig").rstrip()
+    return [line.strip() for line in text.split("\n")]

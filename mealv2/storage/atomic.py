@@ -142,7 +142,10 @@ class Descriptor:
 
 def _temporary(path: Path) -> Path:
     unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
+    # a name has at most 255 bytes
+    room = 255 - len(os.fsencode(f"{TEMPORARY_PREFIX}-{unique}"))
+    name = os.fsencode(path.name)[: max(room, 0)].decode(errors="ignore")
+    return path.with_name(f"{TEMPORARY_PREFIX}{name}-{unique}")
 
 
 def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:

@@ -35,7 +35,7 @@ def parse_json(data: bytes) -> Any:
     Raises ValueError for anything that ``canonical_json`` cannot write: text nested too deeply,
     numbers that are not finite, strings that are not Unicode.
     """
-    text = data.decode("utf-8")
+    text = data.decode("utf-8-sig")
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if _SURROGATE.search(text):

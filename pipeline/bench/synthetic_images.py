@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mealv2.data.image_files import open_image
+
 # Fraction of the images, width and height; some are then turned upright.
 SIZES = (
     (0.62, 500, 375),
@@ -86,7 +88,7 @@ def mean_pixels(files: Iterable[bytes]) -> float:
     """Return the mean number of pixels of encoded images."""
     areas = []
     for data in files:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             areas.append(image.width * image.height)
     return float(np.mean(areas))
 

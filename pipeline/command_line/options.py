@@ -78,7 +78,7 @@ def integer_or_auto(value: int | str) -> int | str:
 def _in_reading_order(config: type[configs.Settings]) -> list[Field]:
     """Return the fields: required ones, the command's own, those of many commands."""
     many = (configs.CropConfig, configs.NormalisationConfig)
-    kinds = (*many, configs.RuntimeConfig, configs.CacheConfig)
+    kinds = (*many, configs.RuntimeConfig, configs.SourceConfig)
     shared = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields = dataclasses.fields(config)
     return sorted(fields, key=lambda f: (f.default is not configs.REQUIRED, f.name in shared))

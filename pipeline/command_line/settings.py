@@ -15,7 +15,7 @@ from pipeline.training.run_folder import has_checkpoint
 # Settings that --resume may change: they affect the machine or the log, not the result.
 RESUMABLE = {
     *("resume", "workers", "device", "log_interval", "checkpoint_hist", "grad_accum_steps"),
-    *("sync_bn", "cache_dir", "cache_size"),
+    *("sync_bn", "cache_dir", "cache_size", "strict"),
 }
 
 # A flag on the left drops the recipe's settings on the right, which have no effect with it.
@@ -140,7 +140,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 def _read(config: type[configs.Settings], path: Path) -> dict[str, Any]:
     """Return the settings in a file under their current names; raises ConfigError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         configs.require(isinstance(values, dict), "it is not a JSON object")
         values = configs.current_names(config, values)
         for name in sorted(values.keys() - {field.name for field in dataclasses.fields(config)}):

@@ -111,6 +111,18 @@ class CacheConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StrictConfig(Settings):
+    """Settings of commands that list images."""
+
+    strict: bool = in_data(False, "Stop if a file of the data set is left out or found twice.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(StrictConfig, CacheConfig):
+    """Settings of commands that list images, also behind URLs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReaderConfig(Settings):
     """Settings of commands that read images."""
 

@@ -18,6 +18,7 @@ from pipeline.config.base import (
     JobsConfig,
     RuntimeConfig,
     Settings,
+    SourceConfig,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -86,7 +87,7 @@ class LabelsFinishConfig(CacheConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
+class LabelsVerifyConfig(SourceConfig, RuntimeConfig):
     """Check every file and label of a label set, and the boxes of all views.
 
     --data-dir also checks the images, --relabel the teachers. The command reports damage by file
@@ -118,7 +119,7 @@ class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
-            without_effect(self, "without --data-dir", "quick")
+            without_effect(self, "without --data-dir", "quick", "strict")
         if self.relabel:
             require(self.data_dir is not None, "--relabel needs --data-dir, the images to label")
         else:
@@ -127,7 +128,7 @@ class LabelsVerifyConfig(CacheConfig, RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(CacheConfig, JobsConfig):
+class LabelsAddViewsConfig(SourceConfig, JobsConfig):
     """Label more views of a label set's images with its own teachers.
 
     The command adds new files and leaves the old ones unchanged. To replace damaged or missing
@@ -195,7 +196,7 @@ class LabelsSplitConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsImportConfig(CacheConfig):
+class LabelsImportConfig(SourceConfig):
     """Make a label set from labels that other software wrote."""
 
     example = "mealv2 labels import soft_labels --from fkd --data-dir imagenet --output labels"
@@ -216,7 +217,7 @@ class LabelsImportConfig(CacheConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsExportConfig(CacheConfig):
+class LabelsExportConfig(SourceConfig):
     """Export the labels of a label set to other formats."""
 
     example = "mealv2 labels export labels --to parquet --output tables"
@@ -237,6 +238,8 @@ class LabelsExportConfig(CacheConfig):
         needs_images = self.to == "webdataset"
         message = "--data-dir is required with --to webdataset, and has no effect without it"
         require(needs_images == (self.data_dir is not None), message)
+        if not needs_images:
+            without_effect(self, "without --to webdataset", "strict")
         if self.to != "fkd":
             without_effect(self, "without --to fkd", "label_type")
         else:

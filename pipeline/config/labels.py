@@ -13,11 +13,11 @@ from pipeline.config.base import (
     RECIPE,
     SIDE,
     TEACHER,
-    CacheConfig,
     CheckImages,
     CropConfig,
     JobsConfig,
     Settings,
+    SourceConfig,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -60,7 +60,7 @@ class EncodingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(CropConfig, EncodingConfig, CacheConfig, JobsConfig):
+class PrecomputeConfig(CropConfig, EncodingConfig, SourceConfig, JobsConfig):
     """Label views of a data set with an ensemble of teachers and store the soft labels."""
 
     example = (

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.base import DEFAULT_SHARD_SIZE, NEW_FOLDER, Settings
+from pipeline.config.base import DEFAULT_SHARD_SIZE, NEW_FOLDER, StrictConfig
 from pipeline.config.fields import REQUIRED, in_data, in_hardware, require, without_effect
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig(Settings):
+class PackConfig(StrictConfig):
     """Copy a data set into a form that is faster to read. Label sets of the original fit the copy.
 
     To a folder: JPEGs are repacked without loss, so that only the crop of a view is decoded; needs

@@ -14,11 +14,11 @@ from pipeline.config.base import (
     PAPER_EPOCHS,
     PAPER_MILESTONE,
     SIDE,
-    CacheConfig,
     CompileMode,
     CropConfig,
     NormalisationConfig,
     RuntimeConfig,
+    SourceConfig,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -35,7 +35,7 @@ from pipeline.config.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CacheConfig, NormalisationConfig, RuntimeConfig):
+class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
     """Settings of every training run."""
 
     in_ranks = True

@@ -9,12 +9,13 @@ from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
-    CacheConfig,
     CropConfig,
     NormalisationConfig,
     ReaderConfig,
     RuntimeConfig,
     Settings,
+    SourceConfig,
+    StrictConfig,
 )
 from pipeline.config.fields import (
     REQUIRED,
@@ -63,7 +64,7 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CacheConfig, InferenceConfig):
+class EvaluateConfig(SourceConfig, InferenceConfig):
     """Measure the accuracy of a checkpoint or a timm model on a split."""
 
     example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
@@ -74,7 +75,7 @@ class EvaluateConfig(CacheConfig, InferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(InferenceConfig):
+class PredictConfig(StrictConfig, InferenceConfig):
     """Predict the classes of pictures with a checkpoint or a timm model."""
 
     example = "mealv2 predict holiday.jpg pictures --checkpoint runs/my-student"

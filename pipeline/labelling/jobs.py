@@ -63,7 +63,7 @@ def choose_job(config: JobsConfig) -> Job:
 
 def _read_names(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))

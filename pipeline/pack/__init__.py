@@ -6,6 +6,7 @@ from typing import Any
 from mealv2.data.jpegtran import Jpegtran
 from mealv2.data.open import open_source
 from pipeline.config import PackConfig
+from pipeline.loading.sources import show_summary
 from pipeline.pack.common import splits_of
 from pipeline.pack.folder import pack_folder
 from pipeline.pack.tars import pack_tars
@@ -16,6 +17,8 @@ def run(config: PackConfig) -> dict[str, Any]:
     began = time.monotonic()
     program = Jpegtran.find() if config.to == "folder" else None
     sources = [open_source(config.data_dir, split) for split in splits_of(config)]
+    for source in sources:
+        show_summary(source, strict=config.strict)
     return {
         "data_dir": str(config.data_dir),
         "output": str(config.output),

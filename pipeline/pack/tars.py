@@ -75,8 +75,10 @@ def _class_lines(sources: Sequence[ImageSource]) -> bytes:
                 f"{first.name} and {other.name} have different classes, and the tar files of a "
                 "folder share one list; pack each split (--split) into a folder of its own"
             )
-    if name := next((name for name in first.classes if name.splitlines() != [name]), None):
-        raise ConfigError(f"the class name {name!r} contains a line break; rename the class")
+    if name := next((name for name in first.classes if name.splitlines() != [name.strip()]), None):
+        raise ConfigError(
+            f"the class name {name!r} contains a line break, or blanks at an end; rename the class"
+        )
     return "".join(f"{name}\n" for name in first.classes).encode()
 
 
