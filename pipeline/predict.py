@@ -32,7 +32,7 @@ class ImageFiles(UnorderedSource):
     that is not UTF-8.
     """
 
-    name = "IMAGE"
+    name = ""
     split = ""
 
     def __init__(self, paths: tuple[Path, ...]) -> None:

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,11 +207,20 @@ def student_dir(make_model: Callable[..., Path]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a command ended and what it said."""
+    """How a command ended and what it said; ``data_lines`` are the summaries of its data sets."""
 
     code: int
     stdout: str
     stderr: str
+    data_lines: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, code: int, stdout: str, stderr: str) -> "Result":
+        """Take the summaries of data sets from stderr: each is shown once in a process."""
+        lines = stderr.splitlines(keepends=True)
+        found = [line for line in lines if re.match(r"data( .*)?: \d+ images?\b", line)]
+        rest = "".join(line for line in lines if line not in found)
+        return cls(code, stdout, rest, tuple(line.rstrip() for line in found))
 
     @property
     def report(self) -> dict[str, Any]:
@@ -234,7 +244,7 @@ def _run_cli(*args: object) -> Result:
             cli.main()
         except SystemExit as error:
             code = error.code or 0
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result.of(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -426,7 +436,7 @@ class Spawned:
     def result(self, *, deadline_s: float = 60.0) -> Result:
         """Wait for the end."""
         code = self.process.wait(timeout=deadline_s)
-        return Result(code, self._out.read_text(), self.stderr)
+        return Result.of(code, self._out.read_text(), self.stderr)
 
 
 @pytest.fixture

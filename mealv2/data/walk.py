@@ -89,7 +89,7 @@ class Walk:
             real = f"{above.real.rstrip('/')}/{name}"
             return self._entered(_Folder(path, real, above.links, above.is_second))
         real, links = os.path.realpath(path), (*above.links, above.real)
-        if any(f"{place}/".startswith(f"{real.rstrip('/')}/") for place in links):
+        if any(f"{inside}/".startswith(f"{real.rstrip('/')}/") for inside in links):
             raise ConfigError(
                 f"{path} is a link to {real}, a folder that contains it; remove the link"
             )

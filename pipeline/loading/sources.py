@@ -36,15 +36,15 @@ def show_summary(source: ImageSource, *, strict: bool) -> None:
 
     Raises ConfigError with ``strict`` if files are left out or found twice.
     """
-    left_out = source.left_out
+    left_out, name = source.left_out, source.name or "the folders"
     if strict and (number := left_out.counts.total()):
         raise ConfigError(
-            f"--strict: {console.count(number, 'file')} of {source.name} left out: "
+            f"--strict: {console.count(number, 'file')} of {name} left out: "
             f"{', '.join(left_out.examples)}{', …' if number > len(left_out.examples) else ''}; "
             "move them away, or run without --strict"
         )
     if strict and left_out.remarks:
-        raise ConfigError(f"--strict: {source.name}: {left_out.remarks[0]}")
+        raise ConfigError(f"--strict: {name}: {left_out.remarks[0]}")
     if not env.is_child_process():
         _show(summary(source))
 
@@ -56,7 +56,7 @@ def _show(text: str) -> None:
 
 def summary(source: ImageSource) -> str:
     """Return one line: images, classes with the smallest and largest, what was left out and why."""
-    parts = [f"{source.name}: {console.count(len(source), 'image')}"]
+    parts = [f"{' '.join(['data', source.name]).strip()}: {console.count(len(source), 'image')}"]
     if len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"
         parts[0] += _class_sizes(source.labels, source.classes)
