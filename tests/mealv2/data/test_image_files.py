@@ -1,4 +1,4 @@
-"""mealv2.data.image_files, bit_depth: formats by content, one door to Pillow, 16 bits and floats."""
+"""mealv2.data.image_files, bit_depth: formats by content, one call of Pillow, 16 bits, floats."""
 
 import ast
 import struct
@@ -101,9 +101,9 @@ def calls_of_open(code: str) -> Iterator[str]:
             yield ast.unparse(node)
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("PIL.Image"):
             yield ast.unparse(node)
-        if isinstance(node, ast.Name | ast.Attribute):
-            if ast.unparse(node).rpartition(".")[2] in ("pil_loader", "default_loader"):
-                yield ast.unparse(node)
+        is_name = isinstance(node, ast.Name | ast.Attribute)
+        if is_name and ast.unparse(node).endswith(("pil_loader", "default_loader")):
+            yield ast.unparse(node)
 
 
 def test_one_call_opens_images_and_has_a_list_of_formats() -> None:

@@ -495,3 +495,73 @@ def test_an_index_says_where_the_images_lie(tmp_path: Path) -> None:
         assert data[offset : offset + size] == NAMES[number].encode() * (number * 40)
         assert zlib.crc32(data[offset - BLOCK : offset]) == index.head_crc32s[number]
     assert json.loads(json.dumps(list(index.labels))) == [n % 3 for n in range(len(NAMES))]
+
+
+# --- members with dots in their names, and what is left out -----------------------------------
+
+
+def test_no_sample_with_dots_in_its_name_is_lost(tmp_path: Path) -> None:
+    names = [f"ants/cat.v{n // 3}.photo{n}" for n in range(10)]
+    files = [
+        (f"{name}{ext}", data)
+        for n, name in enumerate(names)
+        for ext, data in ((".CLS", str(n).encode()), (".jpg", b"%d" % n), (".json", b"{}"))
+    ]
+    source = opened(tmp_path / "a.tar", files)
+    assert source.keys == names
+    assert list(source.labels) == list(range(10))
+    assert [source.read(i) for i in range(10)] == [b"%d" % n for n in range(10)]
+    assert (source.left_out.counts.total(), source.left_out.num_metadata) == (0, 10)
+
+
+def test_images_first_and_classes_after_them_make_the_same_samples(tmp_path: Path) -> None:
+    files = [(f"set.{n}.jpg", b"%d" % n) for n in range(3)]
+    files += [(f"set.{n}.cls", b"%d" % n) for n in range(3)]
+    source = opened(tmp_path / "a.tar", files)
+    assert source.keys == ["set.0", "set.1", "set.2"]
+    assert [source.read(i) for i in range(3)] == [b"0", b"1", b"2"]
+
+
+def test_a_second_image_of_a_sample_stays_metadata_but_one_with_a_class_is_a_sample(
+    tmp_path: Path,
+) -> None:
+    files = [*sample("cat", 1), ("cat.mask.png", b"m"), ("cat.v0.png", b"v"), ("cat.v0.cls", b"2")]
+    source = opened(tmp_path / "a.tar", files)
+    assert source.keys == ["cat", "cat.v0"]
+    assert list(source.labels) == [1, 2]
+    assert source.left_out.num_metadata == 1
+
+
+def test_an_image_with_dots_and_without_a_class_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cat\.v0\.jpg has no class"):
+        opened(tmp_path / "a.tar", [*sample("a", 0), ("cat.v0.jpg", b"x")])
+
+
+def test_members_that_are_not_of_a_sample_are_counted(tmp_path: Path) -> None:
+    files = [("README", b""), ("a/._0.jpg", b""), ("__meta__/a.jpg", b""), ("notes.txt", b"")]
+    source = opened(tmp_path / "a.tar", [*files, *sample("a/0", 0)])
+    expected = {"no extension": 1, "hidden": 1, "below __…__": 1, ".txt": 1}
+    assert source.left_out.counts == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "classes"),
+    [
+        ("\ufeffant\nbee\n".encode(), ["ant", "bee"]),
+        (b"ant \r\nbee\t\r\n\r\n", ["ant", "bee"]),
+        (b"ant\nbee", ["ant", "bee"]),
+    ],
+)
+def test_class_names_are_read_as_editors_save_them(
+    tmp_path: Path, data: bytes, classes: list[str]
+) -> None:
+    write_tar(tmp_path / "train-0.tar", sample("a", 1))
+    (tmp_path / "classes.txt").write_bytes(data)
+    assert open_source(tmp_path, "train").classes == classes
+
+
+def test_class_names_in_utf_16_are_refused_in_one_line(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", sample("a", 1))
+    (tmp_path / "classes.txt").write_bytes("ant\nbee\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"classes.txt: it is UTF-16; save it as UTF-8"):
+        open_source(tmp_path, "train")
