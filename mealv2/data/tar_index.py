@@ -190,7 +190,8 @@ def _divided(sample: _Sample, left_out: LeftOut) -> list[_Sample]:
     else:
         for extension, member in rest.items():
             left_out.add(member.name, f".{extension.rpartition('.')[2]}")
-    left_out.num_metadata += sum(len(part.members.keys() - {"cls", "key"}) - 1 for part in own)
+    used = sum(1 + len(part.members.keys() & {"cls", "key"}) for part in own)  # 1: the image
+    left_out.num_metadata += len(sample.members) - used if own else 0
     return sorted(own, key=lambda part: min(member.offset for member in part.members.values()))
 
 

@@ -526,10 +526,11 @@ def test_a_second_image_of_a_sample_stays_metadata_but_one_with_a_class_is_a_sam
     tmp_path: Path,
 ) -> None:
     files = [*sample("cat", 1), ("cat.mask.png", b"m"), ("cat.v0.png", b"v"), ("cat.v0.cls", b"2")]
+    files += [("cat.v0.more.json", b"{}")]
     source = opened(tmp_path / "a.tar", files)
     assert source.keys == ["cat", "cat.v0"]
     assert list(source.labels) == [1, 2]
-    assert source.left_out.num_metadata == 1
+    assert source.left_out.num_metadata == 2
 
 
 def test_an_image_with_dots_and_without_a_class_is_refused_by_name(tmp_path: Path) -> None:

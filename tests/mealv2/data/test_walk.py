@@ -27,7 +27,8 @@ def plant(root: Path, *names: str, data: bytes = PNG) -> Path:
 
 def test_all_extensions_are_taken_and_unknown_ones_by_their_content(tmp_path: Path) -> None:
     taken = [f"train/a/{n}{suffix}" for n, suffix in enumerate((
-        ".jpg", ".JPE", ".jfif", ".gif", ".avif", ".heic", ".pbm", ".pnm", ".TIFF", ".webp", "", ".jpg_large"
+        ".jpg", ".JPE", ".jfif", ".gif", ".avif", ".heic", ".pbm", ".pnm", ".TIFF", ".webp", "",
+        ".jpg_large",
     ))]  # fmt: skip
     plant(tmp_path, *taken)
     plant(tmp_path, "train/a/notes.txt", "train/a/copy.png.bak", "train/a/copy.png~")
