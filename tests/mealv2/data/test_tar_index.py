@@ -15,6 +15,7 @@ from mealv2.data.keys import Keys
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_index import (
     TarIndex,
+    create_index,
     index_bytes,
     index_of_bytes,
     index_path,
@@ -23,7 +24,7 @@ from mealv2.data.tar_index import (
 )
 from mealv2.data.tar_writer import pack_order, sample, sample_names, tar_writer
 from mealv2.errors import DataError
-from tars import write_packed
+from tars import write_packed, write_tar
 
 KEYS = ["ants/00.jpg", "ants/00.png", "bees/a.b.JPEG", "猫/" + "x" * 300 + ".webp", "__m__/1.jpg"]
 
