@@ -9,35 +9,35 @@ import itertools
 import posixpath
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 
 from mealv2.errors import ConfigError, RemoteError
+from mealv2.storage import transfer, web
+from mealv2.storage.transfer import (
+    File,
+    TransferInterruptedError,
+    can_retry,
+    reason,
+    retry,
+    status_text,
+)
 from mealv2.storage.urls import PIPE, shown
 
-T = TypeVar("T")
-
-_MAX_ATTEMPTS = 4  # of an interrupted transfer; clients add retries of their own
-_RETRY_DELAY_S = 0.5  # before the second attempt, doubled before each further one
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 # the clients' names for a value that changes when a file is replaced
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
 _DENIED = ("Credentials", "AccessKey", "Token", "Signature")  # in the class names of errors
 
 
-class File(NamedTuple):
-    """A remote file: its size (0 if unknown), and a stamp that changes when it is replaced."""
-
-    size: int
-    stamp: str
-
-
 def read(url: str) -> bytes | None:
     """Return the bytes of a small file, or None if it is missing. Raises RemoteError."""
+    if _is_web(url):
+        return retry(url, lambda: web.read(_system(url)[0], url))
     with _as_remote_error(url, "read"):
         system, path = _system(url)
         try:
@@ -52,29 +52,18 @@ def fetch(url: str, path: Path) -> None:
 
     Raises RemoteError, ConfigError if the file is missing, OSError if ``path`` is not writable.
     """
+    if _is_web(url):
+        retry(url, web.Download(_system(url)[0], url, path))
+        return
     write = _run if url.startswith(PIPE) else _download
-    _retry(url, lambda: write(url, path))
+    retry(url, lambda: write(url, path))
 
 
 def info(url: str) -> File:
     """Return the size and stamp of a file; raises as ``fetch``."""
-    return _retry(url, lambda: _info(url))
-
-
-def _retry(url: str, action: Callable[[], T]) -> T:
-    """Call ``action`` again after an interruption; raises RemoteError after the last attempt."""
-    for attempts in itertools.count(1):
-        try:
-            return action()
-        except _InterruptedError as error:
-            if attempts == _MAX_ATTEMPTS:
-                source = "program" if url.startswith(PIPE) else "connection"
-                raise RemoteError(
-                    f"cannot read {shown(url)}: {error}, {attempts} times; check the {source} and "
-                    "run the same command again: it continues"
-                ) from None
-            time.sleep(_RETRY_DELAY_S * 2 ** (attempts - 1))
-    raise AssertionError("count never ends")
+    if _is_web(url):
+        return retry(url, lambda: web.info(_system(url)[0], url))
+    return retry(url, lambda: _info(url))
 
 
 def upload(url: str, path: Path, *, replace: bool = False, damaged: File | None = None) -> bool:
@@ -116,8 +105,8 @@ def _upload_if_unchanged(system: Any, target: str, path: Path, damaged: File | N
                     return False
                 case 501:
                     raise _ConditionsUnsupportedError from None
-                case 409 if attempts < _MAX_ATTEMPTS:  # a concurrent upload
-                    time.sleep(_RETRY_DELAY_S)
+                case 409 if attempts < transfer.MAX_ATTEMPTS:  # a concurrent upload
+                    time.sleep(transfer.RETRY_DELAY_S)
                 case _:
                     raise
         else:
@@ -149,7 +138,7 @@ def listing(url: str) -> dict[str, File]:
     """
     with _as_remote_error(url, "list"):
         system, path = _system(url)
-        if "http" in system.protocol:
+        if _is_web(url):
             raise ConfigError(
                 f"a web server cannot list {shown(url)}; name the files, for example "
                 f"{shown(url).rstrip('/')}/train-{{000000..000146}}.tar"
@@ -174,25 +163,27 @@ def _file_of(entry: dict[str, Any]) -> File:
 # --- clients ----------------------------------------------------------------------------------
 
 
-class _InterruptedError(Exception):
-    """A transfer that ended too early; another attempt may succeed."""
-
-
 class _ConditionsUnsupportedError(Exception):
     """The store has no conditional writes."""
 
 
-def _status(error: OSError) -> int:
+def _status(error: BaseException) -> int:
     """Return the HTTP status of an S3 client's error, or 0."""
-    response = getattr(error.__cause__, "response", {})
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    found = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    return int(found.get("HTTPStatusCode", 0))
+
+
+def _is_web(url: str) -> bool:
+    return urlsplit(url).scheme.lower() in ("http", "https")
 
 
 def _system(url: str) -> tuple[Any, str]:
     """Return fsspec's client for a URL, and the client's path of the file."""
     try:
         # no cache of listings: other machines upload files as well
-        system, path = url_to_fs(url, use_listings_cache=False)
+        settings = {"get_client": web.client} if _is_web(url) else {}
+        system, path = url_to_fs(url, use_listings_cache=False, **settings)
     except ImportError:
         kind = urlsplit(url).scheme
         package = f"'mealv2[{_EXTRAS[kind]}]'" if kind in _EXTRAS else "fsspec's package for it"
@@ -207,9 +198,7 @@ def _info(url: str) -> File:
         system, path = _system(url)
         try:
             entry = system.info(path)
-        except FileNotFoundError as error:
-            if getattr(error.__cause__, "status", 404) != 404 or _is_connection(error.__cause__):
-                raise _InterruptedError(_reason(error.__cause__ or error)) from None
+        except FileNotFoundError:
             _check_bucket(system, url, path)
             raise ConfigError(f"{shown(url)} does not exist") from None
     return _file_of(entry)
@@ -222,12 +211,7 @@ def _download(url: str, path: Path) -> None:
         with _as_interrupted():
             system.get_file(remote, str(path))
     if size and (got := path.stat().st_size) != size:
-        raise _InterruptedError(f"received {got} of {size} bytes")
-
-
-def _is_connection(error: BaseException | None) -> bool:
-    """Return whether an error is about the connection, not the file."""
-    return error is not None and "Connect" in type(error).__name__
+        raise TransferInterruptedError(f"received {got} of {size} bytes")
 
 
 def _run(url: str, path: Path) -> None:
@@ -237,12 +221,14 @@ def _run(url: str, path: Path) -> None:
         done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.PIPE)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _InterruptedError(f"it exits with code {done.returncode}{': ' if last else ''}{last}")
+        raise TransferInterruptedError(
+            f"it exits with code {done.returncode}{': ' if last else ''}{shown(PIPE + last)[5:]}"
+        )
 
 
 @contextlib.contextmanager
 def _as_interrupted() -> Iterator[None]:
-    """Convert the clients' errors for a lost connection into _InterruptedError."""
+    """Convert the clients' errors for a lost connection into TransferInterruptedError."""
     try:
         yield
     except (PermissionError, FileNotFoundError):
@@ -250,11 +236,13 @@ def _as_interrupted() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise  # an error of the local file
-        raise _InterruptedError(_reason(error)) from None
+        if (status := _status(error)) and not can_retry(status):
+            raise
+        raise TransferInterruptedError(reason(error)) from None
     except Exception as error:  # clients have their own classes: botocore, aiohttp
         if any(word in type(error).__name__ for word in _DENIED):
             raise
-        raise _InterruptedError(_reason(error)) from None
+        raise TransferInterruptedError(reason(error)) from None
 
 
 @contextlib.contextmanager
@@ -262,7 +250,7 @@ def _as_remote_error(url: str, what: str) -> Iterator[None]:
     """Convert the clients' errors into a RemoteError with advice."""
     try:
         yield
-    except (RemoteError, ConfigError, _InterruptedError):
+    except (RemoteError, ConfigError, TransferInterruptedError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
@@ -270,14 +258,10 @@ def _as_remote_error(url: str, what: str) -> Iterator[None]:
         advice = "check the connection and run the same command again"
         if isinstance(error, PermissionError) or any(w in type(error).__name__ for w in _DENIED):
             advice = "check the credentials (for S3 in the environment or ~/.aws)"
-        raise RemoteError(f"cannot {what} {shown(url)}: {_reason(error)}; {advice}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error, or its class name if the line may contain secrets."""
-    text = str(error).strip().split("\n")[0]
-    # some errors quote the request: signed URLs, keys
-    return text if text and len(text) < 120 and "://" not in text else type(error).__name__
+        status = f"{status_text(_status(error))}: " if _status(error) else ""
+        raise RemoteError(
+            f"cannot {what} {shown(url)}: {status}{reason(error)}; {advice}"
+        ) from None
 
 
 def _check_bucket(system: Any, url: str, path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import s3fs
 
 from cases import mostly_slow
 from conftest import Result
@@ -20,7 +21,7 @@ from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.tar_index import create_plain_index, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
-from mealv2.storage import object_store
+from mealv2.storage import object_store, transfer
 from mealv2.storage.cache import Cache
 from pipeline.labelling.store import RemoteStore
 from pipeline.loading.loader import ViewReader
@@ -194,7 +195,7 @@ def test_a_shard_that_was_made_but_not_put_is_put_by_the_next_run(
     contents: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(object_store, "_RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(transfer, "RETRY_DELAY_S", 0.0)
     labelling = with_flag(without_flag(precompute_flags, "--shard-size"), "--data-dir", tar_dir)
     labelling += ["--output", f"{store.url}/labels", *cache]
 
@@ -623,7 +624,8 @@ def test_a_connection_that_stays_cut_ends_in_a_line_and_nothing_is_lost(
     done: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(object_store, "_RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(transfer, "RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # it waits between its own attempts
     images, labels = store.upload(tar_dir, "images"), store.upload(here / "labels", "labels")
     flags = training_flags(distill_flags, images, labels)
     with cutting_proxy(store.port, lambda request: 700 if b".h5" in request else None) as port:
