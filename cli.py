@@ -117,7 +117,7 @@ def _command_of(error: click.ClickException) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     """Exit with a code, after the message. Of several ranks with one message, one prints it."""
     if message and _claims(message):
-        click.echo(f"mealv2: {message}", err=True)
+        click.echo(f"mealv2: {display_names.printable(message, is_line=True)}", err=True)
         env.save_exit_code(code)
     sys.exit(code)
 
@@ -127,6 +127,11 @@ def _claims(message: str) -> bool:
         return True
     distributed = importlib.import_module("pipeline.runtime.distributed")
     return bool(distributed.claim_message(message, env.rank()))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    """Print a report as one line of ASCII; JSON escapes all control characters but DEL."""
+    click.echo(json.dumps(report).replace("\x7f", "\\u007f"))
 
 
 def module_of(name: str) -> str:
@@ -152,10 +157,10 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         try:
             report = importlib.import_module(module_of(name)).run(made)
         except IncompleteError as error:
-            click.echo(json.dumps(error.report))
+            _print_report(error.report)
             raise
         if report:  # only the main process has one
-            click.echo(json.dumps(report))
+            _print_report(report)
 
     params = [settings.config_option()]
     command = options.ConfigCommand(word, config, params=params, callback=callback)
@@ -179,7 +184,10 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
         except click.NoSuchOption as error:
             _suggest(error, command)
             raise
-        click.echo(report if isinstance(report, str) else json.dumps(report))
+        if isinstance(report, str):
+            click.echo(report)
+        else:
+            _print_report(report)
 
     command = options.ConfigCommand(
         name.removeprefix("slurm "),
@@ -211,6 +219,8 @@ def _checked_command(name: str, words: Iterable[str], *, has_paths: bool) -> con
         given = settings.given_names(context)
         params = {str(p.name): p for p in command.params if p.name in given}
         texts = {n: _words_of(param, context.params[n]) for n, param in params.items()}
+        for n in given:
+            settings.require_no_secrets(n, context.params[n])
         config = settings.config_of(COMMANDS[name], context)
     if has_paths:
         _check_paths(config, skip=("labels",))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.display_names import use_display_names
+from pipeline.display_names import printable, use_display_names
 from pipeline.runtime.distributed import is_main_process
 from pipeline.runtime.env import on_terminal
 
@@ -23,7 +23,7 @@ tqdm.set_lock(threading.RLock())
 def info(text: str) -> None:
     """Print a message to stderr, above a progress bar if there is one; rank 0 only."""
     if is_main_process():
-        tqdm.write(use_display_names(text), file=sys.stderr)
+        tqdm.write(printable(use_display_names(text)), file=sys.stderr)
 
 
 class ProgressBar:
@@ -41,7 +41,13 @@ class ProgressBar:
         self._start_s = self._last_s = time.monotonic()
         self._is_shown = is_main_process()
         if self._is_shown and on_terminal():
-            self._bar = tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, leave=False)
+            self._bar = tqdm(
+                total=total,
+                desc=printable(what, is_line=True),
+                unit=f" {unit}",
+                file=sys.stderr,
+                leave=False,
+            )
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -104,12 +110,13 @@ def count(number: int, unit: str) -> str:
 
 def first_names(names: Iterable[str]) -> str:
     """Return the first names, with an ellipsis for the rest."""
-    names = list(names)
+    names = [printable(name, is_line=True) for name in names]
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def table(rows: list[list[str]]) -> str:
     """Return rows in aligned columns: the first row is the head, the first column text."""
+    rows = [[printable(cell, is_line=True) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -1,11 +1,17 @@
-"""Names of cached copies in messages: the URL that the user gave, not the path of the copy.
+"""Text as a terminal may show it: names of cached copies, and no control characters.
 
-It imports nothing slow, because the command line needs it.
+A message names the URL that the user gave, not the path of its copy. It imports
+nothing slow, because the command line needs it.
 """
 
 import re
 from pathlib import Path
 
+# What a terminal acts on, or that changes the order of text: C0 but tab and line feed, DEL, C1,
+# line separators, marks and overrides of the direction; surrogates, which have no encoding.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _display_names: dict[str, str] = {}  # by the folder of copies
 
 
@@ -20,3 +26,17 @@ def use_display_names(text: str) -> str:
         copy = rf"{re.escape(folder)}(?![\w=@+-]|[.,][\w=@+-])"  # not the start of a longer name
         text = re.sub(copy, display_name.replace("\\", r"\\"), text)
     return text
+
+
+def printable(text: str, *, is_line: bool = False) -> str:
+    """Return text with control characters as escapes such as ``\\x1b``.
+
+    Tab and line feed stay, unless it is one line: a name, a cell of a table.
+    """
+    text = _CONTROL.sub(_escape, text)
+    return text.replace("\n", "\\n").replace("\t", "\\t") if is_line else text
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

@@ -15,6 +15,9 @@ from mealv2.storage.json_format import canonical_json
 from mealv2.storage.weight_files import find_checkpoint
 from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
+# also the full-width forms, which some spreadsheets convert
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -65,6 +68,14 @@ def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, A
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({n: spreadsheet_cell(v) for n, v in row.items()} for row in rows)
         data = text.getvalue()
     write_atomic(path, data.encode())
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """Return a cell of a CSV file that a spreadsheet does not run as a formula.
+
+    OWASP (CSV injection): text that begins with one of these characters gets an apostrophe.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -15,6 +15,7 @@ from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
 from pipeline import console, load_model
 from pipeline.config import PredictConfig
+from pipeline.display_names import printable
 from pipeline.loading.loader import ViewReader, on_device, read_views
 from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
 from pipeline.loading.sources import show_summary
@@ -169,4 +170,4 @@ def _class_names(config: PredictConfig, found: load_model.LoadedModel) -> list[s
 
 def _shown(prediction: dict[str, Any]) -> str:
     rows = [f"{100 * best['prob']:6.2f} %  {best['class']}" for best in prediction["best"]]
-    return "\n".join([prediction["image"], *rows])
+    return "\n".join(printable(row, is_line=True) for row in [prediction["image"], *rows])

@@ -23,6 +23,7 @@ from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.cache import Cache, locked
+from mealv2.storage.transfer import File
 from mealv2.storage.urls import PIPE, beside, file_name, shown
 
 AHEAD = 8  # shards fetched ahead of those in use, as many as an epoch reads at a time
@@ -39,7 +40,7 @@ class RemoteTar:
         self._cache = cache
         self._sha256 = ""
         self._has_index = False
-        self._remote: object_store.File | None = None  # as it was when it was indexed
+        self._remote: File | None = None  # as it was when it was indexed
         self._version = ""  # distinguishes its copy from those of files that it replaced
 
     def index(self) -> ShardIndex:

@@ -151,7 +151,7 @@ def expand_braces(pattern: str) -> list[str]:
         except ValueError:  # unbalanced braces are literal, as in bash
             return [pattern]
     if not 0 < len(names) <= _MAX_FILES:
-        raise ConfigError(f"--data-dir {pattern} names more than {_MAX_FILES} files")
+        raise ConfigError(f"--data-dir {shown(pattern)} names more than {_MAX_FILES} files")
     return names
 
 

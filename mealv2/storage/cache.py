@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from mealv2.errors import ConfigError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, atomic_file
-from mealv2.storage.urls import PIPE, shown
+from mealv2.storage.urls import PIPE, shown, without_secrets
 
 _LOCK_PREFIX = ".lock-"
 STAMPS_PREFIX = ".notes-"  # of files with the stamps of the remote files that were copied
@@ -32,7 +32,11 @@ class Cache:
         self.limit = limit
 
     def path_of(self, url: str, *, version: str = "") -> Path:
-        """Return the path of the copy of a URL, with readable names and one path a ``version``."""
+        """Return the path of the copy of a URL, with readable names and one path a ``version``.
+
+        Another password or signature gives the same path.
+        """
+        url = without_secrets(url)
         if url.startswith(PIPE):
             return self.folder / "pipe" / _digest(url)
         parts = urlsplit(url)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from mealv2.errors import ConfigError, MealError, RemoteError
-from mealv2.storage.urls import PIPE, shown
+from mealv2.storage.urls import CREDENTIALS_VARIABLE, PIPE, shown
 
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 4  # of an interrupted transfer without progress; clients add retries of their own
 RETRY_DELAY_S = 0.5  # before the second attempt, doubled before each further one
 _PROGRESS = 1 << 20  # bytes after which a continued transfer gets new attempts
-CREDENTIALS_VARIABLE = "MEALV2_URL_CREDENTIALS"  # pipeline.runtime.env reads it
 
 
 class File(NamedTuple):

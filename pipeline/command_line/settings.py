@@ -9,7 +9,9 @@ import click
 
 from mealv2 import recipes
 from mealv2.errors import ConfigError
+from mealv2.storage.urls import CREDENTIALS_VARIABLE, is_url, with_secrets, without_secrets
 from pipeline import config as configs
+from pipeline.runtime import env
 from pipeline.training.run_folder import has_checkpoint
 
 # Settings that --resume may change: they affect the machine or the log, not the result.
@@ -53,7 +55,18 @@ def config_of(config: type[configs.Settings], context: click.Context) -> configs
         values = with_run(config, values, context)
     elif values.get("recipe") is not None:
         values = with_recipe(config, values, context)
+    known = env.url_credentials()
+    values = {n: with_secrets(v, known) if is_url(v) else v for n, v in values.items()}
     return config.from_json(values)
+
+
+def require_no_secrets(name: str, value: Any) -> None:
+    """Raise ConfigError for a URL that a batch script could not keep."""
+    configs.require(
+        not is_url(value) or without_secrets(value) == value,
+        f"{configs.flag(name)}: a batch script does not keep the password or signature of a URL; "
+        f"leave it out of the URL and set {CREDENTIALS_VARIABLE} to the URL with it",
+    )
 
 
 def given_names(context: click.Context) -> set[str]:
@@ -93,11 +106,13 @@ def with_run(
             continue  # these two selected the run
         if name in RESUMABLE:
             kept[name] = value
-        elif configs.plain(value) != kept.get(name):
+        elif (new := configs.plain(value)) != (old := configs.plain(kept.get(name))):
             raise ConfigError(
-                f"{configs.flag(name)} {value} contradicts the run, which has {kept.get(name)}; "
+                f"{configs.flag(name)} {new} contradicts the run, which has {old}; "
                 "leave it out, or start a new run"
             )
+        elif is_url(value):
+            kept[name] = value  # the run keeps URLs without passwords and signatures
     return {**kept, "resume": run}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.storage.urls import Location, is_url, located
+from mealv2.storage.urls import Location, is_url, located, without_secrets
 
 REQUIRED: Any = dataclasses.MISSING
 MAX_SEED = (1 << 63) - 1
@@ -62,6 +62,7 @@ def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
     found = []
     for spec in split_commas(specs):
         name, equals, path = spec.partition("=")
+        require(not is_url(path), f"--teacher {name}=CHECKPOINT must be a local path, not a URL")
         found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
     return tuple(found)
 
@@ -148,7 +149,9 @@ def num_bytes_of(name: str, text: str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as a JSON value: paths absolute, tuples as lists."""
+    """Return a setting as a JSON value: paths absolute, tuples as lists, URLs without secrets."""
+    if is_url(value):
+        return without_secrets(value)
     if isinstance(value, Path):
         return os.path.abspath(value)  # noqa: PTH100  # symbolic links stay
     return [plain(item) for item in value] if isinstance(value, tuple) else value

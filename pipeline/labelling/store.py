@@ -18,6 +18,7 @@ from mealv2.storage import object_store
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.transfer import File
 from mealv2.storage.urls import Location, is_url, shown, within
 from pipeline import console, display_names
 from pipeline.config import CacheConfig
@@ -102,7 +103,7 @@ class RemoteStore(Store):
         self._cache = cache
         _open_copies.append(hold(self.folder))
         display_names.set_display_name(self.folder, self.location.rstrip("/"))
-        self._remote: dict[str, object_store.File] = {}
+        self._remote: dict[str, File] = {}
         with self._locked():
             self._list()
         self._is_listed = True  # the first operation needs no new listing
@@ -196,9 +197,7 @@ class RemoteStore(Store):
         with atomic_file(self.folder / name) as temporary:
             object_store.fetch(within(self.url, name), temporary)
 
-    def _upload(
-        self, name: str, *, replace: bool = False, damaged: object_store.File | None = None
-    ) -> bool:
+    def _upload(self, name: str, *, replace: bool = False, damaged: File | None = None) -> bool:
         url = within(self.url, name)
         was_uploaded = object_store.upload(
             url, self.folder / name, replace=replace, damaged=damaged

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
+from mealv2.storage.urls import PIPE, is_url, without_secrets
 from pipeline import console
-from pipeline.config import JobsConfig
+from pipeline.config import JobsConfig, flag
 from pipeline.labelling.jobs import Job
 from pipeline.labelling.shards import STOPPED
 from pipeline.runtime import env
@@ -29,6 +30,12 @@ def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
     them; then this process ends as they do, by StoppedError or by the signal. Raises MealError
     after all have ended, if one failed.
     """
+    for name, value in vars(config).items():
+        if str(value).startswith(PIPE) and without_secrets(value) != value:
+            raise ConfigError(
+                f"{flag(name)}: with --num-procs, write passwords and tokens of a pipe: command as "
+                "variables of the environment, such as $TOKEN"
+            )
     with tempfile.TemporaryDirectory(prefix="mealv2-") as folder:
         workers = [
             _Worker(command, config, job, number, Path(folder))
@@ -101,7 +108,8 @@ class _Worker:
         path = folder / f"{number}.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
         self._command = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
-        self._environment = env.child_environment(config.num_procs)
+        urls = [value for value in vars(config).values() if is_url(value)]
+        self._environment = env.child_environment(config.num_procs, urls=urls)
 
     def __enter__(self) -> "_Worker":
         with self._report.open("wb") as report:

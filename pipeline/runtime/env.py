@@ -5,12 +5,14 @@ The only module that reads os.environ. It imports nothing slow, because the comm
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import write_atomic
+from mealv2.storage.urls import CREDENTIALS_VARIABLE
 
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"
@@ -124,10 +126,20 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def child_environment(count: int) -> dict[str, str]:
-    """Return the environment for one of ``count`` child processes, which share the cores."""
+def url_credentials() -> list[str]:
+    """Return URLs with the passwords and signatures that other URLs are given without."""
+    return os.environ.get(CREDENTIALS_VARIABLE, "").split()
+
+
+def child_environment(count: int, *, urls: Iterable[str] = ()) -> dict[str, str]:
+    """Return the environment for one of ``count`` child processes, which share the cores.
+
+    ``urls`` may have secrets, which no file of settings has.
+    """
     threads = str(max(1, num_cores() // count))
-    return {"OMP_NUM_THREADS": threads, **os.environ, _CHILD_PROCESS: "1"}
+    known = " ".join([*urls, *url_credentials()])
+    secrets = {CREDENTIALS_VARIABLE: known} if known else {}
+    return {"OMP_NUM_THREADS": threads, **os.environ, **secrets, _CHILD_PROCESS: "1"}
 
 
 def is_child_process() -> bool:

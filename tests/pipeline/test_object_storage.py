@@ -23,6 +23,7 @@ from mealv2.data.tar_index import create_plain_index, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store, transfer
 from mealv2.storage.cache import Cache
+from mealv2.storage.transfer import File
 from pipeline.labelling.store import RemoteStore
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE
@@ -163,7 +164,7 @@ def test_a_bucket_is_listed_no_more_than_is_needed(
         object_store.listing,
     )
 
-    def counted(url: str) -> dict[str, object_store.File]:
+    def counted(url: str) -> dict[str, File]:
         listed.append(url)
         return listing(url)
 
