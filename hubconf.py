@@ -4,10 +4,10 @@ import timm as _timm
 from torch import nn as _nn
 
 from mealv2.errors import ConfigError as _ConfigError
+from mealv2.models.fitting import load_weights as _load_weights
 from mealv2.models.released import NAMES as _NAMES
 from mealv2.models.released import download as _download
 from mealv2.models.released import find as _find
-from mealv2.models.weights import load_weights as _load_weights
 
 # torch.hub lists every public callable of this file as a model, hence the underscores.
 dependencies = ["torch", "timm"]

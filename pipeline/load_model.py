@@ -13,6 +13,7 @@ from mealv2.models.released import find
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.weight_files import find_checkpoint
+from pipeline import console
 from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
 # also the full-width forms, which some spreadsheets convert
@@ -57,6 +58,8 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
         classes=classes,
         preprocessing=preprocessing,
     )
+    for note in model.notes:
+        console.info(note)
     return LoadedModel(name, model, img_size, stored.get("classes"))
 
 

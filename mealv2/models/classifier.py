@@ -5,9 +5,9 @@ import difflib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find
-from mealv2.models.weights import load_weights
-from mealv2.storage.atomic import write_atomic
+from mealv2.models.fitting import Rebuild, State, load_weights
+from mealv2.models.probe import check_forward, reason_of
+from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find, split_pin
+from mealv2.models.weights import read_state, state_sha256
+from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json
-from mealv2.storage.weight_files import WEIGHTS_NAME, find_checkpoint
+from mealv2.storage.weight_files import SAFETENSORS, WEIGHTS_NAME, find_checkpoint, weights_format
 
 CONFIG_NAME = "config.json"
 _METADATA_KEY = "mealv2"
@@ -42,7 +44,8 @@ class Classifier(nn.Module):
 
     ``forward`` maps images B x 3 x H x W, uint8 or float in [0, 1], to float logits B x C. The
     ``state_dict`` of ``backbone`` has timm's keys. ``tag`` is timm's full name,
-    ``resnet50.a1_in1k``, or the architecture alone if the weights are not from timm.
+    ``resnet50.a1_in1k``, or the architecture alone if the weights are not from timm. ``notes`` are
+    lines for the user about its weights: a new head, resampled tensors, the SHA-256 of a file.
     """
 
     mean_13: Tensor
@@ -50,6 +53,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, *, tag: str, preprocessing: Preprocessing) -> None:
         super().__init__()
+        self.notes: list[str] = []
         self.backbone = backbone
         self.tag = tag
         self.preprocessing = preprocessing
@@ -80,16 +84,21 @@ def create_classifier(
 ) -> Classifier:
     """Build a timm or released model with its own weights, those of a checkpoint, or random ones.
 
-    ``num_classes`` None keeps the model's head. ``classes`` are compared with those of the
-    checkpoint. ``preprocessing`` overrides that of the checkpoint, which overrides the model's own.
-    ``new_head`` allows a released checkpoint to get a new head. Raises ConfigError for an unknown
-    name or weights that do not fit, MealError if pretrained weights cannot be loaded.
+    ``name`` may end in ``@sha256:HEX``, which the weights file must have. ``num_classes`` None
+    keeps the model's head. ``classes`` are compared with those of the checkpoint. ``preprocessing``
+    overrides that of the checkpoint, which overrides the model's own. With ``new_head`` a
+    checkpoint of other classes gets a new head. Raises ConfigError for an unknown name, weights
+    that do not fit and an ``img_size`` that the model cannot take, MealError if pretrained weights
+    cannot be loaded.
     """
+    name, pin = split_pin(name)
     known = find(name)
     if known is not None:
         name = known.architecture
         if pretrained and checkpoint is None:
             checkpoint, new_head = download(known, progress=sys.stderr.isatty()), True
+    if pin and checkpoint is None:
+        raise ConfigError(f"@sha256:{pin} pins a weights file, but {name} is used without one")
     published = by_file(find_checkpoint(checkpoint).name) if checkpoint else None
     known = published or known
     config = _timm_config(name)
@@ -100,42 +109,105 @@ def create_classifier(
         extra["pretrained_cfg_overlay"] = known.timm_config
         config |= {"mean": MEAN, "std": STD}
     backbone = _create(name, pretrained=pretrained and checkpoint is None, **extra)
-    stored = read_metadata(checkpoint) if checkpoint else {}
+    stored: dict[str, Any] = {}
+    notes: list[str] = []
     if checkpoint:
-        load_weights(backbone, checkpoint, new_head=new_head and published is not None)
-        if stored.get("weights_sha256") not in (None, weights_sha256(backbone)):
-            raise ConfigError(
-                f"checkpoint {find_checkpoint(checkpoint)} is damaged: its weights do not match "
-                "their SHA-256; copy or export it again"
-            )
-        _check_classes(checkpoint, stored.get("classes"), classes)
+        rebuild = partial(_rebuild, name, extra)
+        stored, notes = _load_checkpoint(
+            backbone, checkpoint, classes=classes, new_head=new_head, pin=pin, rebuild=rebuild
+        )
+    if img_size:
+        foreign = None if checkpoint is None or "weights_sha256" in stored else checkpoint
+        check_forward(backbone, img_size, name=name, weights=foreign)
     tag = config["architecture"]
     if published:
         tag = published.tag
     elif pretrained and not checkpoint and config.get("tag"):
         tag = f"{tag}.{config['tag']}"
     mean, std = (tuple(stored.get(name) or config[name]) for name in ("mean", "std"))
-    return Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
+    model = Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
+    model.notes += notes
+    return model
+
+
+def _load_checkpoint(
+    backbone: nn.Module,
+    checkpoint: Path,
+    *,
+    classes: Sequence[str] | None,
+    new_head: bool,
+    pin: str | None,
+    rebuild: Rebuild,
+) -> tuple[dict[str, Any], list[str]]:
+    """Load a weights file; return its metadata, and lines for the user.
+
+    Raises ConfigError for a file that does not fit, is damaged, or has another SHA-256.
+    """
+    path = find_checkpoint(checkpoint)
+    stored, state, notes = read_metadata(path), read_state(path), []
+    if pin or "weights_sha256" not in stored:
+        sha256 = file_sha256(path)
+        notes.append(f"weights {path}: SHA-256 {sha256}")
+        if pin and not sha256.startswith(pin):
+            raise ConfigError(f"checkpoint {path} has SHA-256 {sha256}, not @sha256:{pin}")
+    if "weights_sha256" in stored and stored["weights_sha256"] != state_sha256(state):
+        raise ConfigError(
+            f"checkpoint {path} is damaged: its weights do not match their SHA-256; copy or export "
+            "it again"
+        )
+    is_other = False
+    if (known := stored.get("classes")) is not None and classes is not None:
+        is_other = list(known) != list(classes)
+        if is_other and not new_head:
+            raise _other_classes(checkpoint, known, classes)
+    notes += load_weights(
+        backbone, path, state=state, new_head=new_head, other_classes=is_other, rebuild=rebuild
+    )
+    return stored, notes
 
 
 def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
-    """Call timm without its warnings; raises MealError if pretrained weights cannot be loaded."""
+    """Call timm without its warnings.
+
+    Raises ConfigError if the model cannot be built, MealError if its pretrained weights cannot be
+    loaded.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside timm do not concern the user
-            backbone: nn.Module = timm.create_model(
-                _current_name(name), pretrained=pretrained, **extra
-            )
-    except Exception as error:
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MealError(
-            f"cannot load the pretrained weights of {name} ({reason}); check the network or the "
-            "Hugging Face cache, pass a file (--initial-checkpoint FILE, --teacher NAME=FILE), "
-            "or start from random weights with --no-pretrained"
-        ) from error
+        return _call_timm(name, pretrained=pretrained, **extra)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of timm and torch: every kind
+        if pretrained:
+            with torch.device("meta"):
+                _create(name, pretrained=False, **extra)  # raises if the weights are not the reason
+            raise MealError(
+                f"cannot load the pretrained weights of {name} ({reason_of(error)}); check the "
+                "network or the Hugging Face cache, pass a file (--initial-checkpoint FILE, "
+                "--teacher NAME=FILE), or start from random weights with --no-pretrained"
+            ) from error
+        at_size = f" at --img-size {extra['img_size']}" if "img_size" in extra else ""
+        raise ConfigError(f"model {name} cannot be built{at_size}: {reason_of(error)}") from error
+
+
+def _call_timm(name: str, **extra: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside timm do not concern the user
+        backbone: nn.Module = timm.create_model(_current_name(name), **extra)
     return backbone
+
+
+def _rebuild(name: str, extra: dict[str, Any], state: State) -> nn.Module:
+    """Return timm's model with a state that timm adapts to it, as it does with its own weights."""
+    overlay = extra.get("pretrained_cfg_overlay", {}) | {
+        "state_dict": state,
+        "source": "",
+        "label_offset": 0,
+        "custom_load": False,
+    }
+    if "num_classes" in extra:
+        overlay["num_classes"] = extra["num_classes"]  # the head fits: timm shall not remove it
+    with torch.random.fork_rng(devices=[]):
+        return _call_timm(name, pretrained=True, **extra | {"pretrained_cfg_overlay": overlay})
 
 
 def _timm_config(name: str) -> dict[str, Any]:
@@ -182,7 +254,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             "mean": list(MEAN),
             "std": list(STD),
         }
-    if path.suffix != ".safetensors":
+    if weights_format(path) != SAFETENSORS:
         return {}
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -193,11 +265,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[str] | None) -> None:
-    if stored is None or classes is None or list(stored) == list(classes):
-        return
+def _other_classes(path: Path, stored: Sequence[str], classes: Sequence[str]) -> ConfigError:
     different = [f"{a!r} / {b!r}" for a, b in zip(stored, classes, strict=False) if a != b][:1]
-    raise ConfigError(
+    return ConfigError(
         f"checkpoint {path} was trained on other classes: it has {len(stored)}, the data "
         f"{len(classes)}; first difference: {', '.join(different) or 'their number'}"
     )
@@ -205,12 +275,7 @@ def _check_classes(path: Path, stored: Sequence[str] | None, classes: Sequence[s
 
 def weights_sha256(module: nn.Module) -> str:
     """Return a SHA-256 (hex) of a module's state: sorted names, types, shapes and values."""
-    digest = sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_sha256(module.state_dict())
 
 
 def save_classifier(
@@ -232,7 +297,7 @@ def save_classifier(
         "std": std,
         "weights_sha256": weights_sha256(model.backbone),
     }
-    state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
+    state = _unshared(model.backbone.state_dict())
     # one entry: safetensors writes several entries in random order
     metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
     write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
@@ -254,3 +319,17 @@ def save_classifier(
         },
     }
     write_atomic(folder / CONFIG_NAME, canonical_json(config).encode())
+
+
+def _unshared(state: Mapping[str, Tensor]) -> State:
+    """Return a state on the CPU without shared memory, which safetensors rejects.
+
+    timm's CoaT uses one tensor under several names; a file has it under each.
+    """
+    found, used = {}, set[int]()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if pointer in used else tensor
+        used.add(pointer)
+    return found

@@ -1,6 +1,7 @@
 """The eight models that the authors of MEAL V2 published: names, files, download."""
 
 import http.client
+import re
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ STD = (0.229, 0.224, 0.225)
 
 # errors of a connection; a full disk or a missing permission is not among them
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+_PIN = "@sha256:"  # between a model's name and the hash of its weights file
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,27 @@ RELEASED = (
 NAMES = tuple(dict.fromkeys(name for model in RELEASED for name in model.names))
 
 
+def split_pin(name: str) -> tuple[str, str | None]:
+    """Return a model's name and the SHA-256 it is pinned to: ``NAME@sha256:HEX``.
+
+    HEX is the whole hash or its first 8 digits or more, in lower case. Raises ConfigError.
+    """
+    name, at, pin = name.partition(_PIN)
+    if at and not re.fullmatch(r"[0-9a-fA-F]{8,64}", pin):
+        raise ConfigError(
+            f"{name}{_PIN}{pin}: write NAME{_PIN}HEX, 8 to 64 hexadecimal digits of the SHA-256 of "
+            "the weights file"
+        )
+    return name, pin.lower() or None
+
+
 def find(name: str) -> Released | None:
-    """Return the released model with this name, in any spelling, or None."""
-    return next((model for model in RELEASED if name in model.names), None)
+    """Return the released model with this name, in any spelling, pinned or not, or None.
+
+    official code: capitals do not count.
+    """
+    plain = name.partition(_PIN)[0].lower()
+    return next((model for model in RELEASED if plain in model.names), None)
 
 
 def by_file(file_name: str) -> Released | None:

@@ -1,52 +1,97 @@
-"""Read the tensors of a checkpoint by plain keys, and load them into a model."""
+"""Read the tensors of a weights file: others' containers and prefixes, nothing executed."""
 
 import argparse
 import re
 import warnings
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from mealv2.errors import ConfigError
-from mealv2.storage.weight_files import find_checkpoint
+from mealv2.storage.weight_files import SAFETENSORS, weights_format
 
-# Keys of the weights in a training checkpoint: the first match counts, EMA first as in timm.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# Keys of the weights in a training checkpoint: the first match counts, averages first as in timm.
+_CONTAINERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
+    *("params", "weights"),
+)
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
+# Wrappers inside a model: torch.compile of a part, FSDP, activation checkpointing.
+_INSIDE = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Any]:
     """Return the tensors of a weights file on the CPU, by the model's plain keys.
 
-    Reads safetensors and files of torch.save: a state dict, or a training checkpoint around one.
-    Removes the prefixes of DataParallel, DDP and torch.compile. Executes nothing in the file.
-    Raises ConfigError for any other file.
+    Reads safetensors and files of torch.save, by content: a state dict, or a training checkpoint
+    around one. Removes the prefixes of DataParallel, DDP and torch.compile. Executes nothing in the
+    file. Raises ConfigError for any other file.
     """
     try:
         state = _load(path)
-    except MemoryError:
+    except (MemoryError, ConfigError):
         raise
     except Exception as error:  # torch, zip and pickle raise every kind for a damaged file
         raise ConfigError(f"cannot read checkpoint {path}: {_why(error)}") from error
-    while inner := next((name for name in _WRAPPERS if _is_wrapped(state, name)), None):
+    while inner := next((name for name in _CONTAINERS if _is_container(state, name)), None):
         state = state[inner]
     if not isinstance(state, Mapping):
         raise ConfigError(f"checkpoint {path} holds a {type(state).__name__}, not weights")
     return {_plain_key(str(key)): value for key, value in state.items()}
 
 
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 (hex) of a state: sorted names, types, shapes and values."""
+    digest = sha256()
+    for name, tensor in sorted(state.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if weights_format(path) == SAFETENSORS:
         return safetensors.torch.load_file(path)
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
         warnings.simplefilter("ignore")
-        # timm: a training checkpoint stores its flags as a Namespace, a class with values only
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Ignored:
+    """Stands for a value beside the weights. Nothing of NumPy or pathlib runs to make it."""
+
+    def __init__(self, *values: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _ignored(*values: object) -> _Ignored:
+    return _Ignored()
+
+
+# timm: a training checkpoint stores its flags as a Namespace, a class with values only. A figure
+# such as the best accuracy is often a NumPy scalar, a folder a Path.
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    *((_ignored, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    *(
+        (_ignored, f"{name}._reconstruct")
+        for name in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ),
+    *((_Ignored, f"numpy.{name}") for name in ("dtype", "ndarray")),
+    (_ignored, "_codecs.encode"),
+    *((_Ignored, f"pathlib.{name}") for name in ("PosixPath", "WindowsPath", "Path")),
+]
 
 
 def _why(error: Exception) -> str:
@@ -58,48 +103,18 @@ def _why(error: Exception) -> str:
     return "it is damaged or has no weights"
 
 
-def _is_wrapped(state: object, name: str) -> bool:
-    return isinstance(state, Mapping) and isinstance(state.get(name), Mapping)
+def _is_container(state: object, name: str) -> bool:
+    """Return whether a mapping has weights under a name, perhaps in another container."""
+    inner = state.get(name) if isinstance(state, Mapping) else None
+    return isinstance(inner, Mapping) and any(
+        isinstance(value, Tensor | Mapping) for value in inner.values()
+    )
 
 
 def _plain_key(key: str) -> str:
     """Return timm's key: ``module.fc.bias`` -> ``fc.bias``."""
     while key.startswith(_PREFIXES):
         key = key.split(".", 1)[1]
+    key = _INSIDE.sub("", key).removeprefix(".")
     # official code: VGG and AlexNet wrap only their features
     return re.sub(r"^features\.module\.", "features.", key)
-
-
-def load_weights(backbone: nn.Module, path: Path, *, new_head: bool = False) -> None:
-    """Load a weights file into a timm model; raises ConfigError if it does not fit.
-
-    With ``new_head`` a head with another class count keeps its initial weights, as in timm.
-    """
-    path = find_checkpoint(path)
-    state, own = read_state(path), backbone.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        raise ConfigError(
-            f"checkpoint {path} is of another model: {len(missing)} tensors are missing "
-            f"(first: {missing[:1] or 'none'}) and {len(unknown)} are unknown "
-            f"(first: {unknown[:1] or 'none'})"
-        )
-    for key, tensor in own.items():
-        if not isinstance(state[key], Tensor):
-            raise ConfigError(f"checkpoint {path} holds no tensor under {key}")
-        if tensor.shape == state[key].shape:
-            continue
-        if not (new_head and key.startswith(_heads(backbone))):
-            raise ConfigError(
-                f"checkpoint {path} does not fit: {key} is {tuple(state[key].shape)}, the model "
-                f"has {tuple(tensor.shape)} (another class count?)"
-            )
-        state[key] = tensor
-    backbone.load_state_dict(state)
-
-
-def _heads(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the key prefixes of a timm model's classifier."""
-    config: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    names = config["classifier"]
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -44,6 +44,8 @@ def build(
             img_size=img_size,
             classes=classes,
         )
+        for note in model.notes:
+            console.info(note)
         if model.num_classes != len(classes):
             raise ConfigError(
                 f"teacher {name} has {model.num_classes} classes, the data has {len(classes)}; "

@@ -14,6 +14,7 @@ from mealv2.models import Classifier, Preprocessing, create_classifier
 from mealv2.targets import Targets
 from mealv2.task import Task
 from mealv2.views import Views
+from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import ViewReader
 from pipeline.training.evaluator import Evaluator
@@ -77,7 +78,7 @@ class TrainingSpec:
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
     """Build the student from timm's weights, a checkpoint, or at random."""
     preprocessing = Preprocessing(config.mean, config.std) if config.mean and config.std else None
-    return create_classifier(
+    student = create_classifier(
         config.model,
         num_classes=len(classes),
         pretrained=config.from_pretrained,
@@ -87,3 +88,6 @@ def create_student(config: TrainConfig, *, classes: list[str], img_size: int) ->
         preprocessing=preprocessing,
         new_head=True,
     )
+    for note in student.notes:
+        console.info(note)
+    return student
