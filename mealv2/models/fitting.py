@@ -228,7 +228,7 @@ def _misfit(fit: _Fit, *, is_start: bool) -> str:
         )
     if reshaped:
         key = reshaped[0]
-        shapes = f"{tuple(fit.state[key].shape)}, not {tuple(fit.own[key].shape)}"
+        shapes = f"{tuple(fit.state[key].shape)}, the model has {tuple(fit.own[key].shape)}"
         parts.append(f"{len(reshaped)} have another shape (first: {key} is {shapes})")
     needed = "needed: all"
     if is_start:

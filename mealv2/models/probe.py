@@ -1,5 +1,6 @@
 """Run a new model once: does it take the image size, do its weights work?"""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,10 @@ def check_forward(
 def reason_of(error: Exception) -> str:
     """Return an error of another library in one line."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if lines:
+        return lines[0]
+    frames = traceback.extract_tb(error.__traceback__)  # an assertion without a message
+    return f"{type(error).__name__} at {frames[-1].line}" if frames else type(error).__name__
 
 
 def _two_images(img_size: int) -> Tensor:
