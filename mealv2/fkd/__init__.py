@@ -1,7 +1,15 @@
 """The label files of FKD (fast knowledge distillation): reading, matching to images, writing."""
 
 from mealv2.fkd.files import FkdFile, read_file, write_file
-from mealv2.fkd.labels import LABEL_TYPES, is_label_type, kind_of, labels_of, num_kept, pack
+from mealv2.fkd.labels import (
+    LABEL_TYPES,
+    is_label_type,
+    kind_of,
+    labels_of,
+    num_kept,
+    pack,
+    with_k,
+)
 from mealv2.fkd.tree import find_files, label_names, match_files
 
 __all__ = [
@@ -16,5 +24,6 @@ __all__ = [
     "num_kept",
     "pack",
     "read_file",
+    "with_k",
     "write_file",
 ]

@@ -114,6 +114,18 @@ def num_kept(label_type: str, num_classes: int) -> int:
     return given_k or 1
 
 
+def with_k(label_type: str) -> str:
+    """Return a type's full name: FKD's marginal_renorm without K means 5 classes, as in its code.
+
+    Other names stay as they are.
+    """
+    return (
+        f"{label_type}_k5"
+        if label_type in ("marginal_smoothing", "marginal_renorm")
+        else label_type
+    )
+
+
 def is_label_type(name: str) -> bool:
     """Return whether a name is an FKD type, with or without K."""
     try:

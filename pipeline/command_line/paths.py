@@ -11,7 +11,7 @@ from mealv2.data.folder import class_folders
 from mealv2.data.tar_splits import find_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
-from mealv2.storage.weight_files import find_checkpoint
+from mealv2.storage.weight_files import find_checkpoint, weights_format
 from pipeline.config import NO_SPLIT, ExportConfig, PackConfig, Settings, require, spelling
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
@@ -102,15 +102,26 @@ def _check_new_file(config: Settings, name: str, path: Path) -> None:
 
 def _check_weights(config: Settings, name: str, path: Path) -> None:
     try:
-        find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}{_near(path)}") from None
+    try:
+        weights_format(checkpoint)
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read checkpoint {checkpoint}: {error}") from None
 
 
 def _check_teacher(config: Settings, name: str, spec: Any) -> None:
     teacher, _, path = spec.partition("=")
-    if path:
+    if not path:
+        return
+    try:
         _check_weights(config, f"{name} {teacher}", Path(path))
+    except ConfigError as error:
+        if "," not in path:
+            raise
+        hint = "a comma separates teachers only after a path that exists"
+        raise ConfigError(f"{error}; {hint}") from None
 
 
 def _check_exists(config: Settings, name: str, path: Path) -> None:

@@ -60,11 +60,39 @@ def split_commas(texts: Iterable[str]) -> tuple[str, ...]:
 def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
     """Return one spec per teacher, NAME or NAME=CHECKPOINT, with absolute paths."""
     found = []
-    for spec in split_commas(specs):
+    for spec in split_teachers(specs):
         name, equals, path = spec.partition("=")
         require(not is_url(path), f"--teacher {name}=CHECKPOINT must be a local path, not a URL")
         found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100
     return tuple(found)
+
+
+def split_teachers(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return one spec per teacher, NAME or NAME=CHECKPOINT, from texts that may be lists.
+
+    A comma separates teachers, unless it is in the path of a checkpoint: a path reaches to the
+    last comma, or the end, up to which it exists, and to the end if none exists.
+    """
+    found = []
+    for text in texts:
+        left: str | None = text.strip()
+        while left is not None:
+            spec, left = _first_teacher(left)
+            found.append(spec)
+    return tuple(found)
+
+
+def _first_teacher(text: str) -> tuple[str, str | None]:
+    """Return the first spec of a comma-separated list, and the rest of the list, if any."""
+    first, comma, rest = text.partition(",")
+    if not comma or "=" not in first:
+        return first.strip(), rest.strip() if comma else None
+    name, _, paths = text.partition("=")
+    ends = [*(position for position, c in enumerate(paths) if c == ","), len(paths)]
+    exists = os.path.exists  # unlike Path's: false also for a name that is too long
+    end = next((e for e in reversed(ends) if exists(paths[:e].strip())), len(paths))
+    more = paths[end + 1 :].strip() if end < len(paths) else None
+    return f"{name.strip()}={paths[:end].strip()}", more
 
 
 argument = partial(setting, REQUIRED, positional=True)

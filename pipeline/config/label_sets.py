@@ -228,19 +228,28 @@ class LabelsExportConfig(SourceConfig):
     )
     output: Path = in_labels(REQUIRED, NEW_FOLDER, alias="out", path="new folder")
     data_dir: Location | None = in_data(
-        None, "With --to webdataset: data set of the images.", shown="none", path="data set"
+        None,
+        "With --to webdataset: data set of the images; with --layout mealv2: its name is used.",
+        shown="none",
+        path="data set",
     )
     label_type: str = in_labels("marginal_smoothing_k5", "With --to fkd: FKD's kind of label.")
+    layout: Literal["fkd", "mealv2"] = in_labels(
+        "fkd",
+        "With --to fkd: files in train/… as FKD's training looks for them, or in DATASET/train/… "
+        "as MEAL V2's does.",
+    )
     split: Literal["train", "val"] = in_labels("train", "Split to export.", alias="role")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs_images = self.to == "webdataset"
-        message = "--data-dir is required with --to webdataset, and has no effect without it"
+        needs_images = self.to == "webdataset" or self.layout == "mealv2"
+        kinds = "--to webdataset and with --layout mealv2"
+        message = f"--data-dir is required with {kinds}, and has no effect without them"
         require(needs_images == (self.data_dir is not None), message)
         if not needs_images:
             without_effect(self, "without --to webdataset", "strict")
         if self.to != "fkd":
-            without_effect(self, "without --to fkd", "label_type")
+            without_effect(self, "without --to fkd", "label_type", "layout")
         else:
             require(self.split == "train", "--to fkd exports views with boxes: use --split train")

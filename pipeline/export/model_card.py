@@ -20,7 +20,6 @@ from pipeline.config import (
     FinetuneConfig,
     TrainConfig,
     plain,
-    split_commas,
 )
 from pipeline.runtime.device import library_versions
 from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
@@ -144,7 +143,9 @@ def _teachers(history: History) -> list[str]:
     if known := history.plan.get("teachers") or history.online_teachers:
         return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
-    return [spec.partition("=")[0].strip() for spec in split_commas(given)]
+    return [
+        spec.partition("=")[0].strip() for spec in given
+    ]  # config.json has one spec per teacher
 
 
 def _data(history: History) -> str:

@@ -18,7 +18,7 @@ from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import console
-from pipeline.config import LabelsExportConfig
+from pipeline.config import LabelsExportConfig, plain, require
 from pipeline.label_sets.writing import all_rows, require_outside
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.loading.sources import open_images
@@ -65,7 +65,7 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
         "role": config.split,
         "num_views": labels.num_views,
         "label_set": labels.manifest["plan"],
-        **({"label_type": config.label_type} if config.to == "fkd" else {}),
+        **(_fkd_plan(config) if config.to == "fkd" else {}),
     }
     path = config.output / _PLAN_NAME
     config.output.mkdir(parents=True, exist_ok=True)
@@ -145,14 +145,16 @@ def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray
 
 
 def _fkd(config: LabelsExportConfig, labels: LabelSet) -> Export:
-    """Write OUTPUT/SPLIT/CLASS/STEM.tar for every image."""
+    """Write SPLIT/CLASS/STEM.tar for every image, in the folder where the training looks for it."""
+    label_type = fkd.with_k(config.label_type)
     try:
-        kept = fkd.num_kept(config.label_type, labels.num_classes)
+        kept = fkd.num_kept(label_type, labels.num_classes)
     except LabelSetError as error:
         raise ConfigError(f"--label-type {config.label_type}: {error}") from None
     names = fkd.label_names(labels.keys())
     _boxes_of(labels, labels.blocks[0][1][0])  # raises without image sizes
-    folder = config.output / labels.manifest["plan"]["roles"]["train"]["split"]
+    split = labels.manifest["plan"]["roles"]["train"]["split"]
+    folder = config.output / _data_set_name(config) / split
 
     def export() -> list[Path]:
         for number, file in _shards(labels):
@@ -161,7 +163,7 @@ def _fkd(config: LabelsExportConfig, labels: LabelSet) -> Export:
                 continue
             boxes, flips = _boxes_of(labels, file)
             exact = top_k(_rows_of(labels, number).labels.to_dense(), kept)
-            packed = fkd.pack(exact, config.label_type)
+            packed = fkd.pack(exact, label_type)
             by_image = packed.reshape(file.num_images, labels.num_views, *packed.shape[1:])
             for row, path in enumerate(paths):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +171,26 @@ def _fkd(config: LabelsExportConfig, labels: LabelSet) -> Export:
         return [folder / name for name in names.values()]
 
     return export
+
+
+def _fkd_plan(config: LabelsExportConfig) -> dict[str, str]:
+    """Return what the plan of an export keeps beside the label set."""
+    layout = {"data_set": _data_set_name(config)} if config.layout == "mealv2" else {}
+    return {"label_type": fkd.with_k(config.label_type), **layout}
+
+
+def _data_set_name(config: LabelsExportConfig) -> str:
+    """Return the folder above the split: none for FKD, the data set's name for MEAL V2.
+
+    FKD's training looks for SOFT/train/CLASS/STEM.tar, official code of MEAL V2: for
+    SOFT/DATASET/train/CLASS/STEM.tar, DATASET as in the paths of its images.
+    """
+    if config.layout == "fkd":
+        return ""
+    assert config.data_dir is not None
+    name = str(plain(config.data_dir)).rstrip("/").rpartition("/")[2]
+    require(name, f"--layout mealv2: {config.data_dir} has no name; give a data set in a folder")
+    return name
 
 
 # --- WebDataset -----------------------------------------------------------------------------------

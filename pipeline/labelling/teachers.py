@@ -10,14 +10,14 @@ from mealv2.models import Classifier, create_classifier, read_metadata, weights_
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.storage.weight_files import find_checkpoint
 from pipeline import console
-from pipeline.config import split_commas
+from pipeline.config import split_teachers
 from pipeline.runtime.device import Runtime
 
 
 def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
     """Return the model name and the checkpoint, if there is one, of every teacher."""
     teachers = []
-    for spec in split_commas(specs):
+    for spec in split_teachers(specs):
         name, _, checkpoint = spec.partition("=")
         if not name or spec.endswith("="):
             raise ConfigError(f"--teacher {spec!r}: write NAME or NAME=CHECKPOINT")

@@ -129,6 +129,36 @@ def test_an_export_to_fkd_comes_back_equal(
         assert torch.equal(one[1], two[1])
 
 
+@pytest.mark.parametrize(("layout", "num_parts"), [("fkd", 3), ("mealv2", 4)])
+def test_each_training_finds_its_files_and_import_reads_both(
+    done: Run,
+    make_set: Make,
+    data_dir: Path,
+    out: Path,
+    tmp_path: Path,
+    layout: str,
+    num_parts: int,
+) -> None:
+    flags = ["--to", "fkd", "--label-type", "hard", "--layout", layout, "--output", out]
+    flags += ["--data-dir", data_dir] if layout == "mealv2" else []
+    done("labels", "export", make_set(*DENSE), *flags)
+    for image in data_dir.glob("train/*/*"):
+        # official code: the last 3 (FKD) or 4 (MEAL V2) parts of the image's path
+        stem = image.with_name(image.name.split(".")[0] + ".tar")
+        assert out.joinpath(*stem.parts[-num_parts:]).is_file()
+    words = ["labels", "import", out, "--data-dir", data_dir, "--img-size", 32]
+    report = done(*words, "--output", tmp_path / "back").report
+    assert (report["images"], report["num_views"]) == (36, 4)
+
+
+@pytest.mark.parametrize("name", ["marginal_renorm", "marginal_smoothing"])
+def test_fkds_names_without_k_mean_five_classes(name: str) -> None:
+    assert fkd.with_k(name) == f"{name}_k5"
+    assert fkd.num_kept(fkd.with_k(name), 1000) == 5
+    assert fkd.with_k("marginal_renorm_k10") == "marginal_renorm_k10"
+    assert fkd.with_k("ori") == "ori"
+
+
 def test_added_views_are_exported_too(
     done: Run,
     make_set: Make,
@@ -402,7 +432,9 @@ def test_appended_rows_are_left_out_with_a_note(done: Run, appended_set: Path, o
     ("flags", "named"),
     [
         (["--to", "fkd"], "--label-type marginal_smoothing_k5"),  # of 3 classes
-        (["--to", "fkd", "--label-type", "marginal_renorm"], "--label-type marginal_renorm"),
+        (["--to", "fkd", "--label-type", "marginal_renorm"], "marginal_renorm_k5 must name a K"),
+        (["--to", "fkd", "--layout", "mealv2"], "--data-dir is required"),
+        (["--layout", "mealv2", "--data-dir", "/tmp"], "--layout has no effect without --to fkd"),
         (["--to", "fkd", "--label-type", "soft"], "unknown FKD label type 'soft'"),
         (["--to", "fkd", "--label-type", "ori", "--split", "val"], "--split train"),
         (["--to", "webdataset"], "--data-dir"),

@@ -1,5 +1,6 @@
 """pipeline.labelling.teachers: what --teacher means, and which ensembles are refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from conftest import Result
 from mealv2.errors import ConfigError
 from mealv2.models import read_metadata
+from pipeline.config import split_teachers
 from pipeline.labelling import teachers
 from pipeline.runtime.device import Runtime
 
@@ -25,6 +27,23 @@ def test_repeated_flags_and_comma_lists_are_the_same(teacher_dirs: dict[str, Pat
     files = [(name, path / "model.safetensors") for name, path in teacher_dirs.items()]
     assert teachers.parse(specs) == files
     assert teachers.parse([", ".join(specs)]) == files
+
+
+@pytest.mark.parametrize("name", ["seed=0,lr=0.01", "a,b", "test_resnet=x,y"])
+def test_a_comma_in_a_path_that_exists_is_part_of_it(
+    teacher_dirs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "sweep" / name  # `mealv2 slurm sweep` makes such folders
+    shutil.copytree(teacher_dirs["test_resnet"], folder)
+    file = folder / "model.safetensors"
+    spec, other = f"test_resnet={folder}", teacher_dirs["test_efficientnet"]
+    assert teachers.parse([spec]) == [("test_resnet", file)]
+    listed = teachers.parse([f"resnet50, {spec},test_efficientnet={other},resnet18"])
+    found = [("resnet50", None), ("test_resnet", file)]
+    found += [("test_efficientnet", other / "model.safetensors"), ("resnet18", None)]
+    assert listed == found
+    again = split_teachers(split_teachers([f"{spec},resnet50"]))
+    assert again == (spec, "resnet50")
 
 
 def test_name_alone_means_the_weights_of_timm() -> None:
