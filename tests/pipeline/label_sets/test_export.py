@@ -18,6 +18,7 @@ import webdataset
 import reference
 import stored
 from conftest import ROOT, Result
+from mealv2 import fkd
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
 from mealv2.data.source import fingerprint
