@@ -18,11 +18,11 @@ import click
 
 import mealv2
 from mealv2 import recipes
-from mealv2.errors import IncompleteError, MealError
+from mealv2.errors import IncompleteError, MealError, out_of_memory
 from pipeline import config as configs
 from pipeline import display_names
 from pipeline.command_line import options, settings
-from pipeline.runtime import env
+from pipeline.runtime import env, processes
 
 # Every command and its config; pipeline.NAME runs it (see module_of).
 COMMANDS: dict[str, type[configs.Settings]] = {
@@ -85,6 +85,8 @@ def main() -> None:
     """Run the command line and exit with the documented code."""
     if (code := env.saved_exit_code()) is not None:
         sys.exit(code)
+    if env.is_child_process():
+        processes.end_with_parent()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -98,6 +100,10 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         advice = f"; finished work is kept: {_AGAIN} to continue"
         _fail(f"stopped{'' if env.is_child_process() else advice}", 4)
+    except (MemoryError, RuntimeError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        _fail(reason, MealError.exit_code)
     except OSError as error:
         if error.errno is None:
             raise

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# of torch's allocators; CUDA's has a class of its own, a RuntimeError, whose text has the first
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+
 
 class MealError(Exception):
     """State in one line what is wrong, where, and how to fix it."""
@@ -44,3 +47,15 @@ class StoppedError(MealError):
     """A signal stopped the run after it saved all work (exit 4)."""
 
     exit_code = 4
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the message for an allocation that failed; None for another error."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(part in text for part in _OUT_OF_MEMORY):
+        return None
+    first = text.strip().split("\n")[0]
+    return (
+        f"out of memory{f' ({first[:200]})' if first else ''}; use a smaller --batch-size or "
+        "--img-size, more --grad-accum-steps, fewer --workers, or --amp"
+    )

@@ -10,6 +10,7 @@ from pipeline.loading.sources import open_images, open_split
 from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student
 
@@ -21,10 +22,11 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
-    source = open_images(config, config.data_dir, config.train_split)
-    val = open_split(config, config.data_dir, config.val_split, classes=source.classes)
+    source = with_deleted(config, open_images(config, config.data_dir, config.train_split))
+    classes = list(source.classes)
+    val = open_split(config, config.data_dir, config.val_split, classes=classes)
     seed_everything(config.seed)
-    student = create_student(config, classes=source.classes, img_size=config.img_size)
+    student = create_student(config, classes=classes, img_size=config.img_size)
     spec = TrainingSpec(
         command="finetune",
         task=HardLabelTask(student),

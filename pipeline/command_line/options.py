@@ -6,6 +6,7 @@ import re
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,14 @@ def local_path(value: Location) -> Path:
     return path
 
 
-def integer_or_auto(value: int | str) -> int | str:
-    """Return an integer, or the word ``auto``; raises click.BadParameter."""
-    number: int | str = value if value == "auto" else click.INT(value)
-    return number
+def integer_or(word: str) -> Callable[[int | str], int | str]:
+    """Return what reads an integer, or a word in its place, and raises click.BadParameter."""
+
+    def read(value: int | str) -> int | str:
+        number: int | str = value if value == word else click.INT(value)
+        return number
+
+    return read
 
 
 def _in_reading_order(config: type[configs.Settings]) -> list[Field]:
@@ -145,7 +150,8 @@ def _type_settings(field: Field) -> dict[str, Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         parts = [part for part in typing.get_args(kind) if part is not type(None)]
         if len(parts) > 1:
-            return {"type": integer_or_auto, "metavar": "INTEGER|AUTO"}
+            (word,) = typing.get_args(parts[1])
+            return {"type": integer_or(word), "metavar": f"INTEGER|{word.upper()}"}
         kind = parts[0]
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)

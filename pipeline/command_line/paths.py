@@ -1,7 +1,6 @@
 """Checks of the paths in a config, before torch is imported. Commands check their files again."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +10,18 @@ from mealv2.data.folder import class_folders
 from mealv2.data.tar_splits import find_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
+from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
-from pipeline.config import NO_SPLIT, ExportConfig, PackConfig, Settings, require, spelling
+from pipeline.config import (
+    NO_SPLIT,
+    ExportConfig,
+    PackConfig,
+    Settings,
+    TrainConfig,
+    require,
+    spelling,
+)
+from pipeline.training.run_lock import require_unlocked
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
 MAX_NAMES = 8  # in a message
@@ -30,6 +39,9 @@ def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Path) or kind == "teachers":
                 _CHECKS[kind](config, spelling(field), item)
+    if isinstance(config, TrainConfig) and not getattr(config, "dry_run", False):
+        for run in filter(None, (config.resume, config.output)):
+            require_unlocked(run)
 
 
 def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
@@ -51,7 +63,7 @@ def _splits_of(config: Settings) -> Iterable[str]:
         return
     if isinstance(labels := settings.get("labels"), Path):
         with suppress(OSError, ValueError, KeyError, TypeError):  # the plan cannot be read
-            plan = json.loads((labels / PLAN_NAME).read_bytes())
+            plan = read_json(labels / PLAN_NAME)
             yield str(plan["roles"][settings.get("split", "train")]["split"])
     elif "train_split" in settings and labels is None:  # a remote label set names its own split
         yield settings["train_split"] or "train"

@@ -1,7 +1,6 @@
 """The settings of a command line: its flags, then --config, then --recipe, or a run's own."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,11 @@ import click
 
 from mealv2 import recipes
 from mealv2.errors import ConfigError
+from mealv2.storage.json_format import read_json
 from mealv2.storage.urls import CREDENTIALS_VARIABLE, is_url, with_secrets, without_secrets
 from pipeline import config as configs
 from pipeline.runtime import env
-from pipeline.training.run_folder import has_checkpoint
-
-# Settings that --resume may change: they affect the machine or the log, not the result.
-RESUMABLE = {
-    *("resume", "workers", "device", "log_interval", "checkpoint_hist", "grad_accum_steps"),
-    *("sync_bn", "cache_dir", "cache_size", "strict"),
-}
+from pipeline.training.run_folder import CONFIG_NAME, has_checkpoint, saved_settings
 
 # A flag on the left drops the recipe's settings on the right, which have no effect with it.
 DROPPED = {
@@ -47,8 +41,10 @@ def config_of(config: type[configs.Settings], context: click.Context) -> configs
     """Return the config of a command line; raises ConfigError."""
     values = dict(context.params)
     config_file = values.pop("config_file", None)
-    if values.get("auto_resume") and _is_begun(values):
-        values = with_run(config, values | {"resume": values["output"]}, context)
+    if _is_begun(values):
+        if not values["auto_resume"]:
+            _require_same_command(config, values, context)
+        values = with_run(config, values | {"resume": values["output"]}, context, by_output=True)
     elif values.get("resume") is not None:
         if config_file is not None:
             raise ConfigError("--config has no effect with --resume: the run keeps its settings")
@@ -91,21 +87,32 @@ def with_recipe(
 
 
 def with_run(
-    config: type[configs.Settings], values: dict[str, Any], context: click.Context
+    config: type[configs.Settings],
+    values: dict[str, Any],
+    context: click.Context,
+    *,
+    by_output: bool = False,
 ) -> dict[str, Any]:
-    """Return the settings of the run to resume.
+    """Return the settings of the run to resume; ``by_output``: --output names it, not --resume.
 
-    Raises ConfigError for a flag, or with --auto-resume a setting of --config, that contradicts it.
+    Raises ConfigError for a flag, or with --output a setting of --config, that contradicts it, and
+    for a config.json that the checkpoint contradicts.
     """
     run = values["resume"]
     kept = _settings_of_run(config, run, context)
+    saved = saved_settings(run) or {}
+    before = saved.get("epochs", kept.get("epochs"))
     in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
+    changed = set()
     for name, value in values.items():
         is_given = name in given or (name in in_config and value not in (None, ()))
-        if not is_given or (values["auto_resume"] and name in ("auto_resume", "output")):
+        if not is_given or (by_output and name in ("auto_resume", "output")):
             continue  # these two selected the run
-        if name in RESUMABLE:
+        if name in configs.FREE_ON_RESUME - {"output", "auto_resume"}:
             kept[name] = value
+        elif name in configs.CHANGEABLE_ON_RESUME:
+            kept[name] = value
+            changed.add(name)
         elif (new := configs.plain(value)) != (old := configs.plain(kept.get(name))):
             raise ConfigError(
                 f"{configs.flag(name)} {new} contradicts the run, which has {old}; "
@@ -113,13 +120,62 @@ def with_run(
             )
         elif is_url(value):
             kept[name] = value  # the run keeps URLs without passwords and signatures
-    return {**kept, "resume": run}
+    _require_as_saved(run, kept, saved, changed)
+    return {**_lengthened(kept, before), "resume": run}
+
+
+def _require_as_saved(
+    run: Path, kept: dict[str, Any], saved: dict[str, Any], changed: set[str]
+) -> None:
+    """Raise ConfigError for a setting that differs from the checkpoint's, but for ``changed``."""
+    for name in sorted(saved.keys() - configs.FREE_ON_RESUME - changed):
+        if kept.get(name) != saved[name]:
+            repeat = ""
+            if name in configs.CHANGEABLE_ON_RESUME:
+                repeat = f", or repeat {configs.flag(name)} on the command line to change it"
+            raise ConfigError(
+                f"{name} {saved[name]} in the checkpoint, {kept.get(name)} in {run / CONFIG_NAME}: "
+                f"restore config.json{repeat}"
+            )
+
+
+def _lengthened(kept: dict[str, Any], before: Any) -> dict[str, Any]:
+    """Return settings with more epochs than ``before``: the learning rate dropped where it did.
+
+    Raises ConfigError for fewer epochs.
+    """
+    epochs = kept.get("epochs")
+    if not (isinstance(epochs, int) and isinstance(before, int)) or epochs == before:
+        return kept
+    configs.require(
+        epochs > before,
+        f"--epochs {epochs} contradicts the run, which has {before}; a run can only be lengthened",
+    )
+    if kept.get("sched") == "step" and not kept.get("decay_milestones"):
+        return kept | {"decay_milestones": [configs.paper_milestone(before)]}
+    return kept
+
+
+def _require_same_command(
+    config: type[configs.Settings], values: dict[str, Any], context: click.Context
+) -> None:
+    """Raise ConfigError if a command would start another run than the one in its --output."""
+    run = values["output"]
+    kept = _settings_of_run(config, run, context)
+    fresh = with_recipe(config, values, context) if values.get("recipe") is not None else values
+    for name, value in config.from_json(fresh).as_json().items():
+        if name not in configs.FREE_ON_RESUME and value != kept.get(name):
+            raise ConfigError(
+                f"{run} already holds a run of other settings ({configs.flag(name)}: "
+                f"{kept.get(name)} in the run, {value} in this command); continue it with "
+                f"--resume {run}, or give another --output"
+            )
 
 
 def _settings_of_run(
     config: type[configs.Settings], run: Path, context: click.Context
 ) -> dict[str, Any]:
-    path = run / "config.json"
+    path = run / CONFIG_NAME
     configs.require(path.is_file(), f"no run at {run}: it has no config.json")
     try:
         return {n: value for n, value in _read(config, path).items() if value is not None}
@@ -129,12 +185,13 @@ def _settings_of_run(
 
 
 def _is_begun(values: dict[str, Any]) -> bool:
-    """Return whether --output holds a run to continue.
+    """Return whether --output of a training holds a run to continue.
 
     All ranks get the same result: the first checkpoint is written after a step of all ranks, so a
     rank that starts late sees what was there before.
     """
-    return values["resume"] is None and values["output"] and has_checkpoint(values["output"])
+    is_training = values.get("resume", "") is None and not values.get("dry_run")
+    return bool(is_training and values["output"] and has_checkpoint(values["output"]))
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
@@ -155,7 +212,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 def _read(config: type[configs.Settings], path: Path) -> dict[str, Any]:
     """Return the settings in a file under their current names; raises ConfigError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = read_json(path)
         configs.require(isinstance(values, dict), "it is not a JSON object")
         values = configs.current_names(config, values)
         for name in sorted(values.keys() - {field.name for field in dataclasses.fields(config)}):

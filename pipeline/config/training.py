@@ -33,6 +33,19 @@ from pipeline.config.fields import (
     without_effect,
 )
 
+# What may differ from the run when it is resumed (docs/how-to/resume.md has the table):
+# settings of the machine, the log and the folder, which no checkpoint is compared with;
+FREE_ON_RESUME = frozenset(
+    {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
+    | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
+)
+# and settings that the command line may change: paths, because contents are compared by their
+# hashes, and choices that leave what the run has learned as it is.
+CHANGEABLE_ON_RESUME = frozenset(
+    {"epochs", "data_dir", "labels", "teacher", "initial_checkpoint", "on_bad_image"}
+    | {"val_interval", "grad_accum_steps", "sync_bn"}
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
@@ -88,7 +101,8 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
     )
     resume: Path | None = in_run(None, "Run folder to continue with its settings.", shown="none")
     auto_resume: bool = in_run(
-        False, "Continue the run in --output if there is one, else start it; for requeued jobs."
+        False,
+        "Continue the run in --output if there is one, also if only --epochs is larger.",
     )
     log_interval: int = in_run(50, "Steps between log lines.", low=1)
     val_interval: int = in_run(1, "Epochs between validations; the last epoch has one.", low=1)
@@ -99,7 +113,13 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
         alias="checkpoint_every",
         low=1,
     )
-    checkpoint_hist: int = in_run(2, "Number of newest checkpoints to keep.", low=1)
+    checkpoint_hist: int | Literal["all"] = in_run(
+        2,
+        "Number of newest checkpoints to keep, or all; `--resume RUN --checkpoint-hist 1` removes "
+        "old ones of a finished run.",
+        alias="keep_checkpoints",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,8 +164,13 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
             return 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
         milestones = self.decay_milestones
         if milestones is None:
-            milestones = (round(self.epochs * PAPER_MILESTONE / PAPER_EPOCHS),)
+            milestones = (paper_milestone(self.epochs),)
         return self.decay_rate ** sum(epoch >= milestone for milestone in milestones)
+
+
+def paper_milestone(epochs: int) -> int:
+    """Return the epoch at which the paper's schedule drops the learning rate: 100 of 180."""
+    return round(epochs * PAPER_MILESTONE / PAPER_EPOCHS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from mealv2.errors import ConfigError, LabelSetError, MealError, StoppedError
@@ -27,8 +27,9 @@ def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
     """Run `mealv2 COMMAND` in --num-procs processes; return how many shards they made.
 
     Their messages get the number of the process as a prefix. Ctrl-C and SIGTERM are passed on to
-    them; then this process ends as they do, by StoppedError or by the signal. Raises MealError
-    after all have ended, if one failed.
+    them; then this process ends as they do, by StoppedError or by the signal. If this process is
+    killed, they end too, and nothing is left in a temporary folder. Raises MealError after all
+    have ended, if one failed.
     """
     for name, value in vars(config).items():
         if str(value).startswith(PIPE) and without_secrets(value) != value:
@@ -36,14 +37,14 @@ def run_workers(command: list[str], config: JobsConfig, job: Job) -> int:
                 f"{flag(name)}: with --num-procs, write passwords and tokens of a pipe: command as "
                 "variables of the environment, such as $TOKEN"
             )
-    with tempfile.TemporaryDirectory(prefix="mealv2-") as folder:
+    with ExitStack() as files:
         workers = [
-            _Worker(command, config, job, number, Path(folder))
+            files.enter_context(_Worker(command, config, job, number))
             for number in range(config.num_procs)
         ]
         with stop_on_signal(signal.SIGINT, signal.SIGTERM) as stop, ExitStack() as stack:
             for worker in workers:
-                stack.enter_context(worker)
+                stack.enter_context(worker.running())
             _wait(workers, stop)
         if stop.signal_name == "SIGTERM":
             console.info(f"mealv2: {len(workers)} processes {STOPPED}")
@@ -90,13 +91,14 @@ def _check_exit_codes(workers: "list[_Worker]") -> None:
 
 
 class _Worker:
-    """A context manager: a process that starts with the block and has ended after it."""
+    """A process of its own, its settings and its report, in files that have no name.
 
-    def __init__(
-        self, command: list[str], config: JobsConfig, job: Job, number: int, folder: Path
-    ) -> None:
+    A context manager that closes the files.
+    """
+
+    def __init__(self, command: list[str], config: JobsConfig, job: Job, number: int) -> None:
         self.number = number
-        self._report = folder / f"{number}.report"
+        self._command = command
         settings = config.as_json() | {
             # part `number` of the shards of this job
             "job_index": job.index + number * job.count,
@@ -105,39 +107,53 @@ class _Worker:
         }
         if config.device == "auto":
             settings["device"] = gpu_of(number) or "auto"
-        path = folder / f"{number}.json"
-        path.write_text(json.dumps(settings), encoding="utf-8")
-        self._command = [sys.executable, "-m", "mealv2", *command, "--config", str(path)]
         urls = [value for value in vars(config).values() if is_url(value)]
         self._environment = env.child_environment(config.num_procs, urls=urls)
+        self._settings = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        self._report = tempfile.TemporaryFile()  # noqa: SIM115
+        self._settings.write(json.dumps(settings).encode())
+        self._settings.seek(0)
 
     def __enter__(self) -> "_Worker":
-        with self._report.open("wb") as report:
-            self.process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=report,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env=self._environment,
-                process_group=0,  # so that only this process passes on Ctrl-C
-            )
-        assert self.process.stderr is not None
-        self._relay = threading.Thread(target=_relay, args=(self.process.stderr, self.number))
-        self._relay.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:  # the block ended by an error
-            self.process.terminate()
-            self.process.wait()
-        self._relay.join()
+        self._settings.close()
+        self._report.close()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the process while the block runs; it has ended after it."""
+        settings = self._settings.fileno()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mealv2", *self._command, "--config", f"/dev/fd/{settings}"],
+            stdin=subprocess.PIPE,  # it closes when this process ends, and so does the other then
+            stdout=self._report,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=self._environment,
+            pass_fds=[settings],
+            process_group=0,  # so that only this process passes on Ctrl-C
+        )
+        assert self.process.stdin is not None
+        assert self.process.stderr is not None
+        relay = threading.Thread(target=_relay, args=(self.process.stderr, self.number))
+        relay.start()
+        try:
+            yield
+        finally:
+            if self.process.poll() is None:  # the block ended by an error
+                self.process.terminate()
+                self.process.wait()
+            relay.join()
+            self.process.stdin.close()
 
     def num_shards_made(self) -> int:
         """Return the number of shards it made, from its report."""
-        last = self._report.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        self._report.seek(0)
+        last = self._report.read().decode().strip().rpartition("\n")[2]
         return int(json.loads(last)["shards_made"])
 
     def exit_text(self) -> str:

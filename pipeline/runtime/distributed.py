@@ -18,7 +18,7 @@ from torch import Tensor
 from mealv2.errors import ConfigError, MealError
 from pipeline.runtime.env import Rank
 
-_SIGNALS = ("SIGINT", "SIGTERM")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _CLAIM_TIMEOUT = timedelta(seconds=10)
 _LOST_MESSAGE = (
     "another rank ended without a message (killed, or its machine failed); start the run again "

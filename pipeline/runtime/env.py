@@ -111,6 +111,12 @@ def job() -> tuple[int, int, str]:
     return number, count, "SLURM_ARRAY_TASK_ID"
 
 
+def slurm_job() -> tuple[str | None, int]:
+    """Return the id of this Slurm job, None without one, and how often Slurm has restarted it."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return os.environ.get("SLURM_JOB_ID"), int(restarts) if restarts.isdecimal() else 0
+
+
 def _number(name: str, default: int | None = None, *, advice: str) -> int:
     """Return the number in a variable; raises ConfigError if it is missing without a default."""
     value = os.environ.get(name, "" if default is None else str(default))

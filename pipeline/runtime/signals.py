@@ -1,4 +1,4 @@
-"""Stop a run at the next safe point after Ctrl-C or SIGTERM."""
+"""Stop a run at the next safe point after Ctrl-C, SIGTERM or SIGHUP."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ class StopRequested(Exception):  # noqa: N818  # the user asked for it: not an e
 
 
 class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM; the run saves and stops at the next ``check``."""
+    """Set by the first signal; the run saves and stops at the next ``check``."""
 
     def __init__(self, *, is_alone: bool = True) -> None:
         self.signal_name: str | None = None
@@ -39,12 +39,15 @@ class StopFlag:
 def stop_on_signal(*numbers: signal.Signals, is_alone: bool = True) -> Iterator[StopFlag]:
     """Turn signals into a flag while the block runs; only the main thread can.
 
-    A second signal quits at once, unless this process is one of several ranks.
+    A second signal quits at once, unless this process is one of several ranks. SIGHUP stays
+    ignored where nohup ignores it.
     """
     stop = StopFlag(is_alone=is_alone)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    if signal.SIGHUP in numbers and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers = tuple(number for number in numbers if number != signal.SIGHUP)
     before = [signal.signal(number, stop._handle) for number in numbers]
     try:
         yield stop

@@ -1,31 +1,43 @@
 """Checkpoints: the whole state of a run, written atomically, the newest few kept."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mealv2.errors import MealError
 from mealv2.storage.atomic import write_atomic
-from pipeline.training.run_folder import checkpoint_path, checkpoint_paths
+from mealv2.storage.json_format import canonical_json
+from mealv2.storage.regular_files import open_regular
+from pipeline.training.run_folder import SETTINGS_NAME, checkpoint_path, checkpoint_paths
 
 
-def save(run: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+def save(run: Path, state: dict[str, Any], *, step: int, keep: int | Literal["all"]) -> Path:
     """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep`` up to it.
 
+    The settings of the run, ``args``, are also a JSON file in its zip, which is read without torch.
     Raises OSError.
     """
     data = io.BytesIO()
     torch.save(state, data)
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(SETTINGS_NAME), canonical_json(state.get("args")))
     path = checkpoint_path(run, step)
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, data.getvalue())
-    until_now = [other for other in checkpoint_paths(run) if other.name <= path.name]
+    if keep != "all":
+        remove_old(run, keep=keep, last=path)
+    return path
+
+
+def remove_old(run: Path, *, keep: int, last: Path) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``last``; later ones stay."""
+    until_now = [other for other in checkpoint_paths(run) if other.name <= last.name]
     for old in until_now[:-keep]:
         old.unlink()
-    return path
 
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
@@ -53,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises OSError where there is none.
     """
-    with zipfile.ZipFile(path) as archive:
+    with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as archive:
         if archive.testzip() is not None:  # torch.load does not look at the checksums
             raise ValueError("its contents fail their CRC")
     state = torch.load(path, map_location="cpu", weights_only=True)

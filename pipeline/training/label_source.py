@@ -32,6 +32,7 @@ from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
+from pipeline.training.image_list import with_deleted
 from pipeline.training.run_folder import LABELS_NAME
 
 _VAL_TOPK = 100  # classes kept in memory of each validation label of online teachers
@@ -80,9 +81,10 @@ class CentreLabels:
 def open_training_images(config: DistillConfig, folder: Path | None) -> ImageSource:
     """Open the images to train on: the split that the label set names, or --train-split."""
     if folder is None:
-        return open_images(config, config.data_dir, config.train_split or "train")
-    plan = read_manifest(folder)["plan"]
-    return open_images(config, config.data_dir, plan["roles"]["train"]["split"])
+        split = config.train_split or "train"
+    else:
+        split = read_manifest(folder)["plan"]["roles"]["train"]["split"]
+    return with_deleted(config, open_images(config, config.data_dir, split))
 
 
 def from_online_teachers(

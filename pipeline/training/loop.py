@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from mealv2.errors import DataError, LabelSetError, StoppedError
@@ -21,8 +22,11 @@ from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
 from pipeline.training.batches import BatchSampler
 from pipeline.training.resume import open_run, require_same_inputs
+from pipeline.training.run_folder import checkpoint_paths
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
+
+IMAGES_SKIPPED = "images_skipped"  # that cannot be read, in the log
 
 
 def train(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[str, Any]:
@@ -32,13 +36,19 @@ def train(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[str
     loss that is not finite, OSError where the run folder cannot be written.
     """
     alone = not runtime.ranks.is_distributed
-    with stop_on_signal(signal.SIGINT, signal.SIGTERM, is_alone=alone) as stop:
-        return _Trainer(config, runtime, spec, stop).run()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with stop_on_signal(*signals, is_alone=alone) as stop, ExitStack() as stack:
+        return _Trainer(config, runtime, spec, stop, stack).run()
 
 
 class _Trainer:
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, spec: TrainingSpec, stop: StopFlag
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        spec: TrainingSpec,
+        stop: StopFlag,
+        stack: ExitStack,
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -52,7 +62,7 @@ class _Trainer:
         self.step = TrainStep(config, runtime, spec)
         self.state = self.step.state
         self.step.compile(self.sampler.full_batch())
-        self.folder = open_run(config, self.ranks, spec, self.state)
+        self.folder = open_run(config, self.ranks, spec, self.state, stack)
         self.progress = self.state.progress
         self.step.is_prepared = self.progress.total_steps > 0
         self.state.teacher_forwards += spec.teacher_forwards
@@ -125,7 +135,7 @@ class _Trainer:
                 if batch.failed:  # raise, or leave out images that cannot be read
                     check_failures(spec.source, batch.failed, config.on_bad_image)
                     for meter in (state.window, state.pass_means):
-                        meter.count({"images_skipped": len(batch.failed)})
+                        meter.count({IMAGES_SKIPPED: len(batch.failed)})
                     batch = self.step.without_failures(batch)
                 progress.step += 1
                 progress.total_steps += 1
@@ -282,6 +292,7 @@ class _Trainer:
         keep, step = self.config.checkpoint_hist, self.progress.total_steps
         state = self.state.as_dict()
         if self.ranks.is_main_process:
+            self.folder.require_lock()
             checkpoint.save(self.folder.path, state, step=step, keep=keep)
         self.ranks.barrier()
 
@@ -291,7 +302,28 @@ class _Trainer:
             json.dumps(self.folder.report()) if self.ranks.is_main_process else ""
         )
         report: dict[str, Any] | None = json.loads(text)
-        return report if report is None or self.ranks.is_main_process else {}
+        if report is None or not self.ranks.is_main_process:
+            return None if report is None else {}
+        console.info(
+            f"the run is finished after {self.progress.epoch} epochs; --resume {self.folder.path} "
+            "with more --epochs lengthens it"
+        )
+        self._remove_old_checkpoints()
+        return report
+
+    def _remove_old_checkpoints(self) -> None:
+        """Remove all but the newest --checkpoint-hist; report how many are kept, and their size."""
+        run, keep = self.folder.path, self.config.checkpoint_hist
+        paths = checkpoint_paths(run)
+        if keep != "all" and paths:
+            checkpoint.remove_old(run, keep=keep, last=paths[-1])
+            paths = checkpoint_paths(run)
+        if len(paths) > 1:
+            size = console.size_of(sum(path.stat().st_size for path in paths))
+            console.info(
+                f"{len(paths)} checkpoints ({size}) are kept; --resume {run} --checkpoint-hist 1 "
+                "keeps only the last"
+            )
 
     def _finalize(self, metrics: dict[str, float], *, seconds: float) -> dict[str, Any]:
         """Write the report and return it; nothing on other ranks than the main one."""
@@ -309,4 +341,5 @@ class _Trainer:
             **metrics,
         }
         self.folder.write_report(report)
+        self._remove_old_checkpoints()
         return report

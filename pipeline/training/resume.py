@@ -1,16 +1,23 @@
 """How a run starts: all ranks with the same inputs, in a new run folder or a resumed one."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mealv2.errors import MealError
+from mealv2.errors import ConfigError, MealError
 from mealv2.storage.json_format import canonical_json
 from pipeline import console
-from pipeline.config import TrainConfig
+from pipeline.config import FREE_ON_RESUME, TrainConfig, flag
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.seeds import seed_rank
-from pipeline.training import checkpoint
-from pipeline.training.run_folder import ReadOnlyRunFolder, RunFolder, has_checkpoint
+from pipeline.training import checkpoint, image_list
+from pipeline.training.run_folder import (
+    ReadOnlyRunFolder,
+    RunFolder,
+    has_checkpoint,
+    prepare_folder,
+)
+from pipeline.training.run_lock import run_lock
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
 
@@ -32,45 +39,114 @@ def require_same_inputs(config: TrainConfig, ranks: Ranks, spec: TrainingSpec) -
 
 
 def open_run(
-    config: TrainConfig, ranks: Ranks, spec: TrainingSpec, state: TrainingState
+    config: TrainConfig,
+    ranks: Ranks,
+    spec: TrainingSpec,
+    state: TrainingState,
+    stack: ExitStack,
 ) -> RunFolder:
     """Create the run folder, or resume the run in it with its state; the main rank writes.
 
-    Raises ConfigError for a folder of something else, MealError, DataError or LabelSetError for a
-    run that cannot be resumed.
+    ``stack`` holds the lock of the folder. Raises ConfigError for a folder of something else or a
+    run that another process trains, MealError, DataError or LabelSetError for a run that cannot be
+    resumed.
     """
     has_run = config.resume is not None and has_checkpoint(config.resume)
     if ranks.broadcast_text("resume" if has_run else "new") == "resume":
         assert config.resume is not None
-        return _resume_run(config.resume, ranks, state)
-    return _create_run(config, ranks, spec)
+        return _resume_run(config.resume, config, ranks, state, stack)
+    return _create_run(config, ranks, spec, stack)
 
 
-def _create_run(config: TrainConfig, ranks: Ranks, spec: TrainingSpec) -> RunFolder:
+def _create_run(
+    config: TrainConfig, ranks: Ranks, spec: TrainingSpec, stack: ExitStack
+) -> RunFolder:
     if not ranks.is_main_process:
         seed_rank(config.seed, rank=ranks.rank, step=0)
         return ReadOnlyRunFolder(Path(ranks.broadcast_text("")))
-    folder = RunFolder.create(
-        config.resume or config.output,
-        config.as_json() | {"auto_resume": False},  # the flag only found this folder
-        name=f"{spec.command}-{config.model}",
-        labels=spec.labels,
-    )
+    path = prepare_folder(config.resume or config.output, name=f"{spec.command}-{config.model}")
+    lock = stack.enter_context(run_lock(path))
+    folder = RunFolder.create(path, config.as_json(), lock=lock, labels=spec.labels)
+    image_list.write(folder.path, spec.source)
     ranks.broadcast_text(str(folder.path))
     return folder
 
 
-def _resume_run(run: Path, ranks: Ranks, state: TrainingState) -> RunFolder:
+def _resume_run(
+    run: Path, config: TrainConfig, ranks: Ranks, state: TrainingState, stack: ExitStack
+) -> RunFolder:
     """Restore the newest complete checkpoint of a run folder; return the folder."""
+    lock = stack.enter_context(run_lock(run)) if ranks.is_main_process else None
     path, kept = _load_newest(run, ranks)
     try:
         state.restore(kept)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        changed = changed_settings(kept["args"], config)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MealError(f"checkpoint {path} is of another run: {reason}") from error
-    if not ranks.is_main_process:
-        return ReadOnlyRunFolder(run)
-    return RunFolder.reopen(run, epoch=state.progress.epoch, step=state.progress.total_steps)
+    folder: RunFolder = ReadOnlyRunFolder(run)
+    if ranks.is_main_process:
+        progress = state.progress
+        folder = RunFolder.reopen(run, epoch=progress.epoch, step=progress.total_steps, lock=lock)
+        if folder.num_damaged:
+            lines = console.count(folder.num_damaged, "damaged line")
+            console.info(f"{folder.metrics_path}: {lines} removed")
+    if ranks.broadcast_text("changed" if changed else ""):  # paths may differ between machines
+        _save_changes(folder, config, ranks, state, changed)
+    return folder
+
+
+def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ from the checkpoint's: the value there, and the new one."""
+    new = config.as_json()
+    names = sorted((new.keys() & saved.keys()) - FREE_ON_RESUME)
+    return {name: (saved[name], new[name]) for name in names if saved[name] != new[name]}
+
+
+def _save_changes(
+    folder: RunFolder,
+    config: TrainConfig,
+    ranks: Ranks,
+    state: TrainingState,
+    changed: dict[str, tuple[Any, Any]],
+) -> None:
+    """Make changed settings those of the run: in its checkpoint, then in config.json."""
+    _require_same_pass(config, state, changed)
+    for name, (before, now) in changed.items():
+        console.info(f"{flag(name)} was {before}, is {now}")
+    if "epochs" in changed:
+        _log_schedule(config, state)
+        folder.remove_report()
+    kept = state.as_dict()
+    if ranks.is_main_process:
+        step = state.progress.total_steps
+        checkpoint.save(folder.path, kept, step=step, keep=config.checkpoint_hist)
+    folder.write_config(config.as_json())
+
+
+def _require_same_pass(
+    config: TrainConfig, state: TrainingState, changed: dict[str, tuple[Any, Any]]
+) -> None:
+    """Raise ConfigError if the pass in which the run stopped would get another length."""
+    before, now = changed.get("epochs", (config.epochs, config.epochs))
+    lengths = {min(config.views_per_image, num - state.progress.epoch) for num in (before, now)}
+    if state.progress.step and len(lengths) > 1:
+        raise ConfigError(
+            f"--epochs {now}: the run stopped in its last pass, which has fewer than "
+            f"--views-per-image {config.views_per_image} views; finish its {before} epochs first"
+        )
+
+
+def _log_schedule(config: TrainConfig, state: TrainingState) -> None:
+    """Report how the learning rate continues in a lengthened run."""
+    epoch = state.progress.epoch
+    if config.sched == "cosine":
+        schedule = f"the cosine now ends after {config.epochs} epochs"
+    else:
+        milestones = ", ".join(map(str, config.decay_milestones or ()))
+        schedule = f"milestones stay at epoch {milestones}"
+    lr = config.lr * config.lr_factor(epoch)
+    console.info(f"{schedule}; from epoch {epoch + 1} on the learning rate is {lr:.4g}")
 
 
 def _load_newest(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:

@@ -4,18 +4,33 @@ import csv
 import io
 import itertools
 import json
+import os
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mealv2.errors import ConfigError
-from mealv2.storage.atomic import list_folder, write_atomic
-from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.errors import ConfigError, MealError
+from mealv2.storage.atomic import TEMPORARY_PREFIX, list_folder, write_atomic
+from mealv2.storage.json_format import canonical_json, parse_json, read_json
+from mealv2.storage.regular_files import open_regular, read_regular
+from mealv2.storage.weight_files import EXPORT_FOLDER
+from pipeline.training.run_lock import LOCK_NAME, RunLock
 
+CONFIG_NAME = "config.json"
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
+SETTINGS_NAME = "archive/settings.json"  # in the zip of a checkpoint; torch wants one folder
+_MAX_SETTINGS_BYTES = 1 << 24
+# what zipfile raises for a damaged file; another part of the run reports it
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, RuntimeError, EOFError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -33,64 +48,106 @@ def has_checkpoint(run: Path) -> bool:
     return bool(checkpoint_paths(run))
 
 
+def saved_settings(run: Path) -> dict[str, Any] | None:
+    """Return the settings in the newest checkpoint that can be read; None without one."""
+    for path in reversed(checkpoint_paths(run)):
+        try:
+            with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as archive:
+                if archive.getinfo(SETTINGS_NAME).file_size > _MAX_SETTINGS_BYTES:
+                    continue
+                value = parse_json(archive.read(SETTINGS_NAME))
+        except _DAMAGED:
+            continue
+        if isinstance(value, dict):
+            return value
+    return None
+
+
 class RunFolder:
     """The folder of one run: settings, metrics.jsonl (per event), summary.csv (per epoch).
 
-    labels.json names the labels that the run is made from.
+    labels.json names the labels that the run is made from. The caller holds ``lock``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: RunLock | None = None) -> None:
         self.path = path
+        self._lock = lock
         self._rows: list[dict[str, Any]] = []
+        self.num_damaged = 0  # lines of metrics.jsonl that were removed
 
     @classmethod
     def create(
         cls,
-        path: Path | None,
+        path: Path,
         config: dict[str, Any],
         *,
-        name: str,
+        lock: RunLock | None = None,
         labels: dict[str, Any] | None = None,
     ) -> "RunFolder":
-        """Make a run folder, under runs/ if not named; raises ConfigError if it holds a run.
+        """Fill the folder that ``prepare_folder`` returned; raises ConfigError if it holds a run.
 
-        ``labels`` describes the labels it is made from. A run without a checkpoint has nothing to
-        lose: its folder is reused.
+        ``labels`` describes the labels it is made from.
         """
-        if path is None:
-            path = _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
         if has_checkpoint(path):
             raise ConfigError(
                 f"{path} already holds a run; continue it with --resume {path}, "
                 "or give another --output"
             )
-        _check_is_free(path)
-        path.mkdir(parents=True, exist_ok=True)
-        # a run repeated with --config gets a folder of its own
-        config = {**config, "output": None, "resume": None}
-        write_atomic(path / "config.json", canonical_json(config).encode())
+        run = cls(path, lock)
+        _remove_temporary_files(path)
+        run.write_config(config)
         if labels is not None:
             write_atomic(path / LABELS_NAME, canonical_json(labels).encode())
-        run = cls(path)
         run.metrics_path.write_bytes(b"")
         return run
 
     @classmethod
-    def reopen(cls, path: Path, *, epoch: int, step: int) -> "RunFolder":
+    def reopen(
+        cls, path: Path, *, epoch: int, step: int, lock: RunLock | None = None
+    ) -> "RunFolder":
         """Open a run folder to continue after ``epoch`` complete epochs and ``step`` steps.
 
-        Log lines after that point are dropped: those steps run again.
+        Log lines after that point are dropped: those steps run again. So are damaged lines.
         """
-        run = cls(path)
+        run = cls(path, lock)
+        _remove_temporary_files(path)
         if run.summary_path.exists():
-            with run.summary_path.open(newline="", encoding="utf-8") as file:
-                rows = [dict(row) for row in csv.DictReader(file)]
-            run._rows = [row for row in rows if int(row["epoch"]) <= epoch]
+            run._read_rows(epoch)
         if run.metrics_path.exists():
-            lines = run.metrics_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_before(line, epoch=epoch, step=step)]
-            write_atomic(run.metrics_path, "".join(f"{line}\n" for line in kept).encode())
+            lines = read_regular(run.metrics_path).splitlines()
+            events = [_parsed(line) for line in lines]
+            # half a last line is what kill -9 leaves
+            run.num_damaged = sum(event is None for event in events[:-1])
+            kept = [
+                line
+                for line, event in zip(lines, events, strict=True)
+                if event is not None and _is_before(event, epoch=epoch, step=step)
+            ]
+            write_atomic(run.metrics_path, b"".join(line + b"\n" for line in kept))
         return run
+
+    def _read_rows(self, epoch: int) -> None:
+        """Read summary.csv up to an epoch; raises MealError if it is damaged."""
+        try:
+            text = read_regular(self.summary_path).decode()
+            rows = [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+            self._rows = [row for row in rows if int(row["epoch"]) <= epoch]
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise MealError(
+                f"{self.summary_path} is damaged ({error}); move it away: the run continues "
+                "without the rows of its earlier epochs"
+            ) from None
+
+    def require_lock(self) -> None:
+        """Raise MealError if another process took over the run."""
+        if self._lock is not None:
+            self._lock.require_held()
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.json, without the paths of the run: a repeated run gets its own folder."""
+        # --auto-resume only found this folder
+        config = {**config, "output": None, "resume": None, "auto_resume": False}
+        write_atomic(self.path / CONFIG_NAME, canonical_json(config).encode())
 
     @property
     def metrics_path(self) -> Path:
@@ -111,7 +168,16 @@ class RunFolder:
     def report(self) -> dict[str, Any] | None:
         """Return report.json of a finished run; None before."""
         path = self.path / REPORT_NAME
-        return dict(read_json(path)) if path.exists() else None
+        try:
+            return dict(read_json(path)) if path.exists() else None
+        except (ValueError, TypeError) as error:
+            raise MealError(
+                f"{path} is damaged ({error}); remove it: the same command writes it again"
+            ) from None
+
+    def remove_report(self) -> None:
+        """Remove report.json of a finished run that is lengthened."""
+        (self.path / REPORT_NAME).unlink(missing_ok=True)
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json: the run is finished."""
@@ -137,8 +203,36 @@ class ReadOnlyRunFolder(RunFolder):
     def write_report(self, report: dict[str, Any]) -> None:
         """Write nothing."""
 
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def remove_report(self) -> None:
+        """Remove nothing."""
+
     def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Write nothing."""
+
+
+def prepare_folder(path: Path | None, *, name: str) -> Path:
+    """Return the folder for a new run, made under runs/ if it is not named.
+
+    Raises ConfigError for a folder of something else. A run without a checkpoint has nothing to
+    lose: its folder is used again.
+    """
+    if path is None:
+        return _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if not has_checkpoint(path):
+        _check_is_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _remove_temporary_files(run: Path) -> None:
+    """Remove what a killed training of this run was writing; the caller holds the lock."""
+    for folder in (run, run / "checkpoints", run / EXPORT_FOLDER):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _check_is_free(path: Path) -> None:
@@ -147,7 +241,7 @@ def _check_is_free(path: Path) -> None:
         return
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; --output is a folder to make")
-    names = list_folder(path)
+    names = [name for name in list_folder(path) if name != LOCK_NAME]
     if names and not ("config.json" in names and "metrics.jsonl" in names):
         raise ConfigError(
             f"{path} is not empty and has no run ({names[0]}, …); give another --output"
@@ -159,13 +253,19 @@ def _check_is_free(path: Path) -> None:
         raise ConfigError(f"the run in {path} has lost its checkpoints; give another --output")
 
 
-def _is_before(line: str, *, epoch: int, step: int) -> bool:
-    """Return whether a line of metrics.jsonl is of that point or before (half a line: no)."""
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line of metrics.jsonl; None for a damaged line."""
     try:
-        event = json.loads(line)
-    except ValueError:
-        return False
-    return int(event["step"]) <= step if "step" in event else int(event["epoch"]) <= epoch
+        event = json.loads(line)  # parse_json would refuse a figure that is not finite
+        at = event["step"] if "step" in event else event["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return event if type(at) is int else None
+
+
+def _is_before(event: dict[str, Any], *, epoch: int, step: int) -> bool:
+    """Return whether an event is of that point or before."""
+    return bool(event["step"] <= step if "step" in event else event["epoch"] <= epoch)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

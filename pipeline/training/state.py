@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from mealv2.errors import DataError, LabelSetError
+from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.models import Classifier
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_rank
+from pipeline.training import image_list
 from pipeline.training.meters import Meter
 from pipeline.training.spec import TrainingSpec
 
@@ -97,6 +98,7 @@ class TrainingState:
             "rng_cuda": None if rng_cuda is None else torch.cat(self._ranks.all_gather(rng_cuda)),
             "data_sha256": self._data_sha256,
             "labels": self._spec.labels,
+            "preprocessing": self._preprocessing(),
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
@@ -145,11 +147,36 @@ class TrainingState:
         advice = "restore them, or start a new run"
         if state["data_sha256"] != self._data_sha256:
             name = self._spec.source.name
-            raise DataError(f"the images of {name} are not those this run started with; {advice}")
+            differences = self._image_differences()
+            raise DataError(
+                f"the images of {name} are not those this run started with{differences}; {advice}"
+            )
         before, now = state["labels"] or {}, self._spec.labels or {}
         for name, what in (("plan_sha256", "labels"), ("teachers", "teachers' weights")):
             if before.get(name) != now.get(name):
-                raise LabelSetError(f"the {what} are not those this run started with; {advice}")
+                hashes = ""
+                if name == "plan_sha256":
+                    hashes = f" (plan {str(before.get(name))[:8]}, here {str(now.get(name))[:8]})"
+                raise LabelSetError(
+                    f"the {what} are not those this run started with{hashes}; {advice}"
+                )
+        if state["preprocessing"] != self._preprocessing():
+            raise ConfigError(
+                f"the student was trained with mean and std {state['preprocessing']}, this "
+                f"--initial-checkpoint has {self._preprocessing()}; give the one it started from"
+            )
+
+    def _preprocessing(self) -> list[list[float]]:
+        found = self._spec.student.preprocessing
+        return [list(found.mean), list(found.std)]
+
+    def _image_differences(self) -> str:
+        """Return how the images differ from those of the run to resume, as far as it is known."""
+        kept = None if self._config.resume is None else image_list.read(self._config.resume)
+        found = "" if kept is None else kept.differences(self._spec.source)
+        only_missing = " missing" in found and " new" not in found and " changed" not in found
+        advice = " (--on-bad-image skip skips them)" if only_missing else ""
+        return f": {found}{advice}" if found else ""
 
 
 def _make_optimizer(
