@@ -85,7 +85,7 @@ def main() -> None:
     """Run the command line and exit with the documented code."""
     if (code := env.saved_exit_code()) is not None:
         sys.exit(code)
-    if env.is_child_process():
+    if env.has_parent():
         processes.end_with_parent()
     try:
         cli.main(standalone_mode=False)

@@ -145,12 +145,17 @@ def child_environment(count: int, *, urls: Iterable[str] = ()) -> dict[str, str]
     threads = str(max(1, num_cores() // count))
     known = " ".join([*urls, *url_credentials()])
     secrets = {CREDENTIALS_VARIABLE: known} if known else {}
-    return {"OMP_NUM_THREADS": threads, **os.environ, **secrets, _CHILD_PROCESS: "1"}
+    return {"OMP_NUM_THREADS": threads, **os.environ, **secrets, _CHILD_PROCESS: str(os.getpid())}
 
 
 def is_child_process() -> bool:
     """Return whether --num-procs started this process; the parent writes to the user."""
     return _CHILD_PROCESS in os.environ
+
+
+def has_parent() -> bool:
+    """Return whether this process has to end with the one that started it by --num-procs."""
+    return os.environ.get(_CHILD_PROCESS, str(os.getpid())) != str(os.getpid())
 
 
 def cache_folder() -> Path:

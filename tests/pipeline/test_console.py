@@ -16,7 +16,7 @@ import pytest
 from mealv2.errors import ConfigError
 from pipeline import console, display_names
 from pipeline.training import checkpoint
-from pipeline.training.run_folder import REPORT_NAME, RunFolder
+from pipeline.training.run_folder import REPORT_NAME, RunFolder, prepare_folder
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ def test_progress_on_a_dumb_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tmp_path / "run", {"lr": 0.1, "output": "here"}, name="x")
+    return RunFolder.create(
+        prepare_folder(tmp_path / "run", name="x"), {"lr": 0.1, "output": "here"}
+    )
 
 
 def test_run_folder_keeps_the_config_without_its_own_place(run: RunFolder) -> None:
@@ -139,14 +141,14 @@ def test_run_folder_keeps_the_config_without_its_own_place(run: RunFolder) -> No
 def test_folder_with_a_checkpoint_is_not_used_again(run: RunFolder) -> None:
     checkpoint.save(run.path, {}, step=1, keep=1)
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
-        RunFolder.create(run.path, {}, name="x")
+        RunFolder.create(run.path, {})
 
 
 def test_unnamed_folders_are_made_under_runs_one_for_each_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = [RunFolder.create(None, {}, name="distill-m").path for _ in range(3)]
+    paths = [prepare_folder(None, name="distill-m") for _ in range(3)]
     assert len(set(paths)) == 3, "runs that begin in the same second share a folder"
     assert all(path.parent == Path("runs") and path.is_dir() for path in paths)
     assert all(path.name.startswith("distill-m-") for path in paths)

@@ -44,6 +44,7 @@ def test_run_folder_holds_config_metrics_summary_checkpoints_and_student(finishe
         "checkpoints/step-00000005.pt",
         "checkpoints/step-00000010.pt",
         "config.json",
+        "images.json.gz",
         "labels.json",
         "metrics.jsonl",
         "report.json",
@@ -205,8 +206,9 @@ def test_folder_of_another_run_is_refused_untouched(
     run_cli: Run, distill_flags: list[str], finished: Path, contents: Callable[..., Any]
 ) -> None:
     before = contents(finished)
-    result = run_cli(*distill_flags, "--output", finished)
-    assert result.code == 2
+    result = run_cli(*distill_flags, "--lr", 0.5, "--output", finished)
+    assert (result.code, len(result.stderr.splitlines())) == (2, 1)
+    assert "(--lr: 0.01 in the run, 0.5 in this command)" in result.stderr
     assert f"--resume {finished}" in result.stderr
     assert contents(finished) == before
 
@@ -405,7 +407,7 @@ def test_finished_run_is_reported_again(
     "flags",
     [
         ["--lr", 0.5],
-        ["--epochs", 3],
+        ["--epochs", 1],
         ["--seed", 1],
         ["--batch-size", 9],
         ["--discriminator", "official"],
@@ -503,10 +505,15 @@ def test_run_is_not_continued_on_other_images(
 ) -> None:
     done(*finetune_flags, "--data-dir", own_data, "--output", run)
     (run / "report.json").unlink()
-    next((own_data / "train" / "ants").iterdir()).unlink()
+    gone = own_data / "train" / "ants" / "00.jpg"
+    shutil.move(gone, gone.with_name("new.jpg"))
+    (own_data / "train" / "bees" / "00.jpg").write_bytes(b"another")
     result = run_cli("finetune", "--resume", run)
     assert (result.code, len(result.stderr.splitlines())) == (1, 1)
-    assert "are not those this run started with" in result.stderr
+    assert (
+        "are not those this run started with: 1 missing (ants/00.jpg), 1 new (ants/new.jpg), "
+        "1 changed (bees/00.jpg); restore" in result.stderr
+    )
 
 
 def test_run_is_not_continued_on_labels_made_anew(
@@ -552,17 +559,37 @@ def test_teachers_given_by_a_relative_path_are_found_from_another_folder(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("epochs", "ten"), ("cutmix_target", "zzz"), ("amp", 3), ("teacher", "x")]
+    ("name", "value", "kept"),
+    [
+        ("batch_size", 2, 8),
+        ("seed", 1, 0),
+        ("epochs", 3, 2),
+        ("hard_label_weight", 0.1, 0.0),
+        ("data_dir", "/elsewhere", None),
+        ("epochs", "ten", 2),
+        ("cutmix_target", "zzz", None),
+        ("amp", 3, False),
+        ("teacher", "x", []),
+    ],
 )
 def test_settings_of_a_run_that_were_changed_by_hand_are_named(
-    run_cli: Run, finished: Path, run: Path, name: str, value: object
+    run_cli: Run,
+    finished: Path,
+    run: Path,
+    contents: Callable[..., dict[str, bytes]],
+    name: str,
+    value: object,
+    kept: object,
 ) -> None:
     shutil.copytree(finished, run)
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**settings, name: value}))
+    before = contents(run)
+    kept = settings[name] if name == "data_dir" else kept
     result = run_cli("distill", "--resume", run)
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
-    assert f"--{name.replace('_', '-')} cannot be {value!r}" in result.stderr
+    assert f"{name} {kept} in the checkpoint, {value} in {run}/config.json" in result.stderr
+    assert contents(run) == before
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(
