@@ -23,6 +23,8 @@ from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.cache import Cache, locked
+from mealv2.storage.json_format import MAX_JSON_BYTES
+from mealv2.storage.regular_files import read_regular
 from mealv2.storage.transfer import File
 from mealv2.storage.urls import PIPE, beside, file_name, shown
 
@@ -93,7 +95,7 @@ class RemoteTar:
         copy = self._cache.path_of(self._url, version=self._version)
         path = copy.with_name(copy.name + INDEX_SUFFIX)
         with suppress(OSError, DataError):  # a missing or damaged one is created again
-            return index_of_bytes(path.read_bytes(), str(path))
+            return index_of_bytes(read_regular(path, max_bytes=MAX_JSON_BYTES), str(path))
         while True:
             self.fetch()
             try:

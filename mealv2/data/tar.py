@@ -1,6 +1,5 @@
 """WebDataset tar shards as an image source: images by position, over many tar files."""
 
-import os
 import zlib
 from array import array
 from bisect import bisect_right
@@ -19,6 +18,7 @@ from mealv2.data.pack_index import ADVICE_RERUN
 from mealv2.data.tar_index import MAX_CLASSES, ShardIndex, index_path, index_shard, read_index
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import OpenFiles
+from mealv2.storage.regular_files import open_regular
 
 _INDEX_THREADS = 16  # on a cold disk or a network share every header is a read of its own
 _MAX_OPEN = 64  # files of a process; the usual limit is 1024, on some systems 256
@@ -60,7 +60,7 @@ class LocalTar:
 
     def open(self) -> int:
         """Return a descriptor to read it."""
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(self.path)
 
 
 class TarShards(UnorderedSource):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mealv2.errors import LabelSetError
+from mealv2.storage.regular_files import read_regular
 
 # torch has a storage class for each element type
 _STORAGES = {
@@ -64,7 +65,7 @@ def read_arrays(path: Path) -> list[np.ndarray]:
     Reads protocol 2, torch's default, from a zip (and compares its checksums) or in the format
     before torch 1.6. Raises OSError, and LabelSetError for any other file.
     """
-    data = path.read_bytes()
+    data = read_regular(path)
     try:
         value, stored = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
         if not isinstance(value, list | tuple) or len(value) != 3:

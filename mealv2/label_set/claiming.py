@@ -10,6 +10,7 @@ from mealv2.label_set.manifest import PLAN_NAME, read_manifest, read_plan
 from mealv2.label_set.shard_file import ShardFile
 from mealv2.storage.atomic import list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json, json_sha256
+from mealv2.storage.regular_files import read_regular
 
 _SHARD = re.compile(r"(train|val)-\d+(-views-\d+-\d+)?\.h5")
 _MAX_DIFFERENCES = 3
@@ -37,7 +38,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
     num_matching, num_other = evidence.count(True), evidence.count(False)
     if num_matching < num_other or (num_matching == num_other > 0 and shards_match is False):
         raise _other_label_set(folder, plan)
-    if num_matching and not (plan_matches and (folder / PLAN_NAME).read_bytes() == data):
+    if num_matching and not (plan_matches and read_regular(folder / PLAN_NAME) == data):
         write_atomic(folder / PLAN_NAME, data)
     elif not num_matching:
         if names and PLAN_NAME not in names:

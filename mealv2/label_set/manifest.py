@@ -15,12 +15,14 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import (
+    MAX_JSON_BYTES,
     canonical_json,
     json_sha256,
     own_sha256,
     parse_json,
     with_own_sha256,
 )
+from mealv2.storage.regular_files import read_regular
 
 FORMAT = "mealv2 label set"
 PLAN_NAME = "plan.json"
@@ -29,6 +31,7 @@ UNKNOWN = "unknown"  # in the plan of imported labels, for example a hash of wei
 _ADVICE = "run the command that made the set again: it writes the file from the shards"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
 _OWN_SHA256 = "manifest_sha256"
+_MAX_SHARDS = 1 << 24  # of a split: a larger number of images is a damaged one
 
 
 def shard_name(split: str, number: int, views: range | None = None) -> str:
@@ -53,7 +56,11 @@ def planned_ranges(plan: dict[str, Any], split: str) -> list[range]:
     entry = plan["roles"][split]
     sizes = entry.get("shard_sizes")
     if sizes is None:
-        return shard_ranges(entry["num_images"], plan["shard_size"])
+        num_images, shard_size = entry["num_images"], plan["shard_size"]
+        is_count = type(num_images) is int and type(shard_size) is int and shard_size > 0
+        if not is_count or not 0 <= num_images <= _MAX_SHARDS * shard_size:
+            raise ValueError(f"{num_images} images in shards of {shard_size}")
+        return shard_ranges(num_images, shard_size)
     if sum(sizes) != entry["num_images"] or not all(size > 0 for size in sizes):
         raise ValueError(f"the shards have {sum(sizes)} images, not {entry['num_images']}")
     ends = itertools.accumulate(sizes)
@@ -129,7 +136,7 @@ def listed_shards(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def describe_file(path: Path, *, num_images: int, data: bytes | None = None) -> dict[str, Any]:
     """Return the manifest's entry of a shard; ``data`` is the content if it was read before."""
-    data = path.read_bytes() if data is None else data
+    data = read_regular(path) if data is None else data
     return {
         "name": path.name,
         "bytes": len(data),
@@ -141,7 +148,7 @@ def describe_file(path: Path, *, num_images: int, data: bytes | None = None) -> 
 
 def _read_bytes(path: Path, missing: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, max_bytes=MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise LabelSetError(f"no {path}: {missing}") from None
     except IsADirectoryError:

@@ -9,6 +9,8 @@ from mealv2.data.content_hash import content_line
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import creating_command, describe_file, planned_ranges, shard_name
 from mealv2.label_set.shard_file import ShardFile
+from mealv2.label_set.shard_head import read_head
+from mealv2.storage.regular_files import read_regular
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def planned_shards(plan: dict[str, Any]) -> list[PlannedShard]:
 def check_shard(folder: Path, shard: PlannedShard, plan_sha256: str) -> CheckedShard:
     """Read and check a shard; raises LabelSetError, FileNotFoundError, or another OSError."""
     path = folder / shard.name
-    data = path.read_bytes()  # replacing a mapped file on a network share kills the process
+    size = read_head(path, with_index=False).size  # checked, so that no larger file is read
+    # in memory: replacing a mapped file on a network share kills the process
+    data = read_regular(path, max_bytes=size)
     file = ShardFile(path, data)
     check_planned_shard(file, shard, plan_sha256)
     entry = describe_file(path, num_images=file.num_images, data=data)

@@ -1,6 +1,5 @@
 """Reading a shard: every byte is checked before use, without an HDF5 library."""
 
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import block_crc
 from mealv2.label_set.shard import LABELS, Images, Shard, StoredViews
 from mealv2.label_set.shard_head import read_head
+from mealv2.storage.regular_files import open_regular
 
 
 class ShardFile:
@@ -97,7 +97,7 @@ class ShardFile:
     def open(self) -> int:
         """Return a descriptor of the file; raises LabelSetError."""
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_regular(self.path)
         except OSError as error:
             raise LabelSetError(f"cannot read shard {self.path}: {error.strerror}") from None
 

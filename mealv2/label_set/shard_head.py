@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +13,7 @@ from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
 from mealv2.label_set.shard import COLUMNS, FORMAT_VERSION, HEAD, HEAD_SIZE, LABELS, MAGIC
 from mealv2.storage.json_format import parse_json
+from mealv2.storage.regular_files import open_regular
 
 _BYTES = (LABELS, "keys")  # columns of bytes, not one entry per image
 _NEEDED = ("keys", "key_ends", "key_hashes", LABELS, "label_ends", "crc32")
@@ -51,7 +53,7 @@ def read_head(path: Path, data: bytes | None = None, *, with_index: bool = True)
     Raises LabelSetError for a damaged file, FileNotFoundError, PermissionError.
     """
     try:
-        with path.open("rb") if data is None else io.BytesIO(data) as file:
+        with os.fdopen(open_regular(path), "rb") if data is None else io.BytesIO(data) as file:
             head = _parse(file)
             if with_index:
                 _check_index(file, head)

@@ -23,7 +23,7 @@ from mealv2.models.probe import check_forward, reason_of
 from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find, split_pin
 from mealv2.models.weights import read_state, state_sha256
 from mealv2.storage.atomic import file_sha256, write_atomic
-from mealv2.storage.json_format import canonical_json
+from mealv2.storage.json_format import canonical_json, parse_json
 from mealv2.storage.weight_files import SAFETENSORS, WEIGHTS_NAME, find_checkpoint, weights_format
 
 CONFIG_NAME = "config.json"
@@ -259,7 +259,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_METADATA_KEY, "{}")
-        stored = json.loads(text)
+        stored = parse_json(text.encode())
     except (SafetensorError, ValueError, OSError) as error:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from None
     return stored if isinstance(stored, dict) else {}

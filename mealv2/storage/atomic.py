@@ -13,6 +13,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from mealv2.storage.regular_files import open_regular
+
 Stamp = tuple[int, int, int]  # size, time and inode of a file
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -33,8 +35,8 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
+    """Return the SHA-256 (hex) of a regular file's bytes; raises OSError."""
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

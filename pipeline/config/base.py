@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
+    MAX_WORKERS,
     REQUIRED,
     check_bounds,
     current_names,
@@ -126,7 +127,9 @@ class SourceConfig(StrictConfig, CacheConfig):
 class ReaderConfig(Settings):
     """Settings of commands that read images."""
 
-    workers: int = in_hardware(2, "Threads that read images; 0: only the main thread.", low=0)
+    workers: int = in_hardware(
+        2, "Threads that read images; 0: only the main thread.", low=0, high=MAX_WORKERS
+    )
     device: str = in_hardware("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one.")
 
     def __post_init__(self) -> None:

@@ -7,9 +7,9 @@ from pipeline.config.base import DEFAULT_IMG_SIZE, SIDE, RuntimeConfig
 from pipeline.config.fields import (
     in_data,
     in_hardware,
+    in_img_size,
     in_model,
     in_results,
-    in_views,
     require,
     split_commas,
     teachers,
@@ -44,7 +44,7 @@ class BenchConfig(RuntimeConfig):
         path=None,
     )
     model: str = in_model("resnet50", "Student: a timm model name; its weights are random.")
-    img_size: int = in_views(DEFAULT_IMG_SIZE, SIDE, low=1)
+    img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)
     batch_size: int | None = in_hardware(
         None, "Views per step and per forward pass.", shown="8 on a CPU, 128 or 256 on a GPU", low=2
     )

@@ -16,6 +16,7 @@ from pipeline.config.base import (
 from pipeline.config.fields import (
     MAX_SEED,
     in_data,
+    in_img_size,
     in_labels,
     in_loss,
     in_run,
@@ -64,8 +65,8 @@ class DistillConfig(CropConfig, TrainConfig):
         None, "With --online: split of --data-dir to train on.", shown="train", alias="split"
     )
     check_images: CheckImages = in_data("first", CHECK_IMAGES)
-    img_size: int | None = in_views(
-        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE), low=1
+    img_size: int | None = in_img_size(
+        None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
     )
     view_seed: int | None = in_views(
         None, "With --online: seed of the views.", shown="0", low=0, high=MAX_SEED

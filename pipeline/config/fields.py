@@ -18,6 +18,8 @@ from mealv2.storage.urls import Location, is_url, located, without_secrets
 
 REQUIRED: Any = dataclasses.MISSING
 MAX_SEED = (1 << 63) - 1
+MAX_IMG_SIZE = 8192  # pixels; a view has 200 MB then
+MAX_WORKERS = 1024  # each reads two batches ahead
 # The headings of --help, in their order.
 GROUPS = (
     *("Labels", "Data", "Views", "Model", "Optimisation", "Loss"),
@@ -99,6 +101,7 @@ argument = partial(setting, REQUIRED, positional=True)
 in_labels = partial(setting, group="Labels")
 in_data = partial(setting, group="Data")
 in_views = partial(setting, group="Views")
+in_img_size = partial(in_views, low=1, high=MAX_IMG_SIZE)
 in_model = partial(setting, group="Model")
 in_optimisation = partial(setting, group="Optimisation")
 in_loss = partial(setting, group="Loss")

@@ -26,6 +26,7 @@ from pipeline.config.fields import (
     argument,
     in_data,
     in_hardware,
+    in_img_size,
     in_labels,
     in_results,
     in_views,
@@ -212,7 +213,7 @@ class LabelsImportConfig(SourceConfig):
         shown="as found in the files; smoothing, not renorm",
     )
     teacher_name: str = in_labels("unknown", "Name of the teacher in the manifest.")
-    img_size: int = in_views(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.", low=1)
+    img_size: int = in_img_size(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.")
     shard_size: int = in_labels(DEFAULT_SHARD_SIZE, "Images per label shard.", low=1)
 
 

@@ -23,6 +23,7 @@ from pipeline.config.fields import (
     MAX_SEED,
     REQUIRED,
     in_data,
+    in_img_size,
     in_labels,
     in_run,
     in_views,
@@ -92,7 +93,7 @@ class PrecomputeConfig(CropConfig, EncodingConfig, SourceConfig, JobsConfig):
         16, "Random views (crops and flips) to label per image.", low=1, high=MAX_VIEWS
     )
     view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
-    img_size: int = in_views(DEFAULT_IMG_SIZE, SIDE, low=1)
+    img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)
     store_logits: bool = in_labels(
         False, "Also store the mean logits of the kept classes, for the discriminator."
     )

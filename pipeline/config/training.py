@@ -25,6 +25,7 @@ from pipeline.config.fields import (
     REQUIRED,
     in_data,
     in_hardware,
+    in_img_size,
     in_model,
     in_optimisation,
     in_run,
@@ -180,7 +181,7 @@ class FinetuneConfig(CropConfig, TrainConfig):
     example = "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20"
 
     train_split: str = in_data("train", "Split of --data-dir to train on.", alias="split")
-    img_size: int = in_views(DEFAULT_IMG_SIZE, SIDE, low=1)
+    img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)
     num_views: int | None = in_views(
         None,
         "Use the views of `distill` with a label set of this many views, in the same order.",

@@ -18,14 +18,15 @@ from pipeline.config.base import (
     StrictConfig,
 )
 from pipeline.config.fields import (
+    MAX_WORKERS,
     REQUIRED,
     argument,
     in_data,
     in_hardware,
+    in_img_size,
     in_model,
     in_results,
     in_run,
-    in_views,
     require,
 )
 
@@ -47,11 +48,10 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
         path="weights",
         need=_MODEL,
     )
-    img_size: int | None = in_views(
+    img_size: int | None = in_img_size(
         None,
         "Side of the centre crop in pixels.",
         shown=f"the size the checkpoint was trained at, or {DEFAULT_IMG_SIZE}",
-        low=1,
     )
     batch_size: int = in_hardware(256, "Images per forward pass.", low=1)
     results_file: Path | None = _results("File for the results, .json or .csv.")
@@ -123,4 +123,6 @@ class DemoConfig(ReaderConfig):
         path="new folder",
     )
     seeds: int = in_run(1, "Students to train, each with a control run on class labels.", low=1)
-    workers: int = in_hardware(0, "Threads that read images; 0: only the main thread.", low=0)
+    workers: int = in_hardware(
+        0, "Threads that read images; 0: only the main thread.", low=0, high=MAX_WORKERS
+    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 import re
 import unicodedata
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 from mealv2.errors import LabelSetError
 from mealv2.label_set import read_manifest
 from mealv2.storage.json_format import read_json
+from mealv2.storage.regular_files import read_regular
 from pipeline.config import (
     NO_SPLIT,
     DistillConfig,
@@ -22,7 +22,7 @@ from pipeline.config import (
     plain,
 )
 from pipeline.runtime.device import library_versions
-from pipeline.training.run_folder import LABELS_NAME, REPORT_NAME
+from pipeline.training.run_folder import LABELS_NAME, METRICS_NAME, REPORT_NAME, parse_event
 
 SHOWN_CLASSES = 20
 
@@ -244,10 +244,10 @@ def _object(path: Path) -> dict[str, Any]:
 def _date_of(run: Path, report: dict[str, Any]) -> str | None:
     """Return the UTC date of the last validation, from metrics.jsonl."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for event in map(json.loads, reversed(lines)):
+        lines = read_regular(run / METRICS_NAME).splitlines()
+        for event in filter(None, map(parse_event, reversed(lines))):
             if (event.get("event"), event.get("epoch")) == ("validation", report.get("epochs")):
                 return f"{datetime.fromtimestamp(event['time'], UTC):%Y-%m-%d}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         pass
     return None

@@ -16,6 +16,7 @@ from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
+from mealv2.storage.regular_files import read_regular
 from mealv2.views import BOX_UNIT, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
@@ -70,7 +71,7 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
     path = config.output / _PLAN_NAME
     config.output.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        if path.read_bytes() != canonical_json(plan).encode():
+        if read_regular(path) != canonical_json(plan).encode():
             raise ConfigError(f"--output {config.output} has another export; give a new folder")
         return
     if names := list_folder(config.output):

@@ -22,6 +22,7 @@ from mealv2.label_set.blocks import key_hash
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import file_sha256
 from mealv2.storage.json_format import canonical_json
+from mealv2.storage.regular_files import read_regular
 from mealv2.storage.urls import shown
 from mealv2.views import DrawnViews
 from pipeline import console
@@ -100,7 +101,7 @@ def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
 
 def _plan_problem(path: Path, plan: dict[str, Any]) -> str | None:
     try:
-        is_same = path.read_bytes() == canonical_json(plan).encode()
+        is_same = read_regular(path) == canonical_json(plan).encode()
         return None if is_same else "differs from the plan in the manifest"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

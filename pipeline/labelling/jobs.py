@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, IncompleteError
+from mealv2.storage.regular_files import read_regular
 from pipeline import console
 from pipeline.config import JobsConfig
 from pipeline.labelling.annotate import Annotator
@@ -63,7 +64,7 @@ def choose_job(config: JobsConfig) -> Job:
 
 def _read_names(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"--shard-list {path} cannot be read: {error}") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))

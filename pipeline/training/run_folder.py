@@ -22,6 +22,7 @@ from mealv2.storage.weight_files import EXPORT_FOLDER
 from pipeline.training.run_lock import LOCK_NAME, RunLock
 
 CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
 SETTINGS_NAME = "archive/settings.json"  # in the zip of a checkpoint; torch wants one folder
@@ -115,7 +116,7 @@ class RunFolder:
             run._read_rows(epoch)
         if run.metrics_path.exists():
             lines = read_regular(run.metrics_path).splitlines()
-            events = [_parsed(line) for line in lines]
+            events = [parse_event(line) for line in lines]
             # half a last line is what kill -9 leaves
             run.num_damaged = sum(event is None for event in events[:-1])
             kept = [
@@ -152,7 +153,7 @@ class RunFolder:
     @property
     def metrics_path(self) -> Path:
         """The path of the events, one JSON object a line."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_NAME
 
     @property
     def summary_path(self) -> Path:
@@ -253,7 +254,7 @@ def _check_is_free(path: Path) -> None:
         raise ConfigError(f"the run in {path} has lost its checkpoints; give another --output")
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parse_event(line: bytes) -> dict[str, Any] | None:
     """Return the event of a line of metrics.jsonl; None for a damaged line."""
     try:
         event = json.loads(line)  # parse_json would refuse a figure that is not finite
