@@ -97,17 +97,17 @@ def run_lock(run: Path) -> Iterator[RunLock]:
     Raises ConfigError that names the holder, OSError.
     """
     job, restarts = env.slurm_job()
-    mine = Holder(
+    own = Holder(
         this_process(), job, restarts, time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
     )
-    path, data = run / LOCK_NAME, canonical_json(asdict(mine)).encode()
+    path, data = run / LOCK_NAME, canonical_json(asdict(own)).encode()
     # a file system without links would replace an existing lock, so look first
     while path.exists() or not write_atomic(path, data, replace=False):
         with suppress(FileNotFoundError):  # released just now
             stale = Holder.read(path)
-            _require_stale(run, stale, mine)
+            _require_stale(run, stale, own)
             _remove(path, stale)
-    lock = RunLock(run, mine.token)
+    lock = RunLock(run, own.token)
     try:
         lock.require_held()
         yield lock
@@ -126,10 +126,10 @@ def require_unlocked(run: Path) -> None:
             raise _locked(run, holder)
 
 
-def _require_stale(run: Path, holder: Holder | None, mine: Holder) -> None:
+def _require_stale(run: Path, holder: Holder | None, own: Holder) -> None:
     """Return if a lock may be taken over, perhaps after a wait; raises ConfigError if not."""
     if holder is not None:
-        if holder.job is not None and holder.job == mine.job and holder.restarts < mine.restarts:
+        if holder.job is not None and holder.job == own.job and holder.restarts < own.restarts:
             return  # Slurm started this job again
         if (runs := is_running(holder.process)) is not None:
             if runs:
