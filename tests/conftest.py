@@ -403,6 +403,7 @@ class Spawned:
     """``mealv2 ARGS`` in a process group of its own; stderr goes to a file that can be watched."""
 
     def __init__(self, args: tuple[object, ...], folder: Path) -> None:
+        self.folder = folder  # TMPDIR
         self._err = folder / "stderr.txt"
         self._out = folder / "stdout.txt"
         with self._out.open("wb") as out, self._err.open("wb") as err:

@@ -131,7 +131,10 @@ class RunFolder:
         """Read summary.csv up to an epoch; raises MealError if it is damaged."""
         try:
             text = read_regular(self.summary_path).decode()
-            rows = [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            if "epoch" not in (reader.fieldnames or ()):
+                raise ValueError("it has no column epoch")
+            rows = [dict(row) for row in reader]
             self._rows = [row for row in rows if int(row["epoch"]) <= epoch]
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise MealError(

@@ -1,6 +1,7 @@
 """pipeline.labelling.jobs and workers: jobs divide the shards, and it is one process's set."""
 
 import os
+import select
 import shutil
 import signal
 from collections.abc import Callable
@@ -553,6 +554,29 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(
     done(*flags)
     final = {n: d for n, d in contents(out).items() if not n.startswith(".tmp-")}
     assert final == contents(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_processes_end_with_their_parent_and_leave_no_temporary_folder(
+    spawn: Callable[..., Spawned],
+    precompute_flags: list[str],
+    out: Path,
+    number: signal.Signals,
+) -> None:
+    flags = ["--num-views", 4000, "--shard-size", 2, "--num-procs", 2, "--output", out]
+    engine = spawn(*precompute_flags, *flags)
+    engine.until(lambda: list(out.glob("*.h5")))
+    children = [os.pidfd_open(pid) for pid in children_of(engine.process.pid)]
+    assert len(children) == 2
+    os.kill(engine.process.pid, number)  # it alone
+    assert engine.process.wait(timeout=60) == -number
+    for child in children:
+        assert select.select([child], [], [], 10)[0], "it outlives its parent"
+        os.close(child)
+    folder = engine.folder
+    assert not [path for path in folder.iterdir() if path.name not in ("stderr.txt", "stdout.txt")]
 
 
 @pytest.mark.slow

@@ -205,8 +205,9 @@ def test_a_longer_cosine_ends_later(
     assert rates == pytest.approx({0: 0.01, 1: 0.005})
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_is_lengthened_continues_with_its_new_epochs(
-    done: Run, spawn: Callable[..., Spawned], finished: Path, run: Path, tmp_path: Path
+    spawn: Callable[..., Spawned], finished: Path, run: Path
 ) -> None:
     shutil.copytree(finished, run)
     process = spawn("finetune", "--resume", run, "--epochs", 500)
@@ -298,6 +299,7 @@ def test_a_hangup_saves_as_a_termination_does(
     assert list((run / "checkpoints").glob("step-*.pt"))
 
 
+@pytest.mark.slow
 def test_a_training_under_nohup_ignores_a_hangup(
     spawn: Callable[..., Spawned], finetune_flags: list[str], run: Path
 ) -> None:
@@ -347,7 +349,7 @@ def test_damaged_lines_of_the_log_are_removed_and_counted(
     assert [event["step"] for event in events(half, "train")] == list(range(1, 7))
 
 
-@pytest.mark.parametrize("name", ["summary.csv", "report.json", "config.json", "labels.json"])
+@pytest.mark.parametrize("name", ["summary.csv", "report.json", "config.json"])
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"epoch\nx\n"], ids=range(3))
 def test_a_damaged_file_of_a_run_is_named_in_one_line(
     run_cli: Run, finished: Path, run: Path, name: str, content: bytes
@@ -355,9 +357,6 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
     shutil.copytree(finished, run)
     (run / name).write_bytes(content)
     result = run_cli("finetune", "--resume", run)
-    if name == "labels.json":  # a run on class labels has none
-        assert result.code == 0
-        return
     assert result.code in (1, 2)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("mealv2: ")
