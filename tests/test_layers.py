@@ -46,7 +46,16 @@ ALLOWED = {
 TORCH_FREE = ("pipeline.config", "pipeline.display_names", "pipeline.runtime.env")
 
 # Optional packages, imported where they are used; and a part of torch that some builds lack.
-OPTIONAL = {"aiohttp", "onnx", "onnxruntime", "pi_heif", "pillow_heif", "pyarrow", "scipy", "sklearn"}
+OPTIONAL = {
+    "aiohttp",
+    "onnx",
+    "onnxruntime",
+    "pi_heif",
+    "pillow_heif",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+}
 OPTIONAL |= {"torch.distributed.rendezvous"}
 
 MAX_FUNCTION, MAX_FILE = 60, 350

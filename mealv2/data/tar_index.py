@@ -311,8 +311,10 @@ def _parsed(value: dict[str, Any]) -> TarIndex | None:
         return None
     if (left_out := LeftOut.from_json(value.get("left_out"))) is None:
         return None
-    columns += [hashes, originals_Q]
-    return TarIndex(ShardIndex(keys, *columns, left_out), num_bytes, sha256)
+    labels, sizes, offsets, heads, crcs, original_sizes = columns
+    before_packing = original_sizes, hashes, originals_Q
+    images = ShardIndex(keys, labels, sizes, offsets, heads, crcs, *before_packing, left_out)
+    return TarIndex(images, num_bytes, sha256)
 
 
 def _hex(hashes: "array[int]") -> str:

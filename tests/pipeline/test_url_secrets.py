@@ -177,7 +177,7 @@ def test_a_batch_script_has_no_secret(
     run_cli: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = with_data(precompute_flags, private)[1:] + ["--output", tmp_path / "labels"]
+    flags = [*with_data(precompute_flags, private)[1:], "--output", tmp_path / "labels"]
     refused = run_cli("slurm", "precompute", "--print", *flags)
     assert refused.code == 2
     assert "--data-dir: a batch script does not keep the password" in refused.stderr
