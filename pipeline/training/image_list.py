@@ -130,3 +130,9 @@ class _WithDeleted:
         if found is None:
             raise DataError("it was deleted after the run had started")
         return self._source.read(found)
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of an image before it was packed."""
+        found = self._positions[position]
+        assert found is not None, "a deleted image has no bytes"
+        return self._source.original_hash(found, data)
