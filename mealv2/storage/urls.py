@@ -19,7 +19,7 @@ _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _IN_COMMAND = re.compile(r"://([^\s'\"/@]*@)?([^\s'\"?#|;<>()]*)([?#][^\s'\"|;<>()]*)?")
 # options and headers of a command with a secret; a variable of the shell is none
 _SECRET_WORD = re.compile(
-    r"""((?:authorization|[a-z-]*(?:token|api-?key|secret)):\s*(?:(?:bearer|basic|token)\s+)?
+    r"""((?:authorization|[a-z-]*(?:token|api-?key|secret)):\s*(?:(?:bearer|basic|token)\s+)?+
     |(?<!\S)(?:-u|--user|--password|--http-password|--token|--oauth2-bearer)[\s=]\s*["']?)
     (?!["']?\$)[^\s'"]+""",
     re.IGNORECASE | re.VERBOSE,

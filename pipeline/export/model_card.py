@@ -143,9 +143,7 @@ def _teachers(history: History) -> list[str]:
     if known := history.plan.get("teachers") or history.online_teachers:
         return [str(teacher["model"]) for teacher in known]
     given = history.settings.get("teacher") or []
-    return [
-        spec.partition("=")[0].strip() for spec in given
-    ]  # config.json has one spec per teacher
+    return [spec.partition("=")[0].strip() for spec in given]  # one spec per teacher
 
 
 def _data(history: History) -> str:

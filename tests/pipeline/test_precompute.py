@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from cases import mostly_slow
 from conftest import FORMS, Result, Spawned
+from mealv2.data.content_hash import content_hash, hash_text
 from mealv2.data.folder import ImageFolder
 from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
 from mealv2.losses import compress_logits
@@ -764,6 +765,7 @@ def test_shard_keeps_place_reason_bytes_and_class_of_its_skipped_images(
             "reason": reasons[name.partition("/")[0]]["skipped"][name.partition("/")[2]],
             "bytes": (bad_data / name).stat().st_size,
             "class": class_id,
+            "content_hash": hash_text(content_hash((bad_data / name).read_bytes())),
         }
         for name, (shard, position, class_id) in addresses.items()
     }

@@ -267,7 +267,7 @@ def test_a_stream_is_written_and_not_read(tmp_path: Path) -> None:
 
 def test_what_was_left_out_is_in_the_index(tmp_path: Path) -> None:
     files = [("README", b""), ("a.jpg", b"1"), ("a.cls", b"0"), ("a.json", b"{}")]
-    index = create_index(write_tar(tmp_path / "a.tar", files), [1])
+    index = create_index(write_tar(tmp_path / "a.tar", files), [1], [(2, 3)])
     found = index_of_bytes(index_bytes(index), "a").images.left_out
     assert found == index.images.left_out
     assert (found.counts, found.num_metadata) == ({"no extension": 1}, 1)

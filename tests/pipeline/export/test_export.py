@@ -429,7 +429,7 @@ def test_teachers_and_recipe_are_named_without_their_folders(
 ) -> None:
     run = Path(shutil.copytree(distilled, tmp_path / "run"))
     settings = json.loads((run / "config.json").read_text())
-    settings |= {"teacher": ["one=/secret/a,two", "three=/secret/b"], "recipe": "/secret/r.toml"}
+    settings |= {"teacher": ["one=/secret/a", "two", "three=/secret/b"], "recipe": "/secret/r.toml"}
     settings["labels"] = None
     (run / "config.json").write_text(json.dumps(settings))
     text = card(run)

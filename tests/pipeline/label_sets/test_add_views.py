@@ -179,8 +179,8 @@ def test_an_image_unreadable_meanwhile_stops_or_is_left_out(
     folder = copied(make_set("--topk", 2))
     _spoil(own_data / "train" / "ants" / "01.jpg")
     refused = run_cli(*add(folder, "--data-dir", own_data))
-    assert refused.code == 1
-    assert "ants/01.jpg" in refused.stderr
+    assert refused.code == 3
+    assert "ants/01.jpg: it is not the picture that was labelled" in refused.stderr
     assert LabelSet.open(folder).num_views == 4
 
     result = done(*add(folder, "--data-dir", own_data, "--on-bad-image", "skip"))

@@ -69,7 +69,7 @@ def test_dry_run_leaves_a_label_set_alone_that_teachers_would_add_to(
 
 
 def test_dry_run_of_a_run_to_resume_is_refused(run_cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"data_dir": "d", "labels": "l", "model": "m"}')
     result = run_cli("distill", "--resume", tmp_path, "--dry-run")
     assert result.code == 2
     assert result.stderr.count("\n") == 1

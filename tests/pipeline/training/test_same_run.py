@@ -289,7 +289,9 @@ def test_a_damaged_list_of_images_is_named(finished: Path, run: Path) -> None:
 def test_a_hangup_saves_as_a_termination_does(
     spawn: Callable[..., Spawned], done: Run, finetune_flags: list[str], run: Path
 ) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
     process = spawn(*finetune_flags, "--epochs", 200, "--val-split", "none", "--output", run)
+    signal.signal(signal.SIGHUP, before)
     metrics = run / "metrics.jsonl"
     process.until(lambda: metrics.exists() and '"train"' in metrics.read_text())
     process.signal(signal.SIGHUP)
