@@ -9,6 +9,8 @@ no path: two runs of the same code print the same lines. Equal lines mean equal 
 
     shards       names and bytes of all files of a label set but its manifest
     manifest     the manifest
+    columns      every column of the shards but NEW_COLUMNS: a change of the format that adds one
+                 changes the two lines above and leaves this one equal
     weights      the student: names, shapes and bits of its tensors
     figures      the cells of summary.csv (losses, accuracies), whatever the columns are called
     checkpoint   the floating-point tensors of the last checkpoint (student, discriminator,
@@ -38,6 +40,7 @@ from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the order of a sum depends on the threads
 
+import h5py
 import numpy as np
 import safetensors.torch
 import torch
@@ -48,6 +51,7 @@ CLASSES = tuple("abcdefgh")
 IMAGES = {"train": 6, "val": 2}  # of a class
 IMG_SIZE = 48
 IMAGES_PER_TAR = 20
+NEW_COLUMNS = {"content_hashes"}  # since 2026-11-29
 Digests = dict[str, str]
 
 # --- the flags, all of them -----------------------------------------------------------------------
@@ -188,7 +192,23 @@ def label_set_digests(folder: Path) -> Digests:
         if path.is_file() and path.name != "manifest.json":
             _update(shards, path.relative_to(folder).as_posix().encode())
             _update(shards, path.read_bytes())
-    return {"shards": shards.hexdigest(), "manifest": manifest.hexdigest()}
+    return {
+        "shards": shards.hexdigest(),
+        "manifest": manifest.hexdigest(),
+        "columns": _columns_digest(folder),
+    }
+
+
+def _columns_digest(folder: Path) -> str:
+    """Return the digest of names, types and values of the shards' columns."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.h5")):
+        with h5py.File(path) as file:
+            for name in sorted(file.keys() - {"header", *NEW_COLUMNS}):
+                column = file[name][()]
+                _update(digest, f"{path.name} {name} {column.dtype} {column.shape}".encode())
+                _update(digest, column.tobytes())
+    return digest.hexdigest()
 
 
 def run_digests(folder: Path) -> Digests:
