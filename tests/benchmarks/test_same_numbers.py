@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -35,8 +37,14 @@ def label_set(tmp_path: Path) -> Path:
     folder = tmp_path / "set"
     (folder / "train").mkdir(parents=True)
     (folder / "manifest.json").write_bytes(b"{}")
-    (folder / "train" / "0.h5").write_bytes(b"labels")
+    write_shard(folder / "train" / "0.h5", labels=[1, 2, 3])
     return folder
+
+
+def write_shard(path: Path, **columns: list[int]) -> None:
+    with h5py.File(path, "w") as file:
+        for name, values in columns.items():
+            file[name] = np.array(values, np.uint8)
 
 
 def test_a_label_set_digest_depends_on_each_name_and_byte_and_on_no_path(label_set: Path) -> None:
@@ -44,10 +52,12 @@ def test_a_label_set_digest_depends_on_each_name_and_byte_and_on_no_path(label_s
     moved = label_set.rename(label_set.with_name("other"))
     assert same_numbers.label_set_digests(moved) == first
 
-    (moved / "train" / "0.h5").write_bytes(b"Labels")
+    write_shard(moved / "train" / "0.h5", labels=[1, 2, 4])
     changed = same_numbers.label_set_digests(moved)
-    assert (changed["shards"] != first["shards"], changed["manifest"]) == (True, first["manifest"])
-    (moved / "train" / "0.h5").write_bytes(b"labels")
+    assert {name for name in first if changed[name] != first[name]} == {"shards", "columns"}
+    write_shard(moved / "train" / "0.h5", labels=[1, 2, 3], content_hashes=[5], header=[6])
+    changed = same_numbers.label_set_digests(moved)
+    assert {name for name in first if changed[name] != first[name]} == {"shards"}
     (moved / "train" / "0.h5").rename(moved / "train" / "1.h5")
     assert same_numbers.label_set_digests(moved)["shards"] != first["shards"]
     (moved / "manifest.json").write_bytes(b"[]")
