@@ -8,11 +8,12 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 
 from mealv2.data.folder import UnorderedSource
-from mealv2.data.image_files import EXTENSIONS
+from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
+from mealv2.storage.regular_files import read_regular
 from pipeline import console, load_model
 from pipeline.config import PredictConfig
 from pipeline.display_names import printable
@@ -55,7 +56,7 @@ class ImageFiles(UnorderedSource):
 
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises OSError."""
-        return Path(self.keys[position]).read_bytes()
+        return read_regular(self.keys[position], max_bytes=MAX_BYTES)
 
 
 def run(config: PredictConfig) -> dict[str, Any]:

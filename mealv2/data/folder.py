@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mealv2.data.content_hash import content_hash
-from mealv2.data.image_files import EXTENSIONS
+from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN, INDEX_NAME, Pack, PackedImage
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
+from mealv2.storage.regular_files import read_regular
 
 
 class UnorderedSource:
@@ -77,7 +78,7 @@ class ImageFolder(UnorderedSource):
 
         Raises DataError for a packed image that is not the one in the index.
         """
-        data = Path(self._paths[position]).read_bytes()
+        data = read_regular(self._paths[position], max_bytes=MAX_BYTES)
         if self._packed is not None and content_hash(data) != self._packed[position].content_hash:
             raise DataError(f"it was changed since it was packed; {ADVICE_RERUN} to repair it")
         return data

@@ -65,6 +65,9 @@ _NEEDS = {
 # Width x height; Pillow's own limit for an error. A larger image is refused before it is decoded.
 MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+# Of an encoded image; a larger file is refused before it is read. Without compression, MAX_PIXELS
+# of 16-bit RGB take half of it.
+MAX_BYTES = 1 << 31
 
 HEAD_SIZE = 64  # bytes that format_of needs
 _STARTS = {

@@ -12,6 +12,7 @@ import numpy as np
 
 from mealv2.data.content_hash import content_hash
 from mealv2.data.folder import UnorderedSource
+from mealv2.data.image_files import MAX_BYTES
 from mealv2.data.keys import Keys
 from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN
@@ -134,7 +135,9 @@ class TarShards(UnorderedSource):
         """
         number = self._shard_of(position)
         head = self._head_sizes[position]
-        size = head + self.stored_sizes[position]
+        if (size := self.stored_sizes[position]) > MAX_BYTES:
+            raise DataError(f"it has {size} bytes, more than the {MAX_BYTES} that it can have")
+        size += head
         data = self._files.read(number, size, self._offsets[position] - head)
         if len(data) != size or zlib.crc32(data[:head]) != self._crcs[position]:
             raise DataError(

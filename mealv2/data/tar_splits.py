@@ -20,10 +20,12 @@ from mealv2.data.pack_index import ADVICE_RERUN, Pack
 from mealv2.data.pack_index import SUFFIX as PACK_SUFFIX
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.json_format import parse_json
+from mealv2.storage.regular_files import read_regular
 from mealv2.storage.urls import PIPE, Location, beside, file_name, is_url, shown, within
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MAX_FILES = 100_000
+_MAX_BYTES = 1 << 30  # of a list of classes or a SPLIT.pack.json
 INDEX_SUFFIX = ".index"  # of the index file next to a tar file
 _CLASS_FILES = ("classes.txt", "classes.json")
 Store = ModuleType  # mealv2.storage.object_store, which takes 0.2 s to import
@@ -185,7 +187,13 @@ def _tars(folder: Location, store: Store | None) -> dict[str, int]:
 def _read(file: Location, store: Store | None) -> bytes | None:
     """Return the bytes of a small file, None if there is none."""
     if isinstance(file, Path):
-        return file.read_bytes() if file.is_file() else None
+        if not os.path.lexists(file):
+            return None
+        try:
+            return read_regular(file, max_bytes=_MAX_BYTES)
+        except OSError as error:
+            reason = error.strerror if file.exists() else "it is a link to nothing"
+            raise ConfigError(f"cannot read {file}: {reason}; remove it or replace it") from None
     assert store is not None, "URLs need a store"
     data: bytes | None = store.read(file)
     return data

@@ -21,6 +21,7 @@ from pipeline import console
 from pipeline.bench.lines import by_cpu_time
 from pipeline.bench.synthetic_images import ImageStats, mean_pixels, write_image_folder
 from pipeline.config import DEFAULT_RATE, BenchConfig
+from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn
 
@@ -74,6 +75,7 @@ class BenchContext:
             return Images(root, split, source, list(range(len(source))), stats)
         root, split = config.data_dir, config.train_split
         source = open_source(root, split)
+        show_summary(source, strict=config.strict)
         stride = max(1, len(source) // config.num_images)
         positions = list(range(0, len(source), stride))[: config.num_images]
         mean_bytes = sum(source.sizes[p] for p in positions) / len(positions)

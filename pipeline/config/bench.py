@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.base import DEFAULT_IMG_SIZE, SIDE, RuntimeConfig
+from pipeline.config.base import DEFAULT_IMG_SIZE, SIDE, RuntimeConfig, StrictConfig
 from pipeline.config.fields import (
     in_data,
     in_hardware,
@@ -24,7 +24,7 @@ LINES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig(RuntimeConfig):
+class BenchConfig(StrictConfig, RuntimeConfig):
     """Measure how fast this machine reads, labels and trains, and compare with its limits."""
 
     example = "mealv2 bench --lines loader-1,loader-4,labels --results-file speed.json"
@@ -73,7 +73,7 @@ class BenchConfig(RuntimeConfig):
         if "memory" not in self.chosen:
             without_effect(self, "without the line memory", "memory_images")
         if self.data_dir is None:
-            without_effect(self, "without --data-dir", "train_split")
+            without_effect(self, "without --data-dir", "train_split", "strict")
 
     @property
     def chosen(self) -> tuple[str, ...]:

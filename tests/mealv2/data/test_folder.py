@@ -160,6 +160,19 @@ def test_a_file_that_went_away_raises_os_error_when_read(tmp_path):
         source.read(0)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_that_replaced_an_image_and_a_huge_file_are_never_read(tmp_path):
+    plant(tmp_path, "train/dog/1.png", "train/dog/2.png")
+    source = ImageFolder(tmp_path, "train")
+    (tmp_path / "train/dog/1.png").unlink()
+    os.mkfifo(tmp_path / "train/dog/1.png")
+    os.truncate(tmp_path / "train/dog/2.png", 20 << 30)  # sparse
+    with pytest.raises(OSError, match="a named pipe, not a file"):
+        source.read(0)
+    with pytest.raises(OSError, match="21474836480 bytes, more than the 2147483648"):
+        source.read(1)
+
+
 def rename_key(root: Path) -> None:
     (root / "train/ant/b.jpg").rename(root / "train/ant/bb.jpg")
 

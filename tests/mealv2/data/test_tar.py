@@ -248,6 +248,17 @@ def test_a_bad_list_of_classes_is_refused(
         open_source(tmp_path, "train")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_of_classes_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+    write_tar(tmp_path / "train-0.tar", sample("a", 0))
+    path = tmp_path / "classes.txt"
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: path.symlink_to("gone")}
+    make[kind](path)
+    reason = {"pipe": "a named pipe", "folder": "Is a directory", "link": "a link to nothing"}
+    with pytest.raises(ConfigError, match=rf"classes\.txt: .*{reason[kind]}.*; remove it"):
+        open_source(tmp_path, "train")
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
@@ -486,6 +497,18 @@ def test_a_shard_that_is_no_longer_the_same_is_an_error_of_its_images(tmp_path: 
     path.unlink()
     with pytest.raises(FileNotFoundError):
         pickle.loads(pickle.dumps(source)).read(0)  # noqa: S301
+
+
+def test_a_member_larger_than_any_image_is_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    size = 3 << 30
+    header = tarfile.TarInfo("1.jpg")
+    header.size = size
+    data = tar_of([("1.cls", b"0")])[:1024] + header.tobuf()
+    path.write_bytes(data)
+    os.truncate(path, len(data) + size + 1024)  # sparse
+    with pytest.raises(DataError, match="it has 3221225472 bytes, more than the 2147483648"):
+        TarShards([path], name="a", split="train").read(0)
 
 
 def test_an_index_says_where_the_images_lie(tmp_path: Path) -> None:

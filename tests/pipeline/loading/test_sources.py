@@ -1,13 +1,16 @@
 """pipeline.loading.sources: the line of every split, and --strict."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import Result
+import cli
+from conftest import ROOT, Result
 from mealv2.data.folder import ImageFolder
 from pictures import encoded, photo
+from pipeline.config.base import StrictConfig
 from pipeline.loading.sources import summary
 
 PNG = encoded(photo(40, 40), "PNG")
@@ -49,20 +52,65 @@ def test_a_command_says_it_once_for_each_split(
     ]
 
 
-@pytest.mark.parametrize("command", ["finetune", "precompute", "pack", "predict", "evaluate"])
-def test_strict_makes_a_left_out_file_an_error(
-    data: Path, tmp_path: Path, run_cli: Callable[..., Result], command: str
+# Every command that opens a data set: its arguments without --data-dir, which ends in this place.
+COMMANDS: dict[str, str] = {
+    "precompute": "precompute --teacher test_resnet --output OUT --data-dir",
+    "finetune": "finetune --model test_resnet --no-pretrained --output OUT --data-dir",
+    "distill": "distill --labels LABELS --model test_resnet --initial-checkpoint START "
+    "--output OUT --data-dir",
+    "evaluate": "evaluate --val-split train --model test_resnet --data-dir",
+    "predict": "predict --model test_resnet",
+    "pack": "pack --output OUT --data-dir",
+    "pack --to tar": "pack --to tar --output OUT --data-dir",
+    "labels verify": "labels verify LABELS --data-dir",
+    "labels import": "labels import START --output OUT --data-dir",
+    "labels export": "labels export LABELS --to webdataset --output OUT --data-dir",
+    "labels add-views": "labels add-views LABELS --num-views 8 TEACHERS --data-dir",
+    "bench": "bench --lines loader-1 --teacher test_resnet --model test_resnet --device cpu "
+    "--data-dir",
+    "slurm precompute": "slurm precompute --teacher test_resnet --output OUT --print --data-dir",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_strict_makes_a_left_out_file_an_error_in_every_command(
+    own_data: Path,
+    tmp_path: Path,
+    run_cli: Callable[..., Result],
+    labels_dir: Path,
+    student_dir: Path,
+    teacher_flags: list[str],
+    command: str,
 ) -> None:
-    out = ("--output", tmp_path / "out")
-    arguments: dict[str, tuple[object, ...]] = {
-        "finetune": ("--data-dir", data, "--model", "test_resnet", "--no-pretrained", *out),
-        "precompute": ("--data-dir", data, "--teacher", "test_resnet", *out),
-        "pack": ("--data-dir", data, "--to", "tar", *out),
-        "predict": (data / "train", "--model", "test_resnet"),
-        "evaluate": ("--data-dir", data, "--val-split", "train", "--model", "test_resnet"),
+    (own_data / "train/ants/notes.txt").write_text("x")
+    labels = shutil.copytree(labels_dir, tmp_path / "labels")
+    values = {
+        "OUT": [tmp_path / "out"],
+        "LABELS": [labels],
+        "START": [student_dir],
+        "TEACHERS": teacher_flags,
     }
-    result = run_cli(command, *arguments[command], "--strict")
-    assert result.code == 2
+    words = [part for word in COMMANDS[command].split() for part in values.get(word, [word])]
+    result = run_cli(*words, own_data, "--strict")
+    assert result.code == 2, result.stderr
     assert "--strict: 1 file of " in result.stderr
-    assert "ant/notes.txt (.txt)" in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert "ants/notes.txt (.txt)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("mealv2: --strict")
+
+
+def test_no_other_command_opens_a_data_set() -> None:
+    with_strict = {
+        name for name, config in cli.COMMANDS.items() if issubclass(config, StrictConfig)
+    }
+    assert with_strict | {"slurm precompute"} == {name.partition(" --")[0] for name in COMMANDS}
+    silent = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("pipeline/**/*.py")
+        if "open_source(" in (text := path.read_text()) and "show_summary(" not in text
+    }
+    # they open what they wrote themselves
+    assert silent == {
+        "pipeline/pack/folder.py",
+        "pipeline/bench/memory.py",
+        "pipeline/bench/loading.py",
+    }
