@@ -21,7 +21,9 @@ import timm
 import cli
 from benchmarks.speed import document
 from mealv2.label_set import LabelSet
+from pipeline.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, flag
 from pipeline.config.bench import LINES
+from pipeline.training import run_lock
 from stores import Store, s3_server
 from tars import tar_tree
 
@@ -361,6 +363,34 @@ def test_object_storage_doc_runs_on_a_bucket(
         for words in commands("docs/how-to/object-storage.md"):
             words = [w.replace("000146", last["train"]) for w in words]
             done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in words))
+
+
+def test_resume_doc_runs_and_names_the_settings_that_may_change(
+    data_dir: Path,
+    hub_cache: None,
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    start, lengthen = commands("docs/how-to/resume.md")
+    report = done(*start).report
+    again = done(*start)  # "A finished run is not trained again: the command prints its report."
+    assert again.report == report
+    longer = done(*lengthen[: -len(QUICK["finetune"])], "--epochs", 3).report
+    assert (report["epochs"], longer["epochs"]) == (1, 3)
+
+    text = (ROOT / "docs" / "how-to" / "resume.md").read_text()
+    table = text.partition("| flags | on resume |")[2].partition("\n\n")[0]
+    first_cells = " ".join(line.split("|")[1] for line in table.strip().splitlines()[1:])
+    settings = FREE_ON_RESUME | CHANGEABLE_ON_RESUME
+    of_the_folder = {"resume", "output", "auto_resume", "dry_run"}
+    assert set(re.findall(r"`(--[a-z-]+)`", first_cells)) == {
+        flag(name) for name in settings - of_the_folder
+    }
+    for seconds in (run_lock.STALE_S, run_lock.HEARTBEAT_S):
+        assert f" {seconds:.0f} s" in text
 
 
 def test_speed_doc_runs_on_a_small_set(

@@ -65,7 +65,7 @@ def _create_run(
         seed_rank(config.seed, rank=ranks.rank, step=0)
         return ReadOnlyRunFolder(Path(ranks.broadcast_text("")))
     path = prepare_folder(config.resume or config.output, name=f"{spec.command}-{config.model}")
-    lock = stack.enter_context(run_lock(path))
+    lock = stack.enter_context(run_lock(path, log=console.info))
     folder = RunFolder.create(path, config.as_json(), lock=lock, labels=spec.labels)
     image_list.write(folder.path, spec.source)
     ranks.broadcast_text(str(folder.path))
@@ -76,7 +76,7 @@ def _resume_run(
     run: Path, config: TrainConfig, ranks: Ranks, state: TrainingState, stack: ExitStack
 ) -> RunFolder:
     """Restore the newest complete checkpoint of a run folder; return the folder."""
-    lock = stack.enter_context(run_lock(run)) if ranks.is_main_process else None
+    lock = stack.enter_context(run_lock(run, log=console.info)) if ranks.is_main_process else None
     path, kept = _load_newest(run, ranks)
     try:
         state.restore(kept)

@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,11 +90,12 @@ class RunLock:
 
 
 @contextmanager
-def run_lock(run: Path) -> Iterator[RunLock]:
+def run_lock(run: Path, *, log: Callable[[str], None] | None = None) -> Iterator[RunLock]:
     """Hold the lock of a run folder while the block runs.
 
-    Takes over the lock of a process that ended, and of an earlier start of the same batch job.
-    Raises ConfigError that names the holder, OSError.
+    Takes over the lock of a process that ended, and of an earlier start of the same batch job;
+    before it waits for a sign of life of another machine, ``log`` gets a message. Raises
+    ConfigError that names the holder, OSError.
     """
     job, restarts = env.slurm_job()
     own = Holder(
@@ -105,7 +106,7 @@ def run_lock(run: Path) -> Iterator[RunLock]:
     while path.exists() or not write_atomic(path, data, replace=False):
         with suppress(FileNotFoundError):  # released just now
             stale = Holder.read(path)
-            _require_stale(run, stale, own)
+            _require_stale(run, stale, own, log)
             _remove(path, stale)
     lock = RunLock(run, own.token)
     try:
@@ -126,7 +127,9 @@ def require_unlocked(run: Path) -> None:
             raise _locked(run, holder)
 
 
-def _require_stale(run: Path, holder: Holder | None, own: Holder) -> None:
+def _require_stale(
+    run: Path, holder: Holder | None, own: Holder, log: Callable[[str], None] | None
+) -> None:
     """Return if a lock may be taken over, perhaps after a wait; raises ConfigError if not."""
     if holder is not None:
         if holder.job is not None and holder.job == own.job and holder.restarts < own.restarts:
@@ -135,7 +138,13 @@ def _require_stale(run: Path, holder: Holder | None, own: Holder) -> None:
             if runs:
                 raise _locked(run, holder)
             return
-    if _is_touched(run / LOCK_NAME):
+    path = run / LOCK_NAME
+    first = _time_of(path)
+    ahead_s = _clock_of(run) - time.time()
+    if log is not None and (left_s := first + STALE_S - time.time() - ahead_s) > 0:
+        name = holder or "another process"
+        log(f"{run} is locked by {name}: waiting up to {left_s:.0f} s for a sign of life")
+    if _is_touched(path, first, ahead_s=ahead_s):
         raise _locked(run, holder)
 
 
@@ -146,12 +155,12 @@ def _locked(run: Path, holder: Holder | None) -> ConfigError:
     )
 
 
-def _is_touched(path: Path) -> bool:
-    """Return whether someone touches a file, which can take STALE_S to find out.
+def _is_touched(path: Path, first: float, *, ahead_s: float) -> bool:
+    """Return whether someone touches a file after ``first``, which can take STALE_S to find out.
 
-    Compares times of the file system alone: the clocks of machines differ.
+    Compares times of the file system alone, which is ``ahead_s`` ahead: the clocks of machines
+    differ.
     """
-    first, ahead_s = _time_of(path), _clock_of(path.parent) - time.time()
     while time.time() + ahead_s - first < STALE_S:
         time.sleep(_LOOK_EVERY_S)
         if _time_of(path) != first:

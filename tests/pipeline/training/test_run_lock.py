@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -96,15 +97,18 @@ def test_the_lock_of_another_machine_is_held_while_it_is_touched(
 
     thread = threading.Thread(target=touch)
     thread.start()
+    messages: list[str] = []
     try:
         with (
             pytest.raises(ConfigError, match=r"locked by process .* of job 7 on n1, since"),
-            run_lock.run_lock(run),
+            run_lock.run_lock(run, log=messages.append),
         ):
             pass
     finally:
         stop.set()
         thread.join()
+    (message,) = messages
+    assert re.search(r"job 7 on n1, since .*: waiting up to (119|120) s for a sign of li", message)
 
 
 @pytest.mark.parametrize("parts", [{"host": "n1"}, {"boot": "earlier"}, None], ids=str)
