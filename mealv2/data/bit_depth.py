@@ -8,7 +8,8 @@ from PIL import Image, TiffImagePlugin
 
 from mealv2.errors import DataError
 
-_BITS, _WHITE_IS_ZERO, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_SUBFILE, _BITS, _WHITE_IS_ZERO, _SAMPLE_FORMAT = 254, 258, 262, 339  # tags of TIFF
+_IS_REDUCED = 1
 _SIGNED = 2
 _ADVICE = "scale them to 0 to 65535, or save 8 bits"
 
@@ -18,8 +19,10 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
 
     Modes of 8 bits and fewer as torchvision's loader: ``convert("RGB")``. Gray of 16 bits, and of
     floats between 0 and 1, as torchvision's ``to_dtype(scale=True)``. Raises DataError for values
-    of unknown range, and what Pillow raises.
+    of unknown range and for a TIFF file that begins with a thumbnail, and what Pillow raises.
     """
+    if _tag(image, _SUBFILE, 0) & _IS_REDUCED:
+        raise DataError("its first image is a thumbnail of another one; save that one alone")
     mode, bits = image.mode, _bits_of(image)
     if mode not in ("I", "F") and not mode.startswith("I;16"):
         rgb_HWC = np.array(image.convert("RGB"))

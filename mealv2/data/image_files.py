@@ -44,7 +44,23 @@ _OTHER_EXTENSIONS = {
     *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".mp3", ".wav"),
     *(".bak", ".orig", ".old", ".tmp", ".temp", ".swp", ".part", ".partial", ".crdownload"),
     *(".download", ".aria2"),
+    # raw files of cameras, TIFF by their first bytes, and the thumbnails beside their films
+    *(
+        ".dng",
+        ".nef",
+        ".nrw",
+        ".cr2",
+        ".cr3",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".pef",
+        ".srw",
+        ".raf",
+        ".thm",
+    ),
 }
+_OTHER_ENDINGS = ("~", "_original")  # of copies that editors and exiftool keep
 
 # Pillow's names of the formats that are read.
 _FORMATS = {
@@ -133,7 +149,8 @@ def kind_of_name(name: str) -> bool | None:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in EXTENSIONS:
         return True
-    return False if suffix in _OTHER_EXTENSIONS or name.endswith("~") else None
+    is_other = suffix in _OTHER_EXTENSIONS or name.endswith(_OTHER_ENDINGS)
+    return False if is_other else None
 
 
 def reason_of_name(name: str) -> str:

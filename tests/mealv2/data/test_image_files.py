@@ -249,6 +249,17 @@ def test_16_bit_colours_that_would_be_black_are_refused() -> None:
         decode(png(4095))
 
 
+def test_a_tiff_file_that_begins_with_a_thumbnail_is_refused() -> None:
+    """As raw files of cameras do."""
+    small, large = photo(31, 20), photo(62, 40)
+    thumbnail = TiffImagePlugin.ImageFileDirectory_v2()
+    thumbnail[254] = 1
+    data = BytesIO()
+    small.save(data, "TIFF", tiffinfo=thumbnail, save_all=True, append_images=[large])
+    with pytest.raises(DataError, match="its first image is a thumbnail"):
+        decode(data.getvalue())
+
+
 def test_the_first_frame_of_a_gif_is_read() -> None:
     frames = [photo(31, 20).quantize(64), photo(31, 20).rotate(180).quantize(64)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

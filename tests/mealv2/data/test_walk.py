@@ -32,10 +32,12 @@ def test_all_extensions_are_taken_and_unknown_ones_by_their_content(tmp_path: Pa
     ))]  # fmt: skip
     plant(tmp_path, *taken)
     plant(tmp_path, "train/a/notes.txt", "train/a/copy.png.bak", "train/a/copy.png~")
+    plant(tmp_path, "train/a/IMG_1.NEF", "train/a/MOV_1.THM", "train/a/x.jpg_original")
     plant(tmp_path, "train/a/README", "train/a/x.dat", data=b"text")
     source = ImageFolder(tmp_path, "train")
     assert source.keys == sorted(name.removeprefix("train/") for name in taken)
     counts = {".txt": 1, ".bak": 1, ".png~": 1, "no extension": 1, ".dat": 1}
+    counts |= {".nef": 1, ".thm": 1, ".jpg_original": 1}
     assert source.left_out.counts == counts
 
 
