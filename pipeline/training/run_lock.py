@@ -16,6 +16,7 @@ from pathlib import Path
 from mealv2.errors import ConfigError, MealError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.regular_files import open_regular
 from pipeline.runtime import env
 from pipeline.runtime.processes import ProcessId, is_running, this_process
 
@@ -169,9 +170,12 @@ def _is_touched(path: Path, first: float, *, ahead_s: float) -> bool:
 
 
 def _time_of(path: Path) -> float:
-    """Return when a file was changed; raises FileNotFoundError."""
-    with path.open("rb") as file:  # on network file systems, opening asks for the time again
-        return os.fstat(file.fileno()).st_mtime
+    """Return when a file was changed; raises OSError for what is no file."""
+    handle = open_regular(path)  # on network file systems, opening asks for the time again
+    try:
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
 
 
 def _clock_of(folder: Path) -> float:

@@ -155,6 +155,14 @@ def lock_of_other(run: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_file_is_refused_at_once(run: Path, make: Callable[[Path], None]) -> None:
+    run.mkdir()
+    make(run / LOCK_NAME)
+    with pytest.raises(OSError, match=r"a named pipe|Is a directory"), run_lock.run_lock(run):
+        pass
+
+
 def test_of_two_that_take_over_a_stale_lock_one_gets_it(
     run: Path, lock_of: Callable[..., Path]
 ) -> None:
