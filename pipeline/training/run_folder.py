@@ -252,7 +252,7 @@ def _check_is_free(path: Path) -> None:
         )
     # the disk may have been full at the first epoch's checkpoint, but then there is no second epoch
     summary = path / "summary.csv"
-    epochs = len(summary.read_bytes().splitlines()) - 1 if summary.exists() else 0
+    epochs = len(read_regular(summary).splitlines()) - 1 if summary.exists() else 0
     if REPORT_NAME in names or epochs > 1:
         raise ConfigError(f"the run in {path} has lost its checkpoints; give another --output")
 

@@ -103,6 +103,8 @@ def run_lock(run: Path, *, log: Callable[[str], None] | None = None) -> Iterator
         this_process(), job, restarts, time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
     )
     path, data = run / LOCK_NAME, canonical_json(asdict(own)).encode()
+    if path.is_symlink():  # a link to nothing would never be free
+        raise ConfigError(f"{path} is a link, not a lock; remove it")
     # a file system without links would replace an existing lock, so look first
     while path.exists() or not write_atomic(path, data, replace=False):
         with suppress(FileNotFoundError):  # released just now

@@ -155,11 +155,16 @@ def lock_of_other(run: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def make_link(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, make_link])
 def test_a_lock_that_is_no_file_is_refused_at_once(run: Path, make: Callable[[Path], None]) -> None:
     run.mkdir()
     make(run / LOCK_NAME)
-    with pytest.raises(OSError, match=r"a named pipe|Is a directory"), run_lock.run_lock(run):
+    problem = r"a named pipe|Is a directory|run\.lock is a link"
+    with pytest.raises((OSError, ConfigError), match=problem), run_lock.run_lock(run):
         pass
 
 
