@@ -55,6 +55,19 @@ def test_the_same_command_continues_its_own_unfinished_run(
     assert weights(half) == weights(finished)
 
 
+def test_the_same_distillation_continues_its_own_unfinished_run(
+    done: Run, distill_flags: list[str], run: Path, weights: Weights
+) -> None:
+    command = [*distill_flags, "--output", run]
+    done(*command)
+    expected = weights(run)
+    max((run / "checkpoints").iterdir()).unlink()
+    (run / "report.json").unlink()
+    shutil.rmtree(run / "student")
+    assert "resuming in epoch 2/2 after 0 of its " in done(*command).stderr
+    assert weights(run) == expected
+
+
 def test_the_same_command_says_that_its_run_is_finished_and_prints_its_report(
     done: Run, finetune_flags: list[str], finished: Path, run: Path, contents: Contents
 ) -> None:
