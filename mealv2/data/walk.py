@@ -80,7 +80,7 @@ class Walk:
         remarks = list(self._left_out.remarks)
         if self._dangling:
             number, first = len(self._dangling), self._dangling[0]
-            remarks.append(f"{number} of the images a link to nothing ({first})")
+            remarks.append(f"links to nothing among the images: {number} ({first})")
         return LeftOut(self._left_out.counts, self._left_out.examples, remarks)
 
     def _below(self, above: _Folder, path: str, name: str, *, is_link: bool) -> _Folder:
@@ -101,7 +101,7 @@ class Walk:
         if first == folder.path or folder.is_second:
             return folder
         one, two = self._relative(folder.path), self._relative(first)
-        self._left_out.remarks.append(f"{one} the same folder as {two}, so its images twice")
+        self._left_out.remarks.append(f"{one} is the same folder as {two}: its images count twice")
         return folder._replace(is_second=True)
 
     def _size_of_image(

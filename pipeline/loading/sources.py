@@ -66,7 +66,7 @@ def summary(source: ImageSource) -> str:
         more = ", …" if len(left_out.counts) > len(reasons) else ""
         parts.append(f"left out {console.count(number, 'file')}: {', '.join(reasons)}{more}")
     if left_out.num_metadata:
-        parts.append(f"{left_out.num_metadata} members of samples are metadata")
+        parts.append(f"metadata of samples: {console.count(left_out.num_metadata, 'member')}")
     return "; ".join([*parts, *left_out.remarks[:3]])
 
 

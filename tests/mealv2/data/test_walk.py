@@ -90,7 +90,9 @@ def test_a_link_to_a_folder_elsewhere_is_followed_and_a_doubled_one_named(tmp_pa
     (tmp_path / "data/train/a/more").symlink_to(tmp_path / "elsewhere/deep")
     source = ImageFolder(tmp_path / "data", "train")
     assert source.keys == ["a/1.png", "a/more/2.png", "b/deep/2.png"]
-    assert source.left_out.remarks == ["b/deep the same folder as a/more, so its images twice"]
+    assert source.left_out.remarks == [
+        "b/deep is the same folder as a/more: its images count twice"
+    ]
 
 
 def test_a_link_to_nothing_is_a_bad_image_and_said(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_a_link_to_nothing_is_a_bad_image_and_said(tmp_path: Path) -> None:
     (tmp_path / "train/a/3").symlink_to("gone")
     source = ImageFolder(tmp_path, "train")
     assert source.keys == ["a/0.png", "a/1.png", "a/2.png"]
-    assert source.left_out.remarks == ["2 of the images a link to nothing (a/0.png)"]
+    assert source.left_out.remarks == ["links to nothing among the images: 2 (a/0.png)"]
     assert source.left_out.counts == {"a link to nothing": 1}
 
 
