@@ -7,22 +7,25 @@ validation split comes first, with one centre crop per image.
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
 from mealv2.data.source import ImageSource
-from mealv2.label_set import ShardFile
-from mealv2.storage.atomic import Stamp
 from mealv2.storage.json_format import json_sha256
 from pipeline import console, timing
 from pipeline.config import PrecomputeConfig
 from pipeline.labelling import jobs, manifest, teachers, workers
 from pipeline.labelling.annotate import Annotator, encoding_of, make_annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests, make_plan, open_sources, splits_of
-from pipeline.labelling.shards import find_missing, label_shards, stop_between_batches
+from pipeline.labelling.shards import (
+    check_complete,
+    find_missing,
+    label_shards,
+    stop_between_batches,
+)
 from pipeline.labelling.store import Store, open_store
-from pipeline.loading.compare import compare_images, require_same
 from pipeline.loading.loader import WaitTimer, read_views
 from pipeline.runtime.device import create_runtime
 
@@ -52,7 +55,10 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     store = open_store(config, config.output)
     store.claim(plan)
     if job.is_part:  # `mealv2 labels finish` writes the manifest after the last job
-        return jobs.label_part(job, splits, annotator, store, workers=config.workers)
+        check = _complete_check(config, store)
+        return jobs.label_part(
+            job, splits, annotator, store, workers=config.workers, check_complete=check
+        )
 
     # The SHA-256 in the manifest of an earlier run detect damage in bytes that the checksums inside
     # a shard do not cover.
@@ -60,8 +66,11 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     num_made = 0
     with stop_between_batches() as stop:
         missing_of = {split.name: find_missing(split, store, listed=listed) for split in splits}
-        if any(missing_of.values()) and config.check_images != "never":
-            _check_labelled_images(config, splits, missing_of, store)
+        check = _complete_check(config, store)
+        if any(missing_of.values()) and check is not None:
+            for split in splits:
+                numbers = range(len(split.shards))
+                check(split, [number for number in numbers if number not in missing_of[split.name]])
         for split in splits:
             missing = missing_of[split.name]
             label_shards(split, missing, annotator, store, workers=config.workers, stop=stop)
@@ -79,37 +88,12 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     return manifest.report_of(store, written) | _made(num_made, began)
 
 
-def _check_labelled_images(
-    config: PrecomputeConfig,
-    splits: list[LabelSplit],
-    missing_of: dict[str, dict[int, Stamp | None]],
-    store: Store,
-) -> None:
-    """Compare the images of complete shards with those that were labelled, before others are made.
-
-    Names and sizes are in the plan, so images of the same names and sizes could be mixed. Raises
-    LabelSetError.
-    """
-    for split in splits:
-        source, missing = split.source, missing_of[split.name]
-        complete = [number for number in range(len(split.shards)) if number not in missing]
-        positions = [p for number in complete for p in split.shards[number]]
-        files = (
-            (ShardFile(store.folder / split.planned[number].name), split.shards[number])
-            for number in complete
-        )
-        labelled = label_set.shard_hashes(files, source.keys)
-        what = f"images of complete shards of {split.name}"
-        found = compare_images(source, labelled, positions, workers=config.workers, what=what)
-        if found.images:
-            console.info(f"{split.name}: {found.summary()} compared with the labelled ones")
-        require_same(
-            found,
-            source,
-            store.location,
-            advice="give the data that was labelled, or a new --output",
-            skip_unreadable=config.on_bad_image == "skip",
-        )
+def _complete_check(config: PrecomputeConfig, store: Store) -> jobs.CompleteCheck | None:
+    """Return what compares the images of complete shards; None for --check-images never."""
+    if config.check_images == "never":
+        return None
+    is_lenient = config.on_bad_image == "skip"
+    return partial(check_complete, store=store, workers=config.workers, skip_unreadable=is_lenient)
 
 
 def _run_in_processes(config: PrecomputeConfig, job: jobs.Job) -> dict[str, Any]:

@@ -99,8 +99,11 @@ class Pack:
         if self.files is None:
             raise DataError(f"{folder} is only partly packed; {ADVICE_RERUN} to continue")
 
-    def check(self, folder: str, sizes: Mapping[str, int]) -> None:
-        """Raise DataError if the files of ``folder`` (name to size) are not those listed."""
+    def check(self, folder: str, sizes: Mapping[str, int | None], *, is_part: bool = False) -> None:
+        """Raise DataError if the files of ``folder`` are not those listed, or some of them.
+
+        ``sizes`` are their bytes by name, None where nobody knows.
+        """
         self.require_finished(folder)
         files = self.files or {}
         for name, size in sizes.items():
@@ -109,12 +112,12 @@ class Pack:
                     f"{folder}/{name} was not made by `mealv2 pack`; move it away, or pack its "
                     "data set into a new folder"
                 )
-            if size != files[name].bytes:
+            if size not in (None, files[name].bytes):
                 raise DataError(
                     f"{folder}/{name} has {size} bytes, not the {files[name].bytes} that were "
                     f"packed: it was replaced or damaged; {ADVICE_RERUN} to repair it"
                 )
-        if len(sizes) < len(files):
+        if len(sizes) < len(files) and not is_part:
             lost = min(files.keys() - sizes.keys())
             raise DataError(f"{folder}/{lost} is missing; {ADVICE_RERUN} to repair it")
 

@@ -108,6 +108,13 @@ def _by_pattern(pattern: Location, split: str, store: Store | None) -> Split:
     if str(pattern).startswith(PIPE):
         return Split(tars, f"{shown(pattern)} ({split})", None)
     _check_not_compressed(tars)
+    for folder in {_parent(tar) for tar in tars}:
+        pack_file = _within(folder, f"{split}{PACK_SUFFIX}")
+        if (data := _read(pack_file, store)) is not None:
+            of_folder = [tar for tar in tars if _parent(tar) == folder]
+            sizes = {_name(t): t.stat().st_size if isinstance(t, Path) else None for t in of_folder}
+            pack = Pack.of_bytes(data, shown(pack_file))
+            pack.check(shown(folder).rstrip("/"), sizes, is_part=True)
     name = f"{shown(pattern)} ({split})" if is_url(pattern) else str(pattern)
     return Split(tars, name, _class_names(tars, split, store))
 

@@ -4,7 +4,7 @@ from mealv2.label_set.appended import Appender, write_rows
 from mealv2.label_set.blocks import Rows, block_of_member, member_bytes
 from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
-from mealv2.label_set.content import labelled_hashes, shard_hashes
+from mealv2.label_set.content import content_of, labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.manifest import (
     FORMAT,
@@ -62,6 +62,7 @@ __all__ = [
     "check_planned_shard",
     "check_shard",
     "claim",
+    "content_of",
     "creating_command",
     "describe_file",
     "labelled_hashes",

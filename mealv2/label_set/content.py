@@ -1,10 +1,12 @@
 """The content hashes of the images that a label set labels, by the position in a source."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from mealv2.data.content_hash import KnownHashes
+from mealv2.data.content_hash import ALGORITHM, KnownHashes, combined_sha256, content_line
 from mealv2.label_set.opening import concatenated
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard_file import ShardFile, skipped_hashes
@@ -33,6 +35,18 @@ def labelled_hashes(labels: LabelSet, keys: Sequence[str]) -> KnownHashes:
     for file in files:
         file.unmap()
     return found
+
+
+def content_of(hashes: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return ``content`` in a manifest, from the content hashes by key; None without any."""
+    if not hashes:
+        return None
+    lines = itertools.starmap(content_line, hashes.items())
+    return {
+        "algorithm": ALGORITHM,
+        "images": len(hashes),
+        "sha256": combined_sha256(lines),
+    }
 
 
 def shard_hashes(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mealv2.data.content_hash import content_line
 from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import creating_command, describe_file, planned_ranges, shard_name
 from mealv2.label_set.shard_file import ShardFile
@@ -35,12 +34,12 @@ class PlannedShard:
 class CheckedShard(NamedTuple):
     """The header of a shard that passed all checks, and the manifest's entry of its file.
 
-    ``content`` are the lines of its images for ``content_hash.combined_sha256``.
+    ``hashes`` are the content hashes of its images by key, of those that have one.
     """
 
     header: dict[str, Any]
     entry: dict[str, Any]
-    content: list[bytes]
+    hashes: dict[str, int]
 
     @property
     def num_images(self) -> int:
@@ -78,8 +77,7 @@ def check_shard(folder: Path, shard: PlannedShard, plan_sha256: str) -> CheckedS
     file = ShardFile(path, data)
     check_planned_shard(file, shard, plan_sha256)
     entry = describe_file(path, num_images=file.num_images, data=data)
-    content = [content_line(key, value) for key, value in file.content_hashes().items()]
-    return CheckedShard(file.header, entry, content)
+    return CheckedShard(file.header, entry, file.content_hashes())
 
 
 def check_planned_shard(file: ShardFile, shard: PlannedShard, plan_sha256: str) -> None:

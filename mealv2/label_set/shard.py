@@ -69,17 +69,6 @@ class Images:
             self.sizes_N2[order], self.file_bytes_N[order], self.classes_N[order], hashes_N
         )
 
-    @staticmethod
-    def concat(parts: "Sequence[Images]") -> "Images":
-        """Return the images of several parts, in order."""
-        hashes = [part.hashes_N for part in parts if part.hashes_N is not None]
-        return Images(
-            np.concatenate([part.sizes_N2 for part in parts]),
-            np.concatenate([part.file_bytes_N for part in parts]),
-            np.concatenate([part.classes_N for part in parts]),
-            np.concatenate(hashes) if len(hashes) == len(parts) else None,
-        )
-
 
 @dataclass(frozen=True)
 class StoredViews:

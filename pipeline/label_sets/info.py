@@ -80,12 +80,16 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
         "label_bytes": label_bytes,
         "bytes_per_view": round(label_bytes / max(1, num_labels), 2),
         "skipped": len(entry["skipped"]),
+        "content_hashes": entry.get("content", {}).get("images", 0),
         "appended_rows": sum(_rows(_header(path, manifest)) for path in appended),
         **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
     }
     images, views, shards_ = (console.count(split[f"{u}s"], u) for u in ("image", "view", "shard"))
     sizes = f"{console.size_of(split['bytes'])}, {split['bytes_per_view']:.1f} bytes a label"
     _log(name, f"{images} x {views}, {shards_}, {sizes}")
+    num_images, num_hashed = split["images"] + split["skipped"], split["content_hashes"]
+    of = "all" if num_hashed == num_images else f"{num_hashed} of {num_images}"
+    _log("", f"content hashes of {of} images" if num_hashed else "no content hashes of its images")
     if split["skipped"]:
         _log("", f"{console.count(split['skipped'], 'image')} skipped")
     if split["appended_rows"]:

@@ -123,6 +123,31 @@ def _layout(labels: LabelSet) -> list[Any]:
     ]
 
 
+def _check_same_pictures(sets: Sequence[_Set], split: str) -> None:
+    """Raise LabelSetError if images of one key have different content hashes in two sets.
+
+    Logs how many images have a hash in no set or in some of them only.
+    """
+    seen: dict[str, tuple[int, _Set]] = {}
+    num_compared = num_images = 0
+    for each in sets:
+        labels = each.splits[split]
+        num_images += len(labels) + len(labels.skipped)
+        for file in labels.blocks[0][1]:
+            for key, value in file.content_hashes().items():
+                first, other = seen.setdefault(key, (value, each))
+                num_compared += 1
+                if first != value:
+                    raise _merge_error(
+                        each, other, f"they were made from different pictures {key} of {split}"
+                    )
+    if num_compared < num_images:
+        console.info(
+            f"{split}: not all sets have content hashes of their images, so it is unknown whether "
+            "they were made from the same pictures"
+        )
+
+
 def _merge_error(other: _Set, first: _Set, why: str) -> LabelSetError:
     return LabelSetError(f"{other.folder} and {first.folder} cannot be merged: {why}")
 
@@ -175,6 +200,7 @@ def _sources(sets: list[_Set], split: str) -> list[LabelSet]:
     """
     data = {each.plan["roles"][split]["data_sha256"] for each in sets}
     if split != "train" and len(data) == 1:
+        _check_same_pictures(sets, split)
         return [sets[0].splits[split]]
     seen: dict[str, Path] = {}
     for each in sets:
@@ -204,6 +230,8 @@ def _average(config: LabelsMergeConfig, sets: list[_Set]) -> dict[str, Any]:
                     f"their {split} shards hold other images or views; make them with the same "
                     "--shard-size and --num-views, and skip the same images",
                 )
+    for split in first.splits:
+        _check_same_pictures(sets, split)
     encoding = writing.new_encoding(config, [train.encoding for train in trains])
     _warn_dropped_labels(trains)
     teachers = [teacher for each in sets for teacher in each.plan["teachers"]]
@@ -246,7 +274,8 @@ def _mean_shard(
 ) -> Shard:
     """Return the shard of the ensemble of all teachers; ``counts`` are the teachers per set."""
     rows = [writing.all_rows(file, its) for file, its in zip(files, encodings, strict=True)]
-    shard = files[0].shard()
+    # images without a hash in one set may have it in another
+    shard = max(files, key=lambda file: len(file.content_hashes())).shard()
     blocks = encoding.blocks(writing.averaged(rows, counts, encoding), shard.num_views)
     if not shard.counts or shard.images is None:
         return replace(shard, blocks=blocks, counts={})

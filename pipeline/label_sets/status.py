@@ -37,6 +37,11 @@ class _Block:
         return [shard.entry for shard in manifest.complete_of(self.shards)]
 
     @property
+    def num_hashed(self) -> int:
+        """The number of images in complete shards that have a content hash."""
+        return sum(len(shard.hashes) for shard in manifest.complete_of(self.shards))
+
+    @property
     def incomplete(self) -> dict[str, str]:
         """Why the other shards are not complete, by name."""
         return manifest.incomplete_of(self.shards)
@@ -51,6 +56,7 @@ class _Block:
             "missing": [name for name, why in incomplete.items() if why == manifest.MISSING],
             "damaged": {name: why for name, why in incomplete.items() if why != manifest.MISSING},
             "images": sum(entry["images"] for entry in complete),
+            "content_hashes": self.num_hashed,
             "bytes": sum(entry["bytes"] for entry in complete),
         }
 
@@ -199,6 +205,12 @@ def _print_report(report: dict[str, Any]) -> None:
         size = console.size_of(block["bytes"])
         rows.append([block["role"], f"{first}-{stop - 1}", *map(str, counts), size])
     console.info(console.table(rows))
+    unhashed = [b for b in report["blocks"] if b["content_hashes"] < b["images"]]
+    for block in unhashed:
+        number = console.count(block["images"] - block["content_hashes"], "image")
+        console.info(
+            f"{block['role']}: {number} without a content hash, known by name and size only"
+        )
     damaged = [why for block in report["blocks"] for why in block["damaged"].values()]
     for why in damaged[:_MAX_LOGGED]:
         console.info(why)

@@ -11,10 +11,12 @@ from mealv2 import label_set
 from mealv2.data.source import ImageSource
 from mealv2.errors import LabelSetError
 from mealv2.label_set import (
+    MANIFEST_NAME,
     PLAN_NAME,
     LabelSet,
     ShardFile,
     boxes_of,
+    content_of,
     creating_command,
     labelled_hashes,
 )
@@ -145,8 +147,30 @@ def _check_split(labels: LabelSet, found: Found) -> None:
         for problem in _problems(labels, file, found):
             found.problems.setdefault(file.path.name, problem)
         found.labels += file.num_images * file.num_views
+    if not found.problems:
+        found.problems |= _content_problems(labels)
     # added views and appended rows belong to images that are in other files too
     found.images += len(np.unique(np.concatenate([f.column("key_hashes") for f in files])))
+
+
+def _content_problems(labels: LabelSet) -> dict[str, str]:
+    """Return the problems of content hashes: files that differ in them, or from the manifest."""
+    _, first = labels.blocks[0]
+    hashes = {key: value for file in first for key, value in file.content_hashes().items()}
+    problems = {}
+    listed = labels.manifest["roles"][labels.split].get("content")
+    if listed != content_of(hashes):
+        problems[MANIFEST_NAME] = (
+            f"has another hash of the images of {labels.split} than the shards"
+        )
+    others = [file for _, files in labels.blocks[1:] for file in files]
+    for file in (*others, *labels.appended_files):
+        found = file.content_hashes().items()
+        other = {key for key, value in found if hashes.setdefault(key, value) != value}
+        if other:
+            images, names = console.count(len(other), "image"), console.first_names(sorted(other))
+            problems[file.path.name] = f"has labels of another picture for {images}: {names}"
+    return problems
 
 
 def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
@@ -195,7 +219,7 @@ def _check_data(
     --quick is given. A part of a split set is compared with its own images only.
     """
     assert config.data_dir is not None
-    num_images = num_bytes = 0
+    num_images = num_bytes = num_left = 0
     is_part = creating_command(manifest["plan"]) == "`mealv2 labels split`"
     for split in manifest["roles"]:
         labels = LabelSet.open(folder, split=split)
@@ -205,18 +229,26 @@ def _check_data(
         num_labelled = len(labels) + len(labels.skipped)
         of = "all" if num_labelled == len(source) else f"{num_labelled} of {len(source)}"
         found = None if config.quick else _compare_content(config, labels, source)
+        num_here = 0 if found is None else found.images
         how = "names and sizes only" if found is None else f"the content of {found.summary()}"
+        if 0 < num_here < num_labelled:
+            how += f"; only names and sizes of {num_labelled - num_here} without a content hash"
         console.info(
             f"{split}: labels {of} images of {source.name}; they are unchanged (compared {how})"
         )
+        num_left += num_labelled - num_here
         if found is not None:
             num_images += found.images
             num_bytes += found.bytes
+    compared = (
+        "names and sizes" if not num_images else "content, of some" if num_left else "content"
+    )
     return {
         "data": "a part of it" if is_part else "the same",
-        "data_compared": "content" if num_images else "names and sizes",
+        "data_compared": compared,
         "images_compared": num_images,
         "image_bytes_compared": num_bytes,
+        "images_not_compared": num_left,
     }
 
 
@@ -231,10 +263,11 @@ def _compare_content(
     if not labelled.num_known:
         console.info(f"{labels.split}: the label set has no content hashes of its images")
         return None
+    is_labelled_N = labels.has_labels(source.keys)
     found = compare_images(
         source,
         labelled,
-        range(len(source)),
+        [p for p, key in enumerate(source.keys) if is_labelled_N[p] or key in labels.skipped],
         workers=config.workers,
         what=f"images of {labels.split}",
     )

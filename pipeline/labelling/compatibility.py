@@ -149,7 +149,7 @@ def view_reader(
 def image_check(labels: LabelSet, source: ImageSource, when: CheckImages) -> ImageCheck | None:
     """Return what compares the images of a source with those that a set labels, by content.
 
-    None for ``never``, or if the set has no content hashes, which is logged.
+    None for ``never``, or if the set has no content hashes. Logs how many images have none.
     """
     if when == "never":
         return None
@@ -159,4 +159,10 @@ def image_check(labels: LabelSet, source: ImageSource, when: CheckImages) -> Ima
             f"{labels.folder} has no content hashes: its images are compared by name and size only"
         )
         return None
+    has_labels_N = labels.has_labels(source.keys)
+    if unknown := int((has_labels_N & ~known.is_known_N).sum()):
+        console.info(
+            f"{labels.folder} has no content hashes of {console.count(unknown, 'image')}: compared "
+            "by name and size only"
+        )
     return ImageCheck(known, always=when == "always")

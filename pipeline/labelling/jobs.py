@@ -4,7 +4,7 @@ Jobs do not communicate and do not lock shards.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
 from pipeline.runtime import env
+
+CompleteCheck = Callable[[LabelSplit, Sequence[int]], None]  # of shards of a split, by number
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ def label_part(
     store: Store,
     *,
     workers: int,
+    check_complete: CompleteCheck | None = None,
 ) -> dict[str, Any]:
     """Make the missing shards of a job; return its report.
 
+    If one is missing, ``check_complete`` checks the job's complete shards first; those of other
+    jobs are not opened.
     A shard that fails does not stop the others. Signals are not handled, because schedulers requeue
     jobs that a signal killed. Raises IncompleteError with the report, at the end, if shards failed,
     and OSError if the disk is full.
@@ -94,12 +99,21 @@ def label_part(
     kind = "process" if is_worker else "job"
     console.info(f"this {kind} makes {len(names)} of {console.count(len(all_names), 'shard')}")
     failed: dict[str, str] = {}
-    num_missing = 0
+    numbers_of = {
+        split.name: [shard.number for shard in split.planned if shard.name in names]
+        for split in splits
+    }
+    # without a manifest's SHA-256: it may be older than a shard that another job made again
+    missing_of = {
+        split.name: find_missing(split, store, numbers=numbers_of[split.name]) for split in splits
+    }
+    num_missing = sum(map(len, missing_of.values()))
+    if num_missing and check_complete is not None:
+        for split in splits:
+            missing = missing_of[split.name]
+            check_complete(split, [n for n in numbers_of[split.name] if n not in missing])
     for split in splits:
-        numbers = [shard.number for shard in split.planned if shard.name in names]
-        # without a manifest's SHA-256: it may be older than a shard that another job made again
-        missing = find_missing(split, store, numbers=numbers)
-        num_missing += len(missing)
+        missing = missing_of[split.name]
         label_shards(split, missing, annotator, store, workers=workers, failed=failed)
     report = job_report(job, store, num_missing - len(failed), began)
     report |= {"shards": len(names), "failed": failed}

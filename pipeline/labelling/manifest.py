@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mealv2 import label_set
-from mealv2.data.content_hash import ALGORITHM, combined_sha256
 from mealv2.errors import LabelSetError
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, creating_command
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
@@ -153,13 +152,13 @@ def describe_split(
         images = console.count(len(skipped), "image")
         console.info(f"{split}: {images} skipped, listed in manifest.json")
     has_counts = all(shard.header["counts"] for shard in first)  # of correct predictions
-    content = [line for shard in first for line in shard.content]
-    hashed = {"algorithm": ALGORITHM, "images": len(content), "sha256": combined_sha256(content)}
+    hashes = {key: value for shard in first for key, value in shard.hashes.items()}
+    content = label_set.content_of(hashes)
     return {
         "blocks": described,
         "num_images": sum(shard.num_images for shard in first),
         "skipped": skipped,
-        **({"content": hashed} if content else {}),
+        **({"content": content} if content else {}),
         **({"accuracy": accuracy_of(plan, first)} if has_counts else {}),
     }
 

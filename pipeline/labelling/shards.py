@@ -15,13 +15,14 @@ import numpy as np
 from mealv2 import label_set
 from mealv2.data.content_hash import hash_text
 from mealv2.errors import DataError, RemoteError, StoppedError
-from mealv2.label_set import Encoding, Images, Shard
+from mealv2.label_set import Encoding, Images, Shard, ShardFile
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
 from pipeline import console, display_names
 from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.manifest import is_complete
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.store import Store
+from pipeline.loading.compare import compare_images, require_same
 from pipeline.loading.loader import read_views
 from pipeline.loading.requests import Batch, BatchRequest
 from pipeline.runtime.device import Runtime
@@ -67,6 +68,37 @@ def find_missing(
             f"{split.name}: {num_complete} of {console.count(len(numbers), 'shard')} complete"
         )
     return missing
+
+
+def check_complete(
+    split: LabelSplit,
+    numbers: Sequence[int],
+    *,
+    store: Store,
+    workers: int,
+    skip_unreadable: bool,
+) -> None:
+    """Compare the images of complete shards with those that were labelled, before others are made.
+
+    Names and sizes are in the plan, so images of the same names and sizes could be mixed. Raises
+    LabelSetError.
+    """
+    source = split.source
+    files = (
+        (ShardFile(store.folder / split.planned[number].name), split.shards[number])
+        for number in numbers
+    )
+    found = compare_images(
+        source,
+        label_set.shard_hashes(files, source.keys),
+        [position for number in numbers for position in split.shards[number]],
+        workers=workers,
+        what=f"images of complete shards of {split.name}",
+    )
+    if found.images:
+        console.info(f"{split.name}: {found.summary()} compared with the labelled ones")
+    advice = "give the data that was labelled, or a new --output"
+    require_same(found, source, store.location, advice=advice, skip_unreadable=skip_unreadable)
 
 
 def label_shards(

@@ -100,6 +100,14 @@ def changed_error(source: ImageSource) -> DataError:
     return DataError(f"{source.name} changed while it was packed; pack it into a new folder")
 
 
+def other_picture(packed: Path, source: ImageSource, key: str) -> ConfigError:
+    """Return the error for an image that is not the one that a pack was made of."""
+    return ConfigError(
+        f"{packed} was packed from another picture than {source.name}/{key} of now, of the same "
+        "size; give a new folder as --output"
+    )
+
+
 def in_threads(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """Yield ``work(item)`` of each item, in order, a few items ahead of the reader.
 

@@ -28,6 +28,7 @@ from pipeline.pack.common import (
     check_output,
     claim,
     in_threads,
+    other_picture,
     read_image,
 )
 
@@ -124,14 +125,19 @@ def _pack_image(
     program: Jpegtran,
     existing: dict[str, PackedImage],
 ) -> tuple[PackedImage, bool]:
-    """Make a missing or damaged file; return its entry, and whether it was made."""
+    """Make a missing or damaged file; return its entry, and whether it was made.
+
+    Raises ConfigError for an image that is not the one that a finished pack has.
+    """
     key = source.keys[position]
     path = folder / key
     found = path.read_bytes() if path.is_file() else None
-    if existing and found is not None and content_hash(found) == existing[key].content_hash:
-        return existing[key], False
     data = read_image(source, position)
     original = source.original_hash(position, data)
+    if existing and original != existing[key].original_hash:
+        raise other_picture(folder, source, key)
+    if existing and found is not None and content_hash(found) == existing[key].content_hash:
+        return existing[key], False
     if not existing and found is not None and _is_packed_from(found, data):
         # made by an earlier run that did not finish
         entry = PackedImage(len(found), source.sizes[position], content_hash(found), original)

@@ -26,7 +26,14 @@ from mealv2.label_set import shard_ranges
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from pipeline import console
 from pipeline.config import PackConfig
-from pipeline.pack.common import changed_error, check_output, claim, in_threads, read_image
+from pipeline.pack.common import (
+    changed_error,
+    check_output,
+    claim,
+    in_threads,
+    other_picture,
+    read_image,
+)
 
 _CLASSES = "classes.txt"
 _Tars = dict[str, PackedTar]
@@ -112,14 +119,18 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
     """Make the missing tar files; return all by name, and how many were made."""
     order = pack_order(source.keys)
     tars: _Tars = {}
+    complete: dict[int, tuple[Path, int]] = {}  # by position: the tar file, the original's hash
     missing: dict[Path, list[int]] = {}
     for number, positions in enumerate(shard_ranges(len(order), config.images_per_shard)):
         path = config.output / f"{source.split}-{number:06d}.tar"
         part = [order[position] for position in positions]
-        if (tar := _complete_tar(path, source, part, before)) is None:
+        if (index := _complete_tar(path, source, part, before)) is None:
             missing[path] = part
         else:
-            tars[path.name] = tar
+            tars[path.name] = PackedTar(index.num_bytes, index.sha256)
+            hashes = index.images.original_hashes
+            complete |= {p: (path, found) for p, found in zip(part, hashes, strict=True)}
+    _compare(config, source, complete)
     positions_to_read = [position for part in missing.values() for position in part]
     images = in_threads(
         lambda position: _image(source, position), positions_to_read, workers=config.workers
@@ -128,11 +139,26 @@ def _pack_split(config: PackConfig, source: ImageSource, before: Pack) -> tuple[
         images, total=len(positions_to_read), what=f"packing {source.split}", unit="images"
     )
     for path, part in missing.items():
-        index = _write(path, source, part, islice(shown, len(part)))
+        index = _write(path, source, part, islice(shown, len(part)), before)
         tars[path.name] = PackedTar(index.num_bytes, index.sha256)
     tars = dict(sorted(tars.items()))
     _finish(config, source, before, tars)
     return tars, len(missing)
+
+
+def _compare(
+    config: PackConfig, source: ImageSource, complete: dict[int, tuple[Path, int]]
+) -> None:
+    """Raise ConfigError if an image is not the one in its complete tar file."""
+    read = in_threads(
+        lambda position: _image(source, position).original_hash, complete, workers=config.workers
+    )
+    what = f"comparing {source.split}"
+    shown = console.progress(read, total=len(complete), what=what, unit="images")
+    for position, found in zip(complete, shown, strict=True):
+        path, original = complete[position]
+        if found != original:
+            raise other_picture(path, source, source.keys[position])
 
 
 def _image(source: ImageSource, position: int) -> _Image:
@@ -143,9 +169,12 @@ def _image(source: ImageSource, position: int) -> _Image:
 
 
 def _write(
-    path: Path, source: ImageSource, part: Sequence[int], images: Iterator[_Image]
+    path: Path, source: ImageSource, part: Sequence[int], images: Iterator[_Image], before: Pack
 ) -> TarIndex:
-    """Write a tar file, then its index; return the index."""
+    """Write a tar file, then its index; return the index.
+
+    Raises ConfigError if a finished pack had another file.
+    """
     keys = [source.keys[position] for position in part]
     hashes = []
     with atomic_file(path) as temporary:
@@ -155,14 +184,20 @@ def _write(
                 writer.write(sample(name, key, source.labels[position], image.data))
                 hashes.append((image.content_hash, image.original_hash))
         index = create_index(temporary, [source.sizes[position] for position in part], hashes)
+        made = PackedTar(index.num_bytes, index.sha256)
+        if before.files is not None and made != before.files.get(path.name, made):
+            raise ConfigError(
+                f"{path} was packed from other pictures than those of {source.name} now; give a "
+                "new folder as --output"
+            )
     write_atomic(index_path(path), index_bytes(index))
     return index
 
 
 def _complete_tar(
     path: Path, source: ImageSource, part: Sequence[int], before: Pack
-) -> PackedTar | None:
-    """Return a tar file if it and its index are complete, else None.
+) -> TarIndex | None:
+    """Return the index of a tar file if both are complete, else None.
 
     In a finished pack its size is checked, in an unfinished one its SHA-256.
     """
@@ -172,11 +207,12 @@ def _complete_tar(
             return None
     except (DataError, FileNotFoundError):
         return None
-    found = PackedTar(index.num_bytes, index.sha256)
+    if index.images.keys != [source.keys[position] for position in part]:
+        return None
     if before.files is not None:
-        return found if found == before.files.get(path.name) else None
-    has_keys = index.images.keys == [source.keys[position] for position in part]
-    return found if has_keys and file_sha256(path) == index.sha256 else None
+        found = PackedTar(index.num_bytes, index.sha256)
+        return index if found == before.files.get(path.name) else None
+    return index if file_sha256(path) == index.sha256 else None
 
 
 def _finish(config: PackConfig, source: ImageSource, before: Pack, tars: _Tars) -> None:
