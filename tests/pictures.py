@@ -1,6 +1,7 @@
 """Pictures with structure at every scale, and their files."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -27,3 +28,10 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    """Change one bit of a file, by default of its middle; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 4
+    path.write_bytes(data)

@@ -78,19 +78,28 @@ class KnownHashes:
 
 
 class ImageCheck:
-    """Compares images with those that were labelled, at the first reading of each or ``always``."""
+    """Compares images with those that were labelled, at the first reading of each or ``always``.
+
+    An image whose hash is unknown becomes known when it is read first.
+    """
 
     def __init__(self, known: KnownHashes, *, always: bool = False) -> None:
         self._known = known
-        self._is_due_N = known.is_known_N.copy()  # threads clear single entries
+        self._is_due_N = np.ones(len(known.hashes_N), bool)  # threads clear single entries
         self._is_always = always
 
     def is_due(self, position: int) -> bool:
         """Return whether an image is to be compared at this reading."""
         return bool(self._is_due_N[position])
 
+    def hash_of(self, position: int) -> int | None:
+        """Return the content hash of an image, None if it is unknown."""
+        known = self._known
+        return int(known.hashes_N[position]) if known.is_known_N[position] else None
+
     def __call__(self, position: int, found: int) -> None:
         """Compare an image by its content hash; raises DataError for another image."""
         self._known.check(position, found)
+        self._known.set(position, found)
         if not self._is_always:
             self._is_due_N[position] = False

@@ -4,7 +4,7 @@ The name of a file is a hash of its bytes and the manifest stays the same, so an
 append at once. A reader uses every such file in the folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,10 +19,16 @@ from mealv2.storage.atomic import write_atomic
 
 
 class Appender:
-    """Collects rows (key, view, label) that are missing in a label set and appends them."""
+    """Collects rows (key, view, label) that are missing in a label set and appends them.
 
-    def __init__(self, label_set: LabelSet) -> None:
+    ``hash_of`` returns the content hash of an image that was read, by key.
+    """
+
+    def __init__(
+        self, label_set: LabelSet, hash_of: Callable[[str], int | None] | None = None
+    ) -> None:
         self._label_set = label_set
+        self._hash_of = hash_of or (lambda _: None)
         self._addresses: set[tuple[str, int]] = set()  # written ones too: no row twice
         self._pending: list[tuple[list[tuple[str, int]], Rows]] = []
 
@@ -45,6 +51,8 @@ class Appender:
         order = sorted(range(len(unsorted)), key=unsorted.__getitem__)
         addresses = [unsorted[row] for row in order]
         rows = Rows.concat([rows for _, rows in self._pending]).rows(torch.tensor(order))
+        hashes = [value for key, _ in addresses if (value := self._hash_of(key)) is not None]
+        has_all = len(hashes) == len(addresses)
         shard = Shard(
             plan_sha256=self._label_set.manifest["plan_sha256"],
             split=self._label_set.split,
@@ -54,6 +62,7 @@ class Appender:
             keys=[key for key, _ in addresses],
             blocks=self._label_set.encoding.blocks(rows, 1),
             views_N=np.array([view for _, view in addresses], dtype="<u8"),
+            hashes_N=np.array(hashes, dtype="<u8") if has_all else None,
         )
         try:
             path = write_rows(self._label_set.folder, shard)

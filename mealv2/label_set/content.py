@@ -15,8 +15,8 @@ from mealv2.label_set.shard_file import ShardFile, skipped_hashes
 def labelled_hashes(labels: LabelSet, keys: Sequence[str]) -> KnownHashes:
     """Return the content hash of each image of ``keys`` when it was labelled.
 
-    Unknown for an image that is not in the set, whose bytes could not be read then, or of an
-    imported set.
+    Unknown for an image that is neither in the set nor in its appended rows, whose bytes could not
+    be read then, or of an imported set.
     """
     _, files = labels.blocks[0]
     of_row_R = concatenated([_column(file) for file in files], "<u8")
@@ -28,10 +28,14 @@ def labelled_hashes(labels: LabelSet, keys: Sequence[str]) -> KnownHashes:
     rows_N = rows_N[found.is_known_N]
     found.hashes_N[found.is_known_N] = of_row_R[rows_N]
     found.is_known_N[found.is_known_N] = is_known_R[rows_N]
-    skipped = {key: value for file in files for key, value in skipped_hashes(file).items()}
-    for position, key in enumerate(keys) if skipped else ():  # few sets have any
-        if key in skipped:
-            found.set(position, skipped[key])
+    others: dict[str, int] = {}
+    for file in labels.appended_files:
+        others = file.content_hashes() | others
+    for file in files:
+        others |= skipped_hashes(file)
+    for position, key in enumerate(keys) if others else ():  # few sets have any
+        if key in others and not found.is_known_N[position]:
+            found.set(position, others[key])
     for file in files:
         file.unmap()
     return found

@@ -89,8 +89,8 @@ class Shard:
     ``skipped`` maps the key of each image without labels to its ``position`` among all images of
     the shard, ``reason``, ``bytes``, ``class`` and, if its bytes could be read, ``content_hash``.
     ``boxes_sha256`` covers the boxes of the views; ``counts`` are integers, for example of correct
-    predictions. In appended rows V is 1, ``views_N`` has the view of each row, and a key may occur
-    twice.
+    predictions. In appended rows V is 1, ``views_N`` has the view of each row and ``hashes_N`` the
+    content hash of its image, and a key may occur twice.
     """
 
     plan_sha256: str
@@ -103,6 +103,7 @@ class Shard:
     images: Images | None = None
     stored_views: StoredViews | None = None
     views_N: np.ndarray | None = None
+    hashes_N: np.ndarray | None = None
     boxes_sha256: str | None = None
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
@@ -192,4 +193,6 @@ def _columns(shard: Shard) -> dict[str, np.ndarray]:
         columns["flips"] = shard.stored_views.flips_NV.astype("|u1")
     if shard.views_N is not None:
         columns["views"] = shard.views_N.astype("<u8")
+        if shard.hashes_N is not None:
+            columns["content_hashes"] = shard.hashes_N.astype("<u8")
     return columns

@@ -134,6 +134,7 @@ class ShardFile:
     def shard(self) -> Shard:
         """Return the content, every block checked; raises as ``intact_blocks``."""
         header = self.header
+        is_appended, has_hashes = map(self.has_column, ("views", "content_hashes"))
         return Shard(
             plan_sha256=header["plan_sha256"],
             split=header["role"],
@@ -144,7 +145,8 @@ class ShardFile:
             blocks=[bytes(block) for block in self.intact_blocks()],
             images=self.images,
             stored_views=self.stored_views,
-            views_N=self.column("views") if self.has_column("views") else None,
+            views_N=self.column("views") if is_appended else None,
+            hashes_N=self.column("content_hashes") if is_appended and has_hashes else None,
             boxes_sha256=header["boxes_sha256"],
             skipped=header["skipped"],
             counts=header["counts"],

@@ -149,7 +149,7 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     for together in _TOGETHER:
         if 0 < len(shapes.keys() & together) < len(together):
             raise ValueError(f"one of {', '.join(together)} is missing")
-    if "content_hashes" in shapes and "classes" not in shapes:
+    if "content_hashes" in shapes and not shapes.keys() & {"classes", "views"}:
         raise ValueError("it has content hashes of unknown images")
     inner = {"image_sizes": (2,), "boxes": (num_views, 4), "flips": (num_views,)}
     for name in shapes.keys() - _BYTES:

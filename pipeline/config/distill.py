@@ -129,6 +129,11 @@ class DistillConfig(CropConfig, TrainConfig):
             without_effect(self, "without --online or --missing teach", "teacher", "write_back")
         if self.write_back:
             require(not is_url(self.labels), "--write-back needs a local label set, not a URL")
+            require(
+                self.check_images != "never",
+                "--write-back with --check-images never could append labels of other pictures; "
+                "leave out one of them",
+            )
 
     def _check_loss(self) -> None:
         if self.discriminator == "off":

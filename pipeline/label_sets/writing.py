@@ -86,12 +86,15 @@ class Writer:
             chosen = [row for row, key in enumerate(keys) if kept is None or key in kept]
             if chosen:
                 rows = all_rows(file, labels.encoding).rows(torch.tensor(chosen))
+                shard = file.shard()
+                hashes_N = shard.hashes_N
                 shard = replace(
-                    file.shard(),
+                    shard,
                     plan_sha256=self._plan_sha256,
                     keys=[keys[row] for row in chosen],
                     blocks=encoding.blocks(encoded(rows, labels.encoding, encoding), 1),
                     views_N=file.column("views")[chosen],
+                    hashes_N=None if hashes_N is None else hashes_N[chosen],
                 )
                 label_set.write_rows(self.folder, shard)
 

@@ -143,6 +143,7 @@ def from_label_set(
         val_labels = LabelSet.open(folder, split="val")
         check_same_data(val_labels, val)
         val_check = image_check(val_labels, val, config.check_images)
+    check = image_check(labels, source, config.check_images)
     provenance = {
         "path": str(plain(config.labels)),
         "plan_sha256": labels.manifest["plan_sha256"],
@@ -150,7 +151,7 @@ def from_label_set(
         "num_views": labels.num_views,
     }
     return LabelSource(
-        _stored_targets(config, folder, runtime, labels, source),
+        _stored_targets(config, folder, runtime, labels, source, check),
         _positions_to_train_on(config, labels, source),
         labels.img_size,
         labels.views(),
@@ -158,15 +159,24 @@ def from_label_set(
         provenance,
         val_labels,
         _accuracies(val_labels),
-        check=image_check(labels, source, config.check_images),
+        check=check,
         val_check=val_check,
     )
 
 
 def _stored_targets(
-    config: DistillConfig, folder: Path, runtime: Runtime, labels: LabelSet, source: ImageSource
+    config: DistillConfig,
+    folder: Path,
+    runtime: Runtime,
+    labels: LabelSet,
+    source: ImageSource,
+    check: ImageCheck | None,
 ) -> StoredLabels:
-    ensemble = None
+    ensemble = appender = None
+    if config.write_back:
+        position_of = {key: position for position, key in enumerate(source.keys)}
+        hash_of = None if check is None else lambda key: check.hash_of(position_of[key])
+        appender = Appender(labels, hash_of)
     if config.missing == "teach":
         plan = labels.manifest["plan"]
         ensemble = build_original_teachers(folder, config.teacher, plan, runtime)
@@ -178,7 +188,7 @@ def _stored_targets(
         reuse=config.reuses_views,
         missing=config.missing,
         ensemble=ensemble,
-        appender=Appender(labels) if config.write_back else None,
+        appender=appender,
     )
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,17 @@ from conftest import Result
 from mealv2.data.content_hash import combined_sha256, content_hash, content_line
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
-from mealv2.label_set import LabelSet, ShardFile, read_manifest, write_shard
+from mealv2.label_set import LabelSet, read_manifest
 from mealv2.storage.cache import Cache
 from mealv2.storage.json_format import parse_json
-from stored import signed_again
+from pictures import flip
+from stored import without_hashes
 from stores import web_server
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]
 NOT_LABELLED = "not the picture that was labelled"
 KEY = "bees/03.jpg"
-
-
-def flip(path: Path, at: int | None = None) -> None:
-    """Change one bit of a file, by default of its middle; the size stays."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 if at is None else at] ^= 4
-    path.write_bytes(data)
 
 
 def flip_image(path: Path, image: bytes) -> None:
@@ -145,16 +138,6 @@ def test_a_set_without_hashes_says_so(
     result = done("labels", "verify", folder, "--data-dir", data_dir)
     assert result.report["data_compared"] == "names and sizes"
     assert "has no content hashes" in result.stderr
-
-
-def without_hashes(folder: Path) -> None:
-    """Write the shards of a set without content hashes, as those of an import, and its manifest."""
-    for path in folder.glob("*.h5"):
-        shard = ShardFile(path).shard()
-        assert shard.images is not None
-        images = replace(shard.images, hashes_N=None)
-        write_shard(path, replace(shard, images=images), replace=True)
-    signed_again(folder, lambda plan, splits: None)
 
 
 # --- training -------------------------------------------------------------------------------------

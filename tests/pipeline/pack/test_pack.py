@@ -28,6 +28,7 @@ from mealv2.data.source import fingerprint
 from mealv2.errors import DataError
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import sealed_json
+from pictures import flip
 from pipeline.pack import common, folder
 from tars import tar_tree
 from warm import warm_process
@@ -492,12 +493,17 @@ def test_out_that_is_a_file_is_refused(run_cli: Run, data_dir: Path, tmp_path: P
 
 
 def test_a_pack_of_other_images_or_by_another_jpegtran_is_refused(
-    run_cli: Run, own_pack: Path, own_data: Path, contents: Files
+    run_cli: Run, own_pack: Path, data_dir: Path, own_data: Path, contents: Files
 ) -> None:
     before = contents(own_pack)
     (own_data / "train" / "ants" / "00.jpg").write_bytes(b"another")
     result = run_cli("pack", "--data-dir", own_data, "--output", own_pack)
     one_line(result, 2, "holds other images", str(own_pack / "train"))
+    assert contents(own_pack) == before
+    shutil.copytree(data_dir, own_data, dirs_exist_ok=True)
+    flip(own_data / "train" / "ants" / "00.jpg", at=-1)  # the size and the pixels stay
+    result = run_cli("pack", "--data-dir", own_data, "--output", own_pack)
+    one_line(result, 2, "was packed from another picture than", "train/ants/00.jpg of now")
     assert contents(own_pack) == before
     pack = Pack.read(own_pack / "val" / INDEX_NAME)
     assert pack is not None

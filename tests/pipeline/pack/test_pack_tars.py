@@ -22,6 +22,7 @@ from mealv2.data.tar import TarShards
 from mealv2.data.tar_index import index_path, read_index
 from mealv2.errors import DataError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
+from pictures import flip
 from warm import warm_process
 
 Run = Callable[..., Result]
@@ -271,6 +272,28 @@ def test_a_pattern_takes_some_of_the_tar_files_and_no_index(own_pack: Path) -> N
         assert len(open_source(own_pack / pattern, "train")) == 20
 
 
+@pytest.mark.parametrize("what", ["replaced", "more", "unfinished"])
+def test_a_pattern_compares_its_files_with_the_list_of_the_pack(what: str, own_pack: Path) -> None:
+    path, pattern = own_pack / "train-000001.tar", own_pack / "train-*[019].tar"
+    assert len(open_source(pattern, "train")) == 20
+    if what == "replaced":
+        with path.open("ab") as file:
+            file.write(bytes(512))
+    elif what == "more":
+        shutil.copy(path, own_pack / "train-000009.tar")
+    else:
+        pack = Pack.read(own_pack / "train.pack.json")
+        assert pack is not None
+        (own_pack / "train.pack.json").write_bytes(replace(pack, files=None).to_bytes())
+    said = {
+        "replaced": "packed: it was replaced",
+        "more": "was not made by",
+        "unfinished": "partly",
+    }
+    with pytest.raises(DataError, match=said[what]):
+        open_source(pattern, "train")
+
+
 @pytest.mark.parametrize("old", ["0", "tar"])
 def test_a_changed_index_is_one_line(
     run_cli: Run, own_pack: Path, labels_dir: Path, old: str
@@ -300,6 +323,24 @@ def test_other_settings_and_other_images_are_refused_by_name(
     shutil.rmtree(own_data / "train/ants")
     shutil.rmtree(own_data / "val/ants")
     refused(run_cli, contents, own_pack, flags(own_data, own_pack), "lists other classes than")
+
+
+@pytest.mark.parametrize("state", ["complete", "missing", "unfinished"])
+def test_other_pictures_of_the_same_names_and_sizes_are_refused(
+    state: str, run_cli: Run, own_pack: Path, own_data: Path, contents: Files
+) -> None:
+    path = own_pack / "train-000000.tar"
+    index = read_index(path)
+    assert index is not None
+    flip(own_data / "train" / index.images.keys[3], at=-1)
+    if state == "missing":
+        path.unlink()
+    elif state == "unfinished":
+        pack = Pack.read(own_pack / "train.pack.json")
+        assert pack is not None
+        (own_pack / "train.pack.json").write_bytes(replace(pack, files=None).to_bytes())
+    said = "was packed from other pictures" if state == "missing" else index.images.keys[3]
+    refused(run_cli, contents, own_pack, flags(own_data, own_pack), str(path), said)
 
 
 def test_a_folder_of_something_else_is_refused(
