@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["label_set_speed", "label_set_scale", "pixels", "jobs"])
+@pytest.mark.parametrize(
+    "name", ["label_set_speed", "label_set_scale", "pixels", "jobs", "picture_flips"]
+)
 def test_a_benchmark_runs_and_prints_tables(name):
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"],
