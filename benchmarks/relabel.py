@@ -1,13 +1,16 @@
 """What `mealv2 labels verify --relabel` finds where labels are right and where they are not.
 
-    python benchmarks/relabel.py > relabel.md
+    python benchmarks/relabel.py
+    python benchmarks/relabel.py --data-dir flowers
 
-It draws JPEGs, trains two small teachers, labels views, and labels all of them again: on this
-machine as before, with other threads, another resize and another precision, which are right; and
-from other views and other pictures, which are wrong. MIN_TOP1_AGREEMENT and MAX_EXTRA_KL of
-pipeline/label_sets/relabel.py must lie between the two.
+It draws JPEGs, or takes a few of three classes of a tree ROOT/{train,val}/CLASS, trains two small
+teachers, labels views, and labels all of them again: on this machine as before, with other threads,
+another resize and another precision, which are right; and from other views and other pictures,
+which are wrong. MIN_TOP1_AGREEMENT and MAX_EXTRA_KL of pipeline/label_sets/relabel.py must lie
+between the two.
 """
 
+import argparse
 import random
 import shutil
 import sys
@@ -24,7 +27,17 @@ from benchmarks import same_numbers as shop
 FLAGS = ["--num-views", 4, "--img-size", 64, "--workers", 0, "--device", "cpu"]
 
 
-def rows(root: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def copied(tree: Path, root: Path) -> Path:
+    """Copy some images of the first three classes of a tree."""
+    for split, count in shop.IMAGES.items():
+        for folder in sorted(path for path in (tree / split).iterdir() if path.is_dir())[:3]:
+            (root / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copy(path, root / split / folder.name)
+    return root
+
+
+def rows(root: Path, tree: Path | None) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the name of a case and its figures."""
     import torch
 
@@ -34,7 +47,7 @@ def rows(root: Path) -> Iterator[tuple[str, dict[str, float]]]:
     from pipeline.runtime.device import Runtime
 
     shop.IMAGES.update(train=24, val=4)
-    data = shop.draw_folder(root / "data")
+    data = shop.draw_folder(root / "data") if tree is None else copied(tree, root / "data")
     teachers = []
     for name in ("test_resnet", "test_efficientnet"):
         words = [*shop.FINETUNE, "--data-dir", data, "--model", name, "--output", root / name]
@@ -72,7 +85,7 @@ def rows(root: Path) -> Iterator[tuple[str, dict[str, float]]]:
     for share in (0.05, 0.5):
         other = root / f"swapped-{share}"
         shutil.copytree(data, other)
-        paths = sorted((other / "train").rglob("*.jpg"))
+        paths = sorted((other / "train").rglob("*.[jJ]*"))
         chosen = random.Random(0).sample(paths, round(share * len(paths)) // 2 * 2)
         for a, b in zip(chosen[::2], chosen[1::2], strict=True):
             one, two = a.read_bytes(), b.read_bytes()
@@ -83,11 +96,14 @@ def rows(root: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path)
+    options = parser.parse_args()
     shop.use_tree(shop.ROOT)
     print("| labelled again | KL, nats | of the encoding | extra KL | top-1 agreement, % |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, of in rows(Path(folder)):
+        for name, of in rows(Path(folder), options.data_dir):
             kl, encoding = of["kl"], of["kl_of_encoding"]
             print(
                 f"| {name} | {kl:.2g} | {encoding:.2g} | {kl - encoding:.2g} | "
