@@ -11,7 +11,7 @@ import torch
 
 from mealv2 import fkd
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
-from mealv2.errors import ConfigError, LabelSetError
+from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
@@ -21,7 +21,7 @@ from mealv2.views import BOX_UNIT, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
 from pipeline.label_sets.writing import all_rows, require_outside
-from pipeline.labelling.compatibility import check_same_data
+from pipeline.labelling.compatibility import check_same_data, image_check
 from pipeline.loading.sources import open_images
 
 # readers of a folder of tables ignore names that start with an underscore
@@ -198,12 +198,16 @@ def _data_set_name(config: LabelsExportConfig) -> str:
 
 
 def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
-    """Write classes.json, and a tar of images and labels for every shard."""
+    """Write classes.json, and a tar of images and labels for every shard.
+
+    Raises LabelSetError for an image that is not the one that was labelled.
+    """
     assert config.data_dir is not None
     split = labels.manifest["plan"]["roles"][labels.split]["split"]
     source = open_images(config, config.data_dir, split)
     check_same_data(labels, source, allow_missing=True)
     position_of = {key: position for position, key in enumerate(source.keys)}
+    check = image_check(labels, source, "always")
 
     def write(number: int, file: ShardFile, path: Path) -> None:
         keys = file.keys()
@@ -212,6 +216,14 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
             for key, name, block in zip(keys, sample_names(keys), blocks, strict=True):
                 position = position_of[key]
                 class_id, image = source.labels[position], source.read(position)
+                if check is not None:
+                    try:
+                        check(position, source.original_hash(position, image))
+                    except DataError as error:
+                        where = f"{source.name}/{key}"
+                        raise LabelSetError(
+                            f"image {where}: {error}; give the data that was labelled"
+                        ) from None
                 writer.write(sample(name, key, class_id, image, mealv2=member_bytes(key, block)))
 
     def export() -> list[Path]:

@@ -90,6 +90,16 @@ def test_sets_of_other_pictures_of_the_same_names_and_sizes_are_not_averaged(
     assert not (tmp_path / "mean").exists()
 
 
+def test_an_export_puts_no_other_picture_beside_a_label(
+    run_cli: Run, labels: Path, own_data: Path, tmp_path: Path
+) -> None:
+    flip(own_data / "train" / KEY, at=-1)
+    words = ["labels", "export", labels, "--to", "webdataset", "--data-dir", own_data]
+    result = run_cli(*words, "--output", tmp_path / "shards")
+    assert result.code == 3
+    assert f"{KEY}: it is not the picture that was labelled" in result.stderr
+
+
 # --- what tells of them ---------------------------------------------------------------------------
 
 
