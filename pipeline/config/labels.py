@@ -86,8 +86,8 @@ class PrecomputeConfig(CropConfig, EncodingConfig, SourceConfig, JobsConfig):
     )
     check_images: CheckImages = in_data(
         "first",
-        "When continuing: compare the images of complete shards with those that were labelled, by "
-        "content (first, always), or never.",
+        "When continuing: compare the images of complete shards (a job: of its own) with those "
+        "that were labelled, by content (first, always), or never.",
     )
     num_views: int = in_views(
         16, "Random views (crops and flips) to label per image.", low=1, high=MAX_VIEWS
