@@ -20,7 +20,7 @@ from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
 
-# Other threads, devices and resizes stay within these bounds, other views and pictures do not:
+# Other threads, precisions and resizes stay within these bounds, other views and pictures do not:
 # docs/benchmarks/picture-checks.md has the figures.
 MIN_TOP1_AGREEMENT = 95.0  # percent
 MAX_EXTRA_KL = 0.02  # nats, mean, beyond the loss of the encoding
