@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mealv2.errors import ConfigError
 
@@ -17,16 +18,16 @@ _NEARLY_EQUAL = 1e-6  # relative; two images that differ give features that diff
 def check_forward(
     backbone: nn.Module, img_size: int, *, name: str, weights: Path | None = None
 ) -> None:
-    """Raise ConfigError if a timm model cannot be run on images of this size.
+    """Raise ConfigError if a timm model cannot be run on images of this size, or has no classifier.
 
-    Without ``weights`` only shapes are computed where the model allows it, which costs milliseconds
-    and no memory. With ``weights``, a file to check, the forward pass is real: its outputs must be
+    Without ``weights`` only shapes are computed where the model allows it, which needs no memory
+    and the same time for every size. With ``weights``, a file to check, the forward pass is real: its outputs must be
     finite and differ between two images.
     """
     images_BCHW = _two_images(img_size)
     with _evaluated(backbone):
-        if weights is None and _runs_on_meta(backbone, images_BCHW):
-            return
+        if weights is None and (outputs := _on_meta(backbone, images_BCHW)) is not None:
+            return _check_shape(outputs, backbone, name)
         try:
             logits_BC = backbone(images_BCHW)
             features = backbone.forward_features(images_BCHW)  # type: ignore[operator]
@@ -35,6 +36,7 @@ def check_forward(
         except Exception as error:  # of timm and torch: every kind
             what = f"model {name} cannot be run at --img-size {img_size}"
             raise ConfigError(f"{what}: {reason_of(error)}") from error
+    _check_shape(logits_BC, backbone, name)
     if weights is not None:
         _check_outputs(logits_BC, features, weights)
 
@@ -69,25 +71,49 @@ def _evaluated(backbone: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _runs_on_meta(backbone: nn.Module, images_BCHW: Tensor) -> bool:
-    """Return whether the shapes work out; false also for models that need real numbers."""
+def _on_meta(backbone: nn.Module, images_BCHW: Tensor) -> object:
+    """Return outputs that are only shapes; None if they do not work out or need real numbers."""
     state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
     meta = {name: tensor.to("meta") for name, tensor in state.items()}
     try:
-        torch.func.functional_call(backbone, meta, (images_BCHW.to("meta"),))
+        with _NormAsIdentity():
+            # tie_weights=False: torch 2.14 does not restore a module that has several names
+            return torch.func.functional_call(
+                backbone, meta, (images_BCHW.to("meta"),), tie_weights=False
+            )
     except Exception:  # the real forward pass tells why
-        return False
-    return True
+        return None
+
+
+class _NormAsIdentity(TorchFunctionMode):
+    """Skips batch_norm, which keeps a shape; torch derives that in Python, in 7 ms a layer."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.batch_norm:
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+def _check_shape(logits_BC: object, backbone: nn.Module, name: str) -> None:
+    """Raise ConfigError for outputs that are not one score per class, such as an encoder's."""
+    expected = (2, backbone.num_classes)
+    if not isinstance(logits_BC, Tensor) or logits_BC.shape != expected:
+        shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        raise ConfigError(
+            f"model {name} is no classifier: for two images its output is {shape}, not {expected}"
+        )
 
 
 def _check_outputs(logits_BC: Any, features: Any, weights: Path) -> None:
     """Raise ConfigError for outputs that are not finite, or that do not depend on the image."""
     if not (isinstance(logits_BC, Tensor) and torch.isfinite(logits_BC).all()):
         raise ConfigError(f"checkpoint {weights}: the model's outputs are not finite numbers")
-    if isinstance(features, Tensor) and len(features) == len(logits_BC) == 2:
-        one, other = features
-        if torch.allclose(one, other, rtol=_NEARLY_EQUAL, atol=0.0):
-            raise ConfigError(
+    found = features if isinstance(features, list | tuple) else [features]
+    maps = [f for f in found if isinstance(f, Tensor) and len(f) == 2] or [logits_BC]
+    if all(torch.allclose(*both, rtol=_NEARLY_EQUAL, atol=0.0) for both in maps):
+        raise ConfigError(
                 f"checkpoint {weights}: the model's outputs do not depend on the image; its "
                 "weights are empty or damaged, download it again"
             )

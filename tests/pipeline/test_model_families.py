@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import _registry
 
 from mealv2.models import create_classifier
 from pipeline.training.run_folder import checkpoint_paths
@@ -46,7 +48,7 @@ FAMILIES = {
     "fastvit": ("fastvit_t8", 64),
     "focalnet": ("focalnet_tiny_srf", 64),
     "gcvit": ("gcvit_xxtiny", 64),
-    "gemma4_vit": ("gemma4_vit_167m_enc", 96),
+    "gemma4_vit": ("gemma4_vit_570m", 96),
     "ghostnet": ("ghostnet_050", 64),
     "hardcorenas": ("hardcorenas_b", 64),
     "hgnet": ("hgnetv2_b0", 64),
@@ -114,6 +116,19 @@ FAMILIES = {
     "xception_aligned": ("xception41p", 64),
     "xcit": ("xcit_nano_12_p8_224", 64),
 }
+# What has more parameters than a test needs gets fewer blocks; their code is the same.
+_TWO_BLOCKS = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+FEWER_BLOCKS: dict[str, dict[str, Any]] = {
+    "beit": _TWO_BLOCKS,
+    "deepseek_vit": _TWO_BLOCKS,
+    "gemma4_vit": _TWO_BLOCKS,
+    "mobilenetv5": {"channel_multiplier": 0.25, "num_features": 256},
+    "naflexvit": _TWO_BLOCKS,
+    "nasnet": {"num_features": 1008, "stem_size": 24},
+    "qwen3_vit": _TWO_BLOCKS,
+    "vgg": {"mlp_ratio": 0.05},
+    "vision_transformer_sam": {**_TWO_BLOCKS, "global_attn_indexes": (1,)},
+}
 # One of each kind of operator: convolution, attention, windows, mixers, recurrence.
 ONNX = (
     *("byobnet", "convnext", "deit", "efficientnet", "mlp_mixer", "mobilenetv3", "regnet"),
@@ -144,6 +159,15 @@ def six_pictures(
     root = draw_tree(tmp_path_factory.mktemp("six") / "data", num_train=2, num_val=0)
     flags = ["--data-dir", root, "--val-split", "none", "--batch-size", 6, "--workers", 0]
     return [*flags, "--no-pretrained", "--lr", 0.001, "--epochs", 2]
+
+
+@pytest.fixture(autouse=True)
+def fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let timm build the models of FEWER_BLOCKS with these settings, whoever asks."""
+    for family, settings in FEWER_BLOCKS.items():
+        name = FAMILIES[family][0]
+        smaller = partial(timm.models.model_entrypoint(name), **settings)
+        monkeypatch.setitem(_registry._model_entrypoints, name, smaller)
 
 
 def test_every_family_of_the_installed_timm_is_listed() -> None:
