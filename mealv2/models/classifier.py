@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.fitting import Rebuild, State, load_weights
 from mealv2.models.probe import check_forward, reason_of
-from mealv2.models.released import MEAN, NAMES, STD, by_file, download, find, split_pin
+from mealv2.models.released import (
+    MEAN,
+    NAMES,
+    STD,
+    by_file,
+    download,
+    find,
+    pinned_sha256,
+    split_pin,
+)
 from mealv2.models.weights import read_state, state_sha256
-from mealv2.storage.atomic import file_sha256, write_atomic
+from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json, parse_json
 from mealv2.storage.weight_files import SAFETENSORS, WEIGHTS_NAME, find_checkpoint, weights_format
 
@@ -144,12 +153,10 @@ def _load_checkpoint(
     Raises ConfigError for a file that does not fit, is damaged, or has another SHA-256.
     """
     path = find_checkpoint(checkpoint)
-    stored, state, notes = read_metadata(path), read_state(path), []
+    stored, notes = read_metadata(path), list[str]()
     if pin or "weights_sha256" not in stored:
-        sha256 = file_sha256(path)
-        notes.append(f"weights {path}: SHA-256 {sha256}")
-        if pin and not sha256.startswith(pin):
-            raise ConfigError(f"checkpoint {path} has SHA-256 {sha256}, not @sha256:{pin}")
+        notes.append(f"weights {path}: SHA-256 {pinned_sha256(path, pin)}")
+    state = read_state(path)
     if "weights_sha256" in stored and stored["weights_sha256"] != state_sha256(state):
         raise ConfigError(
             f"checkpoint {path} is damaged: its weights do not match their SHA-256; copy or export "
@@ -284,7 +291,8 @@ def save_classifier(
     """Write ``config.json`` and ``model.safetensors`` in timm's folder format.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The header of the weights
-    file has the class names, the size and the normalisation as well. Raises OSError.
+    file has the class names, the size and the normalisation as well. Raises OSError, and MealError
+    for tensors of a kind that safetensors cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = model.tag.split(".")[0]
@@ -300,7 +308,11 @@ def save_classifier(
     state = _unshared(model.backbone.state_dict())
     # one entry: safetensors writes several entries in random order
     metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
-    write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
+    try:
+        data = safetensors.torch.save(state, metadata)
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise MealError(f"model {model.tag} cannot be saved: {reason_of(error)}") from error
+    write_atomic(folder / WEIGHTS_NAME, data)
     of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]
     config = {
         "architecture": architecture,

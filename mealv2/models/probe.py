@@ -21,13 +21,14 @@ def check_forward(
     """Raise ConfigError if a timm model cannot be run on images of this size, or has no classifier.
 
     Without ``weights`` only shapes are computed where the model allows it, which needs no memory
-    and the same time for every size. With ``weights``, a file to check, the forward pass is real: its outputs must be
-    finite and differ between two images.
+    and the same time for every size. With ``weights``, a file to check, the forward pass is real:
+    its outputs must be finite and differ between two images.
     """
     images_BCHW = _two_images(img_size)
     with _evaluated(backbone):
         if weights is None and (outputs := _on_meta(backbone, images_BCHW)) is not None:
-            return _check_shape(outputs, backbone, name)
+            _check_shape(outputs, backbone, name)
+            return
         try:
             logits_BC = backbone(images_BCHW)
             features = backbone.forward_features(images_BCHW)  # type: ignore[operator]
@@ -100,7 +101,9 @@ def _check_shape(logits_BC: object, backbone: nn.Module, name: str) -> None:
     """Raise ConfigError for outputs that are not one score per class, such as an encoder's."""
     expected = (2, backbone.num_classes)
     if not isinstance(logits_BC, Tensor) or logits_BC.shape != expected:
-        shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        shape = (
+            tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        )
         raise ConfigError(
             f"model {name} is no classifier: for two images its output is {shape}, not {expected}"
         )
@@ -112,8 +115,8 @@ def _check_outputs(logits_BC: Any, features: Any, weights: Path) -> None:
         raise ConfigError(f"checkpoint {weights}: the model's outputs are not finite numbers")
     found = features if isinstance(features, list | tuple) else [features]
     maps = [f for f in found if isinstance(f, Tensor) and len(f) == 2] or [logits_BC]
-    if all(torch.allclose(*both, rtol=_NEARLY_EQUAL, atol=0.0) for both in maps):
+    if all(torch.allclose(one, two, rtol=_NEARLY_EQUAL, atol=0.0) for one, two in maps):
         raise ConfigError(
-                f"checkpoint {weights}: the model's outputs do not depend on the image; its "
-                "weights are empty or damaged, download it again"
-            )
+            f"checkpoint {weights}: the model's outputs do not depend on the image; its "
+            "weights are empty or damaged, download it again"
+        )

@@ -11,7 +11,7 @@ import torch.hub
 
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.weights import read_state
-from mealv2.storage.atomic import atomic_file
+from mealv2.storage.atomic import atomic_file, file_sha256
 
 BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
 
@@ -21,7 +21,6 @@ STD = (0.229, 0.224, 0.225)
 
 # errors of a connection; a full disk or a missing permission is not among them
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-
 
 _PIN = "@sha256:"  # between a model's name and the hash of its weights file
 
@@ -98,7 +97,8 @@ NAMES = tuple(dict.fromkeys(name for model in RELEASED for name in model.names))
 def split_pin(name: str) -> tuple[str, str | None]:
     """Return a model's name and the SHA-256 it is pinned to: ``NAME@sha256:HEX``.
 
-    HEX is the whole hash or its first 8 digits or more, in lower case. Raises ConfigError.
+    HEX is the whole hash or its first 8 digits or more; it is returned in lower case. Raises
+    ConfigError.
     """
     name, at, pin = name.partition(_PIN)
     if at and not re.fullmatch(r"[0-9a-fA-F]{8,64}", pin):
@@ -107,6 +107,17 @@ def split_pin(name: str) -> tuple[str, str | None]:
             "the weights file"
         )
     return name, pin.lower() or None
+
+
+def pinned_sha256(path: Path, pin: str | None) -> str:
+    """Return the SHA-256 (hex) of a weights file.
+
+    Raises ConfigError if it does not begin with ``pin``.
+    """
+    sha256 = file_sha256(path)
+    if pin and not sha256.startswith(pin):
+        raise ConfigError(f"checkpoint {path} has SHA-256 {sha256}, not @sha256:{pin}")
+    return sha256
 
 
 def find(name: str) -> Released | None:

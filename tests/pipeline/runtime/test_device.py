@@ -36,6 +36,16 @@ def test_amp_computes_in_bfloat16_and_says_so() -> None:
     assert runtime.precision == "bfloat16"
 
 
+def test_a_network_is_channels_last_also_beside_tensors_of_five_dimensions() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(3, 4, 3))
+    before = [tensor.clone() for tensor in network.parameters()]
+    moved = create_runtime(config(device="cpu")).to_device(network)
+    assert moved is network
+    assert network[0].weight.stride() == (27, 1, 9, 3)
+    assert network[1].weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "mps"])
 def test_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     if device == "mps" and torch.backends.mps.is_available():
