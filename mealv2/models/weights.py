@@ -62,7 +62,8 @@ def _load(path: Path) -> Any:
         return safetensors.torch.load_file(path)
     with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # a file's name does not tell torch what it is
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Ignored:

@@ -1,5 +1,6 @@
 """released: the table, the download; released models to evaluate, as student, as teacher."""
 
+import hashlib
 import re
 import shlex
 import socket
@@ -14,6 +15,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import cli
+import hubconf
 import published
 from conftest import Result
 from mealv2.errors import ConfigError, MealError
@@ -236,6 +238,56 @@ def test_capitals_of_a_name_do_not_count(name: str) -> None:  # as in the offici
     found = released.find(name)
     assert found is not None
     assert name.lower() in found.names
+
+
+# --- the hash of a file -------------------------------------------------------------------------
+
+
+def test_the_sha256_of_a_file_is_noted_and_can_be_pinned(
+    server: published.Server, small: nn.Module
+) -> None:
+    server.files[SMALL_FILE] = data = published.as_published(small)
+    sha256 = hashlib.sha256(data).hexdigest()
+    for pin in ("", f"@sha256:{sha256}", f"@sha256:{sha256[:8].upper()}"):
+        model = create_classifier(SMALL + pin, num_classes=None, pretrained=True)
+        assert model.notes[0].endswith(f"{SMALL_FILE}: SHA-256 {sha256}")
+        assert model.tag == f"{SMALL_TIMM}.{SMALL}_224"  # a label set does not depend on the pin
+    other = "0" * 64
+    refused = rf"{SMALL_FILE} has SHA-256 {sha256}, not @sha256:{other}"
+    with pytest.raises(ConfigError, match=refused):
+        create_classifier(f"{SMALL}@sha256:{other}", num_classes=None, pretrained=True)
+    with pytest.raises(ConfigError, match=refused):
+        hubconf.meal_v2(f"{SMALL}@sha256:{other}")
+
+
+def test_a_pin_holds_for_any_file_and_needs_one(small_file: Path) -> None:
+    sha256 = hashlib.sha256(small_file.read_bytes()).hexdigest()
+    create_classifier(f"{SMALL_TIMM}@sha256:{sha256}", num_classes=None, checkpoint=small_file)
+    with pytest.raises(ConfigError, match=rf"not @sha256:{'1' * 8}$"):
+        create_classifier(f"{SMALL_TIMM}@sha256:{'1' * 8}", num_classes=None, checkpoint=small_file)
+    with pytest.raises(ConfigError, match=r"pins a weights file, but .* is used without one"):
+        create_classifier(f"{SMALL_TIMM}@sha256:{sha256}", num_classes=3)
+
+
+@pytest.mark.parametrize("pin", ["", "abc", "g" * 64, "0" * 65])
+def test_a_pin_that_is_no_hash_is_refused(pin: str) -> None:
+    with pytest.raises(ConfigError, match="write NAME@sha256:HEX, 8 to 64 hexadecimal digits"):
+        create_classifier(f"{SMALL}@sha256:{pin}", num_classes=None, pretrained=True)
+
+
+def test_an_all_zero_file_in_the_cache_is_refused(
+    server: published.Server, small: nn.Module
+) -> None:
+    zeros = {key: torch.zeros_like(value) for key, value in small.state_dict().items()}
+    path = Path(torch.hub.get_dir()) / "checkpoints" / SMALL_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(zeros, path)
+    for build in (
+        lambda: create_classifier(SMALL, num_classes=None, pretrained=True, img_size=64),
+        lambda: hubconf.meal_v2(SMALL),
+    ):
+        with pytest.raises(ConfigError, match=f"{SMALL_FILE} has the right shapes but no content"):
+            build()
 
 
 # --- the download ---------------------------------------------------------------------------------

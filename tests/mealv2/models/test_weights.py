@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -100,6 +101,7 @@ EVIL: dict[str, Callable[[State, MakesFolder], Any]] = {
     "alone": lambda _, code: code,
     "beside the weights": lambda s, code: {"state_dict": s, "x": code},
     "as a tensor": lambda s, code: {**s, "fc.weight": code},
+    "in a NumPy array": lambda s, code: {"state_dict": s, "x": np.array([code, 1], dtype=object)},
     "in timm's flags": lambda s, code: {"state_dict": s, "args": argparse.Namespace(x=code)},
 }
 
