@@ -73,6 +73,7 @@ def _evaluated(backbone: nn.Module) -> Iterator[None]:
             backbone.eval()
             yield
     finally:
+        backbone.train()  # timm's LeViT and EfficientViT forget what they cached in eval mode
         for module, mode in modes:
             module.training = mode
 
