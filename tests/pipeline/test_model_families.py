@@ -142,7 +142,6 @@ REFUSED = {
     "crossvit": 96,
     "deepseek_vit": 64,
     "efficientformer": 64,
-    "gemma4_vit": 64,
     "inception_resnet_v2": 64,
     "inception_v3": 64,
     "inception_v4": 64,
