@@ -123,7 +123,8 @@ def _command_of(error: click.ClickException) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     """Exit with a code, after the message. Of several ranks with one message, one prints it."""
     if message and _claims(message):
-        click.echo(f"mealv2: {display_names.printable(message, is_line=True)}", err=True)
+        line = display_names.printable(message, is_line=True)
+        click.echo(f"mealv2: {display_names.shortened(line)}", err=True)
         env.save_exit_code(code)
     sys.exit(code)
 
@@ -191,7 +192,8 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
             _suggest(error, command)
             raise
         if isinstance(report, str):
-            click.echo(report)
+            # a file gets the exact script; a terminal would act on control characters in names
+            click.echo(display_names.printable(report) if sys.stdout.isatty() else report)
         else:
             _print_report(report)
 

@@ -5,8 +5,9 @@
 
 One process imports everything and writes a file of every kind. Each case is a fork of it with a
 copy of the files, one of them damaged or one option odd, and with limits of memory and time. Case N
-of a seed is the same in every run. FOLDER/results.jsonl keeps what came of each; run it again to
-continue. Prints Markdown tables, and ends with 1 if a case was wrong. Linux only.
+of a seed is the same in every run. FOLDER/results-SEED.jsonl keeps what came of each; run it again
+to continue, and to run the cases again that were wrong. Prints Markdown tables, and ends with 1 if
+a case was wrong. Linux only.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", no_proxy="127.0.0.1")
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import aiohttp  # noqa: E402, F401  # a fork imports nothing
 import torch  # noqa: E402
-from fuzz_inputs import COMMANDS, Command, damage_file, files_of, odd_option, write_whole  # noqa: E402
+from fuzz_damage import damage_file, odd_option  # noqa: E402
+from fuzz_inputs import COMMANDS, Command, files_of, write_whole  # noqa: E402
 
 import cli  # noqa: E402
 
@@ -43,7 +44,7 @@ MEMORY = 3 << 30  # bytes of address space that a case may take beside the warm 
 CPU_S, WALL_S = 30, 120
 FILE_BYTES = 1 << 30  # a case may not fill the disk
 ODD_OPTIONS = 0.2  # of the cases
-MAX_LINE = 2000  # characters of an error that one can read
+MAX_LINE = 2010  # characters of an error that one can read
 _CODES = range(5)
 _THREADS = ("parquet", "torchscript")
 
@@ -199,7 +200,7 @@ def serving(folder: Path) -> Iterator[str]:
     """Serve a folder by HTTP, in a process of its own; yield the URL."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
     with (
-        open(os.devnull, "w") as null,
+        Path(os.devnull).open("w") as null,
         subprocess.Popen(
             [*command, "--directory", folder], stdout=subprocess.PIPE, stderr=null, text=True
         ) as server,
@@ -246,15 +247,15 @@ def build(folder: Path, url: str) -> None:
                 _mealv2(list(command.words))
     os.chdir(before)
     deadline = time.monotonic() + 10
-    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < deadline:
+    while len(list(Path("/proc/self/task").iterdir())) > 1 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose its threads"
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would lose its threads"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     kept = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as null:
+    with Path(os.devnull).open("w") as null:
         sys.stdout = sys.stderr = null
         try:
             yield
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--only", type=int, nargs="+", help="show these cases; no record")
     options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", no_proxy="127.0.0.1")
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with serving(folder) as url:
@@ -301,17 +303,18 @@ def main() -> None:
                 print((folder / "log.err").read_text(errors="replace")[-3000:])
             return
         results = folder / f"results-{options.seed}.jsonl"
-        records = read_records(results)
+        known = read_records(results)
         with results.open("a", encoding="utf-8") as file:
-            for number in range(len(records), options.cases):
-                record = run_case(number, options.seed, folder, url)
-                records.append(record)
+            for number in range(options.cases):
+                if number in known and not known[number]["wrong"]:
+                    continue
+                known[number] = record = run_case(number, options.seed, folder, url)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 if record["wrong"]:
                     print(json.dumps(record), flush=True)
     remove(folder / "case")
-    records = records[: options.cases]
+    records = [known[number] for number in range(options.cases)]
     print(f"\n{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, ", end="")
     print(f"{datetime.date.today()}, seed {options.seed}; the warm process has ", end="")
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB\n")
@@ -323,14 +326,15 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of earlier runs; a line that was cut off does not count."""
+def read_records(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the newest record of each case; a line that was cut off does not count."""
     if not path.exists():
-        return []
+        return {}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    records = map(json.loads, whole.splitlines())
+    return {record["case"]: record for record in records}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_MAX_MESSAGE = 2000  # characters; a path of Linux can have 4096 bytes, but hardly one does
 _display_names: dict[str, str] = {}  # by the folder of copies
 
 
@@ -35,6 +36,12 @@ def printable(text: str, *, is_line: bool = False) -> str:
     """
     text = _CONTROL.sub(_escape, text)
     return text.replace("\n", "\\n").replace("\t", "\\t") if is_line else text
+
+
+def shortened(text: str) -> str:
+    """Return a message that can be read: of a very long one, such as a value, begin and end."""
+    half = _MAX_MESSAGE // 2 - 1
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
 def _escape(found: re.Match[str]) -> str:

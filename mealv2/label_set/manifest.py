@@ -29,6 +29,7 @@ PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 UNKNOWN = "unknown"  # in the plan of imported labels, for example a hash of weights
 _ADVICE = "run the command that made the set again: it writes the file from the shards"
+_PLAN_ADVICE = "restore it from a copy, or make a new label set"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,200}")
 _OWN_SHA256 = "manifest_sha256"
 _MAX_SHARDS = 1 << 24  # of a split: a larger number of images is a damaged one
@@ -68,9 +69,13 @@ def planned_ranges(plan: dict[str, Any], split: str) -> list[range]:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """Return plan.json; raises LabelSetError where it is missing or damaged."""
+    """Return plan.json; raises LabelSetError where it is missing, damaged or not a plan."""
     path = folder / PLAN_NAME
-    return _parsed(path, _read_bytes(path, "not a label set, or its plan was removed"))
+    data = _read_bytes(path, "not a label set, or its plan was removed")
+    plan = _parsed(path, data, advice=_PLAN_ADVICE)
+    if not _fits(plan, _PLAN):
+        raise LabelSetError(f"{path} is damaged: it is no valid plan; {_PLAN_ADVICE}")
+    return plan
 
 
 def creating_command(plan: dict[str, Any]) -> str:
@@ -157,14 +162,14 @@ def _read_bytes(path: Path, missing: str) -> bytes:
         raise LabelSetError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parsed(path: Path, data: bytes) -> dict[str, Any]:
+def _parsed(path: Path, data: bytes, *, advice: str = _ADVICE) -> dict[str, Any]:
     """Parse plan or manifest; raises LabelSetError for another format or version."""
     try:
         value = parse_json(data)
     except ValueError as error:
-        raise LabelSetError(f"{path} is damaged: {error}; {_ADVICE}") from None
+        raise LabelSetError(f"{path} is damaged: {error}; {advice}") from None
     if not isinstance(value, dict):
-        raise LabelSetError(f"{path} is damaged: not a JSON object")
+        raise LabelSetError(f"{path} is damaged: not a JSON object; {advice}")
     plan = value.get("plan", value)
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise LabelSetError(f"{path} does not describe a {FORMAT}")
@@ -218,9 +223,11 @@ def _is_number(value: object) -> bool:
 _PLAN = {
     "classes": [str],
     "img_size": _is_count,
-    "roles": {str: {"num_views": _is_count, "views?": dict}},
+    "roles": {
+        str: {"num_views": _is_count, "views?": dict, "split?": str, "shard_sizes?": [_is_count]}
+    },
     "teachers?": [{"model": str}],
-    "derived?": {"how": str, "from": list},
+    "derived?": {"how": str, "from": list, "command?": str},
 }
 _FIGURES = {"top1": _is_number, "top5": _is_number}
 _SHARD = {"name": _is_file_name, "bytes": int, "sha256": str}

@@ -41,6 +41,14 @@ def test_cells_of_tables_and_lists_of_names_are_one_line() -> None:
     assert console.first_names(["a\nb", "\x07"]) == r"a\nb, \x07"
 
 
+def test_a_very_long_message_keeps_its_begin_and_end() -> None:
+    text = f"--img-size {'9' * 9999} is no size"
+    assert len(display_names.shortened(text)) <= 2001
+    assert display_names.shortened(text).startswith("--img-size 9")
+    assert display_names.shortened(text).endswith("9 is no size")
+    assert display_names.shortened(text[:2000]) == text[:2000]
+
+
 def test_everything_is_printed_at_one_place() -> None:
     """console.info, and cli for errors, reports and scripts."""
     found = {

@@ -618,6 +618,24 @@ def test_a_damaged_plan_that_is_all_there_is_is_written_anew(tmp_path):
     assert read_plan(tmp_path) == plan_of(RATE)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"roles": {"train": 0.5}},
+        {"roles": {"train": {"num_views": 10**30}}},
+        {"roles": {"train": {"num_views": 2, "shard_sizes": [0]}}},
+        {"teachers": [4]},
+        {"classes": 3},
+        {"derived": "labels merge"},
+        {"derived": {"how": "x", "from": [], "command": []}},
+    ],
+)
+def test_a_plan_that_no_writer_writes_is_refused(tmp_path, changes):
+    (tmp_path / "plan.json").write_text(canonical_json({**plan_of(RATE), **changes}))
+    with pytest.raises(LabelSetError, match=r"plan\.json is damaged: .*; restore it"):
+        read_plan(tmp_path)
+
+
 # --- many shards ----------------------------------------------------------------------------------
 
 
