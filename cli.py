@@ -192,8 +192,10 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
             _suggest(error, command)
             raise
         if isinstance(report, str):
-            # a file gets the exact script; a terminal would act on control characters in names
-            click.echo(display_names.printable(report) if sys.stdout.isatty() else report)
+            # a terminal would act on control characters in names; a file gets the exact script:
+            # color=True, or click removes what looks like a colour
+            is_shown = sys.stdout.isatty()
+            click.echo(display_names.printable(report) if is_shown else report, color=True)
         else:
             _print_report(report)
 

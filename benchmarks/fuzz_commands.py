@@ -38,10 +38,12 @@ from fuzz_damage import damage_file, odd_option  # noqa: E402
 from fuzz_inputs import COMMANDS, Command, files_of, write_whole  # noqa: E402
 
 import cli  # noqa: E402
+from mealv2.storage import transfer, web  # noqa: E402
 
 SEED = 13
 MEMORY = 3 << 30  # bytes of address space that a case may take beside the warm process
 CPU_S, WALL_S = 30, 120
+READ_TIMEOUT_S = 2.0  # of a server; the product waits longer
 FILE_BYTES = 1 << 30  # a case may not fill the disk
 ODD_OPTIONS = 0.2  # of the cases
 MAX_LINE = 2010  # characters of an error that one can read
@@ -217,10 +219,8 @@ def serving(folder: Path) -> Iterator[str]:
 def build(folder: Path, url: str) -> None:
     """Write the files of FOLDER/whole once; this process does the same for itself, to be warm."""
     torch.set_num_threads(1)
-
-    def here(line: str) -> None:
-        code = _mealv2(line.replace("URL/", f"{url}/case/").split())
-        assert code == 0, f"exit {code}: mealv2 {line}"
+    # the server waits for ever for a pipe
+    web.READ_TIMEOUT_S, transfer.RETRY_DELAY_S = READ_TIMEOUT_S, 0.1
 
     def isolated(line: str) -> None:
         words = line.replace("URL/", f"{url}/case/").split()

@@ -96,7 +96,7 @@ def _changed_json(rng: random.Random, _: Path, data: bytes) -> bytes:
 def _encoded(rng: random.Random, tree: Any) -> bytes:
     try:
         return text_of(rng, tree)
-    except (UnicodeEncodeError, ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, LookupError):
         return json.dumps(tree).encode()
 
 
@@ -162,7 +162,9 @@ def _changed_safetensors(rng: random.Random, path: Path, data: bytes) -> bytes:
     return length.to_bytes(8, "little") + header + data[8 + size :]
 
 
-def _changed_tar(rng: random.Random, _: Path, data: bytes) -> bytes:
+def _changed_tar(rng: random.Random, path: Path, data: bytes) -> bytes:
+    if not tarfile.is_tarfile(path):  # a cache has other files with such names
+        return raw(rng, data)
     out = io.BytesIO()
     with tarfile.open(fileobj=io.BytesIO(data)) as old, tarfile.open(fileobj=out, mode="w") as new:
         members = old.getmembers()
@@ -220,7 +222,7 @@ def _changed_image(rng: random.Random, _: Path, data: bytes) -> bytes:
 _FORMATS: dict[str, Callable[[random.Random, Path, bytes], bytes]] = {
     ".json": _changed_json, ".index": _changed_json, ".lock": _changed_json,
     ".jsonl": _changed_lines, ".csv": _changed_lines, ".txt": _changed_lines,
-    ".gz": _changed_gzip, ".pth": _changed_weights, ".safetensors": _changed_safetensors,
+    ".gz": _changed_gzip, ".pth": _changed_weights, ".pt": _changed_weights, ".safetensors": _changed_safetensors,
     ".tar": _changed_tar, **{f".{suffix}": _changed_image for suffix in IMAGE_SUFFIXES},
 }  # fmt: skip
 

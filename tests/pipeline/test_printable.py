@@ -3,8 +3,12 @@
 import ast
 import csv
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +132,20 @@ def test_evil_names_of_classes_and_images_reach_neither_terminal_nor_spreadsheet
         exact = json.loads((tmp_path / f"{command}-a.json").read_text("utf-8"))
         rows = exact.get("per_class") or exact["predictions"][0]["best"]
         assert EVIL in {row["class"] for row in rows}
+
+
+def test_a_batch_script_is_exact_in_a_file_and_escaped_on_a_terminal(
+    tmp_path: Path, run_cli: Callable[..., Result]
+) -> None:
+    words = ["slurm", "distill", "--print", "--labels", tmp_path, "--output", tmp_path]
+    words += ["--model", "test_resnet", "--data-dir", tmp_path / "a\x1b[31mb"]
+    piped = run_cli(*words)
+    assert piped.code == 0, piped.stderr
+    assert "a\x1b[31mb" in piped.stdout  # a script must run
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb") as terminal, os.fdopen(theirs, "wb") as stdout:
+        command = [sys.executable, ROOT / "cli.py", *words]
+        subprocess.run([*map(str, command)], stdout=stdout, check=True)
+        shown = terminal.read1(1 << 16)
+    assert b"a\\x1b[31mb" in shown
+    assert b"\x1b" not in shown
