@@ -222,7 +222,8 @@ def _changed_image(rng: random.Random, _: Path, data: bytes) -> bytes:
 _FORMATS: dict[str, Callable[[random.Random, Path, bytes], bytes]] = {
     ".json": _changed_json, ".index": _changed_json, ".lock": _changed_json,
     ".jsonl": _changed_lines, ".csv": _changed_lines, ".txt": _changed_lines,
-    ".gz": _changed_gzip, ".pth": _changed_weights, ".pt": _changed_weights, ".safetensors": _changed_safetensors,
+    ".gz": _changed_gzip, ".pth": _changed_weights, ".pt": _changed_weights,
+    ".safetensors": _changed_safetensors,
     ".tar": _changed_tar, **{f".{suffix}": _changed_image for suffix in IMAGE_SUFFIXES},
 }  # fmt: skip
 
