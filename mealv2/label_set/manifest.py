@@ -223,6 +223,7 @@ def _is_number(value: object) -> bool:
 _PLAN = {
     "classes": [str],
     "img_size": _is_count,
+    "shard_size?": _is_count,
     "roles": {
         str: {"num_views": _is_count, "views?": dict, "split?": str, "shard_sizes?": [_is_count]}
     },

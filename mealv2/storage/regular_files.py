@@ -12,6 +12,9 @@ _KINDS = {
 }
 
 
+MAX_BYTES = 1 << 32  # of a file that is read at once, where no smaller size is known
+
+
 def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:
     """Return a descriptor of a regular file, for reading; a link to one is followed.
 
@@ -41,7 +44,7 @@ def require_regular(
         raise OSError(errno.EFBIG, reason, str(path))
 
 
-def read_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> bytes:
+def read_regular(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file; raises OSError as ``open_regular``."""
     with os.fdopen(open_regular(path, max_bytes=max_bytes), "rb") as file:
         return file.read()

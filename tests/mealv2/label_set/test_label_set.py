@@ -624,6 +624,7 @@ def test_a_damaged_plan_that_is_all_there_is_is_written_anew(tmp_path):
         {"roles": {"train": 0.5}},
         {"roles": {"train": {"num_views": 10**30}}},
         {"roles": {"train": {"num_views": 2, "shard_sizes": [0]}}},
+        {"shard_size": "8"},
         {"teachers": [4]},
         {"classes": 3},
         {"derived": "labels merge"},
