@@ -142,7 +142,7 @@ def _changed_weights(rng: random.Random, path: Path, data: bytes) -> bytes:
     elif kind == 4:
         inner[name] = torch.full((3, 3), float("nan"))
     elif kind == 5:
-        inner[name] = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), [1.0], (5,))
+        inner[name] = torch.eye(2).to_sparse()
     elif kind == 6:
         inner[name] = torch.zeros(2, dtype=rng.choice((torch.complex64, torch.bool, torch.int8)))
     elif kind == 7:

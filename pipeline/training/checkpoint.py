@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,9 @@ def load(path: Path) -> dict[str, Any]:
     with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as archive:
         if archive.testzip() is not None:  # torch.load does not look at the checksums
             raise ValueError("its contents fail their CRC")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():  # a damaged file has tensors of any kind; torch warns of some
+        warnings.simplefilter("ignore")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError("it is not a checkpoint of a run")
     return state
