@@ -127,7 +127,7 @@ def _changed_gzip(rng: random.Random, path: Path, data: bytes) -> bytes:
 
 def _changed_weights(rng: random.Random, path: Path, data: bytes) -> bytes:
     state = torch.load(io.BytesIO(data), weights_only=False)
-    inner = rng.choice([state, *(v for v in state.values() if isinstance(v, dict))])
+    inner = rng.choice([state, *(v for v in state.values() if isinstance(v, dict) and v)])
     name = rng.choice(list(inner))
     value = inner[name]
     kind = rng.randrange(9)
