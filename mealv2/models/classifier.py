@@ -319,6 +319,8 @@ def save_classifier(
         "num_classes": model.num_classes,
         "num_features": int(getattr(model.backbone, "num_features", 0)),
         "label_names": list(classes),
+        # timm builds windows and position embeddings of this size; others take any size
+        "model_args": {"img_size": img_size} if of_timm.get("fixed_input_size") else {},
         "pretrained_cfg": {
             "tag": "mealv2",
             "num_classes": model.num_classes,

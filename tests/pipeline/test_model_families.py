@@ -42,8 +42,7 @@ FAMILIES = {
     "efficientnet": ("test_efficientnet", 64),
     "efficientvim": ("efficientvim_m1", 64),
     "efficientvit_mit": ("efficientvit_b0", 64),
-    # at other sizes timm rebuilds an exported folder with the windows of 224 pixels
-    "efficientvit_msra": ("efficientvit_m0", 224),
+    "efficientvit_msra": ("efficientvit_m0", 64),
     "eva": ("vit_tiny_patch16_dinov3_qkvb", 64),
     "fasternet": ("fasternet_t0", 64),
     "fastvit": ("fastvit_t8", 64),
