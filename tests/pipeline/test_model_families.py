@@ -124,7 +124,7 @@ FEWER_BLOCKS: dict[str, dict[str, Any]] = {
     "gemma4_vit": _TWO_BLOCKS,
     "mobilenetv5": {"channel_multiplier": 0.25, "num_features": 256},
     "naflexvit": _TWO_BLOCKS,
-    "nasnet": {"num_features": 1008, "stem_size": 24},
+    "nasnet": {"num_features": 1344, "stem_size": 32},
     "qwen3_vit": _TWO_BLOCKS,
     "vgg": {"mlp_ratio": 0.05},
     "vision_transformer_sam": {**_TWO_BLOCKS, "global_attn_indexes": (1,)},
