@@ -148,15 +148,14 @@ def _load_checkpoint(
     pin: str | None,
     rebuild: Rebuild,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Load a weights file; return its metadata, and lines for the user.
-
-    Raises ConfigError for a file that does not fit, is damaged, or has another SHA-256.
-    """
+    """Load a weights file; return its metadata, and lines for the user; raises ConfigError."""
     path = find_checkpoint(checkpoint)
-    stored, notes = read_metadata(path), list[str]()
-    if pin or "weights_sha256" not in stored:
-        notes.append(f"weights {path}: SHA-256 {pinned_sha256(path, pin)}")
+    stored = read_metadata(path)
+    sha256 = pinned_sha256(path, pin) if pin else None  # before anything of the file is parsed
     state = read_state(path)
+    if sha256 is None and "weights_sha256" not in stored:
+        sha256 = pinned_sha256(path, None)
+    notes = [f"weights {path}: SHA-256 {sha256}"] if sha256 else []
     if "weights_sha256" in stored and stored["weights_sha256"] != state_sha256(state):
         raise ConfigError(
             f"checkpoint {path} is damaged: its weights do not match their SHA-256; copy or export "

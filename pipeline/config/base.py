@@ -40,6 +40,7 @@ DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes per view of 1,000 cla
 DEFAULT_IMG_SIZE = 224
 DEFAULT_SHARD_SIZE = 2048  # images per file of labels or of images; 225 MB of ImageNet
 MAX_VIEWS = 1_000_000  # per image of a label set
+MAX_EPOCHS = 1_000_000
 DEFAULT_EMA_DECAY = 0.9998  # timm's
 
 # Help texts of several commands.

@@ -10,6 +10,7 @@ from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_EMA_DECAY,
     DEFAULT_IMG_SIZE,
+    MAX_EPOCHS,
     NO_SPLIT,
     PAPER_EPOCHS,
     PAPER_MILESTONE,
@@ -63,7 +64,7 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
     initial_checkpoint: Path | None = in_model(
         None, "Starting weights: file, run folder or model folder.", shown="timm's", path="weights"
     )
-    epochs: int = in_optimisation(PAPER_EPOCHS, "Passes over the images.", low=1)
+    epochs: int = in_optimisation(PAPER_EPOCHS, "Passes over the images.", low=1, high=MAX_EPOCHS)
     batch_size: int = in_optimisation(512, "Images per step, over all processes.", low=1)
     grad_accum_steps: int = in_optimisation(
         1, "Micro-batches per step and process; more of them need less GPU memory.", low=1
@@ -189,6 +190,6 @@ class FinetuneConfig(CropConfig, TrainConfig):
         low=1,
     )
     view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
-    epochs: int = in_optimisation(30, "Passes over the images.", low=1)
+    epochs: int = in_optimisation(30, "Passes over the images.", low=1, high=MAX_EPOCHS)
     batch_size: int = in_optimisation(128, "Images per step, over all processes.", low=1)
     weight_decay: float = in_optimisation(1e-4, "Weight decay of SGD.", low=0)

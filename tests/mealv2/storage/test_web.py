@@ -263,3 +263,15 @@ def test_progress_of_a_continued_download_gives_new_attempts(
 
     server.cut_after = [999] * 9
     failure(lambda: object_store.fetch(server.url, tmp_path / "b"))
+
+
+def test_a_file_too_large_to_hold_is_not_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "MAX_READ_BYTES", len(DATA))
+    assert object_store.read(server.url) == DATA
+    monkeypatch.setattr(web, "MAX_READ_BYTES", len(DATA) - 1)
+    with pytest.raises(RemoteError, match=f"it has {len(DATA)} bytes or more") as caught:
+        object_store.read(server.url)
+    assert SECRET not in str(caught.value)
+    assert len(server.bodies) == 2  # another attempt would fail as well
