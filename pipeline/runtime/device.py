@@ -47,7 +47,8 @@ class Runtime:
             _avoid_strided_pointwise(network)
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.ndim == 4:  # Module.to fails at tensors of five, such as timm's lambda layers
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                # not contiguous(), which leaves strides of 1 x 1 kernels as they are: other kernels
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return network
 
     @property

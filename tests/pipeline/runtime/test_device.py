@@ -37,12 +37,15 @@ def test_amp_computes_in_bfloat16_and_says_so() -> None:
 
 
 def test_a_network_is_channels_last_also_beside_tensors_of_five_dimensions() -> None:
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(3, 4, 3))
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1), torch.nn.Conv3d(3, 4, 3)
+    )
     before = [tensor.clone() for tensor in network.parameters()]
     moved = create_runtime(config(device="cpu")).to_device(network)
     assert moved is network
     assert network[0].weight.stride() == (27, 1, 9, 3)
-    assert network[1].weight.is_contiguous()
+    assert network[1].weight.stride() == (4, 1, 4, 4)  # as Module.to gives; contiguous() does not
+    assert network[2].weight.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
 
 
