@@ -193,7 +193,7 @@ class LabelsSplitConfig(Settings):
 
     labels: Path = argument("Label set.", path="label set")
     output: Path = in_labels(REQUIRED, "Folder of the parts.", alias="out", path="new folder")
-    parts: int = in_labels(2, "Number of parts, of about equal size.", low=2)
+    parts: int = in_labels(2, "Number of parts, of about equal size.", low=2, high=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)
