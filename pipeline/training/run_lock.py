@@ -113,7 +113,8 @@ def run_lock(run: Path, *, log: Callable[[str], None] | None = None) -> Iterator
             _remove(path, stale)
     lock = RunLock(run, own.token)
     try:
-        lock.require_held()
+        if not _is_held_by(path, own.token):
+            raise _locked(run, _holder(path))
         yield lock
     finally:
         lock.release()
@@ -199,6 +200,15 @@ def _remove(path: Path, stale: Holder | None) -> None:
         with suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
+
+
+def _is_held_by(path: Path, token: str) -> bool:
+    """Return whether a new lock is held; another start may have moved it aside for a moment."""
+    for _ in range(40):
+        if (holder := _holder(path)) is not None:
+            return holder.token == token
+        time.sleep(0.05)
+    return False
 
 
 def _holder(path: Path) -> Holder | None:

@@ -172,7 +172,7 @@ def test_of_two_that_take_over_a_stale_lock_one_gets_it(
     run: Path, lock_of: Callable[..., Path]
 ) -> None:
     lock_of(pid=2**22 + 1)
-    barrier, held, refused = threading.Barrier(8), list[int](), list[int]()
+    barrier, held, refused = threading.Barrier(8, timeout=60), list[int](), list[int]()
 
     def take(number: int) -> None:
         barrier.wait()
