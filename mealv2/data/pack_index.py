@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from mealv2.data.content_hash import hash_text, parse_hash
 from mealv2.errors import DataError
-from mealv2.storage.json_format import MAX_JSON_BYTES, parse_sealed_json, sealed_json
+from mealv2.storage.json_format import parse_sealed_json, sealed_json
 from mealv2.storage.regular_files import read_regular
 
 INDEX_NAME = "pack.json"  # in the folder of a split of a tree
@@ -88,7 +88,7 @@ class Pack:
     def read(cls, path: Path) -> Self | None:
         """Read an index file, None if there is none; raises DataError."""
         try:
-            return cls.of_bytes(read_regular(path, max_bytes=MAX_JSON_BYTES), str(path))
+            return cls.of_bytes(read_regular(path), str(path))
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -17,14 +17,14 @@ from mealv2.data.tar_index import (
     create_plain_index,
     index_bytes,
     index_of_bytes,
+    index_path,
+    read_index,
 )
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.cache import Cache, locked
-from mealv2.storage.json_format import MAX_JSON_BYTES
-from mealv2.storage.regular_files import read_regular
 from mealv2.storage.transfer import File
 from mealv2.storage.urls import PIPE, beside, file_name, shown
 
@@ -93,9 +93,9 @@ class RemoteTar:
             self._remote = object_store.info(self._url)
             self._version = f"{self._remote.size} {self._remote.stamp}"
         copy = self._cache.path_of(self._url, version=self._version)
-        path = copy.with_name(copy.name + INDEX_SUFFIX)
         with suppress(OSError, DataError):  # a missing or damaged one is created again
-            return index_of_bytes(read_regular(path, max_bytes=MAX_JSON_BYTES), str(path))
+            if (kept := read_index(copy)) is not None:
+                return kept
         while True:
             self.fetch()
             try:
@@ -104,7 +104,7 @@ class RemoteTar:
                 continue  # another process removed the copy to free space
             except DataError as error:
                 raise DataError(str(error).replace(str(copy), self.name)) from None
-            write_atomic(path, index_bytes(index))
+            write_atomic(index_path(copy), index_bytes(index))
             return index
 
     def _fetch(self, path: Path) -> None:

@@ -23,7 +23,7 @@ from mealv2.data.tar_headers import BLOCK, Archive, Member
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import DataError
 from mealv2.storage.atomic import file_sha256
-from mealv2.storage.json_format import MAX_JSON_BYTES, parse_sealed_json, sealed_json
+from mealv2.storage.json_format import parse_sealed_json, sealed_json
 from mealv2.storage.regular_files import read_regular
 
 META = re.compile(r"__[^/]*__(/|$)")  # webdataset: folders without samples
@@ -253,7 +253,7 @@ def read_index(tar: Path) -> TarIndex | None:
     """Read the index beside a tar file, None if there is none; raises as ``index_of_bytes``."""
     path = index_path(tar)
     try:
-        return index_of_bytes(read_regular(path, max_bytes=MAX_JSON_BYTES), str(path))
+        return index_of_bytes(read_regular(path), str(path))
     except FileNotFoundError:
         return None
 

@@ -15,7 +15,6 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.shard import FORMAT_VERSION, HEAD_SIZE
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import (
-    MAX_JSON_BYTES,
     canonical_json,
     json_sha256,
     own_sha256,
@@ -153,7 +152,7 @@ def describe_file(path: Path, *, num_images: int, data: bytes | None = None) -> 
 
 def _read_bytes(path: Path, missing: str) -> bytes:
     try:
-        return read_regular(path, max_bytes=MAX_JSON_BYTES)
+        return read_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         raise LabelSetError(f"no {path}: {missing}") from None
     except IsADirectoryError:

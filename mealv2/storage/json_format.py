@@ -10,8 +10,6 @@ from typing import Any
 from mealv2.errors import DataError
 from mealv2.storage.regular_files import read_regular
 
-MAX_JSON_BYTES = 1 << 32  # an index of 14 million images has about 1.4 GB
-
 _SEAL = "index_sha256"  # the field in which a sealed file has its own hash
 _ZEROS = "0" * 64
 _SURROGATE = re.compile(r"\\u[dD]")
@@ -29,7 +27,7 @@ def json_sha256(value: object) -> str:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; raises OSError, or ValueError if it is not JSON in UTF-8."""
-    return parse_json(read_regular(path, max_bytes=MAX_JSON_BYTES))
+    return parse_json(read_regular(path))
 
 
 def parse_json(data: bytes) -> Any:

@@ -11,8 +11,9 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 
-
-MAX_BYTES = 1 << 32  # of a file that is read at once, where no smaller size is known
+# Of a file that is read at once, where no smaller size is known: a JSON index of 14 million images
+# has about 1.4 GB.
+MAX_BYTES = 1 << 32
 
 
 def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 from fsspec.asyn import sync
 
 from mealv2.errors import RemoteError
+from mealv2.storage.regular_files import MAX_BYTES
 from mealv2.storage.transfer import File, TransferInterruptedError, reason, status_error
 from mealv2.storage.urls import shown
 
 CONNECT_TIMEOUT_S = 30.0
 READ_TIMEOUT_S = 60.0
-MAX_READ_BYTES = 1 << 32  # as of a local JSON file: an index of 14 million images has 1.4 GB
+MAX_READ_BYTES = MAX_BYTES  # as of a local file
 _CHUNK = 1 << 20
 _DENIED = (401, 403)
 # a server or a signed URL may allow GET and not HEAD
