@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mealv2
 from mealv2.errors import ConfigError
@@ -43,10 +43,10 @@ class Runtime:
         # tensor cores prefer channels-last; on a CPU (AVX-512, float32, one thread) resnet18 takes
         # 0.72 and resnet50 0.83 of the time that it takes with timm's layout
         network.to(self.device)
-        if self.device.type == "cpu":
-            _avoid_strided_pointwise(network)
+        kept = _plain_layout(network) if self.device.type == "cpu" else set()
         for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.ndim == 4:  # Module.to fails at tensors of five, such as timm's lambda layers
+            # Module.to fails at tensors of five dimensions, such as timm's lambda layers
+            if tensor.ndim == 4 and tensor not in kept:
                 # not contiguous(), which leaves strides of 1 x 1 kernels as they are: other kernels
                 tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return network
@@ -57,15 +57,25 @@ class Runtime:
         return self.device.type == "cuda"
 
 
-def _avoid_strided_pointwise(network: nn.Module) -> None:
-    """Give 1 x 1 convolutions with a stride, of few channels, images that are not channels-last.
+def _plain_layout(network: nn.Module) -> set[Tensor]:
+    """Let some convolutions compute in timm's layout; return their kernels, which must keep it.
 
-    Their backward pass in oneDNN (torch 2.14) writes outside its memory otherwise: timm's fastvit.
+    In channels-last, the backward pass of a 1 x 1 convolution with a stride and fewer than 8 input
+    channels writes outside its memory in oneDNN (torch 2.14): timm's fastvit. Images or kernels in
+    channels-last are enough for that.
     """
+    kernels = set()
     for module in network.modules():
         is_concerned = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
         if is_concerned and module.stride != (1, 1) and module.in_channels < 8:  # type: ignore[operator]
-            module.register_forward_pre_hook(lambda _, images: (images[0].contiguous(),))
+            module.register_forward_pre_hook(_in_plain_layout)
+            kernels.add(cast(Tensor, module.weight))
+    return kernels
+
+
+def _in_plain_layout(_: nn.Module, images: tuple[Tensor, ...]) -> Tensor:
+    # not contiguous(), which keeps the strides of images of one channel
+    return images[0].clone(memory_format=torch.contiguous_format)
 
 
 def create_runtime(config: RuntimeConfig) -> Runtime:

@@ -49,6 +49,25 @@ def test_a_network_is_channels_last_also_beside_tensors_of_five_dimensions() -> 
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
 
 
+def test_convolutions_that_onednn_computes_wrong_in_channels_last_get_the_plain_layout() -> None:
+    """Strides are all that tells the layouts of a 1 x 1 kernel apart; oneDNN goes by them."""
+    concerned, other = torch.nn.Conv2d(3, 8, 1, stride=2), torch.nn.Conv2d(8, 4, 1, stride=2)
+    seen: list[tuple[int, ...]] = []
+    network = create_runtime(config(device="cpu")).to_device(torch.nn.Sequential(concerned, other))
+    concerned.register_forward_hook(lambda module, images, _: seen.append(images[0].stride()))
+    images_BCHW = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    network(images_BCHW).sum().backward()
+    assert seen == [(3 * 64 * 64, 64 * 64, 64, 1)]
+    assert concerned.weight.stride() == (3, 1, 1, 1)
+    assert other.weight.stride() == (8, 1, 8, 8)
+
+    kernel_OC, bias = concerned.weight.detach().double()[:, :, 0, 0], concerned.bias
+    assert bias is not None
+    expected = torch.einsum("oc,bchw->bohw", kernel_OC, images_BCHW[:, :, ::2, ::2].double())
+    expected += bias.detach().double()[:, None, None]
+    torch.testing.assert_close(concerned(images_BCHW).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "mps"])
 def test_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     if device == "mps" and torch.backends.mps.is_available():
