@@ -4,6 +4,7 @@ RUN/run.lock names the process that holds it. A process of the same machine is l
 another machine is alive as long as it touches the file.
 """
 
+import fcntl
 import os
 import secrets
 import threading
@@ -193,13 +194,29 @@ def _clock_of(folder: Path) -> float:
 
 def _remove(path: Path, stale: Holder | None) -> None:
     """Remove a stale lock, but not the one of another process that was faster."""
-    aside = path.with_name(f"{TEMPORARY_PREFIX}{LOCK_NAME}-{secrets.token_hex(4)}")
-    path.rename(aside)
-    found = Holder.read(aside)
-    if found != stale:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+    with _one_remover(path.parent):
+        if Holder.read(path) != stale:
+            return
+        # where only one process of each machine removes locks, another machine may be faster
+        aside = path.with_name(f"{TEMPORARY_PREFIX}{LOCK_NAME}-{secrets.token_hex(4)}")
+        path.rename(aside)
+        found = Holder.read(aside)
+        if found != stale:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+@contextmanager
+def _one_remover(folder: Path) -> Iterator[None]:
+    """Let one process at a time remove a lock; without effect where folders cannot be locked."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # NFS
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _is_held_by(path: Path, token: str) -> bool:
