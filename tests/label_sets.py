@@ -22,6 +22,7 @@ from mealv2.label_set import (
     write_manifest,
     write_shard,
 )
+from mealv2.label_set.content import content_of
 from mealv2.models.ensemble import combine
 from mealv2.soft_labels import SoftLabels
 from mealv2.storage.json_format import json_sha256
@@ -161,6 +162,8 @@ def make_set(
             listed.append(describe_file(path, num_images=len(part)))
         blocks.append({"views": [start, stop], "shards": listed})
     split = {"blocks": blocks, "skipped": dict(skipped or {}), "num_images": len(keys)}
+    if images is not None:
+        split["content"] = content_of(dict(zip(keys, images.hashes_N.tolist(), strict=True)))
     write_manifest(folder, plan, roles={"train": split})
     return made
 
