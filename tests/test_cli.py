@@ -373,7 +373,8 @@ def test_every_setting_is_reachable_as_a_flag(
     (option,) = (p for p in _command(name).params if p.name == field.name)
     flag = configs.flag(field.name)
     is_switch = isinstance(option, click.Option) and option.is_flag
-    given = [option.opts[0]] if is_switch else [flag, *_sample(option)]
+    switch = (option.secondary_opts if field.default is True else option.opts)[0]
+    given = [switch] if is_switch else [flag, *_sample(option)]
     if field.metadata["positional"]:
         given = ["something"]
     else:

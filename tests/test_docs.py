@@ -38,6 +38,7 @@ STAND_INS = {
     "resnet50.a1_in1k": "test_resnet.r160_in1k",
     "convnext_tiny.in12k_ft_in1k": "test_efficientnet.r160_in1k",
     "resnet18.tv_in1k": "test_byobnet.r160_in1k",
+    "vit_tiny_patch16_224": "test_vit",
     "resnet50": "test_resnet",
     "convnext_tiny": "test_efficientnet",
     "resnet18": "test_byobnet",
@@ -182,6 +183,20 @@ def test_guides_to_choices_run_on_a_small_set(
 
     assert all(reports)
     assert not (tmp_path / "runs" / "student").exists()
+
+
+def test_guide_to_optimizers_runs_on_a_small_set(
+    data_dir: Path,
+    make_model: Callable[..., Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    make_runs(tmp_path, start_vit=make_model("test_vit"))
+    for words in commands("docs/how-to/optimisation.md"):
+        assert done(*words, "--epochs", "3").report["epochs"] == 3
 
 
 def test_python_of_the_guide_to_own_data_runs(

@@ -149,6 +149,5 @@ def train_step(
         extra={} if discriminator is None else {"discriminator": (discriminator, _LR)},
     )
     step = TrainStep(config, bench.runtime, spec)
-    step.state.set_lr(config.lr_factor(0))
     task.train()
     return step

@@ -41,6 +41,7 @@ def config_of(config: type[configs.Settings], context: click.Context) -> configs
     """Return the config of a command line; raises ConfigError."""
     values = dict(context.params)
     config_file = values.pop("config_file", None)
+    values = configs.current_names(config, values)
     if _is_begun(values):
         if not values["auto_resume"]:
             _require_same_command(config, values, context)
@@ -100,7 +101,7 @@ def with_run(
     """
     run = values["resume"]
     kept = _settings_of_run(config, run, context)
-    saved = saved_settings(run) or {}
+    saved = configs.current_names(config, saved_settings(run) or {})
     before = saved.get("epochs", kept.get("epochs"))
     in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
     changed = set()
@@ -151,7 +152,7 @@ def _lengthened(kept: dict[str, Any], before: Any) -> dict[str, Any]:
         epochs > before,
         f"--epochs {epochs} contradicts the run, which has {before}; a run can only be lengthened",
     )
-    if kept.get("sched") == "step" and not kept.get("decay_milestones"):
+    if kept.get("sched") == "multistep" and not kept.get("decay_milestones"):
         return kept | {"decay_milestones": [configs.paper_milestone(before)]}
     return kept
 

@@ -139,6 +139,8 @@ class DistillConfig(CropConfig, TrainConfig):
         if self.discriminator == "off":
             names = ("discriminator_lr", "discriminator_weight", "discriminator_input")
             without_effect(self, "with --discriminator off", *names)
+        if self.discriminator_lr is not None:
+            self.check_lr("discriminator_lr", self.discriminator_lr)
         if self.hard_label_weight == 1:
             without_effect(self, "with --hard-label-weight 1", "label_temperature")
         if self.cutmix_target is None:

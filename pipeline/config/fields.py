@@ -47,6 +47,7 @@ class About:
     high: float | None = None
     above: float | None = None
     positional: bool = False  # an argument instead of a flag
+    current: Callable[[Mapping[str, Any]], Any] | None = None  # of all settings, today's value
 
 
 def setting(default: Any, text: str, **about: Any) -> Any:
@@ -120,7 +121,7 @@ def current_name(config: type, name: str) -> str:
 
 
 def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their current names.
+    """Return settings under their current names, with values of today's meaning.
 
     Raises ConfigError if a setting has different values under both names.
     """
@@ -131,6 +132,10 @@ def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = value
         elif value not in (None, found[name]):
             raise ConfigError(f"{old!r} is the old name of {name!r}, and the two differ; keep one")
+    for known in dataclasses.fields(config):
+        current = known.metadata["current"]
+        if current is not None and found.get(known.name) is not None:
+            found[known.name] = current(found)
     return found
 
 

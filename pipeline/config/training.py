@@ -1,6 +1,5 @@
 """Settings of every training run, and of `mealv2 finetune`."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,12 +7,9 @@ from typing import Literal
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
-    DEFAULT_EMA_DECAY,
     DEFAULT_IMG_SIZE,
     MAX_EPOCHS,
     NO_SPLIT,
-    PAPER_EPOCHS,
-    PAPER_MILESTONE,
     SIDE,
     CompileMode,
     CropConfig,
@@ -34,6 +30,7 @@ from pipeline.config.fields import (
     require,
     without_effect,
 )
+from pipeline.config.optimisation import SCHED_ON_UPDATES, WEIGHT_DECAY, OptimisationConfig
 
 # What may differ from the run when it is resumed (docs/how-to/resume.md has the table):
 # settings of the machine, the log and the folder, which no checkpoint is compared with;
@@ -50,7 +47,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
+class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, RuntimeConfig):
     """Settings of every training run."""
 
     in_ranks = True
@@ -64,35 +61,11 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
     initial_checkpoint: Path | None = in_model(
         None, "Starting weights: file, run folder or model folder.", shown="timm's", path="weights"
     )
-    epochs: int = in_optimisation(PAPER_EPOCHS, "Passes over the images.", low=1, high=MAX_EPOCHS)
-    batch_size: int = in_optimisation(512, "Images per step, over all processes.", low=1)
-    grad_accum_steps: int = in_optimisation(
-        1, "Micro-batches per step and process; more of them need less GPU memory.", low=1
-    )
     sync_bn: bool = in_hardware(
         False, "With torchrun on GPUs: batch normalisation over the images of all processes."
     )
-    lr: float = in_optimisation(0.01, "Learning rate of SGD.", low=0)
-    decay_milestones: tuple[int, ...] | None = in_optimisation(
-        None,
-        "Epoch at which the learning rate is multiplied by --decay-rate; repeat it for several.",
-        shown="at 100/180 of --epochs, as in the paper",
-        alias="lr_milestones",
-    )
-    decay_rate: float = in_optimisation(0.1, "Factor of the learning rate at a milestone.", low=0)
-    sched: Literal["step", "cosine"] = in_optimisation(
-        "step", "Learning rate schedule: steps (the paper's), or half a cosine down to zero."
-    )
-    momentum: float = in_optimisation(0.9, "Momentum of SGD.", low=0)
-    weight_decay: float = in_optimisation(0.0, "Weight decay of SGD; the paper uses none.", low=0)
     views_per_image: int = in_views(
         1, "Views per image in a batch, cut from one decode (FKD); each counts as an epoch.", low=1
-    )
-    model_ema: bool = in_optimisation(
-        False, "Average the student's weights over the steps and save the average as the model."
-    )
-    model_ema_decay: float | None = in_optimisation(
-        None, "Decay per step, rising from 0 to this.", shown=str(DEFAULT_EMA_DECAY), low=0, high=1
     )
     torchcompile: CompileMode = in_hardware(
         "off", "Compile the student with torch.compile, in this mode.", alias="compile"
@@ -129,15 +102,8 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
         self._check_sizes()
         if self.val_split == NO_SPLIT:
             without_effect(self, "with --val-split none", "val_interval")
-        if self.sched == "cosine":
-            without_effect(self, "with --sched cosine", "decay_milestones", "decay_rate")
-        if not self.model_ema:
-            without_effect(self, "without --model-ema", "model_ema_decay")
         if self.initial_checkpoint:
             require(not self.pretrained, "give --pretrained or --initial-checkpoint, not both")
-        for milestone in self.decay_milestones or ():
-            message = f"--decay-milestones {milestone} has no effect in {self.epochs} epochs"
-            require(0 < milestone < self.epochs, message)
 
     def _check_resume(self) -> None:
         if self.auto_resume:
@@ -160,20 +126,6 @@ class TrainConfig(SourceConfig, NormalisationConfig, RuntimeConfig):
         """Whether the student starts from timm's weights."""
         return self.initial_checkpoint is None if self.pretrained is None else self.pretrained
 
-    def lr_factor(self, epoch: int) -> float:
-        """Return the factor of the learning rates in an epoch (counted from 0)."""
-        if self.sched == "cosine":  # official FKD_train.py: lr / 2 (1 + cos(pi e / epochs))
-            return 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
-        milestones = self.decay_milestones
-        if milestones is None:
-            milestones = (paper_milestone(self.epochs),)
-        return self.decay_rate ** sum(epoch >= milestone for milestone in milestones)
-
-
-def paper_milestone(epochs: int) -> int:
-    """Return the epoch at which the paper's schedule drops the learning rate: 100 of 180."""
-    return round(epochs * PAPER_MILESTONE / PAPER_EPOCHS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(CropConfig, TrainConfig):
@@ -192,4 +144,5 @@ class FinetuneConfig(CropConfig, TrainConfig):
     view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
     epochs: int = in_optimisation(30, "Passes over the images.", low=1, high=MAX_EPOCHS)
     batch_size: int = in_optimisation(128, "Images per step, over all processes.", low=1)
-    weight_decay: float = in_optimisation(1e-4, "Weight decay of SGD.", low=0)
+    weight_decay: float = in_optimisation(1e-4, WEIGHT_DECAY, low=0)
+    sched_on_updates: bool = in_optimisation(True, SCHED_ON_UPDATES)

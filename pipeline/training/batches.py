@@ -47,6 +47,23 @@ def batch_ranges(num_images: int, batch_size: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise([*starts, num_images])]
 
 
+def num_steps(config: TrainConfig, num_images: int) -> int:
+    """Return how many steps a run has; some fewer where views are skipped."""
+    full, rest = divmod(config.epochs, config.views_per_image)
+    full_steps = full * _steps_of_pass(config, num_images, config.views_per_image)
+    return full_steps + (_steps_of_pass(config, num_images, rest) if rest else 0)
+
+
+def updates_per_epoch(config: TrainConfig, num_images: int) -> float:
+    """Return the steps of a pass in which no view is skipped, for each epoch that it counts as."""
+    num_views = config.views_per_image
+    return max(1, _steps_of_pass(config, num_images, num_views)) / num_views
+
+
+def _steps_of_pass(config: TrainConfig, num_images: int, num_views: int) -> int:
+    return len(batch_ranges(num_images, math.ceil(config.batch_size / num_views)))
+
+
 def epoch_order(
     num_images: int, *, seed: int, epoch: int, groups: Sequence[int] | None = None
 ) -> np.ndarray:

@@ -11,7 +11,7 @@ from pipeline.config import TrainConfig
 from pipeline.loading.loader import WaitTimer, on_device, read_views
 from pipeline.loading.requests import Batch
 from pipeline.runtime.device import Runtime
-from pipeline.training.batches import BatchSampler, batch_ranges
+from pipeline.training.batches import BatchSampler, num_steps
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
 
@@ -48,16 +48,6 @@ def dry_run(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> dict[s
     }
 
 
-def num_steps(config: TrainConfig, num_images: int) -> int:
-    """Return how many steps a run has; some fewer where views are skipped."""
-
-    def steps_of_pass(num_views: int) -> int:
-        return len(batch_ranges(num_images, -(-config.batch_size // num_views)))
-
-    full, rest = divmod(config.epochs, config.views_per_image)
-    return full * steps_of_pass(config.views_per_image) + (steps_of_pass(rest) if rest else 0)
-
-
 def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> timing.Sample:
     """Do one step to warm up, then some seconds of steps, on images from all over the set."""
     num_images = min(len(spec.positions), _MAX_STEPS * config.batch_size)
@@ -67,7 +57,6 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     step = TrainStep(config, runtime, spec)
     step.compile(sampler.full_batch())
     step.log_sizes(sampler.full_batch())
-    step.state.set_lr(config.lr_factor(0))
     spec.task.train()
 
     def run(num_steps: int) -> timing.Sample:

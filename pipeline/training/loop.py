@@ -120,8 +120,9 @@ class _Trainer:
     def _train_pass(self, batches: WaitTimer[Batch]) -> dict[str, float]:
         """Train on the rest of the pass; return the mean of every part of the loss."""
         config, spec, state, progress = self.config, self.spec, self.state, self.progress
-        state.set_lr(config.lr_factor(progress.epoch))
-        requests = self.sampler.batches(progress.epoch)[progress.step :]
+        batches_of_pass = self.sampler.batches(progress.epoch)
+        steps_per_epoch = len(batches_of_pass) / self.sampler.num_epochs(progress.epoch)
+        requests = batches_of_pass[progress.step :]
         num_skipped = self.sampler.num_skipped(progress.epoch)
         if progress.step == 0 and num_skipped and self.ranks.is_main_process:
             state.pass_means.count({SKIPPED: num_skipped})
@@ -137,6 +138,9 @@ class _Trainer:
                     for meter in (state.window, state.pass_means):
                         meter.count({IMAGES_SKIPPED: len(batch.failed)})
                     batch = self.step.without_failures(batch)
+                state.schedule.set_lr(
+                    progress.epoch, progress.step, steps_per_epoch=steps_per_epoch
+                )
                 progress.step += 1
                 progress.total_steps += 1
                 num_views, stop_signal = len(batch.positions), self.stop.signal_name

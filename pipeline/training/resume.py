@@ -7,7 +7,7 @@ from typing import Any
 from mealv2.errors import ConfigError, MealError
 from mealv2.storage.json_format import canonical_json
 from pipeline import console
-from pipeline.config import FREE_ON_RESUME, TrainConfig, flag
+from pipeline.config import FREE_ON_RESUME, TrainConfig, current_names, flag
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import checkpoint, image_list
@@ -98,7 +98,7 @@ def _resume_run(
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from the checkpoint's: the value there, and the new one."""
-    new = config.as_json()
+    saved, new = current_names(type(config), saved), config.as_json()
     names = sorted((new.keys() & saved.keys()) - FREE_ON_RESUME)
     return {name: (saved[name], new[name]) for name in names if saved[name] != new[name]}
 
@@ -140,13 +140,17 @@ def _require_same_pass(
 def _log_schedule(config: TrainConfig, state: TrainingState) -> None:
     """Report how the learning rate continues in a lengthened run."""
     epoch = state.progress.epoch
-    if config.sched == "cosine":
-        schedule = f"the cosine now ends after {config.epochs} epochs"
-    else:
-        milestones = ", ".join(map(str, config.decay_milestones or ()))
-        schedule = f"milestones stay at epoch {milestones}"
-    lr = config.lr * config.lr_factor(epoch)
-    console.info(f"{schedule}; from epoch {epoch + 1} on the learning rate is {lr:.4g}")
+    schedules = {
+        "multistep": f"milestones stay at epoch {', '.join(map(str, config.milestones))}",
+        "step": f"the learning rate still falls every {config.decay_epochs} epochs",
+        "constant": "the learning rate stays",
+    }
+    ends = f"the {config.sched} now ends after {config.epochs - config.cooldown_epochs} epochs"
+    state.schedule.set_lr(epoch)
+    console.info(
+        f"{schedules.get(config.sched, ends)}; from epoch {epoch + 1} on the learning rate is "
+        f"{state.lr:.4g}"
+    )
 
 
 def _load_newest(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:

@@ -12,7 +12,9 @@ from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import image_list
+from pipeline.training.batches import updates_per_epoch
 from pipeline.training.meters import Meter
+from pipeline.training.optimizer import Schedule, create_optimizer, restore_optimizer
 from pipeline.training.spec import TrainingSpec
 
 
@@ -42,7 +44,9 @@ class TrainingState:
         self.progress = Progress()
         self.window, self.pass_means = Meter(), Meter()
         self.teacher_forwards = 0
-        self.optimizer = _make_optimizer(config, spec, runtime.device)
+        self.optimizer = create_optimizer(config, spec, runtime.device)
+        num_updates = updates_per_epoch(config, len(spec.positions))
+        self.schedule = Schedule(config, self.optimizer, updates_per_epoch=num_updates)
         self.ema = None
         if config.model_ema:
             decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay
@@ -61,13 +65,9 @@ class TrainingState:
 
     @property
     def lr(self) -> float:
-        """The student's learning rate now."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def set_lr(self, factor: float) -> None:
-        """Set every group's learning rate to its initial one times ``factor``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        """The student's learning rate now; with --layer-decay that of its head."""
+        groups = self.optimizer.param_groups
+        return next(float(g["lr"]) for g in groups if g.get("lr_scale", 1.0) == 1.0)
 
     def collect(self) -> None:
         """Move the counts of all ranks to the main one; all have to call this."""
@@ -118,13 +118,7 @@ class TrainingState:
             module.load_state_dict(state["extra"][name])
         if self.ema is not None:
             self.result.backbone.load_state_dict(state["state_dict_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = _fused(self._device)  # of this device, not the checkpoint's
-        for parameter, kept in self.optimizer.state.items():
-            if (momentum := kept.get("momentum_buffer")) is not None:
-                # the fused kernel expects the layout of the weights and does not check it
-                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self._ranks.is_main_process:
             for meter, kept in zip((self.window, self.pass_means), state["meters"], strict=True):
@@ -177,28 +171,3 @@ class TrainingState:
         only_missing = " missing" in found and " new" not in found and " changed" not in found
         advice = " (--on-bad-image skip skips them)" if only_missing else ""
         return f": {found}{advice}" if found else ""
-
-
-def _make_optimizer(
-    config: TrainConfig, spec: TrainingSpec, device: torch.device
-) -> torch.optim.SGD:
-    """SGD over the student and the extra modules, a group each (paper: one joint optimizer)."""
-    trained = [(spec.student, config.lr), *spec.extra.values()]
-    return torch.optim.SGD(
-        [
-            {"params": list(module.parameters()), "lr": lr, "initial_lr": lr}
-            for module, lr in trained
-        ],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=_fused(device),
-    )
-
-
-def _fused(device: torch.device) -> bool | None:
-    """Return whether SGD computes in one kernel; None leaves it to torch.
-
-    On a CPU it takes 0.4 to 0.8 of the time of the plain loop. On a GPU it checks float16 gradients
-    itself, where the other forms make the host wait for them in every step.
-    """
-    return True if device.type in ("cpu", "cuda") else None

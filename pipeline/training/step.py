@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -85,12 +87,22 @@ class TrainStep:
                     self._backward_without_rows(batch.images_BCHW[:0])
 
         with self.phase("optimizer"):
+            if self.config.clip_grad is not None:
+                self._clip(self.config.clip_grad)
             state.scaler.step(state.optimizer)  # float16: skipped where gradients overflowed
             state.scaler.update()
             state.optimizer.zero_grad()
             if state.ema is not None:
                 state.ema.update(self.spec.student, step=state.progress.total_steps)
         return outputs
+
+    def _clip(self, limit: float) -> None:
+        """Limit the student's gradient, as timm does; that of the discriminator stays."""
+        mode = self.config.clip_mode or "norm"
+        self.state.scaler.unscale_(self.state.optimizer)
+        backbone = self.spec.student.backbone
+        parameters = model_parameters(backbone, exclude_head=mode == "agc")
+        dispatch_clip_grad(parameters, limit, mode=mode)
 
     def _forward_backward(self, batch: Batch, number: int, fraction: float) -> StepOutput:
         """Add the gradient of a micro-batch, ``fraction`` of the whole batch."""

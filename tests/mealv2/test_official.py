@@ -25,6 +25,7 @@ from mealv2.task import DistillTask, HardLabelTask, Mixture
 from mealv2.views import View
 from official import GOLDEN
 from pipeline.config import FinetuneConfig
+from pipeline.training.optimizer import Schedule
 
 CASES = ["A", "B", "B1", "X"]
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-6}  # float32 with another BLAS
@@ -314,7 +315,12 @@ def rates(**settings: object) -> list[float]:
     config = FinetuneConfig.from_json(
         {"data_dir": ".", "model": "resnet18", "lr": 0.01, **settings}
     )
-    return [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    schedule, found = Schedule(config, optimizer, updates_per_epoch=1), []
+    for epoch in range(config.epochs):
+        schedule.set_lr(epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
 
 
 def test_learning_rates_are_those_of_the_official_regime_and_schedules() -> None:

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timm.optim import list_optimizers
 
 from mealv2.errors import ConfigError
 from pipeline import config as configs
 from pipeline.config import (
+    OPTIMIZERS,
     DistillConfig,
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
     PrecomputeConfig,
     PredictConfig,
+    check_optimizer,
 )
 
 REQUIRED: dict[type[configs.Settings], dict[str, Any]] = {
@@ -149,6 +152,17 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (DistillConfig, {"decay_rate": NAN}, "--decay-rate"),
         (DistillConfig, {"discriminator_weight": NAN}, "--discriminator-weight"),
         (DistillConfig, {"discriminator_lr": NAN}, "--discriminator-lr"),
+        (DistillConfig, {"opt_betas": (0.9, 1.0)}, "--opt-betas"),
+        (DistillConfig, {"opt_betas": (NAN, 0.9)}, "--opt-betas"),
+        (DistillConfig, {"clip_grad": 0.0}, "--clip-grad"),
+        (DistillConfig, {"layer_decay": 0.0}, "--layer-decay"),
+        (DistillConfig, {"layer_decay": 1.5}, "--layer-decay"),
+        (DistillConfig, {"sched": "cosine", "min_lr": 0.1}, "--min-lr"),
+        (
+            DistillConfig,
+            {"sched": "cosine", "min_lr": 1e-3, "discriminator_lr": 1e-4},
+            "--discriminator-lr 0.0001 is below --min-lr",
+        ),
         (DistillConfig, {"val_interval": 0}, "--val-interval"),
         (DistillConfig, {"recovery_interval": 0}, "--recovery-interval"),
         (DistillConfig, {"views_per_image": 0}, "--views-per-image"),
@@ -226,6 +240,14 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
         (FinetuneConfig, {"sched": "cosine", "decay_rate": 0.5}, "--decay-rate"),
         (FinetuneConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
+        (DistillConfig, {"decay_epochs": 3.0}, "--decay-epochs"),
+        (DistillConfig, {"sched": "poly", "decay_milestones": (3,)}, "--decay-milestones"),
+        (DistillConfig, {"min_lr": 1e-3}, "--min-lr"),
+        (DistillConfig, {"cooldown_epochs": 1}, "--cooldown-epochs"),
+        (DistillConfig, {"warmup_lr": 1e-3}, "--warmup-lr"),
+        (DistillConfig, {"warmup_epochs": 9, "epochs": 9}, "--warmup-epochs"),
+        (DistillConfig, {"sched": "cosine", "cooldown_epochs": 180}, "--cooldown-epochs"),
+        (DistillConfig, {"clip_mode": "agc"}, "--clip-mode"),
         (FinetuneConfig, {"epochs": 5, "decay_milestones": (5,)}, "--decay-milestones"),
         (FinetuneConfig, {"epochs": 5, "decay_milestones": (0, 2)}, "--decay-milestones"),
         (
@@ -305,31 +327,34 @@ def test_views_come_round_again_unless_the_teachers_are_there(
     assert make(DistillConfig, **values).reuses_views is reuses
 
 
-def test_cosine_falls_from_the_whole_rate_to_nothing_by_half_a_cosine() -> None:
-    config = make(DistillConfig, sched="cosine", epochs=300)
-    factors = [config.lr_factor(epoch) for epoch in (0, 100, 150, 200, 300)]
-    assert factors == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-12)
-
-
 @pytest.mark.parametrize(
-    ("values", "epoch", "factor"),
+    ("values", "found"),
     [
-        ({"epochs": 180}, 0, 1.0),
-        ({"epochs": 180}, 99, 1.0),
-        ({"epochs": 180}, 100, 0.1),
-        ({"epochs": 180}, 179, 0.1),
-        ({"epochs": 18}, 9, 1.0),
-        ({"epochs": 18}, 10, 0.1),
-        ({"epochs": 9, "decay_milestones": (3, 6)}, 2, 1.0),
-        ({"epochs": 9, "decay_milestones": (3, 6)}, 3, 0.1),
-        ({"epochs": 9, "decay_milestones": (6, 3)}, 6, 0.01),
-        ({"epochs": 9, "decay_milestones": (3,), "decay_rate": 0.5}, 8, 0.5),
+        ({"sched": "step"}, "multistep"),
+        ({"sched": "step", "decay_epochs": None}, "multistep"),
+        ({"sched": "step", "decay_epochs": 3.0}, "step"),
+        ({"sched": "cosine"}, "cosine"),
+        ({}, "multistep"),
     ],
 )
-def test_learning_rate_falls_at_the_milestones(
-    values: dict[str, Any], epoch: int, factor: float
-) -> None:
-    assert make(DistillConfig, **values).lr_factor(epoch) == pytest.approx(factor, rel=1e-12)
+def test_the_schedule_that_was_called_step_is_multistep(values: dict[str, Any], found: str) -> None:
+    config = DistillConfig.from_json({"data_dir": "/d", "labels": "/l", "model": "m", **values})
+    assert config.sched == found
+
+
+def test_every_optimizer_of_timm_is_usable_or_left_out_by_name() -> None:
+    for name in list_optimizers():
+        if name in OPTIMIZERS:
+            check_optimizer(f"lookahead_{name}")
+            continue
+        with pytest.raises(ConfigError, match=f"^--opt {name} cannot be used: it needs "):
+            check_optimizer(name)
+    assert set(list_optimizers()) > OPTIMIZERS
+
+
+def test_an_unknown_optimizer_is_answered_with_near_names() -> None:
+    with pytest.raises(ConfigError, match=r"--opt adamW is unknown; .*adamw\?"):
+        make(FinetuneConfig, opt="adamW")
 
 
 def test_defaults_of_distill_are_the_papers() -> None:

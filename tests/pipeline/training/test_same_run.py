@@ -16,7 +16,7 @@ import torch
 
 from conftest import Result, Spawned
 from mealv2.errors import DataError
-from pipeline.training import image_list
+from pipeline.training import checkpoint, image_list
 from pipeline.training.run_folder import saved_settings
 
 Run = Callable[..., Result]
@@ -207,10 +207,29 @@ def test_more_epochs_lengthen_a_finished_run(
     assert "a run can only be lengthened" in fewer.stderr
 
 
+def test_a_run_with_the_old_name_of_its_schedule_continues(
+    done: Run, finished: Path, run: Path
+) -> None:
+    """Runs made before `--opt` have the schedule `step`, and none of the newer settings."""
+    shutil.copytree(finished, run)
+    last = max((run / "checkpoints").iterdir())
+    state = torch.load(last, weights_only=True)
+    for settings in (state["args"], config := json.loads((run / "config.json").read_text())):
+        settings["sched"] = "step"
+        for name in ("opt", "decay_epochs", "sched_on_updates", "warmup_epochs"):
+            del settings[name]
+    (run / "config.json").write_text(json.dumps(config))
+    checkpoint.save(run, state, step=state["total_steps"], keep="all")
+    result = done("finetune", "--resume", run, "--epochs", 3, "--sched", "step")
+    assert "milestones stay at epoch 1" in result.stderr
+    assert "--sched was" not in result.stderr
+    assert json.loads((run / "config.json").read_text())["sched"] == "multistep"
+
+
 def test_a_longer_cosine_ends_later(
     done: Run, finetune_flags: list[str], run: Path, events: Events
 ) -> None:
-    flags = ["--sched", "cosine", "--val-split", "none", "--epochs"]
+    flags = ["--sched", "cosine", "--no-sched-on-updates", "--val-split", "none", "--epochs"]
     done(*finetune_flags, *flags, 1, "--output", run)
     result = done("finetune", "--resume", run, "--epochs", 2)
     assert "the cosine now ends after 2 epochs; from epoch 2 on the learning" in result.stderr
