@@ -6,9 +6,9 @@ from mealv2.models.classifier import (
     Preprocessing,
     create_classifier,
     read_metadata,
-    save_classifier,
     weights_sha256,
 )
+from mealv2.models.saving import save_classifier
 
 __all__ = [
     "CONFIG_NAME",

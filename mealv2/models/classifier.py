@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,13 +29,12 @@ from mealv2.models.released import (
     split_pin,
 )
 from mealv2.models.weights import read_state, state_sha256
-from mealv2.storage.atomic import write_atomic
-from mealv2.storage.json_format import canonical_json, parse_json
-from mealv2.storage.weight_files import SAFETENSORS, WEIGHTS_NAME, find_checkpoint, weights_format
+from mealv2.storage.json_format import parse_json
+from mealv2.storage.weight_files import SAFETENSORS, find_checkpoint, weights_format
 
 CONFIG_NAME = "config.json"
-_METADATA_KEY = "mealv2"
-_KEPT_CONFIG = ("first_conv", "classifier", "fixed_input_size")  # what timm needs to load a model
+METADATA_KEY = "mealv2"
+_OF_FILES = ("pretrained", "checkpoint", "cache")  # arguments of timm.create_model
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Classifier(nn.Module):
     ``state_dict`` of ``backbone`` has timm's keys. ``tag`` is timm's full name,
     ``resnet50.a1_in1k``, or the architecture alone if the weights are not from timm. ``notes`` are
     lines for the user about its weights: a new head, resampled tensors, the SHA-256 of a file.
+    ``model_args`` are timm's arguments that change the architecture, kept with the weights.
     """
 
     mean_13: Tensor
@@ -63,6 +61,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: nn.Module, *, tag: str, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.notes: list[str] = []
+        self.model_args: dict[str, Any] = {}
         self.backbone = backbone
         self.tag = tag
         self.preprocessing = preprocessing
@@ -90,15 +89,18 @@ def create_classifier(
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     new_head: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    **rates: float,
 ) -> Classifier:
     """Build a timm or released model with its own weights, those of a checkpoint, or random ones.
 
     ``name`` may end in ``@sha256:HEX``, which the weights file must have. ``num_classes`` None
     keeps the model's head. ``classes`` are compared with those of the checkpoint. ``preprocessing``
     overrides that of the checkpoint, which overrides the model's own. With ``new_head`` a
-    checkpoint of other classes gets a new head. Raises ConfigError for an unknown name, weights
-    that do not fit and an ``img_size`` that the model cannot take, MealError if pretrained weights
-    cannot be loaded.
+    checkpoint of other classes gets a new head. ``model_args`` are timm's arguments beside those of
+    the checkpoint, ``rates`` its drop_rate and drop_path_rate. Raises ConfigError for an unknown
+    name, weights that do not fit and an ``img_size`` that the model cannot take, MealError if
+    pretrained weights cannot be loaded.
     """
     name, pin = split_pin(name)
     known = find(name)
@@ -114,6 +116,12 @@ def create_classifier(
     extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size and config.get("fixed_input_size"):
         extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    own = read_metadata(checkpoint) if checkpoint else {}
+    is_same = own.get("architecture") == config.get("architecture")
+    kept = own.get("model_args", {}).items() if is_same else ()
+    # a file may change the architecture, and name no other file
+    model_args = {n: v for n, v in kept if not n.startswith(_OF_FILES)} | dict(model_args or {})
+    extra |= rates | model_args
     if known is not None:
         extra["pretrained_cfg_overlay"] = known.timm_config
         config |= {"mean": MEAN, "std": STD}
@@ -136,6 +144,7 @@ def create_classifier(
     mean, std = (tuple(stored.get(name) or config[name]) for name in ("mean", "std"))
     model = Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
     model.notes += notes
+    model.model_args = model_args
     return model
 
 
@@ -249,8 +258,8 @@ def _current_name(name: str) -> str:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a checkpoint written by this project; empty for other files.
 
-    Keys: architecture, classes, img_size, mean, std, weights_sha256. A released file, recognised by
-    its exact name, has no classes and no hash.
+    Keys: architecture, classes, img_size, mean, std, weights_sha256, and model_args if there are
+    any. A released file, recognised by its exact name, has no classes and no hash.
     """
     path = find_checkpoint(path)
     if known := by_file(path.name):
@@ -264,7 +273,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY, "{}")
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
         stored = parse_json(text.encode())
     except (SafetensorError, ValueError, OSError) as error:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from None
@@ -282,67 +291,3 @@ def _other_classes(path: Path, stored: Sequence[str], classes: Sequence[str]) ->
 def weights_sha256(module: nn.Module) -> str:
     """Return a SHA-256 (hex) of a module's state: sorted names, types, shapes and values."""
     return state_sha256(module.state_dict())
-
-
-def save_classifier(
-    folder: Path, model: Classifier, *, classes: Sequence[str], img_size: int
-) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in timm's folder format.
-
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The header of the weights
-    file has the class names, the size and the normalisation as well. Raises OSError, and MealError
-    for tensors of a kind that safetensors cannot hold.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    architecture = model.tag.split(".")[0]
-    mean, std = model.preprocessing.mean, model.preprocessing.std
-    stored = {
-        "architecture": architecture,
-        "classes": list(classes),
-        "img_size": img_size,
-        "mean": mean,
-        "std": std,
-        "weights_sha256": weights_sha256(model.backbone),
-    }
-    state = _unshared(model.backbone.state_dict())
-    # one entry: safetensors writes several entries in random order
-    metadata = {_METADATA_KEY: json.dumps(stored, sort_keys=True)}
-    try:
-        data = safetensors.torch.save(state, metadata)
-    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise MealError(f"model {model.tag} cannot be saved: {reason_of(error)}") from error
-    write_atomic(folder / WEIGHTS_NAME, data)
-    of_timm = dict(model.backbone.pretrained_cfg)  # type: ignore[arg-type]
-    config = {
-        "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": int(getattr(model.backbone, "num_features", 0)),
-        "label_names": list(classes),
-        # timm builds windows and position embeddings of this size; others take any size
-        "model_args": {"img_size": img_size} if of_timm.get("fixed_input_size") else {},
-        "pretrained_cfg": {
-            "tag": "mealv2",
-            "num_classes": model.num_classes,
-            "input_size": [3, img_size, img_size],
-            "mean": mean,
-            "std": std,
-            "interpolation": "bilinear",
-            "crop_pct": 224 / 256,
-            **{name: of_timm[name] for name in _KEPT_CONFIG if name in of_timm},
-        },
-    }
-    write_atomic(folder / CONFIG_NAME, canonical_json(config).encode())
-
-
-def _unshared(state: Mapping[str, Tensor]) -> State:
-    """Return a state on the CPU without shared memory, which safetensors rejects.
-
-    timm's CoaT uses one tensor under several names; a file has it under each.
-    """
-    found, used = {}, set[int]()
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if pointer in used else tensor
-        used.add(pointer)
-    return found

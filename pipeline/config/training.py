@@ -1,8 +1,9 @@
 """Settings of every training run, and of `mealv2 finetune`."""
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
@@ -44,6 +45,15 @@ CHANGEABLE_ON_RESUME = frozenset(
     {"epochs", "data_dir", "labels", "teacher", "initial_checkpoint", "on_bad_image"}
     | {"val_interval", "grad_accum_steps", "sync_bn"}
 )
+# Arguments of timm's models that have flags of their own.
+_FLAG_OF = {
+    "pretrained": "--pretrained",
+    "checkpoint_path": "--initial-checkpoint",
+    "num_classes": "the classes of --data-dir",
+    "img_size": "--img-size",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,13 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
     )
     initial_checkpoint: Path | None = in_model(
         None, "Starting weights: file, run folder or model folder.", shown="timm's", path="weights"
+    )
+    drop: float | None = in_model(None, "Dropout rate.", shown="the model's", low=0, high=1)
+    drop_path: float | None = in_model(
+        None, "Stochastic depth: rate of dropped paths.", shown="the model's", low=0, high=1
+    )
+    model_kwargs: tuple[str, ...] = in_model(
+        (), "Argument KEY=VALUE of timm.create_model for the student; repeat it for several."
     )
     sync_bn: bool = in_hardware(
         False, "With torchrun on GPUs: batch normalisation over the images of all processes."
@@ -100,6 +117,7 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
         super().__post_init__()
         self._check_resume()
         self._check_sizes()
+        _ = self.model_args
         if self.val_split == NO_SPLIT:
             without_effect(self, "with --val-split none", "val_interval")
         if self.initial_checkpoint:
@@ -120,6 +138,21 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
             f"--grad-accum-steps cannot be used with --torchcompile {self.torchcompile}, whose "
             "CUDA graphs can overwrite accumulated gradients; use --torchcompile default",
         )
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The arguments of timm's model: Python literals, other text as it is."""
+        found: dict[str, Any] = {}
+        for text in self.model_kwargs:
+            name, equals, value = text.partition("=")
+            require(name.isidentifier() and equals, f"--model-kwargs {text} is not KEY=VALUE")
+            flag_of = _FLAG_OF.get(name)
+            require(flag_of is None, f"--model-kwargs {text}: use {flag_of}")
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name] = value
+        return found
 
     @property
     def from_pretrained(self) -> bool:

@@ -78,6 +78,7 @@ class TrainingSpec:
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
     """Build the student from timm's weights, a checkpoint, or at random."""
     preprocessing = Preprocessing(config.mean, config.std) if config.mean and config.std else None
+    rates = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
     student = create_classifier(
         config.model,
         num_classes=len(classes),
@@ -87,6 +88,8 @@ def create_student(config: TrainConfig, *, classes: list[str], img_size: int) ->
         classes=classes,
         preprocessing=preprocessing,
         new_head=True,
+        model_args=config.model_args,
+        **{name: rate for name, rate in rates.items() if rate is not None},
     )
     for note in student.notes:
         console.info(note)

@@ -322,3 +322,33 @@ def test_weights_sha256_distinguishes_names_types_and_shapes():
     modules[2].half()
     named = nn.ModuleDict({"x": modules[0]})
     assert len({weights_sha256(module) for module in [*modules, named]}) == 4
+
+
+# --- arguments of the model ---------------------------------------------------------------------
+
+
+def test_arguments_that_change_the_architecture_are_kept_with_the_weights(tmp_path: Path) -> None:
+    model = create_classifier("test_vit", num_classes=3, img_size=32, model_args={"depth": 2})
+    save_classifier(tmp_path, model, classes=["a", "b", "c"], img_size=32)
+    own = create_classifier("test_vit", num_classes=3, img_size=32, checkpoint=tmp_path)
+    of_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    expected = model.backbone.state_dict()
+    for found in (own.backbone.state_dict(), of_timm.state_dict()):
+        assert len(found) < len(timm.create_model("test_vit").state_dict())
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_arguments_of_a_file_name_no_other_file(tmp_path: Path) -> None:
+    model = create_classifier("test_vit", num_classes=3, img_size=32)
+    model.model_args = {"checkpoint_path": str(tmp_path / "other.pt")}
+    save_classifier(tmp_path, model, classes=["a", "b", "c"], img_size=32)
+    own = create_classifier("test_vit", num_classes=3, img_size=32, checkpoint=tmp_path)
+    assert own.model_args == {}
+
+
+def test_dropout_rates_reach_the_model_and_are_not_kept() -> None:
+    rates = {"drop_rate": 0.25, "drop_path_rate": 0.5}
+    model = create_classifier("test_vit", num_classes=3, img_size=32, **rates)
+    assert model.backbone.head_drop.p == 0.25
+    assert model.backbone.blocks[-1].drop_path1.drop_prob == 0.5
+    assert model.model_args == {}

@@ -155,6 +155,9 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (DistillConfig, {"opt_betas": (0.9, 1.0)}, "--opt-betas"),
         (DistillConfig, {"opt_betas": (NAN, 0.9)}, "--opt-betas"),
         (DistillConfig, {"clip_grad": 0.0}, "--clip-grad"),
+        (DistillConfig, {"drop_path": 1.5}, "--drop-path"),
+        (DistillConfig, {"model_kwargs": ("depth",)}, "--model-kwargs depth is not KEY=VALUE"),
+        (FinetuneConfig, {"model_kwargs": ("drop_rate=1",)}, "--model-kwargs drop_rate=1: use --d"),
         (DistillConfig, {"layer_decay": 0.0}, "--layer-decay"),
         (DistillConfig, {"layer_decay": 1.5}, "--layer-decay"),
         (DistillConfig, {"sched": "cosine", "min_lr": 0.1}, "--min-lr"),
@@ -350,6 +353,12 @@ def test_every_optimizer_of_timm_is_usable_or_left_out_by_name() -> None:
         with pytest.raises(ConfigError, match=f"^--opt {name} cannot be used: it needs "):
             check_optimizer(name)
     assert set(list_optimizers()) > OPTIMIZERS
+
+
+def test_arguments_of_the_model_are_python_literals_or_text() -> None:
+    texts = ("depth=2", "mlp_ratio=0.5", "pool=avg", "norm=None", "dims=(1, 2)", "s='a=b'")
+    expected = {"depth": 2, "mlp_ratio": 0.5, "pool": "avg", "norm": None, "dims": (1, 2)}
+    assert make(FinetuneConfig, model_kwargs=texts).model_args == expected | {"s": "a=b"}
 
 
 def test_an_unknown_optimizer_is_answered_with_near_names() -> None:

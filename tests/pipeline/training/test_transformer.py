@@ -111,7 +111,8 @@ def test_a_transformer_resumes_to_the_bit(
     tmp_path: Path,
     weights: Callable[[Path], dict[str, bytes]],
 ) -> None:
-    done(*flags, "--epochs", 2, "--recovery-interval", 4, "--model-ema", "--output", run)
+    flags = [*flags, "--drop", 0.1, "--drop-path", 0.1, "--model-ema"]
+    done(*flags, "--epochs", 2, "--recovery-interval", 4, "--output", run)
     killed = tmp_path / "killed"
     shutil.copytree(run, killed)
     (killed / "report.json").unlink()
