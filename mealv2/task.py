@@ -91,8 +91,9 @@ class DistillTask(Task):
     (docs/adr/0004). ``probs``: softmax against the recovered label (official FKD_train.py). None:
     logits if the targets have the teachers', else log-probs.
 
-    Off in the paper: ``label_temperature`` T replaces labels by q^(1/T), renormalised, in the
-    similarity loss; ``hard_label_weight`` w replaces that loss by (1 - w) similarity + w
+    Off in the paper: in the similarity loss, ``label_temperature`` T replaces labels by q^(1/T),
+    renormalised, and ``student_temperature`` T divides the student's logits (official FKD
+    train_FKD.py, ``--temp``); ``hard_label_weight`` w replaces that loss by (1 - w) similarity + w
     cross-entropy to the class ids.
     """
 
@@ -104,6 +105,7 @@ class DistillTask(Task):
         discriminator_weight: float = 1.0,
         discriminator_input: DiscriminatorInput | None = None,
         label_temperature: float = 1.0,
+        student_temperature: float = 1.0,
         hard_label_weight: float = 0.0,
     ) -> None:
         super().__init__(student)
@@ -111,6 +113,7 @@ class DistillTask(Task):
         self.discriminator_weight = discriminator_weight
         self.discriminator_input = discriminator_input
         self.label_temperature = label_temperature
+        self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
 
     def forward(
@@ -181,7 +184,10 @@ class DistillTask(Task):
             labels = soft_labels  # not expanded to B x C
         else:
             labels = tempered(soft_labels.to_dense(), self.label_temperature)
-        terms = {"similarity_loss": similarity_loss(for_labels_BC, labels)}
+        scaled_BC = for_labels_BC
+        if self.student_temperature != 1.0:
+            scaled_BC = for_labels_BC / self.student_temperature
+        terms = {"similarity_loss": similarity_loss(scaled_BC, labels)}
         if self.hard_label_weight:
             assert targets.classes_B is not None, "a hard-label weight needs class ids"
             terms["hard_label_loss"] = F.cross_entropy(for_labels_BC, targets.classes_B)
@@ -215,12 +221,19 @@ class DistillTask(Task):
 
 
 class HardLabelTask(Task):
-    """Cross-entropy to the class ids of the data set: pre-training, own teachers, baselines."""
+    """Cross-entropy to the class ids of the data set: pre-training, own teachers, baselines.
+
+    ``smoothing`` e replaces a class id y by (1 - e) onehot(y) + e / C, as in timm.
+    """
+
+    def __init__(self, student: nn.Module, *, smoothing: float = 0.0) -> None:
+        super().__init__(student)
+        self.smoothing = smoothing
 
     def forward(self, images_BCHW: Tensor, targets: BatchTargets) -> TaskResult:
         assert targets.classes_B is not None, "this task needs class ids"
         logits_BC = self.logits(images_BCHW)
-        loss = F.cross_entropy(logits_BC, targets.classes_B)
+        loss = F.cross_entropy(logits_BC, targets.classes_B, label_smoothing=self.smoothing)
         return TaskResult(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
 
 

@@ -54,7 +54,8 @@ class DemoRun:
 
     def finetune(self, part: str, name: str, **settings: Any) -> Path:
         """Train on hard labels in the folder ``name``; see ``_train``."""
-        settings = {"img_size": IMG_SIZE, **settings}
+        # the arms are compared after the same number of steps
+        settings = {"img_size": IMG_SIZE, "select": "last", **settings}
         return self._train(part, FinetuneConfig(**self._common(name), **settings))
 
     def distill(self, part: str, name: str, **settings: Any) -> Path:

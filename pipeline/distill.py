@@ -66,6 +66,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
             discriminator_weight=config.discriminator_weight,
             discriminator_input=config.discriminator_input,
             label_temperature=config.label_temperature,
+            student_temperature=config.student_temperature,
             hard_label_weight=config.hard_label_weight,
         ),
         student=student,

@@ -29,7 +29,7 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     student = create_student(config, classes=classes, img_size=config.img_size)
     spec = TrainingSpec(
         command="finetune",
-        task=HardLabelTask(student),
+        task=HardLabelTask(student, smoothing=config.smoothing),
         student=student,
         source=source,
         positions=list(range(len(source))),

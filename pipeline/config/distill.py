@@ -103,6 +103,9 @@ class DistillConfig(CropConfig, TrainConfig):
     label_temperature: float = in_loss(
         1.0, "Replace labels q by q^(1/T); above 1 they are softer. The paper uses 1.", above=0
     )
+    student_temperature: float = in_loss(
+        1.0, "Divide the student's logits by T in the similarity loss (FKD).", above=0
+    )
     hard_label_weight: float = in_loss(
         0.0, "Weight w of the class ids: (1 - w) soft + w hard. The paper uses 0.", low=0, high=1
     )
@@ -142,7 +145,8 @@ class DistillConfig(CropConfig, TrainConfig):
         if self.discriminator_lr is not None:
             self.check_lr("discriminator_lr", self.discriminator_lr)
         if self.hard_label_weight == 1:
-            without_effect(self, "with --hard-label-weight 1", "label_temperature")
+            of_labels = ("label_temperature", "student_temperature")
+            without_effect(self, "with --hard-label-weight 1", *of_labels)
         if self.cutmix_target is None:
             without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
         require(

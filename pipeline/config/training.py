@@ -3,7 +3,7 @@
 import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
@@ -24,6 +24,7 @@ from pipeline.config.fields import (
     in_data,
     in_hardware,
     in_img_size,
+    in_loss,
     in_model,
     in_optimisation,
     in_run,
@@ -43,8 +44,9 @@ FREE_ON_RESUME = frozenset(
 # hashes, and choices that leave what the run has learned as it is.
 CHANGEABLE_ON_RESUME = frozenset(
     {"epochs", "data_dir", "labels", "teacher", "initial_checkpoint", "on_bad_image"}
-    | {"val_interval", "grad_accum_steps", "sync_bn"}
+    | {"val_interval", "grad_accum_steps", "sync_bn", "early_stopping"}
 )
+SELECT = "Epoch whose model is the result: the last, or that of the best top-1 on --val-split."
 # Arguments of timm's models that have flags of their own.
 _FLAG_OF = {
     "pretrained": "--pretrained",
@@ -61,6 +63,7 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
     """Settings of every training run."""
 
     in_ranks = True
+    default_select: ClassVar[Literal["last", "best"]] = "last"
 
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
     model: str = in_model(REQUIRED, "Student: a timm model name; its tag selects the weights.")
@@ -96,6 +99,13 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
         False,
         "Continue the run in --output if there is one, also if only --epochs is larger.",
     )
+    select: Literal["last", "best"] | None = in_run(None, SELECT, shown="last")
+    early_stopping: int | None = in_run(
+        None,
+        "Stop after this many epochs without a better top-1 on --val-split.",
+        shown="none",
+        low=1,
+    )
     log_interval: int = in_run(50, "Steps between log lines.", low=1)
     val_interval: int = in_run(1, "Epochs between validations; the last epoch has one.", low=1)
     recovery_interval: int | None = in_run(
@@ -119,7 +129,9 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
         self._check_sizes()
         _ = self.model_args
         if self.val_split == NO_SPLIT:
-            without_effect(self, "with --val-split none", "val_interval")
+            message = "--select best needs a validation split, but --val-split is none"
+            require(self.select != "best", message)
+            without_effect(self, "with --val-split none", "val_interval", "early_stopping")
         if self.initial_checkpoint:
             require(not self.pretrained, "give --pretrained or --initial-checkpoint, not both")
 
@@ -138,6 +150,11 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
             f"--grad-accum-steps cannot be used with --torchcompile {self.torchcompile}, whose "
             "CUDA graphs can overwrite accumulated gradients; use --torchcompile default",
         )
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether the result is the epoch with the best top-1 on the validation split."""
+        return (self.select or self.default_select) == "best" and self.val_split != NO_SPLIT
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -166,7 +183,12 @@ class FinetuneConfig(CropConfig, TrainConfig):
 
     example = "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20"
 
+    default_select = "best"
+
     train_split: str = in_data("train", "Split of --data-dir to train on.", alias="split")
+    select: Literal["last", "best"] | None = in_run(
+        None, SELECT, shown="best; last with --val-split none"
+    )
     img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)
     num_views: int | None = in_views(
         None,
@@ -178,4 +200,5 @@ class FinetuneConfig(CropConfig, TrainConfig):
     epochs: int = in_optimisation(30, "Passes over the images.", low=1, high=MAX_EPOCHS)
     batch_size: int = in_optimisation(128, "Images per step, over all processes.", low=1)
     weight_decay: float = in_optimisation(1e-4, WEIGHT_DECAY, low=0)
+    smoothing: float = in_loss(0.0, "Label smoothing.", low=0, high=1)
     sched_on_updates: bool = in_optimisation(True, SCHED_ON_UPDATES)

@@ -16,8 +16,17 @@ from mealv2.storage.regular_files import open_regular
 from pipeline.training.run_folder import SETTINGS_NAME, checkpoint_path, checkpoint_paths
 
 
-def save(run: Path, state: dict[str, Any], *, step: int, keep: int | Literal["all"]) -> Path:
+def save(
+    run: Path,
+    state: dict[str, Any],
+    *,
+    step: int,
+    keep: int | Literal["all"],
+    best: int | None = None,
+) -> Path:
     """Write checkpoints/step-NNNNNNNN.pt and remove all but the newest ``keep`` up to it.
+
+    The one after step ``best`` stays too.
 
     The settings of the run, ``args``, are also a JSON file in its zip, which is read without torch.
     Raises OSError.
@@ -30,15 +39,18 @@ def save(run: Path, state: dict[str, Any], *, step: int, keep: int | Literal["al
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, data.getvalue())
     if keep != "all":
-        remove_old(run, keep=keep, last=path)
+        remove_old(run, keep=keep, last=path, best=best)
     return path
 
 
-def remove_old(run: Path, *, keep: int, last: Path) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``last``; later ones stay."""
+def remove_old(run: Path, *, keep: int, last: Path, best: int | None = None) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``last``; later ones stay, and ``best``,
+    the one after this step.
+    """
     until_now = [other for other in checkpoint_paths(run) if other.name <= last.name]
     for old in until_now[:-keep]:
-        old.unlink()
+        if best is None or old != checkpoint_path(run, best):
+            old.unlink()
 
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], list[str]]:

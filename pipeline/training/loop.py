@@ -1,6 +1,5 @@
 """The one training loop: distil, finetune and others vary its task and targets, not the loop."""
 
-import json
 import math
 import signal
 import time
@@ -10,9 +9,9 @@ from typing import Any
 
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
-from mealv2.models import Classifier, save_classifier
-from mealv2.storage.weight_files import EXPORT_FOLDER
+from mealv2.models import Classifier
 from mealv2.targets import ONLINE, SKIPPED
+from mealv2.task import GRADIENT_RATIO
 from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.loading.loader import WaitTimer, on_device, read_views
@@ -20,12 +19,15 @@ from pipeline.loading.requests import Batch, check_failures, num_views_of
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
-from pipeline.training.batches import BatchSampler
+from pipeline.training.batches import BatchSampler, num_steps, updates_per_epoch
+from pipeline.training.result import RunResult, best_step, is_stopped_early, update_best
 from pipeline.training.resume import open_run, require_same_inputs
-from pipeline.training.run_folder import checkpoint_paths
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
 
+FEW_STEPS = 4  # of an epoch
+# means of an epoch; above both the discriminator wins
+MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
 IMAGES_SKIPPED = "images_skipped"  # that cannot be read, in the log
 
 
@@ -54,6 +56,7 @@ class _Trainer:
         self.runtime = runtime
         self.spec = spec
         self.stop = stop
+        self.has_warned = False
         self.ranks = runtime.ranks
         if not spec.positions:
             raise DataError(f"{spec.source.name} has no image to train on")
@@ -63,6 +66,7 @@ class _Trainer:
         self.state = self.step.state
         self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state, stack)
+        self.result = RunResult(config, self.ranks, spec, self.folder)
         self.progress = self.state.progress
         self.step.is_prepared = self.progress.total_steps > 0
         self.state.teacher_forwards += spec.teacher_forwards
@@ -71,6 +75,7 @@ class _Trainer:
         console.info(f"run folder {self.folder.path}")
         self._log_resume_point()
         self.step.log_sizes(self.sampler.full_batch())
+        self._print_steps()
         try:
             return self._run()
         except StopRequested as signal_name:
@@ -85,13 +90,13 @@ class _Trainer:
         start_s = time.monotonic()
         progress, num_epochs = self.progress, self.config.epochs
         metrics: dict[str, float] = {}
-        if progress.epoch == num_epochs and (report := self._finished_report()) is not None:
+        if self._is_over() and (report := self.result.finished_report(self.state)) is not None:
             return report
-        if progress.total_steps == 0 or progress.epoch == num_epochs:
+        if progress.total_steps == 0 or self._is_over():
             metrics = self._validate(progress.epoch)
             self._print_accuracies(metrics)
         batches = WaitTimer(self._read())
-        while progress.epoch < num_epochs:
+        while not self._is_over():
             train_metrics = self._train_pass(batches)
             epoch = progress.epoch + self.sampler.num_epochs(progress.epoch)
             interval = self.config.val_interval
@@ -100,7 +105,12 @@ class _Trainer:
             progress.epoch, progress.step = epoch, 0
             self._end_pass(train_metrics, metrics)
         self.state.collect()
-        return self._finalize(metrics, seconds=time.monotonic() - start_s)
+        return self.result.finalize(self.state, metrics, seconds=time.monotonic() - start_s)
+
+    def _is_over(self) -> bool:
+        return self.progress.epoch == self.config.epochs or is_stopped_early(
+            self.config, self.state
+        )
 
     # --- one pass over the images -----------------------------------------------------------------
 
@@ -182,6 +192,7 @@ class _Trainer:
 
     def _end_pass(self, trained: dict[str, float], metrics: dict[str, float]) -> None:
         """Write the epoch's row, the model and a checkpoint."""
+        is_best = update_best(self.state, metrics)
         row = {
             "epoch": self.progress.epoch,
             "lr": self.state.lr,
@@ -195,13 +206,9 @@ class _Trainer:
             if name != "epoch"
         )
         console.info(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
-        if self.ranks.is_main_process:
-            save_classifier(
-                self.folder.path / EXPORT_FOLDER,
-                self.state.result,
-                classes=self.spec.source.classes,
-                img_size=self.spec.img_size,
-            )
+        if is_best or self.state.best is None or not self.config.selects_best:
+            self.result.save_model(self.state.result)
+        self._warn_of_discriminator(trained)
         self.state.pass_means.clear()
         self._save()
 
@@ -217,7 +224,7 @@ class _Trainer:
         metrics = self._evaluate(self.state.result).summary()
         if self.state.ema is not None:
             metrics["student_top1"] = self._evaluate(self.spec.student).top1
-        if self.progress.epoch < self.config.epochs:  # a finished run has it in its log
+        if not self._is_over():  # a finished run has it in its log
             self.folder.log("validation", epoch=epoch, **metrics)
         return metrics
 
@@ -253,6 +260,32 @@ class _Trainer:
             console.info(self.step.warning)
             self.folder.log("prepared", step=self.progress.total_steps, text=self.step.warning)
             self.step.warning = None
+
+    def _print_steps(self) -> None:
+        """Report that an epoch has few steps, before the first one."""
+        num_images, size = len(self.spec.positions), self.config.batch_size
+        per_epoch = updates_per_epoch(self.config, num_images)
+        if self.progress.total_steps == 0 and per_epoch < FEW_STEPS and num_images > FEW_STEPS:
+            total = num_steps(self.config, num_images)
+            console.info(
+                f"{num_images} images at --batch-size {size}: {per_epoch:g} steps an epoch, "
+                f"{total} in all; a smaller --batch-size or more --epochs takes more steps"
+            )
+
+    def _warn_of_discriminator(self, trained: dict[str, float]) -> None:
+        """Report once that the discriminator tells student and teachers apart, and acts on it."""
+        accuracy = trained.get("discriminator_accuracy", 0.0)
+        ratio = trained.get(GRADIENT_RATIO, 0.0)
+        if self.has_warned or accuracy <= MAX_ACCURACY or ratio <= MAX_GRADIENT_RATIO:
+            return
+        self.has_warned = True
+        text = (
+            f"the discriminator wins: accuracy {accuracy:.3f}, and its gradient on the student is "
+            f"{ratio:.2f} of that of the labels; with few classes this costs accuracy: use "
+            "--discriminator-lr 1e-4"
+        )
+        console.info(text)
+        self.folder.log("discriminator", epoch=self.progress.epoch, text=text)
 
     def _log_metrics(self) -> None:
         """Write the means since the last line to metrics.jsonl."""
@@ -297,53 +330,6 @@ class _Trainer:
         state = self.state.as_dict()
         if self.ranks.is_main_process:
             self.folder.require_lock()
-            checkpoint.save(self.folder.path, state, step=step, keep=keep)
+            best = best_step(self.config, self.state)
+            checkpoint.save(self.folder.path, state, step=step, keep=keep, best=best)
         self.ranks.barrier()
-
-    def _finished_report(self) -> dict[str, Any] | None:
-        """Return the report of a run that is already finished; the main rank has it."""
-        text = self.ranks.broadcast_text(
-            json.dumps(self.folder.report()) if self.ranks.is_main_process else ""
-        )
-        report: dict[str, Any] | None = json.loads(text)
-        if report is None or not self.ranks.is_main_process:
-            return None if report is None else {}
-        console.info(
-            f"the run is finished after {self.progress.epoch} epochs; --resume {self.folder.path} "
-            "with more --epochs lengthens it"
-        )
-        self._remove_old_checkpoints()
-        return report
-
-    def _remove_old_checkpoints(self) -> None:
-        """Remove all but the newest --checkpoint-hist; report how many are kept, and their size."""
-        run, keep = self.folder.path, self.config.checkpoint_hist
-        paths = checkpoint_paths(run)
-        if keep != "all" and paths:
-            checkpoint.remove_old(run, keep=keep, last=paths[-1])
-            paths = checkpoint_paths(run)
-        if len(paths) > 1:
-            size = console.size_of(sum(path.stat().st_size for path in paths))
-            console.info(
-                f"{len(paths)} checkpoints ({size}) are kept; --resume {run} --checkpoint-hist 1 "
-                "keeps only the last"
-            )
-
-    def _finalize(self, metrics: dict[str, float], *, seconds: float) -> dict[str, Any]:
-        """Write the report and return it; nothing on other ranks than the main one."""
-        if not self.ranks.is_main_process:
-            return {}
-        spec = self.spec
-        label_fields = {"labels": spec.labels, "teacher_forwards": self.state.teacher_forwards}
-        report = {
-            "run": str(self.folder.path),
-            "model": spec.student.tag,
-            "epochs": self.progress.epoch,
-            "steps": self.progress.total_steps,
-            "seconds": round(seconds, 2),
-            **(label_fields if spec.labels else {}),
-            **metrics,
-        }
-        self.folder.write_report(report)
-        self._remove_old_checkpoints()
-        return report

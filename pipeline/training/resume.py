@@ -11,6 +11,7 @@ from pipeline.config import FREE_ON_RESUME, TrainConfig, current_names, flag
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import checkpoint, image_list
+from pipeline.training.result import best_step
 from pipeline.training.run_folder import (
     ReadOnlyRunFolder,
     RunFolder,
@@ -116,11 +117,13 @@ def _save_changes(
         console.info(f"{flag(name)} was {before}, is {now}")
     if "epochs" in changed:
         _log_schedule(config, state)
+    if changed.keys() & {"epochs", "early_stopping"}:
         folder.remove_report()
     kept = state.as_dict()
     if ranks.is_main_process:
         step = state.progress.total_steps
-        checkpoint.save(folder.path, kept, step=step, keep=config.checkpoint_hist)
+        keep, best = config.checkpoint_hist, best_step(config, state)
+        checkpoint.save(folder.path, kept, step=step, keep=keep, best=best)
     folder.write_config(config.as_json())
 
 

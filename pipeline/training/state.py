@@ -32,7 +32,8 @@ class TrainingState:
     also keeps torch's generators.
 
     ``window`` has the means since the last log line, ``pass_means`` since the start of the pass;
-    ``teacher_forwards`` counts the views that went through the teachers.
+    ``teacher_forwards`` counts the views that went through the teachers. ``best`` is the best epoch
+    so far: its number, its last step, its metrics, and which epoch was validated last.
     """
 
     def __init__(self, config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> None:
@@ -44,6 +45,7 @@ class TrainingState:
         self.progress = Progress()
         self.window, self.pass_means = Meter(), Meter()
         self.teacher_forwards = 0
+        self.best: dict[str, Any] | None = None
         self.optimizer = create_optimizer(config, spec, runtime.device)
         num_updates = updates_per_epoch(config, len(spec.positions))
         self.schedule = Schedule(config, self.optimizer, updates_per_epoch=num_updates)
@@ -94,6 +96,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "meters": [self.window.state(), self.pass_means.state()],
             "teacher_forwards": self.teacher_forwards,
+            "best": self.best,
             "rng": torch.cat(self._ranks.all_gather(torch.get_rng_state()[None])),
             "rng_cuda": None if rng_cuda is None else torch.cat(self._ranks.all_gather(rng_cuda)),
             "data_sha256": self._data_sha256,
@@ -118,6 +121,7 @@ class TrainingState:
             module.load_state_dict(state["extra"][name])
         if self.ema is not None:
             self.result.backbone.load_state_dict(state["state_dict_ema"])
+        self.best = state.get("best")
         restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self._ranks.is_main_process:

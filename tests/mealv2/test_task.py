@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 import reference
@@ -190,6 +191,35 @@ def test_hard_label_task_is_cross_entropy(student, images):
     assert float(result["loss"].detach()) == pytest.approx(expected, rel=1e-5)
     assert float(result["parts"]["cross_entropy"]) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(result["output"], student(images))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_timms(student, images, smoothing):
+    labels = torch.tensor([0, 3, 19, 7, 7, 1])
+    task = HardLabelTask(student, smoothing=smoothing)
+    loss = task(images, BatchTargets(classes_B=labels))["loss"].detach()
+    smooth = (1 - smoothing) * np.eye(NUM_CLASSES)[labels.numpy()] + smoothing / NUM_CLASSES
+    expected, _ = reference.similarity(student(images).detach().numpy(), smooth)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    if smoothing < 1:
+        of_timm = LabelSmoothingCrossEntropy(smoothing)(student(images), labels)
+        assert loss.item() == pytest.approx(of_timm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_student_temperature_divides_the_logits_of_the_similarity_alone(
+    student, images, temperature
+):
+    """CE(logits / T, q), as in FKD's train_FKD.py."""
+    targets = BatchTargets(labels_of(torch.randn(6, NUM_CLASSES), 5), classes_B=torch.arange(6))
+    settings = {"hard_label_weight": 0.25, "student_temperature": temperature}
+    parts = DistillTask(student, **settings)(images, targets)["parts"]
+    plain = DistillTask(student, hard_label_weight=0.25)(images, targets)["parts"]
+    logits = student(images).detach().numpy().astype(np.float64) / temperature
+    expected, _ = reference.similarity(logits, targets.soft_labels.to_dense().numpy())
+    assert parts["similarity_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert parts["hard_label_loss"] == plain["hard_label_loss"]
+    assert parts["similarity_loss"] != plain["similarity_loss"]
 
 
 # --- what the discriminator is shown ------------------------------------------------------------

@@ -175,6 +175,9 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (DistillConfig, {"label_temperature": 0.0}, "--label-temperature"),
         (DistillConfig, {"label_temperature": NAN}, "--label-temperature"),
         (DistillConfig, {"label_temperature": float("inf")}, "--label-temperature"),
+        (DistillConfig, {"student_temperature": 0.0}, "--student-temperature"),
+        (FinetuneConfig, {"smoothing": 1.5}, "--smoothing"),
+        (DistillConfig, {"early_stopping": 0}, "--early-stopping"),
         (DistillConfig, {"hard_label_weight": 1.5}, "--hard-label-weight"),
         (DistillConfig, {"hard_label_weight": NAN}, "--hard-label-weight"),
         (DistillConfig, MIXED | {"cutmix_beta": 0.0}, "--cutmix-beta"),
@@ -251,6 +254,12 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, {"warmup_epochs": 9, "epochs": 9}, "--warmup-epochs"),
         (DistillConfig, {"sched": "cosine", "cooldown_epochs": 180}, "--cooldown-epochs"),
         (DistillConfig, {"clip_mode": "agc"}, "--clip-mode"),
+        (DistillConfig, {"early_stopping": 1, "val_split": "none"}, "--early-stopping"),
+        (
+            DistillConfig,
+            {"hard_label_weight": 1.0, "student_temperature": 2.0},
+            "--student-temperature",
+        ),
         (FinetuneConfig, {"epochs": 5, "decay_milestones": (5,)}, "--decay-milestones"),
         (FinetuneConfig, {"epochs": 5, "decay_milestones": (0, 2)}, "--decay-milestones"),
         (

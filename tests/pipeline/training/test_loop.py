@@ -16,6 +16,7 @@ import torch
 from cases import mostly_slow
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
+from pipeline.training import loop
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -669,3 +670,50 @@ def test_loss_that_is_not_finite_stops_the_run_with_advice(
     assert result.code == 1
     assert "lower --lr" in result.stderr.splitlines()[-1]
     assert not (run / "checkpoints").exists()
+
+
+# --- lines for the user -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "line"),
+    [
+        (8, None),
+        (12, "36 images at --batch-size 12: 3 steps an epoch, 3 in all"),
+        (512, "36 images at --batch-size 512: 1 steps an epoch, 1 in all"),
+    ],
+)
+def test_few_steps_an_epoch_are_reported(
+    done: Run, distill_flags: list[str], run: Path, batch_size: int, line: str | None
+) -> None:
+    flags = ["--epochs", 1, "--val-split", "none", "--batch-size", batch_size, "--output", run]
+    said = done(*distill_flags, *flags).stderr
+    assert said.count("steps an epoch") == (line is not None)
+    assert line is None or line in said
+
+
+def test_a_discriminator_that_wins_is_reported_once(
+    done: Run,
+    distill_flags: list[str],
+    finished: Path,
+    run: Path,
+    events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not win here: the limits are lowered."""
+    assert events(finished, "discriminator") == []
+    rows = summary(finished)
+    limits = [
+        min(float(row[f"train_discriminator_{name}"]) for row in rows) - 1e-6
+        for name in ("accuracy", "gradient_ratio")
+    ]
+    monkeypatch.setattr(loop, "MAX_ACCURACY", limits[0])
+    monkeypatch.setattr(loop, "MAX_GRADIENT_RATIO", limits[1])
+    said = done(*distill_flags, "--output", run).stderr
+    assert said.count("the discriminator wins: accuracy ") == 1
+    assert "use --discriminator-lr 1e-4" in said
+    (event,) = events(run, "discriminator")
+    assert event["epoch"] == 1
+    monkeypatch.setattr(loop, "MAX_ACCURACY", 1.0)
+    again = done(*distill_flags, "--output", run.with_name("again")).stderr
+    assert "the discriminator wins" not in again

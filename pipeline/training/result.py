@@ -1,0 +1,161 @@
+"""What a run delivers: the epoch whose model is the result, the report, the checkpoints kept."""
+
+import copy
+import json
+from typing import Any
+
+from mealv2.errors import MealError
+from mealv2.models import Classifier, save_classifier
+from mealv2.storage.weight_files import EXPORT_FOLDER
+from pipeline import console
+from pipeline.config import TrainConfig
+from pipeline.runtime.distributed import Ranks
+from pipeline.training import checkpoint
+from pipeline.training.run_folder import RunFolder, checkpoint_path, checkpoint_paths
+from pipeline.training.spec import TrainingSpec
+from pipeline.training.state import Progress, TrainingState
+
+
+def update_best(state: TrainingState, metrics: dict[str, float]) -> bool:
+    """Return whether the epoch that ended is the best so far, and remember it.
+
+    Of epochs with equal top-1 the later one is the best: it has trained longer, at a lower rate.
+    """
+    top1, epoch = metrics.get("top1"), state.progress.epoch
+    if top1 is None:
+        return False
+    is_best = state.best is None or top1 >= state.best["metrics"]["top1"]
+    if state.best is None or is_best:
+        at = {"epoch": epoch, "step": state.progress.total_steps}
+        state.best = {**at, "metrics": dict(metrics)}
+    state.best["validated"] = epoch
+    return is_best
+
+
+def best_step(config: TrainConfig, state: TrainingState) -> int | None:
+    """Return the step whose checkpoint is kept beside the newest ones."""
+    return state.best["step"] if config.selects_best and state.best is not None else None
+
+
+def is_stopped_early(config: TrainConfig, state: TrainingState) -> bool:
+    """Return whether --early-stopping epochs have passed without a better one."""
+    best, epoch = state.best, state.progress.epoch
+    if config.early_stopping is None or best is None or best["validated"] != epoch:
+        return False
+    return epoch - int(best["epoch"]) >= config.early_stopping and state.progress.step == 0
+
+
+class RunResult:
+    """Writes the result of a run into its folder; ranks other than the main one write nothing."""
+
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, spec: TrainingSpec, folder: RunFolder
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._spec = spec
+        self._folder = folder
+
+    def save_model(self, model: Classifier) -> None:
+        """Write a model as the result so far."""
+        if self._ranks.is_main_process:
+            save_classifier(
+                self._folder.path / EXPORT_FOLDER,
+                model,
+                classes=self._spec.source.classes,
+                img_size=self._spec.img_size,
+            )
+
+    def finalize(
+        self, state: TrainingState, metrics: dict[str, float], *, seconds: float
+    ) -> dict[str, Any]:
+        """Write the result and the report, and return it; nothing on other ranks than the main one.
+
+        Raises MealError if the checkpoint of the best epoch cannot be read.
+        """
+        if not self._ranks.is_main_process:
+            return {}
+        spec, progress, best = self._spec, state.progress, state.best
+        label_fields = {"labels": spec.labels, "teacher_forwards": state.teacher_forwards}
+        selected: dict[str, Any] = {}
+        if best is not None and metrics:
+            selected = {
+                "selected_epoch": progress.epoch,
+                "last_top1": metrics["top1"],
+                "best_epoch": best["epoch"],
+                "best_top1": best["metrics"]["top1"],
+            }
+            if self._config.selects_best and best["epoch"] != progress.epoch:
+                self._save_best(state, best["step"])
+                metrics = best["metrics"]
+                selected["selected_epoch"] = best["epoch"]
+            self._print_selection(state, selected)
+        report = {
+            "run": str(self._folder.path),
+            "model": spec.student.tag,
+            "epochs": progress.epoch,
+            "steps": progress.total_steps,
+            "seconds": round(seconds, 2),
+            **(label_fields if spec.labels else {}),
+            **metrics,
+            **selected,
+        }
+        self._folder.write_report(report)
+        self._remove_old_checkpoints(best_step(self._config, state))
+        return report
+
+    def finished_report(self, state: TrainingState) -> dict[str, Any] | None:
+        """Return the report of a run that is already finished; the main rank has it."""
+        text = self._ranks.broadcast_text(
+            json.dumps(self._folder.report()) if self._ranks.is_main_process else ""
+        )
+        report: dict[str, Any] | None = json.loads(text)
+        if report is None or not self._ranks.is_main_process:
+            return None if report is None else {}
+        console.info(
+            f"the run is finished after {state.progress.epoch} epochs; --resume "
+            f"{self._folder.path} with more {self._longer(state.progress)} lengthens it"
+        )
+        self._remove_old_checkpoints(best_step(self._config, state))
+        return report
+
+    def _longer(self, progress: Progress) -> str:
+        return "--epochs" if progress.epoch == self._config.epochs else "--early-stopping"
+
+    def _save_best(self, state: TrainingState, step: int) -> None:
+        """Write the model of the best epoch, from its checkpoint."""
+        path = checkpoint_path(self._folder.path, step)
+        try:
+            kept = checkpoint.load(path)
+            model = copy.deepcopy(state.result)
+            model.backbone.load_state_dict(kept.get("state_dict_ema", kept["state_dict"]))
+        except Exception as error:  # zip, pickle and runtime errors, as the damage has it
+            reason = str(error).strip().split("\n")[0]
+            raise MealError(
+                f"checkpoint {path} of the best epoch cannot be read: {reason}; a run with "
+                "--select last needs none"
+            ) from error
+        self.save_model(model)
+
+    def _print_selection(self, state: TrainingState, selected: dict[str, Any]) -> None:
+        name = "best" if self._config.selects_best else "last"
+        console.info(
+            f"best epoch {selected['best_epoch']} of {state.progress.epoch}: top-1 "
+            f"{selected['best_top1']:.2f}, last {selected['last_top1']:.2f}, on --val-split; "
+            f"{self._folder.path / EXPORT_FOLDER} has the {name}"
+        )
+
+    def _remove_old_checkpoints(self, best: int | None) -> None:
+        """Remove all but the newest --checkpoint-hist; report how many are kept, and their size."""
+        run, keep = self._folder.path, self._config.checkpoint_hist
+        paths = checkpoint_paths(run)
+        if keep != "all" and paths:
+            checkpoint.remove_old(run, keep=keep, last=paths[-1], best=best)
+            paths = checkpoint_paths(run)
+        needed = set(paths[-1:]) | (set() if best is None else {checkpoint_path(run, best)})
+        if set(paths) - needed:
+            size = console.size_of(sum(path.stat().st_size for path in paths))
+            console.info(
+                f"{len(paths)} checkpoints ({size}) are kept; --resume {run} --checkpoint-hist 1 "
+                f"keeps only the last{'' if best is None else ' and the best'}"
+            )
