@@ -116,11 +116,7 @@ def create_classifier(
     extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size and config.get("fixed_input_size"):
         extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
-    own = read_metadata(checkpoint) if checkpoint else {}
-    is_same = own.get("architecture") == config.get("architecture")
-    kept = own.get("model_args", {}).items() if is_same else ()
-    # a file may change the architecture, and name no other file
-    model_args = {n: v for n, v in kept if not n.startswith(_OF_FILES)} | dict(model_args or {})
+    model_args = _kept_model_args(checkpoint, config["architecture"]) | dict(model_args or {})
     extra |= rates | model_args
     if known is not None:
         extra["pretrained_cfg_overlay"] = known.timm_config
@@ -146,6 +142,13 @@ def create_classifier(
     model.notes += notes
     model.model_args = model_args
     return model
+
+
+def _kept_model_args(checkpoint: Path | None, architecture: str) -> dict[str, Any]:
+    """Return timm's arguments in a checkpoint of the same architecture, but for names of files."""
+    own = read_metadata(checkpoint) if checkpoint else {}
+    kept = own.get("model_args", {}) if own.get("architecture") == architecture else {}
+    return {name: value for name, value in kept.items() if not name.startswith(_OF_FILES)}
 
 
 def _load_checkpoint(
