@@ -1,59 +1,61 @@
 """A view is a number: (seed, key, index) -> crop box and flip, by arithmetic no library can change.
 
 The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip, the paper's
-augmentation. The numbers come from BLAKE2b and from IEEE double operations that are exactly rounded
-everywhere (+, -, *, /, sqrt), so every machine, worker count and library version gets the same box.
-docs/reference/views.md describes the algorithm.
+augmentation, unless a ViewRecipe says otherwise. The numbers come from BLAKE2b and from operations
+that are exactly rounded everywhere (+, -, *, /, sqrt, Decimal.ln), so every machine, worker count
+and library version gets the same box. docs/reference/views.md describes the algorithm.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Context, Decimal
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-SCALE = (0.08, 1.0)  # torchvision: area of the box over the area of the image
-RATIO = (3 / 4, 4 / 3)  # torchvision: width over height of the box
-TRIES = 10
-FLIP_PROBABILITY = 0.5
-RESIZE_OVER_CROP = (256, 224)  # paper: evaluation resizes the shorter side to int(256 / 224 * size)
+from mealv2.view_recipe import RESIZE_OVER_CROP, TRIES, ViewRecipe
 
-# The entry of a manifest for its views; a change of any number here is a new version.
-RECIPE = {
-    "name": "random-resized-crop",
-    "version": 1,
-    "hash": "blake2b-512",
-    "scale": list(SCALE),
-    "ratio": list(RATIO),
-    "tries": TRIES,
-    "flip_probability": FLIP_PROBABILITY,
-}
+# The entry of a manifest for the paper's views.
+RECIPE = ViewRecipe().entry()
 
 BOX_UNIT = 65_535  # a packed box is in units of 1/65,535 of the image's height and width
 
 # The entry of a manifest for imported views: the shards contain packed boxes.
 STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
 
-_LOG_RATIO = 0.28768207245178090  # ln(4/3), the nearest double; ln(3/4) is its negative
-_TWO_64 = 1 << 64
+_DEFAULT = ViewRecipe()
+_MAX_DENOMINATOR = 1_000_000  # a bound of the ratio is the nearest fraction: 4/3, not its double
+_DIGITS = Context(prec=50)
+_TWO_32, _TWO_64 = 1 << 32, 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One augmented instance of an image: a box in pixels of the original image, and a flip."""
+    """One augmented instance of an image: a box in pixels of the original image, and its flips.
+
+    What a box has outside of the image is black. ``is_centre`` is the crop of evaluation, whose box
+    is the whole image.
+    """
 
     top: int
     left: int
     height: int
     width: int
     flip: bool
+    vflip: bool = False
+    is_centre: bool = False
 
     def box(self) -> tuple[int, int, int, int, int]:
-        """Return top, left, height, width, and 1 for a flip."""
-        return self.top, self.left, self.height, self.width, int(self.flip)
+        """Return top, left, height, width, and flips: 1 left-right, 2 upside down, 3 both.
+
+        32 bits each: a negative number in two's complement.
+        """
+        flips = self.flip | self.vflip << 1
+        return self.top % _TWO_32, self.left % _TWO_32, self.height, self.width, flips
 
 
 class Views(Protocol):
@@ -65,35 +67,57 @@ class Views(Protocol):
 
 @dataclass(frozen=True)
 class DrawnViews(Views):
-    """The views of a seed, computed by ``view_of``."""
+    """The views of a seed and a recipe, computed by ``view_of``."""
 
     seed: int
+    recipe: ViewRecipe = _DEFAULT
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "DrawnViews":
+        """Return the views of a manifest's entry; raises ValueError for an unknown recipe."""
+        seed = entry.get("seed")
+        if type(seed) is not int or not 0 <= seed < _TWO_64:
+            raise ValueError("its seed is not an integer in [0, 2**64)")
+        parameters = {name: value for name, value in entry.items() if name != "seed"}
+        return cls(seed, ViewRecipe.from_entry(parameters))
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry of a manifest."""
+        return {**self.recipe.entry(), "seed": self.seed}
 
     def view(self, key: str, index: int, *, width: int, height: int) -> View:
-        return view_of(key, index, seed=self.seed, width=width, height=height)
+        return view_of(key, index, seed=self.seed, width=width, height=height, recipe=self.recipe)
 
 
-def view_of(key: str, index: int, *, seed: int, width: int, height: int) -> View:
+def view_of(
+    key: str, index: int, *, seed: int, width: int, height: int, recipe: ViewRecipe = _DEFAULT
+) -> View:
     """Return view ``index`` of the image ``key`` of ``width`` x ``height`` pixels.
 
-    Box and flip follow torchvision's RandomResizedCrop(scale=(0.08, 1), ratio=(3/4, 4/3)) and
-    RandomHorizontalFlip(0.5) (paper section 4.2; official code, get_train_loader). Raises
-    ValueError for an empty image, or unless ``seed`` and ``index`` lie in [0, 2**64).
+    By default box and flip follow torchvision's RandomResizedCrop(scale=(0.08, 1), ratio=(3/4,
+    4/3)) and RandomHorizontalFlip(0.5) (paper section 4.2; official code, get_train_loader).
+    Raises ValueError for an empty image, or unless ``seed`` and ``index`` lie in [0, 2**64).
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width}x{height} pixels has no views")
     draws = _draws("view", key, seed, index)
-    flip = _uniform(next(draws)) < FLIP_PROBABILITY
-    top_draw, left_draw = next(draws), next(draws)
-    box_height, box_width = _box_size(draws, width, height)
+    flip = _uniform(next(draws)) < recipe.hflip
+    vflip = False
+    if recipe.vflip:  # from words of its own: the others stay those of the paper's recipe
+        vflip = _uniform(next(_draws("vflip", key, seed, index))) < recipe.vflip
+    if recipe.crop == "center":
+        return View(0, 0, height, width, flip, vflip, is_centre=True)
+    words = next(draws), next(draws)
+    if recipe.crop == "pad":
+        return View(*_padded_box(words, width, height, recipe.padding), flip, vflip)
+    box_height, box_width = _box_size(draws, width, height, recipe)
     if box_height == 0:
-        box_height, box_width = _fallback_size(width, height)
+        box_height, box_width = _fallback_size(width, height, recipe.ratio)
         top, left = (height - box_height) // 2, (width - box_width) // 2
     else:
-        # floor(word * n / 2**64): uniform on 0..n-1 to within n / 2**64
-        top = top_draw * (height - box_height + 1) >> 64
-        left = left_draw * (width - box_width + 1) >> 64
-    return View(top, left, box_height, box_width, flip)
+        top = _below(height - box_height + 1, words[0])
+        left = _below(width - box_width + 1, words[1])
+    return View(top, left, box_height, box_width, flip, vflip)
 
 
 def scheduled_view(key: str, epoch: int, *, seed: int, num_views: int) -> int:
@@ -170,12 +194,28 @@ def _uniform(word: int) -> float:
     return (word >> 11) * 2.0**-53
 
 
-def _box_size(draws: Iterator[int], width: int, height: int) -> tuple[int, int]:
+def _below(count: int, word: int) -> int:
+    """Map a 64-bit word to 0..count-1, uniformly to within count / 2**64."""
+    return word * count >> 64
+
+
+def _padded_box(
+    words: tuple[int, int], width: int, height: int, padding: int
+) -> tuple[int, int, int, int]:
+    """Return the box of RandomCrop(min(width, height), padding): CIFAR's, for square images."""
+    side = min(width, height)
+    top = _below(height - side + 2 * padding + 1, words[0]) - padding
+    left = _below(width - side + 2 * padding + 1, words[1]) - padding
+    return top, left, side, side
+
+
+def _box_size(draws: Iterator[int], width: int, height: int, recipe: ViewRecipe) -> tuple[int, int]:
     """Draw up to ten (height, width) of a box; (0, 0) if none fits (torchvision: get_params)."""
-    area = float(width * height)
+    area, scale = float(width * height), recipe.scale
+    centre, half = _log_ratios(recipe.ratio)
     for _ in range(TRIES):
-        box_area = area * (SCALE[0] + (SCALE[1] - SCALE[0]) * _uniform(next(draws)))
-        ratio = _exp((2.0 * _uniform(next(draws)) - 1.0) * _LOG_RATIO)
+        box_area = area * (scale[0] + (scale[1] - scale[0]) * _uniform(next(draws)))
+        ratio = _exp(centre + (2.0 * _uniform(next(draws)) - 1.0) * half)
         box_width = round(math.sqrt(box_area * ratio))
         box_height = round(math.sqrt(box_area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -183,24 +223,42 @@ def _box_size(draws: Iterator[int], width: int, height: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _fallback_size(width: int, height: int) -> tuple[int, int]:
+def _fallback_size(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Return the (height, width) of the largest box with an allowed ratio (torchvision)."""
     image_ratio = width / height
-    if image_ratio < RATIO[0]:
-        return max(1, min(height, round(width / RATIO[0]))), width
-    if image_ratio > RATIO[1]:
-        return height, max(1, min(width, round(height * RATIO[1])))
+    if image_ratio < ratio[0]:
+        return max(1, min(height, round(width / ratio[0]))), width
+    if image_ratio > ratio[1]:
+        return height, max(1, min(width, round(height * ratio[1])))
     return height, width
 
 
+@lru_cache(maxsize=64)
+def _log_ratios(ratio: tuple[float, float]) -> tuple[float, float]:
+    """Return the middle of ln(MIN) and ln(MAX), and half their distance; 0 and ln(4/3)."""
+    low, high = (_log(Fraction(bound).limit_denominator(_MAX_DENOMINATOR)) for bound in ratio)
+    return (high + low) / 2, (high - low) / 2
+
+
+def _log(value: Fraction) -> float:
+    """Return the double nearest to ln(value): decimal arithmetic is correctly rounded."""
+    quotient = _DIGITS.divide(Decimal(value.numerator), Decimal(value.denominator))
+    return float(quotient.ln(_DIGITS))
+
+
 def _exp(x: float) -> float:
-    """Return e**x for |x| <= 0.3 by a Taylor series.
+    """Return e**x by a Taylor series at x / 2**n, at most 0.3 from 0, and n squares.
 
     The last bit of the C library's exp differs between machines; that of products does not.
     """
+    squares = 0
+    while abs(x) > 0.3:
+        x, squares = x / 2, squares + 1
     value = 1.0
     for n in range(16, 0, -1):
         value = 1.0 + x * value / n
+    for _ in range(squares):
+        value *= value
     return value
 
 

@@ -6,6 +6,7 @@ from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
+from pipeline.loading.small_images import propose_crop
 from pipeline.loading.sources import open_images, open_split
 from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
@@ -23,6 +24,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     source = with_deleted(config, open_images(config, config.data_dir, config.train_split))
+    propose_crop(config, source, config.data_dir)
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes)
     seed_everything(config.seed)
@@ -35,7 +37,7 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
         positions=list(range(len(source))),
         targets=HardLabels(source.labels, num_views=config.num_views, seed=config.seed),
         img_size=config.img_size,
-        views=DrawnViews(config.view_seed),
+        views=DrawnViews(config.view_seed, config.view_recipe),
         resize=config.resize,
         evaluator=None
         if val is None

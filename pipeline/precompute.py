@@ -27,6 +27,7 @@ from pipeline.labelling.shards import (
 )
 from pipeline.labelling.store import Store, open_store
 from pipeline.loading.loader import WaitTimer, read_views
+from pipeline.loading.small_images import propose_crop
 from pipeline.runtime.device import create_runtime
 
 _INDEX_BYTES = 48  # per image of a shard, beside its key and its labels
@@ -44,6 +45,7 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
 
     # Equal plans give equal labels, so a later run or another job with this plan can continue.
     sources = open_sources(config)
+    propose_crop(config, sources["train"], config.data_dir)
     annotator, described = _load_annotator(config, sources)
     plan = make_plan(config, sources, annotator, described)
     splits = splits_of(config, sources, plan)

@@ -38,8 +38,9 @@ ALLOWED = {
     "mealv2.codec": {"mealv2.errors"},
     "mealv2.models": {"mealv2.errors", "mealv2.storage"},
     "mealv2.recipes": {"mealv2.errors"},
+    "mealv2.view_recipe": set[str](),
     "mealv2.data": {"mealv2.errors", "mealv2.storage", "mealv2.views"},
-    "pipeline.config": {"mealv2.errors", "mealv2.storage"},
+    "pipeline.config": {"mealv2.errors", "mealv2.storage", "mealv2.view_recipe"},
     "pipeline.display_names": set[str](),
     "pipeline.runtime": {"mealv2", "mealv2.errors", "mealv2.storage", "pipeline.config"},
 }

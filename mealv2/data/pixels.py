@@ -27,23 +27,23 @@ try:
 except ImportError:  # Pillow decodes to the same bits
     simplejpeg = None
 
-# Both are antialiased and bilinear; torch is three times as fast.
-Resize = Literal["torch", "pil"]
+# The library, bilinear unless it is named, always antialiased; torch is three times as fast.
+Resize = Literal["torch", "pil", "torch-bicubic", "pil-bicubic"]
 RESIZES: tuple[Resize, ...] = get_args(Resize)
 
-_INTERPOLATION = "bilinear, antialias"  # in a plan, before the library's name
 _FAST_COLOURS = ("Gray", "YCbCr", "RGB")  # those that simplejpeg decodes as Pillow does
 _JPEG = b"\xff\xd8\xff"
 
 
 def interpolation(resize: Resize) -> str:
     """Return a plan's text for a resize."""
-    return f"{_INTERPOLATION} ({'PIL' if resize == 'pil' else resize})"
+    library, _, filter_name = resize.partition("-")
+    return f"{filter_name or 'bilinear'}, antialias ({'PIL' if library == 'pil' else library})"
 
 
-def resize_of(interpolation: object) -> Resize:
+def resize_of(text: object) -> Resize:
     """Return the resize of a plan's text; Pillow's for imported labels and any other text."""
-    return "torch" if interpolation == f"{_INTERPOLATION} (torch)" else "pil"
+    return next((resize for resize in RESIZES if interpolation(resize) == text), "pil")
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -113,10 +113,13 @@ def decode_for(data: bytes, views_of: ViewsOf | None) -> DecodedImage:
     if views_of and file and file.frame.width * file.frame.height <= MAX_PIXELS:
         frame = file.frame
         views = views_of(frame.width, frame.height)
-        top, left = min(view.top for view in views), min(view.left for view in views)
-        height = max(view.top + view.height for view in views) - top
-        width = max(view.left + view.width for view in views) - left
-        if (part := file.region(top, left, height, width)) is not None:
+        # a padded crop may leave the image
+        top = max(0, min(view.top for view in views))
+        left = max(0, min(view.left for view in views))
+        height = min(frame.height, max(view.top + view.height for view in views)) - top
+        width = min(frame.width, max(view.left + view.width for view in views)) - left
+        is_empty = height < 1 or width < 1  # a box may be all padding
+        if not is_empty and (part := file.region(top, left, height, width)) is not None:
             return DecodedImage(decode(part.data), frame.width, frame.height, part.top, part.left)
     pixels_HWC = decode(data)
     height, width, _ = pixels_HWC.shape
@@ -128,15 +131,32 @@ def cut(
 ) -> np.ndarray:
     """Return a view of a decoded image as uint8 (img_size, img_size, 3).
 
-    Crop first, then the antialiased bilinear resize, then the flip: torchvision's order.
+    Crop first, then the antialiased resize, then the flips: torchvision's order.
     """
-    rows = slice(view.top, view.top + view.height)
-    columns = slice(view.left, view.left + view.width)
-    resized_SSC = _resized(pixels_HWC[rows, columns], img_size, img_size, resize)
-    if not view.flip:
+    if view.is_centre:
+        cropped_SSC = centre_crop(pixels_HWC, img_size, resize=resize)
+        resized_SSC = np.require(cropped_SSC, requirements=["C", "W"])
+    else:
+        resized_SSC = _resized(_box_pixels(pixels_HWC, view), img_size, img_size, resize)
+    flips = [axis for axis, is_flipped in ((1, view.vflip), (2, view.flip)) if is_flipped]
+    if not flips:
         return resized_SSC
     # ten times as fast as NumPy's reversed rows of three-byte pixels
-    return _as_array(torch.from_numpy(resized_SSC).permute(2, 0, 1).flip(2))
+    return _as_array(torch.from_numpy(resized_SSC).permute(2, 0, 1).flip(flips))
+
+
+def _box_pixels(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
+    """Return the box of a view, black outside of the image."""
+    height, width, _ = pixels_HWC.shape
+    bottom, right = view.top + view.height, view.left + view.width
+    if view.top >= 0 and view.left >= 0 and bottom <= height and right <= width:
+        return pixels_HWC[view.top : bottom, view.left : right]
+    box_HWC = np.zeros((view.height, view.width, 3), dtype=np.uint8)
+    top, left = max(0, view.top), max(0, view.left)
+    inside_HWC = pixels_HWC[top : max(0, bottom), left : max(0, right)]
+    rows, columns = top - view.top, left - view.left
+    box_HWC[rows : rows + inside_HWC.shape[0], columns : columns + inside_HWC.shape[1]] = inside_HWC
+    return box_HWC
 
 
 def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torch") -> np.ndarray:
@@ -159,12 +179,15 @@ def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torc
 def _resized(pixels_HWC: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
     # the rows of a crop are not contiguous; NumPy copies them in this thread, torch would use more
     pixels_HWC = np.require(pixels_HWC, requirements=["C", "W"])
-    if resize == "pil":
-        image = Image.fromarray(pixels_HWC)
-        return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+    library, _, filter_name = resize.partition("-")
+    if library == "pil":
+        image, resampling = Image.fromarray(pixels_HWC), Image.Resampling
+        kind = resampling.BICUBIC if filter_name == "bicubic" else resampling.BILINEAR
+        return np.array(image.resize((width, height), kind))
     # channels-last strides, also of the batch dimension: the result has them too, in half the time
     pixels_1CHW = torch.from_numpy(pixels_HWC.reshape(1, *pixels_HWC.shape)).permute(0, 3, 1, 2)
-    resized_1CHW = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)
+    mode = filter_name or "bilinear"
+    resized_1CHW = F.interpolate(pixels_1CHW, (height, width), mode=mode, antialias=True)
     return _as_array(resized_1CHW[0])
 
 

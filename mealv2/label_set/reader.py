@@ -25,7 +25,7 @@ from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.soft_labels import Labels
 from mealv2.storage.atomic import OpenFiles
-from mealv2.views import RECIPE, STORED_BOXES, DrawnViews, View, Views, unpacked_view
+from mealv2.views import STORED_BOXES, DrawnViews, View, Views, unpacked_view
 
 _NO_VIEW = 1 << 62  # larger than every view of a set
 
@@ -130,16 +130,16 @@ class LabelSet:
 
     def views(self) -> Views:
         """Return the labelled views; raises LabelSetError for an unknown recipe."""
-        recipe = dict(self.manifest["plan"]["roles"][self.split].get("views", {}))
+        recipe = self.manifest["plan"]["roles"][self.split].get("views", {})
         if recipe == STORED_BOXES:
             return StoredBoxes(self._tables)
-        seed = recipe.pop("seed", None)
-        if recipe == RECIPE and isinstance(seed, int) and 0 <= seed < 1 << 64:
-            return DrawnViews(seed)
-        raise LabelSetError(
-            f"{self.folder} labels views of the recipe {recipe.get('name')}, version "
-            f"{recipe.get('version')}, which this mealv2 does not know"
-        )
+        try:
+            return DrawnViews.from_entry(recipe)
+        except ValueError as error:
+            raise LabelSetError(
+                f"{self.folder} labels views of the recipe {recipe.get('name')}, version "
+                f"{recipe.get('version')}, which this mealv2 does not know: {error}"
+            ) from None
 
     def keys(self) -> Iterator[str]:
         """Iterate over the keys of the labelled images, in the order of the data set."""

@@ -15,3 +15,4 @@ from pipeline.config.pack import *  # noqa: F403
 from pipeline.config.slurm import *  # noqa: F403
 from pipeline.config.training import *  # noqa: F403
 from pipeline.config.use import *  # noqa: F403
+from pipeline.config.views import *  # noqa: F403

@@ -27,6 +27,8 @@ from pipeline.config.fields import (
 )
 
 OnBadImage = Literal["fail", "skip"]
+Interpolation = Literal["bilinear", "bicubic"]
+Resize = Literal["torch", "pil", "torch-bicubic", "pil-bicubic"]  # of mealv2.data.pixels
 CheckImages = Literal["first", "always", "never"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 Triple = tuple[float, float, float]
@@ -50,6 +52,7 @@ CHECK_IMAGES = (
 )
 DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards; a path or a URL."
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
+INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."
 RECIPE = "Published recipe to take settings from; flags override it. `mealv2 recipes` lists them."
 NEW_FOLDER = "Folder to write; created if missing, continued if incomplete."
 SIDE = "Side of a view in pixels."
@@ -139,16 +142,24 @@ class ReaderConfig(Settings):
         require(is_known, f"--device {self.device} is unknown; use auto, cpu, cuda, cuda:N or mps")
 
 
+def resize_name(exact_pil: bool | None, interpolation: Interpolation | None) -> Resize:
+    """Return the name of a resize in mealv2.data.pixels."""
+    if interpolation == "bicubic":
+        return "pil-bicubic" if exact_pil else "torch-bicubic"
+    return "pil" if exact_pil else "torch"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CropConfig(Settings):
     """Settings of commands that resize images."""
 
     exact_pil: bool = in_views(False, EXACT_PIL)
+    interpolation: Interpolation | None = in_views(None, INTERPOLATION, shown="bilinear")
 
     @property
-    def resize(self) -> Literal["torch", "pil"]:
-        """Library that resizes, unless a label set names one."""
-        return "pil" if self.exact_pil else "torch"
+    def resize(self) -> Resize:
+        """How images are resized, unless a label set says it."""
+        return resize_name(self.exact_pil, self.interpolation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from pipeline.config.base import (
     CHECK_IMAGES,
     DEFAULT_IMG_SIZE,
     EXACT_PIL,
+    INTERPOLATION,
     RECIPE,
     TEACHER,
     CheckImages,
-    CropConfig,
+    Interpolation,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -26,12 +27,13 @@ from pipeline.config.fields import (
     without_effect,
 )
 from pipeline.config.training import TrainConfig
+from pipeline.config.views import ViewsConfig
 
 _NEED = "one of --labels and --online is required"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(CropConfig, TrainConfig):
+class DistillConfig(ViewsConfig, TrainConfig):
     """Train a student on soft labels: from a label set, from teachers online, or both.
 
     The defaults are the paper's.
@@ -73,6 +75,9 @@ class DistillConfig(CropConfig, TrainConfig):
     )
     exact_pil: bool | None = in_views(  # type: ignore[assignment]  # None: as the label set
         None, EXACT_PIL, shown="as the label set was made, else no"
+    )
+    interpolation: Interpolation | None = in_views(
+        None, INTERPOLATION, shown="as the label set was made, else bilinear"
     )
     discriminator: Literal["paper", "official", "adversarial", "off"] = in_loss(
         "paper",
@@ -128,6 +133,8 @@ class DistillConfig(CropConfig, TrainConfig):
             without_effect(self, "with --online", *names)
         else:
             without_effect(self, "with --labels", "train_split", "img_size", "view_seed")
+            of_set = "with --labels, whose views are those of the label set"
+            without_effect(self, of_set, *self.recipe_fields)
         if not self.online and self.missing != "teach":
             without_effect(self, "without --online or --missing teach", "teacher", "write_back")
         if self.write_back:

@@ -14,7 +14,6 @@ from pipeline.config.base import (
     SIDE,
     TEACHER,
     CheckImages,
-    CropConfig,
     JobsConfig,
     Settings,
     SourceConfig,
@@ -31,6 +30,7 @@ from pipeline.config.fields import (
     teachers,
     without_effect,
 )
+from pipeline.config.views import ViewsConfig
 
 RATE = "Classes kept per view: the number that minimises KL + RATE * classes."
 
@@ -61,7 +61,7 @@ class EncodingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(CropConfig, EncodingConfig, SourceConfig, JobsConfig):
+class PrecomputeConfig(ViewsConfig, EncodingConfig, SourceConfig, JobsConfig):
     """Label views of a data set with an ensemble of teachers and store the soft labels."""
 
     example = (
@@ -109,6 +109,11 @@ class PrecomputeConfig(CropConfig, EncodingConfig, SourceConfig, JobsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.teacher, "--teacher is required")
+        require(
+            self.num_views == 1 or self.view_recipe.is_random,
+            f"--num-views {self.num_views}: all views of an image are equal with --crop "
+            f"{self.view_recipe.crop} and these flips; use --num-views 1",
+        )
         if self.dry_run:
             names = ("job_index", "num_jobs", "shard_list", "num_procs")
             without_effect(self, "with --dry-run", *names)

@@ -13,7 +13,6 @@ from pipeline.config.base import (
     NO_SPLIT,
     SIDE,
     CompileMode,
-    CropConfig,
     NormalisationConfig,
     RuntimeConfig,
     SourceConfig,
@@ -33,6 +32,7 @@ from pipeline.config.fields import (
     without_effect,
 )
 from pipeline.config.optimisation import SCHED_ON_UPDATES, WEIGHT_DECAY, OptimisationConfig
+from pipeline.config.views import ViewsConfig
 
 # What may differ from the run when it is resumed (docs/how-to/resume.md has the table):
 # settings of the machine, the log and the folder, which no checkpoint is compared with;
@@ -178,7 +178,7 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CropConfig, TrainConfig):
+class FinetuneConfig(ViewsConfig, TrainConfig):
     """Train on class labels: a teacher for your data, a student's start, or a control run."""
 
     example = "mealv2 finetune --data-dir pictures --model resnet18.tv_in1k --epochs 20"

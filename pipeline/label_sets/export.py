@@ -17,7 +17,7 @@ from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
-from mealv2.views import BOX_UNIT, fractions
+from mealv2.views import BOX_UNIT, DrawnViews, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
 from pipeline.label_sets.writing import all_rows, require_outside
@@ -124,6 +124,12 @@ def _rows_of(labels: LabelSet, number: int) -> Rows:
     return parts[0] if len(parts) == 1 else Rows.concat(parts).rows(order_N)
 
 
+def _has_plain_boxes(labels: LabelSet) -> bool:
+    """Return whether each view is a box inside its image and a left-right flip."""
+    views = labels.views()
+    return not isinstance(views, DrawnViews) or views.recipe.has_plain_boxes
+
+
 def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes N x V x 4 as fractions of the image, float64, and flips N x V, bool."""
     images, num_views = file.images, labels.num_views
@@ -132,6 +138,12 @@ def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray
     if images is None:
         raise LabelSetError(f"{file.path} has no image sizes; its boxes cannot be computed")
     recipe = labels.views()
+    if not _has_plain_boxes(labels):
+        raise LabelSetError(
+            f"{labels.folder} has views that are more than a box and a left-right flip "
+            f"({labels.manifest['plan']['roles']['train']['views']['name']}), which FKD's files "
+            "cannot describe; use --to parquet or --to webdataset"
+        )
     boxes, flips = [], []
     for key, (width, height) in zip(file.keys(), images.sizes_N2.tolist(), strict=True):
         for index in range(num_views):
@@ -274,7 +286,8 @@ def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dic
         columns["mean_logit_of_others"] = rows.logits.rest_N.float().numpy()
     if file.images is not None:
         columns["true_class"] = np.repeat(file.images.classes_N.astype(np.int32), labels.num_views)
-    if labels.split == "train" and (file.images is not None or file.stored_views is not None):
+    has_sizes = file.images is not None or file.stored_views is not None
+    if labels.split == "train" and has_sizes and _has_plain_boxes(labels):
         boxes, flips = _boxes_of(labels, file)
         for position, name in enumerate(("top", "left", "height", "width")):
             columns[f"box_{name}"] = boxes[..., position].reshape(-1)

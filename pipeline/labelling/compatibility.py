@@ -11,13 +11,15 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
 from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import console
-from pipeline.config import CheckImages
+from pipeline.config import CheckImages, Interpolation, resize_name
 from pipeline.console import first_names
 from pipeline.labelling import teachers
 from pipeline.loading.loader import ViewReader
 from pipeline.runtime.device import Runtime, library_versions
 
-_LIBRARY: dict[Resize, str] = {"torch": "torch", "pil": "pillow"}
+
+def _library(resize: Resize) -> str:
+    return "pillow" if resize.startswith("pil") else "torch"
 
 
 def check_same_data(
@@ -106,21 +108,30 @@ def _check_teachers_known(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def choose_resize(labels: LabelSet, exact_pil: bool | None = None) -> Resize:
+def choose_resize(
+    labels: LabelSet, exact_pil: bool | None = None, interpolation: Interpolation | None = None
+) -> Resize:
     """Return how to resize the views of a set: as when it was labelled, unless a flag differs.
 
-    Logs a warning if the pixels will differ from the labelled ones.
+    Logs a warning if the pixels will differ from the labelled ones. Raises ConfigError for another
+    filter.
     """
     plan = labels.manifest["plan"]
     resize = resize_of(plan.get("interpolation"))
-    if exact_pil is not None and exact_pil != (resize == "pil"):
+    labelled: Interpolation = "bicubic" if resize.endswith("bicubic") else "bilinear"
+    if interpolation not in (None, labelled):
+        raise ConfigError(
+            f"--interpolation {interpolation}: the views of {labels.folder} were resized with the "
+            f"{labelled} filter; leave out the flag"
+        )
+    if exact_pil is not None and exact_pil != resize.startswith("pil"):
         console.info(
-            f"the views of {labels.folder} were resized by {_LIBRARY[resize]}; the pixels of this "
+            f"the views of {labels.folder} were resized by {_library(resize)}; the pixels of this "
             "run differ by up to 2 of 255"
         )
-        return "pil" if exact_pil else "torch"
+        return resize_name(exact_pil, labelled)
     if plan.get("probe_sha256") not in (None, probe_sha256(resize)):
-        library = _LIBRARY[resize]
+        library = _library(resize)
         version = labels.manifest.get("versions", {}).get(library, "another version")
         console.info(
             f"the views of {labels.folder} were resized by {library} {version}; "

@@ -12,7 +12,8 @@ from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
 from mealv2.label_set import PlannedShard
 from mealv2.storage.json_format import json_sha256
-from mealv2.views import RECIPE, RESIZE_OVER_CROP, DrawnViews
+from mealv2.view_recipe import RESIZE_OVER_CROP
+from mealv2.views import DrawnViews
 from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.loading.loader import ViewReader
@@ -64,7 +65,7 @@ def make_plan(
     ``described`` are the teachers, from ``teachers.build``. Raises ConfigError as plan_shards.
     """
     views = {
-        "train": {**RECIPE, "seed": config.view_seed},
+        "train": DrawnViews(config.view_seed, config.view_recipe).entry(),
         "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
     }
     shards = plan_shards(config, sources)
@@ -118,7 +119,7 @@ def splits_of(
 ) -> list[LabelSplit]:
     """Return the splits to label, validation first, with the shards of the plan."""
     views = {"val": (CENTRE,), "train": tuple(range(config.num_views))}
-    drawn = DrawnViews(config.view_seed)
+    drawn = DrawnViews(config.view_seed, config.view_recipe)
     planned = label_set.planned_shards(plan)
     splits = []
     for name, source in sources.items():

@@ -29,6 +29,7 @@ from pipeline.labelling.compatibility import (
     image_check,
 )
 from pipeline.loading.loader import ViewReader, read_views
+from pipeline.loading.small_images import propose_crop
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
@@ -84,7 +85,10 @@ def open_training_images(config: DistillConfig, folder: Path | None) -> ImageSou
         split = config.train_split or "train"
     else:
         split = read_manifest(folder)["plan"]["roles"]["train"]["split"]
-    return with_deleted(config, open_images(config, config.data_dir, split))
+    source = with_deleted(config, open_images(config, config.data_dir, split))
+    if folder is None:
+        propose_crop(config, source, config.data_dir)
+    return source
 
 
 def from_online_teachers(
@@ -108,7 +112,7 @@ def from_online_teachers(
         OnlineTeachers(ensemble, source.labels),
         list(range(len(source))),
         img_size,
-        DrawnViews(config.view_seed or 0),
+        DrawnViews(config.view_seed or 0, config.view_recipe),
         config.resize,
         {"online": True, "teachers": described},
         val_labels,
@@ -155,7 +159,7 @@ def from_label_set(
         _positions_to_train_on(config, labels, source),
         labels.img_size,
         labels.views(),
-        choose_resize(labels, config.exact_pil),
+        choose_resize(labels, config.exact_pil, config.interpolation),
         provenance,
         val_labels,
         _accuracies(val_labels),

@@ -1,0 +1,119 @@
+"""The recipe of the views: every parameter of crop and flip, as a manifest keeps them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Crop = Literal["rrc", "pad", "center"]
+CROPS: tuple[Crop, ...] = get_args(Crop)
+
+SCALE = (0.08, 1.0)  # torchvision: area of the box over the area of the image
+RATIO = (3 / 4, 4 / 3)  # torchvision: width over height of the box
+TRIES = 10
+FLIP_PROBABILITY = 0.5
+PADDING = 4  # CIFAR's, in pixels of the image
+RESIZE_OVER_CROP = (256, 224)  # paper: evaluation resizes the shorter side to int(256 / 224 * size)
+MAX_RATIO = 100.0
+MAX_PADDING = 4096
+
+_HASH = "blake2b-512"
+_NAMES: dict[Crop, str] = {
+    "rrc": "random-resized-crop",
+    "pad": "padded-crop",
+    "center": "centre-crop",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRecipe:
+    """How views are drawn; the defaults are the paper's (torchvision's RandomResizedCrop, flip).
+
+    ``crop`` is ``rrc`` (a box of ``scale`` of the area and of width / height in ``ratio``), ``pad``
+    (the largest square, moved inside the image with ``padding`` black pixels on each side) or
+    ``center`` (the crop of evaluation). ``hflip`` and ``vflip`` are probabilities. Raises
+    ValueError for a parameter out of bounds.
+    """
+
+    crop: Crop = "rrc"
+    scale: tuple[float, float] = SCALE
+    ratio: tuple[float, float] = RATIO
+    padding: int = PADDING
+    hflip: float = FLIP_PROBABILITY
+    vflip: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        _require(0 < low <= high <= 1, "scale", self.scale, "0 < MIN <= MAX <= 1")
+        low, high = self.ratio
+        bounds = f"1/{MAX_RATIO:.0f} <= MIN <= MAX <= {MAX_RATIO:.0f}"
+        _require(1 / MAX_RATIO <= low <= high <= MAX_RATIO, "ratio", self.ratio, bounds)
+        in_bounds = 0 <= self.padding <= MAX_PADDING
+        _require(in_bounds, "padding", self.padding, f"0 to {MAX_PADDING}")
+        for name in ("hflip", "vflip"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two views of an image can differ."""
+        flips = {self.hflip, self.vflip}
+        return self.crop == "rrc" or (self.crop == "pad" and self.padding > 0) or flips > {0.0, 1.0}
+
+    @property
+    def has_plain_boxes(self) -> bool:
+        """Whether a view is a box inside the image and a left-right flip: what FKD can store."""
+        return self.crop == "rrc" and self.vflip == 0
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry of a manifest: the name, the version and every parameter in use.
+
+        A change of what a parameter means is a new version.
+        """
+        parts: dict[Crop, dict[str, Any]] = {
+            "rrc": {"scale": list(self.scale), "ratio": list(self.ratio), "tries": TRIES},
+            "pad": {"padding": self.padding},
+            "center": {"resize_over_crop": list(RESIZE_OVER_CROP)},
+        }
+        return {
+            "name": _NAMES[self.crop],
+            "version": 1,
+            "hash": _HASH,
+            **parts[self.crop],
+            "flip_probability": self.hflip,
+            **({"vertical_flip_probability": self.vflip} if self.vflip else {}),
+        }
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "ViewRecipe":
+        """Return the recipe of a manifest's entry; raises ValueError for an unknown one."""
+        try:
+            crop = next(crop for crop, name in _NAMES.items() if name == entry["name"])
+            recipe = cls(
+                crop=crop,
+                scale=_pair(entry.get("scale", SCALE)),
+                ratio=_pair(entry.get("ratio", RATIO)),
+                padding=entry.get("padding", PADDING),
+                hflip=_number(entry["flip_probability"]),
+                vflip=_number(entry.get("vertical_flip_probability", 0.0)),
+            )
+        except (KeyError, TypeError, OverflowError, StopIteration):
+            raise ValueError("a parameter is missing or has another type") from None
+        if recipe.entry() != entry or type(recipe.padding) is not int:
+            raise ValueError("it has other parameters")
+        return recipe
+
+
+def _require(holds: bool, name: str, value: object, bounds: str) -> None:
+    if not holds:
+        shown = " ".join(f"{part:g}" for part in (value if isinstance(value, tuple) else (value,)))
+        raise ValueError(f"{name} must be {bounds}, got {shown}")
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = map(_number, values)
+    return low, high
