@@ -122,8 +122,7 @@ def create_classifier(
         extra["pretrained_cfg_overlay"] = known.timm_config
         config |= {"mean": MEAN, "std": STD}
     backbone = _create(name, pretrained=pretrained and checkpoint is None, **extra)
-    stored: dict[str, Any] = {}
-    notes: list[str] = []
+    stored, notes = dict[str, Any](), list[str]()
     if checkpoint:
         rebuild = partial(_rebuild, name, extra)
         stored, notes = _load_checkpoint(
@@ -132,10 +131,8 @@ def create_classifier(
     if img_size:
         foreign = None if checkpoint is None or "weights_sha256" in stored else checkpoint
         check_forward(backbone, img_size, name=name, weights=foreign)
-    tag = config["architecture"]
-    if published:
-        tag = published.tag
-    elif pretrained and not checkpoint and config.get("tag"):
+    tag = published.tag if published else config["architecture"]
+    if pretrained and not checkpoint and config.get("tag"):
         tag = f"{tag}.{config['tag']}"
     mean, std = (tuple(stored.get(name) or config[name]) for name in ("mean", "std"))
     model = Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
