@@ -9,7 +9,6 @@ from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
 from pipeline.config import DistillConfig
 from pipeline.labelling.store import local_folder
-from pipeline.loading.sources import open_split
 from pipeline.runtime import env
 from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
@@ -18,7 +17,7 @@ from pipeline.training.evaluator import Evaluator
 from pipeline.training.label_source import (
     from_label_set,
     from_online_teachers,
-    open_training_images,
+    open_splits,
 )
 from pipeline.training.loop import train
 from pipeline.training.spec import CutMix, TrainingSpec, create_student
@@ -34,8 +33,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
 
 def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
     folder = None if config.labels is None else local_folder(config, config.labels)
-    source = open_training_images(config, folder)
-    val = open_split(config, config.data_dir, config.val_split, classes=list(source.classes))
+    source, val = open_splits(config, folder)
     if config.dry_run:
         val = None  # online teachers would label the whole split first
     labels = (

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from mealv2.data.held_out import by_name
 from mealv2.errors import ConfigError
 from pipeline import load_model
 from pipeline.config import EvaluateConfig
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import held_out_of, open_images, warn_missing
 from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator
 
@@ -13,7 +14,13 @@ from pipeline.training.evaluator import Evaluator
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; return the report. Raises MealError and OSError."""
     runtime = create_runtime(config)
-    source = open_images(config, config.data_dir, config.val_split)
+    held_out = held_out_of(config, train_split=config.train_split or "train")
+    source = open_images(config, config.data_dir, config.val_split, held_out=held_out)
+    known = load_model.known_classes(config)
+    if known and (matched := by_name(source, known)) not in (None, source):
+        missing = sorted(set(known) - set(source.classes))
+        warn_missing(config.val_split, config.data_dir, missing)
+        source = matched
     found = load_model.load(config, classes=source.classes)
     model = runtime.to_device(found.model)
     if model.num_classes != len(source.classes):

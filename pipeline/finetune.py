@@ -7,7 +7,7 @@ from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split
 from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator
@@ -23,10 +23,12 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
-    source = with_deleted(config, open_images(config, config.data_dir, config.train_split))
+    held_out = held_out_of(config, train_split=config.train_split)
+    source = open_images(config, config.data_dir, config.train_split, held_out=held_out)
+    source = with_deleted(config, source)
     propose_crop(config, source, config.data_dir)
     classes = list(source.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes)
+    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
     seed_everything(config.seed)
     student = create_student(config, classes=classes, img_size=config.img_size)
     spec = TrainingSpec(

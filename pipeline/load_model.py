@@ -63,6 +63,13 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
     return LoadedModel(name, model, img_size, stored.get("classes"))
 
 
+def known_classes(config: InferenceConfig) -> list[str]:
+    """Return the class names in the checkpoint, none without one or if it has none."""
+    if config.checkpoint is None:
+        return []
+    return list(read_metadata(find_checkpoint(config.checkpoint)).get("classes") or [])
+
+
 def write_results(path: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Write a report as JSON, or its rows as CSV, by the suffix of the file."""
     if path.suffix == ".json":

@@ -612,7 +612,7 @@ def world(
         "labels": labels_dir,
         "student": student_dir,
         "two": make_model("test_resnet", classes=("ants", "bees")),
-        "four": make_model("test_resnet", classes=("ants", "bees", "cats", "dogs")),
+        "four": make_model("test_resnet", classes=("ants", "bees", "dogs", "wasps")),
         "xyz": make_model("test_resnet", classes=("x", "y", "z")),
     }
 

@@ -1,4 +1,4 @@
-"""Image folders: ROOT/SPLIT/CLASS/IMAGE."""
+"""Image folders: ROOT/SPLIT/CLASS/IMAGE, or ROOT/CLASS/IMAGE."""
 
 import itertools
 import os
@@ -13,6 +13,9 @@ from mealv2.data.pack_index import ADVICE_RERUN, INDEX_NAME, Pack, PackedImage
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.regular_files import read_regular
+
+# Folders of these names are splits, so their parent is not a folder of class folders.
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
 class UnorderedSource:
@@ -31,7 +34,7 @@ class UnorderedSource:
 
 
 class ImageFolder(UnorderedSource):
-    """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE.
+    """A split of an ImageFolder tree: ROOT/SPLIT/CLASS/…/IMAGE, or ``split_folder`` of it.
 
     Keys are POSIX paths under the split, Unicode-normalised (NFC), sorted by code point; class ids
     follow the sorted class folder names as in torchvision. ``Walk`` states what an image is;
@@ -41,8 +44,8 @@ class ImageFolder(UnorderedSource):
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        self.name = str(Path(root) / split)
-        self.folder = Path(root) / split
+        self.folder = split_folder(Path(root), split)
+        self.name = str(self.folder)
         self.split = split
         pack = Pack.read(self.folder / INDEX_NAME)
         if pack is not None:
@@ -90,20 +93,25 @@ class ImageFolder(UnorderedSource):
         return self._packed[position].original_hash
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder with the class folders of a split: ROOT/SPLIT, which may be missing.
+
+    It is ROOT for the split ``train`` of a ROOT whose folders are not named like splits.
+    """
+    folder = root / split
+    if split != "train" or not root.is_dir() or folder.exists():
+        return folder
+    names = {path.name.lower() for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    return root if names and names.isdisjoint(_SPLIT_NAMES) else folder
+
+
 def class_folders(folder: Path) -> list[tuple[str, Path]]:
     """List the (class name, folder) pairs of a split, sorted; names are in NFC.
 
     Raises ConfigError for a missing folder, or one without class folders.
     """
     if not folder.is_dir():
-        folders = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))[:8]) or "nothing"
-        folders = f"folders in {folder.parent}: {folders}"
-        if not folder.parent.is_dir():
-            folders = f"there is no folder {folder.parent}"
-        raise ConfigError(
-            f"no folder {folder}; --data-dir must contain the split as ROOT/SPLIT/CLASS/IMAGE, or "
-            f"as tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar ({folders})"
-        )
+        raise ConfigError(_missing_split(folder))
     found = sorted(
         (_key_of(path, folder), path)
         for path in folder.iterdir()
@@ -113,6 +121,29 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
         raise ConfigError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg")
     _check_unique(found)
     return found
+
+
+def _missing_split(folder: Path) -> str:
+    """Return the message for a split that does not exist: what is there, and what helps."""
+    root, split = folder.parent, folder.name
+    if not root.is_dir():
+        return (
+            f"no folder {folder}; --data-dir must contain the split as ROOT/SPLIT/CLASS/IMAGE, or "
+            f"as tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar (there is no folder {root})"
+        )
+    found = ", ".join(sorted(p.name for p in root.glob("*/"))[:8]) or "nothing"
+    if split == "train" or split.lower() not in _SPLIT_NAMES:
+        advice = (
+            "--data-dir takes ROOT/SPLIT/CLASS/IMAGE, the class folders of one split as "
+            "ROOT/CLASS/IMAGE, or tar files ROOT/SPLIT/*.tar or ROOT/SPLIT-*.tar; name other "
+            "splits with --train-split and --val-split"
+        )
+    else:
+        advice = (
+            "hold out a part of the training images with --val-fraction 0.2, train without "
+            "validation with --val-split none, or name another split with --val-split"
+        )
+    return f"no folder {folder}; {advice} (folders in {root}: {found})"
 
 
 def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
@@ -130,7 +161,7 @@ def _images_of(folder: Path, class_folder: Path, walk: Walk) -> list[tuple[str, 
     if not found:
         raise ConfigError(
             f"class folder {class_folder} has no image ({', '.join(EXTENSIONS)}); "
-            "add images or remove the folder"
+            "add images, or remove the folder (a validation split may have fewer classes)"
         )
     return found
 

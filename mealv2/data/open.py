@@ -3,24 +3,36 @@
 from pathlib import Path
 
 from mealv2.data.folder import ImageFolder
+from mealv2.data.held_out import HeldOut
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ImageSource
 from mealv2.data.tar import TarShards
-from mealv2.data.tar_splits import find_split
+from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.errors import ConfigError
 from mealv2.storage import object_store
 from mealv2.storage.cache import Cache
 from mealv2.storage.urls import Location, is_url, shown
 
 
-def open_source(data_dir: Location, split: str, *, cache: Cache | None = None) -> ImageSource:
+def open_source(
+    data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
+) -> ImageSource:
     """Open a split of a data set: an ImageFolder tree, or tar files.
 
-    A URL needs a ``cache`` for copies of its tar files. Raises ConfigError for a missing split,
-    DataError for a damaged tar file, RemoteError.
+    The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
+    splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
+    ConfigError for a missing split, DataError for a damaged tar file, RemoteError.
     """
     if not is_url(data_dir):
         data_dir = Path(data_dir)
+    if held_out is None or not held_out.is_of(split):
+        return _open(data_dir, split, cache)
+    if split != held_out.of:
+        require_no_split(data_dir, split, store=object_store)
+    return held_out.part(_open(data_dir, held_out.of, cache), split)
+
+
+def _open(data_dir: Location, split: str, cache: Cache | None) -> ImageSource:
     found = find_split(data_dir, split, store=object_store)
     if isinstance(data_dir, Path):
         if found is None:

@@ -55,6 +55,19 @@ def find_split(data_dir: Location, split: str, *, store: Store | None = None) ->
     return _in_folder(data_dir, split, store) if is_url(data_dir) else None
 
 
+def require_no_split(data_dir: Location, split: str, *, store: Store | None = None) -> None:
+    """Raise ConfigError if a data set has a split: --val-fraction would replace it."""
+    try:
+        found = find_split(data_dir, split, store=store) is not None
+    except ConfigError:  # no file of the pattern is of the split
+        found = False
+    if found or (isinstance(data_dir, Path) and (data_dir / split).is_dir()):
+        raise ConfigError(
+            f"{shown(data_dir)} has a split {split}, which --val-fraction would not use; leave out "
+            "--val-fraction, or give the held-out images another name with --val-split"
+        )
+
+
 def _in_folder(root: Location, split: str, store: Store | None) -> Split | None:
     folder = _within(root, split)
     if isinstance(folder, Path) and any(p.name[0] != "." for p in folder.glob("*/")):

@@ -6,14 +6,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mealv2.data.folder import class_folders
-from mealv2.data.tar_splits import find_split
+from mealv2.data.folder import class_folders, split_folder
+from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
 from pipeline.config import (
     NO_SPLIT,
+    EvaluateConfig,
     ExportConfig,
     PackConfig,
     Settings,
@@ -47,9 +48,13 @@ def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
 def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
     """Check that the splits that the config reads exist."""
     splits = [*_splits_of(config)]
+    settings = vars(config)
+    held_out = settings.get("val_fraction") is not None
+    if held_out and (val_split := settings["val_split"]) != (settings["train_split"] or "train"):
+        require_no_split(data_dir, val_split)
     for split in splits:
         if find_split(data_dir, split) is None:
-            class_folders(data_dir / split)
+            class_folders(split_folder(data_dir, split))
     is_pattern = any(character in "*?[{" for character in str(data_dir))
     if not splits and not is_pattern and not data_dir.exists():
         raise ConfigError(f"no folder {data_dir}; give the data set as {name}{_near(data_dir)}")
@@ -58,16 +63,20 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
 def _splits_of(config: Settings) -> Iterable[str]:
     """Yield the names of the splits that a config reads from --data-dir."""
     settings: dict[str, Any] = vars(config)
+    held_out = settings.get("val_fraction") is not None
     if isinstance(config, PackConfig):
         yield from config.split
         return
     if isinstance(labels := settings.get("labels"), Path):
         with suppress(OSError, ValueError, KeyError, TypeError):  # the plan cannot be read
-            plan = read_json(labels / PLAN_NAME)
-            yield str(plan["roles"][settings.get("split", "train")]["split"])
-    elif "train_split" in settings and labels is None:  # a remote label set names its own split
+            entry = read_json(labels / PLAN_NAME)["roles"][settings.get("split", "train")]
+            held_out = held_out or "held_out" in entry
+            yield str(entry["held_out"]["of"] if "held_out" in entry else entry["split"])
+    elif held_out or (
+        "train_split" in settings and labels is None and not isinstance(config, EvaluateConfig)
+    ):  # a remote label set names its own split
         yield settings["train_split"] or "train"
-    if settings.get("val_split", NO_SPLIT) != NO_SPLIT:
+    if settings.get("val_split", NO_SPLIT) != NO_SPLIT and not held_out:
         yield settings["val_split"]
 
 

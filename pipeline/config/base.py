@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
+    MAX_SEED,
     MAX_WORKERS,
     REQUIRED,
     check_bounds,
@@ -50,7 +51,7 @@ CHECK_IMAGES = (
     "Compare the content of each image with that of the labelled one: the first time that the run "
     "reads it, each time, or never."
 )
-DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, or tar shards; a path or a URL."
+DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE or tar shards; a path or a URL."
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."
 RECIPE = "Published recipe to take settings from; flags override it. `mealv2 recipes` lists them."
@@ -125,6 +126,30 @@ class StrictConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(StrictConfig, CacheConfig):
     """Settings of commands that list images, also behind URLs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig(SourceConfig):
+    """Settings of commands that can hold out a part of the training images."""
+
+    val_split: str = in_data("val", "Split of --data-dir to validate on, or none.")
+    val_fraction: float | None = in_data(
+        None,
+        "Hold out this fraction of the training images of each class for validation, in a data set "
+        "without --val-split.",
+        shown="none",
+        above=0,
+    )
+    split_seed: int = in_data(0, "With --val-fraction: seed of the choice.", low=0, high=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_fraction is None:
+            without_effect(self, "without --val-fraction", "split_seed")
+            return
+        require(self.val_fraction < 1, f"--val-fraction must be below 1, got {self.val_fraction}")
+        message = "--val-fraction makes a split to validate on: leave out --val-split none"
+        require(self.val_split != NO_SPLIT, message)
 
 
 @dataclass(frozen=True, kw_only=True)

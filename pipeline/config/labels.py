@@ -14,9 +14,9 @@ from pipeline.config.base import (
     SIDE,
     TEACHER,
     CheckImages,
+    HeldOutConfig,
     JobsConfig,
     Settings,
-    SourceConfig,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -61,7 +61,7 @@ class EncodingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(ViewsConfig, EncodingConfig, SourceConfig, JobsConfig):
+class PrecomputeConfig(ViewsConfig, EncodingConfig, HeldOutConfig, JobsConfig):
     """Label views of a data set with an ensemble of teachers and store the soft labels."""
 
     example = (

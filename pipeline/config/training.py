@@ -13,9 +13,9 @@ from pipeline.config.base import (
     NO_SPLIT,
     SIDE,
     CompileMode,
+    HeldOutConfig,
     NormalisationConfig,
     RuntimeConfig,
-    SourceConfig,
 )
 from pipeline.config.fields import (
     MAX_SEED,
@@ -59,7 +59,7 @@ _FLAG_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, RuntimeConfig):
+class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, RuntimeConfig):
     """Settings of every training run."""
 
     in_ranks = True
@@ -67,7 +67,6 @@ class TrainConfig(OptimisationConfig, SourceConfig, NormalisationConfig, Runtime
 
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
     model: str = in_model(REQUIRED, "Student: a timm model name; its tag selects the weights.")
-    val_split: str = in_data("val", "Split of --data-dir to validate on, or none.")
     pretrained: bool | None = in_model(
         None, "Start from timm's pretrained weights.", shown="yes, without --initial-checkpoint"
     )

@@ -10,11 +10,11 @@ from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
     CropConfig,
+    HeldOutConfig,
     NormalisationConfig,
     ReaderConfig,
     RuntimeConfig,
     Settings,
-    SourceConfig,
     StrictConfig,
 )
 from pipeline.config.fields import (
@@ -28,6 +28,7 @@ from pipeline.config.fields import (
     in_results,
     in_run,
     require,
+    without_effect,
 )
 
 _MODEL = "one of --model and --checkpoint is required"
@@ -64,14 +65,22 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SourceConfig, InferenceConfig):
+class EvaluateConfig(HeldOutConfig, InferenceConfig):
     """Measure the accuracy of a checkpoint or a timm model on a split."""
 
     example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
 
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
     val_split: str = in_data("val", "Split of --data-dir to evaluate on.")
+    train_split: str | None = in_data(
+        None, "With --val-fraction: split that the images are held out of.", shown="train"
+    )
     results_file: Path | None = _results("File for the accuracy per class, .json or .csv.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_fraction is None:
+            without_effect(self, "without --val-fraction", "train_split")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pipeline.labelling import compatibility, jobs, manifest, shards, workers
 from pipeline.labelling.annotate import Annotator, make_annotator
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.store import Store
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 
 
@@ -113,7 +113,7 @@ def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, La
     """Return the teachers that made the set, and its train split without views."""
     folder, plan = config.labels, labels.manifest["plan"]
     runtime = create_runtime(config)
-    source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
+    source = open_labelled(config, config.data_dir, plan, "train")
     compatibility.check_same_data(labels, source, allow_missing=True)  # for a part of a split set
     compatibility.check_precision(folder, plan, runtime)
     ensemble = compatibility.build_original_teachers(folder, config.teacher, plan, runtime)

@@ -22,7 +22,7 @@ from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
 from pipeline.label_sets.writing import all_rows, require_outside
 from pipeline.labelling.compatibility import check_same_data, image_check
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import open_labelled
 
 # readers of a folder of tables ignore names that start with an underscore
 _PLAN_NAME = "_plan.json"
@@ -215,8 +215,7 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
     Raises LabelSetError for an image that is not the one that was labelled.
     """
     assert config.data_dir is not None
-    split = labels.manifest["plan"]["roles"][labels.split]["split"]
-    source = open_images(config, config.data_dir, split)
+    source = open_labelled(config, config.data_dir, labels.manifest["plan"], labels.split)
     check_same_data(labels, source, allow_missing=True)
     position_of = {key: position for position, key in enumerate(source.keys)}
     check = image_check(labels, source, "always")

@@ -110,7 +110,7 @@ def _recipe(each: _Set, *names: str) -> dict[str, Any]:
     """Return what determines the views of every split, and more entries of its plan."""
     recipe: dict[str, Any] = {}
     for split, entry in each.plan["roles"].items():
-        recipe |= {f"{split} {name}": entry.get(name) for name in ("split", *names)}
+        recipe |= {f"{split} {name}": entry.get(name) for name in ("split", "held_out", *names)}
         recipe |= {f"{split} view {name}": value for name, value in entry["views"].items()}
     return recipe
 

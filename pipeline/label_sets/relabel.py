@@ -17,7 +17,7 @@ from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import build_original_teachers, check_precision, view_reader
 from pipeline.loading.loader import on_device, read_views
 from pipeline.loading.requests import BatchRequest, check_failures
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import Runtime
 
 # Other threads, precisions and resizes stay within these bounds, other views and pictures do not:
@@ -44,7 +44,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         batch_size=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
-    source = open_images(config, config.data_dir, plan["roles"]["train"]["split"])
+    source = open_labelled(config, config.data_dir, plan, "train")
     reader = view_reader(labels, source)
     requests = _requests(
         labels, source, config.relabel, seed=config.seed, batch_size=config.batch_size

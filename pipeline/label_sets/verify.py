@@ -33,7 +33,7 @@ from pipeline.label_sets.relabel import relabel
 from pipeline.labelling.compatibility import check_same_data
 from pipeline.labelling.store import local_folder
 from pipeline.loading.compare import Compared, compare_images, require_same
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 
 
@@ -223,7 +223,7 @@ def _check_data(
     is_part = creating_command(manifest["plan"]) == "`mealv2 labels split`"
     for split in manifest["roles"]:
         labels = LabelSet.open(folder, split=split)
-        source = open_images(config, config.data_dir, manifest["plan"]["roles"][split]["split"])
+        source = open_labelled(config, config.data_dir, manifest["plan"], split)
         lenient = is_part and split == "train"
         check_same_data(labels, source, allow_missing=lenient)
         num_labelled = len(labels) + len(labels.skipped)

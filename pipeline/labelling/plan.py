@@ -18,7 +18,7 @@ from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE, BatchRequest
-from pipeline.loading.sources import open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class LabelSplit:
 
 def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
     """Open the images to label by split, validation first. Raises as open_images."""
-    train = open_images(config, config.data_dir, config.train_split)
-    val = open_split(config, config.data_dir, config.val_split, classes=list(train.classes))
+    held_out = held_out_of(config, train_split=config.train_split)
+    train = open_images(config, config.data_dir, config.train_split, held_out=held_out)
+    classes = list(train.classes)
+    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
     return {"train": train} if val is None else {"val": val, "train": train}
 
 
@@ -69,6 +71,8 @@ def make_plan(
         "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
     }
     shards = plan_shards(config, sources)
+    held_out = held_out_of(config, train_split=config.train_split)
+    common = {} if held_out is None else {"held_out": held_out.as_json()}
     return {
         **shards,
         "format": label_set.FORMAT,
@@ -86,6 +90,7 @@ def make_plan(
                 "split": source.split,
                 "data_sha256": fingerprint(source),
                 "views": views[name],
+                **common,
             }
             for name, source in sources.items()
         },

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
+from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
-from mealv2.data.tar import TarShards
+from mealv2.data.subset import Subset
 from mealv2.errors import ConfigError
 from mealv2.storage.cache import Cache
 from mealv2.storage.urls import Location, shown
 from pipeline import console
-from pipeline.config import NO_SPLIT, CacheConfig, SourceConfig
+from pipeline.config import NO_SPLIT, CacheConfig, HeldOutConfig, SourceConfig
 from pipeline.runtime import env
 
 
@@ -21,12 +23,34 @@ def cache_of(config: CacheConfig) -> Cache:
     return Cache(config.cache_dir or env.cache_folder(), config.cache_bytes)
 
 
-def open_images(config: SourceConfig, data_dir: Location, split: str) -> ImageSource:
+def held_out_of(config: HeldOutConfig, *, train_split: str) -> HeldOut | None:
+    """Return what --val-fraction holds out of a split."""
+    if config.val_fraction is None:
+        return None
+    return HeldOut(config.val_fraction, config.split_seed, train_split, config.val_split)
+
+
+def open_labelled(
+    config: SourceConfig, data_dir: Location, plan: dict[str, Any], split: str
+) -> ImageSource:
+    """Open the images of a label set's ``train`` or ``val``, by the plan of the set.
+
+    Raises as open_images.
+    """
+    entry = plan["roles"][split]
+    held_out = HeldOut.from_json(entry.get("held_out"))
+    source = open_images(config, data_dir, entry["split"], held_out=held_out)
+    return by_name(source, plan["classes"]) or source
+
+
+def open_images(
+    config: SourceConfig, data_dir: Location, split: str, *, held_out: HeldOut | None = None
+) -> ImageSource:
     """Open a split of a data set and show its summary.
 
     Raises ConfigError, also for files that are left out with --strict; DataError, RemoteError.
     """
-    source = open_source(data_dir, split, cache=cache_of(config))
+    source = open_source(data_dir, split, cache=cache_of(config), held_out=held_out)
     show_summary(source, strict=config.strict)
     return source
 
@@ -60,6 +84,8 @@ def summary(source: ImageSource) -> str:
     if len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"
         parts[0] += _class_sizes(source.labels, source.classes)
+    if isinstance(source, Subset) and source.note:
+        parts[0] += f" ({source.note})"
     left_out = source.left_out
     if number := left_out.counts.total():
         reasons = [f"{count} {reason}" for reason, count in left_out.counts.most_common(8)]
@@ -83,17 +109,41 @@ def _class_sizes(labels: Sequence[int], classes: Sequence[str]) -> str:
 
 
 def open_split(
-    config: SourceConfig, data_dir: Location, split: str, *, classes: list[str]
+    config: SourceConfig,
+    data_dir: Location,
+    split: str,
+    *,
+    classes: list[str],
+    held_out: HeldOut | None = None,
 ) -> ImageSource | None:
-    """Open a validation split, None for ``none``; raises ConfigError for other ``classes``."""
+    """Open a validation split, None for ``none``.
+
+    Its class ids are those of its class names among ``classes``; shows a warning for classes
+    without images. Raises ConfigError for a class that is not among them.
+    """
     if split == NO_SPLIT:
         return None
-    source = open_images(config, data_dir, split)
-    if source.classes != classes:
-        unmatched = sorted(set(source.classes) ^ set(classes))
-        advice = "; name them in classes.txt" if isinstance(source, TarShards) else ""
+    source = open_images(config, data_dir, split, held_out=held_out)
+    matched = by_name(source, classes)
+    if matched is None:
+        unknown = sorted(set(source.classes) - set(classes))
+        advice = f"; the training data has {', '.join(classes[:4])}{', …' * (len(classes) > 4)}"
+        if source.shard_starts is not None:
+            advice += "; name the classes in classes.txt"
         raise ConfigError(
             f"split {split} of {shown(data_dir)} has different classes from the training data: "
-            f"{', '.join(unmatched[:4])}{advice}"
+            f"{', '.join(unknown[:4])}{advice}"
         )
-    return source
+    if missing := sorted(set(classes) - {matched.classes[label] for label in set(matched.labels)}):
+        warn_missing(split, data_dir, missing)
+    return matched
+
+
+def warn_missing(split: str, data_dir: Location, missing: Sequence[str]) -> None:
+    """Show a warning for classes of which a split has no image."""
+    if not env.is_child_process():
+        _show(
+            f"warning: split {split} of {shown(data_dir)} has no image of "
+            f"{_num_classes(len(missing))} ({console.first_names(missing)}): "
+            "its accuracy is not measured for them"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mealv2.data.content_hash import ImageCheck
+from mealv2.data.held_out import HeldOut
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
@@ -30,7 +31,7 @@ from pipeline.labelling.compatibility import (
 )
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import open_images
+from pipeline.loading.sources import held_out_of, open_images, open_split
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
 from pipeline.training.image_list import with_deleted
@@ -79,16 +80,35 @@ class CentreLabels:
         return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
 
 
-def open_training_images(config: DistillConfig, folder: Path | None) -> ImageSource:
-    """Open the images to train on: the split that the label set names, or --train-split."""
+def open_splits(
+    config: DistillConfig, folder: Path | None
+) -> tuple[ImageSource, ImageSource | None]:
+    """Open the images to train on and to validate on.
+
+    They are the splits, or the parts of one, that the label set names; without one, those of the
+    flags. Raises ConfigError where flags contradict the label set.
+    """
+    held_out = held_out_of(config, train_split=config.train_split or "train")
     if folder is None:
         split = config.train_split or "train"
     else:
-        split = read_manifest(folder)["plan"]["roles"]["train"]["split"]
-    source = with_deleted(config, open_images(config, config.data_dir, split))
+        entry = read_manifest(folder)["plan"]["roles"]["train"]
+        split, kept = entry["split"], HeldOut.from_json(entry.get("held_out"))
+        if held_out is not None and (held_out.fraction, held_out.seed) != (
+            kept and (kept.fraction, kept.seed)
+        ):
+            made = f"with {kept}" if kept else "without --val-fraction"
+            raise ConfigError(
+                f"{held_out} contradicts {folder}, which was made {made}; leave it out, or make "
+                "another label set"
+            )
+        held_out = kept
+    source = open_images(config, config.data_dir, split, held_out=held_out)
     if folder is None:
         propose_crop(config, source, config.data_dir)
-    return source
+    classes = list(source.classes)
+    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
+    return with_deleted(config, source), val
 
 
 def from_online_teachers(

@@ -174,7 +174,7 @@ def test_val_split_with_other_classes_is_refused(
     (own_data / "val" / "bees").rename(own_data / "val" / "wasps")
     result = run_cli(*finetune_flags, "--data-dir", own_data, "--output", run)
     assert result.code == 2
-    assert "bees, wasps" in result.stderr
+    assert "training data: wasps; the training data has ants, bees, cats" in result.stderr
     assert not run.exists()
 
 
