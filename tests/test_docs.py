@@ -199,12 +199,24 @@ def test_guide_to_optimizers_runs_on_a_small_set(
         assert done(*words, "--epochs", "3").report["epochs"] == 3
 
 
-def test_python_of_the_guide_to_own_data_runs(
-    labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_guide_to_own_data_runs(
+    labels_dir: Path,
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    done: Callable[..., Any],
+    hub_cache: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels").symlink_to(labels_dir)
     names: dict[str, Any] = {}
+    (tmp_path / "pictures").symlink_to(data_dir)
+    shutil.copytree(data_dir / "val" / "ants", tmp_path / "unlabelled")
+    make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"])
+    for words in commands("docs/how-to/own-data.md"):
+        done(*words)
+
     for code in blocks("docs/how-to/own-data.md", "python"):
         exec(compile(code, "docs/how-to/own-data.md", "exec"), names)
 

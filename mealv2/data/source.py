@@ -6,6 +6,8 @@ from typing import Protocol
 
 from mealv2.data.left_out import LeftOut
 
+UNLABELLED = -1  # the class id of an image without one
+
 
 class ImageSource(Protocol):
     """Images by position, in the source's own order: a key, a class and encoded bytes each."""
@@ -24,7 +26,7 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> Sequence[int]:
-        """The class id of each image."""
+        """The class id of each image, or ``UNLABELLED``."""
 
     @property
     def sizes(self) -> Sequence[int]:

@@ -34,6 +34,8 @@ from mealv2.label_set.shard import (
     Images,
     Shard,
     StoredViews,
+    class_of,
+    stored_class,
     write_shard,
 )
 from mealv2.label_set.shard_file import ShardFile, read_shard
@@ -62,6 +64,7 @@ __all__ = [
     "check_planned_shard",
     "check_shard",
     "claim",
+    "class_of",
     "content_of",
     "creating_command",
     "describe_file",
@@ -77,6 +80,7 @@ __all__ = [
     "shard_hashes",
     "shard_name",
     "shard_ranges",
+    "stored_class",
     "write_manifest",
     "write_rows",
     "write_shard",

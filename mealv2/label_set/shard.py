@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from mealv2.data.source import UNLABELLED
 from mealv2.label_set.blocks import block_crc, key_hash
 from mealv2.storage.atomic import Stamp, write_atomic
 
@@ -47,13 +48,26 @@ COLUMNS: dict[str, tuple[str, int]] = {
 }
 
 
+NO_CLASS = (1 << 32) - 1  # in the column of classes
+
+
+def stored_class(class_id: int) -> int:
+    """Return a class id as shards have it; UNLABELLED becomes NO_CLASS."""
+    return NO_CLASS if class_id == UNLABELLED else class_id
+
+
+def class_of(stored: int) -> int:
+    """Return the class id that a shard has."""
+    return UNLABELLED if stored == NO_CLASS else stored
+
+
 @dataclass(frozen=True)
 class Images:
     """Properties of N images, all integers.
 
     ``sizes_N2`` width and height in pixels, ``file_bytes_N`` the size of the file, ``classes_N``
-    the data set's class id, ``hashes_N`` the content hash of the file (mealv2.data.content_hash);
-    None where nobody read the files, as for imported labels.
+    the data set's class id or NO_CLASS, ``hashes_N`` the content hash of the file
+    (mealv2.data.content_hash); None where nobody read the files, as for imported labels.
     """
 
     sizes_N2: np.ndarray

@@ -153,6 +153,19 @@ class HeldOutConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraDataConfig(SourceConfig):
+    """Settings of commands that read unlabelled pictures too."""
+
+    extra_data: tuple[Path, ...] = in_data(
+        (),
+        "Folder of unlabelled pictures, at any depth, for training besides those of --data-dir; "
+        "repeat it for several.",
+        shown="none",
+        path="folder",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReaderConfig(Settings):
     """Settings of commands that read images."""
 

@@ -12,6 +12,7 @@ from pipeline.config.base import (
     RECIPE,
     TEACHER,
     CheckImages,
+    ExtraDataConfig,
     Interpolation,
 )
 from pipeline.config.fields import (
@@ -33,7 +34,7 @@ _NEED = "one of --labels and --online is required"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(ViewsConfig, TrainConfig):
+class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
     """Train a student on soft labels: from a label set, from teachers online, or both.
 
     The defaults are the paper's.
@@ -146,6 +147,8 @@ class DistillConfig(ViewsConfig, TrainConfig):
             )
 
     def _check_loss(self) -> None:
+        message = "--hard-label-weight needs class ids, which pictures of --extra-data do not have"
+        require(not (self.extra_data and self.hard_label_weight), message)
         if self.discriminator == "off":
             names = ("discriminator_lr", "discriminator_weight", "discriminator_input")
             without_effect(self, "with --discriminator off", *names)

@@ -15,6 +15,7 @@ from pipeline.config.base import (
     NEW_FOLDER,
     CacheConfig,
     CheckImages,
+    ExtraDataConfig,
     JobsConfig,
     RuntimeConfig,
     Settings,
@@ -88,7 +89,7 @@ class LabelsFinishConfig(CacheConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsVerifyConfig(SourceConfig, RuntimeConfig):
+class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
     """Check every file and label of a label set, and the boxes of all views.
 
     --data-dir also checks the images, --relabel the teachers. The command reports damage by file
@@ -120,7 +121,7 @@ class LabelsVerifyConfig(SourceConfig, RuntimeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
-            without_effect(self, "without --data-dir", "quick", "strict")
+            without_effect(self, "without --data-dir", "quick", "strict", "extra_data")
         if self.relabel:
             require(self.data_dir is not None, "--relabel needs --data-dir, the images to label")
         else:
@@ -129,7 +130,7 @@ class LabelsVerifyConfig(SourceConfig, RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsAddViewsConfig(SourceConfig, JobsConfig):
+class LabelsAddViewsConfig(ExtraDataConfig, JobsConfig):
     """Label more views of a label set's images with its own teachers.
 
     The command adds new files and leaves the old ones unchanged. To replace damaged or missing

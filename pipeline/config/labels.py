@@ -14,6 +14,7 @@ from pipeline.config.base import (
     SIDE,
     TEACHER,
     CheckImages,
+    ExtraDataConfig,
     HeldOutConfig,
     JobsConfig,
     Settings,
@@ -61,7 +62,7 @@ class EncodingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(ViewsConfig, EncodingConfig, HeldOutConfig, JobsConfig):
+class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConfig, JobsConfig):
     """Label views of a data set with an ensemble of teachers and store the soft labels."""
 
     example = (

@@ -43,7 +43,7 @@ FREE_ON_RESUME = frozenset(
 # and settings that the command line may change: paths, because contents are compared by their
 # hashes, and choices that leave what the run has learned as it is.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"epochs", "data_dir", "labels", "teacher", "initial_checkpoint", "on_bad_image"}
+    {"epochs", "data_dir", "extra_data", "labels", "teacher", "initial_checkpoint", "on_bad_image"}
     | {"val_interval", "grad_accum_steps", "sync_bn", "early_stopping"}
 )
 SELECT = "Epoch whose model is the result: the last, or that of the best top-1 on --val-split."

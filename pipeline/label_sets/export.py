@@ -215,6 +215,11 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
     Raises LabelSetError for an image that is not the one that was labelled.
     """
     assert config.data_dir is not None
+    if "extra" in labels.manifest["plan"]["roles"][labels.split]:
+        raise ConfigError(
+            f"{labels.folder} has labels of unlabelled pictures (--extra-data), and a sample of a "
+            "tar file needs a class; use --to parquet"
+        )
     source = open_labelled(config, config.data_dir, labels.manifest["plan"], labels.split)
     check_same_data(labels, source, allow_missing=True)
     position_of = {key: position for position, key in enumerate(source.keys)}

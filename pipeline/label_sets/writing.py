@@ -12,7 +12,15 @@ import torch
 from mealv2 import label_set
 from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import Encoding, LabelSet, PlannedShard, Rows, Shard, ShardFile
+from mealv2.label_set import (
+    Encoding,
+    LabelSet,
+    PlannedShard,
+    Rows,
+    Shard,
+    ShardFile,
+    class_of,
+)
 from mealv2.soft_labels import Labels, SoftLabels
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
@@ -223,10 +231,11 @@ def images_of(files: Iterable[ShardFile]) -> list[tuple[int, str, int]]:
                 f"{file.path} has no image sizes, so the set cannot be split or joined; make it "
                 "again with `mealv2 precompute`"
             )
-        columns = (images.classes_N.tolist(), file.keys(), images.file_bytes_N.tolist())
+        classes = map(class_of, images.classes_N.tolist())
+        columns = (classes, file.keys(), images.file_bytes_N.tolist())
         found += zip(*columns, strict=True)
         skipped = file.header["skipped"].items()
-        found += [(image["class"], key, image["bytes"]) for key, image in skipped]
+        found += [(class_of(image["class"]), key, image["bytes"]) for key, image in skipped]
     return found
 
 

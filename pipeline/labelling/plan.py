@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from mealv2 import label_set
+from mealv2.data.extra import WithExtra
 from mealv2.data.pixels import interpolation, probe_sha256
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
@@ -18,7 +19,7 @@ from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.loading.loader import ViewReader
 from pipeline.loading.requests import CENTRE, BatchRequest
-from pipeline.loading.sources import held_out_of, open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split, with_extra
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
     train = open_images(config, config.data_dir, config.train_split, held_out=held_out)
     classes = list(train.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
+    train = with_extra(config, train, config.extra_data)
     return {"train": train} if val is None else {"val": val, "train": train}
 
 
@@ -91,10 +93,19 @@ def make_plan(
                 "data_sha256": fingerprint(source),
                 "views": views[name],
                 **common,
+                **_extra_of(source),
             }
             for name, source in sources.items()
         },
     }
+
+
+def _extra_of(source: ImageSource) -> dict[str, Any]:
+    """Return the entry of the folders of unlabelled pictures of a split; empty without one."""
+    if not isinstance(source, WithExtra):
+        return {}
+    named = source.folders.items()
+    return {"extra": [{"name": name, "num_images": len(folder)} for name, folder in named]}
 
 
 def plan_shards(config: PrecomputeConfig, sources: dict[str, ImageSource]) -> dict[str, Any]:

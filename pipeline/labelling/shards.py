@@ -15,7 +15,7 @@ import numpy as np
 from mealv2 import label_set
 from mealv2.data.content_hash import hash_text
 from mealv2.errors import DataError, RemoteError, StoppedError
-from mealv2.label_set import Encoding, Images, Shard, ShardFile
+from mealv2.label_set import Encoding, Images, Shard, ShardFile, stored_class
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
 from pipeline import console, display_names
 from pipeline.labelling.annotate import Annotations, Annotator
@@ -210,7 +210,7 @@ def make_shard(
         images=Images(
             annotations.sizes_N2[::num_views],
             np.array([source.sizes[p] for p in positions], dtype=np.uint64),
-            np.array([source.labels[p] for p in positions], dtype=np.uint32),
+            np.array([stored_class(source.labels[p]) for p in positions], dtype=np.uint32),
             np.array([hashes[p] for p in positions], dtype=np.uint64) if hashes else None,
         ),
         boxes_sha256=label_set.boxes_sha256(annotations.boxes_N5) if is_train else None,
@@ -219,7 +219,7 @@ def make_shard(
                 "position": split.shards[number].index(p),
                 "reason": reason,
                 "bytes": source.sizes[p],
-                "class": source.labels[p],
+                "class": stored_class(source.labels[p]),
                 **({"content_hash": hash_text(hashes[p])} if p in hashes else {}),
             }
             for p, reason in annotations.failed.items()

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mealv2.data.extra import UnlabelledFolder, WithExtra
 from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
@@ -14,7 +16,7 @@ from mealv2.errors import ConfigError
 from mealv2.storage.cache import Cache
 from mealv2.storage.urls import Location, shown
 from pipeline import console
-from pipeline.config import NO_SPLIT, CacheConfig, HeldOutConfig, SourceConfig
+from pipeline.config import NO_SPLIT, CacheConfig, ExtraDataConfig, HeldOutConfig, SourceConfig
 from pipeline.runtime import env
 
 
@@ -38,9 +40,37 @@ def open_labelled(
     Raises as open_images.
     """
     entry = plan["roles"][split]
+    extra = check_extra(entry, config.extra_data if isinstance(config, ExtraDataConfig) else ())
     held_out = HeldOut.from_json(entry.get("held_out"))
     source = open_images(config, data_dir, entry["split"], held_out=held_out)
-    return by_name(source, plan["classes"]) or source
+    return with_extra(config, by_name(source, plan["classes"]) or source, extra)
+
+
+def with_extra(config: SourceConfig, source: ImageSource, folders: Sequence[Path]) -> ImageSource:
+    """Return a source joined with folders of unlabelled pictures, and show their summaries.
+
+    Raises ConfigError as WithExtra.
+    """
+    if not folders:
+        return source
+    extra = [UnlabelledFolder(folder, classes=source.classes) for folder in folders]
+    for each in extra:
+        show_summary(each, strict=config.strict)
+    return WithExtra(source, extra)
+
+
+def check_extra(entry: dict[str, Any], folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the folders of --extra-data that a split of a label set needs.
+
+    ``entry`` describes the split in the plan. Raises ConfigError if the plan names other folders.
+    """
+    names = [extra["name"] for extra in entry.get("extra", ())]
+    if len(names) != len(folders) and names:
+        raise ConfigError(
+            f"the label set has labels of {console.count(len(names), 'folder')} of unlabelled "
+            f"pictures too ({console.first_names(names)}); give each with --extra-data"
+        )
+    return folders if names else ()
 
 
 def open_images(
@@ -81,7 +111,9 @@ def _show(text: str) -> None:
 def summary(source: ImageSource) -> str:
     """Return one line: images, classes with the smallest and largest, what was left out and why."""
     parts = [f"{' '.join(['data', source.name]).strip()}: {console.count(len(source), 'image')}"]
-    if len(source.classes):
+    if isinstance(source, UnlabelledFolder):
+        parts[0] += ", unlabelled"
+    elif len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"
         parts[0] += _class_sizes(source.labels, source.classes)
     if isinstance(source, Subset) and source.note:

@@ -31,7 +31,7 @@ from pipeline.labelling.compatibility import (
 )
 from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import held_out_of, open_images, open_split
+from pipeline.loading.sources import check_extra, held_out_of, open_images, open_split, with_extra
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
 from pipeline.training.image_list import with_deleted
@@ -90,7 +90,7 @@ def open_splits(
     """
     held_out = held_out_of(config, train_split=config.train_split or "train")
     if folder is None:
-        split = config.train_split or "train"
+        split, extra = config.train_split or "train", config.extra_data
     else:
         entry = read_manifest(folder)["plan"]["roles"]["train"]
         split, kept = entry["split"], HeldOut.from_json(entry.get("held_out"))
@@ -103,12 +103,19 @@ def open_splits(
                 "another label set"
             )
         held_out = kept
+        extra = check_extra(entry, config.extra_data)
+        if len(extra) < len(config.extra_data) and config.missing == "fail":
+            raise ConfigError(
+                f"{folder} has no labels of --extra-data; precompute with --extra-data, or let the "
+                "teachers label it: --missing teach"
+            )
+        extra = config.extra_data
     source = open_images(config, config.data_dir, split, held_out=held_out)
     if folder is None:
         propose_crop(config, source, config.data_dir)
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
-    return with_deleted(config, source), val
+    return with_deleted(config, with_extra(config, source, extra)), val
 
 
 def from_online_teachers(

@@ -1,0 +1,139 @@
+"""Unlabelled pictures: a folder of them, and a labelled source joined with some."""
+
+import os
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+
+from mealv2.data.folder import UnorderedSource
+from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
+from mealv2.data.left_out import LeftOut
+from mealv2.data.source import UNLABELLED, ImageSource
+from mealv2.data.walk import Walk
+from mealv2.errors import ConfigError
+from mealv2.storage.regular_files import read_regular
+
+_GROUP = 2048  # images of a folder for each shard of labels, beside tar files
+
+
+class UnlabelledFolder(UnorderedSource):
+    """The pictures below a folder, at any depth, as an ImageSource; class ids are ``UNLABELLED``.
+
+    Keys are POSIX paths in the folder, in NFC, sorted; ``Walk`` states what an image is. Raises
+    ConfigError for a missing folder or one without images.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, classes: Sequence[str], split: str = "train"
+    ) -> None:
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self.split = split
+        self.classes = list(classes)
+        if not self.folder.is_dir():
+            raise ConfigError(f"no folder {folder}; give a folder of unlabelled pictures")
+        walk = Walk(self.folder)
+        found = sorted(
+            (unicodedata.normalize("NFC", path.relative_to(self.folder).as_posix()), size, path)
+            for path, size in walk.images(self.folder)
+        )
+        self.left_out: LeftOut = walk.left_out()
+        if not found:
+            raise ConfigError(f"{folder} has no image ({', '.join(EXTENSIONS)})")
+        self.keys = [key for key, _, _ in found]
+        if len(set(self.keys)) < len(self.keys):
+            raise ConfigError(f"{folder} has files that differ only in Unicode normalisation")
+        self.labels = [UNLABELLED] * len(found)
+        self.sizes = self.stored_sizes = [size for _, size, _ in found]
+        self._paths = [path for _, _, path in found]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises OSError."""
+        return read_regular(self._paths[position], max_bytes=MAX_BYTES)
+
+
+class WithExtra:
+    """A labelled source and folders of unlabelled pictures as one ImageSource.
+
+    The key of an unlabelled picture is ``extra/NAME/KEY``, with the name of its folder: two folders
+    of one name are an error, as is a folder that contains the labelled images or is in them, and a
+    source whose images are read in groups (remote tar files).
+    """
+
+    def __init__(self, source: ImageSource, folders: Sequence[UnlabelledFolder]) -> None:
+        if source.groups is not None:
+            raise ConfigError("--extra-data needs a local --data-dir, not a URL")
+        self.folders = {_name_of(folder.folder): folder for folder in folders}
+        if len(self.folders) < len(folders):
+            raise ConfigError(
+                "two folders of --extra-data have the same name, which is part of the names of "
+                "their images; rename one"
+            )
+        for folder in folders:
+            _check_apart(folder.folder, Path(source.name))
+        self.name, self.split, self.classes = source.name, source.split, list(source.classes)
+        self.parts: list[ImageSource] = [source, *folders]
+        prefixes = ["", *(f"extra/{name}/" for name in self.folders)]
+        self.keys = [
+            f"{prefix}{key}"
+            for prefix, part in zip(prefixes, self.parts, strict=True)
+            for key in part.keys
+        ]
+        if len(set(self.keys)) < len(self.keys):
+            raise ConfigError(f"{source.name} has a class folder extra/…; rename it")
+        self.labels = list(chain.from_iterable(part.labels for part in self.parts))
+        self.sizes = list(chain.from_iterable(part.sizes for part in self.parts))
+        self.stored_sizes = list(chain.from_iterable(part.stored_sizes for part in self.parts))
+        self._first = [0, *accumulate(len(part) for part in self.parts)][:-1]
+        self.groups: Sequence[int] | None = None
+        self.shard_starts: Sequence[int] | None = None
+        if source.shard_starts is not None:
+            chunks = (
+                range(first, first + len(part), _GROUP)
+                for first, part in zip(self._first[1:], folders, strict=True)
+            )
+            self.shard_starts = [*source.shard_starts, *chain.from_iterable(chunks)]
+        self.left_out = source.left_out
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def announce(self, groups: Sequence[int]) -> None:
+        """Do nothing: the order is free."""
+
+    def _part(self, position: int) -> tuple[ImageSource, int]:
+        number = bisect_right(self._first, position) - 1
+        return self.parts[number], position - self._first[number]
+
+    def where(self, position: int) -> str:
+        """Return the path of an image for messages."""
+        part, at = self._part(position)
+        return f"{part.name}/{part.keys[at]}"
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; raises as its part."""
+        part, at = self._part(position)
+        return part.read(at)
+
+    def original_hash(self, position: int, data: bytes) -> int:
+        """Return the content hash of an image before it was packed."""
+        part, at = self._part(position)
+        return part.original_hash(at, data)
+
+
+def _name_of(folder: Path) -> str:
+    return unicodedata.normalize("NFC", folder.absolute().name)
+
+
+def _check_apart(extra: Path, labelled: Path) -> None:
+    one, two = extra.resolve(), labelled.resolve()
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        raise ConfigError(
+            f"--extra-data {extra} and the labelled images in {labelled} contain one another, so "
+            "images would count twice; give another folder"
+        )
