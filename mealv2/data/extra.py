@@ -10,7 +10,7 @@ from pathlib import Path
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
-from mealv2.data.source import UNLABELLED, ImageSource
+from mealv2.data.source import UNLABELLED, ImageSource, where_is
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError
 from mealv2.storage.regular_files import read_regular
@@ -113,7 +113,7 @@ class WithExtra:
     def where(self, position: int) -> str:
         """Return the path of an image for messages."""
         part, at = self._part(position)
-        return f"{part.name}/{part.keys[at]}"
+        return where_is(part, at)
 
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises as its part."""

@@ -1,9 +1,10 @@
-"""Open a split of a data set: class folders or tar files, local or behind a URL."""
+"""Open a split of a data set: class folders, a table or tar files, local or behind a URL."""
 
 from pathlib import Path
 
 from mealv2.data.folder import ImageFolder
 from mealv2.data.held_out import HeldOut
+from mealv2.data.image_table import ImageTable, check_splits, is_table
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ImageSource
 from mealv2.data.tar import TarShards
@@ -17,7 +18,7 @@ from mealv2.storage.urls import Location, is_url, shown
 def open_source(
     data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
 ) -> ImageSource:
-    """Open a split of a data set: an ImageFolder tree, or tar files.
+    """Open a split of a data set: an ImageFolder tree, a table of images, or tar files.
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
     splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
@@ -28,11 +29,16 @@ def open_source(
     if held_out is None or not held_out.is_of(split):
         return _open(data_dir, split, cache)
     if split != held_out.of:
-        require_no_split(data_dir, split, store=object_store)
+        if isinstance(data_dir, Path) and is_table(data_dir):
+            check_splits(data_dir, (), made=split)
+        else:
+            require_no_split(data_dir, split, store=object_store)
     return held_out.part(_open(data_dir, held_out.of, cache), split)
 
 
 def _open(data_dir: Location, split: str, cache: Cache | None) -> ImageSource:
+    if isinstance(data_dir, Path) and is_table(data_dir):
+        return ImageTable(data_dir, split)
     found = find_split(data_dir, split, store=object_store)
     if isinstance(data_dir, Path):
         if found is None:

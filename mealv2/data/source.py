@@ -70,6 +70,14 @@ class ImageSource(Protocol):
         """
 
 
+def where_is(source: ImageSource, position: int) -> str:
+    """Return where an image is, for messages: its path if it has one, else its source and key."""
+    where = getattr(source, "where", None)
+    if where is not None:
+        return str(where(position))
+    return "/".join(filter(None, (source.name, source.keys[position])))
+
+
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
     """Return the fingerprint of a source's images, or of those whose keys are in ``only``."""
     images = zip(source.labels, source.keys, source.sizes, strict=True)

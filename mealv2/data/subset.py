@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from mealv2.data.left_out import LeftOut
-from mealv2.data.source import ImageSource
+from mealv2.data.source import ImageSource, where_is
 
 
 class Subset:
@@ -48,6 +48,10 @@ class Subset:
     def announce(self, groups: Sequence[int]) -> None:
         """Receive the numbers of the groups that will be read, in order of first use."""
         self._source.announce([self._groups[group] for group in groups])
+
+    def where(self, position: int) -> str:
+        """Return where an image is, for messages."""
+        return where_is(self._source, self._positions[position])
 
     def read(self, position: int) -> bytes:
         """Return the encoded image at ``position``; raises as the source."""

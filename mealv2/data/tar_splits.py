@@ -61,11 +61,18 @@ def require_no_split(data_dir: Location, split: str, *, store: Store | None = No
         found = find_split(data_dir, split, store=store) is not None
     except ConfigError:  # no file of the pattern is of the split
         found = False
-    if found or (isinstance(data_dir, Path) and (data_dir / split).is_dir()):
-        raise ConfigError(
-            f"{shown(data_dir)} has a split {split}, which --val-fraction would not use; leave out "
-            "--val-fraction, or give the held-out images another name with --val-split"
-        )
+    if isinstance(data_dir, Path):
+        found = found or (data_dir / split).is_dir()
+    if found:
+        raise ConfigError(own_split(data_dir, split))
+
+
+def own_split(data_dir: Location, split: str) -> str:
+    """Return the message for a data set that has a split that --val-fraction would make."""
+    return (
+        f"{shown(data_dir)} has a split {split}, which --val-fraction would not use; leave out "
+        "--val-fraction, or give the held-out images another name with --val-split"
+    )
 
 
 def _in_folder(root: Location, split: str, store: Store | None) -> Split | None:
@@ -252,6 +259,19 @@ def _class_names(tars: Sequence[Location], split: str, store: Store | None) -> l
     paths = [_within(folder, name) for folder in sorted(folders, key=str) for name in _CLASS_FILES]
     files = [(shown(path), data) for path in paths if (data := _read(path, store)) is not None]
     _check_packed_names(folders, split, files, store)
+    return _names_in(files)
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """Read the class names in a folder, from classes.txt or classes.json; None without a file.
+
+    Raises ConfigError as for tar files.
+    """
+    paths = [folder / name for name in _CLASS_FILES]
+    return _names_in([(str(p), data) for p in paths if (data := _read(p, None)) is not None])
+
+
+def _names_in(files: Sequence[tuple[str, bytes]]) -> list[str] | None:
     if not files:
         return None
     if len({data for _, data in files}) > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.folder import class_folders, split_folder
+from mealv2.data.image_table import check_splits, is_table
 from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
@@ -46,12 +47,20 @@ def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
 
 
 def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
-    """Check that the splits that the config reads exist."""
-    splits = [*_splits_of(config)]
-    settings = vars(config)
-    held_out = settings.get("val_fraction") is not None
-    if held_out and (val_split := settings["val_split"]) != (settings["train_split"] or "train"):
-        require_no_split(data_dir, val_split)
+    """Check that the splits that the config reads exist, and that which --val-fraction makes not.
+
+    For --val-split none, or a config without --val-split, there is none to make.
+    """
+    splits, settings = [*_splits_of(config)], vars(config)
+    made = settings["val_split"] if settings.get("val_fraction") is not None else None
+    if made == settings.get("train_split"):
+        made = None
+    if is_table(data_dir):
+        require(data_dir.is_file(), f"{name}: no file {data_dir}{_near(data_dir)}")
+        check_splits(data_dir, splits, made=made)
+        return
+    if made is not None:
+        require_no_split(data_dir, made)
     for split in splits:
         if find_split(data_dir, split) is None:
             class_folders(split_folder(data_dir, split))

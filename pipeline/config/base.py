@@ -51,7 +51,10 @@ CHECK_IMAGES = (
     "Compare the content of each image with that of the labelled one: the first time that the run "
     "reads it, each time, or never."
 )
-DATA_DIR = "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE or tar shards; a path or a URL."
+DATA_DIR = (
+    "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE, a table (.csv, .tsv, .parquet) of images, "
+    "or tar shards; a path or a URL."
+)
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."
 RECIPE = "Published recipe to take settings from; flags override it. `mealv2 recipes` lists them."

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from mealv2.data.content_hash import NOT_LABELLED
-from mealv2.data.extra import WithExtra
-from mealv2.data.source import ImageSource
+from mealv2.data.source import ImageSource, where_is
 from mealv2.errors import DataError, LabelSetError
 from pipeline.config import OnBadImage
 
@@ -75,9 +74,7 @@ def check_failures(source: ImageSource, failed: dict[int, str], policy: OnBadIma
     """
     if failed and policy == "fail":
         position, reason = next(iter(failed.items()))
-        where = "/".join(filter(None, (source.name, source.keys[position])))
-        if isinstance(source, WithExtra):
-            where = source.where(position)
+        where = where_is(source, position)
         if reason.startswith(NOT_LABELLED):
             raise LabelSetError(
                 f"image {where}: {reason}; `mealv2 labels verify --data-dir` lists all such "

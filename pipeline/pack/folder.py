@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.content_hash import content_hash
+from mealv2.data.folder import ImageFolder
 from mealv2.data.image_files import EXTENSIONS
 from mealv2.data.jpeg_restart import is_packed
 from mealv2.data.jpegtran import UNREADABLE, Jpegtran, decodes_to, packed
@@ -18,7 +19,6 @@ from mealv2.data.open import open_source
 from mealv2.data.pack_index import INDEX_NAME, Pack, PackedImage
 from mealv2.data.pixels import decode
 from mealv2.data.source import ImageSource, fingerprint
-from mealv2.data.tar import TarShards
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import list_folder, write_atomic
 from pipeline import console
@@ -38,7 +38,7 @@ def pack_folder(
 ) -> dict[str, Any]:
     """Pack splits into folders; return their part of the report."""
     for source in sources:
-        if isinstance(source, TarShards):
+        if not isinstance(source, ImageFolder):
             _check_class_folders(source)
     check_output(config, _is_packed_split)
     images: list[PackedImage] = []
@@ -72,19 +72,19 @@ def _is_packed_split(path: Path) -> bool:
     return path.is_dir() and ((path / INDEX_NAME).is_file() or not list_folder(path))
 
 
-def _check_class_folders(tars: TarShards) -> None:
-    """Raise ConfigError for tar files whose images cannot be a tree with the same keys."""
-    for key, label in zip(tars.keys, tars.labels, strict=True):
-        name = tars.classes[label]
+def _check_class_folders(source: ImageSource) -> None:
+    """Raise ConfigError for a source whose images cannot be a tree with the same keys."""
+    for key, label in zip(source.keys, source.labels, strict=True):
+        name = source.classes[label]
         if not (key.startswith(f"{name}/") and key.lower().endswith(EXTENSIONS)):
             raise ConfigError(
-                f"{tars.name}: the key {key!r} is not {name}/…/IMAGE.jpg and cannot be a path in "
+                f"{source.name}: the key {key!r} is not {name}/…/IMAGE.jpg and cannot be a path in "
                 "a tree; pack it with --to tar"
             )
-    if tars.classes != sorted(tars.classes) or len(set(tars.labels)) < len(tars.classes):
+    if source.classes != sorted(source.classes) or len(set(source.labels)) < len(source.classes):
         raise ConfigError(
-            f"{tars.name}: a tree numbers its classes by name, and needs an image of each; pack it "
-            "with --to tar"
+            f"{source.name}: a tree numbers its classes by name, and needs an image of each; pack "
+            "it with --to tar"
         )
 
 

@@ -201,3 +201,42 @@ def test_a_class_that_training_does_not_have_is_an_error(
     assert "different classes from the training data: bees; the training data has ants, cats" in (
         result.stderr
     )
+
+
+# --- a table --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(own_data: Path) -> Path:
+    """A table of the training images, without a column of splits."""
+    source = ImageFolder(own_data, "train")
+    lines = [f"train/{key},{key.split('/')[0]}\n" for key in source.keys]
+    (own_data / "list.csv").write_text("".join(["path,class\n", *lines]))
+    return own_data / "list.csv"
+
+
+def test_a_table_is_labelled_and_learned(
+    done: Run, precompute_flags: list[str], distill_flags: list[str], table: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels"
+    done(*on(table, precompute_flags), *FRACTION, "--output", labels)
+    report = done(
+        *on(table, distill_flags), "--labels", labels, "--output", tmp_path / "run"
+    ).report
+    assert report["num_images"] == 9
+
+
+def test_a_wrong_table_is_one_line(
+    run_cli: Run, finetune_flags: list[str], table: Path, tmp_path: Path
+) -> None:
+    with table.open("a") as file:
+        file.write("../x.jpg,ants\n")
+    for path, flags, message in (
+        (table, FRACTION, "line 38: '../x.jpg' is not a path in"),
+        (table, [], "no row of the split val (splits: train); hold out"),
+        (table, [*FRACTION, "--val-split", "x", "--train-split", "y"], "no row of the split y"),
+        (tmp_path / "none.csv", [], "no file"),
+    ):
+        result = run_cli(*on(path, finetune_flags), *flags)
+        assert (result.code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
