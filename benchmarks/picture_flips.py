@@ -38,8 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import same_numbers as shop
 from mealv2.data.content_hash import ImageCheck, KnownHashes, content_hash
+from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.open import open_source
 from mealv2.data.pixels import decode
+from mealv2.data.requests import centre_requests, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import MealError
 from mealv2.label_set import LabelSet
@@ -49,8 +51,6 @@ from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets import verify
 from pipeline.labelling.compatibility import image_check, view_reader
 from pipeline.loading.compare import compare_images
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.loading.requests import centre_requests, check_failures
 from pipeline.runtime.device import library_versions, use_one_thread
 
 FLAGS = ["--img-size", 64, "--workers", 0, "--device", "cpu", "--batch-size", 16]

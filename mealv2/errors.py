@@ -1,6 +1,9 @@
 """Errors that a user can fix, each with the exit code of the command line."""
 
-from typing import Any
+from typing import Any, Literal
+
+# What to do with an image that cannot be read.
+OnBadImage = Literal["fail", "skip"]
 
 # of torch's allocators; CUDA's has a class of its own, a RuntimeError, whose text has the first
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")

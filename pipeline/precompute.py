@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
+from mealv2.data.loader import WaitTimer, read_views
 from mealv2.data.source import ImageSource
 from mealv2.storage.json_format import json_sha256
 from pipeline import console, timing
@@ -26,7 +27,6 @@ from pipeline.labelling.shards import (
     stop_between_batches,
 )
 from pipeline.labelling.store import Store, open_store
-from pipeline.loading.loader import WaitTimer, read_views
 from pipeline.loading.small_images import propose_crop
 from pipeline.runtime.device import create_runtime
 

@@ -10,6 +10,8 @@ from timm.data.imagenet_info import ImageNetInfo
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
+from mealv2.data.loader import ViewReader, on_device, read_views
+from mealv2.data.requests import centre_requests, check_failures, failures_by_key
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
@@ -17,8 +19,6 @@ from mealv2.storage.regular_files import read_regular
 from pipeline import console, load_model
 from pipeline.config import PredictConfig
 from pipeline.display_names import printable
-from pipeline.loading.loader import ViewReader, on_device, read_views
-from pipeline.loading.requests import centre_requests, check_failures, failures_by_key
 from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime, create_runtime
 from pipeline.training.evaluator import finite_logits

@@ -27,6 +27,7 @@ from torch import nn
 import cli
 import published
 from mealv2.data.folder import ImageFolder
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import centre_crop, decode
 from mealv2.label_set import Encoding, read_plan, shard_ranges
 from mealv2.models import Classifier, create_classifier, released, save_classifier
@@ -39,7 +40,6 @@ from pipeline.labelling.manifest import write_manifest
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
-from pipeline.loading.loader import ViewReader
 from pipeline.runtime.device import Runtime
 
 ROOT = Path(cli.__file__).resolve().parent

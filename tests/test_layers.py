@@ -348,7 +348,7 @@ def test_no_file_is_too_long() -> None:
         ("pipeline/distill.py", "from pipeline import precompute", "imports pipeline.precompute"),
         ("pipeline/distill.py", "from . import finetune", "imports pipeline.finetune"),
         ("pipeline/evaluate.py", "from pipeline.distill import run", "imports pipeline.distill"),
-        ("pipeline/loading/loader.py", "import pipeline.evaluate", "imports pipeline.evaluate"),
+        ("mealv2/data/loader.py", "import pipeline.evaluate", "imports pipeline.evaluate"),
         ("pipeline/training/loop.py", "from ..distill import run", "imports pipeline.distill"),
         ("pipeline/console.py", "import cli", "imports cli"),
         ("pipeline/console.py", "import os\nos.environ.get('TERM')", "reads the environment"),

@@ -1,6 +1,6 @@
 """Tar shards behind URLs as an image source, read through a cache.
 
-Each shard is fetched once, ahead of its first use; an epoch's order (pipeline/training/batches.py)
+Each shard is fetched once, ahead of its first use; an epoch's order (mealv2/batches.py)
 keeps the number of shards that are needed at a time small.
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mealv2 import label_set
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import decode
 from mealv2.data.source import ImageSource
 from mealv2.storage.json_format import json_sha256
@@ -20,7 +21,6 @@ from pipeline.labelling.manifest import write_manifest
 from pipeline.labelling.plan import LabelSplit
 from pipeline.labelling.shards import find_missing, label_shards
 from pipeline.labelling.store import Store
-from pipeline.loading.loader import ViewReader
 from pipeline.timing import repeated, take_turns, times_for
 
 LOOKUP_SIZE = 512  # views of a batch

@@ -13,8 +13,11 @@ import webdataset as wds
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from torchvision.datasets import ImageFolder
 
+from mealv2.batches import split_batches
 from mealv2.data.jpegtran import Jpegtran, packed
+from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.open import open_source
+from mealv2.data.requests import BatchRequest, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, tar_writer
 from mealv2.errors import ConfigError
@@ -22,10 +25,7 @@ from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_VIEWS, BenchContext, Images
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
 from pipeline.labelling.plan import batch_requests
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.timing import take_turns
-from pipeline.training.batches import split_batches
 
 BATCH_SIZE = 128
 _NUM_PASSES = 2  # over the images in a turn, with one view of each

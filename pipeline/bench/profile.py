@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mealv2.batches import split_batches
+from mealv2.data.loader import ViewReader, WaitTimer, read_views
 from mealv2.data.pixels import cut, decode
+from mealv2.data.requests import Batch, BatchRequest
 from mealv2.label_set import Rows
 from mealv2.views import DrawnViews
 from pipeline import console
@@ -22,10 +25,7 @@ from pipeline.bench.context import NUM_VIEWS, BenchContext, write_labels
 from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import create_annotator
 from pipeline.bench.steps import train_step
-from pipeline.loading.loader import ViewReader, WaitTimer, read_views
-from pipeline.loading.requests import Batch, BatchRequest
 from pipeline.timing import forward_macs, step_macs, synchronize
-from pipeline.training.batches import split_batches
 
 _STEPS_CPU, _STEPS_GPU = 4, 30  # of a profile, after one to warm up
 _WAITING = "waiting for images"

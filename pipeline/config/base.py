@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from mealv2.errors import OnBadImage
 from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
     MAX_SEED,
@@ -27,7 +28,6 @@ from pipeline.config.fields import (
     without_effect,
 )
 
-OnBadImage = Literal["fail", "skip"]
 Interpolation = Literal["bilinear", "bicubic"]
 Resize = Literal["torch", "pil", "torch-bicubic", "pil-bicubic"]  # of mealv2.data.pixels
 CheckImages = Literal["first", "always", "never"]

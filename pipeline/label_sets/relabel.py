@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mealv2.data.loader import on_device, read_views
+from mealv2.data.requests import BatchRequest, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows
@@ -15,8 +17,6 @@ from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import build_original_teachers, check_precision, view_reader
-from pipeline.loading.loader import on_device, read_views
-from pipeline.loading.requests import BatchRequest, check_failures
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import Runtime
 

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from mealv2.codec import to_device
+from mealv2.data.loader import on_device
+from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
-from mealv2.errors import ConfigError, DataError
+from mealv2.errors import ConfigError, DataError, OnBadImage
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
 from mealv2.models.ensemble import EnsembleOutput, TeacherEnsemble, combine
@@ -17,12 +19,9 @@ from pipeline.config import (
     DEFAULT_RATE,
     EncodingConfig,
     LabellingConfig,
-    OnBadImage,
     PrecomputeConfig,
 )
 from pipeline.labelling.batch_size import find_batch_size
-from pipeline.loading.loader import on_device
-from pipeline.loading.requests import Batch, check_failures
 from pipeline.runtime.device import Runtime
 
 # The encoder runs when either limit is reached: 16 MB of probabilities (and of mean logits), or

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.content_hash import ImageCheck
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize, probe_sha256, resize_of
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError, LabelSetError
@@ -14,7 +15,6 @@ from pipeline import console
 from pipeline.config import CheckImages, Interpolation, resize_name
 from pipeline.console import first_names
 from pipeline.labelling import teachers
-from pipeline.loading.loader import ViewReader
 from pipeline.runtime.device import Runtime, library_versions
 
 

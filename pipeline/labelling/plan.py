@@ -8,7 +8,9 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.data.extra import WithExtra
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import interpolation, probe_sha256
+from mealv2.data.requests import CENTRE, BatchRequest
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
 from mealv2.label_set import PlannedShard
@@ -17,8 +19,6 @@ from mealv2.view_recipe import RESIZE_OVER_CROP
 from mealv2.views import DrawnViews
 from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
 from pipeline.labelling.annotate import Annotator
-from pipeline.loading.loader import ViewReader
-from pipeline.loading.requests import CENTRE, BatchRequest
 from pipeline.loading.sources import held_out_of, open_images, open_split, with_extra
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from mealv2 import label_set
 from mealv2.data.content_hash import hash_text
+from mealv2.data.loader import read_views
+from mealv2.data.requests import Batch, BatchRequest
 from mealv2.errors import DataError, RemoteError, StoppedError
 from mealv2.label_set import Encoding, Images, Shard, ShardFile, stored_class
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
@@ -23,8 +25,6 @@ from pipeline.labelling.manifest import is_complete
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.store import Store
 from pipeline.loading.compare import compare_images, require_same
-from pipeline.loading.loader import read_views
-from pipeline.loading.requests import Batch, BatchRequest
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 

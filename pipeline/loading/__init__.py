@@ -1,1 +1,1 @@
-"""From image sources to batches of views: threads, order, transfer to the device."""
+"""Open the images of a command, state what was found, compare them with the labelled ones."""

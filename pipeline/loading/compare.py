@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from mealv2.data.content_hash import NOT_LABELLED, KnownHashes
+from mealv2.data.requests import announce
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError
 from pipeline import console
-from pipeline.loading.requests import announce
 
 _MB = 1_000_000
 _CHUNK = 64  # images of a thread's task

@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from mealv2.batches import BatchSampler, num_steps
+from mealv2.data.loader import WaitTimer, on_device, read_views
+from mealv2.data.requests import Batch
 from mealv2.errors import DataError
 from pipeline import console, timing
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import WaitTimer, on_device, read_views
-from pipeline.loading.requests import Batch
 from pipeline.runtime.device import Runtime
-from pipeline.training.batches import BatchSampler, num_steps
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
 

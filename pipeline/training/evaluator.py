@@ -6,20 +6,20 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from mealv2.batches import split_evenly
 from mealv2.data.content_hash import ImageCheck
+from mealv2.data.loader import ViewReader, on_device, read_views
 from mealv2.data.pixels import Resize
+from mealv2.data.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from mealv2.metrics import Evaluation
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.loading.loader import ViewReader, on_device, read_views
-from pipeline.loading.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.signals import StopFlag, StopRequested
-from pipeline.training.batches import split_evenly
 
 
 def local_centre_requests(source: ImageSource, batch_size: int, ranks: Ranks) -> list[BatchRequest]:

@@ -10,6 +10,7 @@ import torch
 
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.held_out import HeldOut
+from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
@@ -29,7 +30,6 @@ from pipeline.labelling.compatibility import (
     choose_resize,
     image_check,
 )
-from pipeline.loading.loader import ViewReader, read_views
 from pipeline.loading.small_images import propose_crop
 from pipeline.loading.sources import check_extra, held_out_of, open_images, open_split, with_extra
 from pipeline.runtime.device import Runtime

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from mealv2.batches import BatchSampler, num_steps, updates_per_epoch
+from mealv2.data.loader import WaitTimer, on_device, read_views
+from mealv2.data.requests import Batch, check_failures, num_views_of
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier
@@ -14,12 +17,9 @@ from mealv2.targets import ONLINE, SKIPPED
 from mealv2.task import GRADIENT_RATIO
 from pipeline import console
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import WaitTimer, on_device, read_views
-from pipeline.loading.requests import Batch, check_failures, num_views_of
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
-from pipeline.training.batches import BatchSampler, num_steps, updates_per_epoch
 from pipeline.training.result import RunResult, best_step, is_stopped_early, update_best
 from pipeline.training.resume import open_run, require_same_inputs
 from pipeline.training.spec import TrainingSpec

@@ -8,6 +8,7 @@ from torch import nn
 
 from mealv2.cutmix import CutMixTarget
 from mealv2.data.content_hash import ImageCheck
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.models import Classifier, Preprocessing, create_classifier
@@ -16,7 +17,6 @@ from mealv2.task import Task
 from mealv2.views import Views
 from pipeline import console
 from pipeline.config import TrainConfig
-from pipeline.loading.loader import ViewReader
 from pipeline.training.evaluator import Evaluator
 
 

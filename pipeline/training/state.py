@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
+from mealv2.batches import updates_per_epoch
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.models import Classifier
 from pipeline.config import DEFAULT_EMA_DECAY, TrainConfig
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import image_list
-from pipeline.training.batches import updates_per_epoch
 from pipeline.training.meters import Meter
 from pipeline.training.optimizer import Schedule, create_optimizer, restore_optimizer
 from pipeline.training.spec import TrainingSpec

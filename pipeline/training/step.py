@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+from mealv2.batches import split_evenly
 from mealv2.cutmix import draw_mix
+from mealv2.data.requests import Batch, BatchRequest, num_views_of
 from mealv2.errors import DataError
 from mealv2.targets import BatchTargets
 from mealv2.task import Mixture
 from pipeline import console
 from pipeline.compile import Compiler
 from pipeline.config import TrainConfig
-from pipeline.loading.requests import Batch, BatchRequest, num_views_of
 from pipeline.runtime.device import Runtime
-from pipeline.training.batches import split_evenly
 from pipeline.training.parallel import enable_sync_bn, has_batch_norm, in_parallel
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 from label_sets import plan_of
+from mealv2.batches import BatchSampler
+from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
 from mealv2.label_set import (
@@ -31,8 +33,6 @@ from mealv2.label_set import (
 from mealv2.storage.json_format import json_sha256
 from mealv2.targets import StoredLabels
 from pipeline.config import DistillConfig
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.training.batches import BatchSampler
 from tars import write_packed
 
 NUM_IMAGES, NUM_VIEWS, PER_SHARD, CLASSES = 125_000, 8, 2500, 10

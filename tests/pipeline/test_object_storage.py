@@ -17,16 +17,16 @@ import s3fs
 from cases import mostly_slow
 from conftest import Result
 from mealv2.data import remote_tar
+from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
+from mealv2.data.requests import CENTRE
 from mealv2.data.tar_index import create_plain_index, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store, transfer
 from mealv2.storage.cache import Cache
 from mealv2.storage.transfer import File
 from pipeline.labelling.store import RemoteStore
-from pipeline.loading.loader import ViewReader
-from pipeline.loading.requests import CENTRE
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
 from tars import tar_tree
 

@@ -13,9 +13,9 @@ import stored
 from conftest import Result
 from mealv2.data import pixels
 from mealv2.data.folder import ImageFolder
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import probe_sha256
 from mealv2.views import DrawnViews, view_of
-from pipeline.loading.loader import ViewReader
 
 Run = Callable[..., Result]
 OTHER = "0" * 64

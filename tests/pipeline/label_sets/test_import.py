@@ -14,13 +14,13 @@ import stored
 from cases import mostly_slow
 from conftest import Result
 from mealv2.data.folder import ImageFolder
+from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import cut, decode
 from mealv2.label_set import LabelSet
 from mealv2.views import View
 from official import CROPS, GOLDEN, KINDS
 from pictures import size_of
 from pipeline.label_sets import writing
-from pipeline.loading.loader import ViewReader
 
 Run = Callable[..., Result]
 

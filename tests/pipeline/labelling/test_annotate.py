@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from mealv2.data.folder import ImageFolder
+from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.requests import Batch
 from mealv2.errors import DataError
 from mealv2.label_set import Encoding
 from mealv2.models.ensemble import TeacherEnsemble, combine
@@ -18,8 +20,6 @@ from mealv2.views import DrawnViews
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.plan import LabelSplit, batch_requests
 from pipeline.labelling.shards import BackgroundWriter, view_counter
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.loading.requests import Batch
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopRequested
 from syncs import recorded_syncs

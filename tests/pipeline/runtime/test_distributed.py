@@ -22,13 +22,13 @@ from torch.distributed import TCPStore
 
 from cases import mostly_slow
 from conftest import Result
+from mealv2.batches import split_evenly
 from mealv2.data import source as data_source
+from mealv2.data.requests import centre_requests
 from mealv2.data.source import fingerprint_of
 from mealv2.metrics import Evaluation
 from mealv2.storage.atomic import file_sha256
-from pipeline.loading.requests import centre_requests
 from pipeline.runtime.distributed import Ranks
-from pipeline.training.batches import split_evenly
 from pipeline.training.evaluator import local_centre_requests
 from warm import Warm, warm_process
 

@@ -1,4 +1,4 @@
-"""pipeline.training.batches: several views of an image in a batch, mixed batches."""
+"""mealv2.batches: several views of an image in a batch, mixed batches."""
 
 import csv
 from bisect import bisect_right
@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.training.batches
+import mealv2.batches
 from conftest import Result
+from mealv2.batches import BatchSampler, epoch_order
 from mealv2.cutmix import draw_mix
 from mealv2.data.folder import ImageFolder
+from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.requests import centre_requests
 from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask
 from pipeline.config import FinetuneConfig
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.loading.requests import centre_requests
-from pipeline.training.batches import BatchSampler, epoch_order
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -207,7 +207,7 @@ def test_the_order_of_a_pass_is_drawn_once(
         drawn.append(epoch)
         return epoch_order(*args, epoch=epoch, **values)
 
-    monkeypatch.setattr(pipeline.training.batches, "epoch_order", noted)
+    monkeypatch.setattr(mealv2.batches, "epoch_order", noted)
     flags = ["--epochs", 3, "--workers", workers, "--val-split", "none", "--output", run]
     assert done(*finetune_flags, *flags).report["steps"] == 9
     assert drawn == [0, 1, 2]

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mealv2.batches import BatchSampler
+from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.requests import BatchRequest
 from mealv2.data.tar import TarShards
 from mealv2.targets import HardLabels
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
-from pipeline.loading.loader import ViewReader, read_views
-from pipeline.loading.requests import BatchRequest
-from pipeline.training.batches import BatchSampler
 from tars import write_packed
 
 RANKS, WORKERS, SHARDS = range(1, 6), range(4), range(1, 10)

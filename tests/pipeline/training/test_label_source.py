@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import Result
+from mealv2.batches import epoch_order, split_batches
 from mealv2.data.folder import ImageFolder
 from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.label_set import Appender, LabelSet
@@ -27,7 +28,6 @@ from mealv2.targets import BatchTargets, OnlineTeachers, StoredLabels
 from mealv2.views import view_of
 from pipeline.config import DistillConfig
 from pipeline.runtime.seeds import seed_everything
-from pipeline.training.batches import epoch_order, split_batches
 from pipeline.training.spec import create_student
 
 Run = Callable[..., Result]

@@ -21,10 +21,10 @@ import torch
 
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
+from mealv2.data.requests import CENTRE, Batch, BatchRequest, announce
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from mealv2.views import View, Views
-from pipeline.loading.requests import CENTRE, Batch, BatchRequest, announce
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int, int]  # top, left, height, width, flip

@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TypeVar, overload
+from typing import Protocol, TypeVar, overload
 
 import numpy as np
 
+from mealv2.data.requests import BatchRequest, announce
 from mealv2.data.source import ImageSource
 from mealv2.targets import Targets
-from pipeline.config import TrainConfig
-from pipeline.loading.requests import BatchRequest, announce
 
 T = TypeVar("T")
 
@@ -47,20 +46,20 @@ def batch_ranges(num_images: int, batch_size: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise([*starts, num_images])]
 
 
-def num_steps(config: TrainConfig, num_images: int) -> int:
+def num_steps(config: "Schedule", num_images: int) -> int:
     """Return how many steps a run has; some fewer where views are skipped."""
     full, rest = divmod(config.epochs, config.views_per_image)
     full_steps = full * _steps_of_pass(config, num_images, config.views_per_image)
     return full_steps + (_steps_of_pass(config, num_images, rest) if rest else 0)
 
 
-def updates_per_epoch(config: TrainConfig, num_images: int) -> float:
+def updates_per_epoch(config: "Schedule", num_images: int) -> float:
     """Return the steps of a pass in which no view is skipped, for each epoch that it counts as."""
     num_views = config.views_per_image
     return max(1, _steps_of_pass(config, num_images, num_views)) / num_views
 
 
-def _steps_of_pass(config: TrainConfig, num_images: int, num_views: int) -> int:
+def _steps_of_pass(config: "Schedule", num_images: int, num_views: int) -> int:
     return len(batch_ranges(num_images, math.ceil(config.batch_size / num_views)))
 
 
@@ -130,6 +129,25 @@ class PassBatches(Sequence[BatchRequest]):
         return int((self.views_NE != _SKIPPED).sum())
 
 
+class Schedule(Protocol):
+    """The settings that determine the batches of a run; a TrainConfig has them.
+
+    ``batch_size`` is the number of views.
+    """
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def views_per_image(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class BatchSampler:
     """The batches of a run over the images of ``source`` at ``positions``, which ascend.
@@ -138,7 +156,7 @@ class BatchSampler:
     (official FKD_train.py); the last one may have fewer. A pass is named by its first epoch.
     """
 
-    config: TrainConfig
+    config: Schedule
     source: ImageSource
     positions: Sequence[int]
     targets: Targets

@@ -1,4 +1,4 @@
-"""pipeline.loading.loader: the same pixels on the device; on a CPU nothing is done."""
+"""mealv2.data.loader: the same pixels on the device; on a CPU nothing is done."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loading.loader import on_device
-from pipeline.loading.requests import Batch
+from mealv2.data.loader import on_device
+from mealv2.data.requests import Batch
 
 
 def _batches(number: int, *, pinned: bool = False) -> list[Batch]:

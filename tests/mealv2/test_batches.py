@@ -1,9 +1,9 @@
-"""pipeline.training.batches: order and batches as pure functions."""
+"""mealv2.batches: order and batches as pure functions."""
 
 import numpy as np
 import pytest
 
-from pipeline.training.batches import SHUFFLE_WINDOW, epoch_order, split_batches
+from mealv2.batches import SHUFFLE_WINDOW, epoch_order, split_batches
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 7, 1000])

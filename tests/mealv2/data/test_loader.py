@@ -1,4 +1,4 @@
-"""pipeline.loading.loader: the views asked for, in order, the same from any number of threads."""
+"""mealv2.data.loader: the views asked for, in order, the same from any number of threads."""
 
 import collections
 import gc
@@ -14,11 +14,11 @@ import torch
 
 from mealv2.data import pixels as mealv2_pixels
 from mealv2.data.folder import ImageFolder, UnorderedSource
+from mealv2.data.loader import ViewReader, WaitTimer, read_views
 from mealv2.data.pixels import centre_crop, cut, decode
+from mealv2.data.requests import CENTRE, centre_requests, check_failures, failures_by_key
 from mealv2.errors import DataError
 from mealv2.views import DrawnViews, view_of
-from pipeline.loading.loader import ViewReader, WaitTimer, read_views
-from pipeline.loading.requests import CENTRE, centre_requests, check_failures, failures_by_key
 
 
 def test_centre_requests_ask_each_image_once() -> None:
@@ -258,7 +258,7 @@ def test_wait_timer_measures_the_wait_for_items_and_not_the_work_on_them(
 ) -> None:
     now = 0.0
     clock = types.SimpleNamespace(perf_counter=lambda: now)
-    monkeypatch.setattr("pipeline.loading.loader.time", clock)
+    monkeypatch.setattr("mealv2.data.loader.time", clock)
 
     def items() -> Iterator[int]:
         nonlocal now

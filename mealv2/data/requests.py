@@ -8,8 +8,7 @@ import torch
 
 from mealv2.data.content_hash import NOT_LABELLED
 from mealv2.data.source import ImageSource, where_is
-from mealv2.errors import DataError, LabelSetError
-from pipeline.config import OnBadImage
+from mealv2.errors import DataError, LabelSetError, OnBadImage
 
 CENTRE = -1  # the view number of the centre crop, for evaluation
 
