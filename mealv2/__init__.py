@@ -1,7 +1,59 @@
 """MEAL V2 as a library: label views with teachers once, then distil students from the labels.
 
-Import from the submodules (``mealv2.views``, ``mealv2.label_set``, ``mealv2.losses``, …). This
-package imports nothing, so that the command line starts without torch.
+The names in ``__all__`` are public; each is imported when it is first used, so that the command
+line starts without torch. More is in the submodules (``mealv2.views``, ``mealv2.codec``, …).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mealv2.dataset import EpochBatchSampler, SoftLabelDataset, collate
+    from mealv2.errors import MealError
+    from mealv2.label_set import LabelSet
+    from mealv2.losses import discriminator_loss, similarity_loss
+    from mealv2.models import Classifier, create_classifier, save_classifier
+    from mealv2.models.discriminator import Discriminator
+    from mealv2.task import DistillTask
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Classifier",
+    "Discriminator",
+    "DistillTask",
+    "EpochBatchSampler",
+    "LabelSet",
+    "MealError",
+    "SoftLabelDataset",
+    "__version__",
+    "collate",
+    "create_classifier",
+    "discriminator_loss",
+    "save_classifier",
+    "similarity_loss",
+]
+
+_MODULES = {
+    "mealv2.dataset": ("EpochBatchSampler", "SoftLabelDataset", "collate"),
+    "mealv2.errors": ("MealError",),
+    "mealv2.label_set": ("LabelSet",),
+    "mealv2.losses": ("discriminator_loss", "similarity_loss"),
+    "mealv2.models": ("Classifier", "create_classifier", "save_classifier"),
+    "mealv2.models.discriminator": ("Discriminator",),
+    "mealv2.task": ("DistillTask",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,6 +35,19 @@ def split_evenly(sizes: Sequence[int], num: int, *, min_size: int = 1) -> list[r
     return [range(0)] * num
 
 
+def rank_rows(
+    request: BatchRequest, rank: int, num_ranks: int, *, min_views: int = 1
+) -> BatchRequest:
+    """Return the images of a batch that one of several ranks reads, neighbours in the batch.
+
+    A rank has ``min_views`` views or none, as far as the batch has so many.
+    """
+    if num_ranks == 1:
+        return list(request)
+    cuts = split_evenly([len(views) for _, views in request], num_ranks, min_size=min_views)
+    return list(request[cuts[rank].start : cuts[rank].stop])
+
+
 def batch_ranges(num_images: int, batch_size: int) -> list[range]:
     """Return where each batch lies in an order of so many images; the last one may be smaller.
 

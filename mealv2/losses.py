@@ -4,26 +4,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mealv2.codec import EncodedLabels, Kept
+from mealv2.codec import Kept
 from mealv2.models.discriminator import Discriminator
-from mealv2.soft_labels import keep_logits
+from mealv2.soft_labels import Labels, keep_logits
 
 
-def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | EncodedLabels) -> Tensor:
+def similarity_loss(student_logits_BC: Tensor, probs_BC: Tensor | Labels) -> Tensor:
     """Return the cross-entropy of the student to the ensemble's probabilities, a float32 scalar.
 
     It equals the KL divergence up to the entropy of the ensemble, so the gradient is the same
     (paper eq. 2-3; official loss.py). Each row of ``probs_BC`` sums to 1 and has no gradient.
-    Encoded labels must be on the device of the logits; they are not expanded to B x C.
+    Compressed labels must be on the device of the logits; they are not expanded to B x C.
     """
-    if isinstance(probs_BC, EncodedLabels):
-        return _encoded_similarity_loss(student_logits_BC.float(), probs_BC)
+    if not isinstance(probs_BC, Tensor):
+        return _compressed_similarity_loss(student_logits_BC.float(), probs_BC)
     # L = -(1/B) sum_i sum_c q_ic log softmax(s_i)_c
     log_probs_BC = torch.log_softmax(student_logits_BC.float(), dim=1)
     return -(probs_BC.float() * log_probs_BC).sum(dim=1).mean()
 
 
-def _encoded_similarity_loss(logits_BC: Tensor, labels: EncodedLabels) -> Tensor:
+def _compressed_similarity_loss(logits_BC: Tensor, labels: Labels) -> Tensor:
     # L = -sum_c q_c l_c with l = log softmax(s) and q_c = t for every class not kept:
     # L = -sum_{c kept} (q_c - t) l_c - t sum_c l_c
     if logits_BC.shape != (len(labels), labels.num_classes):

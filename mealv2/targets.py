@@ -1,5 +1,6 @@
 """Targets of a batch of views: stored labels, labels of online teachers, both, or class ids."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -11,7 +12,7 @@ from mealv2.codec import to_device
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
 from mealv2.models.ensemble import TeacherEnsemble
-from mealv2.soft_labels import KeptLogits, Labels, SoftLabels
+from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
@@ -43,6 +44,23 @@ class BatchTargets:
         return self._map(
             lambda labels: labels.rows(order_B),
             lambda rows: rows[to_device(order_B, rows.device)],
+        )
+
+    @staticmethod
+    def concat(parts: "Sequence[BatchTargets]") -> "BatchTargets":
+        """Concatenate targets of stored labels: all have class ids, or none; logits likewise."""
+        classes, soft_labels, logits = [], [], []
+        label_counts: Counter[str] = Counter()
+        for part in parts:
+            classes += [] if part.classes_B is None else [part.classes_B]
+            soft_labels += [] if part.soft_labels is None else [part.soft_labels]
+            logits += [] if part.kept_logits is None else [part.kept_logits]
+            label_counts.update(part.label_counts)
+        return BatchTargets(
+            concat(soft_labels) if soft_labels else None,
+            torch.cat(classes) if classes else None,
+            kept_logits=KeptLogits.concat(logits) if logits else None,
+            label_counts=dict(label_counts),
         )
 
     def _map(

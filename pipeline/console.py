@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.display_names import printable, use_display_names
+from mealv2.text import first_names as first_names  # public names of this module
+from mealv2.text import printable
+from pipeline.display_names import use_display_names
 from pipeline.runtime.distributed import is_main_process
 from pipeline.runtime.env import on_terminal
 
@@ -106,12 +108,6 @@ def count(number: int, unit: str) -> str:
     """Return a number with its unit: 1 shard, 2 shards, 2 shards of labels."""
     first, space, rest = unit.partition(" of ")
     return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
-
-
-def first_names(names: Iterable[str]) -> str:
-    """Return the first names, with an ellipsis for the rest."""
-    names = [printable(name, is_line=True) for name in names]
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def table(rows: list[list[str]]) -> str:

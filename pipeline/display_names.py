@@ -7,11 +7,8 @@ nothing slow, because the command line needs it.
 import re
 from pathlib import Path
 
-# What a terminal acts on, or that changes the order of text: C0 but tab and line feed, DEL, C1,
-# line separators, marks and overrides of the direction; surrogates, which have no encoding.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+from mealv2.text import printable as printable  # a public name of this module
+
 _MAX_MESSAGE = 2000  # characters; a path of Linux can have 4096 bytes, but hardly one does
 _display_names: dict[str, str] = {}  # by the folder of copies
 
@@ -29,21 +26,7 @@ def use_display_names(text: str) -> str:
     return text
 
 
-def printable(text: str, *, is_line: bool = False) -> str:
-    """Return text with control characters as escapes such as ``\\x1b``.
-
-    Tab and line feed stay, unless it is one line: a name, a cell of a table.
-    """
-    text = _CONTROL.sub(_escape, text)
-    return text.replace("\n", "\\n").replace("\t", "\\t") if is_line else text
-
-
 def shortened(text: str) -> str:
     """Return a message that can be read: of a very long one, such as a value, begin and end."""
     half = _MAX_MESSAGE // 2 - 1
     return text if len(text) <= _MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
-
-
-def _escape(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

@@ -224,6 +224,24 @@ def test_the_guide_to_own_data_runs(
     assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_loops_of_the_guide_train_from_a_label_set(
+    data_dir: Path, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    path = "docs/how-to/own-loop.md"
+    names: dict[str, Any] = {}
+    for code in blocks(path, "python"):
+        code = code.replace("resnet18.a1_in1k", "test_resnet").replace("pretrained=True", "")
+        exec(compile(code, path, "exec"), names)
+
+    assert names["loss"].isfinite()
+    assert names["epoch"] == 1
+    assert (tmp_path / "runs" / "own" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_export_doc_runs_on_a_run_folder(
     data_dir: Path,

@@ -21,6 +21,7 @@ from mealv2.label_set.manifest import (
     shard_ranges,
     write_manifest,
 )
+from mealv2.label_set.matching import check_boxes, check_same_data
 from mealv2.label_set.planned import (
     CheckedShard,
     PlannedShard,
@@ -61,7 +62,9 @@ __all__ = [
     "boxes_of",
     "boxes_sha256",
     "check_box_drift",
+    "check_boxes",
     "check_planned_shard",
+    "check_same_data",
     "check_shard",
     "claim",
     "class_of",

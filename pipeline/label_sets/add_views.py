@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.label_set import LabelSet, listed_sha256, read_manifest, write_manifest
+from mealv2.label_set import LabelSet, check_same_data, listed_sha256, read_manifest, write_manifest
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import LabelsAddViewsConfig
@@ -114,7 +114,7 @@ def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, La
     folder, plan = config.labels, labels.manifest["plan"]
     runtime = create_runtime(config)
     source = open_labelled(config, config.data_dir, plan, "train")
-    compatibility.check_same_data(labels, source, allow_missing=True)  # for a part of a split set
+    check_same_data(labels, source, allow_missing=True)  # for a part of a split set
     compatibility.check_precision(folder, plan, runtime)
     ensemble = compatibility.build_original_teachers(folder, config.teacher, plan, runtime)
     sizes = {"img_size": labels.img_size, "max_batch_size": len(labels)}

@@ -12,7 +12,7 @@ import torch
 from mealv2 import fkd
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
-from mealv2.label_set import LabelSet, Rows, ShardFile, member_bytes
+from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
 from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
@@ -21,7 +21,7 @@ from mealv2.views import BOX_UNIT, DrawnViews, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
 from pipeline.label_sets.writing import all_rows, require_outside
-from pipeline.labelling.compatibility import check_same_data, image_check
+from pipeline.labelling.compatibility import image_check
 from pipeline.loading.sources import open_labelled
 
 # readers of a folder of tables ignore names that start with an underscore

@@ -16,6 +16,7 @@ from mealv2.label_set import (
     LabelSet,
     ShardFile,
     boxes_of,
+    check_same_data,
     content_of,
     creating_command,
     labelled_hashes,
@@ -30,7 +31,6 @@ from mealv2.views import DrawnViews
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
-from pipeline.labelling.compatibility import check_same_data
 from pipeline.labelling.store import local_folder
 from pipeline.loading.compare import Compared, compare_images, require_same
 from pipeline.loading.sources import open_labelled

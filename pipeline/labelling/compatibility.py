@@ -1,4 +1,4 @@
-"""Check that a label set matches images, teachers and the arithmetic of this machine."""
+"""Check that a label set matches teachers and the arithmetic of this machine; read its views."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,52 +7,18 @@ from typing import Any
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize, probe_sha256, resize_of
-from mealv2.data.source import ImageSource, fingerprint
+from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
 from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import console
 from pipeline.config import CheckImages, Interpolation, resize_name
-from pipeline.console import first_names
 from pipeline.labelling import teachers
 from pipeline.runtime.device import Runtime, library_versions
 
 
 def _library(resize: Resize) -> str:
     return "pillow" if resize.startswith("pil") else "torch"
-
-
-def check_same_data(
-    labels: LabelSet, source: ImageSource, *, allow_missing: bool = False, advice: str = ""
-) -> None:
-    """Raise LabelSetError, naming the difference, if the set was made from other images.
-
-    With ``allow_missing`` the source may have more images than the set. ``advice`` ends the message
-    if missing labels are the only difference.
-    """
-    if list(source.classes) != labels.classes:
-        odd = sorted(set(source.classes) ^ set(labels.classes))
-        raise LabelSetError(
-            f"{labels.folder} is a label set of {labels.num_classes} classes, {source.name} has "
-            f"{len(source.classes)} (only in one of them: {first_names(odd)}); "
-            "give the --data-dir it was made from"
-        )
-    known = set(labels.keys()) | labels.skipped.keys()
-    made_from = labels.manifest["plan"]["roles"][labels.split]["data_sha256"]
-    if fingerprint(source, only=known if allow_missing else None) == made_from:
-        return
-    new, gone = sorted(set(source.keys) - known), sorted(known - set(source.keys))
-    if allow_missing:
-        new = []
-    groups = (("images without labels", new), ("missing images with labels", gone))
-    differences = [f"{what}: {len(keys)} ({first_names(keys)})" for what, keys in groups if keys]
-    fix = "give the data it was made from, or precompute labels for this data"
-    if new and not gone:
-        fix += advice
-    raise LabelSetError(
-        f"{labels.folder} was made from other data than {source.name}: "
-        f"{' and '.join(differences) or 'the same names, but other files'}; {fix}"
-    )
 
 
 def build_original_teachers(

@@ -14,7 +14,14 @@ from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import Appender, Encoding, LabelSet, check_box_drift, read_manifest
+from mealv2.label_set import (
+    Appender,
+    Encoding,
+    LabelSet,
+    check_boxes,
+    check_same_data,
+    read_manifest,
+)
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import Labels
 from mealv2.storage.json_format import read_json
@@ -26,7 +33,6 @@ from pipeline.labelling import teachers
 from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import (
     build_original_teachers,
-    check_same_data,
     choose_resize,
     image_check,
 )
@@ -160,7 +166,7 @@ def from_label_set(
         raise LabelSetError(f"cannot append to {folder}: no permission; leave out --write-back")
     labels = LabelSet.open(folder, **_resumed_label_set(config))
     _check_logits(config, labels)
-    _check_boxes(labels)
+    check_boxes(labels)
     check_same_data(
         labels,
         source,
@@ -298,17 +304,6 @@ def _label_validation(
     percent = ranks.all_reduce(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
     metrics = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
     return CentreLabels([val.keys[p] for p in found.positions], found.rows.labels), metrics
-
-
-def _check_boxes(labels: LabelSet) -> None:
-    """Raise LabelSetError where this machine computes other boxes than those that were labelled.
-
-    Looks at the smallest shard: different arithmetic differs everywhere.
-    """
-    files = [file for file in labels.blocks[0][1] if file.num_images]
-    if not files:
-        raise LabelSetError(f"{labels.folder} has labels of no image")
-    check_box_drift(min(files, key=lambda file: file.num_images), labels.views())
 
 
 def _check_logits(config: DistillConfig, labels: LabelSet) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from mealv2.batches import split_evenly
+from mealv2.batches import rank_rows, split_evenly
 from mealv2.cutmix import draw_mix
 from mealv2.data.requests import Batch, BatchRequest, num_views_of
 from mealv2.errors import DataError
@@ -165,12 +165,8 @@ class TrainStep:
 
     def local_rows(self, request: BatchRequest) -> BatchRequest:
         """Return this rank's rows of a batch; what it reads."""
-        if self._num_ranks == 1:
-            return list(request)
-        sizes = [len(views) for _, views in request]
-        cuts = split_evenly(sizes, self._num_ranks, min_size=self._min_views)
-        cut = cuts[self.runtime.ranks.rank]
-        return list(request[cut.start : cut.stop])
+        ranks = self.runtime.ranks
+        return rank_rows(request, ranks.rank, ranks.size, min_views=self._min_views)
 
     def without_failures(self, batch: Batch) -> Batch:
         """Return the rows to learn from; none where skipped images leave too few.
