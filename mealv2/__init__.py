@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mealv2.models import Classifier, create_classifier, save_classifier
     from mealv2.models.discriminator import Discriminator
     from mealv2.task import DistillTask
+    from mealv2.timm_task import SoftLabelTask
 
 __version__ = "0.1.0.dev0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "LabelSet",
     "MealError",
     "SoftLabelDataset",
+    "SoftLabelTask",
     "__version__",
     "collate",
     "create_classifier",
@@ -42,6 +44,7 @@ _MODULES = {
     "mealv2.models": ("Classifier", "create_classifier", "save_classifier"),
     "mealv2.models.discriminator": ("Discriminator",),
     "mealv2.task": ("DistillTask",),
+    "mealv2.timm_task": ("SoftLabelTask",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

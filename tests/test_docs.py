@@ -17,6 +17,7 @@ import click
 import pytest
 import safetensors.torch
 import timm
+import torch
 
 import cli
 from benchmarks.speed import document
@@ -224,7 +225,8 @@ def test_the_guide_to_own_data_runs(
     assert names["probs"].sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice
 def test_loops_of_the_guide_train_from_a_label_set(
     data_dir: Path, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,14 +234,30 @@ def test_loops_of_the_guide_train_from_a_label_set(
     (tmp_path / "pictures").symlink_to(data_dir)
     (tmp_path / "labels").symlink_to(labels_dir)
     path = "docs/how-to/own-loop.md"
+    plain, lightning, of_timm = blocks(path, "python")
     names: dict[str, Any] = {}
-    for code in blocks(path, "python"):
+
+    def run(code: str) -> None:
         code = code.replace("resnet18.a1_in1k", "test_resnet").replace("pretrained=True", "")
         exec(compile(code, path, "exec"), names)
 
+    run(plain)
+    assert len(plain.splitlines()) <= 30
     assert names["loss"].isfinite()
-    assert names["epoch"] == 1
     assert (tmp_path / "runs" / "own" / "model.safetensors").exists()
+    before = [p.clone() for p in names["student"].parameters()]
+
+    names["dataset"].set_epoch(7)
+    run(lightning)
+    assert names["dataset"].epoch == 1, "the Trainer sets the epoch"
+    assert names["trainer"].callback_metrics["loss"].isfinite()
+    after = [p.cpu() for p in names["student"].parameters()]
+    assert not all(map(torch.equal, before, after))
+
+    run(of_timm)
+    assert set(names["result"]["parts"]) >= {"similarity_loss", "discriminator_loss"}
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=True)
+    timm.create_model("test_resnet", num_classes=3).load_state_dict(saved["state_dict"])
 
 
 @pytest.mark.slow
