@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.utils.model import unwrap_model
+from timm.utils import model as timm_models
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,7 @@ class _Trainable(DistillTask):
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the model wants without weight decay."""
-        of_model = getattr(self.student.backbone, "no_weight_decay", set)()
+        of_model: set[str] = getattr(self.student.backbone, "no_weight_decay", set[str])()
         return {f"{_STUDENT}.{name}" for name in of_model}
 
     def group_matcher(self, coarse: bool = False) -> Any:
@@ -36,7 +36,7 @@ class _Trainable(DistillTask):
 
         As timm's FeatureDistillationTrainableModule does for its projection.
         """
-        model = self.student.backbone
+        model: Any = self.student.backbone
         if not hasattr(model, "group_matcher"):
             return {}
         layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
@@ -48,7 +48,7 @@ class _Trainable(DistillTask):
         return layer_of
 
 
-class SoftLabelTask(TrainingTask):  # type: ignore[misc]
+class SoftLabelTask(TrainingTask):
     """Train a timm model from the items of a SoftLabelDataset, as a task of timm's loop.
 
     ``model`` gets images normalised with ``mean`` and ``std``, by default those of its
@@ -83,10 +83,12 @@ class SoftLabelTask(TrainingTask):  # type: ignore[misc]
 
     @property
     def _task(self) -> _Trainable:
-        task: _Trainable = unwrap_model(self.trainable_module)
+        task: _Trainable = _unwrapped(self.trainable_module)
         return task
 
-    def forward(self, input: Tensor, target: Tensor | Labels | BatchTargets) -> TaskResult:
+    def forward(  # type: ignore[override]  # parts is a dict
+        self, input: Tensor, target: Tensor | Labels | BatchTargets
+    ) -> TaskResult:
         """Return the loss of a batch, the logits and the loss terms."""
         targets = _as_targets(target)
         if not self._is_prepared:
@@ -110,15 +112,15 @@ class SoftLabelTask(TrainingTask):  # type: ignore[misc]
     ) -> Any:
         """Compile the student, for training and for evaluation; return timm's model, compiled."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
-        student = self._task.student
+        student: Any = self._task.student
         self._task.compiled_student = torch.compile(student, **options)
-        self.eval_model = torch.compile(student.backbone, **options)  # type: ignore[call-overload]
+        self.eval_model = torch.compile(student.backbone, **options)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
         """Return timm's model: it gets normalised images, as timm's validation gives them."""
         resolved = super().get_eval_model(module, ema=ema)
-        found = unwrap_model(resolved)
+        found = _unwrapped(resolved)
         return found.student.backbone if isinstance(found, _Trainable) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
@@ -147,9 +149,14 @@ class SoftLabelTask(TrainingTask):  # type: ignore[misc]
 
     def _discriminator(self, module: nn.Module | None, *, ema: bool) -> Discriminator | None:
         module = self.get_trainable_module(ema=ema) if module is None else module
-        found = None if module is None else unwrap_model(module).discriminator
+        found = None if module is None else _unwrapped(module).discriminator
         assert found is None or isinstance(found, Discriminator)
         return found
+
+
+def _unwrapped(module: Any) -> Any:
+    """Return a module without its DistributedDataParallel, moving average or compilation."""
+    return timm_models.unwrap_model(module)  # type: ignore[no-untyped-call]
 
 
 def _as_targets(target: Tensor | Labels | BatchTargets) -> BatchTargets:
