@@ -268,7 +268,8 @@ class _Trainer:
         if self.progress.total_steps == 0 and per_epoch < FEW_STEPS and num_images > FEW_STEPS:
             total = num_steps(self.config, num_images)
             console.info(
-                f"{num_images} images at --batch-size {size}: {per_epoch:g} steps an epoch, "
+                f"{num_images} images at --batch-size {size}: {per_epoch:g} "
+                f"step{'s' * (per_epoch != 1)} an epoch, "
                 f"{total} in all; a smaller --batch-size or more --epochs takes more steps"
             )
 
