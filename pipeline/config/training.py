@@ -78,7 +78,9 @@ class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, Runtim
         None, "Stochastic depth: rate of dropped paths.", shown="the model's", low=0, high=1
     )
     model_kwargs: tuple[str, ...] = in_model(
-        (), "Argument KEY=VALUE of timm.create_model for the student; repeat it for several."
+        (),
+        "Argument KEY=VALUE of timm.create_model for the student; repeat it for several.",
+        shown="none",
     )
     sync_bn: bool = in_hardware(
         False, "With torchrun on GPUs: batch normalisation over the images of all processes."
