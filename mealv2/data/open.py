@@ -9,6 +9,8 @@ from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ImageSource
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_splits import find_split, require_no_split
+from mealv2.data.torch_name import torch_name
+from mealv2.data.torch_sets import TorchSet
 from mealv2.errors import ConfigError
 from mealv2.storage import object_store
 from mealv2.storage.cache import Cache
@@ -18,7 +20,8 @@ from mealv2.storage.urls import Location, is_url, shown
 def open_source(
     data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
 ) -> ImageSource:
-    """Open a split of a data set: an ImageFolder tree, a table of images, or tar files.
+    """Open a split of a data set: an ImageFolder tree, a table of images, tar files, or a data set
+    of torchvision (``torch/NAME:FOLDER``).
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
     splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
@@ -29,7 +32,9 @@ def open_source(
     if held_out is None or not held_out.is_of(split):
         return _open(data_dir, split, cache)
     if split != held_out.of:
-        if isinstance(data_dir, Path) and is_table(data_dir):
+        if isinstance(data_dir, Path) and (named := torch_name(data_dir)):
+            named.check([held_out.of], made=split)
+        elif isinstance(data_dir, Path) and is_table(data_dir):
             check_splits(data_dir, (), made=split)
         else:
             require_no_split(data_dir, split, store=object_store)
@@ -37,6 +42,8 @@ def open_source(
 
 
 def _open(data_dir: Location, split: str, cache: Cache | None) -> ImageSource:
+    if isinstance(data_dir, Path) and (named := torch_name(data_dir)):
+        return TorchSet(named, split)
     if isinstance(data_dir, Path) and is_table(data_dir):
         return ImageTable(data_dir, split)
     found = find_split(data_dir, split, store=object_store)

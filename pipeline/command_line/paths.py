@@ -9,6 +9,7 @@ from typing import Any
 from mealv2.data.folder import class_folders, split_folder
 from mealv2.data.image_table import check_splits, is_table
 from mealv2.data.tar_splits import find_split, require_no_split
+from mealv2.data.torch_name import torch_name
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
@@ -55,6 +56,9 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
     made = settings["val_split"] if settings.get("val_fraction") is not None else None
     if made == settings.get("train_split"):
         made = None
+    if named := torch_name(data_dir):
+        named.check(splits, made=made)
+        return
     if is_table(data_dir):
         require(data_dir.is_file(), f"{name}: no file {data_dir}{_near(data_dir)}")
         check_splits(data_dir, splits, made=made)

@@ -53,7 +53,7 @@ CHECK_IMAGES = (
 )
 DATA_DIR = (
     "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE, a table (.csv, .tsv, .parquet) of images, "
-    "or tar shards; a path or a URL."
+    "torch/NAME:FOLDER, or tar shards; a path or a URL."
 )
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."
