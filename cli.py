@@ -19,8 +19,8 @@ import click
 import mealv2
 from mealv2 import recipes
 from mealv2.errors import IncompleteError, MealError, out_of_memory
+from mealv2.text import printable, shortened, use_display_names
 from pipeline import config as configs
-from pipeline import display_names
 from pipeline.command_line import options, settings
 from pipeline.runtime import env, processes
 
@@ -96,7 +96,7 @@ def main() -> None:
         command = _command_of(error)
         _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except MealError as error:
-        _fail(display_names.use_display_names(str(error)), error.exit_code)
+        _fail(use_display_names(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         advice = f"; finished work is kept: {_AGAIN} to continue"
         _fail(f"stopped{'' if env.is_child_process() else advice}", 4)
@@ -123,8 +123,8 @@ def _command_of(error: click.ClickException) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     """Exit with a code, after the message. Of several ranks with one message, one prints it."""
     if message and _claims(message):
-        line = display_names.printable(message, is_line=True)
-        click.echo(f"mealv2: {display_names.shortened(line)}", err=True)
+        line = printable(message, is_line=True)
+        click.echo(f"mealv2: {shortened(line)}", err=True)
         env.save_exit_code(code)
     sys.exit(code)
 
@@ -195,7 +195,7 @@ def _add_slurm_command(name: str, config: type[configs.SlurmJob]) -> None:
             # a terminal would act on control characters in names; a file gets the exact script:
             # color=True, or click removes what looks like a colour
             is_shown = sys.stdout.isatty()
-            click.echo(display_names.printable(report) if is_shown else report, color=True)
+            click.echo(printable(report) if is_shown else report, color=True)
         else:
             _print_report(report)
 

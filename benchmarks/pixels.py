@@ -23,12 +23,13 @@ import torch
 
 from mealv2.data.pixels import RESIZES, centre_crop, cut, decode
 from mealv2.label_set import LabelSet
+from mealv2.runtime import library_versions
 from mealv2.views import view_of
 from pipeline import console, precompute
 from pipeline.bench.synthetic_images import draw_jpeg
 from pipeline.config import PrecomputeConfig
 from pipeline.demo import IMG_SIZE, TEACHERS
-from pipeline.runtime.device import library_versions, use_one_thread
+from pipeline.runtime.device import use_one_thread
 
 NUM_PICTURES, VIEWS_OF_EACH = 495, 2
 NUM_VIEWS = 4  # labelled of each image of the demo

@@ -7,17 +7,18 @@ line starts without torch. More is in the submodules (``mealv2.views``, ``mealv2
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mealv2.version import __version__
+
 if TYPE_CHECKING:
     from mealv2.dataset import EpochBatchSampler, SoftLabelDataset, collate
     from mealv2.errors import MealError
     from mealv2.label_set import LabelSet
+    from mealv2.labelling.annotate import annotate
     from mealv2.losses import discriminator_loss, similarity_loss
     from mealv2.models import Classifier, create_classifier, save_classifier
     from mealv2.models.discriminator import Discriminator
     from mealv2.task import DistillTask
     from mealv2.timm_task import SoftLabelTask
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "Classifier",
@@ -29,6 +30,7 @@ __all__ = [
     "SoftLabelDataset",
     "SoftLabelTask",
     "__version__",
+    "annotate",
     "collate",
     "create_classifier",
     "discriminator_loss",
@@ -40,6 +42,7 @@ _MODULES = {
     "mealv2.dataset": ("EpochBatchSampler", "SoftLabelDataset", "collate"),
     "mealv2.errors": ("MealError",),
     "mealv2.label_set": ("LabelSet",),
+    "mealv2.labelling.annotate": ("annotate",),
     "mealv2.losses": ("discriminator_loss", "similarity_loss"),
     "mealv2.models": ("Classifier", "create_classifier", "save_classifier"),
     "mealv2.models.discriminator": ("Discriminator",),

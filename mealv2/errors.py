@@ -52,6 +52,10 @@ class StoppedError(MealError):
     exit_code = 4
 
 
+class StopRequested(Exception):  # noqa: N818  # the user asked for it: not an error
+    """A signal asked the run to save and stop."""
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """Return the message for an allocation that failed; None for another error."""
     text = str(error)

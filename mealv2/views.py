@@ -27,7 +27,7 @@ BOX_UNIT = 65_535  # a packed box is in units of 1/65,535 of the image's height 
 # The entry of a manifest for imported views: the shards contain packed boxes.
 STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
 
-_DEFAULT = ViewRecipe()
+PAPER_RECIPE = ViewRecipe()
 _MAX_DENOMINATOR = 1_000_000  # a bound of the ratio is the nearest fraction: 4/3, not its double
 _DIGITS = Context(prec=50)
 _TWO_32, _TWO_64 = 1 << 32, 1 << 64
@@ -70,7 +70,7 @@ class DrawnViews(Views):
     """The views of a seed and a recipe, computed by ``view_of``."""
 
     seed: int
-    recipe: ViewRecipe = _DEFAULT
+    recipe: ViewRecipe = PAPER_RECIPE
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "DrawnViews":
@@ -90,7 +90,7 @@ class DrawnViews(Views):
 
 
 def view_of(
-    key: str, index: int, *, seed: int, width: int, height: int, recipe: ViewRecipe = _DEFAULT
+    key: str, index: int, *, seed: int, width: int, height: int, recipe: ViewRecipe = PAPER_RECIPE
 ) -> View:
     """Return view ``index`` of the image ``key`` of ``width`` x ``height`` pixels.
 

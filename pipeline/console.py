@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from mealv2.text import first_names as first_names  # public names of this module
-from mealv2.text import printable
-from pipeline.display_names import use_display_names
+from mealv2 import messages
+from mealv2.text import count as count  # public names of this module
+from mealv2.text import first_names as first_names
+from mealv2.text import printable, use_display_names
+from mealv2.text import size_of as size_of
+from mealv2.text import table as table
 from pipeline.runtime.distributed import is_main_process
 from pipeline.runtime.env import on_terminal
 
@@ -95,30 +98,4 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def size_of(num_bytes: float) -> str:
-    """Return a byte count as text, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:  # 999.5 rounds to 1000, which is 1 of the next unit
-            return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
-def count(number: int, unit: str) -> str:
-    """Return a number with its unit: 1 shard, 2 shards, 2 shards of labels."""
-    first, space, rest = unit.partition(" of ")
-    return f"{number} {first}{'' if number == 1 else 's'}{space}{rest}"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Return rows in aligned columns: the first row is the head, the first column text."""
-    rows = [[printable(cell, is_line=True) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+messages.show_with(info, progress)

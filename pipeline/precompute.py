@@ -14,20 +14,21 @@ from typing import Any
 from mealv2 import label_set
 from mealv2.data.loader import WaitTimer, read_views
 from mealv2.data.source import ImageSource
-from mealv2.storage.json_format import json_sha256
+from mealv2.labelling import manifest
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.label_set import make_label_set
+from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
+from mealv2.labelling.shards import CompleteCheck, check_complete
+from mealv2.labelling.store import Store
 from pipeline import console, timing
 from pipeline.config import PrecomputeConfig
-from pipeline.labelling import jobs, manifest, teachers, workers
-from pipeline.labelling.annotate import Annotator, encoding_of, make_annotator
-from pipeline.labelling.plan import LabelSplit, batch_requests, make_plan, open_sources, splits_of
-from pipeline.labelling.shards import (
-    check_complete,
-    find_missing,
-    label_shards,
-    stop_between_batches,
-)
-from pipeline.labelling.store import Store, open_store
+from pipeline.labelling import jobs, teachers, workers
+from pipeline.labelling.annotate import encoding_of, make_annotator
+from pipeline.labelling.sources import open_sources
+from pipeline.labelling.stopping import stop_between_batches
+from pipeline.labelling.store import open_store
 from pipeline.loading.small_images import propose_crop
+from pipeline.loading.sources import held_out_of
 from pipeline.runtime.device import create_runtime
 
 _INDEX_BYTES = 48  # per image of a shard, beside its key and its labels
@@ -47,7 +48,8 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
     sources = open_sources(config)
     propose_crop(config, sources["train"], config.data_dir)
     annotator, described = _load_annotator(config, sources)
-    plan = make_plan(config, sources, annotator, described)
+    held_out = held_out_of(config, train_split=config.train_split)
+    plan = make_plan(config, sources, annotator, described, held_out=held_out)
     splits = splits_of(config, sources, plan)
     if config.dry_run:
         return _estimate(config, annotator, splits)
@@ -62,35 +64,20 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
             job, splits, annotator, store, workers=config.workers, check_complete=check
         )
 
-    # The SHA-256 in the manifest of an earlier run detect damage in bytes that the checksums inside
-    # a shard do not cover.
-    listed = label_set.listed_sha256(store.folder, json_sha256(plan))
-    num_made = 0
     with stop_between_batches() as stop:
-        missing_of = {split.name: find_missing(split, store, listed=listed) for split in splits}
-        check = _complete_check(config, store)
-        if any(missing_of.values()) and check is not None:
-            for split in splits:
-                numbers = range(len(split.shards))
-                check(split, [number for number in numbers if number not in missing_of[split.name]])
-        for split in splits:
-            missing = missing_of[split.name]
-            label_shards(split, missing, annotator, store, workers=config.workers, stop=stop)
-            num_made += len(missing)
-            if split.name == "val":  # shows bad teachers before the hours of train
-                sha256 = split.plan_sha256
-                checked = manifest.require_complete(store.folder, split.planned, sha256)
-                manifest.log_accuracy(manifest.accuracy_of(plan, checked), len(plan["classes"]))
-
-    # Readers refuse a folder without a manifest.
-    # If nothing was made, keep the batch size that the labels were made with.
-    recorded = None if num_made else manifest.recorded_batch_size(store.folder)
-    batch_size = recorded or annotator.batch_size
-    written = manifest.write_manifest(store, plan, batch_size=batch_size, listed=listed)
+        written, num_made = make_label_set(
+            splits,
+            plan,
+            annotator,
+            store,
+            workers=config.workers,
+            stop=stop,
+            check_complete=_complete_check(config, store),
+        )
     return manifest.report_of(store, written) | _made(num_made, began)
 
 
-def _complete_check(config: PrecomputeConfig, store: Store) -> jobs.CompleteCheck | None:
+def _complete_check(config: PrecomputeConfig, store: Store) -> CompleteCheck | None:
     """Return what compares the images of complete shards; None for --check-images never."""
     if config.check_images == "never":
         return None

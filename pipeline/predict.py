@@ -16,9 +16,9 @@ from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find
 from mealv2.storage.regular_files import read_regular
+from mealv2.text import printable
 from pipeline import console, load_model
 from pipeline.config import PredictConfig
-from pipeline.display_names import printable
 from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime, create_runtime
 from pipeline.training.evaluator import finite_logits

@@ -30,16 +30,16 @@ from mealv2.data.folder import ImageFolder
 from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import centre_crop, decode
 from mealv2.label_set import Encoding, read_plan, shard_ranges
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.manifest import write_manifest
+from mealv2.labelling.plan import LabelSplit
+from mealv2.labelling.shards import find_missing, label_shards
+from mealv2.labelling.store import Store
 from mealv2.models import Classifier, create_classifier, released, save_classifier
 from mealv2.models.discriminator import Discriminator
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline.labelling import teachers
-from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.manifest import write_manifest
-from pipeline.labelling.plan import LabelSplit
-from pipeline.labelling.shards import find_missing, label_shards
-from pipeline.labelling.store import Store
 from pipeline.runtime.device import Runtime
 
 ROOT = Path(cli.__file__).resolve().parent

@@ -234,12 +234,16 @@ def test_loops_of_the_guide_train_from_a_label_set(
     (tmp_path / "pictures").symlink_to(data_dir)
     (tmp_path / "labels").symlink_to(labels_dir)
     path = "docs/how-to/own-loop.md"
-    plain, lightning, of_timm = blocks(path, "python")
+    annotating, plain, lightning, of_timm = blocks(path, "python")
     names: dict[str, Any] = {}
 
     def run(code: str) -> None:
-        code = code.replace("resnet18.a1_in1k", "test_resnet").replace("pretrained=True", "")
+        code = re.sub(r"resnet\d+\.a1_in1k", "test_resnet", code).replace("pretrained=True", "")
         exec(compile(code, path, "exec"), names)
+
+    run(annotating)
+    assert names["label_set"].num_views == 4
+    assert len(names["label_set"]) == 36
 
     run(plain)
     assert len(plain.splitlines()) <= 30

@@ -23,7 +23,6 @@ SUPPORT = {
     "console",
     "compile",
     "timing",
-    "display_names",
     "load_model",
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
@@ -40,12 +39,20 @@ ALLOWED = {
     "mealv2.recipes": {"mealv2.errors"},
     "mealv2.view_recipe": set[str](),
     "mealv2.data": {"mealv2.errors", "mealv2.storage", "mealv2.views"},
-    "pipeline.config": {"mealv2.errors", "mealv2.storage", "mealv2.view_recipe"},
+    "pipeline.config": {
+        "mealv2",
+        "mealv2.defaults",
+        "mealv2.errors",
+        "mealv2.storage",
+        "mealv2.view_recipe",
+    },
     "mealv2.text": set[str](),
-    "pipeline.display_names": {"mealv2.text"},
-    "pipeline.runtime": {"mealv2", "mealv2.errors", "mealv2.storage", "pipeline.config"},
+    "mealv2.defaults": set[str](),
+    "mealv2.messages": set[str](),
+    "mealv2.runtime": {"mealv2.version"},
+    "pipeline.runtime": {"mealv2.errors", "mealv2.runtime", "mealv2.storage", "pipeline.config"},
 }
-TORCH_FREE = ("pipeline.config", "pipeline.display_names", "pipeline.runtime.env")
+TORCH_FREE = ("pipeline.config", "pipeline.runtime.env")
 
 # Optional packages, imported where they are used; and a part of torch that some builds lack.
 OPTIONAL = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.runtime.device import library_versions
+from mealv2.runtime import library_versions
 from pipeline.runtime.env import num_cores
 
 _OPTIONAL = ("webdataset", "simplejpeg", "triton")

@@ -12,15 +12,15 @@ from mealv2 import label_set
 from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import decode
 from mealv2.data.source import ImageSource
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.manifest import write_manifest
+from mealv2.labelling.plan import LabelSplit
+from mealv2.labelling.shards import find_missing, label_shards
+from mealv2.labelling.store import Store
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_VIEWS, BenchContext, make_plan
 from pipeline.bench.lines import Line, ratios
-from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.manifest import write_manifest
-from pipeline.labelling.plan import LabelSplit
-from pipeline.labelling.shards import find_missing, label_shards
-from pipeline.labelling.store import Store
 from pipeline.timing import repeated, take_turns, times_for
 
 LOOKUP_SIZE = 512  # views of a batch

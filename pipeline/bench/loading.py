@@ -21,10 +21,10 @@ from mealv2.data.requests import BatchRequest, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, tar_writer
 from mealv2.errors import ConfigError
+from mealv2.labelling.plan import batch_requests
 from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_VIEWS, BenchContext, Images
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
-from pipeline.labelling.plan import batch_requests
 from pipeline.timing import take_turns
 
 BATCH_SIZE = 128

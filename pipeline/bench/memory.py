@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mealv2.data.open import open_source
 from mealv2.label_set import Encoding
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.store import Store
 from mealv2.models.ensemble import TeacherEnsemble
 from pipeline import console
 from pipeline.bench.context import BenchContext
@@ -24,8 +26,6 @@ from pipeline.bench.labelling import label_images
 from pipeline.bench.lines import Line, NotMeasuredError
 from pipeline.bench.synthetic_images import write_image_folder
 from pipeline.config import DEFAULT_RATE
-from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.store import Store
 from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn, processes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from mealv2 import defaults
 from mealv2.errors import OnBadImage
 from mealv2.storage.urls import is_url
 from pipeline.config.fields import (
@@ -39,9 +40,9 @@ NO_SPLIT = "none"
 PAPER_EPOCHS = 180
 PAPER_MILESTONE = 100
 
-DEFAULT_RATE = 0.001  # of the label codec: about 40 bytes per view of 1,000 classes
-DEFAULT_IMG_SIZE = 224
-DEFAULT_SHARD_SIZE = 2048  # images per file of labels or of images; 225 MB of ImageNet
+DEFAULT_RATE = defaults.RATE
+DEFAULT_IMG_SIZE = defaults.IMG_SIZE
+DEFAULT_SHARD_SIZE = defaults.SHARD_SIZE
 MAX_VIEWS = 1_000_000  # per image of a label set
 MAX_EPOCHS = 1_000_000
 DEFAULT_EMA_DECAY = 0.9998  # timm's

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mealv2 import defaults
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
@@ -91,7 +92,10 @@ class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConf
         "that were labelled, by content (first, always), or never.",
     )
     num_views: int = in_views(
-        16, "Random views (crops and flips) to label per image.", low=1, high=MAX_VIEWS
+        defaults.NUM_VIEWS,
+        "Random views (crops and flips) to label per image.",
+        low=1,
+        high=MAX_VIEWS,
     )
     view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
     img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set import read_manifest
+from mealv2.runtime import library_versions
 from mealv2.storage.json_format import read_json
 from mealv2.storage.regular_files import read_regular
 from pipeline.config import (
@@ -21,7 +22,6 @@ from pipeline.config import (
     TrainConfig,
     plain,
 )
-from pipeline.runtime.device import library_versions
 from pipeline.training.run_folder import LABELS_NAME, METRICS_NAME, REPORT_NAME, parse_event
 
 SHOWN_CLASSES = 20

@@ -7,13 +7,16 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, check_same_data, listed_sha256, read_manifest, write_manifest
+from mealv2.labelling import manifest, shards
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.plan import LabelSplit
+from mealv2.labelling.store import Store
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import LabelsAddViewsConfig
-from pipeline.labelling import compatibility, jobs, manifest, shards, workers
-from pipeline.labelling.annotate import Annotator, make_annotator
-from pipeline.labelling.plan import LabelSplit
-from pipeline.labelling.store import Store
+from pipeline.labelling import compatibility, jobs, workers
+from pipeline.labelling.annotate import make_annotator
+from pipeline.labelling.stopping import stop_between_batches
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 
@@ -59,7 +62,7 @@ def _run(config: LabelsAddViewsConfig, job: jobs.Job) -> dict[str, Any]:
         return jobs.label_part(job, splits, annotator, store, workers=config.workers)
     listed = listed_sha256(store.folder, split.plan_sha256)
     num_made, described, skipped = 0, [], set[str]()
-    with shards.stop_between_batches() as stop:
+    with stop_between_batches() as stop:
         for views, block in zip(blocks, splits, strict=True):
             missing = shards.find_missing(block, store, listed=listed)
             shards.label_shards(block, missing, annotator, store, workers=config.workers, stop=stop)

@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 from mealv2.label_set import read_plan
+from mealv2.labelling.manifest import finalize
 from pipeline.config import LabelsFinishConfig
-from pipeline.labelling.manifest import finalize
 from pipeline.labelling.store import open_store
 
 

@@ -12,10 +12,10 @@ from mealv2.data.requests import BatchRequest, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows
+from mealv2.labelling.annotator import Annotator
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
-from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import build_original_teachers, check_precision, view_reader
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import Runtime

@@ -12,12 +12,12 @@ from mealv2 import label_set
 from mealv2.errors import ConfigError, IncompleteError, LabelSetError
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, CheckedShard, PlannedShard, creating_command
 from mealv2.label_set.shard import APPENDED_PREFIX
+from mealv2.labelling import manifest
 from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
 from mealv2.storage.json_format import json_sha256
 from mealv2.storage.urls import is_url, shown
 from pipeline import console
 from pipeline.config import LabelsStatusConfig
-from pipeline.labelling import manifest
 from pipeline.labelling.store import local_folder
 
 _MAX_LOGGED = 20  # damaged shards that are logged one by one

@@ -23,6 +23,7 @@ from mealv2.label_set import (
 )
 from mealv2.label_set.blocks import key_hash
 from mealv2.label_set.shard import APPENDED_PREFIX
+from mealv2.labelling.compare import Compared, compare_images, require_same
 from mealv2.storage.atomic import file_sha256
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
@@ -32,7 +33,6 @@ from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
 from pipeline.labelling.store import local_folder
-from pipeline.loading.compare import Compared, compare_images, require_same
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 

@@ -21,13 +21,13 @@ from mealv2.label_set import (
     ShardFile,
     class_of,
 )
+from mealv2.labelling import manifest
+from mealv2.runtime import library_versions
 from mealv2.soft_labels import Labels, SoftLabels
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import DEFAULT_RATE, EncodingConfig
-from pipeline.labelling import manifest
 from pipeline.labelling.annotate import encoding_of
-from pipeline.runtime.device import library_versions
 
 _SLICE = 4096  # rows that are averaged at once
 

@@ -11,10 +11,11 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
 from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.runtime import library_versions
 from pipeline import console
 from pipeline.config import CheckImages, Interpolation, resize_name
 from pipeline.labelling import teachers
-from pipeline.runtime.device import Runtime, library_versions
+from pipeline.runtime.device import Runtime
 
 
 def _library(resize: Resize) -> str:

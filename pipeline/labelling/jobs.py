@@ -4,22 +4,20 @@ Jobs do not communicate and do not lock shards.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, IncompleteError
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.plan import LabelSplit
+from mealv2.labelling.shards import CompleteCheck, find_missing, label_shards
+from mealv2.labelling.store import Store
 from mealv2.storage.regular_files import read_regular
 from pipeline import console
 from pipeline.config import JobsConfig
-from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.plan import LabelSplit
-from pipeline.labelling.shards import find_missing, label_shards
-from pipeline.labelling.store import Store
 from pipeline.runtime import env
-
-CompleteCheck = Callable[[LabelSplit, Sequence[int]], None]  # of shards of a split, by number
 
 
 @dataclass(frozen=True)

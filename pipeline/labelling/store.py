@@ -14,61 +14,21 @@ from typing import Any
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
+from mealv2.labelling.store import Store
 from mealv2.storage import object_store
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.transfer import File
 from mealv2.storage.urls import Location, is_url, shown, within
-from pipeline import console, display_names
+from mealv2.text import set_display_name
+from pipeline import console
 from pipeline.config import CacheConfig
 from pipeline.loading.sources import cache_of
 
 _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5")
 _NUM_FETCHERS = 8  # threads that fetch files
 _open_copies: list[int] = []  # locks: copies that this process reads are kept until it ends
-
-
-class Store:
-    """A label set in a local folder, where nothing needs to be fetched or uploaded.
-
-    RemoteStore has the same methods for a set at a URL. ``location`` is its name in messages.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.location = str(folder)
-        self.folder = folder
-
-    def claim(self, plan: dict[str, Any]) -> None:
-        """Write the plan to the empty location; raises as label_set.claim if it has another."""
-        label_set.claim(self.folder, plan)
-
-    def fetch(self, name: str) -> None:
-        """Update a file of ``folder`` from the location."""
-
-    def refetch(self, name: str) -> bool:
-        """Fetch a damaged file of ``folder`` again; return False if there is no other copy."""
-        return False
-
-    def fetch_all(self, *, require_complete: bool = False) -> None:
-        """Update all files of ``folder`` from the location.
-
-        With ``require_complete``, raises LabelSetError if a set at a URL has no manifest, or a file
-        is not the one in the manifest.
-        """
-
-    def is_missing(self, name: str) -> bool:
-        """Return whether a file of ``folder`` was not uploaded."""
-        return False
-
-    def upload(self, name: str, *, replace: bool = False, damaged: bool = False) -> bool:
-        """Upload a file of ``folder``; return False if another one was uploaded first.
-
-        That one then replaces the file in ``folder``. ``replace`` replaces every file at the
-        location, ``damaged`` only the file that was last fetched, as far as the object store can
-        compare.
-        """
-        return True
 
 
 def open_store(config: CacheConfig, location: Location) -> Store:
@@ -96,13 +56,15 @@ def local_folder(config: CacheConfig, labels: Location, *, require_complete: boo
 class RemoteStore(Store):
     """A label set at ``url``; ``folder`` is its copy in the cache."""
 
+    keeps_temporary_files = False  # the cache removes those of its copies
+
     def __init__(self, url: str, cache: Cache) -> None:
         self.url = url
         super().__init__(cache.path_of(url.rstrip("/")))
         self.location = shown(url)
         self._cache = cache
         _open_copies.append(hold(self.folder))
-        display_names.set_display_name(self.folder, self.location.rstrip("/"))
+        set_display_name(self.folder, self.location.rstrip("/"))
         self._remote: dict[str, File] = {}
         with self._locked():
             self._list()

@@ -15,7 +15,7 @@ from mealv2.storage.urls import PIPE, is_url, without_secrets
 from pipeline import console
 from pipeline.config import JobsConfig, flag
 from pipeline.labelling.jobs import Job
-from pipeline.labelling.shards import STOPPED
+from pipeline.labelling.stopping import STOPPED
 from pipeline.runtime import env
 from pipeline.runtime.device import gpu_of
 from pipeline.runtime.signals import StopFlag, stop_on_signal

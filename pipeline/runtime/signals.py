@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
-class StopRequested(Exception):  # noqa: N818  # the user asked for it: not an error
-    """A signal asked the run to save and stop."""
+from mealv2.errors import StopRequested as StopRequested  # a public name of this module
 
 
 class StopFlag:

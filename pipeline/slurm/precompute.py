@@ -5,13 +5,15 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
+from mealv2.labelling.manifest import check_shards, complete_of, incomplete_of
+from mealv2.labelling.plan import plan_shards
+from mealv2.labelling.store import Store
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import json_sha256
 from pipeline import console
 from pipeline.config import PrecomputeConfig, SlurmPrecomputeConfig, StageCommand, plain
-from pipeline.labelling.manifest import check_shards, complete_of, incomplete_of
-from pipeline.labelling.plan import open_sources, plan_shards
-from pipeline.labelling.store import Store, open_store
+from pipeline.labelling.sources import open_sources
+from pipeline.labelling.store import open_store
 from pipeline.slurm import scripts, submitting
 from pipeline.slurm.submitting import Submission
 

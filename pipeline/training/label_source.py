@@ -22,6 +22,7 @@ from mealv2.label_set import (
     check_same_data,
     read_manifest,
 )
+from mealv2.labelling.annotator import Annotator
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.soft_labels import Labels
 from mealv2.storage.json_format import read_json
@@ -30,7 +31,6 @@ from mealv2.views import DrawnViews, Views
 from pipeline import console
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
 from pipeline.labelling import teachers
-from pipeline.labelling.annotate import Annotator
 from pipeline.labelling.compatibility import (
     build_original_teachers,
     choose_resize,

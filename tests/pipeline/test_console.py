@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from mealv2 import text as texts
 from mealv2.errors import ConfigError
-from pipeline import console, display_names
+from pipeline import console
 from pipeline.training import checkpoint
 from pipeline.training.run_folder import REPORT_NAME, RunFolder, prepare_folder
 
@@ -228,15 +229,15 @@ def test_process_that_is_killed_while_it_talks_does_not_silence_its_parent() -> 
 
 
 def test_a_copy_goes_by_what_it_is_a_copy_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display_names, "_display_names", {})
-    display_names.set_display_name(Path("/cache/s3/b/labels"), "s3://b/labels")
+    monkeypatch.setattr(texts, "_display_names", {})
+    texts.set_display_name(Path("/cache/s3/b/labels"), "s3://b/labels")
     for text, told in {
         "/cache/s3/b/labels: no": "s3://b/labels: no",
         "see /cache/s3/b/labels/a.h5.": "see s3://b/labels/a.h5.",
         "in /cache/s3/b/labels.": "in s3://b/labels.",
         "/cache/s3/b/labels-2, /cache/s3/b/labels.old": None,
     }.items():
-        assert display_names.use_display_names(text) == (told or text)
+        assert texts.use_display_names(text) == (told or text)
 
 
 def test_one_thing_has_no_plural() -> None:

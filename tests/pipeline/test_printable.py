@@ -16,7 +16,8 @@ import pytest
 
 import cli
 from conftest import Result
-from pipeline import console, display_names
+from mealv2.text import printable, shortened
+from pipeline import console
 from pipeline.load_model import spreadsheet_cell
 
 ROOT = Path(cli.__file__).parent
@@ -26,7 +27,7 @@ EVIL = "=cmd|'\x1b[2J\x1b]0;owned\x07\u202etxt"
 
 @pytest.mark.parametrize("code", CONTROL)
 def test_no_control_character_is_printed(code: int) -> None:
-    text = display_names.printable(f"a{chr(code)}b")
+    text = printable(f"a{chr(code)}b")
     assert text.isascii()
     assert text.isprintable()
     assert f"{code:x}" in text
@@ -34,8 +35,8 @@ def test_no_control_character_is_printed(code: int) -> None:
 
 def test_text_of_any_language_stays(capsys: pytest.CaptureFixture[str]) -> None:
     text = "Füchse\t狐\n\N{FOX FACE} \\x1b"
-    assert display_names.printable(text) == text
-    assert display_names.printable("a\nb\tc", is_line=True) == r"a\nb\tc"
+    assert printable(text) == text
+    assert printable("a\nb\tc", is_line=True) == r"a\nb\tc"
     console.info(f"{text}\x1b[1m")
     assert capsys.readouterr().err == f"{text}\\x1b[1m\n"
 
@@ -47,10 +48,10 @@ def test_cells_of_tables_and_lists_of_names_are_one_line() -> None:
 
 def test_a_very_long_message_keeps_its_begin_and_end() -> None:
     text = f"--img-size {'9' * 9999} is no size"
-    assert len(display_names.shortened(text)) <= 2001
-    assert display_names.shortened(text).startswith("--img-size 9")
-    assert display_names.shortened(text).endswith("9 is no size")
-    assert display_names.shortened(text[:2000]) == text[:2000]
+    assert len(shortened(text)) <= 2001
+    assert shortened(text).startswith("--img-size 9")
+    assert shortened(text).endswith("9 is no size")
+    assert shortened(text[:2000]) == text[:2000]
 
 
 def test_everything_is_printed_at_one_place() -> None:

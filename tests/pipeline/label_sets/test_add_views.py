@@ -12,7 +12,7 @@ import stored
 from conftest import Result, Spawned
 from mealv2 import label_set
 from mealv2.label_set import LabelSet
-from pipeline.labelling import shards
+from mealv2.labelling import shards
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""pipeline.labelling.annotate: exact batches, all views of an image or none, few waits."""
+"""mealv2.labelling.annotator: exact batches, all views of an image or none, few waits."""
 
 import threading
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.requests import Batch
 from mealv2.errors import DataError
 from mealv2.label_set import Encoding
+from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.plan import LabelSplit, batch_requests
+from mealv2.labelling.shards import BackgroundWriter, view_counter
 from mealv2.models.ensemble import TeacherEnsemble, combine
 from mealv2.views import DrawnViews
-from pipeline.labelling.annotate import Annotator
-from pipeline.labelling.plan import LabelSplit, batch_requests
-from pipeline.labelling.shards import BackgroundWriter, view_counter
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopRequested
 from syncs import recorded_syncs

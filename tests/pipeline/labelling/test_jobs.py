@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from conftest import Result, Spawned
 from mealv2.errors import ConfigError
 from mealv2.label_set import Shard, planned_shards, read_plan, read_shard, write_shard
+from mealv2.labelling import shards
+from mealv2.labelling.annotator import Annotations, Annotator
+from mealv2.labelling.plan import LabelSplit
 from mealv2.storage.atomic import file_stamp
-from pipeline.labelling import shards
-from pipeline.labelling.annotate import Annotations, Annotator
 from pipeline.labelling.jobs import Job
-from pipeline.labelling.plan import LabelSplit
 from pipeline.runtime import env
 
 Run = Callable[..., Result]

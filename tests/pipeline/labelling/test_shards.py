@@ -1,4 +1,4 @@
-"""pipeline.labelling.shards: views added to a finished set are files of their own."""
+"""mealv2.labelling.shards: views added to a finished set are files of their own."""
 
 import shutil
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from mealv2.label_set import (
     read_shard,
     write_shard,
 )
+from mealv2.labelling import shards
+from mealv2.labelling.plan import LabelSplit
 from mealv2.views import view_of
-from pipeline.labelling import shards
-from pipeline.labelling.plan import LabelSplit
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]

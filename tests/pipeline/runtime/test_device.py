@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mealv2.errors import ConfigError
+from mealv2.runtime import library_versions
 from pipeline.config import EvaluateConfig
-from pipeline.runtime.device import create_runtime, library_versions
+from pipeline.runtime.device import create_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.runtime.signals import StopRequested, stop_on_signal
 

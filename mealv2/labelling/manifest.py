@@ -14,11 +14,12 @@ import numpy as np
 from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from mealv2.label_set import CheckedShard, PlannedShard, ShardFile, creating_command
+from mealv2.labelling.store import Store
+from mealv2.messages import info, progress
+from mealv2.runtime import library_versions
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256
 from mealv2.storage.json_format import json_sha256
-from pipeline import console, display_names
-from pipeline.labelling.store import RemoteStore, Store
-from pipeline.runtime.device import library_versions
+from mealv2.text import count, first_names, table, use_display_names
 
 MISSING = "missing"
 _NUM_READERS = 4  # threads that read shards
@@ -57,7 +58,7 @@ def write_manifest(
     if incomplete := incomplete_of(found):
         raise LabelSetError(
             f"{store.location}: {count_incomplete(incomplete)} of "
-            f"{console.count(len(shards), 'shard')} ({console.first_names(incomplete)}); run the "
+            f"{count(len(shards), 'shard')} ({first_names(incomplete)}); run the "
             f"same {creating_command(plan)} again, then `mealv2 labels finish {store.location}`"
         )
     splits = {}
@@ -90,7 +91,7 @@ def check_shards(
     """Return every shard by name: checked, or why it is missing or damaged."""
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checking") as threads:
         found = threads.map(partial(_check_shard, folder, plan_sha256=plan_sha256), shards)
-        checked = console.progress(found, total=len(shards), what="checking", unit="shards")
+        checked = progress(found, total=len(shards), what="checking", unit="shards")
         return {shard.name: result for shard, result in zip(shards, checked, strict=True)}
 
 
@@ -100,7 +101,7 @@ def _check_shard(folder: Path, shard: PlannedShard, *, plan_sha256: str) -> Chec
     except FileNotFoundError:
         return MISSING
     except LabelSetError as error:
-        return display_names.use_display_names(str(error))
+        return use_display_names(str(error))
     except OSError as error:
         return f"cannot read {folder / shard.name}: {error.strerror}"
 
@@ -149,8 +150,8 @@ def describe_split(
     _, first = blocks[0]
     skipped = {key: image["reason"] for s in first for key, image in s.header["skipped"].items()}
     if skipped:
-        images = console.count(len(skipped), "image")
-        console.info(f"{split}: {images} skipped, listed in manifest.json")
+        images = count(len(skipped), "image")
+        info(f"{split}: {images} skipped, listed in manifest.json")
     has_counts = all(shard.header["counts"] for shard in first)  # of correct predictions
     hashes = {key: value for shard in first for key, value in shard.hashes.items()}
     content = label_set.content_of(hashes)
@@ -168,9 +169,9 @@ def _log_replaced(before: Mapping[str, str], splits: Mapping[str, Any]) -> None:
     now = {shard["name"]: shard["sha256"] for shard in label_set.listed_shards(splits)}
     replaced = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     if replaced:
-        console.info(
-            f"replaced since the previous manifest: {console.count(len(replaced), 'shard')} "
-            f"({console.first_names(sorted(replaced))})"
+        info(
+            f"replaced since the previous manifest: {count(len(replaced), 'shard')} "
+            f"({first_names(sorted(replaced))})"
         )
 
 
@@ -190,11 +191,11 @@ def is_complete(
         label_set.check_planned_shard(ShardFile(path), shard, plan_sha256)
         if listed_sha256 in (None, file_sha256(path)):
             return True
-        console.info(f"shard {path} is not the one in the manifest; making it again")
+        info(f"shard {path} is not the one in the manifest; making it again")
     except FileNotFoundError:
         pass
     except LabelSetError as error:
-        console.info(f"{error}; making it again")
+        info(f"{error}; making it again")
     return False
 
 
@@ -220,7 +221,7 @@ def _added_blocks(
             blocks.append(describe_block(views, complete))
             stop = views.stop
         else:
-            console.info(
+            info(
                 f"views {views.start} to {views.stop - 1} are not complete and not listed; "
                 "`mealv2 labels add-views` completes them"
             )
@@ -261,9 +262,9 @@ def log_accuracy(accuracy: dict[str, Any], num_classes: int) -> None:
     ensemble = accuracy["ensemble"]
     known = [*((t["model"], t) for t in accuracy["teachers"]), ("ensemble", ensemble)]
     rows = [[name, f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in known]
-    console.info(console.table([["teachers on the validation split", "top-1", "top-5"], *rows]))
+    info(table([["teachers on the validation split", "top-1", "top-5"], *rows]))
     if ensemble["top1"] < 200.0 / num_classes:
-        console.info(
+        info(
             "the ensemble is hardly better than chance: check that the teachers were trained on "
             "these classes, in this order"
         )
@@ -299,11 +300,11 @@ def temporary_files(folder: Path) -> dict[str, dict[str, float]]:
 def _log_temporary_files(store: Store) -> None:
     """Log the temporary files of a folder; they stay, because a running job may own them."""
     files = temporary_files(store.folder)
-    if not files or isinstance(store, RemoteStore):  # the cache removes those of its copies
+    if not files or not store.keeps_temporary_files:
         return
     num_old = sum(file["age_s"] > _OLD_S for file in files.values())
-    console.info(
-        f"{store.location} holds {console.count(len(files), 'temporary file')} of jobs that were "
+    info(
+        f"{store.location} holds {count(len(files), 'temporary file')} of jobs that were "
         f"killed or still run ({TEMPORARY_PREFIX}*), {num_old} of them older than a day; remove "
         "them when no job runs"
     )

@@ -1,7 +1,7 @@
 """Compare the images of a source with those that a label set labels, by content."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,7 +10,8 @@ from mealv2.data.content_hash import NOT_LABELLED, KnownHashes
 from mealv2.data.requests import announce
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError
-from pipeline import console
+from mealv2.messages import info, progress
+from mealv2.text import count, first_names, size_of
 
 _MB = 1_000_000
 _CHUNK = 64  # images of a thread's task
@@ -33,9 +34,9 @@ class Compared:
 
     def summary(self) -> str:
         """Return the counts and the rate as text."""
-        rate = console.size_of(self.bytes / max(self.seconds, 1e-9))
-        images = console.count(self.images, "image")
-        return f"{images}, {console.size_of(self.bytes)}, {rate}/s"
+        rate = size_of(self.bytes / max(self.seconds, 1e-9))
+        images = count(self.images, "image")
+        return f"{images}, {size_of(self.bytes)}, {rate}/s"
 
 
 def compare_images(
@@ -65,15 +66,21 @@ def compare_images(
     with ThreadPoolExecutor(max(1, workers), "mealv2-compare") as pool:
         waiting = iter(chunks)
         running = [pool.submit(compare, chunk) for chunk in islice(waiting, 4 * max(1, workers))]
-        with console.ProgressBar(num_bytes // _MB, what=what, unit="MB") as bar:
+
+        def parts() -> Iterator[Compared]:
             while running:
-                part = running.pop(0).result()
-                running += [pool.submit(compare, chunk) for chunk in islice(waiting, 1)]
-                found.images += part.images
-                found.bytes += part.bytes
-                found.different |= part.different
-                found.unreadable |= part.unreadable
-                bar.update(found.bytes // _MB - (found.bytes - part.bytes) // _MB)
+                yield running.pop(0).result()
+                running.extend(pool.submit(compare, chunk) for chunk in islice(waiting, 1))
+
+        def megabytes(part: Compared) -> int:
+            return found.bytes // _MB - (found.bytes - part.bytes) // _MB
+
+        total = num_bytes // _MB
+        for part in progress(parts(), total=total, what=what, unit="MB", size=megabytes):
+            found.images += part.images
+            found.bytes += part.bytes
+            found.different |= part.different
+            found.unreadable |= part.unreadable
     found.seconds = time.monotonic() - began
     return found
 
@@ -100,11 +107,11 @@ def require_same(
     if not bad:
         return
     for key, reason in list(bad.items())[:_MAX_LOGGED]:
-        console.info(f"{source.name}/{key}: {reason}")
+        info(f"{source.name}/{key}: {reason}")
     total = found.images + len(found.unreadable)
     kinds = [f"{len(found.different)} with another content"] * bool(found.different)
     kinds += [f"{len(found.unreadable)} that cannot be read"] * bool(found.unreadable)
     raise LabelSetError(
-        f"{len(bad)} of {console.count(total, 'image')} of {source.name} are not the pictures that "
-        f"{labels} labels ({' and '.join(kinds)}): {console.first_names(sorted(bad))}; {advice}"
+        f"{len(bad)} of {count(total, 'image')} of {source.name} are not the pictures that "
+        f"{labels} labels ({' and '.join(kinds)}): {first_names(sorted(bad))}; {advice}"
     )

@@ -1,14 +1,13 @@
 """Make the missing shards of a label set: read views, run the teachers, encode, write."""
 
 import errno
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -16,24 +15,33 @@ from mealv2 import label_set
 from mealv2.data.content_hash import hash_text
 from mealv2.data.loader import read_views
 from mealv2.data.requests import Batch, BatchRequest
-from mealv2.errors import DataError, RemoteError, StoppedError
+from mealv2.errors import DataError, RemoteError, StopRequested
 from mealv2.label_set import Encoding, Images, Shard, ShardFile, stored_class
+from mealv2.labelling.annotator import Annotations, Annotator
+from mealv2.labelling.compare import compare_images, require_same
+from mealv2.labelling.manifest import is_complete
+from mealv2.labelling.plan import LabelSplit, batch_requests
+from mealv2.labelling.store import Store
+from mealv2.messages import info, progress
+from mealv2.runtime import LocalRuntime
 from mealv2.storage.atomic import DISK_FULL, Stamp, file_stamp
-from pipeline import console, display_names
-from pipeline.labelling.annotate import Annotations, Annotator
-from pipeline.labelling.manifest import is_complete
-from pipeline.labelling.plan import LabelSplit, batch_requests
-from pipeline.labelling.store import Store
-from pipeline.loading.compare import compare_images, require_same
-from pipeline.runtime.device import Runtime
-from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
+from mealv2.text import count, use_display_names
 
 # Errors of one shard that the next shard may not have: of its images, the device, the file system,
 # the object store.
 _SHARD_ERRORS = (DataError, RemoteError, OSError, RuntimeError)
 _BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that would fail every shard
 _NO_SPACE = DISK_FULL | {errno.EROFS}
-STOPPED = "stopped; complete shards are kept: run the same command again to continue"
+
+
+CompleteCheck = Callable[[LabelSplit, Sequence[int]], None]  # of shards of a split, by number
+
+
+class Stop(Protocol):
+    """Asked before every batch whether to go no further; a StopFlag."""
+
+    def check(self) -> None:
+        """Raise StopRequested to stop."""
 
 
 def find_missing(
@@ -64,9 +72,7 @@ def find_missing(
             store.upload(name)
     if len(missing) < len(numbers):
         num_complete = len(numbers) - len(missing)
-        console.info(
-            f"{split.name}: {num_complete} of {console.count(len(numbers), 'shard')} complete"
-        )
+        info(f"{split.name}: {num_complete} of {count(len(numbers), 'shard')} complete")
     return missing
 
 
@@ -96,7 +102,7 @@ def check_complete(
         what=f"images of complete shards of {split.name}",
     )
     if found.images:
-        console.info(f"{split.name}: {found.summary()} compared with the labelled ones")
+        info(f"{split.name}: {found.summary()} compared with the labelled ones")
     advice = "give the data that was labelled, or a new --output"
     require_same(found, source, store.location, advice=advice, skip_unreadable=skip_unreadable)
 
@@ -108,7 +114,7 @@ def label_shards(
     store: Store,
     *,
     workers: int,
-    stop: StopFlag | None = None,
+    stop: Stop | None = None,
     failed: dict[str, str] | None = None,
 ) -> None:
     """Label and write the shards that ``find_missing`` returned.
@@ -153,17 +159,17 @@ def label_shards(
 
 def _read_views(
     split: LabelSplit,
-    runtime: Runtime,
+    runtime: LocalRuntime,
     requests: Mapping[int, list[BatchRequest]],
     *,
     workers: int,
-    stop: StopFlag | None,
+    stop: Stop | None,
 ) -> Iterator[Batch]:
     """Return an iterator over the views of some shards, batch by batch, with a progress bar."""
     in_order = [request for of_shard in requests.values() for request in of_shard]
     pin_memory = runtime.should_pin_memory
     views = read_views(split.reader, in_order, workers=workers, pin_memory=pin_memory)
-    return console.progress(
+    return progress(
         views if stop is None else _until_stopped(views, stop),
         total=sum(len(split.shards[number]) for number in requests) * len(split.views),
         what=f"labelling {split.name}",
@@ -172,7 +178,7 @@ def _read_views(
     )
 
 
-def _until_stopped(views: Iterable[Batch], stop: StopFlag) -> Iterator[Batch]:
+def _until_stopped(views: Iterable[Batch], stop: Stop) -> Iterator[Batch]:
     for batch in views:
         stop.check()
         yield batch
@@ -234,29 +240,14 @@ def _record_failure(failed: dict[str, str] | None, name: str, error: Exception) 
     if failed is None or isinstance(error, _BUGS) or codes & _NO_SPACE:
         raise error
     failed[name] = _reason(error)
-    console.info(f"shard {name} failed: {failed[name]}; continuing with the other shards")
+    info(f"shard {name} failed: {failed[name]}; continuing with the other shards")
 
 
 def _reason(error: Exception) -> str:
     """Return the cause of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return display_names.use_display_names(
-        (str(error).strip().splitlines() or [type(error).__name__])[0]
-    )
-
-
-@contextmanager
-def stop_between_batches() -> Iterator[StopFlag]:
-    """Turn Ctrl-C into StoppedError between two batches, after the writer has finished.
-
-    SIGTERM kills the process, because schedulers requeue jobs that a signal killed.
-    """
-    with stop_on_signal(signal.SIGINT) as stop:
-        try:
-            yield stop
-        except StopRequested:
-            raise StoppedError(STOPPED) from None
+    return use_display_names((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 class BackgroundWriter:

@@ -4,22 +4,46 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
-from mealv2 import label_set
+from mealv2 import defaults, label_set
 from mealv2.data.extra import WithExtra
+from mealv2.data.held_out import HeldOut
 from mealv2.data.loader import ViewReader
-from mealv2.data.pixels import interpolation, probe_sha256
+from mealv2.data.pixels import Resize, interpolation, probe_sha256
 from mealv2.data.requests import CENTRE, BatchRequest
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
 from mealv2.label_set import PlannedShard
+from mealv2.labelling.annotator import Annotator
 from mealv2.storage.json_format import json_sha256
-from mealv2.view_recipe import RESIZE_OVER_CROP
+from mealv2.view_recipe import RESIZE_OVER_CROP, ViewRecipe
 from mealv2.views import DrawnViews
-from pipeline.config import DEFAULT_SHARD_SIZE, PrecomputeConfig
-from pipeline.labelling.annotate import Annotator
-from pipeline.loading.sources import held_out_of, open_images, open_split, with_extra
+
+
+class LabellingSettings(Protocol):
+    """The settings that determine the views and the shards; a PrecomputeConfig has them.
+
+    ``shard_size`` None is ``defaults.SHARD_SIZE``, or with tar shards a shard for each tar file.
+    """
+
+    @property
+    def num_views(self) -> int: ...
+
+    @property
+    def view_seed(self) -> int: ...
+
+    @property
+    def view_recipe(self) -> ViewRecipe: ...
+
+    @property
+    def img_size(self) -> int: ...
+
+    @property
+    def resize(self) -> Resize: ...
+
+    @property
+    def shard_size(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -48,32 +72,24 @@ class LabelSplit:
         return [PlannedShard(self.name, n, views, images) for n, images in enumerate(self.shards)]
 
 
-def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
-    """Open the images to label by split, validation first. Raises as open_images."""
-    held_out = held_out_of(config, train_split=config.train_split)
-    train = open_images(config, config.data_dir, config.train_split, held_out=held_out)
-    classes = list(train.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
-    train = with_extra(config, train, config.extra_data)
-    return {"train": train} if val is None else {"val": val, "train": train}
-
-
 def make_plan(
-    config: PrecomputeConfig,
+    settings: LabellingSettings,
     sources: dict[str, ImageSource],
     annotator: Annotator,
     described: list[dict[str, Any]],
+    *,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines the labels, as JSON: equal plans give equal labels.
 
-    ``described`` are the teachers, from ``teachers.build``. Raises ConfigError as plan_shards.
+    ``described`` are the teachers, from ``make_ensemble``; ``held_out`` are the validation images
+    that were taken from the training images. Raises ConfigError as plan_shards.
     """
     views = {
-        "train": DrawnViews(config.view_seed, config.view_recipe).entry(),
+        "train": DrawnViews(settings.view_seed, settings.view_recipe).entry(),
         "val": {"name": "centre-crop", "resize_over_crop": list(RESIZE_OVER_CROP)},
     }
-    shards = plan_shards(config, sources)
-    held_out = held_out_of(config, train_split=config.train_split)
+    shards = plan_shards(settings, sources)
     common = {} if held_out is None else {"held_out": held_out.as_json()}
     return {
         **shards,
@@ -82,9 +98,9 @@ def make_plan(
         "teachers": described,
         "ensemble": "mean of softmax",
         "precision": annotator.runtime.precision,
-        "img_size": config.img_size,
-        "interpolation": interpolation(config.resize),
-        "probe_sha256": probe_sha256(config.resize),
+        "img_size": settings.img_size,
+        "interpolation": interpolation(settings.resize),
+        "probe_sha256": probe_sha256(settings.resize),
         "labels": annotator.encoding.plan(),
         "roles": {
             name: {
@@ -108,22 +124,22 @@ def _extra_of(source: ImageSource) -> dict[str, Any]:
     return {"extra": [{"name": name, "num_images": len(folder)} for name, folder in named]}
 
 
-def plan_shards(config: PrecomputeConfig, sources: dict[str, ImageSource]) -> dict[str, Any]:
+def plan_shards(settings: LabellingSettings, sources: dict[str, ImageSource]) -> dict[str, Any]:
     """Return the part of a plan that needs no teacher: images and shards.
 
     ``label_set.planned_shards`` reads it. Raises ConfigError if --shard-size has no effect.
     """
     plan: dict[str, Any] = {"format_version": label_set.FORMAT_VERSION, "roles": {}}
     for name, source in sources.items():
-        num_views = config.num_views if name == "train" else 1
+        num_views = settings.num_views if name == "train" else 1
         entry: dict[str, Any] = {"num_images": len(source), "num_views": num_views}
         plan["roles"][name] = entry
         if source.shard_starts is None:
-            plan["shard_size"] = config.shard_size or DEFAULT_SHARD_SIZE
+            plan["shard_size"] = settings.shard_size or defaults.SHARD_SIZE
         else:  # a shard of labels for each tar file
             ends = [*source.shard_starts, len(source)]
             entry["shard_sizes"] = [b - a for a, b in itertools.pairwise(ends)]
-    if config.shard_size is not None and "shard_size" not in plan:
+    if settings.shard_size is not None and "shard_size" not in plan:
         raise ConfigError(
             "--shard-size has no effect on tar shards: each tar file gets its own label shard"
         )
@@ -131,19 +147,19 @@ def plan_shards(config: PrecomputeConfig, sources: dict[str, ImageSource]) -> di
 
 
 def splits_of(
-    config: PrecomputeConfig, sources: dict[str, ImageSource], plan: dict[str, Any]
+    settings: LabellingSettings, sources: dict[str, ImageSource], plan: dict[str, Any]
 ) -> list[LabelSplit]:
     """Return the splits to label, validation first, with the shards of the plan."""
-    views = {"val": (CENTRE,), "train": tuple(range(config.num_views))}
-    drawn = DrawnViews(config.view_seed, config.view_recipe)
+    views = {"val": (CENTRE,), "train": tuple(range(settings.num_views))}
+    drawn = DrawnViews(settings.view_seed, settings.view_recipe)
     planned = label_set.planned_shards(plan)
     splits = []
     for name, source in sources.items():
         reader = ViewReader(
             source,
-            img_size=config.img_size,
+            img_size=settings.img_size,
             views=drawn,
-            resize=config.resize,
+            resize=settings.resize,
             keeps_hashes=True,
         )
         shards = [s.images for s in planned if s.split == name and s.images is not None]

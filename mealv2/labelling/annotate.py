@@ -1,0 +1,169 @@
+"""Stage one from Python: label views of images with teachers, into a label set."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mealv2 import defaults
+from mealv2.data.memory import ImageSequence, KeyedImage
+from mealv2.data.open import open_source
+from mealv2.data.pixels import Resize
+from mealv2.data.source import ImageSource
+from mealv2.errors import ConfigError, OnBadImage
+from mealv2.label_set import LabelSet
+from mealv2.labelling.annotator import Annotator, choose_encoding
+from mealv2.labelling.label_set import make_label_set
+from mealv2.labelling.plan import make_plan, splits_of
+from mealv2.labelling.shards import check_complete
+from mealv2.labelling.store import Store
+from mealv2.labelling.teachers import FunctionTeacher, load_teacher, make_ensemble
+from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.runtime import LocalRuntime
+from mealv2.storage.weight_files import find_checkpoint
+from mealv2.view_recipe import ViewRecipe
+from mealv2.views import PAPER_RECIPE
+
+Images = str | os.PathLike[str] | ImageSource | Sequence[KeyedImage]
+Teacher = str | nn.Module | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings that determine views and shards."""
+
+    num_views: int
+    view_seed: int
+    img_size: int
+    resize: Resize
+    view_recipe: ViewRecipe
+    shard_size: int | None
+
+
+def annotate(
+    images: Images,
+    teachers: Sequence[Teacher],
+    output: str | os.PathLike[str],
+    *,
+    val_images: Images | None = None,
+    train_split: str = "train",
+    val_split: str | None = "val",
+    classes: Sequence[str] | None = None,
+    num_views: int = defaults.NUM_VIEWS,
+    view_seed: int = 0,
+    img_size: int = defaults.IMG_SIZE,
+    resize: Resize = "torch",
+    view_recipe: ViewRecipe = PAPER_RECIPE,
+    rate: float | None = None,
+    topk: int | Literal["all"] | None = None,
+    label_dtype: Literal["float16", "float32"] | None = None,
+    store_logits: bool = False,
+    shard_size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 2,
+    device: str | torch.device | None = None,
+    amp_dtype: torch.dtype | None = None,
+    on_bad_image: OnBadImage = "fail",
+) -> LabelSet:
+    """Label views of images with teachers, as `mealv2 precompute` does; return the label set.
+
+    ``images`` are a data set as for ``--data-dir``, of which ``train_split`` and, unless it is
+    None, ``val_split`` are labelled; or an ImageSource, or a sequence of (key, encoded image, class
+    name or id of ``classes``), with ``val_images`` of the same kinds. Validation images are
+    labelled once, at the centre crop. A teacher is ``NAME`` or
+    ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or any module or function from images,
+    uint8 B x 3 x S x S on the device, to logits B x C: it normalises them itself. The plan has a
+    module's class and the hash of its weights, but only the name of a function.
+
+    The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
+    give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
+    error. ``device`` None is a GPU if there is one. Messages go to the logger ``mealv2``. Raises
+    MealError and OSError.
+    """
+    if val_images is None and val_split is not None and isinstance(images, str | os.PathLike):
+        val_images = images
+    sources = _sources(images, val_images, (train_split, val_split or "val"), classes)
+    names = sources["train"].classes
+    if num_views < 1 or batch_size < 1:
+        raise ConfigError(f"num_views {num_views}, batch_size {batch_size}: must be at least 1")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    runtime = LocalRuntime(torch.device(chosen), amp_dtype)
+    encoding = choose_encoding(
+        len(names), rate=rate, topk=topk, label_dtype=label_dtype, store_logits=store_logits
+    )
+    models = [_teacher(teacher, names, img_size) for teacher in teachers]
+    ensemble, described = make_ensemble(models)
+    ensemble = runtime.to_device(ensemble)
+    _check_logits(ensemble, runtime.device, described, img_size=img_size, num_classes=len(names))
+    annotator = Annotator(ensemble, runtime, encoding, batch_size, on_bad_image)
+    settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
+    plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
+    store.claim(plan)
+    check = partial(
+        check_complete, store=store, workers=workers, skip_unreadable=on_bad_image == "skip"
+    )
+    splits = splits_of(settings, sources, plan)
+    make_label_set(splits, plan, annotator, store, workers=workers, check_complete=check)
+    return LabelSet.open(store.folder)
+
+
+def _sources(
+    images: Images,
+    val_images: Images | None,
+    splits: tuple[str, str],
+    classes: Sequence[str] | None,
+) -> dict[str, ImageSource]:
+    """Return the images to label by split, validation first."""
+    train = _source(images, splits[0], classes)
+    if val_images is None:
+        return {"train": train}
+    val = _source(val_images, splits[1], train.classes)
+    if val.classes != train.classes:
+        raise ConfigError(
+            "the validation images have other classes than the training images; give images of "
+            "the same classes, or val_split=None"
+        )
+    return {"val": val, "train": train}
+
+
+def _source(images: Images, split: str, classes: Sequence[str] | None) -> ImageSource:
+    if isinstance(images, str | os.PathLike):
+        return open_source(Path(images), split)
+    if isinstance(images, Sequence):
+        keyed = cast(Sequence[KeyedImage], images)  # a str is a sequence too, but was a path
+        return ImageSequence(keyed, split=split, classes=classes)
+    return images
+
+
+def _teacher(teacher: Teacher, classes: Sequence[str], img_size: int) -> nn.Module:
+    if isinstance(teacher, str):
+        name, _, path = teacher.partition("=")
+        checkpoint = find_checkpoint(Path(path)) if path else None
+        return load_teacher(name, checkpoint, classes=classes, img_size=img_size)
+    return teacher if isinstance(teacher, nn.Module) else FunctionTeacher(teacher)
+
+
+def _check_logits(
+    ensemble: TeacherEnsemble,
+    device: torch.device,
+    described: Sequence[dict[str, object]],
+    *,
+    img_size: int,
+    num_classes: int,
+) -> None:
+    """Raise ConfigError for a teacher that does not give B x C logits."""
+    images_BCHW = torch.zeros(2, 3, img_size, img_size, dtype=torch.uint8, device=device)
+    for call, teacher in zip(ensemble.calls, described, strict=True):
+        with torch.inference_mode():
+            logits = call(images_BCHW)
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigError(
+                f"teacher {teacher['model']} gives {found} for 2 images; the data has "
+                f"{num_classes} classes, so logits of (2, {num_classes}) are needed"
+            )

@@ -1,0 +1,181 @@
+"""mealv2.annotate: stage one from Python gives the files of `mealv2 precompute`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mealv2
+from mealv2 import messages
+from mealv2.data.folder import ImageFolder
+from mealv2.data.memory import ImageSequence
+from mealv2.errors import ConfigError, DataError, LabelSetError
+from mealv2.label_set import UNKNOWN, LabelSet
+
+SETTINGS = {"img_size": 32, "num_views": 4, "view_seed": 7, "shard_size": 10, "batch_size": 16}
+TOP2: dict[str, Any] = {"topk": 2, "label_dtype": "float16", "workers": 0, "device": "cpu"}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def in_memory(data_dir: Path, split: str) -> list[tuple[str, bytes, str]]:
+    source = ImageFolder(data_dir, split)
+    rows = enumerate(zip(source.keys, source.labels, strict=True))
+    return [(key, source.read(i), source.classes[label]) for i, (key, label) in rows]
+
+
+def test_a_folder_gives_the_files_of_precompute(
+    data_dir: Path, teacher_dirs: dict[str, Path], labels_dir: Path, tmp_path: Path
+) -> None:
+    teachers = [f"{name}={path}" for name, path in teacher_dirs.items()]
+    labels = mealv2.annotate(data_dir, teachers, tmp_path / "labels", **SETTINGS, **TOP2)
+    assert shards(labels.folder) == shards(labels_dir)
+
+
+def test_pictures_in_memory_and_modules_give_the_files_of_precompute(
+    data_dir: Path, teacher_dirs: dict[str, Path], labels_dir: Path, tmp_path: Path
+) -> None:
+    teachers = [
+        mealv2.create_classifier(name, num_classes=3, checkpoint=path, img_size=32)
+        for name, path in teacher_dirs.items()
+    ]
+    labels = mealv2.annotate(
+        in_memory(data_dir, "train"),
+        teachers,
+        tmp_path / "labels",
+        val_images=in_memory(data_dir, "val"),
+        **SETTINGS,
+        **TOP2,
+    )
+    assert shards(labels.folder) == shards(labels_dir)
+    dataset = mealv2.SoftLabelDataset(labels.folder, data_dir)
+    assert len(dataset) == 36
+
+
+class Shades(nn.Module):
+    """Logits from the mean of each colour channel."""
+
+    def __init__(self, scale: float = 4.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.scale * images_BCHW.float().mean(dim=(2, 3)) / 255.0
+
+
+def test_any_module_and_any_function_are_teachers(data_dir: Path, tmp_path: Path) -> None:
+    def reds(images_BCHW: Tensor) -> Tensor:
+        return torch.nn.functional.pad(images_BCHW[:, :1].float().mean(dim=(2, 3)) / 50.0, (0, 2))
+
+    shades = Shades()
+    folder = tmp_path / "labels"
+    labels = mealv2.annotate(
+        data_dir, [shades, reds], folder, val_split=None, topk="all", **SETTINGS, workers=0
+    )
+    dataset = mealv2.SoftLabelDataset(folder, data_dir, label="probs")
+    for index, view in ((0, 1), (17, 3)):
+        pixels, probs = dataset[index, view]
+        logits = [teacher(pixels[None]).double() for teacher in (shades, reds)]
+        expected = torch.stack(logits).softmax(dim=2).mean(dim=0)[0]
+        assert torch.allclose(probs.double(), expected, atol=1e-3)
+    module, function = labels.manifest["plan"]["teachers"]
+    assert module["model"].endswith(":Shades")
+    assert len(module["weights_sha256"]) == 64
+    assert function["model"].endswith("reds")
+    assert function["weights_sha256"] == UNKNOWN
+
+
+def test_an_interrupted_set_is_completed_and_another_plan_is_refused(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    def label(*teachers: nn.Module, **changes: Any) -> LabelSet:
+        settings = {**SETTINGS, "workers": 0, **changes}
+        return mealv2.annotate(data_dir, teachers, tmp_path / "labels", **settings)
+
+    label(Shades())
+    whole = shards(tmp_path / "labels")
+    for name in ("manifest.json", sorted(whole)[3]):
+        (tmp_path / "labels" / name).unlink()
+    label(Shades())
+    assert shards(tmp_path / "labels") == whole
+    with pytest.raises(LabelSetError, match="teachers"):
+        label(Shades(5.0))
+    with pytest.raises(LabelSetError, match="num_views"):
+        label(Shades(), num_views=3)
+
+
+def test_messages_go_to_the_logger_where_no_program_shows_them(
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(messages, "_info", logging.getLogger("mealv2").info)
+    monkeypatch.setattr(messages, "_progress", messages._silent)
+    with caplog.at_level(logging.INFO, logger="mealv2"):
+        for _ in range(2):
+            mealv2.annotate(data_dir, [Shades()], tmp_path / "labels", **SETTINGS, workers=0)
+    assert "train: 4 of 4 shards complete" in caplog.messages
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"teachers": [nn.Flatten()]}, r"gives \(2, 3072\) for 2 images"),
+        ({"teachers": [lambda images: [1]]}, "gives list for 2 images"),
+        ({"teachers": [Shades(), Shades()]}, "the same weights"),
+        ({"num_views": 0}, "num_views 0"),
+        ({"topk": 4}, "only 3 classes"),
+        ({"val_images": [("a", b"", "ants")]}, "other classes"),
+        ({"val_split": "test"}, "no folder .*test"),
+    ],
+)
+def test_what_cannot_be_labelled_is_named(
+    data_dir: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    settings: dict[str, Any] = {"teachers": [Shades()], **SETTINGS, "workers": 0, **changes}
+    if "val_images" in changes:
+        settings["val_images"] = ImageSequence(changes["val_images"])
+    with pytest.raises(ConfigError, match=named):
+        mealv2.annotate(data_dir, output=tmp_path / "labels", **settings)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_bad_picture_is_named_or_skipped(data_dir: Path, tmp_path: Path) -> None:
+    images = [*in_memory(data_dir, "train"), ("broken", b"no image", "ants")]
+    settings: dict[str, Any] = {**SETTINGS, "workers": 0}
+    with pytest.raises(DataError, match="broken"):
+        mealv2.annotate(images, [Shades()], tmp_path / "a", **settings)
+    labels = mealv2.annotate(images, [Shades()], tmp_path / "b", on_bad_image="skip", **settings)
+    assert list(labels.skipped) == ["broken"]
+
+
+# --- images in memory ----------------------------------------------------------------------------
+
+
+def test_images_in_memory_have_the_classes_of_their_names_or_those_given() -> None:
+    named = ImageSequence([("b", b"12", "cats"), ("a", b"3", "ants")])
+    assert (named.keys, named.labels, named.sizes) == (["b", "a"], [1, 0], [2, 1])
+    assert named.classes == ["ants", "cats"]
+    given = ImageSequence([("b", b"12", 2), ("a", b"3", "x")], classes=["x", "y", "z"])
+    assert (given.labels, given.read(1)) == ([2, 0], b"3")
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        ([("a", b"", "x"), ("a", b"", "x")], "key 'a' is found twice"),
+        ([("a", b"", 1)], "class 1 has no name"),
+        ([("a", b"", -1)], "class -1 has no name"),
+    ],
+)
+def test_keys_and_classes_in_memory_are_checked(images: list[Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ImageSequence(images)
