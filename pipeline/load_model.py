@@ -9,6 +9,7 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier, Preprocessing, create_classifier, read_metadata
+from mealv2.models.factory import is_factory
 from mealv2.models.released import find
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
@@ -18,6 +19,18 @@ from pipeline.config import DEFAULT_IMG_SIZE, InferenceConfig
 
 # also the full-width forms, which some spreadsheets convert
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def require_own_code_named(name: str, checkpoint: Path | None) -> None:
+    """Raise ConfigError for a model of the user's own code that only a file names.
+
+    A file may come from anywhere: code runs only if the command line names it.
+    """
+    if is_factory(name):
+        raise ConfigError(
+            f"{checkpoint} is a model of your own code, {name}, which runs only if you name it: "
+            f"give --model {name}"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
     name = config.model or stored.get("architecture")
     if name is None:
         raise ConfigError(f"{checkpoint} does not name its model; give --model")
+    if config.model is None:
+        require_own_code_named(name, checkpoint)
     released = find(name)
     own_size = stored.get("img_size") or (released.img_size if released else DEFAULT_IMG_SIZE)
     img_size = config.img_size or own_size

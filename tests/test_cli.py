@@ -738,7 +738,7 @@ def _said_in_one_line(result: Result, code: int, named: str) -> None:
     lines = [
         line
         for line in result.stderr.splitlines()
-        if not line.startswith("run folder")  # what a command may say before it fails
+        if not line.startswith(("run folder", "image "))  # what a command may say before it fails
     ]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("mealv2: ")

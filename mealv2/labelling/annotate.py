@@ -75,54 +75,56 @@ def annotate(
     ``images`` are a data set as for ``--data-dir``, of which ``train_split`` and, unless it is
     None, ``val_split`` are labelled; or an ImageSource, or a sequence of (key, encoded image, class
     name or id of ``classes``), with ``val_images`` of the same kinds. Validation images are
-    labelled once, at the centre crop. A teacher is ``NAME`` or
-    ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or any module or function from images,
-    uint8 B x 3 x S x S on the device, to logits B x C: it normalises them itself. The plan has a
-    module's class and the hash of its weights, but only the name of a function.
+    labelled once, at the centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for
+    ``--teacher``, a Classifier, or any module or function from images, uint8 B x 3 x S x S on the
+    device, to logits B x C: it normalises them itself. The plan has a module's class and the hash
+    of its weights, but only the name of a function.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
     error. ``device`` None is a GPU if there is one. Messages go to the logger ``mealv2``. Raises
     MealError and OSError.
     """
-    if val_images is None and val_split is not None and isinstance(images, str | os.PathLike):
-        val_images = images
-    sources = _sources(images, val_images, (train_split, val_split or "val"), classes)
-    names = sources["train"].classes
     if num_views < 1 or batch_size < 1:
         raise ConfigError(f"num_views {num_views}, batch_size {batch_size}: must be at least 1")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    runtime = LocalRuntime(torch.device(chosen), amp_dtype)
+    sources = _sources(images, val_images, (train_split, val_split), classes)
+    names = sources["train"].classes
+    runtime = _runtime(device, amp_dtype)
     encoding = choose_encoding(
         len(names), rate=rate, topk=topk, label_dtype=label_dtype, store_logits=store_logits
     )
-    models = [_teacher(teacher, names, img_size) for teacher in teachers]
-    ensemble, described = make_ensemble(models)
+    ensemble, described = make_ensemble([_teacher(t, names, img_size) for t in teachers])
     ensemble = runtime.to_device(ensemble)
     _check_logits(ensemble, runtime.device, described, img_size=img_size, num_classes=len(names))
     annotator = Annotator(ensemble, runtime, encoding, batch_size, on_bad_image)
     settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
     plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
     store.claim(plan)
-    check = partial(
-        check_complete, store=store, workers=workers, skip_unreadable=on_bad_image == "skip"
-    )
+    skips = on_bad_image == "skip"
+    check = partial(check_complete, store=store, workers=workers, skip_unreadable=skips)
     splits = splits_of(settings, sources, plan)
     make_label_set(splits, plan, annotator, store, workers=workers, check_complete=check)
     return LabelSet.open(store.folder)
 
 
+def _runtime(device: str | torch.device | None, amp_dtype: torch.dtype | None) -> LocalRuntime:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LocalRuntime(torch.device(chosen), amp_dtype)
+
+
 def _sources(
     images: Images,
     val_images: Images | None,
-    splits: tuple[str, str],
+    splits: tuple[str, str | None],
     classes: Sequence[str] | None,
 ) -> dict[str, ImageSource]:
     """Return the images to label by split, validation first."""
+    if val_images is None and splits[1] is not None and isinstance(images, str | os.PathLike):
+        val_images = images
     train = _source(images, splits[0], classes)
     if val_images is None:
         return {"train": train}
-    val = _source(val_images, splits[1], train.classes)
+    val = _source(val_images, splits[1] or "val", train.classes)
     if val.classes != train.classes:
         raise ConfigError(
             "the validation images have other classes than the training images; give images of "

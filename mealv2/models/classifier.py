@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mealv2.errors import ConfigError, MealError
-from mealv2.models.fitting import Rebuild, State, load_weights
-from mealv2.models.probe import check_forward, reason_of
+from mealv2.errors import ConfigError
+from mealv2.models.factory import call_factory, is_factory
+from mealv2.models.fitting import Rebuild, load_weights
+from mealv2.models.probe import check_forward
 from mealv2.models.released import (
     MEAN,
     NAMES,
@@ -27,6 +27,13 @@ from mealv2.models.released import (
     find,
     pinned_sha256,
     split_pin,
+)
+from mealv2.models.timm_models import (
+    SOURCES,
+    config_of_source,
+    create_backbone,
+    current_name,
+    rebuild,
 )
 from mealv2.models.weights import read_state, state_sha256
 from mealv2.storage.json_format import parse_json
@@ -94,51 +101,70 @@ def create_classifier(
 ) -> Classifier:
     """Build a timm or released model with its own weights, those of a checkpoint, or random ones.
 
-    ``name`` may end in ``@sha256:HEX``, which the weights file must have. ``num_classes`` None
-    keeps the model's head. ``classes`` are compared with those of the checkpoint. ``preprocessing``
-    overrides that of the checkpoint, which overrides the model's own. With ``new_head`` a
-    checkpoint of other classes gets a new head. ``model_args`` are timm's arguments beside those of
-    the checkpoint, ``rates`` its drop_rate and drop_path_rate. Raises ConfigError for an unknown
-    name, weights that do not fit and an ``img_size`` that the model cannot take, MealError if
-    pretrained weights cannot be loaded.
+    ``name`` is also ``local-dir:PATH``, ``hf-hub:NAME`` or ``package.module:function``
+    (``call_factory``), and may end in ``@sha256:HEX``, which the weights file must have.
+    ``num_classes`` None keeps the model's head. ``classes`` are compared with the checkpoint's.
+    ``preprocessing`` overrides that of the checkpoint, which overrides the model's own. With
+    ``new_head`` a checkpoint of other classes gets a new head. ``model_args`` are arguments beside
+    those of the checkpoint, ``rates`` drop_rate and drop_path_rate. Raises ConfigError for a name,
+    weights or an ``img_size`` that do not fit, MealError if pretrained weights cannot be loaded.
     """
     name, pin = split_pin(name)
-    known = find(name)
+    is_own = is_factory(name)
+    known = None if is_own else find(name)
     if known is not None:
         name = known.architecture
         if pretrained and checkpoint is None:
             checkpoint, new_head = download(known, progress=sys.stderr.isatty()), True
-    if pin and checkpoint is None:
-        raise ConfigError(f"@sha256:{pin} pins a weights file, but {name} is used without one")
+    _check_pin(name, pin, checkpoint)
     published = by_file(find_checkpoint(checkpoint).name) if checkpoint else None
     known = published or known
-    config = _timm_config(name)
-    extra: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if img_size and config.get("fixed_input_size"):
-        extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    config = {"architecture": name} if is_own else _timm_config(name)
     model_args = _kept_model_args(checkpoint, config["architecture"]) | dict(model_args or {})
-    extra |= rates | model_args
+    arguments = rates | model_args
+    extra = _timm_arguments(config, num_classes, img_size) | arguments
     if known is not None:
         extra["pretrained_cfg_overlay"] = known.timm_config
         config |= {"mean": MEAN, "std": STD}
-    backbone = _create(name, pretrained=pretrained and checkpoint is None, **extra)
+    from_name = pretrained and checkpoint is None
+    if is_own:
+        backbone = call_factory(name, num_classes, from_name, img_size, **arguments)
+        config |= backbone.pretrained_cfg  # type: ignore[operator]
+    else:
+        backbone = create_backbone(name, pretrained=from_name, **extra)
     stored, notes = dict[str, Any](), list[str]()
     if checkpoint:
-        rebuild = partial(_rebuild, name, extra)
+        adapt = None if is_own else partial(rebuild, name, extra)
         stored, notes = _load_checkpoint(
-            backbone, checkpoint, classes=classes, new_head=new_head, pin=pin, rebuild=rebuild
+            backbone, checkpoint, classes=classes, new_head=new_head, pin=pin, rebuild=adapt
         )
-    if img_size:
+    if img_size and not (is_own and checkpoint is None):
         foreign = None if checkpoint is None or "weights_sha256" in stored else checkpoint
         check_forward(backbone, img_size, name=name, weights=foreign)
-    tag = published.tag if published else config["architecture"]
-    if pretrained and not checkpoint and config.get("tag"):
-        tag = f"{tag}.{config['tag']}"
+    tag = published.tag if published else _tag(config, pretrained=from_name)
     mean, std = (tuple(stored.get(name) or config[name]) for name in ("mean", "std"))
     model = Classifier(backbone, tag=tag, preprocessing=preprocessing or Preprocessing(mean, std))
-    model.notes += notes
-    model.model_args = model_args
+    model.notes, model.model_args = notes, model_args
     return model
+
+
+def _tag(config: Mapping[str, Any], *, pretrained: bool) -> str:
+    name: str = config["architecture"]
+    return f"{name}.{config['tag']}" if pretrained and config.get("tag") else name
+
+
+def _timm_arguments(
+    config: Mapping[str, Any], num_classes: int | None, img_size: int | None
+) -> dict[str, Any]:
+    extra = {} if num_classes is None else {"num_classes": num_classes}
+    if img_size and config.get("fixed_input_size"):
+        extra["img_size"] = img_size  # a vision transformer's position embedding depends on it
+    return extra
+
+
+def _check_pin(name: str, pin: str | None, checkpoint: Path | None) -> None:
+    if pin and checkpoint is None:
+        raise ConfigError(f"@sha256:{pin} pins a weights file, but {name} is used without one")
 
 
 def _kept_model_args(checkpoint: Path | None, architecture: str) -> dict[str, Any]:
@@ -155,7 +181,7 @@ def _load_checkpoint(
     classes: Sequence[str] | None,
     new_head: bool,
     pin: str | None,
-    rebuild: Rebuild,
+    rebuild: Rebuild | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Load a weights file; return its metadata, and lines for the user; raises ConfigError."""
     path = find_checkpoint(checkpoint)
@@ -181,53 +207,11 @@ def _load_checkpoint(
     return stored, notes
 
 
-def _create(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
-    """Call timm without its warnings.
-
-    Raises ConfigError if the model cannot be built, MealError if its pretrained weights cannot be
-    loaded.
-    """
-    try:
-        return _call_timm(name, pretrained=pretrained, **extra)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of timm and torch: every kind
-        if pretrained:
-            with torch.device("meta"):
-                _create(name, pretrained=False, **extra)  # raises if the weights are not the reason
-            raise MealError(
-                f"cannot load the pretrained weights of {name} ({reason_of(error)}); check the "
-                "network or the Hugging Face cache, pass a file (--initial-checkpoint FILE, "
-                "--teacher NAME=FILE), or start from random weights with --no-pretrained"
-            ) from error
-        at_size = f" at --img-size {extra['img_size']}" if "img_size" in extra else ""
-        raise ConfigError(f"model {name} cannot be built{at_size}: {reason_of(error)}") from error
-
-
-def _call_timm(name: str, **extra: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside timm do not concern the user
-        backbone: nn.Module = timm.create_model(_current_name(name), **extra)
-    return backbone
-
-
-def _rebuild(name: str, extra: dict[str, Any], state: State) -> nn.Module:
-    """Return timm's model with a state that timm adapts to it, as it does with its own weights."""
-    overlay = extra.get("pretrained_cfg_overlay", {}) | {
-        "state_dict": state,
-        "source": "",
-        "label_offset": 0,
-        "custom_load": False,
-    }
-    if "num_classes" in extra:
-        overlay["num_classes"] = extra["num_classes"]  # the head fits: timm shall not remove it
-    with torch.random.fork_rng(devices=[]):
-        return _call_timm(name, pretrained=True, **extra | {"pretrained_cfg_overlay": overlay})
-
-
 def _timm_config(name: str) -> dict[str, Any]:
     """Return timm's pretrained config of a model; raises ConfigError with the nearest names."""
-    current = _current_name(name)
+    if name.startswith(SOURCES):
+        return config_of_source(name)
+    current = current_name(name)
     if timm.is_model(current):
         try:
             config = timm.models.get_pretrained_cfg(current)
@@ -247,12 +231,6 @@ def _timm_config(name: str) -> dict[str, Any]:
             f"{own or 'MODEL'} --initial-checkpoint {name} for a start"
         )
     raise ConfigError(f"unknown model {name!r}; {hint}")
-
-
-def _current_name(name: str) -> str:
-    """Return the new name of a model that timm renamed: gluon_senet154 -> senet154.gluon_in1k."""
-    renamed: str = timm.models.get_deprecated_models().get(name) or name
-    return renamed
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def check_forward(
             return
         try:
             logits_BC = backbone(images_BCHW)
-            features = backbone.forward_features(images_BCHW)  # type: ignore[operator]
+            features = None
+            if hasattr(backbone, "forward_features"):  # timm's models have it
+                features = backbone.forward_features(images_BCHW)  # type: ignore[operator]
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of timm and torch: every kind
@@ -45,6 +47,26 @@ def check_forward(
     _check_shape(logits_BC, backbone, name)
     if weights is not None:
         _check_outputs(logits_BC, features, weights)
+
+
+def num_logits(model: nn.Module, img_size: int, *, name: str) -> int:
+    """Return the number of a model's logits; raises ConfigError for outputs of another kind."""
+    with _evaluated(model):
+        try:
+            logits_BC = model(_two_images(img_size))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any code: every kind
+            what = f"model {name} cannot be run at --img-size {img_size}"
+            raise ConfigError(f"{what}: {reason_of(error)}") from error
+    if not isinstance(logits_BC, Tensor) or logits_BC.ndim != 2 or len(logits_BC) != 2:
+        found = (
+            tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        )
+        raise ConfigError(
+            f"model {name} gives {found} for 2 images; logits of (2, classes) are needed"
+        )
+    return logits_BC.shape[1]
 
 
 def reason_of(error: Exception) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mealv2.errors import MealError
 from mealv2.models.classifier import CONFIG_NAME, METADATA_KEY, Classifier, weights_sha256
+from mealv2.models.factory import is_factory
 from mealv2.models.fitting import State
 from mealv2.models.probe import reason_of
 from mealv2.storage.atomic import write_atomic
@@ -29,7 +30,7 @@ def save_classifier(
     for tensors of a kind that safetensors cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = model.tag.split(".")[0]
+    architecture = model.tag if is_factory(model.tag) else model.tag.split(".")[0]
     mean, std = model.preprocessing.mean, model.preprocessing.std
     stored = {
         "architecture": architecture,

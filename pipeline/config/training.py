@@ -66,7 +66,11 @@ class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, Runtim
     default_select: ClassVar[Literal["last", "best"]] = "last"
 
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
-    model: str = in_model(REQUIRED, "Student: a timm model name; its tag selects the weights.")
+    model: str = in_model(
+        REQUIRED,
+        "Student: a timm model name (its tag selects the weights), local-dir:PATH, hf-hub:NAME, or "
+        "your own code, PACKAGE.MODULE:FUNCTION.",
+    )
     pretrained: bool | None = in_model(
         None, "Start from timm's pretrained weights.", shown="yes, without --initial-checkpoint"
     )

@@ -40,7 +40,10 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
     """Settings of commands that run a trained model."""
 
     model: str | None = in_model(
-        None, "timm or released model name.", shown="as the checkpoint names it", need=_MODEL
+        None,
+        "timm or released model name, or PACKAGE.MODULE:FUNCTION.",
+        shown="as the checkpoint names it",
+        need=_MODEL,
     )
     checkpoint: Path | None = in_model(
         None,
@@ -100,6 +103,9 @@ class ExportConfig(Settings):
     example = "mealv2 export runs/my-student --to onnx"
 
     run: Path = argument("Run folder, or the model folder in it.", path="weights")
+    model: str | None = in_model(
+        None, "Model of your own code, PACKAGE.MODULE:FUNCTION.", shown="as the checkpoint names it"
+    )
     to: Literal["timm", "onnx", "torchscript", "hub-folder"] = in_model(REQUIRED, "Export format.")
     output: Path | None = in_results(
         None,

@@ -20,12 +20,14 @@ import torch
 import mealv2
 from mealv2.errors import ConfigError, MealError
 from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
+from mealv2.models.factory import is_factory
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.weight_files import EXPORT_FOLDER, find_checkpoint
 from pipeline import console
 from pipeline.config import ExportConfig
 from pipeline.export import model_card
+from pipeline.load_model import require_own_code_named
 
 # Largest difference between the logits of a file and of its model, relative to the largest logit.
 TOLERANCES = {"onnx": 1e-4, "torchscript": 1e-6}
@@ -67,7 +69,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
     _check_out(out, as_file=as_file)
     if config.to == "onnx":
         _require_onnx()
-    exported = _load(config.run)
+    exported = _load(config.run, config.model)
+    if is_factory(exported.stored["architecture"]) and not as_file:
+        raise ConfigError(
+            f"--to {config.to} makes a folder that timm builds, and {config.model} is your own "
+            "code: use --to onnx or --to torchscript"
+        )
     report: dict[str, Any] = {"path": str(out), "kind": config.to}
     out.parent.mkdir(parents=True, exist_ok=True)
     if as_file:
@@ -100,7 +107,7 @@ def _check_out(out: Path, *, as_file: bool) -> None:
         raise ConfigError(f"{out} already exists; remove it, or give another --output")
 
 
-def _load(path: Path) -> ExportedModel:
+def _load(path: Path, name: str | None) -> ExportedModel:
     """Load a model that mealv2 saved; raises ConfigError for other files."""
     checkpoint = find_checkpoint(path)
     stored = read_metadata(checkpoint)
@@ -110,6 +117,10 @@ def _load(path: Path) -> ExportedModel:
             f"mealv2 did not save {checkpoint} (it has no {min(missing)}); give a run folder or "
             "the model folder in it"
         )
+    if name is None:
+        require_own_code_named(stored["architecture"], checkpoint)
+    elif name != stored["architecture"]:
+        raise ConfigError(f"--model {name}: {checkpoint} is of {stored['architecture']}")
     model = create_classifier(
         stored["architecture"],
         num_classes=len(stored["classes"]),

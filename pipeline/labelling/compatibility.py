@@ -34,7 +34,7 @@ def build_original_teachers(
     specs = list(given)
     if not specs:
         for teacher in made_by:
-            if "." not in teacher["model"]:
+            if "." not in teacher["model"] or ":" in teacher["model"]:  # a file, or own code
                 raise ConfigError(
                     f"{folder} was made with a local checkpoint of {teacher['model']}; give the "
                     f"path of every teacher: --teacher {teacher['model']}=RUN"

@@ -1,5 +1,6 @@
 """How a run starts: all ranks with the same inputs, in a new run folder or a resumed one."""
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def _create_run(
     if not ranks.is_main_process:
         seed_rank(config.seed, rank=ranks.rank, step=0)
         return ReadOnlyRunFolder(Path(ranks.broadcast_text("")))
-    path = prepare_folder(config.resume or config.output, name=f"{spec.command}-{config.model}")
+    model = re.sub(r"[^\w.+-]+", "-", config.model)  # a path, or a function
+    path = prepare_folder(config.resume or config.output, name=f"{spec.command}-{model}")
     lock = stack.enter_context(run_lock(path, log=console.info))
     folder = RunFolder.create(path, config.as_json(), lock=lock, labels=spec.labels)
     image_list.write(folder.path, spec.source)

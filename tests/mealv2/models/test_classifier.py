@@ -20,8 +20,8 @@ from mealv2.models import (
     save_classifier,
     weights_sha256,
 )
-from mealv2.models.classifier import _current_name
 from mealv2.models.fitting import load_weights
+from mealv2.models.timm_models import current_name
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint
 
@@ -87,7 +87,7 @@ def test_an_unknown_tag_is_refused_with_the_tags_there_are():
     ],
 )
 def test_the_papers_names_mean_todays(old, new):
-    assert _current_name(old) == new
+    assert current_name(old) == new
 
 
 def test_pretrained_weights_without_a_network_end_in_an_error_with_advice(monkeypatch, tmp_path):
