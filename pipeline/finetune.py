@@ -26,11 +26,12 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     held_out = held_out_of(config, train_split=config.train_split)
     source = open_images(config, config.data_dir, config.train_split, held_out=held_out)
     source = with_deleted(config, source)
-    propose_crop(config, source, config.data_dir)
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
     seed_everything(config.seed)
     student = create_student(config, classes=classes, img_size=config.img_size)
+    if config.resume is None:
+        propose_crop(config, source, config.data_dir)
     spec = TrainingSpec(
         command="finetune",
         task=HardLabelTask(student, smoothing=config.smoothing),

@@ -46,11 +46,11 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
 
     # Equal plans give equal labels, so a later run or another job with this plan can continue.
     sources = open_sources(config)
-    propose_crop(config, sources["train"], config.data_dir)
     annotator, described = _load_annotator(config, sources)
     held_out = held_out_of(config, train_split=config.train_split)
     plan = make_plan(config, sources, annotator, described, held_out=held_out)
     splits = splits_of(config, sources, plan)
+    propose_crop(config, sources["train"], config.data_dir)
     if config.dry_run:
         return _estimate(config, annotator, splits)
 

@@ -117,8 +117,6 @@ def open_splits(
             )
         extra = config.extra_data
     source = open_images(config, config.data_dir, split, held_out=held_out)
-    if folder is None:
-        propose_crop(config, source, config.data_dir)
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
     return with_deleted(config, with_extra(config, source, extra)), val
@@ -132,6 +130,8 @@ def from_online_teachers(
     ensemble, described = teachers.build(
         config.teacher, classes=list(source.classes), img_size=img_size, runtime=runtime
     )
+    if config.resume is None:
+        propose_crop(config, source, config.data_dir)
     val_labels, teacher_forwards = None, 0
     accuracies: dict[str, dict[str, float]] = {}
     if val is not None:

@@ -357,7 +357,8 @@ def test_a_finished_run_says_what_its_checkpoints_take_and_how_to_remove_them(
     shutil.copytree(finished, run)
     said = done("finetune", "--resume", run).stderr.splitlines()[-1]
     assert said.startswith("2 checkpoints (")
-    assert said.endswith(f"are kept; --resume {run} --checkpoint-hist 1 keeps only the last")
+    command = f"--resume {run} --checkpoint-hist 1"
+    assert said.endswith(f"are kept; {command} keeps only the last and the best")
     done("finetune", "--resume", run, "--keep-checkpoints", 1)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006.pt"]
 
