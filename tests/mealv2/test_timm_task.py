@@ -1,6 +1,5 @@
-"""mealv2.timm_task: timm's own loop and tools train from a label set."""
+"""mealv2.timm_task: the calls and tools of timm's loop train from a label set."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,13 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import resume_task_checkpoint
+from timm.utils import dispatch_clip_grad
 from torch.utils.data import DataLoader
 
 from cases import mostly_slow
 from mealv2.dataset import EpochBatchSampler, SoftLabelDataset, collate
 from mealv2.models.discriminator import Discriminator
 from mealv2.timm_task import SoftLabelTask
-from timm_train import train_one_epoch
-
-CPU = torch.device("cpu")
-ARGS = Namespace(
-    mixup_off_epoch=0,
-    prefetcher=False,
-    distributed=False,
-    grad_accum_steps=1,
-    channels_last=False,
-    clip_grad=None,
-    clip_mode="norm",
-    synchronize_step=False,
-    log_interval=50,
-    rank=0,
-    save_images=False,
-    recovery_interval=0,
-)
 
 
 def loader_of(labels: Path, data_dir: Path, **settings: Any) -> DataLoader[Any]:
@@ -44,18 +27,43 @@ def loader_of(labels: Path, data_dir: Path, **settings: Any) -> DataLoader[Any]:
 
 
 def train(
-    task: SoftLabelTask, loader: DataLoader[Any], optimizer: Any, *, epochs: int, **settings: Any
+    task: SoftLabelTask,
+    loader: DataLoader[Any],
+    optimizer: Any,
+    *,
+    epochs: int,
+    lr_scheduler: Any = None,
+    clip_grad: float | None = None,
+    grad_accum_steps: int = 1,
 ) -> list[float]:
-    """Train in timm's loop; return the mean loss of each epoch."""
-    losses = []
+    """Train with the calls of timm's train.py, in its order; return the mean loss of each epoch.
+
+    The package timm does not contain that script.
+    """
+    losses, num_updates = list[float](), 0
     for epoch in range(epochs):
         loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-        model = task.get_trainable_module()
-        args = Namespace(**{**vars(ARGS), **settings.pop("args", {})})
-        found = train_one_epoch(
-            epoch, model, loader, optimizer, args, task=task, device=CPU, **settings
-        )
-        losses.append(found["loss"])
+        task.get_trainable_module().train()
+        optimizer.zero_grad()
+        of_epoch = list[float]()
+        for index, (images, targets) in enumerate(loader):
+            loss = task(images, targets)["loss"]
+            of_epoch.append(loss.item())
+            # as timm: the last update of an epoch may have fewer batches
+            in_last = len(loader) - index <= len(loader) % grad_accum_steps
+            accumulated = len(loader) % grad_accum_steps if in_last else grad_accum_steps
+            (loss / accumulated).backward()
+            if (index + 1) % grad_accum_steps and index + 1 < len(loader):
+                continue
+            if clip_grad is not None:
+                dispatch_clip_grad(task.get_clip_parameters(), value=clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            num_updates += 1
+            task.update_ema(step=num_updates)
+            if lr_scheduler is not None:
+                lr_scheduler.step_update(num_updates=num_updates)
+        losses.append(sum(of_epoch) / len(of_epoch))
     return losses
 
 
@@ -66,7 +74,7 @@ def seeded(make: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("label", mostly_slow(["labels", "targets", "probs"]))
-def test_timms_loop_trains_the_student_that_distill_trains(
+def test_the_calls_of_timms_loop_train_the_student_that_distill_trains(
     label: str,
     data_dir: Path,
     labels_of: Callable[..., Path],
@@ -116,7 +124,8 @@ def test_timms_tools_serve_a_student_with_a_discriminator(
         optimizer,
         epochs=3,
         lr_scheduler=scheduler,
-        args={"clip_grad": 1.0, "grad_accum_steps": 2},
+        clip_grad=1.0,
+        grad_accum_steps=2,
     )
     assert losses[-1] < losses[0]
 
