@@ -16,14 +16,15 @@ OUT ?= runs/$(STUDENT)
 SEEDS ?= 1
 IMAGES ?= $(DATA)/val
 TO ?= timm
+REPO ?= hf://USER/NAME
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune evaluate predict export bench info verify docs test test-slow test-cluster check format clean
+.PHONY: help setup demo pack precompute distill finetune evaluate predict export push bench info verify docs test test-slow test-cluster check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO ARGS (more flags for the command)"
+	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO REPO ARGS (more flags for the command)"
 
 setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
 
@@ -56,6 +57,9 @@ predict: $(VENV)/.done  ## what OUT says of IMAGES (files or folders)
 
 export: $(VENV)/.done  ## hand OUT on: TO=timm, onnx, torchscript or hub-folder
 	$(MEALV2) export '$(OUT)' --to '$(TO)' $(ARGS)
+
+push: $(VENV)/.done  ## upload OUT to REPO on the Hugging Face Hub (ARGS='--private --space')
+	$(MEALV2) push '$(OUT)' '$(REPO)' $(ARGS)
 
 bench: $(VENV)/.done  ## the table of speeds beside their goals, some minutes (ARGS='--profile' for where time goes)
 	$(MEALV2) bench $(ARGS)

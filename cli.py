@@ -33,6 +33,7 @@ COMMANDS: dict[str, type[configs.Settings]] = {
     "evaluate": configs.EvaluateConfig,
     "predict": configs.PredictConfig,
     "export": configs.ExportConfig,
+    "push": configs.PushConfig,
     "demo": configs.DemoConfig,
     "bench": configs.BenchConfig,
     "labels info": configs.LabelsInfoConfig,

@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
 
 # Pages whose examples another module runs.
-ELSEWHERE = {"docs/how-to/released-models.md": "tests/mealv2/models/test_released.py"}
+ELSEWHERE = {
+    "docs/how-to/released-models.md": "tests/mealv2/models/test_released.py",
+    "docs/how-to/push.md": "tests/pipeline/test_push.py",
+}
 
 # Small models instead of those whose weights need a download or are too big for a test.
 STAND_INS = {
@@ -54,6 +57,7 @@ QUICK = {
     "evaluate": ["--workers", "0"],
     "predict": ["--workers", "0"],
     "export": [],
+    "push": [],
     "bench": [
         "--img-size",
         "32",

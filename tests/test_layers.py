@@ -27,7 +27,7 @@ SUPPORT = {
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
 SHARED = {"writing", "relabel"}
-DRIVERS = {"demo"}  # commands that call other commands
+DRIVERS = {"demo", "push"}  # commands that call other commands
 ENTRY = "mealv2.__main__"  # `python -m mealv2`: the only module of the library that imports cli
 
 # What these import of our own packages, besides themselves.

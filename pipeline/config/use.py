@@ -1,5 +1,6 @@
 """Settings of the commands that use a trained model, and of the demo."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ from pipeline.config.fields import (
     without_effect,
 )
 
+HUB = "hf://"
+_WORD = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"  # as huggingface_hub checks it
+_HUB = re.compile(f"{HUB}{_WORD}/{_WORD}")
 _MODEL = "one of --model and --checkpoint is required"
 _results = partial(in_results, None, shown="not written", path="new file")
 
@@ -121,6 +125,45 @@ class ExportConfig(Settings):
         if self.output is not None and suffix is not None:
             message = f"--output must end in {suffix} with --to {self.to}, got {self.output}"
             require(self.output.suffix == suffix, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Settings):
+    """Upload a trained model to the Hugging Face Hub, as timm loads it, with a model card.
+
+    The token comes from HF_TOKEN or `hf auth login`.
+    """
+
+    example = "mealv2 push runs/my-student hf://USER/NAME --private --space"
+
+    run: Path = argument("Run folder, or the model folder in it.", path="weights")
+    to: str = argument("Repository on the Hub, hf://USER/NAME; created if missing.")
+    private: bool = in_results(False, "Create a private repository; never upload to a public one.")
+    space: bool = in_results(False, "Also create a Gradio Space, a web page that runs the model.")
+    license: str | None = in_results(
+        None,
+        "Licence for the model card, as the Hub names it, such as mit.",
+        shown="none",
+    )
+    dry_run: bool = in_results(False, "Write the files to --output; upload nothing.")
+    output: Path | None = in_results(
+        None, "With --dry-run: folder to create.", shown="RUN/export/push", path="new folder"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_name = _HUB.fullmatch(self.to) and "--" not in self.to and ".." not in self.to
+        message = "TO must be hf://USER/NAME, in letters, digits, '-', '_' and '.'"
+        require(is_name and not self.to.endswith(".git"), message)
+        is_licence = self.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license)
+        require(is_licence, f"--license must be an identifier of the Hub: {self.license!r}")
+        if not self.dry_run:
+            without_effect(self, "without --dry-run", "output")
+
+    @property
+    def repo_id(self) -> str:
+        """The name of the repository, USER/NAME."""
+        return self.to.removeprefix(HUB)
 
 
 @dataclass(frozen=True, kw_only=True)

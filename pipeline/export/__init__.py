@@ -66,10 +66,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Export and return the report. Raises MealError and OSError."""
     out = config.output or _default_out(config)
     as_file = config.to in TOLERANCES
-    _check_out(out, as_file=as_file)
+    check_out(out, as_file=as_file)
     if config.to == "onnx":
         _require_onnx()
-    exported = _load(config.run, config.model)
+    exported = load(config.run, config.model)
     if is_factory(exported.stored["architecture"]) and not as_file:
         raise ConfigError(
             f"--to {config.to} makes a folder that timm builds, and {config.model} is your own "
@@ -85,9 +85,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 f"largest difference to the checkpoint: {difference:.2g} of the largest logit"
             )
         if not write_atomic(out, data, replace=False):
-            _check_out(out, as_file=True)
+            check_out(out, as_file=True)
     else:
-        _write_folder(out, exported, hub=config.to == "hub-folder")
+        write_folder(out, exported, hub=config.to == "hub-folder")
     files = sorted(out.iterdir()) if out.is_dir() else [out]
     report["bytes"] = sum(path.stat().st_size for path in files)
     report["sha256"] = {path.name: file_sha256(path) for path in files}
@@ -101,13 +101,13 @@ def _default_out(config: ExportConfig) -> Path:
     return folder / "export" / names.get(config.to, config.to)
 
 
-def _check_out(out: Path, *, as_file: bool) -> None:
+def check_out(out: Path, *, as_file: bool) -> None:
     """Raise ConfigError if the output exists; an empty folder is replaced."""
     if out.exists() and (as_file or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists; remove it, or give another --output")
 
 
-def _load(path: Path, name: str | None) -> ExportedModel:
+def load(path: Path, name: str | None = None) -> ExportedModel:
     """Load a model that mealv2 saved; raises ConfigError for other files."""
     checkpoint = find_checkpoint(path)
     stored = read_metadata(checkpoint)
@@ -137,15 +137,26 @@ def _load(path: Path, name: str | None) -> ExportedModel:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _write_folder(out: Path, exported: ExportedModel, *, hub: bool) -> None:
-    """Write a timm folder with a model card, and with a hubconf.py for torch.hub."""
+def write_folder(
+    out: Path,
+    exported: ExportedModel,
+    *,
+    hub: bool,
+    source: str = model_card.FOLDER,
+    licence: str | None = None,
+) -> None:
+    """Write a timm folder with a model card, and with a hubconf.py for torch.hub.
+
+    ``source`` is the name by which timm loads the model, ``licence`` its identifier on the Hub.
+    """
     stored = exported.stored
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY_PREFIX) as temporary:
         folder = Path(temporary) / "folder"
         save_classifier(
             folder, exported.model, classes=stored["classes"], img_size=stored["img_size"]
         )
-        card = model_card.model_card(stored, model_card.history_of(exported.run))
+        history = model_card.history_of(exported.run)
+        card = model_card.model_card(stored, history, source=source, licence=licence)
         write_atomic(folder / "README.md", card.encode())
         if hub:
             entry = re.sub(r"\W", "_", stored["architecture"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import json
 import re
 import unicodedata
 from contextlib import suppress
@@ -48,9 +49,13 @@ tags:
 - timm
 - knowledge-distillation
 - mealv2
-# license: choose one; check the terms of the teachers, the starting weights and the images
+{licence}
 ---
 """
+_NO_LICENCE = (
+    "# license: choose one; check the terms of the teachers, the starting weights and the images"
+)
+FOLDER = "local-dir:FOLDER"  # the name of a model in the folder of its card
 
 
 @dataclass(frozen=True)
@@ -91,21 +96,29 @@ def history_of(run: Path | None) -> History:
     )
 
 
-def model_card(stored: dict[str, Any], history: History) -> str:
-    """Return the card, Markdown, from the metadata of a checkpoint and its run."""
+def model_card(
+    stored: dict[str, Any], history: History, *, source: str = FOLDER, licence: str | None = None
+) -> str:
+    """Return the card, Markdown, from the metadata of a checkpoint and its run.
+
+    ``source`` is the name by which timm loads the model, ``licence`` its identifier on the Hub.
+    """
+    front = _FRONT_MATTER.format(
+        licence=f"license: {json.dumps(licence)}" if licence else _NO_LICENCE
+    )
     name, how = escaped(stored["architecture"]), ""
     if history.settings:
         how = "trained on hard labels "
         if "labels" in history.settings:
             how = "distilled from an ensemble of teachers (MEAL V2) "
     parts = [
-        f"{_FRONT_MATTER}\n# {name}, {len(stored['classes'])} classes\n",
+        f"{front}\n# {name}, {len(stored['classes'])} classes\n",
         f"An image classifier in timm's format, {how}with "
         "[mealv2](https://arxiv.org/abs/2009.08453).\n",
         _table(["", ""], _facts(stored, history)),
         _accuracy(history),
         _settings(history),
-        _usage(stored),
+        _usage(stored, source),
         _classes(stored["classes"]),
     ]
     return "\n".join(part for part in parts if part)
@@ -197,17 +210,18 @@ def _without_folders(value: Any) -> str:
     )
 
 
-def _usage(stored: dict[str, Any]) -> str:
+def _usage(stored: dict[str, Any], source: str) -> str:
+    where = "`FOLDER` is the folder of this file. " if source == FOLDER else ""
     size, mean, std = stored["img_size"], _triple(stored["mean"]), _triple(stored["std"])
     return f"""## Use
 
 ```python
 import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+model = timm.create_model("{source}", pretrained=True).eval()
 ```
 
-`FOLDER` is the folder of this file. The model takes B x 3 x {size} x {size} images in [0, 1] after
+{where}The model takes B x 3 x {size} x {size} images in [0, 1] after
 `(image - mean) / std` per channel, mean {mean}, std {std}; validation resizes the shorter side to
 {int(256 / 224 * size)} (bilinear, antialiased) and crops the centre.
 """

@@ -28,6 +28,7 @@ REQUIRED: dict[type[configs.Settings], dict[str, Any]] = {
     EvaluateConfig: {"data_dir": Path("/d"), "model": "m"},
     PredictConfig: {"image": (Path("/i"), Path("/j")), "model": "m"},
     ExportConfig: {"run": Path("/r"), "to": "timm"},
+    configs.PushConfig: {"run": Path("/r"), "to": "hf://ant-lab/tiny"},
 }
 OTHERS: dict[type[configs.Settings], dict[str, Any]] = {
     configs.BenchConfig: {},
@@ -62,6 +63,7 @@ def test_json_there_and_back_is_the_same_config(kind: type[configs.Settings]) ->
         FinetuneConfig: {"initial_checkpoint": Path("/c"), **triple},
         EvaluateConfig: {"results_file": Path("/x.csv"), **triple},
         ExportConfig: {"output": Path("/o")},
+        configs.PushConfig: {"private": True},
     }
     config = make(kind, **extra.get(kind, {"workers": 5}))
     assert kind.from_json(json.loads(json.dumps(config.as_json()))) == config
