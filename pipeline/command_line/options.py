@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mealv2.storage.urls import Location, located
 from pipeline import config as configs
@@ -142,10 +143,17 @@ def _option(field: Field) -> SettingOption:
     )
 
 
+def _complete_path(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete a file or folder."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def _type_settings(field: Field) -> dict[str, Any]:
     """Return what click must know about a field's type; nothing for a switch."""
     if configs.is_location(field):
-        return {"type": located, "metavar": "PATH|URL"}
+        return {"type": located, "metavar": "PATH|URL", "shell_complete": _complete_path}
     kind, settings = field.type, dict[str, Any]()
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         parts = [part for part in typing.get_args(kind) if part is not type(None)]
@@ -160,5 +168,6 @@ def _type_settings(field: Field) -> dict[str, Any]:
         return {}
     if typing.get_origin(kind) is typing.Literal:
         return settings | {"type": click.Choice(typing.get_args(kind))}
-    is_path = kind is Path
-    return settings | ({"type": local_path, "metavar": "PATH"} if is_path else {"type": kind})
+    if kind is not Path:
+        return settings | {"type": kind}
+    return settings | {"type": local_path, "metavar": "PATH", "shell_complete": _complete_path}
