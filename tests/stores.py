@@ -110,6 +110,13 @@ def new_store(port: int, env: pytest.MonkeyPatch) -> Store:
 
 
 @contextlib.contextmanager
+def silent_server() -> Iterator[str]:
+    """Accept connections and never answer, as behind some firewalls; gives its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
 def cutting_proxy(target: int, may_pass: Callable[[bytes], int | None]) -> Iterator[int]:
     """Forward connections to a port of loopback; gives the proxy's own.
 

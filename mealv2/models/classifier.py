@@ -131,7 +131,7 @@ def create_classifier(
         backbone = call_factory(name, num_classes, from_name, img_size, **arguments)
         config |= backbone.pretrained_cfg  # type: ignore[operator]
     else:
-        backbone = create_backbone(name, pretrained=from_name, **extra)
+        backbone = create_backbone(name, config if from_name else None, **extra)
     stored, notes = dict[str, Any](), list[str]()
     if checkpoint:
         adapt = None if is_own else partial(rebuild, name, extra)

@@ -12,6 +12,7 @@ import torch.hub
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.weights import read_state
 from mealv2.storage.atomic import atomic_file, file_sha256
+from mealv2.storage.reachable import unreachable
 
 BASE_URL = "https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/"
 
@@ -145,6 +146,8 @@ def download(model: Released, *, progress: bool = True) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    if why := unreachable(model.url):
+        raise _download_error(model, folder, why)
     try:
         with atomic_file(path) as temporary:
             torch.hub.download_url_to_file(model.url, str(temporary), progress=progress)

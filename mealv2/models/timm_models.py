@@ -1,6 +1,8 @@
 """Call timm: models by name, model folders, a state that timm adapts."""
 
 import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -9,30 +11,33 @@ from torch import nn
 
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.fitting import State
+from mealv2.models.pretrained import weights_in_reach
 from mealv2.models.probe import reason_of
 
 SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm: parse_model_name
 
 
-def create_backbone(name: str, *, pretrained: bool, **extra: Any) -> nn.Module:
-    """Call timm without its warnings.
+def create_backbone(name: str, weights: Mapping[str, Any] | None, **extra: Any) -> nn.Module:
+    """Call timm without its warnings; ``weights`` is the config of the pretrained ones, if wanted.
 
     Raises ConfigError if the model cannot be built, MealError if its pretrained weights cannot be
     loaded.
     """
     try:
-        return call_timm(name, pretrained=pretrained, **extra)
+        with nullcontext() if weights is None else weights_in_reach(weights):
+            return call_timm(name, pretrained=weights is not None, **extra)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of timm and torch: every kind
-        if pretrained:
+        if weights is not None:
             with torch.device("meta"):
                 # raises if the weights are not the reason
-                create_backbone(name, pretrained=False, **extra)
+                create_backbone(name, None, **extra)
             raise MealError(
                 f"cannot load the pretrained weights of {name} ({reason_of(error)}); check the "
                 "network or the Hugging Face cache, pass a file (--initial-checkpoint FILE, "
-                "--teacher NAME=FILE), or start from random weights with --no-pretrained"
+                "--checkpoint FILE, --teacher NAME=FILE), or start from random weights with "
+                "--no-pretrained"
             ) from error
         at_size = f" at --img-size {extra['img_size']}" if "img_size" in extra else ""
         raise ConfigError(f"model {name} cannot be built{at_size}: {reason_of(error)}") from error
@@ -61,8 +66,10 @@ def rebuild(name: str, extra: dict[str, Any], state: State) -> nn.Module:
 
 def config_of_source(name: str) -> dict[str, Any]:
     """Return the config of a model folder, local or on the hub, which timm reads."""
+    is_local = name.startswith("local-dir:")
     try:
-        with torch.device("meta"):
+        in_reach = nullcontext() if is_local else weights_in_reach({"hf_hub_id": name})
+        with in_reach, torch.device("meta"):
             found: Any = call_timm(name, pretrained=False)
     except Exception as error:  # of timm, huggingface_hub and requests: every kind
         raise ConfigError(

@@ -15,46 +15,48 @@ _DNS_TIMEOUT_S = 1.0  # more for the name: a resolver has no time limit of its o
 
 
 def require_reachable(url: str, advice: str) -> None:
-    """Raise RemoteError, with ``advice``, if the server of a URL sends no response in 6 s.
+    """Raise RemoteError, with ``advice``, if the server of a URL cannot be reached."""
+    if why := unreachable(url):
+        raise RemoteError(f"{why}; {advice}")
+
+
+def unreachable(url: str) -> str | None:
+    """Return that the server of a URL sends no response in 6 s, and why; None if it sends one.
 
     Any response will do, also an error. Proxies come from the environment, as in the libraries that
     download.
     """
-    failures: list[str] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        if why := _failure(url):
-            failures.append(why)
-        done.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    if not done.wait(RESPONSE_TIMEOUT_S + _DNS_TIMEOUT_S):
-        failures = [f"no response in {RESPONSE_TIMEOUT_S + _DNS_TIMEOUT_S:g} s"]
-    if failures:
-        raise RemoteError(f"cannot reach {shown(url)}: {failures[0]}; {advice}")
+    failures: list[str | None] = []
+    limit_s = RESPONSE_TIMEOUT_S + _DNS_TIMEOUT_S
+    thread = threading.Thread(target=lambda: failures.append(_failure(url)), daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    why = failures[0] if failures else f"no response in {limit_s:g} s"
+    return why and f"cannot reach {shown(url)}: {why}"
 
 
 def _failure(url: str) -> str | None:
     """Return why a server does not respond; None if it does."""
-    proxies = urllib.request.getproxies()
-    if "all" in proxies:  # SOCKS, which urllib does not know
+    if "all" in urllib.request.getproxies():  # SOCKS, which urllib does not know
         return None
     try:
-        request = urllib.request.Request(url, method="HEAD")
+        request = urllib.request.Request(shown(url), method="HEAD")  # no secret is needed
         urllib.request.urlopen(request, timeout=RESPONSE_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         error.close()
-    except ssl.SSLError:  # the libraries may have other certificates
-        return None
-    except TimeoutError:
-        return f"no response in {RESPONSE_TIMEOUT_S:g} s"
     except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLError):
-            return None
-        if isinstance(error.reason, TimeoutError):
-            return f"no response in {RESPONSE_TIMEOUT_S:g} s"
-        return reason(error.reason) if isinstance(error.reason, OSError) else str(error.reason)
+        return _reason(error.reason)
     except (OSError, http.client.HTTPException) as error:
-        return reason(error)
+        return _reason(error)
     return None
+
+
+def _reason(error: object) -> str | None:
+    """Return the reason as text; None if only the certificate is a problem: clients have theirs."""
+    if isinstance(error, ssl.SSLError):
+        return None
+    if isinstance(error, TimeoutError):
+        return f"no response in {RESPONSE_TIMEOUT_S:g} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return reason(error) if isinstance(error, BaseException) else str(error)

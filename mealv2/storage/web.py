@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fsspec.asyn import sync
 
@@ -19,8 +20,10 @@ from mealv2.storage.urls import shown
 
 CONNECT_TIMEOUT_S = 30.0
 READ_TIMEOUT_S = 60.0
+FIRST_TIMEOUT_S = 5.0  # of a server that has not yet responded: it may be out of reach
 MAX_READ_BYTES = MAX_BYTES  # as of a local file
 _CHUNK = 1 << 20
+_RESPONDED: set[str] = set()  # servers
 _DENIED = (401, 403)
 # a server or a signed URL may allow GET and not HEAD
 _NO_HEAD = (400, 401, 403, 405, 501)
@@ -126,23 +129,47 @@ async def _response(
     headers: Mapping[str, str] | None = None,
     allowed: tuple[int, ...] = (),
 ) -> AsyncIterator[Any]:
-    """Send a request; yield the response if its status is a success or allowed."""
-    from aiohttp import ClientError, ClientSSLError, InvalidURL, TooManyRedirects
+    """Send a request; yield the response if its status is a success or allowed.
 
+    Raises RemoteError if a server that has not yet responded cannot be reached.
+    """
+    from aiohttp import (
+        ClientConnectorDNSError,
+        ClientError,
+        ClientSSLError,
+        InvalidURL,
+        TooManyRedirects,
+    )
+
+    server = urlsplit(url).netloc
+    settings = {} if server in _RESPONDED else {"timeout": _first_timeout()}
     sent = {"Accept-Encoding": "identity", **(headers or {})}  # a size is that of the file
     try:
         session = await system.set_session()
-        request = session.request(method, system.encode_url(url), headers=sent)
+        request = session.request(method, system.encode_url(url), headers=sent, **settings)
         async with request as response:
+            _RESPONDED.add(server)
             if not response.ok and response.status not in allowed:
                 raise status_error(url, response.status)
             yield response
-    except TimeoutError:
+    except (TimeoutError, ClientConnectorDNSError) as error:
+        if server not in _RESPONDED:
+            late = isinstance(error, TimeoutError)
+            why = f"no response in {FIRST_TIMEOUT_S:g} s" if late else "its name is not known"
+            advice = "check the network and the URL"
+            raise RemoteError(f"cannot reach the server of {shown(url)}: {why}; {advice}") from None
         raise TransferInterruptedError(f"no data for {READ_TIMEOUT_S:g} s") from None
     except (ClientSSLError, InvalidURL, TooManyRedirects) as error:  # another attempt fails as well
         raise RemoteError(f"cannot read {shown(url)}: {reason(error)}; check the URL") from None
     except (ClientError, ConnectionError) as error:
         raise TransferInterruptedError(reason(error)) from None
+
+
+def _first_timeout() -> Any:
+    from aiohttp import ClientTimeout
+
+    limit_s = min(FIRST_TIMEOUT_S, READ_TIMEOUT_S)
+    return ClientTimeout(total=None, connect=limit_s, sock_read=limit_s)
 
 
 def _file(headers: Mapping[str, str]) -> File:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import yaml
 from conftest import ROOT, Result
 from hub import TOKEN, USER, Hub, running_hub
 from pipeline.push import space
+from stores import silent_server
 
 Run = Callable[..., Result]
 STRANGE = ("<b>ants</b> & | co", "*bees* [x](http://y) `z`", "cats: {a: #1}\n---\n$x$ _é_")
@@ -164,8 +164,7 @@ def test_a_hub_that_never_responds_is_one_line_in_10_seconds(
     run_cli: Run, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mealv2.storage.reachable.RESPONSE_TIMEOUT_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    with silent_server() as url:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
         began = time.monotonic()
         result = run_cli("push", model, f"hf://{REPO}")

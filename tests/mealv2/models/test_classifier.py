@@ -1,6 +1,7 @@
 """mealv2.models.classifier: names, checkpoints in and out, what does not fit, hashes."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from mealv2.models import (
 )
 from mealv2.models.fitting import load_weights
 from mealv2.models.timm_models import current_name
+from mealv2.storage import reachable
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint
+from stores import silent_server
 
 CLASSES = ["ant", "bee", "größer Bär", "猫"]
 
@@ -97,6 +100,42 @@ def test_pretrained_weights_without_a_network_end_in_an_error_with_advice(monkey
     with pytest.raises(MealError, match=f"weights of test_resnet.r160_in1k .*{advice}") as caught:
         create_classifier("test_resnet.r160_in1k", num_classes=4, pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch, tmp_path):
+    """A hub that accepts connections and never responds, and an empty cache."""
+    monkeypatch.setattr(reachable, "RESPONSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with silent_server() as url:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        yield url
+
+
+def test_a_hub_that_never_responds_is_an_error_in_seconds(silent_hub):
+    began = time.monotonic()
+    with pytest.raises(MealError) as caught:
+        create_classifier("test_resnet.r160_in1k", num_classes=4, pretrained=True)
+    assert time.monotonic() - began < 10
+    assert str(caught.value).startswith(
+        "cannot load the pretrained weights of test_resnet.r160_in1k (cannot reach "
+        f"{silent_hub}: no response in 0.2 s, and the cache has no copy); "
+    )
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    state = timm.create_model("test_resnet").state_dict()
+    safetensors.torch.save_file(state, snapshot / "model.safetensors")
+    began = time.monotonic()
+    model = create_classifier("test_resnet.r160_in1k", num_classes=None, pretrained=True)
+    assert time.monotonic() - began < 10
+    assert all(torch.equal(state[name], t) for name, t in model.backbone.state_dict().items())
 
 
 # --- normalisation --------------------------------------------------------------------------------

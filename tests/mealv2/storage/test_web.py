@@ -13,6 +13,7 @@ import pytest
 
 from mealv2.errors import ConfigError, MealError, RemoteError
 from mealv2.storage import object_store, transfer, web
+from stores import silent_server
 
 DATA = bytes(range(256)) * 64
 SECRET = "s3cr3t"
@@ -251,6 +252,28 @@ def test_a_server_that_sends_nothing_is_named(
     finally:
         silent.set()
     assert "no data for 0.05 s, 4 times" in str(error)
+
+
+def test_a_server_that_never_responded_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "FIRST_TIMEOUT_S", 0.1)
+    with silent_server() as url:
+        error = failure(lambda: object_store.fetch(f"{url}/a.tar?sig={SECRET}", tmp_path / "a"))
+    assert str(error) == (
+        f"cannot reach the server of {url}/a.tar: no response in 0.1 s; check the network and the "
+        "URL"
+    )
+
+
+def test_a_server_that_has_responded_is_asked_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    object_store.fetch(server.url, tmp_path / "a")
+    monkeypatch.setattr(web, "FIRST_TIMEOUT_S", 0.0)
+    server.status = [0, 503]
+    object_store.fetch(server.url, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == DATA
 
 
 def test_progress_of_a_continued_download_gives_new_attempts(
