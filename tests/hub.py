@@ -84,6 +84,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.uploads[path.removeprefix("/upload/")] = body
             self.server.num_uploads += 1
             return self._send(self.server.upload_status)
+        if found := re.match(r"/(?:api/)?datasets/([^/]+/[^/]+)(/.*)?$", path):
+            return self._data_set(found[1], found[2] or "")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid credentials in Authorization header"})
         if path == "/api/validate-yaml":
@@ -166,6 +168,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         repo["commits"].append(oid)
         url = f"{self.server.url}/{name}/commit/{oid}"
         self._send(200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+    def _data_set(self, name: str, rest: str) -> None:
+        """Answer a request for a public data set, whose files are only read."""
+        files = self.server.files("datasets", name)
+        commit = "1" * 40
+        if rest == "" or rest.startswith("/revision/"):
+            return self._send(200, {"id": name, "sha": commit, "private": False, "tags": []})
+        if found := re.fullmatch(r"/tree/[^/]+(?:/(.*))?", rest):
+            folder = f"{found[1]}/" if found[1] else ""
+            below = [n.removeprefix(folder) for n in files if n.startswith(folder)]
+            entries = [
+                {"type": "directory" if "/" in n else "file", "path": folder + n.partition("/")[0]}
+                | {"size": len(files.get(folder + n, b"")), "oid": "0" * 40}
+                for n in below
+            ]
+            return self._send(200, list({e["path"]: e for e in entries}.values()))
+        found = re.fullmatch(r"/resolve/[^/]+/(.+)", rest)
+        if found is None or found[1] not in files:
+            return self._send(404, X_Error_Code="EntryNotFound")
+        data = files[found[1]]
+        return self._send(200, data, ETag=f'"{self._oid(data, found[1])}"', X_Repo_Commit=commit)
 
     def _resolve(self, name: str, path: str) -> None:
         repo = self.server.repos.get(("models", name))

@@ -57,6 +57,7 @@ TORCH_FREE = ("pipeline.config", "pipeline.runtime.env")
 # Optional packages, imported where they are used; and a part of torch that some builds lack.
 OPTIONAL = {
     "aiohttp",
+    "datasets",
     "onnx",
     "onnxruntime",
     "pi_heif",

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+from mealv2.data import hf_sets, torch_sets
 from mealv2.data.folder import ImageFolder
 from mealv2.data.held_out import HeldOut
+from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import ImageTable, check_splits, is_table
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ImageSource
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.data.torch_name import torch_name
-from mealv2.data.torch_sets import TorchSet
 from mealv2.errors import ConfigError
 from mealv2.storage import object_store
 from mealv2.storage.cache import Cache
@@ -21,7 +22,7 @@ def open_source(
     data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
 ) -> ImageSource:
     """Open a split of a data set: an ImageFolder tree, a table of images, tar files, or a data set
-    of torchvision (``torch/NAME:FOLDER``).
+    of torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``).
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
     splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
@@ -34,6 +35,8 @@ def open_source(
     if split != held_out.of:
         if isinstance(data_dir, Path) and (named := torch_name(data_dir)):
             named.check([held_out.of], made=split)
+        elif isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
+            hf_sets.require_no_split(on_hub, split)
         elif isinstance(data_dir, Path) and is_table(data_dir):
             check_splits(data_dir, (), made=split)
         else:
@@ -41,9 +44,24 @@ def open_source(
     return held_out.part(_open(data_dir, held_out.of, cache), split)
 
 
+def download(data_dir: Location) -> None:
+    """Download a data set of torchvision or Hugging Face that is missing on this machine.
+
+    Raises ConfigError for any other data set, RemoteError.
+    """
+    if isinstance(data_dir, Path) and (named := torch_name(data_dir)):
+        torch_sets.download(named)
+    elif isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
+        hf_sets.download(on_hub)
+    else:
+        raise ConfigError(f"--download is for torch/NAME:FOLDER and hfds/NAME, not {data_dir}")
+
+
 def _open(data_dir: Location, split: str, cache: Cache | None) -> ImageSource:
     if isinstance(data_dir, Path) and (named := torch_name(data_dir)):
-        return TorchSet(named, split)
+        return torch_sets.TorchSet(named, split)
+    if isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
+        return hf_sets.HfSet(on_hub, split)
     if isinstance(data_dir, Path) and is_table(data_dir):
         return ImageTable(data_dir, split)
     found = find_split(data_dir, split, store=object_store)

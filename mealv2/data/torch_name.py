@@ -26,7 +26,7 @@ class TorchName(NamedTuple):
     folder: Path
 
     def check(self, splits: list[str], *, made: str | None = None) -> None:
-        """Raise ConfigError for an unknown set, a split it does not have, or a missing folder.
+        """Raise ConfigError for an unknown set, or a split it does not have.
 
         ``made`` is a split that --val-fraction makes.
         """
@@ -39,13 +39,15 @@ class TorchName(NamedTuple):
                 raise ConfigError(
                     f"torch/{self.name} has the splits {', '.join(SPLITS)}, not {split}"
                 )
+
+    def require_folder(self) -> None:
+        """Raise ConfigError if the folder of the archives is missing."""
         if not self.folder.is_dir():
-            raise ConfigError(f"torch/{self.name}: {self.advice('no folder')}")
+            raise ConfigError(f"torch/{self.name}: {self.advice('no archives')}")
 
     def advice(self, reason: str) -> str:
         """Return the end of a message about missing files."""
-        code = f"torchvision.datasets.{SETS[self.name]}({str(self.folder)!r}, download=True)"
-        return f"{reason} in {self.folder}; put the archives there, or download them: {code}"
+        return f"{reason} in {self.folder}; put the archives there, or add --download"
 
 
 def torch_name(path: Path) -> TorchName | None:

@@ -14,6 +14,7 @@ import huggingface_hub
 import torch.hub
 
 from mealv2.errors import RemoteError
+from mealv2.storage.hub_cache import hub_offline
 from mealv2.storage.reachable import unreachable
 from mealv2.storage.urls import file_name
 
@@ -33,7 +34,7 @@ def weights_in_reach(config: Mapping[str, Any]) -> Iterator[None]:
         if failure:
             raise RemoteError(f"{failure}, and the cache has no copy")
     try:
-        with _hub_offline() if failure else contextlib.nullcontext():
+        with hub_offline() if failure else contextlib.nullcontext():
             yield
     except Exception:
         if failure is None:
@@ -47,13 +48,3 @@ _unreachable = lru_cache(unreachable)
 
 def _is_cached(url: str) -> bool:
     return (Path(torch.hub.get_dir()) / "checkpoints" / file_name(url)).is_file()
-
-
-@contextlib.contextmanager
-def _hub_offline() -> Iterator[None]:
-    """Make huggingface_hub use its cache only, as HF_HUB_OFFLINE does."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = False

@@ -54,7 +54,7 @@ CHECK_IMAGES = (
 )
 DATA_DIR = (
     "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE, a table (.csv, .tsv, .parquet) of images, "
-    "torch/NAME:FOLDER, or tar shards; a path or a URL."
+    "torch/NAME:FOLDER, hfds/NAME, or tar shards; a path or a URL."
 )
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."
@@ -130,6 +130,15 @@ class StrictConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(StrictConfig, CacheConfig):
     """Settings of commands that list images, also behind URLs."""
+
+    download: bool = in_data(
+        False, "Download --data-dir torch/NAME:FOLDER or hfds/NAME if it is missing."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.search("(^|/)(torch|hfds)/", str(getattr(self, "data_dir", None))):
+            without_effect(self, "without --data-dir torch/… or hfds/…", "download")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from pipeline.config.views import ViewsConfig
 FREE_ON_RESUME = frozenset(
     {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
     | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
+    | {"download"}
 )
 # and settings that the command line may change: paths, because contents are compared by their
 # hashes, and choices that leave what the run has learned as it is.

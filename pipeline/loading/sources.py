@@ -9,7 +9,7 @@ import numpy as np
 
 from mealv2.data.extra import UnlabelledFolder, WithExtra
 from mealv2.data.held_out import HeldOut, by_name
-from mealv2.data.open import open_source
+from mealv2.data.open import download, open_source
 from mealv2.data.source import ImageSource
 from mealv2.data.subset import Subset
 from mealv2.errors import ConfigError
@@ -80,6 +80,8 @@ def open_images(
 
     Raises ConfigError, also for files that are left out with --strict; DataError, RemoteError.
     """
+    if config.download:
+        download(data_dir)
     source = open_source(data_dir, split, cache=cache_of(config), held_out=held_out)
     show_summary(source, strict=config.strict)
     return source

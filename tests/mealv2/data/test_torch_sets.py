@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mealv2.data.open import open_source
 from mealv2.data.pixels import decode
 from mealv2.data.torch_name import torch_name
 from mealv2.errors import ConfigError
+from mealv2.storage import reachable
+from stores import silent_server, web_server
 
 CLASSES = ["plane", "car", "bird"]
 
@@ -79,8 +82,44 @@ def test_a_changed_archive_is_an_error(cifar: tuple[Path, np.ndarray]) -> None:
     root, _ = cifar
     with (root / datasets.CIFAR10.base_folder / "data_batch_1").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ConfigError, match=r"corrupted.*CIFAR10\('.*', download=True\)"):
+    with pytest.raises(ConfigError, match=r"corrupted in .*; put .* or add --download"):
         open_source(Path(f"torch/cifar10:{root}"), "train")
+
+
+def test_download_fetches_what_is_missing_once(
+    cifar: tuple[Path, np.ndarray],
+    run_cli: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, _ = cifar
+    served = tmp_path / "served"
+    served.mkdir()
+    with tarfile.open(served / "a.tar.gz", "w:gz") as archive:
+        archive.add(root / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
+    digest = hashlib.md5((served / "a.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR10, "filename", "a.tar.gz")
+    words = ["finetune", "--model", "test_resnet", "--no-pretrained", "--img-size", 32, "-b", 8]
+    words += ["--epochs", 1, "--workers", 0, "--output", tmp_path / "run"]
+    words += ["--data-dir", f"torch/cifar10:{tmp_path / 'new'}", "--download"]
+    with silent_server() as url:  # nothing responds: one line
+        monkeypatch.setattr(reachable, "RESPONSE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}/a.tar.gz")
+        result = run_cli(*words)
+    assert (result.code, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "by hand" in result.stderr
+    with web_server(served) as url:
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}/a.tar.gz")
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", "0" * 32)
+        result = run_cli(*words)
+        assert result.code == 1
+        assert "corrupted" in result.stderr
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", digest)
+        result = run_cli(*words)
+    assert result.code == 0, result.stderr
+    assert result.report["num_images"] == 9
+    again = run_cli(*words, "--output", tmp_path / "again")  # the server is gone
+    assert again.code == 0, again.stderr
 
 
 def test_a_student_is_tuned_on_it_and_wrong_names_are_one_line(
@@ -90,7 +129,7 @@ def test_a_student_is_tuned_on_it_and_wrong_names_are_one_line(
     words += ["--epochs", 1, "--workers", 0, "--output", tmp_path / "run", "--data-dir"]
     for location, flags, message in (
         ("torch/cifar1:x", [], "torch/cifar1 is unknown; known: cifar10"),
-        ("torch/cifar10:nowhere", [], "no folder in nowhere; put the archives there"),
+        ("torch/cifar10:nowhere", [], "no archives in nowhere; put the archives there"),
         (f"torch/cifar10:{cifar[0]}", ["--val-split", "x"], "has the splits train, val, test"),
         (f"torch/cifar10:{cifar[0]}", ["--val-fraction", "0.2"], "has a split val"),
     ):
