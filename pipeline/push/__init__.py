@@ -16,9 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mealv2.errors import ConfigError, MealError, RemoteError
+from mealv2.models import read_metadata
+from mealv2.models.factory import is_factory
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.reachable import require_reachable
 from mealv2.storage.transfer import reason, status_text
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline import console, export
 from pipeline.config import PushConfig
 from pipeline.push import space
@@ -62,6 +65,12 @@ def _default_out(config: PushConfig) -> Path:
 
 def _write(folder: Path, config: PushConfig) -> None:
     """Write the files of each repository into a folder of its own."""
+    architecture = read_metadata(find_checkpoint(config.run)).get("architecture")
+    if architecture and is_factory(architecture):
+        raise ConfigError(
+            f"{config.run} is a model of your own code, {architecture}, which no other can build; "
+            "upload what `mealv2 export --to onnx` or `--to torchscript` writes"
+        )
     exported = export.load(config.run)
     source = f"hf-hub:{config.repo_id}"
     folder.mkdir()

@@ -145,6 +145,9 @@ def test_own_code_is_trained_resumed_evaluated_and_exported(
     refused = run_cli("export", "whole", "--to", "timm", "--model", name)
     assert refused.code == 2
     assert "use --to onnx" in refused.stderr
+    refused = run_cli("push", "whole", "hf://ant-lab/own", "--dry-run")
+    assert refused.code == 2
+    assert "is a model of your own code" in refused.stderr
     refused = run_cli(*export, "--model", f"{own_code}:fixed")
     assert "whole" in refused.stderr
     assert refused.code == 2
