@@ -1,7 +1,8 @@
 """The command line `mealv2`: flags -> one frozen config -> one command -> its report.
 
 Options are built from the dataclasses in pipeline.config, the only place with defaults. torch is
-imported only when a command runs. The report goes to stdout as one JSON line, messages to stderr.
+imported only when a command runs. The report goes to stdout as one JSON line, messages to stderr;
+commands with a flag --json print text and the report only with it.
 """
 
 import dataclasses
@@ -167,7 +168,8 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         except IncompleteError as error:
             _print_report(error.report)
             raise
-        if report:  # only the main process has one
+        # only the main process has one, and a command with --json has printed its text
+        if report and getattr(made, "json", True):
             _print_report(report)
 
     params = [settings.config_option()]

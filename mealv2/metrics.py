@@ -1,4 +1,6 @@
-"""Accuracy of a classifier, and how closely a student matches its ensemble."""
+"""Accuracy and calibration of a classifier, and how closely a student matches its ensemble."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,3 +93,64 @@ class Evaluation:
         names = ("num_images", "top1", "top5", "cross_entropy", "agreement", "kl")
         metrics = {name: getattr(self, name) for name in names}
         return {name: value for name, value in metrics.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images by the confidence of their prediction, in bins of equal width; bin b of B holds
+    (b / B, (b + 1) / B].
+
+    ``num_images``, and the means ``confidence`` and ``accuracy`` of each bin as fractions; 0 in a
+    bin without images.
+    """
+
+    num_images: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error as a fraction: the mean over images of the absolute
+        difference of confidence and accuracy in their bin (Guo et al. 2017, equation 3).
+        """
+        gaps = (abs(c - a) for c, a in zip(self.confidence, self.accuracy, strict=True))
+        weighted = (n * gap for n, gap in zip(self.num_images, gaps, strict=True))
+        return sum(weighted) / max(1, sum(self.num_images))
+
+
+class Predictions:
+    """Label, predicted class and its probability of every image of a split."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._labels: list[Tensor] = []
+        self._predicted: list[Tensor] = []
+        self._confidence: list[Tensor] = []
+
+    def add(self, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Add a batch: logits and class ids."""
+        log_probs_BC = torch.log_softmax(logits_BC.cpu().double(), dim=1)
+        best_B = log_probs_BC.argmax(dim=1)  # as Evaluation
+        self._labels.append(labels_B.cpu())
+        self._predicted.append(best_B)
+        self._confidence.append(log_probs_BC.gather(1, best_B[:, None])[:, 0].exp())
+
+    def confusion(self) -> list[tuple[int, int, int]]:
+        """Return (label, predicted class, number of images) of all pairs with images, in order."""
+        codes_N = torch.cat(self._labels) * self._num_classes + torch.cat(self._predicted)
+        codes, counts = torch.unique(codes_N, return_counts=True)
+        pairs = zip(codes.tolist(), counts.tolist(), strict=True)
+        return [(*divmod(code, self._num_classes), count) for code, count in pairs]
+
+    def calibration(self, num_bins: int = 15) -> Calibration:
+        """Return confidence and accuracy in ``num_bins`` bins, 15 as in the literature."""
+        confidence_N = torch.cat(self._confidence)
+        correct_N = (torch.cat(self._labels) == torch.cat(self._predicted)).double()
+        bins_N = ((confidence_N * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+        sums = [
+            torch.bincount(bins_N, weights=values_N, minlength=num_bins)
+            for values_N in (torch.ones_like(confidence_N), confidence_N, correct_N)
+        ]
+        count_B = sums[0].long()
+        confidence_B, accuracy_B = (total / count_B.clamp(min=1) for total in sums[1:])
+        return Calibration(count_B.tolist(), confidence_B.tolist(), accuracy_B.tolist())

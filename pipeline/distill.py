@@ -79,7 +79,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         cutmix=_cutmix_settings(config),
         teachers=labels.accuracies,
         teacher_forwards=labels.teacher_forwards,
-        column_notes=_column_notes(config),
+        notes=_notes(config),
         labels=labels.provenance,
         check=labels.check,
     )
@@ -107,9 +107,9 @@ def _cutmix_settings(config: DistillConfig) -> CutMix | None:
     return CutMix(config.cutmix_target, beta, probability)
 
 
-def _column_notes(config: DistillConfig) -> dict[str, str]:
-    """Return the text to print after the discriminator loss: the values of its plateaus."""
+def _notes(config: DistillConfig) -> tuple[str, ...]:
+    """Return the line that gives the plateaus of the discriminator's loss."""
     if config.discriminator == "off":
-        return {}
-    plateaus = ", ".join(f"{name} {v:.3f}" for name, v in PLATEAUS[config.discriminator].items())
-    return {"train_discriminator_loss": f" ({plateaus})"}
+        return ()
+    plateaus = ", ".join(f"{v:.3f} {name}" for name, v in PLATEAUS[config.discriminator].items())
+    return (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)

@@ -60,7 +60,10 @@ class ImageFiles(UnorderedSource):
 
 
 def run(config: PredictConfig) -> dict[str, Any]:
-    """Predict; return the report. Raises MealError and OSError."""
+    """Predict; print the classes as text without --json; return the report.
+
+    Raises MealError and OSError.
+    """
     runtime = create_runtime(config)
     source = ImageFiles(config.image)
     show_summary(source, strict=config.strict)
@@ -71,7 +74,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
     for prediction in _predictions(config, runtime, source, found, skipped):
         best = [{"class_id": c, "class": names[c], "prob": prob} for c, prob in prediction["best"]]
         predictions.append({"image": prediction["image"], "best": best})
-        console.info(_shown(predictions[-1]))
+        if not config.json:
+            console.result(_shown(predictions[-1]))
     if not predictions:
         raise DataError("no image could be read")
     for key, reason in skipped.items():

@@ -427,3 +427,23 @@ def compress_logits(
         if len(others):
             row[others] = row[others].mean()
     return rows
+
+
+def calibration_error(
+    probs_NC: np.ndarray, labels_N: np.ndarray, num_bins: int = 15
+) -> tuple[float, list[int]]:
+    """Return the expected calibration error and the images of each bin, image by image.
+
+    Guo et al. 2017, equations 1 to 3: bin m holds confidences in ((m - 1) / M, m / M].
+    """
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(num_bins)]
+    for probs_C, label in zip(probs_NC.astype(np.float64), labels_N, strict=True):
+        confidence = float(probs_C.max())
+        m = next(m for m in range(1, num_bins + 1) if confidence <= m / num_bins or m == num_bins)
+        bins[m - 1].append((confidence, int(probs_C.argmax()) == label))
+    error = 0.0
+    for members in filter(None, bins):
+        accuracy = sum(hit for _, hit in members) / len(members)
+        confidence = sum(c for c, _ in members) / len(members)
+        error += len(members) / len(labels_N) * abs(accuracy - confidence)
+    return error, [len(members) for members in bins]

@@ -54,8 +54,8 @@ QUICK = {
     "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
     "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
     "distill": ["--epochs", "1", "--workers", "0"],
-    "evaluate": ["--workers", "0"],
-    "predict": ["--workers", "0"],
+    "evaluate": ["--workers", "0", "--json"],
+    "predict": ["--workers", "0", "--json"],
     "export": [],
     "push": [],
     "bench": [
@@ -151,7 +151,8 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
 
     tutorial = commands("docs/tutorial/own-pictures.md")
     assert [words for words in commands("README.md") if words not in tutorial] == []
-    for words in [*tutorial, *commands("docs/how-to/train-students.md")]:
+    others = [*commands("docs/how-to/train-students.md"), *commands("docs/how-to/monitor.md")]
+    for words in [*tutorial, *others]:
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     names: dict[str, Any] = {}
@@ -160,6 +161,7 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
 
     assert names["model"].num_classes == 3
     assert (tmp_path / "per-class.csv").read_text().startswith("class,")
+    assert (tmp_path / "runs/student/evaluation/confusion-matrix.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -569,7 +571,7 @@ def test_the_command_line_accepts_every_line_of_the_documents(path: str) -> None
     for line in "".join(blocks(path, r"\w*")).replace("\\\n", "").splitlines():
         if not line.startswith("mealv2 ") or "…" in line:
             continue
-        name, *words = shlex.split(line.partition("|")[0], comments=True)[1:]
+        name, *words = shlex.split(re.split(r"[|>]", line)[0], comments=True)[1:]
         command, above = cli.cli.commands[name], click.Context(cli.cli, info_name="mealv2")
         if isinstance(command, click.Group) and words:
             above = click.Context(command, info_name=name, parent=above)

@@ -63,6 +63,7 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
     )
     batch_size: int = in_hardware(256, "Images per forward pass.", low=1)
     results_file: Path | None = _results("File for the results, .json or .csv.")
+    json: bool = in_results(False, "Print the results as one line of JSON instead of text.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +84,12 @@ class EvaluateConfig(HeldOutConfig, InferenceConfig):
         None, "With --val-fraction: split that the images are held out of.", shown="train"
     )
     results_file: Path | None = _results("File for the accuracy per class, .json or .csv.")
+    output: Path | None = in_results(
+        None,
+        "Folder for evaluation.json, per-class.csv and confusion-matrix.csv.",
+        shown="not written",
+        path="new folder",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from mealv2.data.pixels import Resize
 from mealv2.data.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
-from mealv2.metrics import Evaluation
+from mealv2.metrics import Evaluation, Predictions
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
@@ -91,12 +91,17 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        stop: StopFlag | None = None,
+        predictions: Predictions | None = None,
     ) -> Evaluation:
         """Return the metrics of a model; raises DataError for a bad image or logits not finite.
 
-        Each rank evaluates its own images and returns the metrics of all. Raises StopRequested, on
-        all ranks, when a ``stop`` is set.
+        Each rank evaluates its own images and returns the metrics of all; ``predictions`` get only
+        its own. Raises StopRequested, on all ranks, when a ``stop`` is set.
         """
         metrics, ranks = Evaluation(num_classes), self._runtime.ranks
         was_training = model.training
@@ -121,6 +126,8 @@ class Evaluator:
             )
             truth = torch.tensor([self.source.labels[p] for p in batch.positions])
             metrics.add(logits, truth, self._soft_labels(batch.positions))
+            if predictions is not None:
+                predictions.add(logits, truth)
         model.train(was_training)
         if ranks.is_distributed:
             metrics.load_sums(ranks.all_reduce(metrics.sums()))

@@ -7,27 +7,23 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from mealv2.batches import BatchSampler, num_steps, updates_per_epoch
+from mealv2.batches import BatchSampler
 from mealv2.data.loader import WaitTimer, on_device, read_views
 from mealv2.data.requests import Batch, check_failures, num_views_of
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.metrics import Evaluation
 from mealv2.models import Classifier
 from mealv2.targets import ONLINE, SKIPPED
-from mealv2.task import GRADIENT_RATIO
-from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
 from pipeline.training.result import RunResult, best_step, is_stopped_early, update_best
 from pipeline.training.resume import open_run, require_same_inputs
+from pipeline.training.run_log import RunLog
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
 
-FEW_STEPS = 4  # of an epoch
-# means of an epoch; above both the discriminator wins
-MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
 IMAGES_SKIPPED = "images_skipped"  # that cannot be read, in the log
 
 
@@ -56,7 +52,6 @@ class _Trainer:
         self.runtime = runtime
         self.spec = spec
         self.stop = stop
-        self.has_warned = False
         self.ranks = runtime.ranks
         if not spec.positions:
             raise DataError(f"{spec.source.name} has no image to train on")
@@ -66,16 +61,17 @@ class _Trainer:
         self.state = self.step.state
         self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state, stack)
+        self.log = RunLog(config, spec, self.state, self.folder)
         self.result = RunResult(config, self.ranks, spec, self.folder)
         self.progress = self.state.progress
         self.step.is_prepared = self.progress.total_steps > 0
         self.state.teacher_forwards += spec.teacher_forwards
 
     def run(self) -> dict[str, Any]:
-        console.info(f"run folder {self.folder.path}")
-        self._log_resume_point()
+        is_over = self.progress.epoch == self.config.epochs
+        num_steps = 0 if is_over else len(self.sampler.batches(self.progress.epoch))
+        self.log.print_start(steps_of_pass=num_steps)
         self.step.log_sizes(self.sampler.full_batch())
-        self._print_steps()
         try:
             return self._run()
         except StopRequested as signal_name:
@@ -94,16 +90,16 @@ class _Trainer:
             return report
         if progress.total_steps == 0 or self._is_over():
             metrics = self._validate(progress.epoch)
-            self._print_accuracies(metrics)
+            self.log.print_accuracies(metrics)
         batches = WaitTimer(self._read())
         while not self._is_over():
-            train_metrics = self._train_pass(batches)
+            train_metrics, images_per_second = self._train_pass(batches)
             epoch = progress.epoch + self.sampler.num_epochs(progress.epoch)
             interval = self.config.val_interval
             is_due = epoch // interval > progress.epoch // interval or epoch == num_epochs
             metrics = self._validate(epoch) if is_due else {}
             progress.epoch, progress.step = epoch, 0
-            self._end_pass(train_metrics, metrics)
+            self._end_pass(train_metrics, metrics, images_per_second=images_per_second)
         self.state.collect()
         return self.result.finalize(self.state, metrics, seconds=time.monotonic() - start_s)
 
@@ -127,8 +123,10 @@ class _Trainer:
         )
         return on_device(loader, self.runtime.device)
 
-    def _train_pass(self, batches: WaitTimer[Batch]) -> dict[str, float]:
-        """Train on the rest of the pass; return the mean of every part of the loss."""
+    def _train_pass(self, batches: WaitTimer[Batch]) -> tuple[dict[str, float], float]:
+        """Train on the rest of the pass; return the mean of every part of the loss, and the speed
+        in images a second.
+        """
         config, spec, state, progress = self.config, self.spec, self.state, self.progress
         batches_of_pass = self.sampler.batches(progress.epoch)
         steps_per_epoch = len(batches_of_pass) / self.sampler.num_epochs(progress.epoch)
@@ -140,7 +138,7 @@ class _Trainer:
 
         last = progress.epoch + self.sampler.num_epochs(progress.epoch)
         total = sum(map(num_views_of, requests))
-        with console.ProgressBar(total, what=f"epoch {last}/{config.epochs}", unit="images") as bar:
+        with self.log.bar(total, last_epoch=last, epochs_of_step=1 / steps_per_epoch) as bar:
             for request in requests:
                 batch = next(batches)
                 if batch.failed:  # raise, or leave out images that cannot be read
@@ -165,7 +163,9 @@ class _Trainer:
                         meter.add(output.num_views, output.parts)
                         meter.count(output.label_counts)
                     state.teacher_forwards += output.label_counts.get(ONLINE, 0)
-                self._log_task_warning()
+                if self.step.warning is not None:
+                    self.log.log_task_warning(self.step.warning)
+                    self.step.warning = None
 
                 # log: the only place where the host waits for the device
                 if progress.total_steps % config.log_interval == 0:
@@ -179,7 +179,8 @@ class _Trainer:
                 if stop_signal is not None:
                     raise StopRequested(stop_signal)
                 bar.update(num_views_of(request))
-        return self._pass_metrics()
+            metrics = self._pass_metrics()  # waits for the device
+            return metrics, bar.rate
 
     def _pass_metrics(self) -> dict[str, float]:
         """Return the means and counts of the pass, on the main rank those of all."""
@@ -190,25 +191,14 @@ class _Trainer:
             raise DataError(f"epoch {epoch}: no image of {name} could be used")
         return {**self._check_finite(means.means()), **means.counts}
 
-    def _end_pass(self, trained: dict[str, float], metrics: dict[str, float]) -> None:
+    def _end_pass(
+        self, trained: dict[str, float], metrics: dict[str, float], *, images_per_second: float
+    ) -> None:
         """Write the epoch's row, the model and a checkpoint."""
         is_best = update_best(self.state, metrics)
-        row = {
-            "epoch": self.progress.epoch,
-            "lr": self.state.lr,
-            **{f"train_{name}": value for name, value in trained.items()},
-            **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
-        }
-        self.folder.log_epoch(row)
-        columns = "  ".join(
-            f"{name} {value:.4g}{self.spec.column_notes.get(name, '')}"
-            for name, value in row.items()
-            if name != "epoch"
-        )
-        console.info(f"epoch {self.progress.epoch}/{self.config.epochs}  {columns}")
+        self.log.log_epoch(trained, metrics, images_per_second=images_per_second)
         if is_best or self.state.best is None or not self.config.selects_best:
             self.result.save_model(self.state.result)
-        self._warn_of_discriminator(trained)
         self.state.pass_means.clear()
         self._save()
 
@@ -225,7 +215,7 @@ class _Trainer:
         if self.state.ema is not None:
             metrics["student_top1"] = self._evaluate(self.spec.student).top1
         if not self._is_over():  # a finished run has it in its log
-            self.folder.log("validation", epoch=epoch, **metrics)
+            self.log.log_validation(epoch, metrics)
         return metrics
 
     def _evaluate(self, model: Classifier) -> Evaluation:
@@ -235,72 +225,13 @@ class _Trainer:
         self.ranks.broadcast(list(model.buffers()))
         return self.spec.evaluator(model, num_classes=model.num_classes, stop=self.stop)
 
-    def _print_accuracies(self, metrics: dict[str, float]) -> None:
-        """Print the accuracy of the teachers and of the student before the first step."""
-        if metrics:
-            known = {**self.spec.teachers, f"student at step {self.progress.total_steps}": metrics}
-            rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
-            console.info(console.table([["before training", "top-1", "top-5"], *rows]))
-
-    # --- log, checkpoint, report ------------------------------------------------------------------
-
-    def _log_resume_point(self) -> None:
-        """Report where a resumed run continues."""
-        epoch, num_epochs = self.progress.epoch, self.config.epochs
-        if self.progress.total_steps == 0 or epoch == num_epochs:
-            return
-        console.info(
-            f"resuming in epoch {epoch + 1}/{num_epochs} after {self.progress.step} of its "
-            f"{len(self.sampler.batches(epoch))} steps ({self.progress.total_steps} in all)"
-        )
-
-    def _log_task_warning(self) -> None:
-        """Print and log what the task found in the first batch."""
-        if self.step.warning is not None:
-            console.info(self.step.warning)
-            self.folder.log("prepared", step=self.progress.total_steps, text=self.step.warning)
-            self.step.warning = None
-
-    def _print_steps(self) -> None:
-        """Report that an epoch has few steps, before the first one."""
-        num_images, size = len(self.spec.positions), self.config.batch_size
-        per_epoch = updates_per_epoch(self.config, num_images)
-        if self.progress.total_steps == 0 and per_epoch < FEW_STEPS and num_images > FEW_STEPS:
-            total = num_steps(self.config, num_images)
-            console.info(
-                f"{num_images} images at --batch-size {size}: {per_epoch:g} "
-                f"step{'s' * (per_epoch != 1)} an epoch, "
-                f"{total} in all; a smaller --batch-size or more --epochs takes more steps"
-            )
-
-    def _warn_of_discriminator(self, trained: dict[str, float]) -> None:
-        """Report once that the discriminator tells student and teachers apart, and acts on it."""
-        accuracy = trained.get("discriminator_accuracy", 0.0)
-        ratio = trained.get(GRADIENT_RATIO, 0.0)
-        if self.has_warned or accuracy <= MAX_ACCURACY or ratio <= MAX_GRADIENT_RATIO:
-            return
-        self.has_warned = True
-        text = (
-            f"the discriminator wins: accuracy {accuracy:.3f}, and its gradient on the student is "
-            f"{ratio:.2f} of that of the labels; with few classes this costs accuracy: use "
-            "--discriminator-lr 1e-4"
-        )
-        console.info(text)
-        self.folder.log("discriminator", epoch=self.progress.epoch, text=text)
+    # --- log, checkpoint --------------------------------------------------------------------------
 
     def _log_metrics(self) -> None:
         """Write the means since the last line to metrics.jsonl."""
         window = self.state.window
         window.collect(self.ranks)
-        self.folder.log(
-            "train",
-            epoch=self.progress.epoch,
-            step=self.progress.total_steps,
-            lr=self.state.lr,
-            **self._check_finite(window.means()),
-            **window.counts,
-            **window.speed(),
-        )
+        self.log.log_metrics(self._check_finite(window.means()))
         window.clear()
 
     def _check_finite(self, means: dict[str, float]) -> dict[str, float]:

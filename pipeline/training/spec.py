@@ -37,8 +37,8 @@ class TrainingSpec:
     names, cut as ``views`` say and resized by ``resize``. ``extra`` are modules beside the student
     that are trained too, each with its initial learning rate. ``teachers`` are accuracies to print
     before the first step, ``teacher_forwards`` the views that teachers saw to measure them,
-    ``column_notes`` what to print behind a column of an epoch, ``labels`` what the run folder keeps
-    of the labels it is made from, ``check`` what compares the images with the labelled ones.
+    ``notes`` lines to print there, ``labels`` what the run folder keeps of the labels it is made
+    from, ``check`` what compares the images with the labelled ones.
     """
 
     command: str
@@ -55,7 +55,7 @@ class TrainingSpec:
     cutmix: CutMix | None = None
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_forwards: int = 0
-    column_notes: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     labels: dict[str, Any] | None = None
     check: ImageCheck | None = None
 

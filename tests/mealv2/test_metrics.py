@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mealv2.metrics import Evaluation, num_correct
+from mealv2.metrics import Evaluation, Predictions, num_correct
 from mealv2.soft_labels import SoftLabels, encode, top_k
 
 
@@ -148,3 +148,48 @@ def test_num_correct_counts_labels_among_the_k_highest(k):
     logits, labels, _ = random_batch(200, 20, 7)
     rank = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert int(num_correct(logits, labels, k)) == int((rank < k).sum())
+
+
+# --- confusion and calibration ------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 60), st.integers(2, 30), st.integers(1, 20), st.integers(0, 999))
+def test_calibration_error_and_confusion_agree_with_numpy(rows, classes, num_bins, seed):
+    logits, labels, _ = random_batch(rows, classes, seed)
+    predictions = Predictions(classes)
+    for start in range(0, rows, 7):
+        predictions.add(logits[start : start + 7], labels[start : start + 7])
+    probs = np.exp(reference.log_softmax(logits.numpy()))
+
+    found = predictions.calibration(num_bins)
+    error, sizes = reference.calibration_error(probs, labels.numpy(), num_bins)
+    assert found.num_images == sizes
+    assert found.ece == pytest.approx(error, rel=1e-12, abs=1e-15)
+
+    matrix = np.zeros((classes, classes), dtype=int)
+    np.add.at(matrix, (labels.numpy(), probs.argmax(1)), 1)
+    pairs = predictions.confusion()
+    assert pairs == sorted(pairs)
+    assert {(a, b): n for a, b, n in pairs} == {
+        (int(a), int(b)): matrix[a, b] for a, b in zip(*matrix.nonzero(), strict=True)
+    }
+
+
+def test_calibration_of_known_confidences():
+    """Two images of 2 classes at 0.75, one of them right; two at 1.0, both right."""
+    predictions = Predictions(2)
+    sure, certain = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[100.0, 0.0]])
+    logits = torch.cat([sure, sure, certain, certain])
+    predictions.add(logits, torch.tensor([0, 1, 0, 0]))
+    found = predictions.calibration()
+    assert len(found.num_images) == 15
+    assert {b: n for b, n in enumerate(found.num_images) if n} == {11: 2, 14: 2}
+    assert (found.confidence[11], found.accuracy[11]) == (pytest.approx(0.75), 0.5)
+    assert found.ece == pytest.approx((2 * 0.25 + 2 * 0.0) / 4)
+
+
+def test_a_confidence_at_an_edge_is_in_the_lower_bin():
+    predictions = Predictions(2)
+    predictions.add(torch.zeros(1, 2), torch.tensor([0]))
+    assert predictions.calibration(2).num_images == [1, 0]

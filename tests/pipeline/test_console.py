@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +88,20 @@ def test_progress_off_a_terminal_says_plain_lines_with_rate_and_time_left(
     assert "\r" not in err
 
 
+def _loop(items: Iterable[int]) -> None:
+    list(console.progress(items, total=3, what="validating", unit="images"))
+
+
 def _shown_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, items: Iterable[int], *, term: str
+    monkeypatch: pytest.MonkeyPatch, *, term: str, loop: Callable[[], None]
 ) -> str:
-    """Run through ``items`` with a real pseudo-terminal as stderr; return what it got."""
+    """Run a loop with a real pseudo-terminal as stderr; return what it got."""
     monkeypatch.setenv("TERM", term)
     master, slave = os.openpty()
-    termios.tcsetwinsize(slave, (25, 80))
+    termios.tcsetwinsize(slave, (25, 100))
     with os.fdopen(slave, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
-        list(console.progress(items, total=3, what="validating", unit="images"))
+        loop()
         stream.write("\x04")  # the end, so that the reader need not guess
         stream.flush()
         shown = b""
@@ -110,15 +114,40 @@ def _shown_on_a_terminal(
 def test_progress_on_a_terminal_is_a_moving_bar_with_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shown = _shown_on_a_terminal(monkeypatch, range(3), term="xterm")
+    shown = _shown_on_a_terminal(monkeypatch, term="xterm", loop=lambda: _loop(range(3)))
     assert "\rvalidating:   0%" in shown
     assert "images/s" in shown
     assert "<" in shown  # elapsed<left
 
 
+def test_a_note_takes_the_place_of_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loop() -> None:
+        with console.ProgressBar(3, what="epoch 2/9", unit="images", note=notes.pop) as bar:
+            for _ in range(3):
+                bar.update(1)
+
+    notes = ["", "loss 0.5, run ETA 03:05"]
+    shown = _shown_on_a_terminal(monkeypatch, loop=loop, term="xterm")
+    assert notes == [""], "once a second"
+    assert "epoch 2/9: " in shown
+    assert "images/s, loss 0.5, run ETA 03:05]" in shown
+    assert "<" not in shown, "no time of this loop"
+
+    monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
+    notes = ["loss 0.4, run ETA 02:05", "loss 0.5, run ETA 03:05"]
+    loop()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("/s, ")[1] for line in lines] == [
+        "loss 0.5, run ETA 03:05",
+        "loss 0.4, run ETA 02:05",
+    ]
+
+
 def test_progress_on_a_dumb_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
-    shown = _shown_on_a_terminal(monkeypatch, range(3), term="dumb")
+    shown = _shown_on_a_terminal(monkeypatch, term="dumb", loop=lambda: _loop(range(3)))
     assert "validating: 1/3 images" in shown
     assert "%" not in shown
 

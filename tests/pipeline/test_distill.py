@@ -229,7 +229,8 @@ def test_accuracies_before_training_are_said_before_the_first_epoch(
         **{f"teacher {t['model']}": t for t in accuracy["teachers"]},
         "ensemble": accuracy["ensemble"],
         "student at step 0": done(
-            "evaluate", "--data-dir", data_dir, "--checkpoint", student_dir, "--workers", 0
+            *("evaluate", "--data-dir", data_dir, "--checkpoint", student_dir),
+            *("--workers", 0, "--json"),
         ).report,
     }
     assert said == {name: [f"{f['top1']:.2f}", f"{f['top5']:.2f}"] for name, f in expected.items()}

@@ -98,7 +98,8 @@ def test_it_starts_from_the_initial_checkpoint(
 ) -> None:
     flags = [*finetune_flags, "--initial-checkpoint", student_dir, "--lr", 0.0, "--output", run]
     done(*flags)
-    known = done("evaluate", "--data-dir", data_dir, "--checkpoint", student_dir, "--workers", 0)
+    words = ["--data-dir", data_dir, "--checkpoint", student_dir, "--workers", 0, "--json"]
+    known = done("evaluate", *words)
     first = events(run, "validation")[0]
     assert first["cross_entropy"] == pytest.approx(known.report["cross_entropy"], rel=1e-6)
     # with --lr 0 the weights stay, to the bit; batch statistics move
@@ -134,7 +135,7 @@ def test_mean_and_std_are_stored_and_used(
     plain = done(*finetune_flags, "--output", tmp_path / "plain").report
     assert plain["cross_entropy"] != pytest.approx(report["cross_entropy"], rel=1e-3)
 
-    evaluate = ["evaluate", "--data-dir", data_dir, "--checkpoint", run, "--workers", 0]
+    evaluate = ["evaluate", "--data-dir", data_dir, "--checkpoint", run, "--workers", 0, "--json"]
     again = done(*evaluate).report["cross_entropy"]
     assert again == pytest.approx(report["cross_entropy"], rel=1e-6)
     other = done(*evaluate, "--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5).report

@@ -63,10 +63,10 @@ def test_every_command_holds_out_the_same_images(
     )
     for report, run in ((tuned.report, "tuned"), (distilled.report, "run")):
         words = ["--data-dir", classes_only, "--checkpoint", tmp_path / run, "--workers", 0]
-        evaluated = done("evaluate", *words, *FRACTION).report
+        evaluated = done("evaluate", *words, *FRACTION, "--json").report
         for name in ("num_images", "top1", "cross_entropy"):
             assert evaluated[name] == pytest.approx(report[name])
-        rest = done("evaluate", *words, *FRACTION, "--val-split", "train").report
+        rest = done("evaluate", *words, *FRACTION, "--val-split", "train", "--json").report
         assert (evaluated["num_images"], rest["num_images"]) == (9, 27)
 
 

@@ -30,7 +30,7 @@ def model(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def predict(model: Path) -> list[object]:
-    return ["predict", "--checkpoint", model, "--workers", 0]
+    return ["predict", "--checkpoint", model, "--workers", 0, "--json"]
 
 
 def best(report: dict[str, Any]) -> dict[str, str]:
@@ -119,7 +119,7 @@ def test_a_file_named_without_a_pictures_suffix_is_read(
     assert done(*predict, tmp_path / "download").report["num_images"] == 1
 
 
-def test_topk_limits_the_classes_and_people_read_them_on_stderr(
+def test_topk_limits_the_classes_and_text_is_on_stdout_without_json(
     done: Run, predict: list[object], data_dir: Path
 ) -> None:
     picture = data_dir / "val" / "bees" / "00.jpg"
@@ -127,10 +127,13 @@ def test_topk_limits_the_classes_and_people_read_them_on_stderr(
     (prediction,) = result.report["predictions"]
     assert len(prediction["best"]) == 2
     assert len(result.stdout.splitlines()) == 1
-    lines = result.stderr.splitlines()
+    assert result.stderr == ""
+    text = done(*predict, picture, "--topk", 2, "--no-json")
+    lines = text.stdout.splitlines()
     assert lines[0] == str(picture)
     expected = [f"{100 * row['prob']:.2f} %  {row['class']}" for row in prediction["best"]]
     assert [line.strip() for line in lines[1:]] == expected
+    assert text.stderr == ""
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])
@@ -195,7 +198,7 @@ def test_timms_imagenet_weights_answer_with_names(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     picture = data_dir / "val" / "ants" / "00.jpg"
-    flags = ["--workers", 0, "--topk", 2]
+    flags = ["--workers", 0, "--topk", 2, "--json"]
     report = done("predict", picture, "--model", "test_resnet", *flags).report
     assert report["model"] == "test_resnet.r160_in1k"
     names = [row["class"] for row in report["predictions"][0]["best"]]

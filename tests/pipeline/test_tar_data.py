@@ -201,7 +201,9 @@ def test_training_and_figures_are_the_same_from_tar_shards(
             done(*on(data, flags), *start, *one_epoch, "--output", run)
         assert weights(runs[0]) == weights(runs[1])
     reports = [
-        done("evaluate", "--data-dir", data, "--checkpoint", runs[0], "--workers", 0).report
+        done(
+            "evaluate", "--data-dir", data, "--checkpoint", runs[0], "--workers", 0, "--json"
+        ).report
         for data in (data_dir, twin)
     ]
     assert {**reports[0], "data": ""} == {**reports[1], "data": ""}

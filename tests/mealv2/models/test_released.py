@@ -374,7 +374,7 @@ def test_evaluate_runs_a_released_model_by_name(
 ) -> None:
     server.files[SMALL_FILE] = published.as_published(small)
     flags = ["--model", f"{SMALL}_224", "--data-dir", imagenet, "--img-size", 64, "--workers", 0]
-    report = done("evaluate", *flags).report
+    report = done("evaluate", *flags, "--json").report
     assert (report["num_images"], report["model"]) == (1000, f"{SMALL_TIMM}.{SMALL}_224")
     expected = cross_entropy(imagenet, small, 64)
     assert report["cross_entropy"] == pytest.approx(expected, rel=1e-5)
@@ -401,7 +401,7 @@ def test_evaluate_knows_the_size_of_a_released_model(
         (tmp_path / "MEALV2_ResNet50_380.pth").write_bytes(file)
         flags = ["--checkpoint", tmp_path / "MEALV2_ResNet50_380.pth"]
     flags += ["--data-dir", data_dir, "--on-bad-image", "skip", "--workers", 0]
-    report = done("evaluate", *flags).report
+    report = done("evaluate", *flags, "--json").report
     assert (report["img_size"], report["num_images"]) == (380, 3)
     assert report["model"] == "resnet50.mealv2_resnet50_380"
     expected = cross_entropy(data_dir, model, 380, images=3)

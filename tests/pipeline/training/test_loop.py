@@ -16,7 +16,7 @@ import torch
 from cases import mostly_slow
 from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
-from pipeline.training import loop
+from pipeline.training import run_log
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -707,13 +707,13 @@ def test_a_discriminator_that_wins_is_reported_once(
         min(float(row[f"train_discriminator_{name}"]) for row in rows) - 1e-6
         for name in ("accuracy", "gradient_ratio")
     ]
-    monkeypatch.setattr(loop, "MAX_ACCURACY", limits[0])
-    monkeypatch.setattr(loop, "MAX_GRADIENT_RATIO", limits[1])
+    monkeypatch.setattr(run_log, "MAX_ACCURACY", limits[0])
+    monkeypatch.setattr(run_log, "MAX_GRADIENT_RATIO", limits[1])
     said = done(*distill_flags, "--output", run).stderr
     assert said.count("the discriminator wins: accuracy ") == 1
     assert "use --discriminator-lr 1e-4" in said
     (event,) = events(run, "discriminator")
     assert event["epoch"] == 1
-    monkeypatch.setattr(loop, "MAX_ACCURACY", 1.0)
+    monkeypatch.setattr(run_log, "MAX_ACCURACY", 1.0)
     again = done(*distill_flags, "--output", run.with_name("again")).stderr
     assert "the discriminator wins" not in again

@@ -165,7 +165,7 @@ def test_accuracies_of_the_average_and_of_the_student_are_reported(
     safetensors.torch.save_file(last, own / "model.safetensors", metadata=metadata)
     for folder, name in ((run, "top1"), (own, "student_top1")):
         flags = ["--data-dir", data_dir, "--checkpoint", folder, "--workers", 0]
-        assert done("evaluate", *flags).report["top1"] == report[name]
+        assert done("evaluate", *flags, "--json").report["top1"] == report[name]
     assert report["top1"] != report["student_top1"]
 
 
@@ -300,7 +300,7 @@ def test_gradient_ratio_and_plateaus_are_in_the_log(
 ) -> None:
     flags = ["--discriminator", "official", "--val-split", "none", "--output", run]
     said = done(*distill_flags, *flags).stderr
-    assert "(dead 0.693, half dead 0.520, floor 0.347)" in said
+    assert said.count("0.693 dead, 0.520 half dead, 0.347 floor") == 1
     for event in events(run, "train"):
         assert 0 <= event["discriminator_gradient_ratio"] < math.inf
     assert all(float(row["train_discriminator_gradient_ratio"]) >= 0 for row in summary(run))

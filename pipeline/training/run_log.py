@@ -1,0 +1,172 @@
+"""What a training run prints and logs: notes before it, a line each epoch, the rest in files."""
+
+import time
+
+from mealv2.batches import num_steps, updates_per_epoch
+from mealv2.task import GRADIENT_RATIO
+from pipeline import console
+from pipeline.config import TrainConfig
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.spec import TrainingSpec
+from pipeline.training.state import TrainingState
+
+FEW_STEPS = 4  # of an epoch
+# means of an epoch; above both the discriminator wins
+MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
+
+
+class RunLog:
+    """The log of a run: stderr, metrics.jsonl and summary.csv.
+
+    Ranks other than the main one print nothing, and have a folder that writes nothing.
+    """
+
+    def __init__(
+        self, config: TrainConfig, spec: TrainingSpec, state: TrainingState, folder: RunFolder
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._state = state
+        self._folder = folder
+        self._has_warned = False
+        self._start: tuple[float, float] | None = None  # seconds and epochs
+
+    def print_start(self, *, steps_of_pass: int) -> None:
+        """Print the run folder, where a resumed run continues, and notes on a new one."""
+        console.info(f"run folder {self._folder.path}")
+        progress, num_epochs = self._state.progress, self._config.epochs
+        if progress.total_steps == 0:
+            self._print_steps()
+            for note in self._spec.notes:
+                console.info(note)
+        elif progress.epoch < num_epochs:
+            console.info(
+                f"resuming in epoch {progress.epoch + 1}/{num_epochs} after {progress.step} of its "
+                f"{steps_of_pass} steps ({progress.total_steps} in all)"
+            )
+
+    def _print_steps(self) -> None:
+        """Report that an epoch has few steps."""
+        num_images, size = len(self._spec.positions), self._config.batch_size
+        per_epoch = updates_per_epoch(self._config, num_images)
+        if per_epoch < FEW_STEPS and num_images > FEW_STEPS:
+            total = num_steps(self._config, num_images)
+            console.info(
+                f"{num_images} images at --batch-size {size}: {per_epoch:g} "
+                f"step{'s' * (per_epoch != 1)} an epoch, "
+                f"{total} in all; a smaller --batch-size or more --epochs takes more steps"
+            )
+
+    def print_accuracies(self, metrics: dict[str, float]) -> None:
+        """Print the accuracy of the teachers and of the student before the next step."""
+        if metrics:
+            step = self._state.progress.total_steps
+            known = {**self._spec.teachers, f"student at step {step}": metrics}
+            rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
+            console.info(console.table([["before training", "top-1", "top-5"], *rows]))
+
+    # --- a pass -----------------------------------------------------------------------------------
+
+    def bar(self, num_views: int, *, last_epoch: int, epochs_of_step: float) -> console.ProgressBar:
+        """Return the progress bar of a pass that ends with ``last_epoch``, over ``num_views``.
+
+        Beside it are the loss and when the run ends. A step is ``epochs_of_step`` epochs.
+        """
+        if self._start is None:
+            self._start = time.monotonic(), self._epochs_done(epochs_of_step)
+
+        def note() -> str:
+            loss = self._state.window.means().get("loss")  # waits for the device
+            end = f"run ETA {console.clock(self._eta_s(epochs_of_step))}"
+            return end if loss is None else f"loss {loss:.4f}, {end}"
+
+        what = f"epoch {last_epoch}/{self._config.epochs}"
+        return console.ProgressBar(num_views, what=what, unit="images", note=note)
+
+    def _epochs_done(self, epochs_of_step: float = 0.0) -> float:
+        progress = self._state.progress
+        return progress.epoch + progress.step * epochs_of_step
+
+    def _eta_s(self, epochs_of_step: float = 0.0) -> float:
+        """Return the seconds to the end of the run, at the pace since this process began."""
+        assert self._start is not None
+        start_s, first = self._start
+        done = self._epochs_done(epochs_of_step)
+        pace_s = (time.monotonic() - start_s) / max(done - first, 1e-9)
+        return (self._config.epochs - done) * pace_s
+
+    def log_metrics(self, means: dict[str, float]) -> None:
+        """Write the means, counts and speed since the last line to metrics.jsonl."""
+        window, progress = self._state.window, self._state.progress
+        self._folder.log(
+            "train",
+            epoch=progress.epoch,
+            step=progress.total_steps,
+            lr=self._state.lr,
+            **means,
+            **window.counts,
+            **window.speed(),
+        )
+
+    # --- after an epoch ---------------------------------------------------------------------------
+
+    def log_epoch(
+        self, trained: dict[str, float], metrics: dict[str, float], *, images_per_second: float
+    ) -> None:
+        """Print the line of an epoch; write all its figures to summary.csv and metrics.jsonl.
+
+        ``trained`` are the means and counts of its training, ``metrics`` those of its validation.
+        """
+        if not trained:  # the main rank has the means of all
+            return
+        progress = self._state.progress
+        row = {
+            "epoch": progress.epoch,
+            "lr": self._state.lr,
+            **{f"train_{name}": value for name, value in trained.items()},
+            **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
+        }
+        self._folder.log_epoch(row)
+        self._folder.log(
+            # not "step": a checkpoint of the same step may be from before the end of the epoch
+            "epoch",
+            steps=progress.total_steps,
+            **row,
+            images_per_second=images_per_second,
+        )
+        num_epochs = self._config.epochs
+        parts = [f"epoch {progress.epoch}/{num_epochs}", f"loss {trained['loss']:.4f}"]
+        for name, title in (("top1", "top-1"), ("agreement", "agreement")):
+            if name in metrics:
+                parts.append(f"{title} {metrics[name]:.2f}")
+        parts.append(f"lr {self._state.lr:.3g}")
+        if images_per_second:
+            parts.append(f"{images_per_second:.0f} img/s")
+        if progress.epoch < num_epochs and self._start is not None:
+            parts.append(f"ETA {console.clock(self._eta_s())}")
+        console.info("  ".join(parts))
+        self._warn_of_discriminator(trained)
+
+    def _warn_of_discriminator(self, trained: dict[str, float]) -> None:
+        """Report once that the discriminator tells student and teachers apart, and acts on it."""
+        accuracy = trained.get("discriminator_accuracy", 0.0)
+        ratio = trained.get(GRADIENT_RATIO, 0.0)
+        if self._has_warned or accuracy <= MAX_ACCURACY or ratio <= MAX_GRADIENT_RATIO:
+            return
+        self._has_warned = True
+        text = (
+            f"the discriminator wins: accuracy {accuracy:.3f}, and its gradient on the student is "
+            f"{ratio:.2f} of that of the labels; with few classes this costs accuracy: use "
+            "--discriminator-lr 1e-4"
+        )
+        console.info(text)
+        self._folder.log("discriminator", epoch=self._state.progress.epoch, text=text)
+
+    def log_validation(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Write the metrics after ``epoch`` epochs to metrics.jsonl."""
+        self._folder.log("validation", epoch=epoch, **metrics)
+
+    def log_task_warning(self, text: str) -> None:
+        """Print and log what the task found in the first batch."""
+        console.info(text)
+        self._folder.log("prepared", step=self._state.progress.total_steps, text=text)
