@@ -28,6 +28,13 @@ class HeldOut:
     def __str__(self) -> str:
         return f"--val-fraction {self.fraction:g} --split-seed {self.seed}"
 
+    @property
+    def flags(self) -> list[str]:
+        """The flags of a command that make the same choice."""
+        of = [] if self.of == "train" else ["--train-split", self.of]
+        seed = [] if self.seed == 0 else ["--split-seed", str(self.seed)]
+        return ["--val-fraction", str(self.fraction), *seed, *of]
+
     def as_json(self) -> dict[str, Any]:
         """Return the entry of a plan."""
         return {"version": 1, **vars(self)}
@@ -67,7 +74,7 @@ class HeldOut:
         positions = [p for p in range(len(source)) if (p in chosen) == is_held]
         count, total = f"{len(chosen)} of {len(source)} images", self.of
         note = f"{count} of {total}, held out" if is_held else f"{total} without {count} held out"
-        return Subset(source, positions, split=split, note=note)
+        return Subset(source, positions, split=split, note=note, flags=self.flags)
 
 
 def held_out_positions(held_out: HeldOut, source: ImageSource) -> list[int]:

@@ -11,7 +11,7 @@ class Subset:
     """The images of a source at ascending positions; an ImageSource.
 
     With ``classes``, class ids are those of its class names among them. ``note`` is shown beside
-    the name in the summary.
+    the name in the summary, ``flags`` are the words of a command that make the same choice.
     """
 
     def __init__(
@@ -22,12 +22,14 @@ class Subset:
         split: str,
         classes: Sequence[str] | None = None,
         note: str = "",
+        flags: Sequence[str] = (),
     ) -> None:
         self._source = source
         self._positions = positions
         self.name = source.name
         self.split = split
         self.note = note
+        self.flags: Sequence[str] = flags or (source.flags if isinstance(source, Subset) else ())
         self.left_out: LeftOut = source.left_out
         self.keys = [source.keys[p] for p in positions]
         self.labels = [source.labels[p] for p in positions]

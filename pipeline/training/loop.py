@@ -61,10 +61,11 @@ class _Trainer:
         self.state = self.step.state
         self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state, stack)
-        self.log = RunLog(config, spec, self.state, self.folder)
-        self.result = RunResult(config, self.ranks, spec, self.folder)
         self.progress = self.state.progress
-        self.step.is_prepared = self.progress.total_steps > 0
+        self.log = RunLog(config, spec, self.state, self.folder)
+        is_resumed = self.progress.total_steps > 0
+        self.result = RunResult(config, self.ranks, spec, self.folder, is_resumed=is_resumed)
+        self.step.is_prepared = is_resumed
         self.state.teacher_forwards += spec.teacher_forwards
 
     def run(self) -> dict[str, Any]:

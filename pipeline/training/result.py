@@ -10,7 +10,7 @@ from mealv2.storage.weight_files import EXPORT_FOLDER
 from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.runtime.distributed import Ranks
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, summary
 from pipeline.training.run_folder import RunFolder, checkpoint_path, checkpoint_paths
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import Progress, TrainingState
@@ -49,12 +49,19 @@ class RunResult:
     """Writes the result of a run into its folder; ranks other than the main one write nothing."""
 
     def __init__(
-        self, config: TrainConfig, ranks: Ranks, spec: TrainingSpec, folder: RunFolder
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        spec: TrainingSpec,
+        folder: RunFolder,
+        *,
+        is_resumed: bool,
     ) -> None:
         self._config = config
         self._ranks = ranks
         self._spec = spec
         self._folder = folder
+        self._is_resumed = is_resumed
 
     def save_model(self, model: Classifier) -> None:
         """Write a model as the result so far."""
@@ -76,6 +83,7 @@ class RunResult:
         if not self._ranks.is_main_process:
             return {}
         spec, progress, best = self._spec, state.progress, state.best
+        last = metrics
         label_fields = {"labels": spec.labels, "teacher_forwards": state.teacher_forwards}
         selected: dict[str, Any] = {}
         if best is not None and metrics:
@@ -89,7 +97,6 @@ class RunResult:
                 self._save_best(state, best["step"])
                 metrics = best["metrics"]
                 selected["selected_epoch"] = best["epoch"]
-            self._print_selection(state, selected)
         report = {
             "run": str(self._folder.path),
             "model": spec.student.tag,
@@ -102,6 +109,7 @@ class RunResult:
         }
         self._folder.write_report(report)
         self._remove_old_checkpoints(best_step(self._config, state))
+        self._print_summary(state, last, report)
         return report
 
     def finished_report(self, state: TrainingState) -> dict[str, Any] | None:
@@ -137,13 +145,25 @@ class RunResult:
             ) from error
         self.save_model(model)
 
-    def _print_selection(self, state: TrainingState, selected: dict[str, Any]) -> None:
-        name = "best" if self._config.selects_best else "last"
-        console.info(
-            f"best epoch {selected['best_epoch']} of {state.progress.epoch}: top-1 "
-            f"{selected['best_top1']:.2f}, last {selected['last_top1']:.2f}, on --val-split; "
-            f"{self._folder.path / EXPORT_FOLDER} has the {name}"
-        )
+    def _print_summary(
+        self, state: TrainingState, last: dict[str, float], report: dict[str, Any]
+    ) -> None:
+        """Print the accuracies of start, teachers and student, the result and what comes next.
+
+        ``last`` are the metrics of the last epoch.
+        """
+        spec, run, epoch = self._spec, self._folder.path, state.progress.epoch
+        if state.best is not None and last:
+            start = self._folder.start_metrics()
+            rows = {} if start is None else {"student at the start": start}
+            rows |= spec.teachers | summary.student_rows(last, state.best, last_epoch=epoch)
+            console.info(summary.accuracies(rows))
+        since = " since it was resumed" if self._is_resumed else ""
+        time = f"{console.count(epoch, 'epoch')}, {console.duration(report['seconds'])}{since}"
+        selected = report.get("selected_epoch", epoch)
+        console.info(summary.model_line(spec, run, epoch=selected, trained=time))
+        for number, command in enumerate(summary.next_commands(self._config, spec, run)):
+            console.info(f"{'      ' if number else 'next: '}{command}")
 
     def _remove_old_checkpoints(self, best: int | None) -> None:
         """Remove all but the newest --checkpoint-hist; report how many are kept, and their size."""

@@ -169,6 +169,15 @@ class RunFolder:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def start_metrics(self) -> dict[str, Any] | None:
+        """Return the validation of the initial weights; None without one."""
+        with self.metrics_path.open("rb") as file:
+            for line in file:
+                event = parse_event(line)
+                if event is not None and event.get("event") == "validation":
+                    return event if event["epoch"] == 0 else None
+        return None
+
     def report(self) -> dict[str, Any] | None:
         """Return report.json of a finished run; None before."""
         path = self.path / REPORT_NAME

@@ -92,7 +92,12 @@ def test_select_last_delivers_the_last_epoch_and_reports_both(
     assert (found["best_epoch"], found["best_top1"]) == (best["best_epoch"], best["best_top1"])
     assert kept_steps(run) == [4 * STEPS]
     assert same(student(run), weights_at(run, 4 * STEPS))
-    assert f"best epoch {best['best_epoch']} of 4: top-1 {best['best_top1']:.2f}" in result.stderr
+    lines = [line.split() for line in result.stderr.splitlines() if line.startswith("student, ep")]
+    assert [line[:5] for line in lines] == [
+        ["student,", "epoch", str(best["best_epoch"]), "(best)", f"{best['best_top1']:.2f}"],
+        ["student,", "epoch", "4", "(last)", f"{found['last_top1']:.2f}"],
+    ]
+    assert f"result {run / 'student'}: {found['model']} after epoch 4, " in result.stderr
 
 
 def test_best_epoch_of_a_resumed_run_is_the_same_to_the_bit(
