@@ -65,8 +65,10 @@ OPTIONAL = {
     "pyarrow",
     "scipy",
     "sklearn",
+    "trackio",
+    "wandb",
 }
-OPTIONAL |= {"torch.distributed.rendezvous"}
+OPTIONAL |= {"torch.distributed.rendezvous", "torch.utils.tensorboard"}
 
 MAX_FUNCTION, MAX_FILE = 60, 350
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

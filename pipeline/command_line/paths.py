@@ -26,6 +26,7 @@ from pipeline.config import (
     spelling,
 )
 from pipeline.training.run_lock import require_unlocked
+from pipeline.training.trackers import require_packages
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
 MAX_NAMES = 8  # in a message
@@ -36,6 +37,8 @@ def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
 
     URLs and the fields in ``skip`` are not checked.
     """
+    if isinstance(config, TrainConfig):
+        require_packages(config)
     fields = [f for f in dataclasses.fields(config) if f.metadata["path"] and f.name not in skip]
     fields.sort(key=lambda f: f.metadata["path"] != "new file")  # their check reads nothing
     for field in fields:

@@ -38,6 +38,7 @@ from pipeline.config.views import ViewsConfig
 # settings of the machine, the log and the folder, which no checkpoint is compared with;
 FREE_ON_RESUME = frozenset(
     {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
+    | {"log_tensorboard", "log_wandb", "log_trackio", "wandb_project"}
     | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
     | {"download"}
 )
@@ -113,6 +114,10 @@ class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, Runtim
         low=1,
     )
     log_interval: int = in_run(50, "Steps between log lines.", low=1)
+    log_tensorboard: bool = in_run(False, "Log to TensorBoard: event files in RUN/tensorboard.")
+    log_wandb: bool = in_run(False, "Log to Weights & Biases.")
+    log_trackio: bool = in_run(False, "Log to trackio, on this machine by default.")
+    wandb_project: str = in_run("mealv2", "Project of --log-wandb and --log-trackio.")
     val_interval: int = in_run(1, "Epochs between validations; the last epoch has one.", low=1)
     recovery_interval: int | None = in_run(
         None,
@@ -138,6 +143,8 @@ class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, Runtim
             message = "--select best needs a validation split, but --val-split is none"
             require(self.select != "best", message)
             without_effect(self, "with --val-split none", "val_interval", "early_stopping")
+        if not (self.log_wandb or self.log_trackio):
+            without_effect(self, "without --log-wandb or --log-trackio", "wandb_project")
         if self.initial_checkpoint:
             require(not self.pretrained, "give --pretrained or --initial-checkpoint, not both")
 

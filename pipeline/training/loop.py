@@ -23,6 +23,7 @@ from pipeline.training.resume import open_run, require_same_inputs
 from pipeline.training.run_log import RunLog
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
+from pipeline.training.trackers import Trackers
 
 IMAGES_SKIPPED = "images_skipped"  # that cannot be read, in the log
 
@@ -62,7 +63,11 @@ class _Trainer:
         self.step.compile(self.sampler.full_batch())
         self.folder = open_run(config, self.ranks, spec, self.state, stack)
         self.progress = self.state.progress
-        self.log = RunLog(config, spec, self.state, self.folder)
+        trackers = None
+        if self.ranks.is_main_process:
+            steps = self.progress.total_steps
+            trackers = Trackers(config, self.folder, stack, total_steps=steps)
+        self.log = RunLog(config, spec, self.state, self.folder, trackers)
         is_resumed = self.progress.total_steps > 0
         self.result = RunResult(config, self.ranks, spec, self.folder, is_resumed=is_resumed)
         self.step.is_prepared = is_resumed

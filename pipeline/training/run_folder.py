@@ -75,6 +75,8 @@ class RunFolder:
         self._lock = lock
         self._rows: list[dict[str, Any]] = []
         self.num_damaged = 0  # lines of metrics.jsonl that were removed
+        # the step of the last event of each kind, or its epoch, also of those that were dropped
+        self.logged: dict[str, int] = {}
 
     @classmethod
     def create(
@@ -119,6 +121,10 @@ class RunFolder:
             events = [parse_event(line) for line in lines]
             # half a last line is what kill -9 leaves
             run.num_damaged = sum(event is None for event in events[:-1])
+            for event in filter(None, events):
+                kind = str(event.get("event"))
+                at = event["step"] if "step" in event else event["epoch"]
+                run.logged[kind] = max(run.logged.get(kind, -1), at)
             kept = [
                 line
                 for line, event in zip(lines, events, strict=True)

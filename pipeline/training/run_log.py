@@ -9,6 +9,7 @@ from pipeline.config import TrainConfig
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
+from pipeline.training.trackers import Trackers
 
 FEW_STEPS = 4  # of an epoch
 # means of an epoch; above both the discriminator wins
@@ -16,18 +17,24 @@ MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
 
 
 class RunLog:
-    """The log of a run: stderr, metrics.jsonl and summary.csv.
+    """The log of a run: stderr, metrics.jsonl, summary.csv and trackers.
 
-    Ranks other than the main one print nothing, and have a folder that writes nothing.
+    Ranks other than the main one print nothing, have a folder that writes nothing and no trackers.
     """
 
     def __init__(
-        self, config: TrainConfig, spec: TrainingSpec, state: TrainingState, folder: RunFolder
+        self,
+        config: TrainConfig,
+        spec: TrainingSpec,
+        state: TrainingState,
+        folder: RunFolder,
+        trackers: Trackers | None,
     ) -> None:
         self._config = config
         self._spec = spec
         self._state = state
         self._folder = folder
+        self._trackers = trackers
         self._has_warned = False
         self._start: tuple[float, float] | None = None  # seconds and epochs
 
@@ -96,24 +103,26 @@ class RunLog:
         return (self._config.epochs - done) * pace_s
 
     def log_metrics(self, means: dict[str, float]) -> None:
-        """Write the means, counts and speed since the last line to metrics.jsonl."""
+        """Log the means, counts and speed since the last event of steps."""
         window, progress = self._state.window, self._state.progress
-        self._folder.log(
-            "train",
-            epoch=progress.epoch,
-            step=progress.total_steps,
-            lr=self._state.lr,
-            **means,
-            **window.counts,
-            **window.speed(),
-        )
+        step, figures = progress.total_steps, means | window.counts | window.speed()
+        figures = {"lr": self._state.lr, **figures}
+        self._folder.log("train", epoch=progress.epoch, step=step, **figures)
+        self._track("train", figures, at=step)
+
+    def _track(self, event: str, figures: dict[str, float], *, at: int, folder: str = "") -> None:
+        """Send an event of this step to the trackers, its figures in a folder of that name."""
+        if self._trackers is not None:
+            named = {f"{folder or event}/{name}": value for name, value in figures.items()}
+            step = self._state.progress.total_steps
+            self._trackers.log(event, named, step=step, at=at)
 
     # --- after an epoch ---------------------------------------------------------------------------
 
     def log_epoch(
         self, trained: dict[str, float], metrics: dict[str, float], *, images_per_second: float
     ) -> None:
-        """Print the line of an epoch; write all its figures to summary.csv and metrics.jsonl.
+        """Print the line of an epoch; write all its figures to files and trackers.
 
         ``trained`` are the means and counts of its training, ``metrics`` those of its validation.
         """
@@ -127,13 +136,10 @@ class RunLog:
             **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
         }
         self._folder.log_epoch(row)
-        self._folder.log(
-            # not "step": a checkpoint of the same step may be from before the end of the epoch
-            "epoch",
-            steps=progress.total_steps,
-            **row,
-            images_per_second=images_per_second,
-        )
+        # not "step": a checkpoint of the same step may be from before the end of the epoch
+        speed = {"images_per_second": images_per_second}
+        self._folder.log("epoch", steps=progress.total_steps, **row, **speed)
+        self._track("epoch", {"epoch": progress.epoch, **trained, **speed}, at=progress.epoch)
         num_epochs = self._config.epochs
         parts = [f"epoch {progress.epoch}/{num_epochs}", f"loss {trained['loss']:.4f}"]
         for name, title in (("top1", "top-1"), ("agreement", "agreement")):
@@ -163,8 +169,9 @@ class RunLog:
         self._folder.log("discriminator", epoch=self._state.progress.epoch, text=text)
 
     def log_validation(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Write the metrics after ``epoch`` epochs to metrics.jsonl."""
+        """Log the metrics after ``epoch`` epochs."""
         self._folder.log("validation", epoch=epoch, **metrics)
+        self._track("validation", metrics, at=epoch, folder="val")
 
     def log_task_warning(self, text: str) -> None:
         """Print and log what the task found in the first batch."""

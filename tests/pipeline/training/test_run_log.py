@@ -78,7 +78,7 @@ def test_the_longest_line_fits_100_columns(
 ) -> None:
     progress = _Fixed(epoch=epoch - 1, step=0, total_steps=10**9)
     state = _Fixed(progress=progress, lr=1.2345e-05)
-    log: Any = RunLog(_Fixed(epochs=1000), _Fixed(), state, _Fixed())  # type: ignore[arg-type]
+    log: Any = RunLog(_Fixed(epochs=1000), _Fixed(), state, _Fixed(), None)  # type: ignore[arg-type]
     clock = iter([0.0, 0.0, seconds])
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     log.bar(1, last_epoch=epoch, epochs_of_step=1.0)
