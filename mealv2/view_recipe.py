@@ -1,11 +1,25 @@
-"""The recipe of the views: every parameter of crop and flip, as a manifest keeps them."""
+"""The recipe of the views: every parameter of crop, flips and operations, as a manifest has it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+from mealv2.hash_draws import hash_words
+from mealv2.view_operations import (
+    ERASE_AREA,
+    ERASE_RATIO,
+    Operation,
+    RandAugment,
+    colour_jitter,
+    parse_rand_augment,
+    rand_augment,
+    random_erasing,
+)
+
 Crop = Literal["rrc", "pad", "center"]
-CROPS: tuple[Crop, ...] = get_args(Crop)
+EraseMode = Literal["const", "pixel"]
+FILL = (124, 116, 104)  # ImageNet's mean: what transforms and erasing put in
 
 SCALE = (0.08, 1.0)  # torchvision: area of the box over the area of the image
 RATIO = (3 / 4, 4 / 3)  # torchvision: width over height of the box
@@ -30,8 +44,10 @@ class ViewRecipe:
 
     ``crop`` is ``rrc`` (a box of ``scale`` of the area and of width / height in ``ratio``), ``pad``
     (the largest square, moved inside the image with ``padding`` black pixels on each side) or
-    ``center`` (the crop of evaluation). ``hflip`` and ``vflip`` are probabilities. Raises
-    ValueError for a parameter out of bounds.
+    ``center`` (the crop of evaluation). ``hflip`` and ``vflip`` are probabilities. Then come
+    ``color_jitter`` (brightness, contrast, saturation), ``aa`` (timm's spelling of RandAugment) and
+    ``reprob``, the probability of erasing a box, to the mean colour or to noise (``remode``
+    ``pixel``). Raises ValueError for a parameter out of bounds.
     """
 
     crop: Crop = "rrc"
@@ -40,6 +56,10 @@ class ViewRecipe:
     padding: int = PADDING
     hflip: float = FLIP_PROBABILITY
     vflip: float = 0.0
+    color_jitter: float = 0.0
+    aa: str = ""
+    reprob: float = 0.0
+    remode: EraseMode = "const"
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -49,19 +69,52 @@ class ViewRecipe:
         _require(1 / MAX_RATIO <= low <= high <= MAX_RATIO, "ratio", self.ratio, bounds)
         in_bounds = 0 <= self.padding <= MAX_PADDING
         _require(in_bounds, "padding", self.padding, f"0 to {MAX_PADDING}")
-        for name in ("hflip", "vflip"):
+        for name in ("hflip", "vflip", "reprob"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        _require(0 <= self.color_jitter <= 10, "color_jitter", self.color_jitter, "0 to 10")
+        if self.remode not in get_args(EraseMode):
+            raise ValueError(f"remode must be const or pixel, got {self.remode!r}")
+        _ = self._rand_augment
 
     @property
     def is_random(self) -> bool:
         """Whether two views of an image can differ."""
         flips = {self.hflip, self.vflip}
-        return self.crop == "rrc" or (self.crop == "pad" and self.padding > 0) or flips > {0.0, 1.0}
+        has_room = self.crop == "rrc" or (self.crop == "pad" and self.padding > 0)
+        return has_room or not flips <= {0.0, 1.0} or self.has_operations
+
+    @property
+    def has_operations(self) -> bool:
+        """Whether pixels change after crop and flips."""
+        return bool(self.color_jitter or self.aa or self.reprob)
+
+    @cached_property
+    def _rand_augment(self) -> RandAugment | None:
+        try:
+            return parse_rand_augment(self.aa) if self.aa else None
+        except ValueError as error:
+            raise ValueError(
+                f"aa must be like rand-m9-n2-mstd0.5, got {self.aa!r}: {error}"
+            ) from None
+
+    def operations(self, key: str, seed: int, index: int) -> tuple[Operation, ...]:
+        """Return what changes the pixels of a view, in order; each kind has words of its own."""
+        found: list[Operation] = []
+        if self.color_jitter:
+            words = hash_words("color-jitter", key, seed, index)
+            found += colour_jitter(self.color_jitter, words)
+        if self._rand_augment:
+            found += rand_augment(self._rand_augment, hash_words("rand-augment", key, seed, index))
+        if self.reprob:
+            words = hash_words("random-erasing", key, seed, index)
+            has_noise = self.remode == "pixel"
+            found += random_erasing(self.reprob, has_noise=has_noise, words=words)
+        return tuple(found)
 
     @property
     def has_plain_boxes(self) -> bool:
         """Whether a view is a box inside the image and a left-right flip: what FKD can store."""
-        return self.crop == "rrc" and self.vflip == 0
+        return self.crop == "rrc" and self.vflip == 0 and not self.has_operations
 
     def entry(self) -> dict[str, Any]:
         """Return the entry of a manifest: the name, the version and every parameter in use.
@@ -80,7 +133,23 @@ class ViewRecipe:
             **parts[self.crop],
             "flip_probability": self.hflip,
             **({"vertical_flip_probability": self.vflip} if self.vflip else {}),
+            **self._operations_entry(),
         }
+
+    def _operations_entry(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {}
+        if self.color_jitter:
+            entry["color_jitter"] = self.color_jitter
+        if self._rand_augment:
+            entry["rand_augment"] = {"text": self.aa, **self._rand_augment._asdict()}
+        if self.reprob:
+            entry["random_erasing"] = {
+                "probability": self.reprob,
+                "mode": self.remode,
+                "area": list(ERASE_AREA),
+                "ratio": list(map(float, ERASE_RATIO)),
+            }
+        return entry | ({"fill": list(FILL), "operations_version": 1} if entry else {})
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "ViewRecipe":
@@ -94,8 +163,12 @@ class ViewRecipe:
                 padding=entry.get("padding", PADDING),
                 hflip=_number(entry["flip_probability"]),
                 vflip=_number(entry.get("vertical_flip_probability", 0.0)),
+                color_jitter=_number(entry.get("color_jitter", 0.0)),
+                aa=_text(entry.get("rand_augment", {"text": ""})["text"]),
+                reprob=_number(entry.get("random_erasing", {"probability": 0.0})["probability"]),
+                remode=entry.get("random_erasing", {"mode": "const"})["mode"],
             )
-        except (KeyError, TypeError, OverflowError, StopIteration):
+        except (KeyError, TypeError, OverflowError, StopIteration, AttributeError):
             raise ValueError("a parameter is missing or has another type") from None
         if recipe.entry() != entry or type(recipe.padding) is not int:
             raise ValueError("it has other parameters")
@@ -106,6 +179,12 @@ def _require(holds: bool, name: str, value: object, bounds: str) -> None:
     if not holds:
         shown = " ".join(f"{part:g}" for part in (value if isinstance(value, tuple) else (value,)))
         raise ValueError(f"{name} must be {bounds}, got {shown}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
 
 
 def _number(value: object) -> float:

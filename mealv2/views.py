@@ -8,15 +8,15 @@ and library version gets the same box. docs/reference/views.md describes the alg
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from decimal import Context, Decimal
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
 
+from mealv2.hash_draws import below, exp, hash_words, log, uniform
+from mealv2.view_operations import Operation
 from mealv2.view_recipe import RESIZE_OVER_CROP, TRIES, ViewRecipe
 
 # The entry of a manifest for the paper's views.
@@ -29,7 +29,6 @@ STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
 
 PAPER_RECIPE = ViewRecipe()
 _MAX_DENOMINATOR = 1_000_000  # a bound of the ratio is the nearest fraction: 4/3, not its double
-_DIGITS = Context(prec=50)
 _TWO_32, _TWO_64 = 1 << 32, 1 << 64
 
 
@@ -38,7 +37,7 @@ class View:
     """One augmented instance of an image: a box in pixels of the original image, and its flips.
 
     What a box has outside of the image is black. ``is_centre`` is the crop of evaluation, whose box
-    is the whole image.
+    is the whole image. ``operations`` change the pixels after the flips.
     """
 
     top: int
@@ -48,6 +47,7 @@ class View:
     flip: bool
     vflip: bool = False
     is_centre: bool = False
+    operations: tuple[Operation, ...] = ()
 
     def box(self) -> tuple[int, int, int, int, int]:
         """Return top, left, height, width, and flips: 1 left-right, 2 upside down, 3 both.
@@ -98,13 +98,23 @@ def view_of(
     4/3)) and RandomHorizontalFlip(0.5) (paper section 4.2; official code, get_train_loader).
     Raises ValueError for an empty image, or unless ``seed`` and ``index`` lie in [0, 2**64).
     """
+    box = _box_of(key, index, seed=seed, width=width, height=height, recipe=recipe)
+    if not recipe.has_operations:
+        return box
+    return replace(box, operations=recipe.operations(key, seed, index))
+
+
+def _box_of(
+    key: str, index: int, *, seed: int, width: int, height: int, recipe: ViewRecipe
+) -> View:
+    """Return a view without its operations."""
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width}x{height} pixels has no views")
-    draws = _draws("view", key, seed, index)
-    flip = _uniform(next(draws)) < recipe.hflip
+    draws = hash_words("view", key, seed, index)
+    flip = uniform(next(draws)) < recipe.hflip
     vflip = False
     if recipe.vflip:  # from words of its own: the others stay those of the paper's recipe
-        vflip = _uniform(next(_draws("vflip", key, seed, index))) < recipe.vflip
+        vflip = uniform(next(hash_words("vflip", key, seed, index))) < recipe.vflip
     if recipe.crop == "center":
         return View(0, 0, height, width, flip, vflip, is_centre=True)
     words = next(draws), next(draws)
@@ -115,8 +125,8 @@ def view_of(
         box_height, box_width = _fallback_size(width, height, recipe.ratio)
         top, left = (height - box_height) // 2, (width - box_width) // 2
     else:
-        top = _below(height - box_height + 1, words[0])
-        left = _below(width - box_width + 1, words[1])
+        top = below(height - box_height + 1, words[0])
+        left = below(width - box_width + 1, words[1])
     return View(top, left, box_height, box_width, flip, vflip)
 
 
@@ -129,7 +139,7 @@ def scheduled_view(key: str, epoch: int, *, seed: int, num_views: int) -> int:
     if num_views < 1:
         raise ValueError(f"num_views must be at least 1, got {num_views}")
     cycle, position = divmod(epoch, num_views)
-    draws = _draws("schedule", key, seed, cycle)
+    draws = hash_words("schedule", key, seed, cycle)
     start = next(draws) % num_views
     strides = _coprimes(num_views)
     stride = strides[next(draws) % len(strides)]
@@ -173,39 +183,13 @@ def _part(number: int, length: int) -> int:
     return (2 * number * length + BOX_UNIT) // (2 * BOX_UNIT)
 
 
-def _draws(purpose: str, key: str, seed: int, index: int) -> Iterator[int]:
-    """Yield 64-bit words of BLAKE2b-512(purpose, seed, index, block, key), block by block."""
-    if not (0 <= seed < _TWO_64 and 0 <= index < _TWO_64):
-        raise ValueError(f"seed and index must lie in [0, 2**64), got {seed} and {index}")
-    head = (
-        f"mealv2/{purpose}/1\0".encode() + seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-    )
-    tail = key.encode("utf-8")
-    block = 0
-    while True:
-        digest = blake2b(head + block.to_bytes(8, "little") + tail).digest()
-        for start in range(0, 64, 8):
-            yield int.from_bytes(digest[start : start + 8], "little")
-        block += 1
-
-
-def _uniform(word: int) -> float:
-    """Map a 64-bit word to a double in [0, 1): its upper 53 bits over 2**53."""
-    return (word >> 11) * 2.0**-53
-
-
-def _below(count: int, word: int) -> int:
-    """Map a 64-bit word to 0..count-1, uniformly to within count / 2**64."""
-    return word * count >> 64
-
-
 def _padded_box(
     words: tuple[int, int], width: int, height: int, padding: int
 ) -> tuple[int, int, int, int]:
     """Return the box of RandomCrop(min(width, height), padding): CIFAR's, for square images."""
     side = min(width, height)
-    top = _below(height - side + 2 * padding + 1, words[0]) - padding
-    left = _below(width - side + 2 * padding + 1, words[1]) - padding
+    top = below(height - side + 2 * padding + 1, words[0]) - padding
+    left = below(width - side + 2 * padding + 1, words[1]) - padding
     return top, left, side, side
 
 
@@ -214,8 +198,8 @@ def _box_size(draws: Iterator[int], width: int, height: int, recipe: ViewRecipe)
     area, scale = float(width * height), recipe.scale
     centre, half = _log_ratios(recipe.ratio)
     for _ in range(TRIES):
-        box_area = area * (scale[0] + (scale[1] - scale[0]) * _uniform(next(draws)))
-        ratio = _exp(centre + (2.0 * _uniform(next(draws)) - 1.0) * half)
+        box_area = area * (scale[0] + (scale[1] - scale[0]) * uniform(next(draws)))
+        ratio = exp(centre + (2.0 * uniform(next(draws)) - 1.0) * half)
         box_width = round(math.sqrt(box_area * ratio))
         box_height = round(math.sqrt(box_area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -236,30 +220,8 @@ def _fallback_size(width: int, height: int, ratio: tuple[float, float]) -> tuple
 @lru_cache(maxsize=64)
 def _log_ratios(ratio: tuple[float, float]) -> tuple[float, float]:
     """Return the middle of ln(MIN) and ln(MAX), and half their distance; 0 and ln(4/3)."""
-    low, high = (_log(Fraction(bound).limit_denominator(_MAX_DENOMINATOR)) for bound in ratio)
+    low, high = (log(Fraction(bound).limit_denominator(_MAX_DENOMINATOR)) for bound in ratio)
     return (high + low) / 2, (high - low) / 2
-
-
-def _log(value: Fraction) -> float:
-    """Return the double nearest to ln(value): decimal arithmetic is correctly rounded."""
-    quotient = _DIGITS.divide(Decimal(value.numerator), Decimal(value.denominator))
-    return float(quotient.ln(_DIGITS))
-
-
-def _exp(x: float) -> float:
-    """Return e**x by a Taylor series at x / 2**n, at most 0.3 from 0, and n squares.
-
-    The last bit of the C library's exp differs between machines; that of products does not.
-    """
-    squares = 0
-    while abs(x) > 0.3:
-        x, squares = x / 2, squares + 1
-    value = 1.0
-    for n in range(16, 0, -1):
-        value = 1.0 + x * value / n
-    for _ in range(squares):
-        value *= value
-    return value
 
 
 @lru_cache(maxsize=64)

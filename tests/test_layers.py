@@ -37,8 +37,13 @@ ALLOWED = {
     "mealv2.codec": {"mealv2.errors"},
     "mealv2.models": {"mealv2.errors", "mealv2.storage"},
     "mealv2.recipes": {"mealv2.errors"},
-    "mealv2.view_recipe": set[str](),
-    "mealv2.data": {"mealv2.errors", "mealv2.storage", "mealv2.views"},
+    "mealv2.hash_draws": set[str](),
+    "mealv2.view_operations": {"mealv2.hash_draws"},
+    "mealv2.view_recipe": {"mealv2.hash_draws", "mealv2.view_operations"},
+    "mealv2.data": {
+        *("mealv2.errors", "mealv2.storage"),
+        *("mealv2.view_operations", "mealv2.view_recipe", "mealv2.views"),
+    },
     "pipeline.config": {
         "mealv2",
         "mealv2.defaults",

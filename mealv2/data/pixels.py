@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from mealv2.data.bit_depth import rgb_pixels
 from mealv2.data.image_files import MAX_PIXELS, open_image
 from mealv2.data.jpeg_restart import PACKED_MARKS, PACKED_MARKS_END, read_header
+from mealv2.data.operations import apply_operations
 from mealv2.errors import DataError
+from mealv2.view_recipe import ViewRecipe
 from mealv2.views import View, evaluation_resize
 
 try:
@@ -131,7 +133,8 @@ def cut(
 ) -> np.ndarray:
     """Return a view of a decoded image as uint8 (img_size, img_size, 3).
 
-    Crop first, then the antialiased resize, then the flips: torchvision's order.
+    Crop first, then the antialiased resize, then the flips: torchvision's order. Then come the
+    operations of the view.
     """
     if view.is_centre:
         cropped_SSC = centre_crop(pixels_HWC, img_size, resize=resize)
@@ -139,10 +142,9 @@ def cut(
     else:
         resized_SSC = _resized(_box_pixels(pixels_HWC, view), img_size, img_size, resize)
     flips = [axis for axis, is_flipped in ((1, view.vflip), (2, view.flip)) if is_flipped]
-    if not flips:
-        return resized_SSC
-    # ten times as fast as NumPy's reversed rows of three-byte pixels
-    return _as_array(torch.from_numpy(resized_SSC).permute(2, 0, 1).flip(flips))
+    if flips:  # ten times as fast as NumPy's reversed rows of three-byte pixels
+        resized_SSC = _as_array(torch.from_numpy(resized_SSC).permute(2, 0, 1).flip(flips))
+    return apply_operations(resized_SSC, view.operations)
 
 
 def _box_pixels(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
@@ -215,3 +217,15 @@ def probe_sha256(resize: Resize) -> str:
     cuts = [cut(pixels_HWC, view, _PROBE_SIZE, resize=resize) for view in _PROBE_VIEWS]
     cuts.append(centre_crop(pixels_HWC, _PROBE_SIZE, resize=resize))
     return sha256(b"".join(pixels.tobytes() for pixels in cuts)).hexdigest()
+
+
+@cache
+def operations_sha256() -> str:
+    """Return a SHA-256 (hex) of probe.jpg after all operations, by this machine's libraries."""
+    pixels_HWC = decode(resources.files("mealv2.data").joinpath("probe.jpg").read_bytes())
+    recipe = ViewRecipe(color_jitter=0.4, aa="rand-m9-n2-p1-mstd1", reprob=0.5, remode="pixel")
+    changed = [
+        cut(pixels_HWC, replace(_PROBE_VIEWS[0], operations=operations), _PROBE_SIZE, resize="pil")
+        for operations in (recipe.operations("probe.jpg", 0, index) for index in range(60))
+    ]
+    return sha256(b"".join(pixels.tobytes() for pixels in changed)).hexdigest()

@@ -92,6 +92,8 @@ def _other_label_set(folder: Path, plan: dict[str, Any]) -> LabelSetError:
     hint = "; `mealv2 labels add-views` adds views to a set" if only_views else ""
     if any(line.startswith("probe_sha256 ") for line in differing):
         hint += "; another version of torch or Pillow resizes views to other pixels"
+    if any(line.startswith("operations_sha256 ") for line in differing):
+        hint += "; another version of timm or Pillow changes views to other pixels"
     return LabelSetError(
         f"{folder} holds another label set: {shown}{f'; and {more} more' if more > 0 else ''}. "
         f"Use another --output, or the same settings{hint}"

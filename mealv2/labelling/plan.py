@@ -10,7 +10,7 @@ from mealv2 import defaults, label_set
 from mealv2.data.extra import WithExtra
 from mealv2.data.held_out import HeldOut
 from mealv2.data.loader import ViewReader
-from mealv2.data.pixels import Resize, interpolation, probe_sha256
+from mealv2.data.pixels import Resize, interpolation, operations_sha256, probe_sha256
 from mealv2.data.requests import CENTRE, BatchRequest
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
@@ -91,8 +91,12 @@ def make_plan(
     }
     shards = plan_shards(settings, sources)
     common = {} if held_out is None else {"held_out": held_out.as_json()}
+    probes = {"probe_sha256": probe_sha256(settings.resize)}
+    if settings.view_recipe.has_operations:
+        probes["operations_sha256"] = operations_sha256()
     return {
         **shards,
+        **probes,
         "format": label_set.FORMAT,
         "classes": list(sources["train"].classes),
         "teachers": described,
@@ -100,7 +104,6 @@ def make_plan(
         "precision": annotator.runtime.precision,
         "img_size": settings.img_size,
         "interpolation": interpolation(settings.resize),
-        "probe_sha256": probe_sha256(settings.resize),
         "labels": annotator.encoding.plan(),
         "roles": {
             name: {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mealv2.errors import ConfigError
-from mealv2.view_recipe import FLIP_PROBABILITY, PADDING, Crop, ViewRecipe
+from mealv2.view_recipe import FLIP_PROBABILITY, PADDING, Crop, EraseMode, ViewRecipe
 from pipeline.config.base import CropConfig
 from pipeline.config.fields import flag, in_views, without_effect
 
@@ -35,8 +35,27 @@ class ViewsConfig(CropConfig):
     )
     vflip: float | None = in_views(None, "Probability of a flip upside down.", shown="0.0")
 
+    color_jitter: float | None = in_views(
+        None,
+        "Change brightness, contrast and saturation by a factor in 1 - X to 1 + X; not in the "
+        "paper.",
+        shown="none",
+    )
+    aa: str | None = in_views(
+        None,
+        "RandAugment in timm's spelling, like rand-m9-n2-mstd0.5; not in the paper.",
+        shown="none",
+    )
+    reprob: float | None = in_views(
+        None, "Probability of erasing a random box; not in the paper.", shown="0.0"
+    )
+    remode: EraseMode | None = in_views(
+        None, "What --reprob puts into the box: the mean colour, or noise.", shown="const"
+    )
+
     recipe_fields: ClassVar[tuple[str, ...]] = (
         *("crop", "scale", "ratio", "padding", "hflip", "vflip"),
+        *("color_jitter", "aa", "reprob", "remode"),
     )
 
     def __post_init__(self) -> None:
@@ -45,6 +64,10 @@ class ViewsConfig(CropConfig):
             without_effect(self, f"with --crop {self.crop}", "scale", "ratio")
         if self.crop != "pad":
             without_effect(self, "without --crop pad", "padding")
+        if self.aa:
+            without_effect(self, "with --aa, as in timm", "color_jitter")
+        if not self.reprob:
+            without_effect(self, "without --reprob", "remode")
         _ = self.view_recipe
 
     @property

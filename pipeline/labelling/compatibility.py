@@ -6,7 +6,7 @@ from typing import Any
 
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
-from mealv2.data.pixels import Resize, probe_sha256, resize_of
+from mealv2.data.pixels import Resize, operations_sha256, probe_sha256, resize_of
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
@@ -84,6 +84,7 @@ def choose_resize(
     filter.
     """
     plan = labels.manifest["plan"]
+    _check_operations(labels)
     resize = resize_of(plan.get("interpolation"))
     labelled: Interpolation = "bicubic" if resize.endswith("bicubic") else "bilinear"
     if interpolation not in (None, labelled):
@@ -105,6 +106,22 @@ def choose_resize(
             f"{library_versions()[library]} on this machine gives slightly different pixels"
         )
     return resize
+
+
+def _check_operations(labels: LabelSet) -> None:
+    """Log a warning if RandAugment and the like give other pixels on this machine."""
+    plan = labels.manifest["plan"]
+    if plan.get("operations_sha256") in (None, operations_sha256()):
+        return
+    made_with, found = labels.manifest.get("versions", {}), library_versions()
+    libraries = " and ".join(
+        f"{name} {made_with.get(name, 'of another version')} (here {found[name]})"
+        for name in ("timm", "pillow")
+    )
+    console.info(
+        f"the pixels of the views of {labels.folder} were changed by {libraries}; this machine "
+        "gives other pixels"
+    )
 
 
 def view_reader(

@@ -18,6 +18,8 @@ Run = Callable[..., Result]
 
 PAD = ("--crop", "pad", "--padding", 3, "--vflip", 0.25, "--interpolation", "bicubic")
 
+AUGMENTED = ("--aa", "rand-m9-n2-mstd0.5", "--reprob", 0.5, "--remode", "pixel")
+
 
 @pytest.fixture(scope="module")
 def pad_dir(
@@ -79,6 +81,66 @@ def test_stage_two_takes_the_views_of_the_set(
     assert "were resized with the bicubic filter" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def augmented_dir(
+    done: Run, precompute_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A label set with RandAugment and random erasing. Not to be changed."""
+    out = tmp_path_factory.mktemp("augmented") / "set"
+    done(*precompute_flags, *AUGMENTED, "--output", out)
+    return out
+
+
+def test_augmented_shards_are_byte_equal_for_any_number_of_workers_and_verify(
+    done: Run,
+    precompute_flags: list[str],
+    labels_dir: Path,
+    augmented_dir: Path,
+    tmp_path: Path,
+    contents: Callable[[Path], dict[str, bytes]],
+) -> None:
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        done(*precompute_flags, *AUGMENTED, "--workers", workers, "--output", out)
+        assert contents(out) == contents(augmented_dir)
+    done("labels", "verify", augmented_dir)
+    assert stored.rows_of(augmented_dir) != stored.rows_of(labels_dir)
+    entry = stored.manifest_of(augmented_dir)["plan"]["roles"]["train"]["views"]
+    assert entry["rand_augment"]["text"] == "rand-m9-n2-mstd0.5"
+    assert entry["random_erasing"]["mode"] == "pixel"
+
+
+def test_training_on_augmented_views_resumes_to_the_bit(
+    done: Run,
+    distill_flags: list[str],
+    augmented_dir: Path,
+    tmp_path: Path,
+    weights: Callable[[Path], dict[str, bytes]],
+) -> None:
+    words = [*distill_flags, "--labels", augmented_dir, "--decay-rate", 1]
+    done(*words, "--output", tmp_path / "straight")
+    done(*words, "--epochs", 1, "--output", tmp_path / "resumed")
+    done("distill", "--resume", tmp_path / "resumed", "--epochs", 2)
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "straight")
+
+
+def test_other_pixels_of_another_library_are_named(
+    done: Run,
+    run_cli: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    augmented_dir: Path,
+    tmp_path: Path,
+) -> None:
+    other = Path(shutil.copytree(augmented_dir, tmp_path / "other"))
+    stored.signed_again(other, lambda plan, splits: plan.update(operations_sha256="0" * 64))
+    result = done(*distill_flags, "--labels", other, "--output", tmp_path / "run")
+    assert f"the pixels of the views of {other} were changed by timm " in result.stderr
+    result = run_cli(*precompute_flags, *AUGMENTED, "--output", other)
+    assert result.code == 3
+    assert "another version of timm or Pillow" in result.stderr
+
+
 def test_other_views_train_online_and_from_class_ids(
     done: Run,
     data_dir: Path,
@@ -133,6 +195,9 @@ def test_a_damaged_recipe_is_one_line(
         (("--crop", "pad", "--scale", 0.5, 1), "--scale has no effect with --crop pad"),
         (("--padding", 4), "--padding has no effect without --crop pad"),
         (("--scale", 0.5, 0.1), "--scale must be 0 < MIN <= MAX <= 1, got 0.5 0.1"),
+        (("--aa", "v0"), "--aa must be like rand-m9-n2-mstd0.5, got 'v0'"),
+        (("--aa", "rand-m9", "--color-jitter", 0.4), "--color-jitter has no effect with --aa"),
+        (("--remode", "pixel"), "--remode has no effect without --reprob"),
         (("--hflip", 2), "--hflip must be 0 to 1, got 2"),
         (("--crop", "center", "--hflip", 0), "all views of an image are equal"),
     ],

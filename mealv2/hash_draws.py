@@ -1,0 +1,62 @@
+"""Random numbers that no library can change: words of BLAKE2b, and exp and ln of doubles."""
+
+from collections.abc import Iterator
+from decimal import Context, Decimal
+from fractions import Fraction
+from hashlib import blake2b
+
+_DIGITS, _FEWER_DIGITS = Context(prec=50), Context(prec=25)
+_TWO_64 = 1 << 64
+
+
+def hash_words(purpose: str, key: str, seed: int, index: int) -> Iterator[int]:
+    """Yield 64-bit words of BLAKE2b-512(purpose, seed, index, block, key), block by block."""
+    if not (0 <= seed < _TWO_64 and 0 <= index < _TWO_64):
+        raise ValueError(f"seed and index must lie in [0, 2**64), got {seed} and {index}")
+    head = (
+        f"mealv2/{purpose}/1\0".encode() + seed.to_bytes(8, "little") + index.to_bytes(8, "little")
+    )
+    tail = key.encode("utf-8")
+    block = 0
+    while True:
+        digest = blake2b(head + block.to_bytes(8, "little") + tail).digest()
+        for start in range(0, 64, 8):
+            yield int.from_bytes(digest[start : start + 8], "little")
+        block += 1
+
+
+def uniform(word: int) -> float:
+    """Map a 64-bit word to a double in [0, 1): its upper 53 bits over 2**53."""
+    return (word >> 11) * 2.0**-53
+
+
+def below(count: int, word: int) -> int:
+    """Map a 64-bit word to 0..count-1, uniformly to within count / 2**64."""
+    return word * count >> 64
+
+
+def log_of_double(value: float) -> float:
+    """Return ln(value) of 25 digits, rounded to a double; faster than ``log``."""
+    return float(Decimal(value).ln(_FEWER_DIGITS))
+
+
+def log(value: Fraction) -> float:
+    """Return the double nearest to ln(value): decimal arithmetic is correctly rounded."""
+    quotient = _DIGITS.divide(Decimal(value.numerator), Decimal(value.denominator))
+    return float(quotient.ln(_DIGITS))
+
+
+def exp(x: float) -> float:
+    """Return e**x by a Taylor series at x / 2**n, at most 0.3 from 0, and n squares.
+
+    The last bit of the C library's exp differs between machines; that of products does not.
+    """
+    squares = 0
+    while abs(x) > 0.3:
+        x, squares = x / 2, squares + 1
+    value = 1.0
+    for n in range(16, 0, -1):
+        value = 1.0 + x * value / n
+    for _ in range(squares):
+        value *= value
+    return value
