@@ -21,7 +21,7 @@ from mealv2.batches import BatchSampler, rank_rows
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
-from mealv2.data.pixels import probe_sha256, resize_of
+from mealv2.data.pixels import operations_sha256, probe_sha256, resize_of
 from mealv2.data.requests import CENTRE, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.label_set import (
@@ -89,7 +89,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         check_same_data(self.label_set, source)
         if not self._is_val:
             check_boxes(self.label_set)
-        self.notes = _resize_notes(self.label_set)
+        self.notes = _pixel_notes(self.label_set)
         self.positions = np.flatnonzero(self.label_set.has_labels(source.keys))
         # in shared memory: worker processes that run already see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64)
@@ -254,13 +254,17 @@ def collate(items: Sequence[tuple[Tensor, ItemLabel]]) -> tuple[Tensor, ItemLabe
     return images_BCHW, concat(labels)
 
 
-def _resize_notes(labels: LabelSet) -> list[str]:
-    """Return a line where this machine resizes to slightly other pixels than those labelled."""
-    plan = labels.manifest["plan"]
-    resize = resize_of(plan.get("interpolation"))
-    if plan.get("probe_sha256") in (None, probe_sha256(resize)):
-        return []
-    return [
-        f"the views of {labels.folder} were resized by another version of torch or Pillow; the "
-        "pixels on this machine differ by up to 2 of 255"
-    ]
+def _pixel_notes(labels: LabelSet) -> list[str]:
+    """Return a line for each step of a view that gives other pixels than those labelled."""
+    plan, notes = labels.manifest["plan"], []
+    if plan.get("probe_sha256") not in (None, probe_sha256(resize_of(plan.get("interpolation")))):
+        notes.append(
+            f"the views of {labels.folder} were resized by another version of torch or Pillow; the "
+            "pixels on this machine differ by up to 2 of 255"
+        )
+    if plan.get("operations_sha256") not in (None, operations_sha256()):
+        notes.append(
+            f"the pixels of the views of {labels.folder} were changed by another version of timm "
+            "or Pillow; this machine gives other pixels"
+        )
+    return notes

@@ -1,11 +1,13 @@
 """Random numbers that no library can change: words of BLAKE2b, and exp and ln of doubles."""
 
+import math
 from collections.abc import Iterator
 from decimal import Context, Decimal
 from fractions import Fraction
 from hashlib import blake2b
 
-_DIGITS, _FEWER_DIGITS = Context(prec=50), Context(prec=25)
+_DIGITS = Context(prec=50)
+_LN_2 = 0.6931471805599453
 _TWO_64 = 1 << 64
 
 
@@ -36,8 +38,19 @@ def below(count: int, word: int) -> int:
 
 
 def log_of_double(value: float) -> float:
-    """Return ln(value) of 25 digits, rounded to a double; faster than ``log``."""
-    return float(Decimal(value).ln(_FEWER_DIGITS))
+    """Return ln(value) by the series of 2 artanh((m - 1) / (m + 1)), value = m * 2**n.
+
+    To about 2e-16 of max(1, ln), in 2 microseconds; ``log`` takes 100. The last bit of the C
+    library's log differs between machines; that of products does not.
+    """
+    m, n = math.frexp(value)
+    if m < 0.75:
+        m, n = 2.0 * m, n - 1
+    part = (m - 1.0) / (m + 1.0)  # -1/7 to 1/5
+    square, total = part * part, 0.0
+    for k in range(25, 0, -2):
+        total = total * square + 1.0 / k
+    return n * _LN_2 + 2.0 * part * total
 
 
 def log(value: Fraction) -> float:

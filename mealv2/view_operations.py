@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mealv2.hash_draws import below, exp, log, log_of_double, uniform
 
-ERASE = "Erase"
+EraseMode = Literal["const", "rand", "pixel"]
+ERASE: dict[EraseMode, str] = {"const": "Erase", "rand": "EraseRand", "pixel": "ErasePixel"}
 ERASE_AREA = (0.02, 1 / 3)  # timm: area of the box over the area of the view
 ERASE_RATIO = (Fraction(3, 10), Fraction(10, 3))
 _ERASE_LOGS = (log(ERASE_RATIO[0]), log(ERASE_RATIO[1]))
@@ -31,7 +32,7 @@ _SIGNED["TranslateYRel"] = 0.45
 
 
 class Operation(NamedTuple):
-    """One operation: timm's name (RandAugment's), ERASE, its numbers, the filter of a transform."""
+    """One operation: timm's name or one of ERASE, its numbers, the filter of a transform."""
 
     name: str
     numbers: tuple[float, ...] = ()
@@ -50,19 +51,23 @@ class RandAugment(NamedTuple):
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """Read timm's spelling of RandAugment; raises ValueError for any other policy or section."""
-    kinds: dict[str, Any] = {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": int}
+    """Read timm's spelling of RandAugment; raises ValueError for another policy or section."""
     name, *sections = text.split("-")
+    if name != "rand":
+        raise ValueError("of timm's policies only RandAugment, rand-…, can be drawn from a hash")
     values: dict[str, Any] = {}
     for section in sections:
-        found = re.fullmatch(r"([a-z]+)([0-9]{1,6}(?:\.[0-9]{1,9})?)", section)
-        if found is None or found[1] not in kinds or found[1] in values:
-            raise ValueError(f"section {section!r} is unknown")
-        values[found[1]] = kinds[found[1]](found[2])
+        found = re.fullmatch(r"([a-z]+)([0-9]{1,6})(\.[0-9]{1,9})?", section)
+        known = found is not None and found[1] in RandAugment._fields and found[1] not in values
+        if found is None or not known or (found[3] and found[1] not in ("p", "mstd")):
+            raise ValueError(
+                f"section {section!r} is not one of m, n, mmax and inc with an integer, p and mstd"
+            )
+        values[found[1]] = (float if found[1] in ("p", "mstd") else int)(section[len(found[1]) :])
     parameters = RandAugment(**values)
-    bounds = parameters.m <= 30 and 1 <= parameters.n <= 16 and parameters.mmax <= 30
-    if name != "rand" or not bounds or parameters.p > 1 or parameters.inc > 1:
-        raise ValueError("it is not rand with m and mmax to 30, n from 1 to 16, p to 1, inc0 or 1")
+    has_bounds = parameters.m <= 30 and parameters.mmax <= 30 and 1 <= parameters.n <= 16
+    if not has_bounds or parameters.p > 1 or parameters.inc > 1:
+        raise ValueError("m and mmax may be up to 30, n 1 to 16, p 0 to 1, inc 0 or 1")
     return parameters
 
 
@@ -73,13 +78,13 @@ def rand_augment(parameters: RandAugment, words: Iterator[int]) -> Iterator[Oper
     """
     for _ in range(parameters.n):
         name = _NAMES[below(len(_NAMES), next(words))]
-        is_applied, sign = uniform(next(words)) < parameters.p, 1 - 2 * below(2, next(words))
-        is_bicubic = below(2, next(words)) == 1
+        if uniform(next(words)) >= parameters.p:
+            continue
         level = _level(parameters, words)
-        if is_applied:
-            is_increasing = bool(parameters.inc) and name in _INCREASING
-            numbers = level_numbers(name, level, sign, is_increasing=is_increasing)
-            yield Operation(name, numbers, is_bicubic)
+        bits = below(4, next(words))
+        is_increasing = bool(parameters.inc) and name in _INCREASING
+        numbers = level_numbers(name, level, 1 - (bits & 2), is_increasing=is_increasing)
+        yield Operation(name, numbers, bool(bits & 1))
 
 
 def _level(parameters: RandAugment, words: Iterator[int]) -> float:
@@ -128,21 +133,23 @@ def colour_jitter(strength: float, words: Iterator[int]) -> Iterator[Operation]:
 
 
 def random_erasing(
-    probability: float, *, has_noise: bool, words: Iterator[int]
+    probability: float, mode: EraseMode, max_count: int, words: Iterator[int]
 ) -> Iterator[Operation]:
-    """Draw the box to erase: height, width, top and left as parts of a view's side and of its room.
+    """Draw the boxes to erase: height, width, top and left as parts of a view's side and room.
 
-    A fifth number seeds the noise of its pixels. timm: RandomErasing.
+    1 to ``max_count`` boxes share the area. A fifth number is the seed of the noise of a box. timm:
+    RandomErasing.
     """
-    seed = next(words) >> 11
     if uniform(next(words)) >= probability:
         return
-    low, high = _ERASE_LOGS
-    for _ in range(TRIES):
-        area, ratio, top, left = (uniform(next(words)) for _ in range(4))
-        area = ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area
-        ratio = exp(low + (high - low) * ratio)
-        height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if height < 1 and width < 1:
-            yield Operation(ERASE, (height, width, top, left, *((float(seed),) * has_noise)))
-            return
+    count = 1 + below(max_count, next(words))
+    for _ in range(count):
+        for _ in range(TRIES):
+            seed = () if mode == "const" else (float(next(words) >> 11),)
+            area, ratio, top, left = (uniform(next(words)) for _ in range(4))
+            area = (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area) / count
+            ratio = exp(_ERASE_LOGS[0] + (_ERASE_LOGS[1] - _ERASE_LOGS[0]) * ratio)
+            height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if height < 1 and width < 1:
+                yield Operation(ERASE[mode], (height, width, top, left, *seed))
+                break

@@ -9,6 +9,8 @@ from mealv2.hash_draws import hash_words
 from mealv2.view_operations import (
     ERASE_AREA,
     ERASE_RATIO,
+    TRIES,
+    EraseMode,
     Operation,
     RandAugment,
     colour_jitter,
@@ -18,17 +20,18 @@ from mealv2.view_operations import (
 )
 
 Crop = Literal["rrc", "pad", "center"]
-EraseMode = Literal["const", "pixel"]
 FILL = (124, 116, 104)  # ImageNet's mean: what transforms and erasing put in
+# timm erases after normalisation, to noise of mean 0 and deviation 1: of pixels from 0 to 1, these
+NOISE_MEAN, NOISE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SCALE = (0.08, 1.0)  # torchvision: area of the box over the area of the image
 RATIO = (3 / 4, 4 / 3)  # torchvision: width over height of the box
-TRIES = 10
 FLIP_PROBABILITY = 0.5
 PADDING = 4  # CIFAR's, in pixels of the image
 RESIZE_OVER_CROP = (256, 224)  # paper: evaluation resizes the shorter side to int(256 / 224 * size)
 MAX_RATIO = 100.0
 MAX_PADDING = 4096
+MAX_RECOUNT = 16
 
 _HASH = "blake2b-512"
 _NAMES: dict[Crop, str] = {
@@ -46,8 +49,9 @@ class ViewRecipe:
     (the largest square, moved inside the image with ``padding`` black pixels on each side) or
     ``center`` (the crop of evaluation). ``hflip`` and ``vflip`` are probabilities. Then come
     ``color_jitter`` (brightness, contrast, saturation), ``aa`` (timm's spelling of RandAugment) and
-    ``reprob``, the probability of erasing a box, to the mean colour or to noise (``remode``
-    ``pixel``). Raises ValueError for a parameter out of bounds.
+    ``reprob``, the probability of erasing 1 to ``recount`` boxes, to the mean colour, one random
+    colour a box or noise (``remode`` ``const``, ``rand`` or ``pixel``). Raises ValueError for a
+    parameter out of bounds.
     """
 
     crop: Crop = "rrc"
@@ -60,6 +64,7 @@ class ViewRecipe:
     aa: str = ""
     reprob: float = 0.0
     remode: EraseMode = "const"
+    recount: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -73,7 +78,9 @@ class ViewRecipe:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _require(0 <= self.color_jitter <= 10, "color_jitter", self.color_jitter, "0 to 10")
         if self.remode not in get_args(EraseMode):
-            raise ValueError(f"remode must be const or pixel, got {self.remode!r}")
+            raise ValueError(f"remode must be const, rand or pixel, got {self.remode!r}")
+        in_bounds = 1 <= self.recount <= MAX_RECOUNT
+        _require(in_bounds, "recount", self.recount, f"1 to {MAX_RECOUNT}")
         _ = self._rand_augment
 
     @property
@@ -107,8 +114,7 @@ class ViewRecipe:
             found += rand_augment(self._rand_augment, hash_words("rand-augment", key, seed, index))
         if self.reprob:
             words = hash_words("random-erasing", key, seed, index)
-            has_noise = self.remode == "pixel"
-            found += random_erasing(self.reprob, has_noise=has_noise, words=words)
+            found += random_erasing(self.reprob, self.remode, self.recount, words)
         return tuple(found)
 
     @property
@@ -146,15 +152,23 @@ class ViewRecipe:
             entry["random_erasing"] = {
                 "probability": self.reprob,
                 "mode": self.remode,
+                "max_count": self.recount,
                 "area": list(ERASE_AREA),
                 "ratio": list(map(float, ERASE_RATIO)),
+                "tries": TRIES,
             }
+            if self.remode != "const":
+                noise = {"noise_mean": list(NOISE_MEAN), "noise_std": list(NOISE_STD)}
+                entry["random_erasing"] |= noise
         return entry | ({"fill": list(FILL), "operations_version": 1} if entry else {})
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "ViewRecipe":
         """Return the recipe of a manifest's entry; raises ValueError for an unknown one."""
         try:
+            erasing = entry.get(
+                "random_erasing", {"probability": 0, "mode": "const", "max_count": 1}
+            )
             crop = next(crop for crop, name in _NAMES.items() if name == entry["name"])
             recipe = cls(
                 crop=crop,
@@ -165,12 +179,14 @@ class ViewRecipe:
                 vflip=_number(entry.get("vertical_flip_probability", 0.0)),
                 color_jitter=_number(entry.get("color_jitter", 0.0)),
                 aa=_text(entry.get("rand_augment", {"text": ""})["text"]),
-                reprob=_number(entry.get("random_erasing", {"probability": 0.0})["probability"]),
-                remode=entry.get("random_erasing", {"mode": "const"})["mode"],
+                reprob=_number(erasing["probability"]),
+                remode=erasing["mode"],
+                recount=erasing["max_count"],
             )
         except (KeyError, TypeError, OverflowError, StopIteration, AttributeError):
             raise ValueError("a parameter is missing or has another type") from None
-        if recipe.entry() != entry or type(recipe.padding) is not int:
+        are_integers = {type(recipe.padding), type(recipe.recount)} == {int}
+        if recipe.entry() != entry or not are_integers:
             raise ValueError("it has other parameters")
         return recipe
 

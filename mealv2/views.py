@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mealv2.hash_draws import below, exp, hash_words, log, uniform
-from mealv2.view_operations import Operation
-from mealv2.view_recipe import RESIZE_OVER_CROP, TRIES, ViewRecipe
+from mealv2.view_operations import TRIES, Operation
+from mealv2.view_recipe import RESIZE_OVER_CROP, ViewRecipe
 
 # The entry of a manifest for the paper's views.
 RECIPE = ViewRecipe().entry()

@@ -45,11 +45,8 @@ ALLOWED = {
         *("mealv2.view_operations", "mealv2.view_recipe", "mealv2.views"),
     },
     "pipeline.config": {
-        "mealv2",
-        "mealv2.defaults",
-        "mealv2.errors",
-        "mealv2.storage",
-        "mealv2.view_recipe",
+        *("mealv2", "mealv2.defaults", "mealv2.errors", "mealv2.storage"),
+        *("mealv2.view_operations", "mealv2.view_recipe"),
     },
     "mealv2.text": set[str](),
     "mealv2.defaults": set[str](),

@@ -224,8 +224,10 @@ def operations_sha256() -> str:
     """Return a SHA-256 (hex) of probe.jpg after all operations, by this machine's libraries."""
     pixels_HWC = decode(resources.files("mealv2.data").joinpath("probe.jpg").read_bytes())
     recipe = ViewRecipe(color_jitter=0.4, aa="rand-m9-n2-p1-mstd1", reprob=0.5, remode="pixel")
+    increasing = replace(recipe, aa="rand-m9-n2-p1-mstd1-inc1", remode="rand")
     changed = [
         cut(pixels_HWC, replace(_PROBE_VIEWS[0], operations=operations), _PROBE_SIZE, resize="pil")
-        for operations in (recipe.operations("probe.jpg", 0, index) for index in range(60))
+        for drawn in (recipe, increasing)
+        for operations in (drawn.operations("probe.jpg", 0, index) for index in range(60))
     ]
     return sha256(b"".join(pixels.tobytes() for pixels in changed)).hexdigest()

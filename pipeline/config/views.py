@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mealv2.errors import ConfigError
-from mealv2.view_recipe import FLIP_PROBABILITY, PADDING, Crop, EraseMode, ViewRecipe
+from mealv2.view_operations import EraseMode
+from mealv2.view_recipe import FLIP_PROBABILITY, PADDING, Crop, ViewRecipe
 from pipeline.config.base import CropConfig
 from pipeline.config.fields import flag, in_views, without_effect
 
@@ -33,8 +34,9 @@ class ViewsConfig(CropConfig):
     hflip: float | None = in_views(
         None, "Probability of a left-right flip (the paper).", shown=str(FLIP_PROBABILITY)
     )
-    vflip: float | None = in_views(None, "Probability of a flip upside down.", shown="0.0")
-
+    vflip: float | None = in_views(
+        None, "Probability of a flip upside down; not in the paper.", shown="0.0"
+    )
     color_jitter: float | None = in_views(
         None,
         "Change brightness, contrast and saturation by a factor in 1 - X to 1 + X; not in the "
@@ -43,19 +45,24 @@ class ViewsConfig(CropConfig):
     )
     aa: str | None = in_views(
         None,
-        "RandAugment in timm's spelling, like rand-m9-n2-mstd0.5; not in the paper.",
+        "RandAugment in timm's spelling: rand-m9-n2-mstd0.5-inc1; not in the paper.",
         shown="none",
     )
     reprob: float | None = in_views(
-        None, "Probability of erasing a random box; not in the paper.", shown="0.0"
+        None, "Probability of erasing random boxes; not in the paper.", shown="0.0"
     )
     remode: EraseMode | None = in_views(
-        None, "What --reprob puts into the box: the mean colour, or noise.", shown="const"
+        None,
+        "What --reprob puts into a box: the mean colour, a random colour, or noise.",
+        shown="const",
+    )
+    recount: int | None = in_views(
+        None, "With --reprob: boxes of an image, from 1 to this number.", shown="1"
     )
 
     recipe_fields: ClassVar[tuple[str, ...]] = (
         *("crop", "scale", "ratio", "padding", "hflip", "vflip"),
-        *("color_jitter", "aa", "reprob", "remode"),
+        *("color_jitter", "aa", "reprob", "remode", "recount"),
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +74,7 @@ class ViewsConfig(CropConfig):
         if self.aa:
             without_effect(self, "with --aa, as in timm", "color_jitter")
         if not self.reprob:
-            without_effect(self, "without --reprob", "remode")
+            without_effect(self, "without --reprob", "remode", "recount")
         _ = self.view_recipe
 
     @property

@@ -18,7 +18,10 @@ from pipeline.config import LabelsMergeConfig
 from pipeline.label_sets import writing
 
 _COMMAND = "labels merge"
-_SAME = ("classes", "ensemble", "precision", "img_size", "interpolation", "probe_sha256")
+_SAME = (
+    *("classes", "ensemble", "precision", "img_size", "interpolation"),
+    *("probe_sha256", "operations_sha256"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """mealv2.dataset: the views and labels of `mealv2 distill`, in anyone's DataLoader."""
 
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 import mealv2
+import stored
 from cases import mostly_slow
 from mealv2.data.folder import ImageFolder
 from mealv2.data.pixels import centre_crop, decode
@@ -244,12 +246,16 @@ def test_any_image_source_serves(data_dir: Path, labels_dir: Path) -> None:
 
 
 def test_pixels_of_another_version_are_noted(
-    data_dir: Path, labels_dir: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert SoftLabelDataset(labels_dir, data_dir).notes == []
     monkeypatch.setattr("mealv2.dataset.probe_sha256", lambda resize: "0" * 64)
     (note,) = SoftLabelDataset(labels_dir, data_dir).notes
     assert "up to 2 of 255" in note
+    other = Path(shutil.copytree(labels_dir, tmp_path / "other"))
+    stored.signed_again(other, lambda plan, splits: plan.update(operations_sha256="0" * 64))
+    _, note = SoftLabelDataset(other, data_dir).notes
+    assert "changed by another version of timm or Pillow" in note
 
 
 def test_a_pickled_dataset_gives_the_same_items(data_dir: Path, labels_dir: Path) -> None:

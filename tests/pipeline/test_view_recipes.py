@@ -7,9 +7,11 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
 
 import stored
 from conftest import Result
+from mealv2 import SoftLabelDataset
 from mealv2.label_set import LabelSet
 from mealv2.view_recipe import ViewRecipe
 from mealv2.views import DrawnViews
@@ -18,7 +20,8 @@ Run = Callable[..., Result]
 
 PAD = ("--crop", "pad", "--padding", 3, "--vflip", 0.25, "--interpolation", "bicubic")
 
-AUGMENTED = ("--aa", "rand-m9-n2-mstd0.5", "--reprob", 0.5, "--remode", "pixel")
+ERASED = ("--reprob", 0.5, "--remode", "pixel", "--recount", 2)
+AUGMENTED = ("--aa", "rand-m9-n2-mstd0.5-inc1", *ERASED)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +109,12 @@ def test_augmented_shards_are_byte_equal_for_any_number_of_workers_and_verify(
     done("labels", "verify", augmented_dir)
     assert stored.rows_of(augmented_dir) != stored.rows_of(labels_dir)
     entry = stored.manifest_of(augmented_dir)["plan"]["roles"]["train"]["views"]
-    assert entry["rand_augment"]["text"] == "rand-m9-n2-mstd0.5"
-    assert entry["random_erasing"]["mode"] == "pixel"
+    text = "rand-m9-n2-mstd0.5-inc1"
+    parameters = {"m": 9, "n": 2, "p": 0.5, "mstd": 0.5, "mmax": 10, "inc": 1}
+    assert entry["rand_augment"] == {"text": text, **parameters}
+    erasing = {"probability": 0.5, "mode": "pixel", "max_count": 2}
+    assert entry["random_erasing"].items() >= erasing.items()
+    assert "color_jitter" not in entry
 
 
 def test_training_on_augmented_views_resumes_to_the_bit(
@@ -117,11 +124,27 @@ def test_training_on_augmented_views_resumes_to_the_bit(
     tmp_path: Path,
     weights: Callable[[Path], dict[str, bytes]],
 ) -> None:
-    words = [*distill_flags, "--labels", augmented_dir, "--decay-rate", 1]
-    done(*words, "--output", tmp_path / "straight")
+    words = [*distill_flags, "--labels", augmented_dir, "--val-split", "none"]
+    words += ["--sched", "constant"]
+    done(*words, "--epochs", 2, "--output", tmp_path / "straight")
     done(*words, "--epochs", 1, "--output", tmp_path / "resumed")
+    assert weights(tmp_path / "resumed") != weights(tmp_path / "straight")
     done("distill", "--resume", tmp_path / "resumed", "--epochs", 2)
     assert weights(tmp_path / "resumed") == weights(tmp_path / "straight")
+
+
+def test_augmented_views_are_those_that_were_labelled(
+    data_dir: Path, labels_dir: Path, augmented_dir: Path
+) -> None:
+    dataset, plain = (SoftLabelDataset(folder, data_dir) for folder in (augmented_dir, labels_dir))
+    assert dataset.notes == []
+    differ = [
+        not torch.equal(dataset[i, view][0], plain[i, view][0])
+        for i in range(len(dataset))
+        for view in range(dataset.label_set.num_views)
+    ]
+    # a half is erased, and three quarters of the others have at least one operation
+    assert 0.6 < sum(differ) / len(differ) < 1
 
 
 def test_other_pixels_of_another_library_are_named(
@@ -153,7 +176,7 @@ def test_other_views_train_online_and_from_class_ids(
     start: list[object] = ["--model", "test_resnet", "--initial-checkpoint", student_dir]
     train = [*small, *start, "--epochs", 1, "--batch-size", 12]
     found = set()
-    for number, flags in enumerate([(), PAD, ("--scale", 0.5, 1, "--ratio", 1, 1)]):
+    for number, flags in enumerate([(), PAD, ("--color-jitter", 0.4, *ERASED)]):
         for command in (["finetune"], ["distill", "--online", *teacher_flags]):
             run = tmp_path / f"{command[0]}-{number}"
             done(*command, *train, *flags, "--output", run)
@@ -195,9 +218,12 @@ def test_a_damaged_recipe_is_one_line(
         (("--crop", "pad", "--scale", 0.5, 1), "--scale has no effect with --crop pad"),
         (("--padding", 4), "--padding has no effect without --crop pad"),
         (("--scale", 0.5, 0.1), "--scale must be 0 < MIN <= MAX <= 1, got 0.5 0.1"),
-        (("--aa", "v0"), "--aa must be like rand-m9-n2-mstd0.5, got 'v0'"),
+        (("--aa", "v0"), "--aa must be like rand-m9-n2-mstd0.5, got 'v0': of timm's policies only"),
+        (("--aa", "rand-m9-n99"), "n 1 to 16"),
+        (("--color-jitter", -1), "--color-jitter must be 0 to 10, got -1"),
         (("--aa", "rand-m9", "--color-jitter", 0.4), "--color-jitter has no effect with --aa"),
         (("--remode", "pixel"), "--remode has no effect without --reprob"),
+        (("--reprob", 0.5, "--recount", 0), "--recount must be 1 to 16, got 0"),
         (("--hflip", 2), "--hflip must be 0 to 1, got 2"),
         (("--crop", "center", "--hflip", 0), "all views of an image are equal"),
     ],
