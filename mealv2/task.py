@@ -119,7 +119,7 @@ class DistillTask(Task):
     def forward(
         self, images_BCHW: Tensor, targets: BatchTargets, mixture: Mixture | None = None
     ) -> TaskResult:
-        """Return the loss of a batch; ``mixture`` adds a second target, weighted by area."""
+        """Return the loss of a batch; ``mixture`` adds a second target, with its weight."""
         logits_BC = self.logits(images_BCHW)
         # two views of the logits: backward measures the gradient of each loss term on its own
         for_labels_BC = logits_BC.view_as(logits_BC)
@@ -223,18 +223,27 @@ class DistillTask(Task):
 class HardLabelTask(Task):
     """Cross-entropy to the class ids of the data set: pre-training, own teachers, baselines.
 
-    ``smoothing`` e replaces a class id y by (1 - e) onehot(y) + e / C, as in timm.
+    ``smoothing`` e replaces a class id y by (1 - e) onehot(y) + e / C, as in timm. A mixture weighs
+    the loss of both class ids: timm's soft target l y + (1 - l) y', because the loss is linear.
     """
 
     def __init__(self, student: nn.Module, *, smoothing: float = 0.0) -> None:
         super().__init__(student)
         self.smoothing = smoothing
 
-    def forward(self, images_BCHW: Tensor, targets: BatchTargets) -> TaskResult:
-        assert targets.classes_B is not None, "this task needs class ids"
+    def forward(
+        self, images_BCHW: Tensor, targets: BatchTargets, mixture: Mixture | None = None
+    ) -> TaskResult:
         logits_BC = self.logits(images_BCHW)
-        loss = F.cross_entropy(logits_BC, targets.classes_B, label_smoothing=self.smoothing)
+        loss = self._loss(logits_BC, targets)
+        if mixture is not None:
+            lam = mixture["lam"]
+            loss = lam * loss + (1.0 - lam) * self._loss(logits_BC, mixture["partner"])
         return TaskResult(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
+
+    def _loss(self, logits_BC: Tensor, targets: BatchTargets) -> Tensor:
+        assert targets.classes_B is not None, "this task needs class ids"
+        return F.cross_entropy(logits_BC, targets.classes_B, label_smoothing=self.smoothing)
 
 
 def _soft_labels(targets: BatchTargets) -> Labels:

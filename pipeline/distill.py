@@ -20,7 +20,7 @@ from pipeline.training.label_source import (
     open_splits,
 )
 from pipeline.training.loop import train
-from pipeline.training.spec import CutMix, TrainingSpec, create_student
+from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
@@ -76,7 +76,11 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         resize=labels.resize,
         evaluator=evaluator,
         extra=extra,
-        cutmix=_cutmix_settings(config),
+        mixing=mixing_of(
+            config,
+            mixup_target=config.mixup_target,
+            cutmix_target=config.cutmix_target,
+        ),
         teachers=labels.accuracies,
         teacher_forwards=labels.teacher_forwards,
         notes=_notes(config),
@@ -97,14 +101,6 @@ def _discriminator(
     discriminator = Discriminator(num_classes, config.discriminator)
     lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
     return discriminator, {"discriminator": (discriminator, lr)}
-
-
-def _cutmix_settings(config: DistillConfig) -> CutMix | None:
-    if config.cutmix_target is None:
-        return None
-    beta = 1.0 if config.cutmix_beta is None else config.cutmix_beta
-    probability = 1.0 if config.cutmix_prob is None else config.cutmix_prob
-    return CutMix(config.cutmix_target, beta, probability)
 
 
 def _notes(config: DistillConfig) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
-from pipeline.training.spec import TrainingSpec, create_student
+from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
         img_size=config.img_size,
         views=DrawnViews(config.view_seed, config.view_recipe),
         resize=config.resize,
+        mixing=mixing_of(config),
         evaluator=None
         if val is None
         else Evaluator(val, runtime, config, img_size=config.img_size, resize=config.resize),

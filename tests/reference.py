@@ -36,6 +36,12 @@ def similarity(student_NC: np.ndarray, probs_NC: np.ndarray) -> tuple[float, np.
     return float(loss), (softmax(student_NC) * mass_N1 - probs_NC) / num_rows
 
 
+def blended(rows_N: np.ndarray, order_N: np.ndarray, lam: float) -> np.ndarray:
+    """Return x'_i = l x_i + (1 - l) x_o(i) of images or labels, the mixup paper's eq. 1."""
+    rows_N = np.asarray(rows_N, dtype=np.float64)
+    return lam * rows_N + (1.0 - lam) * rows_N[order_N]
+
+
 class Discrimination(NamedTuple):
     """What telling N student rows from N teacher rows gives."""
 

@@ -17,6 +17,7 @@ from pipeline.config.base import (
 )
 from pipeline.config.fields import (
     MAX_SEED,
+    flag,
     in_data,
     in_img_size,
     in_labels,
@@ -98,13 +99,10 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
         None,
         "CutMix targets: the teachers label the mixed image (with --online), or the two labels "
         "are mixed by area.",
-        shown="no CutMix",
+        shown="no CutMix; mixed-labels with --cutmix",
     )
-    cutmix_beta: float | None = in_loss(
-        None, "CutMix: lambda is drawn from Beta(b, b).", shown="1.0", above=0
-    )
-    cutmix_prob: float | None = in_loss(
-        None, "CutMix: fraction of batches to mix.", shown="1.0", low=0, high=1
+    mixup_target: Literal["teachers", "mixed-labels"] | None = in_loss(
+        None, "The same of mixup.", shown="mixed-labels"
     )
     label_temperature: float = in_loss(
         1.0, "Replace labels q by q^(1/T); above 1 they are softer. The paper uses 1.", above=0
@@ -157,13 +155,19 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
         if self.hard_label_weight == 1:
             of_labels = ("label_temperature", "student_temperature")
             without_effect(self, "with --hard-label-weight 1", *of_labels)
-        if self.cutmix_target is None:
-            without_effect(self, "without --cutmix-target", "cutmix_beta", "cutmix_prob")
-        require(
-            self.online or self.cutmix_target != "teachers",
-            "--cutmix-target teachers needs --online, because stored labels are of unmixed images; "
-            "with a label set, use --cutmix-target mixed-labels",
-        )
+        if not self.mixup:
+            without_effect(self, "without --mixup", "mixup_target")
+        for name in ("cutmix_target", "mixup_target"):
+            require(
+                self.online or getattr(self, name) != "teachers",
+                f"{flag(name)} teachers needs --online, because stored labels are of unmixed "
+                f"images; with a label set, use {flag(name)} mixed-labels",
+            )
+
+    @property
+    def cutmix_alpha(self) -> float:
+        """Alpha of CutMix, 0 without it; 1 with --cutmix-target alone."""
+        return self.cutmix or (0.0 if self.cutmix_target is None else 1.0)
 
     @property
     def reuses_views(self) -> bool:

@@ -31,7 +31,8 @@ from pipeline.config.fields import (
     require,
     without_effect,
 )
-from pipeline.config.optimisation import SCHED_ON_UPDATES, WEIGHT_DECAY, OptimisationConfig
+from pipeline.config.mixing import MixingConfig
+from pipeline.config.optimisation import SCHED_ON_UPDATES, WEIGHT_DECAY
 from pipeline.config.views import ViewsConfig
 
 # What may differ from the run when it is resumed (docs/how-to/resume.md has the table):
@@ -61,7 +62,7 @@ _FLAG_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(OptimisationConfig, HeldOutConfig, NormalisationConfig, RuntimeConfig):
+class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfig):
     """Settings of every training run."""
 
     in_ranks = True

@@ -79,7 +79,7 @@ def _time_steps(step: TrainStep, batches: Iterator[Batch]) -> timing.Sample:
         if batch.positions:
             step.update(batch, len(batch.positions))
             timing.synchronize(device)  # a wait for the device is not one for images
-        step.state.progress.step += 1  # CutMix draws another mix
+        step.state.progress.step += 1  # CutMix and mixup draw another mix
         step.state.progress.total_steps += 1
         units += 1
     seconds = time.perf_counter() - start_s

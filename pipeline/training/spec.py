@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mealv2.cutmix import CutMixTarget
+from mealv2.cutmix import Blend, Mix, MixTarget, draw_mix
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize
@@ -21,12 +21,37 @@ from pipeline.training.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
-class CutMix:
-    """How batches are mixed: who labels a mixture, lambda ~ Beta(beta, beta), share mixed."""
+class Mixing:
+    """How batches are mixed: alphas of mixup and CutMix, 0 for none, and who labels a mixture.
 
-    target: CutMixTarget
-    beta: float = 1.0
+    From ``off_epoch`` on they are not, unless it is 0.
+    """
+
+    mixup: float
+    cutmix: float
     probability: float = 1.0
+    switch_probability: float = 0.5
+    off_epoch: int = 0
+    mixup_target: MixTarget = "mixed-labels"
+    cutmix_target: MixTarget = "mixed-labels"
+
+    def draw(self, batch_size: int, img_size: int, *, seed: tuple[int, ...]) -> Mix | Blend | None:
+        """Draw how to mix a batch; ``seed`` is (seed, epoch, step, ...)."""
+        if self.off_epoch and seed[1] >= self.off_epoch:
+            return None
+        return draw_mix(
+            batch_size,
+            img_size,
+            cutmix=self.cutmix,
+            mixup=self.mixup,
+            probability=self.probability,
+            switch_probability=self.switch_probability,
+            seed=seed,
+        )
+
+    def target(self, mix: Mix | Blend) -> MixTarget:
+        """Return who labels the images of a mix."""
+        return self.mixup_target if isinstance(mix, Blend) else self.cutmix_target
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,7 @@ class TrainingSpec:
     resize: Resize
     evaluator: Evaluator | None
     extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
-    cutmix: CutMix | None = None
+    mixing: Mixing | None = None
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_forwards: int = 0
     notes: tuple[str, ...] = ()
@@ -73,6 +98,22 @@ class TrainingSpec:
             resize=self.resize,
             check=self.check,
         )
+
+
+def mixing_of(
+    config: TrainConfig,
+    *,
+    mixup_target: MixTarget | None = None,
+    cutmix_target: MixTarget | None = None,
+) -> Mixing | None:
+    """Return how the batches of a run are mixed; None for a run without mixup and CutMix."""
+    if not config.mixes:
+        return None
+    return Mixing(
+        **config.mixing,
+        mixup_target=mixup_target or "mixed-labels",
+        cutmix_target=cutmix_target or "mixed-labels",
+    )
 
 
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:

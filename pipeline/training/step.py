@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from mealv2.batches import rank_rows, split_evenly
-from mealv2.cutmix import draw_mix
 from mealv2.data.requests import Batch, BatchRequest, num_views_of
 from mealv2.errors import DataError
 from mealv2.targets import BatchTargets
@@ -129,20 +128,15 @@ class TrainStep:
         spec, images_BCHW, device = self.spec, batch.images_BCHW, self.runtime.device
         find = spec.targets.batch
         mix = None
-        if spec.cutmix is not None:
+        if spec.mixing is not None:
             progress, rank = self.state.progress, self.runtime.ranks.rank
             seed = (self.config.seed, progress.epoch, progress.step)
-            mix = draw_mix(  # each micro-batch within itself
-                len(images_BCHW),
-                spec.img_size,
-                beta=spec.cutmix.beta,
-                probability=spec.cutmix.probability,
-                seed=(*seed, rank, number) if rank or number else seed,
-            )
-        if spec.cutmix is None or mix is None:
+            micro = (rank, number) if rank or number else ()  # each micro-batch within itself
+            mix = spec.mixing.draw(len(images_BCHW), spec.img_size, seed=(*seed, *micro))
+        if spec.mixing is None or mix is None:
             return images_BCHW, find(batch.positions, batch.views, images_BCHW).to(device), {}
-        mixed_BCHW = mix.to(device).paste(images_BCHW)
-        if spec.cutmix.target == "teachers":  # the teachers label the mixed images
+        mixed_BCHW = mix.to(device).apply(images_BCHW)
+        if spec.mixing.target(mix) == "teachers":  # the teachers label the mixed images
             return mixed_BCHW, find(batch.positions, batch.views, mixed_BCHW).to(device), {}
         targets = find(batch.positions, batch.views, images_BCHW)
         # stored labels are on the CPU: picking rows of records on a GPU would wait for it

@@ -1,4 +1,4 @@
-"""mealv2.cutmix: what is pasted, how much is left, and how mixes are drawn."""
+"""mealv2.cutmix: what is pasted or blended, how much is left, and how mixes are drawn."""
 
 import math
 
@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from timm.data.mixup import FastCollateMixup, Mixup
 
-from mealv2.cutmix import Box, Mix, cutmix_box, draw_mix
+import reference
+from mealv2.cutmix import Blend, Box, Mix, cutmix_box, draw_mix
 
 quickly = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -21,7 +23,7 @@ def numbered(batch_size: int, img_size: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def drawn(step: int, *, beta: float = 1.0, img_size: int = 64, seed: int = 3) -> Mix:
-    mix = draw_mix(4, img_size, beta=beta, probability=1.0, seed=(seed, 0, step))
+    mix = draw_mix(4, img_size, cutmix=beta, probability=1.0, seed=(seed, 0, step))
     assert mix is not None
     return mix
 
@@ -34,7 +36,7 @@ def test_pixels_in_the_box_are_the_partners_and_all_others_the_images_own(dtype)
     images = torch.arange(5 * 3 * 8 * 8).reshape(5, 3, 8, 8).remainder(251).to(dtype)
     before = images.clone()
     order = torch.tensor([3, 0, 4, 2, 1])
-    mixed = Mix(order, Box(top=1, left=2, bottom=4, right=7)).paste(images)
+    mixed = Mix(order, Box(top=1, left=2, bottom=4, right=7)).apply(images)
     assert mixed.dtype == dtype
     for row in range(5):
         for y in range(8):
@@ -48,7 +50,7 @@ def test_pixels_in_the_box_are_the_partners_and_all_others_the_images_own(dtype)
 def test_own_share_is_the_share_of_pixels_that_are_the_images_own(step):
     mix = drawn(step, img_size=37)
     order = torch.tensor([1, 2, 3, 0])  # nobody is its own partner: every pasted pixel shows
-    mixed = Mix(order, mix.box).paste(numbered(4, 37, torch.uint8))
+    mixed = Mix(order, mix.box).apply(numbered(4, 37, torch.uint8))
     own = (mixed == numbered(4, 37, torch.uint8)).float().mean(dim=(1, 2, 3))
     assert own.tolist() == pytest.approx([mix.lam(37)] * 4, abs=1e-6)
 
@@ -57,9 +59,39 @@ def test_an_empty_box_leaves_every_pixel_and_a_whole_one_none():
     images = numbered(2, 8, torch.uint8)
     order = torch.tensor([1, 0])
     empty, whole = (Mix(order, cutmix_box(share, 4, 4, 8)) for share in (1.0, 0.0))
-    assert torch.equal(empty.paste(images), images)
-    assert torch.equal(whole.paste(images), images[order])
+    assert torch.equal(empty.apply(images), images)
+    assert torch.equal(whole.apply(images), images[order])
     assert (empty.lam(8), whole.lam(8)) == (1.0, 0.0)
+
+
+# --- blending -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.7311, 1.0])
+def test_blended_pixels_are_timms_for_the_same_lambda(monkeypatch, weight):
+    rng = np.random.default_rng(0)
+    images_BCHW = torch.from_numpy(rng.integers(0, 256, (6, 3, 9, 9), dtype=np.uint8))
+    blend = Blend(torch.arange(6).flip(0), weight)  # timm's partners
+    monkeypatch.setattr(np.random, "beta", lambda a, b: weight)
+    batch = [(image.numpy(), 0) for image in images_BCHW]
+    expected, _ = FastCollateMixup(mixup_alpha=1.0)(batch)
+    assert torch.equal(blend.apply(images_BCHW), expected)
+    floats_BCHW = torch.randn(6, 3, 9, 9)
+    expected, _ = Mixup(mixup_alpha=1.0)(floats_BCHW.clone(), torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(blend.apply(floats_BCHW), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_a_blend_is_the_references_and_leaves_the_images(dtype):
+    images = torch.arange(5 * 3 * 8 * 8).reshape(5, 3, 8, 8).remainder(251).to(dtype)
+    before, order = images.clone(), torch.tensor([3, 0, 4, 2, 1])
+    mixed = Blend(order, 0.3).apply(images)
+    assert mixed.dtype == dtype
+    assert torch.equal(images, before)
+    expected = reference.blended(before.double().numpy(), order.numpy(), 0.3)
+    step = {torch.uint8: 0.5, torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype]
+    np.testing.assert_allclose(mixed.double().numpy(), expected, rtol=0, atol=step + 1e-4)
+    assert Blend(order, 0.3).lam(8) == 0.3
 
 
 # --- the box ------------------------------------------------------------------------------------
@@ -99,7 +131,7 @@ def test_boxes_are_those_of_rand_bbox(share, centre, expected):
 
 def test_a_mix_is_a_pure_function_of_its_place():
     def draw(place: tuple[int, int, int]) -> tuple[list[int], Box]:
-        mix = draw_mix(16, 64, beta=1.0, probability=1.0, seed=place)
+        mix = draw_mix(16, 64, cutmix=1.0, probability=1.0, seed=place)
         assert mix is not None
         return mix.order_B.tolist(), mix.box
 
@@ -124,7 +156,7 @@ def test_partners_are_a_permutation():
 
 def mixed_share(probability: float, *, steps: int = 2000) -> float:
     mixes = (
-        draw_mix(2, 8, beta=1.0, probability=probability, seed=(0, 0, s)) for s in range(steps)
+        draw_mix(2, 8, cutmix=1.0, probability=probability, seed=(0, 0, s)) for s in range(steps)
     )
     return sum(mix is not None for mix in mixes) / steps
 
@@ -183,3 +215,35 @@ def test_centres_are_uniform_over_the_image():
         scaled = (np.array(values) - size / 4) / (size / 2)
         assert stats.kstest(scaled, "uniform").pvalue > 0.01
     assert stats.spearmanr(*zip(*inner, strict=True)).pvalue > 0.01
+
+
+# --- mixup, and both ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_lambda_of_mixup_is_beta_distributed(alpha):
+    drawn = [draw_mix(4, 8, mixup=alpha, seed=(0, 0, step)) for step in range(2000)]
+    assert all(isinstance(mix, Blend) for mix in drawn)
+    lambdas = [mix.weight for mix in drawn]
+    assert stats.kstest(lambdas, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+    partners = np.array([mix.order_B.tolist() for mix in drawn])
+    assert (np.sort(partners) == np.arange(4)).all()
+    assert stats.chisquare(np.bincount(partners[:, 0])).pvalue > 0.01
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.3, 1.0])
+def test_with_both_a_share_of_the_batches_as_given_gets_cutmix(switch):
+    settings = {"mixup": 0.2, "cutmix": 1.0, "switch_probability": switch, "probability": 0.8}
+    drawn = [draw_mix(4, 8, **settings, seed=(1, 0, step)) for step in range(2000)]
+    mixed = [mix for mix in drawn if mix is not None]
+    assert stats.binomtest(len(mixed), 2000, 0.8).pvalue > 0.01
+    num_cutmix = sum(isinstance(mix, Mix) for mix in mixed)
+    assert stats.binomtest(num_cutmix, len(mixed), switch).pvalue > 0.01
+
+
+def test_a_blend_is_a_pure_function_of_its_place_and_none_without_alphas():
+    one, other = (draw_mix(16, 8, mixup=0.2, seed=(0, 1, 2)) for _ in range(2))
+    assert one.weight == other.weight
+    assert one.order_B.tolist() == other.order_B.tolist()
+    assert draw_mix(16, 8, mixup=0.2, seed=(0, 1, 3)).weight != one.weight
+    assert draw_mix(16, 8, seed=(0, 1, 2)) is None

@@ -209,7 +209,7 @@ def test_teachers_that_label_the_mixed_image_are_the_official_cutmix() -> None:
     for step, images in enumerate(tensor("EC_images")):
         mix, lam = draws.mix(len(images), 8)
         close(np.array(as_recorded(mix, lam)), GOLDEN["EC_lam_and_box"][step])
-        mixed = mix.paste(images)
+        mixed = mix.apply(images)
         assert torch.equal(mixed, tensor("EC_images_mixed")[step])
         batch_targets = targets.batch(range(6), [step] * 6, mixed)
         if step == 0:
@@ -245,7 +245,7 @@ def test_labels_mixed_by_area_are_the_official_fkd_cutmix() -> None:
         close(np.array(as_recorded(mix, lam))[1:], GOLDEN["FC_lam_and_box"][step, 1:])
         share = mix.lam(8)
         mixture = Mixture(partner=batch_targets.rows(mix.order_B), lam=share)
-        similarity, adversary = training.step(mix.paste(images), batch_targets, mixture)
+        similarity, adversary = training.step(mix.apply(images), batch_targets, mixture)
         weights = np.array([share, 1.0 - share])
         close(similarity, weights @ GOLDEN["FC_g_losses"][2 * step : 2 * step + 2])
         close(adversary, weights @ GOLDEN["FC_d_losses"][2 * step : 2 * step + 2])

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timm.loss import LabelSmoothingCrossEntropy
+from timm.data.mixup import mixup_target
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 import reference
@@ -630,6 +631,54 @@ def test_gradient_of_a_mixture_is_that_of_both_answers_by_area(student, images):
 
     expected = 0.3 * gradient(targets) + 0.7 * gradient(partner)
     torch.testing.assert_close(gradient(targets, Mixture(partner=partner, lam=0.3)), expected)
+
+
+ORDER = torch.tensor([2, 0, 1, 5, 3, 4])
+
+
+def gradient_of_logits(task: Any, images: Tensor, *args: Any) -> tuple[float, np.ndarray]:
+    """Return the loss of a task and its gradient by the bias, the sum over the rows."""
+    task.zero_grad()
+    result = task(images, *args)
+    result["loss"].backward()
+    return float(result["loss"].detach()), task.student[1].bias.grad.numpy()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("k", [5, NUM_CLASSES])
+def test_a_mixture_of_soft_labels_is_the_loss_of_the_mixed_label(student, images, lam, k):
+    labels = labels_of(2 * torch.randn(6, NUM_CLASSES), k)
+    targets, task = BatchTargets(labels), DistillTask(student)
+    mixture = Mixture(partner=targets.rows(ORDER), lam=lam)
+    loss, grad = gradient_of_logits(task, images, targets, mixture)
+    probs = reference.dense(
+        labels.indices_NK.numpy(), labels.probs_NK.numpy(), labels.rest_N.numpy(), NUM_CLASSES
+    )
+    mixed = reference.blended(probs, ORDER.numpy(), lam)
+    expected, grad_NC = reference.similarity(student(images).detach().numpy(), mixed)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grad, grad_NC.sum(axis=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_a_mixture_of_class_ids_is_timms_soft_target(student, images, lam, smoothing):
+    classes_B = torch.randint(NUM_CLASSES, (6,))
+    targets, task = BatchTargets(classes_B=classes_B), HardLabelTask(student, smoothing=smoothing)
+    order_B = torch.arange(6).flip(0)  # timm's
+    mixture = Mixture(partner=targets.rows(order_B), lam=lam)
+    loss, grad = gradient_of_logits(task, images, targets, mixture)
+    target_BC = mixup_target(classes_B, NUM_CLASSES, lam, smoothing)
+    logits_BC = student(images)
+    timms = SoftTargetCrossEntropy()(logits_BC, target_BC)
+    (timms_grad,) = torch.autograd.grad(timms, student[1].bias)
+    assert loss == pytest.approx(float(timms.detach()), rel=1e-5)
+    np.testing.assert_allclose(grad, timms_grad.numpy(), rtol=1e-4, atol=1e-6)
+    one_hot = np.eye(NUM_CLASSES)[classes_B.numpy()] * (1 - smoothing) + smoothing / NUM_CLASSES
+    mixed = reference.blended(one_hot, order_B.numpy(), lam)
+    expected, grad_NC = reference.similarity(logits_BC.detach().numpy(), mixed)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grad, grad_NC.sum(axis=0), rtol=1e-4, atol=1e-6)
 
 
 # --- before the first step ----------------------------------------------------------------------

@@ -182,10 +182,14 @@ MIXED: dict[str, Any] = {"cutmix_target": "mixed-labels"}
         (DistillConfig, {"early_stopping": 0}, "--early-stopping"),
         (DistillConfig, {"hard_label_weight": 1.5}, "--hard-label-weight"),
         (DistillConfig, {"hard_label_weight": NAN}, "--hard-label-weight"),
-        (DistillConfig, MIXED | {"cutmix_beta": 0.0}, "--cutmix-beta"),
-        (DistillConfig, MIXED | {"cutmix_beta": NAN}, "--cutmix-beta"),
-        (DistillConfig, MIXED | {"cutmix_prob": 1.5}, "--cutmix-prob"),
-        (DistillConfig, MIXED | {"cutmix_prob": NAN}, "--cutmix-prob"),
+        (DistillConfig, MIXED | {"cutmix": 0.0}, "--cutmix"),
+        (DistillConfig, MIXED | {"cutmix": NAN}, "--cutmix"),
+        (DistillConfig, MIXED | {"mixup_prob": 1.5}, "--mixup-prob"),
+        (DistillConfig, MIXED | {"mixup_prob": NAN}, "--mixup-prob"),
+        (DistillConfig, {"mixup": -0.1}, "--mixup"),
+        (FinetuneConfig, {"mixup": NAN}, "--mixup"),
+        (FinetuneConfig, {"mixup": 1.0, "mixup_prob": -1.0}, "--mixup-prob"),
+        (DistillConfig, {"mixup": 1.0, "mixup_off_epoch": -1}, "--mixup-off-epoch"),
         (DistillConfig, ONLINE | {"img_size": 0}, "--img-size"),
         (DistillConfig, ONLINE | {"view_seed": -1}, "--view-seed"),
         (DistillConfig, {"mean": (0.5, 0.5, 0.5)}, "--std"),
@@ -237,8 +241,12 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, ONLINE | {"reuse_views": True}, "--reuse-views"),
         (DistillConfig, ONLINE | {"reuse_views": False}, "--reuse-views"),
         (DistillConfig, ONLINE | {"write_back": True}, "--write-back"),
-        (DistillConfig, {"cutmix_beta": 1.0}, "--cutmix-beta"),
-        (DistillConfig, {"cutmix_prob": 0.5}, "--cutmix-prob"),
+        (DistillConfig, {"mixup_prob": 0.5}, "--mixup-prob"),
+        (FinetuneConfig, {"mixup_off_epoch": 3}, "--mixup-off-epoch"),
+        (FinetuneConfig, {"mixup": 0.2, "mixup_switch_prob": 0.3}, "--mixup-switch-prob"),
+        (DistillConfig, MIXED | {"mixup_switch_prob": 0.3}, "--mixup-switch-prob"),
+        (DistillConfig, MIXED | {"mixup_target": "mixed-labels"}, "--mixup-target"),
+        (DistillConfig, {"mixup": 0.2, "mixup_off_epoch": 180}, "--mixup-off-epoch"),
         (DistillConfig, {"model_ema_decay": 0.9}, "--model-ema-decay"),
         (
             DistillConfig,
@@ -294,6 +302,7 @@ def test_setting_without_effect_is_refused(
         ({"online": True, "teacher": ("a",)}, "not both"),
         ({"labels": None, "online": True}, "--online needs --teacher"),
         ({"cutmix_target": "teachers"}, "--cutmix-target teachers needs --online"),
+        ({"mixup": 1.0, "mixup_target": "teachers"}, "--mixup-target teachers needs --online"),
     ],
 )
 def test_settings_that_exclude_or_need_each_other_are_named(
@@ -301,6 +310,31 @@ def test_settings_that_exclude_or_need_each_other_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         make(DistillConfig, **values)
+
+
+def test_old_names_of_cutmix_are_read() -> None:
+    config = make(DistillConfig, **MIXED, cutmix=0.5, mixup_prob=0.25)
+    values = config.as_json()
+    values["cutmix_beta"], values["cutmix_prob"] = values.pop("cutmix"), values.pop("mixup_prob")
+    assert DistillConfig.from_json(values) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "alphas"),
+    [
+        ({}, (0.0, 0.0)),
+        (MIXED, (0.0, 1.0)),
+        ({"cutmix": 0.5}, (0.0, 0.5)),
+        ({"mixup": 0.2}, (0.2, 0.0)),
+        (MIXED | {"mixup": 0.2}, (0.2, 1.0)),
+    ],
+)
+def test_a_target_of_cutmix_alone_turns_it_on(
+    values: dict[str, Any], alphas: tuple[float, float]
+) -> None:
+    config = make(DistillConfig, **values)
+    assert (config.mixing["mixup"], config.mixing["cutmix"]) == alphas
+    assert config.mixes == any(alphas)
 
 
 def test_rate_and_topk_exclude_each_other() -> None:
@@ -314,7 +348,9 @@ def test_rate_and_topk_exclude_each_other() -> None:
         {"missing": "teach", "write_back": True, "teacher": ("a",)},
         {"missing": "teach", "reuse_views": True},
         {"missing": "skip", "reuse_views": False},
-        MIXED | {"cutmix_beta": 1.0, "cutmix_prob": 0.0},
+        MIXED | {"cutmix": 1.0, "mixup_prob": 0.0},
+        MIXED | {"mixup": 0.2, "mixup_switch_prob": 0.3, "mixup_off_epoch": 100},
+        ONLINE | {"cutmix": 1.0, "mixup": 0.2, "mixup_target": "teachers"},
         {"model_ema": True, "model_ema_decay": 0.0},
         ONLINE | {"cutmix_target": "teachers", "discriminator_input": "logits"},
         ONLINE | {"train_split": "train", "img_size": 224, "view_seed": 0},

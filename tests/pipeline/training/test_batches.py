@@ -17,7 +17,7 @@ from mealv2.data.folder import ImageFolder
 from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.requests import centre_requests
 from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels, Targets
-from mealv2.task import DistillTask
+from mealv2.task import DistillTask, HardLabelTask
 from pipeline.config import FinetuneConfig
 
 Run = Callable[..., Result]
@@ -350,7 +350,7 @@ def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
 ) -> None:
     flags = ["--cutmix-target", "mixed-labels", "--cutmix-beta", 0.5, "--cutmix-prob", 0.6]
     done(*distill_flags, *flags, "--seed", 3, "--val-split", "none", "--output", run)
-    settings = {"beta": 0.5, "probability": 0.6}
+    settings = {"cutmix": 0.5, "probability": 0.6}
     expected = [
         draw_mix(8 if step < 5 else 4, 32, seed=(3, epoch, step), **settings)
         for epoch in (0, 1)
@@ -362,20 +362,84 @@ def test_a_mix_is_drawn_from_seed_epoch_and_step_alone(
     assert len(set(shares)) > 4
 
 
-def test_cutmix_of_no_batch_changes_nothing(
+@pytest.mark.parametrize("source", ["labels", "teachers"])
+def test_mixup_blends_images_and_labels(
+    done: Run,
+    online: list[str],
+    distill_flags: list[str],
+    tmp_path: Path,
+    answered: list[tuple[list[tuple[int, int]], torch.Tensor]],
+    learned: list[tuple[torch.Tensor, Any]],
+    source: str,
+) -> None:
+    flags = [*distill_flags, "--epochs", 1, "--val-split", "none"]
+    if source != "labels":
+        flags = list(online)
+    done(*flags, "--output", tmp_path / "plain")
+    plain = [images for _, images in answered]
+    answered.clear()
+    learned.clear()
+    target = ("--mixup-target", "teachers") if source == "teachers" else ()
+    done(*flags, "--mixup", 0.4, *target, "--seed", 0, "--output", tmp_path / "mixed")
+    assert len(learned) == len(plain) == 5
+    for step, ((mixed, mixture), (_, seen), own) in enumerate(
+        zip(learned, answered, plain, strict=True), 1
+    ):
+        blend = draw_mix(len(own), 32, mixup=0.4, seed=(0, 0, step))
+        assert blend is not None
+        assert torch.equal(mixed, blend.apply(own))
+        assert torch.equal(seen, mixed if source == "teachers" else own)
+        assert (mixture and mixture["lam"]) == (None if source == "teachers" else blend.lam(32))
+
+
+def test_mixed_hard_labels_stop_at_the_off_epoch_and_resume_to_the_bit(
+    done: Run,
+    finetune_flags: list[str],
+    tmp_path: Path,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    forward = HardLabelTask.forward
+
+    def recording(self: Any, images: torch.Tensor, targets: Any, mixture: Any = None) -> Any:
+        seen.append(mixture is not None)
+        return forward(self, images, targets, mixture)
+
+    monkeypatch.setattr(HardLabelTask, "forward", recording)
+    words = [*finetune_flags, "--mixup", 0.2, "--cutmix", 1, "--mixup-off-epoch", 2]
+    words += ["--smoothing", 0.1, "--epochs", 3]
+    words += ["--val-split", "none", "--recovery-interval", 2, "--checkpoint-hist", 99]
+    done(*words, "--output", tmp_path / "run")
+    assert seen == [True] * 6 + [False] * 3
+    whole = weights(tmp_path / "run")
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    done("finetune", "--resume", tmp_path / "run")
+    assert weights(tmp_path / "run") == whole
+
+
+def test_mixing_no_batch_changes_nothing(
     done: Run, distill_flags: list[str], tmp_path: Path, weights: Weights
 ) -> None:
     flags = [*distill_flags, "--epochs", 1, "--val-split", "none"]
     done(*flags, "--output", tmp_path / "plain")
-    cutmix = ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.0]
-    done(*flags, *cutmix, "--output", tmp_path / "never")
+    mixed = ["--cutmix", 1, "--mixup", 0.5, "--mixup-prob", 0.0]
+    done(*flags, *mixed, "--output", tmp_path / "never")
     assert weights(tmp_path / "plain") == weights(tmp_path / "never")
 
 
-def test_cutmix_stopped_in_the_middle_ends_in_the_same_bits(
-    done: Run, distill_flags: list[str], run: Path, weights: Weights
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.7],
+        ["--mixup", 0.4, "--cutmix", 1, "--mixup-switch-prob", 0.4, "--mixup-prob", 0.8],
+    ],
+)
+def test_mixing_stopped_in_the_middle_ends_in_the_same_bits(
+    done: Run, distill_flags: list[str], run: Path, weights: Weights, mixing: list[object]
 ) -> None:
-    flags = ["--cutmix-target", "mixed-labels", "--cutmix-prob", 0.7, "--val-split", "none"]
+    flags = [*mixing, "--val-split", "none"]
     flags += ["--recovery-interval", 3, "--checkpoint-hist", 99, "--output", run]
     done(*distill_flags, *flags)
     whole = weights(run)
