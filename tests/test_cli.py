@@ -217,6 +217,8 @@ def test_the_renamed_flags_keep_their_old_spelling() -> None:
     assert renamed == {
         ("checkpoint_every", "recovery_interval"),
         ("compile", "torchcompile"),
+        ("cutmix_beta", "cutmix"),
+        ("cutmix_prob", "mixup_prob"),
         ("json", "results_file"),
         ("keep_checkpoints", "checkpoint_hist"),
         ("lr_milestones", "decay_milestones"),

@@ -162,6 +162,9 @@ def test_other_pixels_of_another_library_are_named(
     result = run_cli(*precompute_flags, *AUGMENTED, "--output", other)
     assert result.code == 3
     assert "another version of timm or Pillow" in result.stderr
+    result = run_cli("labels", "merge", augmented_dir, other, "--output", tmp_path / "merged")
+    assert result.code == 3
+    assert "operations_sha256" in result.stderr
 
 
 def test_other_views_train_online_and_from_class_ids(
