@@ -155,6 +155,8 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
         if self.hard_label_weight == 1:
             of_labels = ("label_temperature", "student_temperature")
             without_effect(self, "with --hard-label-weight 1", *of_labels)
+        if self.cutmix == 0:
+            without_effect(self, "with --cutmix 0", "cutmix_target")
         if not self.mixup:
             without_effect(self, "without --mixup", "mixup_target")
         for name in ("cutmix_target", "mixup_target"):

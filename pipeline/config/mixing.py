@@ -23,7 +23,7 @@ class MixingConfig(OptimisationConfig):
         "Beta(a, a).",
         shown="none",
         alias="cutmix_beta",
-        above=0,
+        low=0,
     )
     mixup_prob: float | None = in_loss(
         None,

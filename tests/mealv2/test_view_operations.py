@@ -27,6 +27,7 @@ from mealv2.data.operations import apply_operations
 from mealv2.hash_draws import hash_words, log_of_double
 from mealv2.view_operations import (
     _NAMES,
+    _SIGNED,
     ERASE,
     EraseMode,
     Operation,
@@ -145,23 +146,24 @@ def test_logarithm_and_normal_numbers_are_those_of_the_formula() -> None:
     np.testing.assert_allclose(drawn, expected[:50], rtol=1e-13)
 
 
-def test_levels_are_normal_and_clipped() -> None:
+def levels(text: str) -> np.ndarray:
+    """Return the levels of operations whose number is in proportion to it."""
+    drawn = [o for ops in operations(ViewRecipe(aa=text), 300) for o in ops]
+    return np.array([10 * abs(o.numbers[0]) / _SIGNED[o.name] for o in drawn if o.name in _SIGNED])
+
+
+def test_levels_are_normal_or_uniform_and_clipped() -> None:
     words = hash_words("test", "a", 0, 0)
     assert stats.kstest([normal(words) for _ in range(2000)], "norm").pvalue > P_VALUE
-    recipe = ViewRecipe(aa="rand-m9-n2-p1-mstd1")
-    drawn = [o for ops in operations(recipe, 1500) for o in ops]
-    angles = [abs(o.numbers[0]) for o in drawn if o.name == "Rotate"]
-    assert max(angles) == 30.0
-    inside = np.array([angle / 3 for angle in angles if angle < 30])
-    truncated = stats.truncnorm(-np.inf, 1.0, loc=9, scale=1)
-    assert stats.kstest(inside, truncated.cdf).pvalue > P_VALUE
-    uniform = [
-        abs(o.numbers[0]) / 30
-        for ops in operations(ViewRecipe(aa="rand-m10-p1-mstd101"), 2000)
-        for o in ops
-        if o.name == "Rotate"
-    ]
-    assert stats.kstest(uniform, "uniform").pvalue > P_VALUE
+    normals = levels("rand-m5-n16-p1-mstd1")
+    assert len(normals) > 1000
+    assert stats.kstest(normals, stats.norm(5, 1).cdf).pvalue > P_VALUE
+    clipped = levels("rand-m9-n16-p1-mstd1")
+    assert clipped.max() == pytest.approx(10)
+    share = stats.norm.sf(10, loc=9, scale=1)
+    assert stats.binomtest(int((clipped > 9.999).sum()), len(clipped), share).pvalue > P_VALUE
+    uniforms = levels("rand-m8-n16-p1-mstd101")
+    assert stats.kstest(uniforms / 8, "uniform").pvalue > P_VALUE
 
 
 def test_colour_jitter_is_distributed_as_torchvisions() -> None:
