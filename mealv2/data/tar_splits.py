@@ -1,8 +1,10 @@
 """Which tar files are a split of a data set, by folder or pattern, and the names of its classes."""
 
+import contextlib
 import fnmatch
 import glob
 import itertools
+import json
 import os
 import posixpath
 import re
@@ -269,6 +271,27 @@ def read_class_names(folder: Path) -> list[str] | None:
     """
     paths = [folder / name for name in _CLASS_FILES]
     return _names_in([(str(p), data) for p in paths if (data := _read(p, None)) is not None])
+
+
+def read_class_map(path: Path) -> list[str]:
+    """Read the class names by class id from a file: .txt, one a line; .json, a list, or an object
+    of class ids by name.
+
+    Raises ConfigError; names are in NFC.
+    """
+    data, kind = _read(path, None), path.suffix.lower()
+    if data is None or kind not in (".txt", ".json"):
+        raise ConfigError(f"{path} must be a .txt file, one class a line by class id, or a .json")
+    with contextlib.suppress(ValueError):
+        ids = parse_json(data) if kind == ".json" else None
+        if isinstance(ids, dict):
+            if list(map(repr, sorted(ids.values(), key=str))) != sorted(map(str, range(len(ids)))):
+                last = len(ids) - 1
+                raise ConfigError(f"{path}: the class ids must be 0 to {last}, each once")
+            data = json.dumps(sorted(ids, key=ids.__getitem__)).encode()
+    names = _names_in([(str(path), data)])
+    assert names is not None
+    return names
 
 
 def _names_in(files: Sequence[tuple[str, bytes]]) -> list[str] | None:

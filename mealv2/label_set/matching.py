@@ -20,7 +20,7 @@ def check_same_data(
         raise LabelSetError(
             f"{labels.folder} is a label set of {labels.num_classes} classes, {source.name} has "
             f"{len(source.classes)} (only in one of them: {first_names(odd)}); "
-            "give the --data-dir it was made from"
+            "give the --data-dir it was made from, and the --class-map, if it had one"
         )
     known = set(labels.keys()) | labels.skipped.keys()
     made_from = labels.manifest["plan"]["roles"][labels.split]["data_sha256"]

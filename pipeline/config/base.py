@@ -131,6 +131,12 @@ class StrictConfig(Settings):
 class SourceConfig(StrictConfig, CacheConfig):
     """Settings of commands that list images, also behind URLs."""
 
+    class_map: Path | None = in_data(
+        None,
+        "File of class names by class id: .txt, one a line, or .json.",
+        shown="the data's own order",
+        path="file",
+    )
     download: bool = in_data(
         False, "Download --data-dir torch/NAME:FOLDER or hfds/NAME if it is missing."
     )

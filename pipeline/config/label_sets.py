@@ -121,7 +121,7 @@ class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
-            without_effect(self, "without --data-dir", "quick", "strict", "extra_data")
+            without_effect(self, "without --data-dir", "quick", "strict", "extra_data", "class_map")
         if self.relabel:
             require(self.data_dir is not None, "--relabel needs --data-dir, the images to label")
         else:

@@ -12,6 +12,7 @@ from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.open import download, open_source
 from mealv2.data.source import ImageSource
 from mealv2.data.subset import Subset
+from mealv2.data.tar_splits import read_class_map
 from mealv2.errors import ConfigError
 from mealv2.storage.cache import Cache
 from mealv2.storage.urls import Location, shown
@@ -83,8 +84,26 @@ def open_images(
     if config.download:
         download(data_dir)
     source = open_source(data_dir, split, cache=cache_of(config), held_out=held_out)
+    if config.class_map is not None:
+        source = _with_class_map(source, config.class_map)
     show_summary(source, strict=config.strict)
     return source
+
+
+def _with_class_map(source: ImageSource, path: Path) -> ImageSource:
+    """Return a source with the class ids of --class-map.
+
+    Raises ConfigError for a class that the file does not list.
+    """
+    classes = read_class_map(path)
+    mapped = by_name(source, classes)
+    if mapped is None:
+        unknown = sorted(set(source.classes) - set(classes))
+        raise ConfigError(
+            f"--class-map {path} does not list {console.first_names(unknown)} of {source.name}; "
+            "add the missing names, or move their images away"
+        )
+    return mapped
 
 
 def show_summary(source: ImageSource, *, strict: bool) -> None:
