@@ -145,6 +145,8 @@ class RunLog:
         for name, title in (("top1", "top-1"), ("agreement", "agreement")):
             if name in metrics:
                 parts.append(f"{title} {metrics[name]:.2f}")
+        if skipped := trained.get("images_skipped"):
+            parts.append(f"skipped {skipped:.0f}")
         parts.append(f"lr {self._state.lr:.3g}")
         if images_per_second:
             parts.append(f"{images_per_second:.0f} img/s")

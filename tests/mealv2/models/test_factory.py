@@ -130,7 +130,7 @@ def test_own_code_is_trained_resumed_evaluated_and_exported(
     stored = read_metadata(tmp_path / "whole" / "student")
     assert stored["architecture"] == name
 
-    evaluate = ("evaluate", "--data-dir", data_dir, "--checkpoint", "whole", "--workers", 0)
+    evaluate = ("evaluate", "--data-dir", data_dir, "--checkpoint", "whole", "--json")
     report = done(*evaluate, "--model", name).report
     assert report["model"] == name
     refused = run_cli(*evaluate)

@@ -573,7 +573,7 @@ def test_processes_end_with_their_parent_and_leave_no_temporary_folder(
     os.kill(engine.process.pid, number)  # it alone
     assert engine.process.wait(timeout=60) == -number
     for child in children:
-        assert select.select([child], [], [], 10)[0], "it outlives its parent"
+        assert select.select([child], [], [], 60)[0], "it outlives its parent"
         os.close(child)
     folder = engine.folder
     assert not [path for path in folder.iterdir() if path.name not in ("stderr.txt", "stdout.txt")]
