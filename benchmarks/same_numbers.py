@@ -62,6 +62,7 @@ TRAIN = [*RUN, "--no-pretrained", "--batch-size", "16", "--log-interval", "2", "
 FINETUNE = ["finetune", *TRAIN, "--img-size", str(IMG_SIZE), "--epochs", "2"]
 PRECOMPUTE = ["precompute", *RUN, "--img-size", str(IMG_SIZE), "--view-seed", "7"]
 PRECOMPUTE += ["--batch-size", "16", "--shard-size", "20"]
+DISCRIMINATOR = ["--discriminator-lr", "0.05"]  # as --lr, the paper's rule
 DISTILL = ["distill", *TRAIN, "--model", "test_resnet", "--epochs", "3", "--seed", "5"]
 LABELS_OUTPUT = "--out"  # of precompute
 ONLINE = ["--online", "--img-size", str(IMG_SIZE), "--view-seed", "7"]
@@ -352,6 +353,7 @@ class Workshop:
     def training_flags(self, wanted: Training) -> list[object]:
         """Return the command of a student, all but --output."""
         flags: list[object] = [*DISTILL, "--data-dir", self.data(wanted.data)]
+        flags += [] if "off" in wanted.flags else DISCRIMINATOR
         if wanted.labels is not None:
             flags += ["--labels", self.label_set(wanted.labels)]
         if wanted.has_teachers:

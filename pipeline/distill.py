@@ -7,7 +7,7 @@ from torch import nn
 from mealv2.errors import ConfigError
 from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
-from pipeline.config import DistillConfig
+from pipeline.config import FEW_CLASSES, DistillConfig
 from pipeline.labelling.store import local_folder
 from pipeline.runtime import env
 from pipeline.runtime.device import Runtime, distributed_runtime
@@ -34,6 +34,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
     folder = None if config.labels is None else local_folder(config, config.labels)
     source, val = open_splits(config, folder)
+    given, config = config, config.resolved(len(source.classes))
     if config.dry_run:
         val = None  # online teachers would label the whole split first
     labels = (
@@ -83,7 +84,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         ),
         teachers=labels.accuracies,
         teacher_forwards=labels.teacher_forwards,
-        notes=_notes(config),
+        notes=_notes(config, is_given=config is given),
         labels=labels.provenance,
         check=labels.check,
     )
@@ -99,13 +100,23 @@ def _discriminator(
     if num_classes < 2:
         raise ConfigError("a discriminator needs at least 2 classes; use --discriminator off")
     discriminator = Discriminator(num_classes, config.discriminator)
+    # a resumed run may be from before the default depended on the classes
     lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
     return discriminator, {"discriminator": (discriminator, lr)}
 
 
-def _notes(config: DistillConfig) -> tuple[str, ...]:
-    """Return the line that gives the plateaus of the discriminator's loss."""
+def _notes(config: DistillConfig, *, is_given: bool) -> tuple[str, ...]:
+    """Return the lines on the discriminator: its rate if it is the default, its loss's plateaus."""
     if config.discriminator == "off":
         return ()
     plateaus = ", ".join(f"{v:.3f} {name}" for name, v in PLATEAUS[config.discriminator].items())
-    return (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)
+    notes = (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)
+    if is_given:
+        return notes
+    lr = config.discriminator_lr
+    why = (
+        "as --lr"
+        if lr == config.lr
+        else f"the default below {FEW_CLASSES} classes (the paper's, for 1,000, is --lr)"
+    )
+    return (f"discriminator at learning rate {lr:g}, {why}; --discriminator-lr sets it", *notes)

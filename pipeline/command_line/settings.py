@@ -164,13 +164,21 @@ def _require_same_command(
     run = values["output"]
     kept = _settings_of_run(config, run, context)
     fresh = with_recipe(config, values, context) if values.get("recipe") is not None else values
-    for name, value in config.from_json(fresh).as_json().items():
-        if name not in configs.FREE_ON_RESUME and value != kept.get(name):
+    made = config.from_json(fresh)
+    for name, value in made.as_json().items():
+        if name not in configs.FREE_ON_RESUME and not _is_same(made, name, value, kept.get(name)):
             raise ConfigError(
                 f"{run} already holds a run of other settings ({configs.flag(name)}: "
                 f"{kept.get(name)} in the run, {value} in this command); continue it with "
                 f"--resume {run}, or give another --output"
             )
+
+
+def _is_same(config: configs.Settings, name: str, value: Any, kept: Any) -> bool:
+    """Return whether a setting is the run's, which keeps a default that its classes set."""
+    if name == "discriminator_lr" and value is None and isinstance(config, configs.DistillConfig):
+        return kept in (None, *map(config.default_discriminator_lr, (1, configs.FEW_CLASSES)))
+    return bool(value == kept)
 
 
 def _settings_of_run(

@@ -1,7 +1,8 @@
 """Settings of `mealv2 distill`."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from mealv2.storage.urls import Location, is_url
 from pipeline.config.base import (
@@ -32,6 +33,8 @@ from pipeline.config.training import TrainConfig
 from pipeline.config.views import ViewsConfig
 
 _NEED = "one of --labels and --online is required"
+# With few classes the discriminator wins at the student's rate, which costs accuracy (ADR 0038).
+FEW_CLASSES, FEW_CLASSES_LR = 100, 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,10 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
         "with gradient reversal, or none.",
     )
     discriminator_lr: float | None = in_loss(
-        None, "Learning rate of the discriminator, on the student's schedule.", shown="--lr", low=0
+        None,
+        "Learning rate of the discriminator, on the student's schedule.",
+        shown=f"--lr, the paper's; below {FEW_CLASSES} classes at most {FEW_CLASSES_LR}",
+        low=0,
     )
     discriminator_weight: float = in_loss(1.0, "Weight of the discriminator loss.", low=0)
     discriminator_input: Literal["logits", "log-probs", "probs"] | None = in_loss(
@@ -165,6 +171,24 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
                 f"{flag(name)} teachers needs --online, because stored labels are of unmixed "
                 f"images; with a label set, use {flag(name)} mixed-labels",
             )
+
+    def resolved(self, num_classes: int) -> Self:
+        """Return the settings with the discriminator's default rate for this number of classes.
+
+        Those of a resumed run stay: without a rate, it was made before the default had this rule.
+        """
+        is_given = self.discriminator_lr is not None or self.discriminator == "off"
+        if is_given or self.resume is not None:
+            return self
+        return dataclasses.replace(
+            self, discriminator_lr=self.default_discriminator_lr(num_classes)
+        )
+
+    def default_discriminator_lr(self, num_classes: int) -> float:
+        """Return the discriminator's learning rate without --discriminator-lr."""
+        if num_classes >= FEW_CLASSES:
+            return self.lr
+        return max(min(self.lr, FEW_CLASSES_LR), self.min_lr)
 
     @property
     def cutmix_alpha(self) -> float:

@@ -14,6 +14,7 @@ from pipeline.training.trackers import Trackers
 FEW_STEPS = 4  # of an epoch
 # means of an epoch; above both the discriminator wins
 MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
+LOW_LR = "1e-4"  # of a discriminator that does not win
 
 
 class RunLog:
@@ -162,10 +163,11 @@ class RunLog:
         if self._has_warned or accuracy <= MAX_ACCURACY or ratio <= MAX_GRADIENT_RATIO:
             return
         self._has_warned = True
+        _, lr = self._spec.extra["discriminator"]
+        advice = f"--discriminator-lr {LOW_LR}" if lr > float(LOW_LR) else "--discriminator off"
         text = (
             f"the discriminator wins: accuracy {accuracy:.3f}, and its gradient on the student is "
-            f"{ratio:.2f} of that of the labels; with few classes this costs accuracy: use "
-            "--discriminator-lr 1e-4"
+            f"{ratio:.2f} of that of the labels; with few classes this costs accuracy: use {advice}"
         )
         console.info(text)
         self._folder.log("discriminator", epoch=self._state.progress.epoch, text=text)

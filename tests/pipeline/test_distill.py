@@ -128,6 +128,7 @@ def test_losses_of_dense_labels_equal_those_of_online_teachers_for_20_steps(
     labels = labels_of("all float32", logits=shown == "logits")
     flags = ["--labels", labels, "--discriminator", discriminator, "--epochs", 4]
     flags += ["--discriminator-input", shown] if shown else []
+    flags += ["--discriminator-lr", 0.01] if discriminator != "off" else []
     done(*distill_flags, *flags, *student, "--val-split", "none", "--output", stored)
     settings = json.loads((stored / "config.json").read_text())
     config = DistillConfig.from_json({**settings, "output": online})
@@ -354,8 +355,9 @@ def _group_rates(run: Path) -> list[float]:
     ("flags", "rates"),
     mostly_slow(
         [
-            ([], [0.001, 0.001]),
+            ([], [0.001, 1e-5]),  # 3 classes
             (["--discriminator-lr", 0.5], [0.001, 0.05]),
+            (["--discriminator-lr", 0.01], [0.001, 0.001]),
             (["--discriminator-lr", 0.0], [0.001, 0.0]),
             (["--discriminator", "off"], [0.001]),
         ],
@@ -367,6 +369,34 @@ def test_discriminator_has_a_learning_rate_of_its_own_with_the_same_milestones(
 ) -> None:
     done(*distill_flags, *flags, "--output", run)  # 2 epochs: the milestone is epoch 1
     assert _group_rates(run) == pytest.approx(rates, rel=1e-12)
+
+
+def test_the_default_rate_of_few_classes_is_shown_and_is_the_run_s_own(
+    done: Run, run_cli: Run, distill_flags: list[str], run: Path
+) -> None:
+    shown = done(*distill_flags, "--epochs", 1, "--output", run).stderr
+    assert "discriminator at learning rate 0.0001, the default below 100 classes" in shown
+    assert json.loads((run / "config.json").read_text())["discriminator_lr"] == 1e-4
+    again = done(*distill_flags, "--epochs", 1, "--output", run).stderr  # the same command
+    assert "the run is finished" in again
+    given = ["--discriminator-lr", 0.05, "--epochs", 1, "--output", run.with_name("given")]
+    assert "discriminator at learning rate" not in done(*distill_flags, *given).stderr
+    other = run_cli(*distill_flags, *given[2:])
+    assert other.code == 2
+    assert "(--discriminator-lr: 0.05 in the run, None in this command)" in other.stderr
+
+
+def test_a_run_from_before_the_rule_continues_at_its_rate(
+    done: Run, distill_flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--decay-milestones", 1, "--output", run]
+    with monkeypatch.context() as before:
+        before.setattr(DistillConfig, "resolved", lambda config, _: config)
+        done(*distill_flags, *flags)
+    assert json.loads((run / "config.json").read_text())["discriminator_lr"] is None
+    shown = done("distill", "--resume", run, "--epochs", 3).stderr
+    assert "--discriminator-lr was" not in shown
+    assert _group_rates(run) == pytest.approx([0.001, 0.001], rel=1e-12)
 
 
 # --- labels of other data -----------------------------------------------------------------------

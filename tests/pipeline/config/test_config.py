@@ -422,6 +422,25 @@ def test_defaults_of_distill_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "num_classes", "expected"),
+    [
+        ({}, 1000, 0.01),
+        ({}, 100, 0.01),
+        ({}, 99, 1e-4),
+        ({"lr": 1e-5}, 10, 1e-5),
+        ({"sched": "cosine", "min_lr": 1e-3}, 10, 1e-3),
+        ({"discriminator_lr": 0.5}, 10, 0.5),
+        ({"discriminator": "off"}, 10, None),
+        ({"resume": Path("run")}, 10, None),  # of a run from before
+    ],
+)
+def test_few_classes_have_a_discriminator_with_a_low_learning_rate(
+    values: dict[str, Any], num_classes: int, expected: float | None
+) -> None:
+    assert make(DistillConfig, **values).resolved(num_classes).discriminator_lr == expected
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({}, True),

@@ -711,9 +711,13 @@ def test_a_discriminator_that_wins_is_reported_once(
     monkeypatch.setattr(run_log, "MAX_GRADIENT_RATIO", limits[1])
     said = done(*distill_flags, "--output", run).stderr
     assert said.count("the discriminator wins: accuracy ") == 1
-    assert "use --discriminator-lr 1e-4" in said
+    assert "use --discriminator off" in said  # its rate is 1e-4 by default
     (event,) = events(run, "discriminator")
     assert event["epoch"] == 1
+    monkeypatch.setattr(run_log, "MAX_ACCURACY", 0.0)
+    monkeypatch.setattr(run_log, "MAX_GRADIENT_RATIO", 0.0)
+    high = ["--discriminator-lr", 0.01, "--epochs", 1, "--output", run.with_name("high")]
+    assert "use --discriminator-lr 1e-4" in done(*distill_flags, *high).stderr
     monkeypatch.setattr(run_log, "MAX_ACCURACY", 1.0)
     again = done(*distill_flags, "--output", run.with_name("again")).stderr
     assert "the discriminator wins" not in again
