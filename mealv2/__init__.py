@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mealv2.version import __version__
 
 if TYPE_CHECKING:
+    from mealv2.data.folder import UnorderedSource
+    from mealv2.data.source import ImageSource
     from mealv2.dataset import EpochBatchSampler, SoftLabelDataset, collate
     from mealv2.errors import MealError
     from mealv2.label_set import LabelSet
@@ -25,10 +27,12 @@ __all__ = [
     "Discriminator",
     "DistillTask",
     "EpochBatchSampler",
+    "ImageSource",
     "LabelSet",
     "MealError",
     "SoftLabelDataset",
     "SoftLabelTask",
+    "UnorderedSource",
     "__version__",
     "annotate",
     "collate",
@@ -39,6 +43,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "mealv2.data.folder": ("UnorderedSource",),
+    "mealv2.data.source": ("ImageSource",),
     "mealv2.dataset": ("EpochBatchSampler", "SoftLabelDataset", "collate"),
     "mealv2.errors": ("MealError",),
     "mealv2.label_set": ("LabelSet",),

@@ -21,6 +21,7 @@ from mealv2.batches import BatchSampler, rank_rows
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
+from mealv2.data.own_source import ImageDataset, as_source
 from mealv2.data.pixels import operations_sha256, probe_sha256, resize_of
 from mealv2.data.requests import CENTRE, check_failures
 from mealv2.data.source import ImageSource
@@ -66,7 +67,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
     def __init__(
         self,
         labels: str | os.PathLike[str],
-        source: str | os.PathLike[str] | ImageSource,
+        source: str | os.PathLike[str] | ImageSource | ImageDataset,
         *,
         seed: int = 0,
         split: Literal["train", "val"] = "train",
@@ -77,6 +78,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         if isinstance(source, str | os.PathLike):
             roles = read_manifest(Path(labels))["plan"]["roles"]
             source = open_source(Path(source), roles.get(split, {}).get("split", split))
+        source = as_source(source, f"{type(source).__name__} ({split})", split=split)
         self.label_set = LabelSet.open(labels, split=split)
         self.source = source
         self.seed = seed

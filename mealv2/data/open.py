@@ -7,6 +7,7 @@ from mealv2.data.folder import ImageFolder
 from mealv2.data.held_out import HeldOut
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import ImageTable, check_splits, is_table
+from mealv2.data.own_source import own_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ImageSource
 from mealv2.data.tar import TarShards
@@ -21,8 +22,9 @@ from mealv2.storage.urls import Location, is_url, shown
 def open_source(
     data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
 ) -> ImageSource:
-    """Open a split of a data set: an ImageFolder tree, a table of images, tar files, or a data set
-    of torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``).
+    """Open a split of a data set: an ImageFolder tree, a table of images, tar files, a data set of
+    torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``), or what a function returns
+    (``package.module:function``).
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
     splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
@@ -37,6 +39,8 @@ def open_source(
             named.check([held_out.of], made=split)
         elif isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
             hf_sets.require_no_split(on_hub, split)
+        elif isinstance(data_dir, Path) and own_source(data_dir):
+            pass  # nothing lists its splits
         elif isinstance(data_dir, Path) and is_table(data_dir):
             check_splits(data_dir, (), made=split)
         else:
@@ -62,6 +66,8 @@ def _open(data_dir: Location, split: str, cache: Cache | None) -> ImageSource:
         return torch_sets.TorchSet(named, split)
     if isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
         return hf_sets.HfSet(on_hub, split)
+    if isinstance(data_dir, Path) and (own := own_source(data_dir)):
+        return own.open(split)
     if isinstance(data_dir, Path) and is_table(data_dir):
         return ImageTable(data_dir, split)
     found = find_split(data_dir, split, store=object_store)

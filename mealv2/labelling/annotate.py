@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mealv2 import defaults
 from mealv2.data.memory import ImageSequence, KeyedImage
 from mealv2.data.open import open_source
+from mealv2.data.own_source import ImageDataset, as_source
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, OnBadImage
@@ -29,7 +30,7 @@ from mealv2.storage.weight_files import find_checkpoint
 from mealv2.view_recipe import ViewRecipe
 from mealv2.views import PAPER_RECIPE
 
-Images = str | os.PathLike[str] | ImageSource | Sequence[KeyedImage]
+Images = str | os.PathLike[str] | ImageSource | ImageDataset | Sequence[KeyedImage]
 Teacher = str | nn.Module | Callable[[Tensor], Tensor]
 
 
@@ -73,12 +74,12 @@ def annotate(
     """Label views of images with teachers, as `mealv2 precompute` does; return the label set.
 
     ``images`` are a data set as for ``--data-dir``, of which ``train_split`` and, unless it is
-    None, ``val_split`` are labelled; or an ImageSource, or a sequence of (key, encoded image, class
-    name or id of ``classes``), with ``val_images`` of the same kinds. Validation images are
-    labelled once, at the centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for
-    ``--teacher``, a Classifier, or any module or function from images, uint8 B x 3 x S x S on the
-    device, to logits B x C: it normalises them itself. The plan has a module's class and the hash
-    of its weights, but only the name of a function.
+    None, ``val_split`` are labelled; or an ImageSource, a map-style Dataset of (PIL image or
+    encoded bytes, class id) with ``classes``, or a sequence of (key, encoded image, class name or
+    id of ``classes``), with ``val_images`` of the same kinds, which are labelled once, at the
+    centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or
+    any module or function from images, uint8 B x 3 x S x S on the device, to logits B x C: it
+    normalises them. The plan has a module's class and weights' hash, of a function the name.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
@@ -139,7 +140,7 @@ def _source(images: Images, split: str, classes: Sequence[str] | None) -> ImageS
     if isinstance(images, Sequence):
         keyed = cast(Sequence[KeyedImage], images)  # a str is a sequence too, but was a path
         return ImageSequence(keyed, split=split, classes=classes)
-    return images
+    return as_source(images, f"{type(images).__name__} ({split})", split=split)
 
 
 def _teacher(teacher: Teacher, classes: Sequence[str], img_size: int) -> nn.Module:

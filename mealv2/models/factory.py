@@ -1,27 +1,18 @@
 """Models that are not timm's: a function of the user's own code, ``package.module:function``."""
 
 import inspect
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mealv2.errors import ConfigError
-from mealv2.models.probe import num_logits, reason_of
+from mealv2.models.probe import num_logits
 from mealv2.models.released import MEAN, STD
+from mealv2.own_code import folder_first, import_function, is_function_name, reason_of
 
-_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _DEFAULT_SIZE = 224
-
-
-def is_factory(name: str) -> bool:
-    """Return whether a model's name is that of a function, ``package.module:function``."""
-    return _FACTORY.fullmatch(name) is not None
+is_factory = is_function_name  # of a model
 
 
 def call_factory(
@@ -35,10 +26,9 @@ def call_factory(
     std) if it has none. Raises ConfigError if one of these steps fails, or for logits of another
     shape than B x C.
     """
-    module_name, _, function_name = name.partition(":")
     settings = {"num_classes": num_classes, "pretrained": pretrained, "img_size": img_size}
-    with _current_folder_first():
-        function = _find(name, module_name, function_name)
+    with folder_first(Path.cwd()):
+        function = import_function(name, f"model {name}")
         try:
             known = inspect.signature(function).parameters.values()
             takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
@@ -62,31 +52,3 @@ def call_factory(
     if not getattr(model, "pretrained_cfg", None):
         attributes.pretrained_cfg = {"mean": MEAN, "std": STD}
     return model
-
-
-def _find(name: str, module_name: str, function_name: str) -> Any:
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"model {name} cannot be imported: {error}") from error
-        raise ConfigError(
-            f"model {name}: no module {error.name} in {Path.cwd()} or the environment; the form is "
-            "PACKAGE.MODULE:FUNCTION"
-        ) from None
-    except Exception as error:  # of the user's code: every kind
-        raise ConfigError(f"model {name} cannot be imported: {reason_of(error)}") from error
-    if not callable(function := getattr(module, function_name, None)):
-        raise ConfigError(f"model {name}: {module_name} has no function {function_name}")
-    return function
-
-
-@contextmanager
-def _current_folder_first() -> Iterator[None]:
-    """Look up modules in the current folder first, while the block runs."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

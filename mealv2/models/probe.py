@@ -1,6 +1,5 @@
 """Run a new model once: does it take the image size, do its weights work?"""
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mealv2.errors import ConfigError
+from mealv2.own_code import reason_of
 
 _NEARLY_EQUAL = 1e-6  # relative; two images that differ give features that differ by far more
 _KEEP_SHAPE = (
@@ -67,15 +67,6 @@ def num_logits(model: nn.Module, img_size: int, *, name: str) -> int:
             f"model {name} gives {found} for 2 images; logits of (2, classes) are needed"
         )
     return logits_BC.shape[1]
-
-
-def reason_of(error: Exception) -> str:
-    """Return an error of another library in one line."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    if lines:
-        return lines[0]
-    frames = traceback.extract_tb(error.__traceback__)  # an assertion without a message
-    return f"{type(error).__name__} at {frames[-1].line}" if frames else type(error).__name__
 
 
 def _two_images(img_size: int) -> Tensor:

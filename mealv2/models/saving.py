@@ -12,7 +12,7 @@ from mealv2.errors import MealError
 from mealv2.models.classifier import CONFIG_NAME, METADATA_KEY, Classifier, weights_sha256
 from mealv2.models.factory import is_factory
 from mealv2.models.fitting import State
-from mealv2.models.probe import reason_of
+from mealv2.own_code import reason_of
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.weight_files import WEIGHTS_NAME

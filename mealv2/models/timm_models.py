@@ -12,7 +12,7 @@ from torch import nn
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.fitting import State
 from mealv2.models.pretrained import weights_in_reach
-from mealv2.models.probe import reason_of
+from mealv2.own_code import reason_of
 
 SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm: parse_model_name
 

@@ -9,6 +9,7 @@ from typing import Any
 from mealv2.data.folder import class_folders, split_folder
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import check_splits, is_table
+from mealv2.data.own_source import own_source
 from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.data.torch_name import torch_name
 from mealv2.errors import ConfigError, LabelSetError
@@ -67,6 +68,8 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
         return
     if on_hub := hf_name(data_dir):
         on_hub.check()
+        return
+    if own_source(data_dir):
         return
     if is_table(data_dir):
         require(data_dir.is_file(), f"{name}: no file {data_dir}{_near(data_dir)}")
