@@ -76,8 +76,9 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         check_images: bool = True,
     ) -> None:
         if isinstance(source, str | os.PathLike):
-            roles = read_manifest(Path(labels))["plan"]["roles"]
-            source = open_source(Path(source), roles.get(split, {}).get("split", split))
+            plan = read_manifest(Path(labels))["plan"]
+            named = plan["roles"].get(split, {}).get("split", split)
+            source = open_source(Path(source), named, classes=plan["classes"])
         source = as_source(source, f"{type(source).__name__} ({split})", split=split)
         self.label_set = LabelSet.open(labels, split=split)
         self.source = source

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mealv2.data.content_hash import content_hash
-from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
+from mealv2.data.image_files import EXTENSIONS, MAX_BYTES, kind_of_name
 from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN, INDEX_NAME, Pack, PackedImage
 from mealv2.data.walk import Walk
@@ -103,6 +103,17 @@ def split_folder(root: Path, split: str) -> Path:
         return folder
     names = {path.name.lower() for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
     return root if names and names.isdisjoint(_SPLIT_NAMES) else folder
+
+
+def is_flat(root: Path) -> bool:
+    """Return whether a folder has pictures and no folders, so no classes either."""
+    if not root.is_dir():
+        return False
+    with os.scandir(root) as entries:
+        shown = [entry for entry in entries if entry.name[0] != "."]
+    return any(kind_of_name(entry.name) for entry in shown) and not any(
+        entry.is_dir() or entry.name.endswith(".tar") for entry in shown
+    )
 
 
 def class_folders(folder: Path) -> list[tuple[str, Path]]:

@@ -1,9 +1,11 @@
 """Open a split of a data set: class folders, a table or tar files, local or behind a URL."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mealv2.data import hf_sets, torch_sets
-from mealv2.data.folder import ImageFolder
+from mealv2.data.extra import UnlabelledFolder
+from mealv2.data.folder import ImageFolder, is_flat
 from mealv2.data.held_out import HeldOut
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import ImageTable, check_splits, is_table
@@ -20,18 +22,26 @@ from mealv2.storage.urls import Location, is_url, shown
 
 
 def open_source(
-    data_dir: Location, split: str, *, cache: Cache | None = None, held_out: HeldOut | None = None
+    data_dir: Location,
+    split: str,
+    *,
+    cache: Cache | None = None,
+    held_out: HeldOut | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImageSource:
     """Open a split of a data set: an ImageFolder tree, a table of images, tar files, a data set of
     torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``), or what a function returns
     (``package.module:function``).
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
-    splits are the parts of one. A URL needs a ``cache`` for copies of its tar files. Raises
+    splits are the parts of one. With ``classes``, a folder of pictures without class folders is the
+    split ``train``, unlabelled. A URL needs a ``cache`` for copies of its tar files. Raises
     ConfigError for a missing split, DataError for a damaged tar file, RemoteError.
     """
     if not is_url(data_dir):
         data_dir = Path(data_dir)
+        if classes is not None and split == "train" and is_flat(data_dir):
+            return UnlabelledFolder(data_dir, classes=classes)
     if held_out is None or not held_out.is_of(split):
         return _open(data_dir, split, cache)
     if split != held_out.of:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mealv2.data.folder import class_folders, split_folder
+from mealv2.data.folder import class_folders, is_flat, split_folder
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import check_splits, is_table
 from mealv2.data.own_source import own_source
@@ -18,9 +18,13 @@ from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
 from pipeline.config import (
     NO_SPLIT,
+    DistillConfig,
     EvaluateConfig,
     ExportConfig,
+    LabelsAddViewsConfig,
+    LabelsVerifyConfig,
     PackConfig,
+    PrecomputeConfig,
     Settings,
     TrainConfig,
     require,
@@ -31,6 +35,8 @@ from pipeline.training.trackers import require_packages
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
 MAX_NAMES = 8  # in a message
+# commands that need no class of an image
+_TEACHERS_LABEL = (PrecomputeConfig, DistillConfig, LabelsVerifyConfig, LabelsAddViewsConfig)
 
 
 def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
@@ -74,6 +80,13 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
     if is_table(data_dir):
         require(data_dir.is_file(), f"{name}: no file {data_dir}{_near(data_dir)}")
         check_splits(data_dir, splits, made=made)
+        return
+    if is_flat(data_dir) and isinstance(config, _TEACHERS_LABEL):
+        message = (
+            f"{name} {data_dir} has pictures and no class folders: the teachers label them, but "
+            "nothing can be validated; add --val-split none"
+        )
+        require(settings.get("val_split", NO_SPLIT) == NO_SPLIT, message)
         return
     if made is not None:
         require_no_split(data_dir, made)

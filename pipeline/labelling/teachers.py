@@ -6,9 +6,12 @@ from typing import Any
 
 from mealv2.errors import ConfigError
 from mealv2.labelling.teachers import load_teacher, make_ensemble
+from mealv2.models import read_metadata
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.storage.weight_files import find_checkpoint
+from pipeline import console
 from pipeline.config import split_teachers
+from pipeline.runtime import env
 from pipeline.runtime.device import Runtime
 
 
@@ -37,3 +40,30 @@ def build(
     ]
     ensemble, described = make_ensemble(models)
     return runtime.to_device(ensemble), described
+
+
+def classes_of(specs: Sequence[str]) -> list[str]:
+    """Return the class names in the teachers' checkpoints, for pictures without classes.
+
+    Raises ConfigError for a teacher without names, and if two have different ones.
+    """
+    known: dict[str, list[str]] = {}
+    for name, checkpoint in parse(specs):
+        classes = read_metadata(checkpoint).get("classes") if checkpoint else None
+        if not classes:
+            raise ConfigError(
+                f"the pictures have no class folders, and --teacher {name} has no class names; "
+                "give NAME=RUN, the run of `mealv2 finetune`"
+            )
+        known[f"{name}={checkpoint}"] = list(classes)
+    (first, expected), *others = known.items()
+    for other, classes in others:
+        if classes != expected:
+            raise ConfigError(
+                "the pictures have no class folders, and the teachers have different classes: "
+                f"{first} has {len(expected)}, {other} has {len(classes)}, or in another order"
+            )
+    if not env.is_child_process():
+        names = console.first_names(expected)
+        console.info(f"pictures without class folders: the classes are the teachers' ({names})")
+    return expected

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mealv2.data.extra import UnlabelledFolder, WithExtra
+from mealv2.data.folder import is_flat
 from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.open import download, open_source
 from mealv2.data.source import ImageSource
@@ -43,7 +44,9 @@ def open_labelled(
     entry = plan["roles"][split]
     extra = check_extra(entry, config.extra_data if isinstance(config, ExtraDataConfig) else ())
     held_out = HeldOut.from_json(entry.get("held_out"))
-    source = open_images(config, data_dir, entry["split"], held_out=held_out)
+    source = open_images(
+        config, data_dir, entry["split"], held_out=held_out, classes=plan["classes"]
+    )
     return with_extra(config, by_name(source, plan["classes"]) or source, extra)
 
 
@@ -75,19 +78,35 @@ def check_extra(entry: dict[str, Any], folders: tuple[Path, ...]) -> tuple[Path,
 
 
 def open_images(
-    config: SourceConfig, data_dir: Location, split: str, *, held_out: HeldOut | None = None
+    config: SourceConfig,
+    data_dir: Location,
+    split: str,
+    *,
+    held_out: HeldOut | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImageSource:
-    """Open a split of a data set and show its summary.
+    """Open a split of a data set and show its summary; ``classes`` as for open_source.
 
     Raises ConfigError, also for files that are left out with --strict; DataError, RemoteError.
     """
     if config.download:
         download(data_dir)
-    source = open_source(data_dir, split, cache=cache_of(config), held_out=held_out)
+    cache = cache_of(config)
+    source = open_source(data_dir, split, cache=cache, held_out=held_out, classes=classes)
     if config.class_map is not None:
+        if is_unlabelled(data_dir):
+            raise ConfigError(
+                f"--class-map has no effect on {data_dir}, a folder without classes: it has those "
+                "of the teachers"
+            )
         source = _with_class_map(source, config.class_map)
     show_summary(source, strict=config.strict)
     return source
+
+
+def is_unlabelled(data_dir: Location) -> bool:
+    """Return whether a data set is a folder of pictures without class folders."""
+    return isinstance(data_dir, Path) and is_flat(data_dir)
 
 
 def _with_class_map(source: ImageSource, path: Path) -> ImageSource:

@@ -12,7 +12,7 @@ from mealv2.data.content_hash import ImageCheck
 from mealv2.data.held_out import HeldOut
 from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.pixels import Resize
-from mealv2.data.source import ImageSource
+from mealv2.data.source import UNLABELLED, ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Appender,
@@ -37,7 +37,14 @@ from pipeline.labelling.compatibility import (
     image_check,
 )
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import check_extra, held_out_of, open_images, open_split, with_extra
+from pipeline.loading.sources import (
+    check_extra,
+    held_out_of,
+    is_unlabelled,
+    open_images,
+    open_split,
+    with_extra,
+)
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
 from pipeline.training.image_list import with_deleted
@@ -97,8 +104,10 @@ def open_splits(
     held_out = held_out_of(config, train_split=config.train_split or "train")
     if folder is None:
         split, extra = config.train_split or "train", config.extra_data
+        names = teachers.classes_of(config.teacher) if is_unlabelled(config.data_dir) else None
     else:
-        entry = read_manifest(folder)["plan"]["roles"]["train"]
+        plan = read_manifest(folder)["plan"]
+        entry, names = plan["roles"]["train"], plan["classes"]
         split, kept = entry["split"], HeldOut.from_json(entry.get("held_out"))
         if held_out is not None and (held_out.fraction, held_out.seed) != (
             kept and (kept.fraction, kept.seed)
@@ -116,7 +125,9 @@ def open_splits(
                 "teachers label it: --missing teach"
             )
         extra = config.extra_data
-    source = open_images(config, config.data_dir, split, held_out=held_out)
+    source = open_images(config, config.data_dir, split, held_out=held_out, classes=names)
+    if config.hard_label_weight and UNLABELLED in source.labels:
+        raise ConfigError("--hard-label-weight needs class ids, which these pictures do not have")
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
     return with_deleted(config, with_extra(config, source, extra)), val

@@ -1,0 +1,128 @@
+"""A folder of pictures without classes: the teachers' classes label it, and students learn it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mealv2
+from conftest import CLASSES, Result
+from mealv2.data.folder import is_flat
+from mealv2.label_set import LabelSet, read_plan
+from mealv2.models import read_metadata
+
+Run = Callable[..., Result]
+NO_VAL = ["--val-split", "none"]
+
+
+@pytest.fixture(scope="module")
+def flat(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of all classes in one folder, with a text file. Not to be changed."""
+    folder = tmp_path_factory.mktemp("flat") / "pictures"
+    folder.mkdir()
+    for path in sorted((data_dir / "train").glob("*/0[0-3].*")):
+        shutil.copy(path, folder / f"{path.parent.name}-{path.name}")
+    (folder / "notes.txt").write_text("x")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flat_labels(
+    done: Run, precompute_flags: list[str], flat: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A label set of the folder. Not to be changed."""
+    out = tmp_path_factory.mktemp("labels") / "set"
+    result = done(*precompute_flags, "--data-dir", flat, *NO_VAL, "--output", out)
+    assert "pictures: 12 images, unlabelled; left out 1 file: 1 .txt" in result.data_lines[0]
+    assert "the classes are the teachers' (ants, bees, cats)" in result.stderr
+    return out
+
+
+def test_labels_have_the_teachers_classes_and_no_validation(flat_labels: Path) -> None:
+    plan = read_plan(flat_labels)
+    assert plan["classes"] == list(CLASSES)
+    assert set(plan["roles"]) == {"train"}
+    labels = LabelSet.open(flat_labels)
+    assert "ants-00.jpg" in set(labels.keys())
+    assert len(list(labels.keys())) == 12
+
+
+def test_a_student_is_distilled_resumed_and_evaluated_on_labelled_pictures(
+    done: Run, distill_flags: list[str], flat: Path, flat_labels: Path, data_dir: Path, run: Path
+) -> None:
+    words = [*distill_flags, "--data-dir", flat, "--labels", flat_labels, *NO_VAL]
+    done(*words, "--output", run)
+    assert read_metadata(run / "student")["classes"] == list(CLASSES)
+    done("distill", "--resume", run, "--epochs", 3)
+    evaluated = ["--data-dir", data_dir, "--checkpoint", run, "--workers", 0, "--json"]
+    assert done("evaluate", *evaluated).report["num_images"] == 15
+    assert len(mealv2.SoftLabelDataset(flat_labels, flat)) == 12
+
+
+def test_online_teachers_and_label_set_commands_take_the_folder(
+    done: Run,
+    distill_flags: list[str],
+    teacher_flags: list[str],
+    flat: Path,
+    flat_labels: Path,
+    tmp_path: Path,
+) -> None:
+    at = distill_flags.index("--labels")
+    words = [*distill_flags[:at], *distill_flags[at + 2 :], "--data-dir", flat, "--online"]
+    words += [*teacher_flags, *NO_VAL, "--img-size", 32, "--epochs", 1]
+    done(*words, "--output", tmp_path / "run")
+    own = shutil.copytree(flat_labels, tmp_path / "labels")
+    data = ["--data-dir", flat, "--workers", 0]
+    done("labels", "add-views", own, *data, "--num-views", 5, *teacher_flags)
+    assert done("labels", "verify", own, *data).report["images_compared"] == 12
+
+
+def test_what_needs_classes_is_one_line(
+    run_cli: Run,
+    precompute_flags: list[str],
+    distill_flags: list[str],
+    teacher_flags: list[str],
+    make_model: Callable[..., Path],
+    flat: Path,
+    flat_labels: Path,
+    tmp_path: Path,
+) -> None:
+    data = ["--data-dir", flat, "--output", tmp_path / "out"]
+    two = make_model("test_resnet", seed=3, classes=("ants", "bees"))
+    class_map = tmp_path / "classes.txt"
+    class_map.write_text("ants\nbees\n")
+    stage_one = precompute_flags[: -len(teacher_flags)]
+    cases = [
+        (precompute_flags, "nothing can be validated; add --val-split none"),
+        ([*precompute_flags, "--val-fraction", 0.2], "add --val-split none"),
+        ([*precompute_flags, *NO_VAL, "--class-map", class_map], "--class-map has no effect"),
+        ([*stage_one, "--teacher", "test_vit", *NO_VAL], "--teacher test_vit has no class names"),
+        ([*precompute_flags, "--teacher", f"test_vit={two}", *NO_VAL], "different classes"),
+        (
+            [*distill_flags, "--labels", flat_labels, "--hard-label-weight", 0.5, *NO_VAL],
+            "--hard-label-weight needs class ids",
+        ),
+    ]
+    for words, message in cases:
+        result = run_cli(*words, *data)
+        assert result.code == 2, result.stderr
+        assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a.jpg", "notes.txt", ".hidden/b.jpg"], True),
+        (["a.jpg", "cats/b.jpg"], False),
+        (["notes.txt"], False),
+        (["a.jpg", "train-000.tar"], False),
+    ],
+)
+def test_a_flat_folder_has_pictures_and_no_folders(
+    tmp_path: Path, names: list[str], found: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert is_flat(tmp_path) is found
