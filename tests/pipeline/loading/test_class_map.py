@@ -59,7 +59,7 @@ def test_both_stages_and_evaluate_use_its_class_ids(
     assert read_metadata(folder)["classes"] == ORDER
     assert "no image of 1 class (dogs)" in tuned.stderr
 
-    evaluated = done("evaluate", *data, "--checkpoint", tmp_path / "run").report
+    evaluated = done("evaluate", *data, "--checkpoint", tmp_path / "run", "--json").report
     assert evaluated["top1"] == tuned.report["top1"]
 
     teacher = ["--teacher", f"test_resnet={folder}", "--num-views", 2, "--output", tmp_path / "set"]

@@ -159,7 +159,8 @@ def test_online_losses_are_those_of_a_loop_written_by_hand(
 ) -> None:
     # without batch normalisation, which makes differences of 1e-7 grow
     student = ["--model", "test_convnext", "--initial-checkpoint", make_model("test_convnext")]
-    done(*online_flags, *student, "--val-split", "none", "--output", run)
+    rates = ["--lr", 0.01, "--discriminator-lr", 0.01]
+    done(*online_flags, *student, *rates, "--val-split", "none", "--output", run)
     config = DistillConfig.from_json(json.loads((run / "config.json").read_text()))
     expected = losses_by_hand(config, ImageFolder(data_dir, "train"), ensemble_of(teacher_dirs))
     names = ("loss", "similarity_loss", "discriminator_loss")
