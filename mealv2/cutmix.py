@@ -36,6 +36,10 @@ class Mix(NamedTuple):
         """Return the mix with ``order_B`` on a device."""
         return Mix(to_device(self.order_B, device), self.box)
 
+    def at(self, scale: float) -> "Mix":
+        """Return the mix of the same images of another size, ``scale`` times this one."""
+        return Mix(self.order_B, Box(*(round(scale * corner) for corner in self.box)))
+
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Return mixed copies of the images, of any dtype."""
         top, left, bottom, right = self.box
@@ -60,6 +64,10 @@ class Blend(NamedTuple):
     def to(self, device: torch.device) -> "Blend":
         """Return the blend with ``order_B`` on a device."""
         return Blend(to_device(self.order_B, device), self.weight)
+
+    def at(self, scale: float) -> "Blend":
+        """Return the blend of the same images of another size: itself."""
+        return self
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Return blended copies of the images, of their dtype; uint8 is rounded, half to even.

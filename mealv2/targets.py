@@ -11,7 +11,7 @@ from torch import Tensor
 from mealv2.codec import to_device
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
-from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 from mealv2.views import scheduled_view
 
@@ -76,17 +76,27 @@ class BatchTargets:
 
 
 class Targets(Protocol):
-    """Selects the view of an image for each epoch, and returns the targets of a batch of views."""
+    """Selects the view of an image for each epoch, and returns the targets of a batch of views.
+
+    ``other_sizes`` are the sizes at which its teachers see a view, beside that of the student.
+    """
+
+    other_sizes: tuple[int, ...] = ()
 
     def view(self, key: str, epoch: int) -> int | None:
         """Return the index of the view of ``key`` in ``epoch``; None skips the image."""
 
     def batch(
-        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+        self,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: Tensor,
+        by_size: BySize = ONE_SIZE,
     ) -> BatchTargets:
         """Return the targets of views of the images at ``positions`` of the source.
 
-        ``images_BCHW`` has their pixels, uint8, on the device of the models.
+        ``images_BCHW`` has their pixels, uint8, on the device of the models; ``by_size`` has them
+        in each of ``other_sizes``.
         """
 
     def flush(self) -> None:
@@ -114,7 +124,11 @@ class HardLabels(Targets):
         return scheduled_view(key, epoch, seed=self._seed, num_views=self._num_views)
 
     def batch(
-        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+        self,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: Tensor,
+        by_size: BySize = ONE_SIZE,
     ) -> BatchTargets:
         return BatchTargets(classes_B=_class_ids(self._classes, positions))
 
@@ -128,15 +142,20 @@ class OnlineTeachers(Targets):
 
     def __init__(self, ensemble: TeacherEnsemble, classes: Sequence[int]) -> None:
         self.ensemble = ensemble
+        self.other_sizes = ensemble.other_sizes
         self._classes = classes
 
     def view(self, key: str, epoch: int) -> int:
         return epoch
 
     def batch(
-        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+        self,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: Tensor,
+        by_size: BySize = ONE_SIZE,
     ) -> BatchTargets:
-        probs_BC, mean_logits_BC = self.ensemble(images_BCHW)
+        probs_BC, mean_logits_BC = self.ensemble(images_BCHW, by_size)
         return BatchTargets(
             SoftLabels.from_dense(probs_BC),
             _class_ids(self._classes, positions),
@@ -175,6 +194,7 @@ class StoredLabels(Targets):
         self._reuse = reuse
         self._missing = missing
         self._ensemble = ensemble
+        self.other_sizes = () if ensemble is None else ensemble.other_sizes
         self._appender = appender
 
     def view(self, key: str, epoch: int) -> int | None:
@@ -188,7 +208,11 @@ class StoredLabels(Targets):
         return view
 
     def batch(
-        self, positions: Sequence[int], views: Sequence[int], images_BCHW: Tensor
+        self,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: Tensor,
+        by_size: BySize = ONE_SIZE,
     ) -> BatchTargets:
         """Return the targets; raises LabelSetError for a missing label with ``missing='fail'``."""
         keys = [self._keys[p] for p in positions]
@@ -199,7 +223,9 @@ class StoredLabels(Targets):
             stored = [row for row in stored if is_stored[row]]
         rows = self.label_set.rows([keys[r] for r in stored], [views[r] for r in stored])
         if online:
-            new = self._label_online(images_BCHW[torch.tensor(online, device=images_BCHW.device)])
+            rows_B = torch.tensor(online, device=images_BCHW.device)
+            of_size = {size: images[rows_B] for size, images in by_size.items()}
+            new = self._label_online(images_BCHW[rows_B], of_size)
             if self._appender is not None:
                 self._appender.add([keys[r] for r in online], [views[r] for r in online], new)
             rows = Rows.concat([rows, new]).rows(torch.tensor(stored + online).argsort())
@@ -218,7 +244,7 @@ class StoredLabels(Targets):
         if self._appender is not None:
             self._appender.flush()
 
-    def _label_online(self, images_BCHW: Tensor) -> Rows:
+    def _label_online(self, images_BCHW: Tensor, by_size: BySize) -> Rows:
         """Return the ensemble's labels in the encoding and precision of the set, on the CPU.
 
         Raises DataError for probabilities that are not finite: no later check would find them.
@@ -229,7 +255,7 @@ class StoredLabels(Targets):
         is_lower = precision is not torch.float32
         dtype = precision if is_lower else None
         with torch.autocast(images_BCHW.device.type, dtype=dtype, enabled=is_lower):
-            probs_BC, mean_logits_BC = self._ensemble(images_BCHW)
+            probs_BC, mean_logits_BC = self._ensemble(images_BCHW, by_size)
         if not bool(torch.isfinite(probs_BC).all()):
             raise DataError(
                 "the teachers' outputs are not finite; check their weights and the precision of "

@@ -109,7 +109,11 @@ def _load_annotator(
     train = sources["train"]
     encoding = encoding_of(config, len(train.classes))
     ensemble, described = teachers.build(
-        config.teacher, classes=list(train.classes), img_size=config.img_size, runtime=runtime
+        config.teacher,
+        classes=list(train.classes),
+        img_size=config.img_size,
+        teacher_img_size=config.teacher_img_size,
+        runtime=runtime,
     )
     sizes = {"img_size": config.img_size, "max_batch_size": len(train) * config.num_views}
     return make_annotator(config, runtime, ensemble, encoding, **sizes), described

@@ -144,15 +144,20 @@ def make_model(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     """A function that saves a model folder: random weights, or ``steps`` of training."""
 
     def make(
-        name: str, *, seed: int = 0, steps: int = 0, classes: tuple[str, ...] = CLASSES
+        name: str,
+        *,
+        seed: int = 0,
+        steps: int = 0,
+        classes: tuple[str, ...] = CLASSES,
+        img_size: int = IMG_SIZE,
     ) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = create_classifier(name, num_classes=len(classes), img_size=IMG_SIZE)
+            model = create_classifier(name, num_classes=len(classes), img_size=img_size)
             if steps:
                 _fit(model, ImageFolder(data_dir, "train"), steps=steps)
         folder = tmp_path_factory.mktemp("model") / name
-        save_classifier(folder, model, classes=classes, img_size=IMG_SIZE)
+        save_classifier(folder, model, classes=classes, img_size=img_size)
         return folder
 
     return make

@@ -4,21 +4,20 @@ A request lists images and the views of each; threads decode every image once an
 into their rows of the batch, uint8. Decoders and resizes release the GIL.
 """
 
-import math
 import threading
 import time
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from mealv2.data.buffers import BufferPool
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
 from mealv2.data.requests import CENTRE, Batch, BatchRequest, announce
@@ -37,7 +36,8 @@ _BATCHES_AHEAD = 2
 class ViewReader:
     """How to load views of a source's images; ``views`` are not needed for centre crops.
 
-    ``check`` compares images with those that were labelled; batches get ``hashes`` if kept.
+    ``other_sizes`` are sizes beside ``img_size`` to resize each view to. ``check`` compares images
+    with those that were labelled; batches get ``hashes`` if kept.
     """
 
     source: ImageSource
@@ -47,6 +47,12 @@ class ViewReader:
     resize: Resize = "torch"
     check: ImageCheck | None = None
     keeps_hashes: bool = False
+    other_sizes: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All sizes of the views, that of ``img_size`` first."""
+        return (self.img_size, *self.other_sizes)
 
     def hash_of(self, position: int, data: bytes) -> int | None:
         """Return the content hash of an image, None if it is not needed; raises as ``check``."""
@@ -59,7 +65,7 @@ class ViewReader:
 
     def read(self, request: BatchRequest) -> Batch:
         """Return the batch of one request, read by this thread."""
-        return _BatchReader(self, request, memory=_BufferPool(pin_memory=False)).read()
+        return _BatchReader(self, request, memory=BufferPool(pin_memory=False)).read()
 
     def views_of(
         self, position: int, indices: Iterable[int], width: int, height: int
@@ -69,13 +75,16 @@ class ViewReader:
         key = self.source.keys[position]
         return [self.views.view(key, index, width=width, height=height) for index in indices]
 
-    def cut(self, decoded_image: DecodedImage, position: int, index: int) -> tuple[np.ndarray, Box]:
-        """Return the pixels and the box of a view of a decoded image."""
+    def cut(
+        self, decoded_image: DecodedImage, position: int, index: int
+    ) -> tuple[list[np.ndarray], Box]:
+        """Return the pixels of a view of a decoded image in each of ``sizes``, and its box."""
+        resize = self.resize
         if index == CENTRE:
-            pixels_HWC = centre_crop(decoded_image.pixels_HWC, self.img_size, resize=self.resize)
-            return pixels_HWC, (0, 0, 0, 0, 0)
+            pixels_HWC = decoded_image.pixels_HWC
+            return [centre_crop(pixels_HWC, s, resize=resize) for s in self.sizes], (0, 0, 0, 0, 0)
         (view,) = self.views_of(position, (index,), decoded_image.width, decoded_image.height)
-        return decoded_image.cut(view, self.img_size, resize=self.resize), view.box()
+        return [decoded_image.cut(view, s, resize=resize) for s in self.sizes], view.box()
 
 
 class _Image:
@@ -120,31 +129,6 @@ class _Image:
             return self._decoded
 
 
-class _BufferPool:
-    """Memory of batches, reused when nothing references a batch any more.
-
-    Page faults in new memory make writing a view five times as slow.
-    """
-
-    def __init__(self, *, pin_memory: bool) -> None:
-        self._pin_memory = pin_memory
-        self._free: deque[np.ndarray] = deque()
-
-    def take(self, num_rows: int, img_size: int) -> torch.Tensor:
-        """Return uninitialised rows of uint8 pixels, B x S x S x 3."""
-        shape = (num_rows, img_size, img_size, 3)
-        if self._pin_memory:  # torch reuses it after the GPU has read it
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        needed = math.prod(shape)
-        block = self._free.popleft() if self._free else np.empty(0, dtype=np.uint8)
-        if block.size < needed:
-            block = np.empty(needed, dtype=np.uint8)
-        rows = block[:needed].reshape(shape)
-        # the batch's tensors reference this array: it is finalized with the last of them
-        weakref.finalize(rows, self._free.append, block)
-        return torch.from_numpy(rows)
-
-
 # Some views of an image, and the row of the first.
 _ViewTask = tuple[_Image, tuple[int, ...], int]
 
@@ -160,7 +144,7 @@ class _BatchReader:
         reader: ViewReader,
         request: BatchRequest,
         *,
-        memory: _BufferPool,
+        memory: BufferPool,
         before: _Image | None = None,
     ) -> None:
         self._reader = reader
@@ -180,8 +164,8 @@ class _BatchReader:
         if before is not None:
             before.release()
         self.last = image
-        self._images_BHWC = memory.take(num_rows, reader.img_size)
-        self._rows = self._images_BHWC.numpy()
+        self._images = [memory.take(num_rows, size) for size in reader.sizes]  # B x S x S x 3
+        self._rows = [images_BHWC.numpy() for images_BHWC in self._images]
         self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
         self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
 
@@ -210,9 +194,9 @@ class _BatchReader:
             if decoded_image is not None:
                 self._sizes_B2[row : row + len(indices)] = decoded_image.width, decoded_image.height
                 for at, index in enumerate(indices, start=row):
-                    self._rows[at], self._boxes_B5[at] = self._reader.cut(
-                        decoded_image, image.position, index
-                    )
+                    cut, self._boxes_B5[at] = self._reader.cut(decoded_image, image.position, index)
+                    for rows, pixels_HWC in zip(self._rows, cut, strict=True):
+                        rows[at] = pixels_HWC
             image.release()
 
     def finish(self, tasks: Iterable[Future[None]] = ()) -> Batch:
@@ -222,16 +206,19 @@ class _BatchReader:
         failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
         images = (image for image, _, _ in self._cuts)
         hashes = {i.position: i.content_hash for i in images if i.content_hash is not None}
-        images_BHWC, sizes_B2, boxes_B5 = self._images_BHWC, self._sizes_B2, self._boxes_B5
+        all_images, sizes_B2, boxes_B5 = self._images, self._sizes_B2, self._boxes_B5
         positions, indices = self._positions, self._indices
         if failed:
             kept = [row for row, position in enumerate(positions) if position not in failed]
-            images_BHWC = images_BHWC[kept]
+            all_images = [images_BHWC[kept] for images_BHWC in all_images]
             sizes_B2, boxes_B5 = sizes_B2[kept], boxes_B5[kept]
             positions = [positions[row] for row in kept]
             indices = [indices[row] for row in kept]
-        images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        return Batch(images_BCHW, sizes_B2, boxes_B5, positions, indices, failed, hashes)
+        images_BCHW, *others = (images_BHWC.permute(0, 3, 1, 2) for images_BHWC in all_images)
+        other_sizes = dict(zip(self._reader.other_sizes, others, strict=True))
+        return Batch(
+            images_BCHW, sizes_B2, boxes_B5, positions, indices, failed, hashes, other_sizes
+        )
 
 
 @dataclass(frozen=True)
@@ -262,7 +249,7 @@ class ViewLoader(Iterable[Batch]):
 
     def _readers(self) -> Iterator[_BatchReader]:
         last: _Image | None = None
-        memory = _BufferPool(pin_memory=self.pin_memory)
+        memory = BufferPool(pin_memory=self.pin_memory)
         for request in self.requests:
             batch = _BatchReader(self.reader, request, memory=memory, before=last)
             last = batch.last
@@ -337,14 +324,15 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     """
     if device.type != "cuda":
         for batch in batches:
-            yield replace(batch, images_BCHW=batch.images_BCHW.to(device))
+            yield batch.with_images(lambda images_BCHW: images_BCHW.to(device))
         return
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     for batch in batches:
         with torch.cuda.stream(copies):
-            images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+            copy = batch.with_images(lambda images: images.to(device, non_blocking=True))
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
         # otherwise the next copy may reuse this memory while the model still reads it
-        images_BCHW.record_stream(computing)
-        yield replace(batch, images_BCHW=images_BCHW)
+        for images_BCHW in (copy.images_BCHW, *copy.other_sizes.values()):
+            images_BCHW.record_stream(computing)
+        yield copy

@@ -1,7 +1,7 @@
 """Which views of which images to load, and what was loaded; what to do with bad images."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Batch:
     image, ``boxes_B5`` top, left, height, width and flip of the view (0 for a centre crop).
     ``failed`` maps images that could not be read to the reason: they have no rows. ``hashes`` has
     the content hash of every image whose bytes were read, failed ones included, if the reader
-    keeps them.
+    keeps them. ``other_sizes`` has the same views resized to other sizes, by size.
     """
 
     images_BCHW: torch.Tensor
@@ -34,6 +34,12 @@ class Batch:
     views: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     hashes: dict[int, int] = field(default_factory=dict)
+    other_sizes: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def with_images(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with images of every size changed by a function."""
+        others = {size: change(images_BCHW) for size, images_BCHW in self.other_sizes.items()}
+        return replace(self, images_BCHW=change(self.images_BCHW), other_sizes=others)
 
 
 def num_views_of(request: BatchRequest) -> int:

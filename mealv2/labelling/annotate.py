@@ -23,7 +23,12 @@ from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import make_plan, splits_of
 from mealv2.labelling.shards import check_complete
 from mealv2.labelling.store import Store
-from mealv2.labelling.teachers import FunctionTeacher, load_teacher, make_ensemble
+from mealv2.labelling.teachers import (
+    FunctionTeacher,
+    load_teacher,
+    make_ensemble,
+    teacher_size,
+)
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.runtime import LocalRuntime
 from mealv2.storage.weight_files import find_checkpoint
@@ -58,6 +63,7 @@ def annotate(
     num_views: int = defaults.NUM_VIEWS,
     view_seed: int = 0,
     img_size: int = defaults.IMG_SIZE,
+    teacher_img_size: int | None = None,
     resize: Resize = "torch",
     view_recipe: ViewRecipe = PAPER_RECIPE,
     rate: float | None = None,
@@ -79,7 +85,9 @@ def annotate(
     id of ``classes``), with ``val_images`` of the same kinds, which are labelled once, at the
     centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or
     any module or function from images, uint8 B x 3 x S x S on the device, to logits B x C: it
-    normalises them. The plan has a module's class and weights' hash, of a function the name.
+    normalises them. A checkpoint sees views of the size that it was trained at, with
+    ``teacher_img_size`` all see that. The plan has a module's class and weights' hash, of a
+    function the name.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
@@ -94,9 +102,7 @@ def annotate(
     encoding = choose_encoding(
         len(names), rate=rate, topk=topk, label_dtype=label_dtype, store_logits=store_logits
     )
-    ensemble, described = make_ensemble([_teacher(t, names, img_size) for t in teachers])
-    ensemble = runtime.to_device(ensemble)
-    _check_logits(ensemble, runtime.device, described, img_size=img_size, num_classes=len(names))
+    ensemble, described = _ensemble(teachers, names, runtime, img_size, teacher_img_size)
     annotator = Annotator(ensemble, runtime, encoding, batch_size, on_bad_image)
     settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
     plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
@@ -143,12 +149,33 @@ def _source(images: Images, split: str, classes: Sequence[str] | None) -> ImageS
     return as_source(images, f"{type(images).__name__} ({split})", split=split)
 
 
-def _teacher(teacher: Teacher, classes: Sequence[str], img_size: int) -> nn.Module:
+def _ensemble(
+    teachers: Sequence[Teacher],
+    classes: Sequence[str],
+    runtime: LocalRuntime,
+    img_size: int,
+    given_size: int | None,
+) -> tuple[TeacherEnsemble, list[dict[str, object]]]:
+    """Return the ensemble on its device, and the description of each teacher in the plan."""
+    loaded = [_teacher(teacher, classes, img_size, given_size) for teacher in teachers]
+    models, sizes = [model for model, _ in loaded], [size for _, size in loaded]
+    ensemble, described = make_ensemble(models, sizes, img_size=img_size)
+    ensemble = runtime.to_device(ensemble)
+    _check_logits(ensemble, runtime.device, described, img_size=img_size, num_classes=len(classes))
+    return ensemble, described
+
+
+def _teacher(
+    teacher: Teacher, classes: Sequence[str], img_size: int, given_size: int | None
+) -> tuple[nn.Module, int]:
+    """Return a teacher, and the size at which it sees views of ``img_size``."""
     if isinstance(teacher, str):
         name, _, path = teacher.partition("=")
         checkpoint = find_checkpoint(Path(path)) if path else None
-        return load_teacher(name, checkpoint, classes=classes, img_size=img_size)
-    return teacher if isinstance(teacher, nn.Module) else FunctionTeacher(teacher)
+        size = teacher_size(name, checkpoint, img_size, given_size)
+        return load_teacher(name, checkpoint, classes=classes, img_size=size), size
+    module = teacher if isinstance(teacher, nn.Module) else FunctionTeacher(teacher)
+    return module, given_size or img_size
 
 
 def _check_logits(
@@ -160,8 +187,9 @@ def _check_logits(
     num_classes: int,
 ) -> None:
     """Raise ConfigError for a teacher that does not give B x C logits."""
-    images_BCHW = torch.zeros(2, 3, img_size, img_size, dtype=torch.uint8, device=device)
     for call, teacher in zip(ensemble.calls, described, strict=True):
+        size = cast(int, teacher.get("img_size", img_size))
+        images_BCHW = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
         with torch.inference_mode():
             logits = call(images_BCHW)
         if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):

@@ -15,7 +15,13 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, DataError, OnBadImage
 from mealv2.label_set import Encoding, Rows
 from mealv2.metrics import num_correct
-from mealv2.models.ensemble import EnsembleOutput, TeacherEnsemble, combine
+from mealv2.models.ensemble import (
+    ONE_SIZE,
+    BySize,
+    EnsembleOutput,
+    TeacherEnsemble,
+    combine,
+)
 from mealv2.runtime import LocalRuntime
 
 # The encoder runs when either limit is reached: 16 MB of probabilities (and of mean logits), or
@@ -94,7 +100,7 @@ class Annotator:
             positions += batch.positions
             sizes.append(batch.sizes_B2)
             boxes.append(batch.boxes_B5)
-            logits_TBC, output = self.predict(batch.images_BCHW)
+            logits_TBC, output = self.predict(batch.images_BCHW, batch.other_sizes)
             if count_correct:
                 # on the device: reading a count here would wait for every batch
                 classes_B = torch.tensor([source.labels[p] for p in batch.positions])
@@ -113,14 +119,17 @@ class Annotator:
             hashes,
         ).without_failed()
 
-    def predict(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, EnsembleOutput]:
+    def predict(
+        self, images_BCHW: torch.Tensor, other_sizes: BySize = ONE_SIZE
+    ) -> tuple[torch.Tensor, EnsembleOutput]:
         """Return the teachers' logits T x B x C and the output of the ensemble, float32.
 
-        ``images_BCHW`` is uint8 on the device. The host does not wait for the device.
+        ``images_BCHW`` is uint8 on the device, as are ``other_sizes``, which ``teacher_logits``
+        describes. The host does not wait for the device.
         """
         with torch.inference_mode():
             with self.runtime.autocast():
-                logits_TBC = self.ensemble.teacher_logits(images_BCHW)
+                logits_TBC = self.ensemble.teacher_logits(images_BCHW, other_sizes)
             return logits_TBC, combine(logits_TBC)  # outside autocast: softmax and mean in float32
 
 

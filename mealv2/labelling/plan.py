@@ -16,6 +16,7 @@ from mealv2.data.source import ImageSource, fingerprint
 from mealv2.errors import ConfigError
 from mealv2.label_set import PlannedShard
 from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.teachers import sizes_in
 from mealv2.storage.json_format import json_sha256
 from mealv2.view_recipe import RESIZE_OVER_CROP, ViewRecipe
 from mealv2.views import DrawnViews
@@ -164,6 +165,7 @@ def splits_of(
             views=drawn,
             resize=settings.resize,
             keeps_hashes=True,
+            other_sizes=sizes_in(plan),
         )
         shards = [s.images for s in planned if s.split == name and s.images is not None]
         splits.append(LabelSplit(name, reader, views[name], shards, json_sha256(plan)))

@@ -14,10 +14,37 @@ from mealv2.models import Classifier, create_classifier, read_metadata, weights_
 from mealv2.models.ensemble import TeacherEnsemble
 
 
+def own_size(checkpoint: Path | None) -> int | None:
+    """Return the image size that a checkpoint was trained at, None if it does not say."""
+    size = read_metadata(checkpoint).get("img_size") if checkpoint else None
+    return size if isinstance(size, int) else None
+
+
+def teacher_size(name: str, checkpoint: Path | None, img_size: int, given: int | None) -> int:
+    """Return the size at which a teacher sees views of ``img_size``, and show where it differs.
+
+    It is the ``given`` size, else that which its checkpoint was trained at, else that of the views.
+    """
+    own = own_size(checkpoint)
+    size = given or own or img_size
+    if size != img_size:
+        info(
+            f"teacher {name} sees views of {size} pixels"
+            f"{', which it was trained at' if size == own else ''}; the student's are {img_size} "
+            f"(--teacher-img-size {img_size} for the same)"
+        )
+    elif own not in (None, size):
+        info(
+            f"teacher {name} was trained at {own} pixels and labels views of {size} "
+            "(--teacher-img-size)"
+        )
+    return size
+
+
 def load_teacher(
     name: str, checkpoint: Path | None, *, classes: Sequence[str], img_size: int
 ) -> Classifier:
-    """Return timm's model of a name with its weights, or those of a checkpoint.
+    """Return timm's model of a name with its weights, or those of a checkpoint, for a size.
 
     Raises ConfigError if its head has another number of classes than the data.
     """
@@ -36,31 +63,39 @@ def load_teacher(
             f"teacher {name} has {model.num_classes} classes, the data has {len(classes)}; "
             f"fine-tune it first (mealv2 finetune --model {name} …) and give {name}=RUN"
         )
-    own_size = read_metadata(checkpoint).get("img_size") if checkpoint else None
-    if own_size not in (None, img_size):
-        info(
-            f"teacher {name} was trained at {own_size} pixels and labels views of {img_size} "
-            f"(--img-size {own_size}?)"
-        )
     return model
 
 
-def make_ensemble(models: Sequence[nn.Module]) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
+def make_ensemble(
+    models: Sequence[nn.Module], sizes: Sequence[int], *, img_size: int
+) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
     """Return the ensemble, and the description of each teacher in the plan.
 
-    Raises ConfigError if two teachers have the same weights.
+    ``sizes`` are those at which they see views of ``img_size``; a description has the size where
+    it is another one. Raises ConfigError if two teachers have the same weights.
     """
-    described = [_describe(model) for model in models]
+    others = [None if size == img_size else size for size in sizes]
+    described = [
+        describe(model) | ({} if size is None else {"img_size": size})
+        for model, size in zip(models, others, strict=True)
+    ]
     for one, other in itertools.combinations(described, 2):
         if one["weights_sha256"] == other["weights_sha256"] != UNKNOWN:
             raise ConfigError(
                 f"teachers {one['model']} and {other['model']} have the same weights; give "
                 "different teachers, with the full tag of their weights"
             )
-    return TeacherEnsemble(models), described
+    return TeacherEnsemble(models, others), described
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def sizes_in(plan: dict[str, Any]) -> tuple[int, ...]:
+    """Return the sizes at which the teachers of a plan see a view, beside that of the views."""
+    sizes = {teacher["img_size"] for teacher in plan.get("teachers", ()) if "img_size" in teacher}
+    return tuple(sorted(sizes - {plan["img_size"]}))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return the name, the hash of the weights and the normalisation of a teacher."""
     if isinstance(model, Classifier):
         return {
             "model": model.tag,

@@ -1,10 +1,14 @@
 """The ensemble: several teachers, and the mean of their softmax outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+BySize = Mapping[int, Tensor]  # images B x 3 x S x S by S
+ONE_SIZE: BySize = MappingProxyType({})
 
 
 class EnsembleOutput(NamedTuple):
@@ -30,15 +34,19 @@ class TeacherEnsemble(nn.Module):
     ``teachers`` map images (B x 3 x H x W, uint8 or float in [0, 1]) to logits of the same classes,
     as ``mealv2.models.Classifier`` does with its own mean and std. They stay in eval mode and have
     no gradient. ``calls`` are the callables that run, one a teacher: the modules themselves or
-    compiled forms of them. Raises ValueError without teachers.
+    compiled forms of them. ``img_sizes`` are the sizes at which teachers see a view, None for the
+    size of the batch. Raises ValueError without teachers.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, teachers: Sequence[nn.Module], img_sizes: Sequence[int | None] | None = None
+    ) -> None:
         super().__init__()
         if not teachers:
             raise ValueError("an ensemble needs at least one teacher")
         self.teachers = nn.ModuleList(teachers)
         self.calls: list[Callable[[Tensor], Tensor]] = list(teachers)
+        self.img_sizes = [None] * len(teachers) if img_sizes is None else list(img_sizes)
         self.requires_grad_(False)
         self.eval()
 
@@ -46,10 +54,20 @@ class TeacherEnsemble(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    @torch.no_grad()
-    def teacher_logits(self, images_BCHW: Tensor) -> Tensor:
-        """Return each teacher's logits, float32 T x B x C."""
-        return torch.stack([teacher(images_BCHW).float() for teacher in self.calls])
+    @property
+    def other_sizes(self) -> tuple[int, ...]:
+        """The sizes that teachers need beside that of the batch."""
+        return tuple(sorted({size for size in self.img_sizes if size is not None}))
 
-    def forward(self, images_BCHW: Tensor) -> EnsembleOutput:
-        return combine(self.teacher_logits(images_BCHW))
+    @torch.no_grad()
+    def teacher_logits(self, images_BCHW: Tensor, other_sizes: BySize = ONE_SIZE) -> Tensor:
+        """Return each teacher's logits, float32 T x B x C.
+
+        ``other_sizes`` has the images by every size of the property of this name.
+        """
+        seen = (images_BCHW if size is None else other_sizes[size] for size in self.img_sizes)
+        calls = zip(self.calls, seen, strict=True)
+        return torch.stack([teacher(images_BCHW).float() for teacher, images_BCHW in calls])
+
+    def forward(self, images_BCHW: Tensor, other_sizes: BySize = ONE_SIZE) -> EnsembleOutput:
+        return combine(self.teacher_logits(images_BCHW, other_sizes))

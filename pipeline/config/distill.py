@@ -10,8 +10,10 @@ from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     EXACT_PIL,
     INTERPOLATION,
+    OWN_SIDE,
     RECIPE,
     TEACHER,
+    TEACHER_SIDE,
     CheckImages,
     ExtraDataConfig,
     Interpolation,
@@ -75,6 +77,9 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
     img_size: int | None = in_img_size(
         None, "With --online: side of a view in pixels.", shown=str(DEFAULT_IMG_SIZE)
     )
+    teacher_img_size: int | None = in_img_size(
+        None, f"With --online: {TEACHER_SIDE[0].lower()}{TEACHER_SIDE[1:]}", shown=OWN_SIDE
+    )
     view_seed: int | None = in_views(
         None, "With --online: seed of the views.", shown="0", low=0, high=MAX_SEED
     )
@@ -137,7 +142,8 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
             names = ("missing", "reuse_views", "write_back", "check_images")
             without_effect(self, "with --online", *names)
         else:
-            without_effect(self, "with --labels", "train_split", "img_size", "view_seed")
+            names = ("train_split", "img_size", "teacher_img_size", "view_seed")
+            without_effect(self, "with --labels", *names)
             of_set = "with --labels, whose views are those of the label set"
             without_effect(self, of_set, *self.recipe_fields)
         if not self.online and self.missing != "teach":

@@ -11,9 +11,11 @@ from pipeline.config.base import (
     DEFAULT_RATE,
     DEFAULT_SHARD_SIZE,
     MAX_VIEWS,
+    OWN_SIDE,
     RECIPE,
     SIDE,
     TEACHER,
+    TEACHER_SIDE,
     CheckImages,
     ExtraDataConfig,
     HeldOutConfig,
@@ -99,6 +101,7 @@ class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConf
     )
     view_seed: int = in_views(0, "Seed of the views.", low=0, high=MAX_SEED)
     img_size: int = in_img_size(DEFAULT_IMG_SIZE, SIDE)
+    teacher_img_size: int | None = in_img_size(None, TEACHER_SIDE, shown=OWN_SIDE)
     store_logits: bool = in_labels(
         False, "Also store the mean logits of the kept classes, for the discriminator."
     )

@@ -68,7 +68,8 @@ def _identity(teacher: dict[str, Any]) -> str:
     """Return what identifies a teacher: weights and normalisation, else its name."""
     if teacher["weights_sha256"] == UNKNOWN:
         return f"{UNKNOWN} {teacher['model']}"
-    return f"{teacher['weights_sha256']} {teacher['mean']} {teacher['std']}"
+    identity = f"{teacher['weights_sha256']} {teacher['mean']} {teacher['std']}"
+    return f"{identity} {teacher['img_size']}" if "img_size" in teacher else identity
 
 
 # --- what must be equal ---------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         if not batch.positions:
             continue
         num_views += len(batch.positions)
-        _, annotations = annotator.predict(batch.images_BCHW)
+        _, annotations = annotator.predict(batch.images_BCHW, batch.other_sizes)
         stored = labels.rows([source.keys[p] for p in batch.positions], batch.views)
         fresh = labels.encoding.encode(*annotations).to(torch.device("cpu"))
         total += _compared(annotations, stored, fresh)

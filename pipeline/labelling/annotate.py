@@ -28,7 +28,11 @@ def make_annotator(
     annotator = Annotator(ensemble, runtime, encoding, batch_size, config.on_bad_image)
     if not batch_size:
         found = find_batch_size(
-            annotator.predict, img_size=img_size, device=runtime.device, max_size=max_batch_size
+            annotator.predict,
+            img_size=img_size,
+            other_sizes=ensemble.other_sizes,
+            device=runtime.device,
+            max_size=max_batch_size,
         )
         annotator = replace(annotator, batch_size=found)
     if config.torchcompile != "off":

@@ -10,6 +10,7 @@ from mealv2.data.pixels import Resize, operations_sha256, probe_sha256, resize_o
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
+from mealv2.labelling.teachers import sizes_in
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.runtime import library_versions
 from pipeline import console
@@ -40,13 +41,16 @@ def build_original_teachers(
                     f"path of every teacher: --teacher {teacher['model']}=RUN"
                 )
         specs = [teacher["model"] for teacher in made_by]
-    ensemble, described = teachers.build(
-        specs, classes=plan["classes"], img_size=plan["img_size"], runtime=runtime
+    expected = [_identity(teacher, plan) for teacher in made_by]
+    ensemble, described = teachers.build_for(
+        specs,
+        classes=plan["classes"],
+        img_size=plan["img_size"],
+        sizes=_sizes_of(plan),
+        is_right=lambda teacher: _identity(teacher, plan) in expected,
+        runtime=runtime,
     )
-    expected, found = (
-        [(teacher["weights_sha256"], teacher["mean"], teacher["std"]) for teacher in group]
-        for group in (made_by, described)
-    )
+    found = [_identity(teacher, plan) for teacher in described]
     if sorted(expected) != sorted(found):
         new = [t["model"] for t, ids in zip(described, found, strict=True) if ids not in expected]
         raise LabelSetError(
@@ -55,6 +59,18 @@ def build_original_teachers(
             f"its manifest: {', '.join(teacher['model'] for teacher in made_by)}"
         )
     return ensemble
+
+
+def _sizes_of(plan: dict[str, Any]) -> list[int]:
+    """Return the sizes at which the teachers of a plan see a view, each once."""
+    img_size = plan["img_size"]
+    return list(dict.fromkeys(teacher.get("img_size", img_size) for teacher in plan["teachers"]))
+
+
+def _identity(teacher: dict[str, Any], plan: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a teacher's labels depend on: weights, normalisation, size of its views."""
+    size = teacher.get("img_size", plan["img_size"])
+    return teacher["weights_sha256"], teacher["mean"], teacher["std"], size
 
 
 def check_precision(folder: Path, plan: dict[str, Any], runtime: Runtime) -> None:
@@ -136,6 +152,7 @@ def view_reader(
         img_size=labels.img_size,
         views=labels.views(),
         resize=choose_resize(labels),
+        other_sizes=sizes_in(labels.manifest["plan"]),
         check=image_check(labels, source, check_images),
         keeps_hashes=True,
     )

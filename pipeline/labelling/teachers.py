@@ -1,11 +1,17 @@
 """Build the ensemble of --teacher: NAME, NAME=CHECKPOINT, or several separated by commas."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
-from mealv2.labelling.teachers import load_teacher, make_ensemble
+from mealv2.labelling.teachers import (
+    describe,
+    load_teacher,
+    make_ensemble,
+    own_size,
+    teacher_size,
+)
 from mealv2.models import read_metadata
 from mealv2.models.ensemble import TeacherEnsemble
 from mealv2.storage.weight_files import find_checkpoint
@@ -27,18 +33,57 @@ def parse(specs: Sequence[str]) -> list[tuple[str, Path | None]]:
 
 
 def build(
-    specs: Sequence[str], *, classes: Sequence[str], img_size: int, runtime: Runtime
+    specs: Sequence[str],
+    *,
+    classes: Sequence[str],
+    img_size: int,
+    teacher_img_size: int | None = None,
+    runtime: Runtime,
 ) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
     """Return the ensemble on its device, and the description of each teacher in the plan.
 
-    Raises ConfigError if a head has another number of classes than the data, or if two teachers
-    have the same weights.
+    ``teacher_img_size`` is the size at which all of them see the views of ``img_size``, None as
+    ``teacher_size``. Raises ConfigError if a head has another number of classes than the data, or
+    if two teachers have the same weights.
     """
+    parsed = parse(specs)
+    sizes = [teacher_size(*teacher, img_size, teacher_img_size) for teacher in parsed]
     models = [
-        load_teacher(name, checkpoint, classes=classes, img_size=img_size)
-        for name, checkpoint in parse(specs)
+        load_teacher(name, checkpoint, classes=classes, img_size=size)
+        for (name, checkpoint), size in zip(parsed, sizes, strict=True)
     ]
-    ensemble, described = make_ensemble(models)
+    ensemble, described = make_ensemble(models, sizes, img_size=img_size)
+    return runtime.to_device(ensemble), described
+
+
+def build_for(
+    specs: Sequence[str],
+    *,
+    classes: Sequence[str],
+    img_size: int,
+    sizes: Sequence[int],
+    is_right: Callable[[dict[str, Any]], bool],
+    runtime: Runtime,
+) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
+    """Return as ``build`` the teachers of a plan, each at one of the plan's ``sizes``.
+
+    It is the first one at which ``is_right`` accepts its description; that which its checkpoint was
+    trained at is tried first.
+    """
+    models, chosen = [], []
+    for name, checkpoint in parse(specs):
+        own = own_size(checkpoint)
+        tried = []
+        for size in sorted(sizes, key=lambda size: size != own):
+            model = load_teacher(name, checkpoint, classes=classes, img_size=size)
+            tried.append((model, size))
+            if is_right(describe(model) | {"img_size": size}):
+                break
+        else:
+            tried = tried[:1]
+        models.append(tried[-1][0])
+        chosen.append(tried[-1][1])
+    ensemble, described = make_ensemble(models, chosen, img_size=img_size)
     return runtime.to_device(ensemble), described
 
 

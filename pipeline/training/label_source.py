@@ -139,7 +139,11 @@ def from_online_teachers(
     """Let the --teacher models label every step; they label the validation split first."""
     img_size = config.img_size or DEFAULT_IMG_SIZE
     ensemble, described = teachers.build(
-        config.teacher, classes=list(source.classes), img_size=img_size, runtime=runtime
+        config.teacher,
+        classes=list(source.classes),
+        img_size=img_size,
+        teacher_img_size=config.teacher_img_size,
+        runtime=runtime,
     )
     if config.resume is None:
         propose_crop(config, source, config.data_dir)
@@ -300,7 +304,7 @@ def _label_validation(
     )
     batches = console.progress(
         read_views(
-            ViewReader(val, img_size=img_size, resize=resize),
+            ViewReader(val, img_size=img_size, resize=resize, other_sizes=ensemble.other_sizes),
             requests,
             workers=config.workers,
             pin_memory=runtime.should_pin_memory,

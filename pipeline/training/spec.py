@@ -97,6 +97,7 @@ class TrainingSpec:
             views=self.views,
             resize=self.resize,
             check=self.check,
+            other_sizes=self.targets.other_sizes,
         )
 
 

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from timm.models import model_parameters
@@ -126,7 +127,8 @@ class TrainStep:
     ) -> tuple[Tensor, BatchTargets, dict[str, Mixture]]:
         """Return the images as the student sees them, their targets, and how they are mixed."""
         spec, images_BCHW, device = self.spec, batch.images_BCHW, self.runtime.device
-        find = spec.targets.batch
+        positions, views, by_size = batch.positions, batch.views, batch.other_sizes
+        find = partial(spec.targets.batch, positions, views)
         mix = None
         if spec.mixing is not None:
             progress, rank = self.state.progress, self.runtime.ranks.rank
@@ -134,11 +136,13 @@ class TrainStep:
             micro = (rank, number) if rank or number else ()  # each micro-batch within itself
             mix = spec.mixing.draw(len(images_BCHW), spec.img_size, seed=(*seed, *micro))
         if spec.mixing is None or mix is None:
-            return images_BCHW, find(batch.positions, batch.views, images_BCHW).to(device), {}
-        mixed_BCHW = mix.to(device).apply(images_BCHW)
+            return images_BCHW, find(images_BCHW, by_size).to(device), {}
+        placed = mix.to(device)
+        mixed_BCHW = placed.apply(images_BCHW)
         if spec.mixing.target(mix) == "teachers":  # the teachers label the mixed images
-            return mixed_BCHW, find(batch.positions, batch.views, mixed_BCHW).to(device), {}
-        targets = find(batch.positions, batch.views, images_BCHW)
+            by_size = {s: placed.at(s / spec.img_size).apply(x) for s, x in by_size.items()}
+            return mixed_BCHW, find(mixed_BCHW, by_size).to(device), {}
+        targets = find(images_BCHW, by_size)
         # stored labels are on the CPU: picking rows of records on a GPU would wait for it
         partner = targets.rows(mix.order_B).to(device)
         mixture = Mixture(partner=partner, lam=mix.lam(spec.img_size))
@@ -239,8 +243,7 @@ def _take(batch: Batch, cut: range) -> Batch:
         return batch
     rows = slice(cut.start, cut.stop)
     return replace(
-        batch,
-        images_BCHW=batch.images_BCHW[rows],
+        batch.with_images(lambda images_BCHW: images_BCHW[rows]),
         sizes_B2=batch.sizes_B2[rows],
         boxes_B5=batch.boxes_B5[rows],
         positions=batch.positions[rows],

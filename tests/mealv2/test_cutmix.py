@@ -55,6 +55,14 @@ def test_own_share_is_the_share_of_pixels_that_are_the_images_own(step):
     assert own.tolist() == pytest.approx([mix.lam(37)] * 4, abs=1e-6)
 
 
+def test_a_mix_at_another_size_has_the_same_partners_and_share():
+    mix = Mix(torch.tensor([1, 0]), Box(top=4, left=8, bottom=16, right=32))
+    assert mix.at(1.5).box == (6, 12, 24, 48)
+    assert mix.at(1.5).lam(48) == mix.lam(32)
+    mixed = mix.at(0.5).apply(numbered(2, 16, torch.uint8))
+    assert torch.equal(mixed, mix.apply(numbered(2, 32, torch.uint8))[:, :, ::2, ::2])
+
+
 def test_an_empty_box_leaves_every_pixel_and_a_whole_one_none():
     images = numbered(2, 8, torch.uint8)
     order = torch.tensor([1, 0])

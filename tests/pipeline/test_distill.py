@@ -18,7 +18,7 @@ from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.label_set import LabelSet, ShardFile
 from mealv2.models import create_classifier
 from mealv2.models.discriminator import Discriminator
-from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
 from mealv2.soft_labels import top_k
 from mealv2.storage.weight_files import find_checkpoint
 from mealv2.targets import BatchTargets, StoredLabels, Targets
@@ -49,7 +49,11 @@ class CuttingTeachers(Targets):
         return scheduled_view(key, epoch, seed=0, num_views=4)
 
     def batch(
-        self, positions: Sequence[int], views: Sequence[int], images_BCHW: torch.Tensor
+        self,
+        positions: Sequence[int],
+        views: Sequence[int],
+        images_BCHW: torch.Tensor,
+        by_size: BySize = ONE_SIZE,
     ) -> BatchTargets:
         rows = []
         for position, index in zip(positions, views, strict=True):

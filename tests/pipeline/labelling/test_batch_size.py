@@ -10,6 +10,7 @@ import torch
 from conftest import Result
 from mealv2.errors import ConfigError
 from mealv2.label_set import LabelSet, read_manifest
+from mealv2.models.ensemble import BySize
 from pipeline.labelling.batch_size import find_batch_size
 
 Run = Callable[..., Result]
@@ -25,7 +26,7 @@ class TrainingSpec:
         self._fits = fits
         self._matrix = torch.ones(64, 64)
 
-    def __call__(self, images_BCHW: torch.Tensor) -> None:
+    def __call__(self, images_BCHW: torch.Tensor, by_size: BySize) -> None:
         assert images_BCHW.dtype == torch.uint8
         assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
         size = len(images_BCHW)
@@ -109,7 +110,7 @@ def test_on_a_gpu_it_stays_within_memory() -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     per_image = total // 100  # 64 images fit, 128 do not
 
-    def forward(images_BCHW: torch.Tensor) -> None:
+    def forward(images_BCHW: torch.Tensor, by_size: BySize) -> None:
         torch.empty(len(images_BCHW) * per_image, dtype=torch.uint8, device=device)
 
     assert find_batch_size(forward, img_size=8, device=device, max_size=4096) in (8, 16, 32, 64)
