@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.onnx_file import OnnxClassifier
 from pipeline import console
 from pipeline.config import CompileMode
 
@@ -82,9 +83,11 @@ class Compiled:
 
 
 def compile_teachers(ensemble: TeacherEnsemble, *, mode: CompileMode, batch_size: int) -> None:
-    """Make an ensemble run its teachers through torch.compile, one graph each."""
+    """Make an ensemble run its teachers through torch.compile, one graph each, but ONNX files."""
     compiler = Compiler(mode, batch_size)
-    ensemble.calls = [
-        compiler.compiled(teacher, begins_step=number == 0)
-        for number, teacher in enumerate(ensemble.teachers)
-    ]
+    modules = enumerate(ensemble.teachers)
+    numbers = [n for n, teacher in modules if not isinstance(teacher, OnnxClassifier)]
+    for number in numbers:
+        begins_step = number == numbers[0]
+        network = ensemble.teachers[number]
+        ensemble.calls[number] = compiler.compiled(network, begins_step=begins_step)

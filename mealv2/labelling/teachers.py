@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError
@@ -12,10 +13,13 @@ from mealv2.label_set import UNKNOWN
 from mealv2.messages import info
 from mealv2.models import Classifier, create_classifier, read_metadata, weights_sha256
 from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.onnx_file import OnnxClassifier, is_onnx
 
 
-def own_size(checkpoint: Path | None) -> int | None:
-    """Return the image size that a checkpoint was trained at, None if it does not say."""
+def own_size(name: str, checkpoint: Path | None) -> int | None:
+    """Return the image size that a checkpoint or an ONNX file is for, None if it does not say."""
+    if is_onnx(name):
+        return OnnxClassifier(Path(name)).img_size
     size = read_metadata(checkpoint).get("img_size") if checkpoint else None
     return size if isinstance(size, int) else None
 
@@ -25,7 +29,7 @@ def teacher_size(name: str, checkpoint: Path | None, img_size: int, given: int |
 
     It is the ``given`` size, else that which its checkpoint was trained at, else that of the views.
     """
-    own = own_size(checkpoint)
+    own = own_size(name, checkpoint)
     size = given or own or img_size
     if size != img_size:
         info(
@@ -43,11 +47,14 @@ def teacher_size(name: str, checkpoint: Path | None, img_size: int, given: int |
 
 def load_teacher(
     name: str, checkpoint: Path | None, *, classes: Sequence[str], img_size: int
-) -> Classifier:
+) -> Classifier | OnnxClassifier:
     """Return timm's model of a name with its weights, or those of a checkpoint, for a size.
 
-    Raises ConfigError if its head has another number of classes than the data.
+    ``name`` may be the path of an ONNX file. Raises ConfigError if its head has another number of
+    classes than the data.
     """
+    if is_onnx(name):
+        return _load_onnx(Path(name), classes=classes, img_size=img_size)
     model = create_classifier(
         name,
         num_classes=len(classes) if checkpoint else None,
@@ -63,6 +70,27 @@ def load_teacher(
             f"teacher {name} has {model.num_classes} classes, the data has {len(classes)}; "
             f"fine-tune it first (mealv2 finetune --model {name} …) and give {name}=RUN"
         )
+    return model
+
+
+def _load_onnx(path: Path, *, classes: Sequence[str], img_size: int) -> OnnxClassifier:
+    model = OnnxClassifier(path)
+    for note in model.notes:
+        info(note)
+    if model.has_fixed_size and model.img_size != img_size:
+        raise ConfigError(
+            f"teacher {path} takes images of {model.img_size} pixels only, not of {img_size}; "
+            f"leave out --teacher-img-size, or give {model.img_size}"
+        )
+    size = model.img_size or img_size
+    num_classes = model.num_classes or model(torch.zeros(1, 3, size, size)).shape[1]
+    if num_classes != len(classes):
+        raise ConfigError(
+            f"teacher {path} has {num_classes} classes, the data has {len(classes)}; give a file "
+            "of a model of these classes"
+        )
+    if model.classes is not None and model.classes != list(classes):
+        raise ConfigError(f"teacher {path} was trained on other classes than the data has")
     return model
 
 
@@ -103,6 +131,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "mean": list(model.preprocessing.mean),
             "std": list(model.preprocessing.std),
         }
+    if isinstance(model, OnnxClassifier):
+        figures = {"mean": model.mean, "std": model.std}
+        return {"model": model.name, "weights_sha256": model.sha256, **figures}
     if isinstance(model, FunctionTeacher):
         return {"model": model.name, "weights_sha256": UNKNOWN, "mean": [], "std": []}
     name = f"{type(model).__module__}:{type(model).__qualname__}"

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,12 @@ def _check_weights(config: Settings, name: str, path: Path) -> None:
 
 def _check_teacher(config: Settings, name: str, spec: Any) -> None:
     teacher, _, path = spec.partition("=")
+    is_onnx = spec.lower().endswith(".onnx")
+    if is_onnx and not path:
+        require(Path(spec).is_file(), f"{name} {spec}: no such file{_near(Path(spec))}")
+        message = f"{name} {spec} needs onnxruntime: pip install onnxruntime"
+        require(find_spec("onnxruntime") is not None, message)
+    require(not (is_onnx and path), f"{name} {spec}: give an ONNX file alone: {name} {path}")
     if not path:
         return
     try:

@@ -64,7 +64,9 @@ NEW_FOLDER = "Folder to write; created if missing, continued if incomplete."
 SIDE = "Side of a view in pixels."
 TEACHER_SIDE = "Side of the views that the teachers see; each view is cut in both sizes."
 OWN_SIDE = "of a checkpoint, the size it was trained at; else --img-size"
-TEACHER = "timm model, NAME or NAME=CHECKPOINT; repeat it, or separate several by commas."
+TEACHER = (
+    "timm model, NAME or NAME=CHECKPOINT, or FILE.onnx; repeat it, or separate several by commas."
+)
 _OWN = "the model's own"
 
 

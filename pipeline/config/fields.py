@@ -61,9 +61,12 @@ def split_commas(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def absolute_teachers(specs: Iterable[str]) -> tuple[str, ...]:
-    """Return one spec per teacher, NAME or NAME=CHECKPOINT, with absolute paths."""
+    """Return one spec per teacher, NAME, NAME=CHECKPOINT or FILE.onnx, with absolute paths."""
     found = []
     for spec in split_teachers(specs):
+        if spec.lower().endswith(".onnx") and "=" not in spec:
+            found.append(os.path.abspath(spec))  # noqa: PTH100
+            continue
         name, equals, path = spec.partition("=")
         require(not is_url(path), f"--teacher {name}=CHECKPOINT must be a local path, not a URL")
         found.append(f"{name}={os.path.abspath(path)}" if path else name + equals)  # noqa: PTH100

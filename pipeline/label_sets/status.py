@@ -181,6 +181,8 @@ def _next(
 
 def _spec(model: str) -> str:
     """Return the value of --teacher; a model without a weights tag has a local checkpoint."""
+    if model.lower().endswith(".onnx"):
+        return f"…/{model}"
     return model if "." in model else f"{model}=…"
 
 

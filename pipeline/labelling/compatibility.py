@@ -35,6 +35,11 @@ def build_original_teachers(
     specs = list(given)
     if not specs:
         for teacher in made_by:
+            if teacher["model"].lower().endswith(".onnx"):
+                raise ConfigError(
+                    f"{folder} was made with the ONNX file {teacher['model']}; give the path of "
+                    f"every teacher: --teacher …/{teacher['model']}"
+                )
             if "." not in teacher["model"] or ":" in teacher["model"]:  # a file, or own code
                 raise ConfigError(
                     f"{folder} was made with a local checkpoint of {teacher['model']}; give the "

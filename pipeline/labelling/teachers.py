@@ -1,4 +1,4 @@
-"""Build the ensemble of --teacher: NAME, NAME=CHECKPOINT, or several separated by commas."""
+"""Build the ensemble of --teacher: NAME, NAME=CHECKPOINT, FILE.onnx, or several."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def build_for(
     """
     models, chosen = [], []
     for name, checkpoint in parse(specs):
-        own = own_size(checkpoint)
+        own = own_size(name, checkpoint)
         tried = []
         for size in sorted(sizes, key=lambda size: size != own):
             model = load_teacher(name, checkpoint, classes=classes, img_size=size)
