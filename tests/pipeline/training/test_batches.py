@@ -34,10 +34,14 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, int]
         answer = kind.batch
 
         def recording(
-            self: Any, positions: Sequence[int], views: Sequence[int], images: torch.Tensor
+            self: Any,
+            positions: Sequence[int],
+            views: Sequence[int],
+            images: torch.Tensor,
+            by_size: Any,
         ) -> BatchTargets:
             seen.append((list(zip(positions, views, strict=True)), images.clone()))
-            return answer(self, positions, views, images)
+            return answer(self, positions, views, images, by_size)
 
         monkeypatch.setattr(kind, "batch", recording)
 
