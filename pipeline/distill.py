@@ -14,10 +14,10 @@ from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.images import open_splits
 from pipeline.training.label_source import (
     from_label_set,
     from_online_teachers,
-    open_splits,
 )
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of

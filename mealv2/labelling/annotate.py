@@ -85,9 +85,8 @@ def annotate(
     id of ``classes``), with ``val_images`` of the same kinds, which are labelled once, at the
     centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or
     any module or function from images, uint8 B x 3 x S x S on the device, to logits B x C: it
-    normalises them. A checkpoint sees views of the size that it was trained at, with
-    ``teacher_img_size`` all see that. The plan has a module's class and weights' hash, of a
-    function the name.
+    normalises them. A checkpoint sees views of its own size, with ``teacher_img_size`` all see
+    that. The plan has a module's class and weights' hash, of a function the name.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.held_out import HeldOut
 from mealv2.data.loader import ViewReader, read_views
 from mealv2.data.pixels import Resize
-from mealv2.data.source import UNLABELLED, ImageSource
+from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Appender,
@@ -20,7 +19,6 @@ from mealv2.label_set import (
     LabelSet,
     check_boxes,
     check_same_data,
-    read_manifest,
 )
 from mealv2.labelling.annotator import Annotator
 from mealv2.models.ensemble import TeacherEnsemble
@@ -37,17 +35,8 @@ from pipeline.labelling.compatibility import (
     image_check,
 )
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import (
-    check_extra,
-    held_out_of,
-    is_unlabelled,
-    open_images,
-    open_split,
-    with_extra,
-)
 from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
-from pipeline.training.image_list import with_deleted
 from pipeline.training.run_folder import LABELS_NAME
 
 _VAL_TOPK = 100  # classes kept in memory of each validation label of online teachers
@@ -91,46 +80,6 @@ class CentreLabels:
     def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
         """Return the labels of images; there is one view of each."""
         return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
-
-
-def open_splits(
-    config: DistillConfig, folder: Path | None
-) -> tuple[ImageSource, ImageSource | None]:
-    """Open the images to train on and to validate on.
-
-    They are the splits, or the parts of one, that the label set names; without one, those of the
-    flags. Raises ConfigError where flags contradict the label set.
-    """
-    held_out = held_out_of(config, train_split=config.train_split or "train")
-    if folder is None:
-        split, extra = config.train_split or "train", config.extra_data
-        names = teachers.classes_of(config.teacher) if is_unlabelled(config.data_dir) else None
-    else:
-        plan = read_manifest(folder)["plan"]
-        entry, names = plan["roles"]["train"], plan["classes"]
-        split, kept = entry["split"], HeldOut.from_json(entry.get("held_out"))
-        if held_out is not None and (held_out.fraction, held_out.seed) != (
-            kept and (kept.fraction, kept.seed)
-        ):
-            made = f"with {kept}" if kept else "without --val-fraction"
-            raise ConfigError(
-                f"{held_out} contradicts {folder}, which was made {made}; leave it out, or make "
-                "another label set"
-            )
-        held_out = kept
-        extra = check_extra(entry, config.extra_data)
-        if len(extra) < len(config.extra_data) and config.missing == "fail":
-            raise ConfigError(
-                f"{folder} has no labels of --extra-data; precompute with --extra-data, or let the "
-                "teachers label it: --missing teach"
-            )
-        extra = config.extra_data
-    source = open_images(config, config.data_dir, split, held_out=held_out, classes=names)
-    if config.hard_label_weight and UNLABELLED in source.labels:
-        raise ConfigError("--hard-label-weight needs class ids, which these pictures do not have")
-    classes = list(source.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
-    return with_deleted(config, with_extra(config, source, extra)), val
 
 
 def from_online_teachers(

@@ -38,9 +38,13 @@ def steps_of(
         batch = StoredLabels.batch
 
         def recording(
-            self: StoredLabels, positions: Sequence[int], views: Sequence[int], images: Tensor
+            self: StoredLabels,
+            positions: Sequence[int],
+            views: Sequence[int],
+            images: Tensor,
+            *others: Any,
         ) -> BatchTargets:
-            found = batch(self, positions, views, images)
+            found = batch(self, positions, views, images, *others)
             seen.append((images.clone(), dense(found.soft_labels), found.classes_B.tolist()))
             return found
 

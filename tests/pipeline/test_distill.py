@@ -199,10 +199,10 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
         self: StoredLabels,
         positions: Sequence[int],
         views: Sequence[int],
-        images_BCHW: torch.Tensor,
+        *images: Any,
     ) -> BatchTargets:
         asked.extend(zip(positions, views, strict=True))
-        return batch_targets(self, positions, views, images_BCHW)
+        return batch_targets(self, positions, views, *images)
 
     monkeypatch.setattr(StoredLabels, "batch", recording)
     done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)

@@ -71,10 +71,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
         answer = kind.batch
 
         def recording(
-            self: Any, positions: Sequence[int], views: Sequence[int], images: torch.Tensor
+            self: Any, positions: Sequence[int], views: Sequence[int], *images: Any
         ) -> BatchTargets:
             seen.append(list(zip(positions, views, strict=True)))
-            return answer(self, positions, views, images)
+            return answer(self, positions, views, *images)
 
         monkeypatch.setattr(kind, "batch", recording)
 
@@ -623,9 +623,9 @@ def test_ensemble_is_asked_for_lacking_rows_alone(
     sizes: list[int] = []
     forward = TeacherEnsemble.forward
 
-    def recording(self: TeacherEnsemble, images_BCHW: torch.Tensor) -> Any:
+    def recording(self: TeacherEnsemble, images_BCHW: torch.Tensor, *others: Any) -> Any:
         sizes.append(len(images_BCHW))
-        return forward(self, images_BCHW)
+        return forward(self, images_BCHW, *others)
 
     monkeypatch.setattr(TeacherEnsemble, "forward", recording)
     flags = ["--data-dir", own_data, "--missing", "teach", *teacher_flags]
