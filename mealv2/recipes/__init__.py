@@ -3,11 +3,12 @@
 import difflib
 import tomllib
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
 
+_FOLDER = Path(__file__).parent
 _SUFFIX = ".toml"
 _ABLATION = "ablation-"
 
@@ -43,8 +44,7 @@ class Recipe:
 
 def names() -> list[str]:
     """Return the names of all recipes, the ablations last."""
-    files = (entry.name for entry in resources.files(__name__).iterdir())
-    found = [name.removesuffix(_SUFFIX) for name in files if name.endswith(_SUFFIX)]
+    found = [path.stem for path in _FOLDER.glob(f"*{_SUFFIX}")]
     return sorted(found, key=lambda name: (name.startswith(_ABLATION), name))
 
 
@@ -57,7 +57,7 @@ def text(name: str) -> str:
         if suggestion:
             hint = f"did you mean {', '.join(suggestion)}?"
         raise ConfigError(f"unknown recipe {name!r}; {hint}")
-    return (resources.files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+    return (_FOLDER / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 
 def load(name: str) -> Recipe:

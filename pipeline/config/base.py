@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,6 +15,7 @@ from pipeline.config.fields import (
     REQUIRED,
     check_bounds,
     current_names,
+    frozen,
     in_data,
     in_hardware,
     in_jobs,
@@ -70,7 +70,7 @@ TEACHER = (
 _OWN = "the model's own"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class Settings:
     """The config of a command. Its docstring is the description in ``--help``."""
 
@@ -80,6 +80,19 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the settings; raises ConfigError that names the flag."""
         check_bounds(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both are of one class and all settings are equal."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        """Return the hash of all settings."""
+        return hash(tuple(vars(self).values()))
+
+    def __repr__(self) -> str:
+        """Return the call that makes the config."""
+        given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({given})"
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, with absolute paths."""
@@ -101,7 +114,7 @@ class Settings:
         return cls(**{name: typed(known[name], value) for name, value in values.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class CacheConfig(Settings):
     """Settings of commands that can read from URLs."""
 
@@ -125,14 +138,14 @@ class CacheConfig(Settings):
         return num_bytes_of("cache_size", self.cache_size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class StrictConfig(Settings):
     """Settings of commands that list images."""
 
     strict: bool = in_data(False, "Stop if a file of the data set is left out or found twice.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SourceConfig(StrictConfig, CacheConfig):
     """Settings of commands that list images, also behind URLs."""
 
@@ -152,7 +165,7 @@ class SourceConfig(StrictConfig, CacheConfig):
             without_effect(self, "without --data-dir torch/… or hfds/…", "download")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class HeldOutConfig(SourceConfig):
     """Settings of commands that can hold out a part of the training images."""
 
@@ -176,7 +189,7 @@ class HeldOutConfig(SourceConfig):
         require(self.val_split != NO_SPLIT, message)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class ExtraDataConfig(SourceConfig):
     """Settings of commands that read unlabelled pictures too."""
 
@@ -189,7 +202,7 @@ class ExtraDataConfig(SourceConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class ReaderConfig(Settings):
     """Settings of commands that read images."""
 
@@ -211,7 +224,7 @@ def resize_name(exact_pil: bool | None, interpolation: Interpolation | None) -> 
     return "pil" if exact_pil else "torch"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class CropConfig(Settings):
     """Settings of commands that resize images."""
 
@@ -224,7 +237,7 @@ class CropConfig(Settings):
         return resize_name(self.exact_pil, self.interpolation)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class NormalisationConfig(Settings):
     """Settings of commands that normalise the images for one model."""
 
@@ -240,7 +253,7 @@ class NormalisationConfig(Settings):
         require(is_positive, f"--std must be positive and finite, got {self.std}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class RuntimeConfig(ReaderConfig):
     """Settings of commands that run a model."""
 
@@ -256,7 +269,7 @@ class RuntimeConfig(ReaderConfig):
             without_effect(self, "without --amp", "amp_dtype")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabellingConfig(RuntimeConfig):
     """Settings of commands that label many views."""
 
@@ -268,7 +281,7 @@ class LabellingConfig(RuntimeConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class JobsConfig(LabellingConfig):
     """Settings of commands that several jobs can share."""
 

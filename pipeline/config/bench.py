@@ -1,10 +1,10 @@
 """Settings of `mealv2 bench`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.base import DEFAULT_IMG_SIZE, SIDE, RuntimeConfig, StrictConfig
 from pipeline.config.fields import (
+    frozen,
     in_data,
     in_hardware,
     in_img_size,
@@ -23,7 +23,7 @@ LINES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class BenchConfig(StrictConfig, RuntimeConfig):
     """Measure how fast this machine reads, labels and trains, and compare with its limits."""
 

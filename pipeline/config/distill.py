@@ -1,7 +1,6 @@
 """Settings of `mealv2 distill`."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Literal, Self
 
 from mealv2.storage.urls import Location, is_url
@@ -21,6 +20,7 @@ from pipeline.config.base import (
 from pipeline.config.fields import (
     MAX_SEED,
     flag,
+    frozen,
     in_data,
     in_img_size,
     in_labels,
@@ -39,7 +39,7 @@ _NEED = "one of --labels and --online is required"
 FEW_CLASSES, FEW_CLASSES_LR = 100, 1e-4
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
     """Train a student on soft labels: from a label set, from teachers online, or both.
 

@@ -1,6 +1,5 @@
 """Settings of the `mealv2 labels` commands."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from pipeline.config.fields import (
     MAX_SEED,
     REQUIRED,
     argument,
+    frozen,
     in_data,
     in_hardware,
     in_img_size,
@@ -45,7 +45,7 @@ _SHOWN_TEACHERS = "those of the label set"
 _NEW_SET = "Folder of the new label set."
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsInfoConfig(CacheConfig):
     """Describe a label set: views, teachers, encoding, bytes, accuracies."""
 
@@ -54,7 +54,7 @@ class LabelsInfoConfig(CacheConfig):
     labels: Location = argument(_LOCAL_OR_URL, path="label set")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsStatusConfig(CacheConfig):
     """List the complete, missing and damaged shards, and the command to run next.
 
@@ -73,7 +73,7 @@ class LabelsStatusConfig(CacheConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsFinishConfig(CacheConfig):
     """Write the manifest of a label set whose shards were made by jobs.
 
@@ -88,7 +88,7 @@ class LabelsFinishConfig(CacheConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
     """Check every file and label of a label set, and the boxes of all views.
 
@@ -129,7 +129,7 @@ class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
             without_effect(self, "without --relabel", *names)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsAddViewsConfig(ExtraDataConfig, JobsConfig):
     """Label more views of a label set's images with its own teachers.
 
@@ -146,7 +146,7 @@ class LabelsAddViewsConfig(ExtraDataConfig, JobsConfig):
     teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsConvertConfig(EncodingConfig):
     """Copy a label set to another encoding or to the current format."""
 
@@ -159,7 +159,7 @@ class LabelsConvertConfig(EncodingConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsMergeConfig(EncodingConfig):
     """Join label sets of different images, or average label sets of different teachers.
 
@@ -183,7 +183,7 @@ class LabelsMergeConfig(EncodingConfig):
         require(len(self.sets) > 1, "give two label sets or more")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsSplitConfig(Settings):
     """Divide a label set into parts of disjoint images.
 
@@ -197,7 +197,7 @@ class LabelsSplitConfig(Settings):
     parts: int = in_labels(2, "Number of parts, of about equal size.", low=2, high=100_000)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsImportConfig(SourceConfig):
     """Make a label set from labels that other software wrote."""
 
@@ -218,7 +218,7 @@ class LabelsImportConfig(SourceConfig):
     shard_size: int = in_labels(DEFAULT_SHARD_SIZE, "Images per label shard.", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class LabelsExportConfig(SourceConfig):
     """Export the labels of a label set to other formats."""
 

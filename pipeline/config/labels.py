@@ -1,6 +1,5 @@
 """Settings of `mealv2 precompute`, and how label sets encode labels."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from mealv2 import defaults
@@ -25,6 +24,7 @@ from pipeline.config.base import (
 from pipeline.config.fields import (
     MAX_SEED,
     REQUIRED,
+    frozen,
     in_data,
     in_img_size,
     in_labels,
@@ -39,7 +39,7 @@ from pipeline.config.views import ViewsConfig
 RATE = "Classes kept per view: the number that minimises KL + RATE * classes."
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class EncodingConfig(Settings):
     """Settings of commands that encode labels."""
 
@@ -64,7 +64,7 @@ class EncodingConfig(Settings):
             without_effect(self, "without --topk", "label_dtype")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConfig, JobsConfig):
     """Label views of a data set with an ensemble of teachers and store the soft labels."""
 

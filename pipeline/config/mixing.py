@@ -1,13 +1,12 @@
 """Settings of mixup and CutMix: timm's flags."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.fields import in_loss, require, without_effect
+from pipeline.config.fields import frozen, in_loss, require, without_effect
 from pipeline.config.optimisation import OptimisationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class MixingConfig(OptimisationConfig):
     """Settings of mixed images, off by default. The paper adds CutMix in one experiment."""
 

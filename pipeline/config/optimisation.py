@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.config.base import (
@@ -12,7 +11,7 @@ from pipeline.config.base import (
     PAPER_MILESTONE,
     Settings,
 )
-from pipeline.config.fields import in_optimisation, require, without_effect
+from pipeline.config.fields import frozen, in_optimisation, require, without_effect
 
 # timm's optimizers with a state that a resumed run continues to the bit; a test compares the list
 # with timm's. `lookahead_NAME` wraps each.
@@ -44,7 +43,7 @@ def _current_sched(values: Mapping[str, Any]) -> Any:
     return "multistep" if is_old else values["sched"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class OptimisationConfig(Settings):
     """Settings of optimizer and learning rate."""
 

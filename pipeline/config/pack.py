@@ -1,14 +1,13 @@
 """Settings of `mealv2 pack`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config.base import DEFAULT_SHARD_SIZE, NEW_FOLDER, StrictConfig
-from pipeline.config.fields import REQUIRED, in_data, in_hardware, require, without_effect
+from pipeline.config.fields import REQUIRED, frozen, in_data, in_hardware, require, without_effect
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class PackConfig(StrictConfig):
     """Copy a data set into a form that is faster to read. Label sets of the original fit the copy.
 

@@ -12,6 +12,7 @@ from pipeline.config.fields import (
     argument,
     current_name,
     flag,
+    frozen,
     in_batch_job,
     require,
     without_effect,
@@ -56,7 +57,7 @@ class Choice:
         return re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{flag(self.field)[2:]}={self.value}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SlurmJob(Settings):
     """Settings of every batch job. Without a setting, the site's default applies."""
 
@@ -107,7 +108,7 @@ class SlurmJob(Settings):
             require(is_option, f"--sbatch-arg must be an option of sbatch, got {word!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SlurmPrecomputeConfig(SlurmJob):
     """Label the missing shards of a label set in a job array, then write its manifest.
 
@@ -124,7 +125,7 @@ class SlurmPrecomputeConfig(SlurmJob):
     array: int = in_batch_job(8, "Maximum number of tasks of the array.", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SlurmTraining(SlurmJob):
     """Settings of batch jobs that train."""
 
@@ -147,7 +148,7 @@ class SlurmTraining(SlurmJob):
         return self.nproc_per_node or max(1, self.gpus)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SlurmDistillConfig(SlurmTraining):
     """Train a student in a batch job, on one node or several.
 
@@ -161,7 +162,7 @@ class SlurmDistillConfig(SlurmTraining):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class SlurmSweepConfig(SlurmTraining):
     """Train one student per combination of settings from one label set, in a job array.
 

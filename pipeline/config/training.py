@@ -1,7 +1,6 @@
 """Settings of every training run, and of `mealv2 finetune`."""
 
 import ast
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from pipeline.config.base import (
 from pipeline.config.fields import (
     MAX_SEED,
     REQUIRED,
+    frozen,
     in_data,
     in_hardware,
     in_img_size,
@@ -61,7 +61,7 @@ _FLAG_OF = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfig):
     """Settings of every training run."""
 
@@ -191,7 +191,7 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
         return self.initial_checkpoint is None if self.pretrained is None else self.pretrained
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class FinetuneConfig(ViewsConfig, TrainConfig):
     """Train on class labels: a teacher for your data, a student's start, or a control run."""
 

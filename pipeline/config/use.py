@@ -1,7 +1,6 @@
 """Settings of the commands that use a trained model, and of the demo."""
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from pipeline.config.fields import (
     MAX_WORKERS,
     REQUIRED,
     argument,
+    frozen,
     in_data,
     in_hardware,
     in_img_size,
@@ -39,7 +39,7 @@ _MODEL = "one of --model and --checkpoint is required"
 _results = partial(in_results, None, shown="not written", path="new file")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
     """Settings of commands that run a trained model."""
 
@@ -72,7 +72,7 @@ class InferenceConfig(CropConfig, NormalisationConfig, RuntimeConfig):
         require(is_known, f"--results-file must end in .json or .csv, got {self.results_file}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class EvaluateConfig(HeldOutConfig, InferenceConfig):
     """Measure the accuracy of a checkpoint or a timm model on a split."""
 
@@ -97,7 +97,7 @@ class EvaluateConfig(HeldOutConfig, InferenceConfig):
             without_effect(self, "without --val-fraction", "train_split")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class PredictConfig(StrictConfig, InferenceConfig):
     """Predict the classes of pictures with a checkpoint or a timm model."""
 
@@ -107,7 +107,7 @@ class PredictConfig(StrictConfig, InferenceConfig):
     topk: int = in_results(5, "Number of most probable classes to show.", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class ExportConfig(Settings):
     """Export a trained model: timm or torch.hub folder, ONNX or TorchScript file."""
 
@@ -134,7 +134,7 @@ class ExportConfig(Settings):
             require(self.output.suffix == suffix, message)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class PushConfig(Settings):
     """Upload a trained model to the Hugging Face Hub, as timm loads it, with a model card.
 
@@ -173,7 +173,7 @@ class PushConfig(Settings):
         return self.to.removeprefix(HUB)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class DemoConfig(ReaderConfig):
     """Run precompute, distill and a control run on scikit-learn's handwritten digits.
 

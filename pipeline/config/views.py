@@ -1,18 +1,17 @@
 """Settings of the views: crop, flips and what changes their pixels."""
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mealv2.errors import ConfigError
 from mealv2.view_operations import EraseMode
 from mealv2.view_recipe import FLIP_PROBABILITY, PADDING, Crop, ViewRecipe
 from pipeline.config.base import CropConfig
-from pipeline.config.fields import flag, in_views, without_effect
+from pipeline.config.fields import flag, frozen, in_views, without_effect
 
 Pair = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen
 class ViewsConfig(CropConfig):
     """Settings of commands that draw views. What is not given is as in the paper."""
 

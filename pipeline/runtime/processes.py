@@ -1,6 +1,6 @@
 """Which process this is, whether another one still runs, and how a child ends with its parent."""
 
-import multiprocessing
+import importlib
 import os
 import signal
 import socket
@@ -72,7 +72,8 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
+    # imported here, as every command starts faster without it
+    if (parent := importlib.import_module("multiprocessing").parent_process()) is not None:
         parent.join()
     else:
         try:
