@@ -24,23 +24,41 @@ Field = dataclasses.Field[Any]
 
 
 class ConfigCommand(click.Command):
-    """A command whose parameters make a config. Old names of its options are accepted, hidden."""
+    """A command whose parameters make a config. Old names of its options are accepted, hidden.
+
+    ``params`` come before those of the config, which are made when they are first asked for: most
+    commands of a command line are not run.
+    """
+
+    _params: list[click.Parameter]
+    _is_whole: bool
 
     def __init__(
         self, name: str, config: type[configs.Settings], *, raw_arguments: bool = False, **more: Any
     ) -> None:
-        fields = _in_reading_order(config)
+        self.config = config
+        self._is_raw = raw_arguments
+        fields = dataclasses.fields(config)
         current = {_word(f.metadata["alias"]): _word(f.name) for f in fields if f.metadata["alias"]}
         context = more.pop("context_settings", {}) | {
             "token_normalize_func": lambda word: current.get(word, word)
         }
-        params = [
-            _argument(f, is_raw=raw_arguments) if f.metadata["positional"] else _option(f)
-            for f in fields
-        ]
-        about = {"help": _help_text(config), "context_settings": context}
-        super().__init__(name, params=[*more.pop("params", []), *params], **about, **more)
-        self.config = config
+        super().__init__(name, help=_help_text(config), context_settings=context, **more)
+
+    @property
+    def params(self) -> list[click.Parameter]:
+        """The parameters, those of the config last."""
+        if not self._is_whole:
+            self._params += [
+                _argument(f, is_raw=self._is_raw) if f.metadata["positional"] else _option(f)
+                for f in _in_reading_order(self.config)
+            ]
+            self._is_whole = True
+        return self._params
+
+    @params.setter
+    def params(self, first: list[click.Parameter]) -> None:
+        self._params, self._is_whole = list(first), False
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under the headings of their groups."""
