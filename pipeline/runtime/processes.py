@@ -1,10 +1,10 @@
 """Which process this is, whether another one still runs, and how a child ends with its parent."""
 
-import importlib
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -72,8 +72,9 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
-    # imported here, as every command starts faster without it
-    if (parent := importlib.import_module("multiprocessing").parent_process()) is not None:
+    multiprocessing = sys.modules.get("multiprocessing")  # its processes have imported it
+    parent = multiprocessing.parent_process() if multiprocessing else None
+    if parent is not None:
         parent.join()
     else:
         try:
