@@ -73,8 +73,9 @@ verify: $(VENV)/.done  ## every byte of LABELS (ARGS='--data-dir DATA --relabel 
 test: $(VENV)/.done  ## the fast tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow and not gpu and not cluster' $(ARGS)
 
-test-slow: $(VENV)/.done  ## the tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu and not cluster' $(ARGS)
+test-slow: $(VENV)/.done  ## the tests that take longer, two at a time; then those that measure time
+	$(BIN)/python -m pytest --numprocesses 2 -m 'slow and not timing and not gpu and not cluster' $(ARGS)
+	$(BIN)/python -m pytest -m 'timing and not gpu and not cluster' $(ARGS)
 
 test-cluster: $(VENV)/.done  ## the tests on a Slurm of virtual nodes (Linux, root; installs Debian's packages)
 	$(BIN)/python -m pytest -m cluster $(ARGS)

@@ -60,6 +60,7 @@ def test_there_is_a_command_for_every_config() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_help_comes_in_a_third_of_a_second() -> None:
     command = [Path(sys.executable).parent / "mealv2", "--help"]
     seconds = []

@@ -125,6 +125,7 @@ def test_a_wrong_path_is_one_line_before_torch_is_imported(
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_a_wrong_data_dir_is_reported_in_half_a_second(tmp_path: Path) -> None:
     mealv2 = str(Path(sys.executable).parent / "mealv2")
     words = [mealv2, *shlex.split("distill --data-dir nowhere --labels labels --model resnet18")]

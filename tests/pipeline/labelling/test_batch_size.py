@@ -38,6 +38,7 @@ class TrainingSpec:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("times", "max_batch_size", "expected"),
     [
