@@ -35,6 +35,9 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
         "teachers": [teacher["model"] for teacher in plan.get("teachers", [])],
         "encoding": plan.get("labels"),
         "img_size": plan["img_size"],
+        "teacher_img_sizes": [
+            t.get("img_size", plan["img_size"]) for t in plan.get("teachers", [])
+        ],
         "derived": plan.get("derived"),
     }
     views = plan["roles"].get("train", {}).get("views", {})
@@ -43,7 +46,7 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
         "label set": folder,
         "format version": plan["format_version"],
         "classes": len(plan["classes"]),
-        "teachers": ", ".join(report["teachers"]),
+        "teachers": ", ".join(map(_teacher, plan.get("teachers", []))),
         "encoding": Encoding.of_plan(plan),
         "image size": f"{plan['img_size']} pixels",
         "views": f"{views.get('name')}{seed}",
@@ -55,6 +58,12 @@ def run(config: LabelsInfoConfig) -> dict[str, Any]:
     if not is_finished:
         return report | {"roles": _unfinished(folder, plan)}
     return report | {"roles": {name: _split(folder, manifest, name) for name in manifest["roles"]}}
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    """Return the name of a teacher, and the size of its views if it has one of its own."""
+    size = f" at {teacher['img_size']} pixels" if "img_size" in teacher else ""
+    return f"{teacher['model']}{size}"
 
 
 def _log(name: str, value: object) -> None:

@@ -95,6 +95,14 @@ def test_a_label_is_the_mean_of_each_teacher_alone_at_its_own_size(
                 torch.testing.assert_close(found_C, expected_C, rtol=0, atol=2e-6)
 
 
+def test_the_description_of_a_label_set_names_the_sizes(labels: Path, done: Run) -> None:
+    result = done("labels", "info", labels)
+    assert result.report["teacher_img_sizes"] == [IMG_SIZE, LARGE, LARGE]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("teachers")]
+    assert "test_resnet at" not in line
+    assert line.endswith("test_efficientnet at 48 pixels, test_vit at 48 pixels")
+
+
 def test_an_image_is_decoded_once_and_a_lost_shard_comes_back_with_its_bytes(
     done: Run,
     flags: list[object],
