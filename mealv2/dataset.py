@@ -78,7 +78,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         if isinstance(source, str | os.PathLike):
             plan = read_manifest(Path(labels))["plan"]
             named = plan["roles"].get(split, {}).get("split", split)
-            source = open_source(Path(source), named, classes=plan["classes"])
+            source = open_source(Path(source), named, names=lambda: plan["classes"])
         source = as_source(source, f"{type(source).__name__} ({split})", split=split)
         self.label_set = LabelSet.open(labels, split=split)
         self.source = source

@@ -1,4 +1,4 @@
-"""Unlabelled pictures: a folder of them, and a labelled source joined with some."""
+"""Unlabelled pictures: a folder of them or of tar files, and a labelled source joined with some."""
 
 import os
 import unicodedata
@@ -10,7 +10,8 @@ from pathlib import Path
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
-from mealv2.data.source import UNLABELLED, ImageSource, where_is
+from mealv2.data.source import UNLABELLED, ImageSource, is_unlabelled, where_is
+from mealv2.data.tar import TarShards
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError
 from mealv2.storage.regular_files import read_regular
@@ -28,16 +29,16 @@ class UnlabelledFolder(UnorderedSource):
     def __init__(
         self, folder: str | os.PathLike[str], *, classes: Sequence[str], split: str = "train"
     ) -> None:
-        self.folder = Path(folder)
+        root = Path(folder)
         self.name = str(folder)
         self.split = split
         self.classes = list(classes)
-        if not self.folder.is_dir():
+        if not root.is_dir():
             raise ConfigError(f"no folder {folder}; give a folder of unlabelled pictures")
-        walk = Walk(self.folder)
+        walk = Walk(root)
         found = sorted(
-            (unicodedata.normalize("NFC", path.relative_to(self.folder).as_posix()), size, path)
-            for path, size in walk.images(self.folder)
+            (unicodedata.normalize("NFC", path.relative_to(root).as_posix()), size, path)
+            for path, size in walk.images(root)
         )
         self.left_out: LeftOut = walk.left_out()
         if not found:
@@ -57,6 +58,25 @@ class UnlabelledFolder(UnorderedSource):
         return read_regular(self._paths[position], max_bytes=MAX_BYTES)
 
 
+def open_unlabelled(folder: Path, *, classes: Sequence[str]) -> ImageSource:
+    """Open the pictures below a folder, or in its tar files, whose samples need no class id.
+
+    Raises ConfigError for tar files with class ids, and for pictures beside them; otherwise as
+    UnlabelledFolder and TarShards.
+    """
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        return UnlabelledFolder(folder, classes=classes)
+    for path, _ in Walk(folder).images(folder):
+        raise ConfigError(
+            f"{folder} has tar files and pictures ({path.name}); move one kind elsewhere"
+        )
+    source = TarShards(tars, name=str(folder), split="train", names=lambda: classes)
+    if not is_unlabelled(source):
+        raise ConfigError(f"{folder} has tar files with class ids; give them as --data-dir")
+    return source
+
+
 class WithExtra:
     """A labelled source and folders of unlabelled pictures as one ImageSource.
 
@@ -65,17 +85,17 @@ class WithExtra:
     source whose images are read in groups (remote tar files).
     """
 
-    def __init__(self, source: ImageSource, folders: Sequence[UnlabelledFolder]) -> None:
+    def __init__(self, source: ImageSource, folders: Sequence[ImageSource]) -> None:
         if source.groups is not None:
             raise ConfigError("--extra-data needs a local --data-dir, not a URL")
-        self.folders = {_name_of(folder.folder): folder for folder in folders}
+        self.folders = {_name_of(Path(folder.name)): folder for folder in folders}
         if len(self.folders) < len(folders):
             raise ConfigError(
                 "two folders of --extra-data have the same name, which is part of the names of "
                 "their images; rename one"
             )
         for folder in folders:
-            _check_apart(folder.folder, Path(source.name))
+            _check_apart(Path(folder.name), Path(source.name))
         self.name, self.split, self.classes = source.name, source.split, list(source.classes)
         self.parts: list[ImageSource] = [source, *folders]
         prefixes = ["", *(f"extra/{name}/" for name in self.folders)]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from mealv2.data.source import ClassNames
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_index import (
     ShardIndex,
@@ -136,8 +137,9 @@ class RemoteShards(TarShards):
         name: str,
         split: str,
         classes: list[str] | None,
+        names: ClassNames | None = None,
     ) -> None:
-        super().__init__(files, name=name, split=split, classes=classes)
+        super().__init__(files, name=name, split=split, classes=classes, names=names)
         self._tars = list(files)
         self.groups = self.shard_starts or []
         self._numbers = [self._shard_of(start) for start in self.groups]  # shards with images

@@ -1,12 +1,13 @@
 """The interface of image sources: keys, classes, sizes and encoded images; their fingerprint."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
 
 from mealv2.data.left_out import LeftOut
 
 UNLABELLED = -1  # the class id of an image without one
+ClassNames = Callable[[], Sequence[str]]  # finds the class names of unlabelled images
 
 
 class ImageSource(Protocol):
@@ -68,6 +69,11 @@ class ImageSource(Protocol):
 
         ``data`` is what ``read`` returned, the image itself unless it is packed.
         """
+
+
+def is_unlabelled(source: ImageSource) -> bool:
+    """Return whether no image of a source has a class."""
+    return all(label == UNLABELLED for label in source.labels)
 
 
 def where_is(source: ImageSource, position: int) -> str:

@@ -16,6 +16,7 @@ from mealv2.data.image_files import MAX_BYTES
 from mealv2.data.keys import Keys
 from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN
+from mealv2.data.source import UNLABELLED, ClassNames
 from mealv2.data.tar_index import MAX_CLASSES, ShardIndex, index_path, index_shard, read_index
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import OpenFiles
@@ -69,9 +70,11 @@ class TarShards(UnorderedSource):
 
     A sample is a run of members with one name up to the first dot of the base name, which is its
     key (or the text of its ``.key`` member); it needs one image and the class id in ``.cls``.
-    Without ``classes``, their names are the ids, zero-padded. Any thread and any forked or spawned
-    process may read. Raises DataError for a damaged file or sample and for a duplicate key,
-    ConfigError for a class id without a name.
+    Without ``classes``, their names are the ids, zero-padded. If no sample has a ``.cls``, the
+    images are unlabelled, and ``names`` returns the class names. Any thread and any forked or
+    spawned process may read. Raises DataError for a damaged file or sample, for a duplicate key and
+    for a sample without a class among others or without ``names``, ConfigError for a class id
+    without a name.
     """
 
     _advice = f"remove the tar file and {ADVICE_RERUN}, or copy it again"
@@ -83,6 +86,7 @@ class TarShards(UnorderedSource):
         name: str,
         split: str,
         classes: list[str] | None = None,
+        names: ClassNames | None = None,
     ) -> None:
         self._tar_files = [LocalTar(f) if isinstance(f, Path) else f for f in files]
         self._files = OpenFiles(self._tar_files, most=_MAX_OPEN)
@@ -116,6 +120,8 @@ class TarShards(UnorderedSource):
         if not self.keys:
             raise ConfigError(f"{name} holds no samples: images with a .cls member each")
         self._check_unique()
+        if UNLABELLED in self.labels:
+            classes = self._names_of_unlabelled(names)
         self.classes = classes or self._numbered_classes()
         if (max_class := max(self.labels)) >= len(self.classes):
             key = self.keys[self.labels.index(max_class)]
@@ -172,6 +178,13 @@ class TarShards(UnorderedSource):
                 one, two = (self._name_at(p) for p in (other, position))
                 where = f"twice in {one}" if one == two else f"in {one} and in {two}"
                 raise DataError(f"sample {key} is {where}; every image needs a key of its own")
+
+    def _names_of_unlabelled(self, names: ClassNames | None) -> list[str]:
+        if names is None or max(self.labels) != UNLABELLED:
+            position = self.labels.index(UNLABELLED)
+            where = f"sample {self.keys[position]} of {self._name_at(position)}"
+            raise DataError(f"{where} has no class: add a member .cls with the class id")
+        return list(names())
 
     def _numbered_classes(self) -> list[str]:
         max_class = max(self.labels)

@@ -19,6 +19,7 @@ from mealv2.data.content_hash import content_hash
 from mealv2.data.image_files import EXTENSIONS
 from mealv2.data.left_out import LeftOut
 from mealv2.data.pack_index import ADVICE_RERUN
+from mealv2.data.source import UNLABELLED
 from mealv2.data.tar_headers import BLOCK, Archive, Member
 from mealv2.data.tar_splits import INDEX_SUFFIX
 from mealv2.errors import DataError
@@ -38,9 +39,10 @@ _COLUMNS = {"classes": "q", "sizes": "q", "offsets": "q", "head_sizes": "q", "he
 class ShardIndex(NamedTuple):
     """The images of one tar file, in file order.
 
-    ``head_crc32s`` are the CRC-32 of the ``head_sizes`` bytes before each image;
-    ``hashes`` are the content hashes of the images, empty if nobody has read them.
-    ``original_sizes`` and ``original_hashes`` are those of the images before they were packed.
+    The label of a sample without ``.cls`` is ``UNLABELLED``. ``head_crc32s`` are the CRC-32 of the
+    ``head_sizes`` bytes before each image; ``hashes`` are the content hashes of the images, empty
+    if nobody has read them. ``original_sizes`` and ``original_hashes`` are those of the images
+    before they were packed.
     ``left_out`` counts the other members.
     """
 
@@ -202,13 +204,11 @@ def _is_complete(sample: _Sample) -> bool:
 
 
 def _image_of(sample: _Sample, where: str) -> Member:
-    """Return the image of a sample; raises DataError unless it has one image and a class."""
+    """Return the image of a sample; raises DataError unless it has one."""
     images = [member for ext, member in sample.members.items() if f".{ext}" in EXTENSIONS]
     if len(images) > 1:
         names = ", ".join(member.name for member in images)
         raise DataError(f"{where} has {len(images)} images: {names}; one is needed")
-    if images and "cls" not in sample.members:
-        raise DataError(f"{where} has no class: add a member .cls with the class id")
     if not images:
         found = ", ".join(f".{ext}" for ext in list(sample.members)[:8])
         raise DataError(f"{where} has no image, for example .jpg or .png (it has {found})")
@@ -216,6 +216,8 @@ def _image_of(sample: _Sample, where: str) -> Member:
 
 
 def _label_of(sample: _Sample, where: str) -> int:
+    if "cls" not in sample.texts:
+        return UNLABELLED
     digits = sample.texts["cls"].strip()
     if not digits.isdigit():
         raise DataError(f"the .cls of {where} is {digits!r}; it must be a class id, counted from 0")
@@ -302,7 +304,9 @@ def _parsed(value: dict[str, Any]) -> TarIndex | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     tables = [np.asarray(column) for column in columns]
-    if any(len(t) != len(keys) or (t < 0).any() or (t > 1 << 62).any() for t in tables):
+    if any(len(t) != len(keys) or (t > 1 << 62).any() for t in tables):
+        return None
+    if (tables[0] < UNLABELLED).any() or any((t < 0).any() for t in tables[1:]):
         return None
     if not len(hashes) == len(originals_Q) == len(keys):
         return None

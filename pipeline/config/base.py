@@ -195,8 +195,8 @@ class ExtraDataConfig(SourceConfig):
 
     extra_data: tuple[Path, ...] = in_data(
         (),
-        "Folder of unlabelled pictures, at any depth, for training besides those of --data-dir; "
-        "repeat it for several.",
+        "Folder of unlabelled pictures, at any depth or in tar files without .cls, for training "
+        "besides those of --data-dir; repeat it for several.",
         shown="none",
         path="folder",
     )

@@ -97,7 +97,7 @@ def classes_of(specs: Sequence[str]) -> list[str]:
         classes = read_metadata(checkpoint).get("classes") if checkpoint else None
         if not classes:
             raise ConfigError(
-                f"the pictures have no class folders, and --teacher {name} has no class names; "
+                f"the pictures have no classes, and --teacher {name} has no class names; "
                 "give NAME=RUN, the run of `mealv2 finetune`"
             )
         known[f"{name}={checkpoint}"] = list(classes)
@@ -105,10 +105,10 @@ def classes_of(specs: Sequence[str]) -> list[str]:
     for other, classes in others:
         if classes != expected:
             raise ConfigError(
-                "the pictures have no class folders, and the teachers have different classes: "
+                "the pictures have no classes, and the teachers have different classes: "
                 f"{first} has {len(expected)}, {other} has {len(classes)}, or in another order"
             )
     if not env.is_child_process():
         names = console.first_names(expected)
-        console.info(f"pictures without class folders: the classes are the teachers' ({names})")
+        console.info(f"pictures without classes: the classes are the teachers' ({names})")
     return expected

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mealv2.data.extra import UnlabelledFolder, WithExtra
-from mealv2.data.folder import is_flat
+from mealv2.data.extra import WithExtra, open_unlabelled
 from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.open import download, open_source
-from mealv2.data.source import ImageSource
+from mealv2.data.source import ClassNames, ImageSource, is_unlabelled
 from mealv2.data.subset import Subset
 from mealv2.data.tar_splits import read_class_map
 from mealv2.errors import ConfigError
@@ -45,7 +44,7 @@ def open_labelled(
     extra = check_extra(entry, config.extra_data if isinstance(config, ExtraDataConfig) else ())
     held_out = HeldOut.from_json(entry.get("held_out"))
     source = open_images(
-        config, data_dir, entry["split"], held_out=held_out, classes=plan["classes"]
+        config, data_dir, entry["split"], held_out=held_out, names=lambda: plan["classes"]
     )
     return with_extra(config, by_name(source, plan["classes"]) or source, extra)
 
@@ -57,7 +56,7 @@ def with_extra(config: SourceConfig, source: ImageSource, folders: Sequence[Path
     """
     if not folders:
         return source
-    extra = [UnlabelledFolder(folder, classes=source.classes) for folder in folders]
+    extra = [open_unlabelled(folder, classes=source.classes) for folder in folders]
     for each in extra:
         show_summary(each, strict=config.strict)
     return WithExtra(source, extra)
@@ -83,30 +82,25 @@ def open_images(
     split: str,
     *,
     held_out: HeldOut | None = None,
-    classes: Sequence[str] | None = None,
+    names: ClassNames | None = None,
 ) -> ImageSource:
-    """Open a split of a data set and show its summary; ``classes`` as for open_source.
+    """Open a split of a data set and show its summary; ``names`` as for open_source.
 
     Raises ConfigError, also for files that are left out with --strict; DataError, RemoteError.
     """
     if config.download:
         download(data_dir)
     cache = cache_of(config)
-    source = open_source(data_dir, split, cache=cache, held_out=held_out, classes=classes)
+    source = open_source(data_dir, split, cache=cache, held_out=held_out, names=names)
     if config.class_map is not None:
-        if is_unlabelled(data_dir):
+        if is_unlabelled(source):
             raise ConfigError(
-                f"--class-map has no effect on {data_dir}, a folder without classes: it has those "
-                "of the teachers"
+                f"--class-map has no effect on {shown(data_dir)}, whose pictures have no classes: "
+                "they have those of the teachers"
             )
         source = _with_class_map(source, config.class_map)
     show_summary(source, strict=config.strict)
     return source
-
-
-def is_unlabelled(data_dir: Location) -> bool:
-    """Return whether a data set is a folder of pictures without class folders."""
-    return isinstance(data_dir, Path) and is_flat(data_dir)
 
 
 def _with_class_map(source: ImageSource, path: Path) -> ImageSource:
@@ -151,7 +145,7 @@ def _show(text: str) -> None:
 def summary(source: ImageSource) -> str:
     """Return one line: images, classes with the smallest and largest, what was left out and why."""
     parts = [f"{' '.join(['data', source.name]).strip()}: {console.count(len(source), 'image')}"]
-    if isinstance(source, UnlabelledFolder):
+    if is_unlabelled(source):
         parts[0] += ", unlabelled"
     elif len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"

@@ -1,9 +1,10 @@
 """Open the images of a distillation: the splits of its label set, or those of the flags."""
 
+from functools import partial
 from pathlib import Path
 
 from mealv2.data.held_out import HeldOut
-from mealv2.data.source import UNLABELLED, ImageSource
+from mealv2.data.source import UNLABELLED, ClassNames, ImageSource
 from mealv2.errors import ConfigError
 from mealv2.label_set import read_manifest
 from pipeline.config import DistillConfig
@@ -11,7 +12,6 @@ from pipeline.labelling import teachers
 from pipeline.loading.sources import (
     check_extra,
     held_out_of,
-    is_unlabelled,
     open_images,
     open_split,
     with_extra,
@@ -30,10 +30,10 @@ def open_splits(
     held_out = held_out_of(config, train_split=config.train_split or "train")
     if folder is None:
         split, extra = config.train_split or "train", config.extra_data
-        names = teachers.classes_of(config.teacher) if is_unlabelled(config.data_dir) else None
+        names: ClassNames = partial(teachers.classes_of, config.teacher)
     else:
         plan = read_manifest(folder)["plan"]
-        entry, names = plan["roles"]["train"], plan["classes"]
+        entry, names = plan["roles"]["train"], lambda: plan["classes"]
         split, kept = entry["split"], HeldOut.from_json(entry.get("held_out"))
         if held_out is not None and (held_out.fraction, held_out.seed) != (
             kept and (kept.fraction, kept.seed)
@@ -51,7 +51,7 @@ def open_splits(
                 "teachers label it: --missing teach"
             )
         extra = config.extra_data
-    source = open_images(config, config.data_dir, split, held_out=held_out, classes=names)
+    source = open_images(config, config.data_dir, split, held_out=held_out, names=names)
     if config.hard_label_weight and UNLABELLED in source.labels:
         raise ConfigError("--hard-label-weight needs class ids, which these pictures do not have")
     classes = list(source.classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Result
-from mealv2.data.extra import UnlabelledFolder, WithExtra
+from mealv2.data.extra import UnlabelledFolder, WithExtra, open_unlabelled
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
 from mealv2.errors import ConfigError
@@ -17,7 +17,7 @@ from mealv2.label_set import LabelSet, ShardFile, read_plan
 from mealv2.label_set.shard import NO_CLASS
 from pictures import flip
 from pipeline.loading.sources import summary
-from tars import tar_tree
+from tars import tar_tree, write_tar
 
 Run = Callable[..., Result]
 
@@ -200,6 +200,32 @@ def test_tar_shards_and_a_pool_make_label_shards_of_each(
     assert joined.shard_starts == [0, 10, 20, 30, 36]
     assert joined.read(36) == (pool / "ants" / "00.jpg").read_bytes()
     assert joined.labels[35:] == [2, -1, -1, -1, -1]
+
+
+def test_tar_files_without_class_ids_are_unlabelled_pictures(
+    done: Run, precompute_flags: list[str], distill_flags: list[str], pool: Path, tmp_path: Path
+) -> None:
+    folder, names = tmp_path / "pool", ("ants/00.jpg", "bees/02.png")
+    write_tar(folder / "some.tar", [(name, (pool / name).read_bytes()) for name in names])
+    extra = ["--extra-data", folder]
+    result = done(*precompute_flags, *extra, "--output", tmp_path / "labels")
+    assert any("pool: 2 images, unlabelled" in line for line in result.data_lines)
+    assert {"extra/pool/ants/00", "extra/pool/bees/02"} <= set(
+        LabelSet.open(tmp_path / "labels").keys()
+    )
+    words = [*distill_flags, "--labels", tmp_path / "labels", *extra, "--epochs", 1]
+    done(*words, "--output", tmp_path / "run")
+    assert _column(tmp_path / "run", "train_labels_stored") == ["38"]
+
+
+def test_a_folder_of_tar_files_has_no_class_ids_and_no_pictures(pool: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    write_tar(folder / "some.tar", [("1.jpg", b"x"), ("1.cls", b"0")])
+    with pytest.raises(ConfigError, match="tar files with class ids; give them as --data-dir"):
+        open_unlabelled(folder, classes=["ants"])
+    shutil.copy(pool / "flat.jpg", folder)
+    with pytest.raises(ConfigError, match=r"tar files and pictures \(flat\.jpg\)"):
+        open_unlabelled(folder, classes=["ants"])
 
 
 def test_folders_that_contain_one_another_or_share_a_name_are_refused(

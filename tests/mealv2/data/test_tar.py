@@ -20,10 +20,10 @@ from webdataset.tariterators import base_plus_ext
 from mealv2.data import tar_splits
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
-from mealv2.data.source import fingerprint
+from mealv2.data.source import fingerprint, is_unlabelled
 from mealv2.data.tar import TarShards
 from mealv2.data.tar_headers import BLOCK, Archive
-from mealv2.data.tar_index import index_shard
+from mealv2.data.tar_index import create_plain_index, index_bytes, index_path, index_shard
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.atomic import OpenFiles
 from tars import Files, tar_of, tar_tree, write_tar, write_with_webdataset
@@ -259,6 +259,21 @@ def test_what_is_no_file_of_classes_is_not_passed_over(tmp_path: Path, kind: str
         open_source(tmp_path, "train")
 
 
+def test_samples_without_classes_are_unlabelled_where_their_names_are_known(tmp_path: Path) -> None:
+    files = [("a/1.jpg", b"x"), ("a/2.png", b"yy"), ("a/2.json", b"{}")]
+    source = opened(tmp_path / "a.tar", files, names=lambda: ["ants", "bees"])
+    assert is_unlabelled(source)
+    assert (source.keys, source.classes) == (["a/1", "a/2"], ["ants", "bees"])
+    assert source.read(1) == b"yy"
+    index_path(tmp_path / "a.tar").write_bytes(index_bytes(create_plain_index(tmp_path / "a.tar")))
+    again = TarShards([tmp_path / "a.tar"], name="", split="train", names=lambda: ["ants"])
+    assert is_unlabelled(again)
+    labelled = opened(tmp_path / "b.tar", sample("1", 1), names=lambda: ["ants"])
+    assert (list(labelled.labels), labelled.classes) == ([1], ["0", "1"])
+    with pytest.raises(DataError, match=r"sample 2 of .*has no class"):
+        opened(tmp_path / "c.tar", [*sample("1", 0), ("2.jpg", b"")], names=lambda: ["ants"])
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
@@ -269,7 +284,7 @@ def test_what_is_no_file_of_classes_is_not_passed_over(tmp_path: Path, kind: str
         ([("a/1.cls", b"0"), ("a/1.mp4", b"x")], r"sample a/1 .* no image.*\.cls, \.mp4"),
         ([*sample("1", 0), ("1.png", b"y")], r"2 images: 1\.jpg, 1\.png"),
         ([*sample("1", 0), ("1.JPG", b"y")], r"two members \.jpg"),
-        ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], "sample 1 .*has no class"),
+        ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], r"sample 1 .*has no image.*\.cls"),
         ([*sample("1", 0), *sample("2", 0), *sample("1", 0)], "sample 1 is twice in .*bad.tar"),
         ([("1.jpg", b""), ("1.cls", b"-1")], r"b'-1'; it must be a class id"),
         ([("1.jpg", b""), ("1.cls", b"cat")], "b'cat'"),

@@ -173,7 +173,7 @@ def sealed(value: object) -> bytes:
         ({"offsets": None}, "does not describe a tar file"),
         ({"head_sizes": [512, 99999]}, "does not describe a tar file"),
         ({"head_crc32s": [1, -1]}, "does not describe a tar file"),
-        ({"classes": [0, -1]}, "does not describe a tar file"),
+        ({"classes": [0, -2]}, "does not describe a tar file"),
         ({"original_sizes": [1]}, "does not describe a tar file"),
         ({"hashes": "00" * 8}, "does not describe a tar file"),
         ({"hashes": "xx" * 16}, "does not describe a tar file"),
