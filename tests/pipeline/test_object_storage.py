@@ -21,6 +21,7 @@ from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.requests import CENTRE
+from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_index import create_plain_index, index_bytes
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store, transfer
@@ -28,7 +29,7 @@ from mealv2.storage.cache import Cache
 from mealv2.storage.transfer import File
 from pipeline.labelling.store import RemoteStore
 from stores import KEYS, Store, cutting_proxy, denying_server, new_store, s3_server, web_server
-from tars import tar_tree
+from tars import tar_tree, write_tar
 
 Run = Callable[..., Result]
 Files = Callable[..., dict[str, bytes]]
@@ -488,6 +489,17 @@ def test_shards_come_from_a_web_server_or_a_program_too(tar_dir: Path, tmp_path:
             assert [far.read(p) for p in range(len(far))] == [
                 local.read(p) for p in range(len(local))
             ]
+
+
+def test_shards_behind_a_url_may_have_no_class_ids(store: Store, tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "train-0.tar", [("1.jpg", b"x"), ("2.jpg", b"yy")])
+    url, cache = store.upload(tmp_path / "tars", "images"), Cache(tmp_path / "cache", 10**9)
+    for _ in range(2):  # by the headers, and by the index of the copy
+        source = open_source(url, "train", cache=cache, names=lambda: ["ants", "bees"])
+        assert is_unlabelled(source)
+        assert (source.classes, source.read(1)) == (["ants", "bees"], b"yy")
+    with pytest.raises(DataError, match=f"sample 1 of {url}/train-0.tar has no class"):
+        open_source(url, "train", cache=cache)
 
 
 @pytest.mark.slow
