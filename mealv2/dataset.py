@@ -19,6 +19,8 @@ from torch.utils.data import Dataset, Sampler
 
 from mealv2.batches import BatchSampler, rank_rows
 from mealv2.data.content_hash import ImageCheck
+from mealv2.data.extra import WithExtra, open_unlabelled
+from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
 from mealv2.data.own_source import ImageDataset, as_source
@@ -45,8 +47,9 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
     """The views of the images of a label set, each with its soft label.
 
     ``labels`` is the folder of a finished label set, ``source`` the data that it labels: a folder
-    as for ``--data-dir``, or an ImageSource. With ``split`` val it has the centre crops of the
-    validation split.
+    as for ``--data-dir``, of which the set's split is taken, also one that was held out, or an
+    ImageSource; ``extra_data`` are the folders of unlabelled pictures that the set was made with.
+    With ``split`` val it has the centre crops of the validation split.
 
     Item i is a view of the i-th image that has labels: in epoch e (``set_epoch``) the view that
     `mealv2 distill --seed` shows. Item (i, v) is its view v. An item is a pair: the pixels, uint8
@@ -74,12 +77,14 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         label: Label = "labels",
         transform: Callable[[Tensor], Any] | None = None,
         check_images: bool = True,
+        extra_data: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         if isinstance(source, str | os.PathLike):
-            plan = read_manifest(Path(labels))["plan"]
-            named = plan["roles"].get(split, {}).get("split", split)
-            source = open_source(Path(source), named, names=lambda: plan["classes"])
+            source = _open(Path(source), Path(labels), split)
         source = as_source(source, f"{type(source).__name__} ({split})", split=split)
+        if extra_data and split == "train":
+            folders = [open_unlabelled(Path(f), classes=source.classes) for f in extra_data]
+            source = WithExtra(source, folders)
         self.label_set = LabelSet.open(labels, split=split)
         self.source = source
         self.seed = seed
@@ -255,6 +260,16 @@ def collate(items: Sequence[tuple[Tensor, ItemLabel]]) -> tuple[Tensor, ItemLabe
     if isinstance(labels[0], BatchTargets):
         return images_BCHW, BatchTargets.concat(labels)
     return images_BCHW, concat(labels)
+
+
+def _open(data_dir: Path, labels: Path, split: str) -> ImageSource:
+    """Open the images that a label set names as its split, with its class ids."""
+    plan = read_manifest(labels)["plan"]
+    entry, classes = plan["roles"].get(split, {}), plan["classes"]
+    held_out = HeldOut.from_json(entry.get("held_out"))
+    named = entry.get("split", split)
+    source = open_source(data_dir, named, held_out=held_out, names=lambda: classes)
+    return by_name(source, classes) or source
 
 
 def _pixel_notes(labels: LabelSet) -> list[str]:

@@ -241,6 +241,21 @@ def test_images_without_labels_are_not_in_the_dataset(
     assert dataset[2][1].classes_B.tolist() == [dataset.source.labels[3]]  # type: ignore[union-attr]
 
 
+def test_the_held_out_split_and_the_unlabelled_pictures_of_the_set_are_found(
+    data_dir: Path, precompute_flags: list[str], done: Callable[..., Any], tmp_path: Path
+) -> None:
+    classes, pool = tmp_path / "classes", tmp_path / "pool"
+    shutil.copytree(data_dir / "train", classes)
+    shutil.copytree(data_dir / "val" / "bees", pool)
+    flags = ["--data-dir", classes, "--val-fraction", 0.25, "--extra-data", pool]
+    done(*precompute_flags, *flags, "--output", tmp_path / "labels")
+    dataset = SoftLabelDataset(tmp_path / "labels", classes, extra_data=[pool])
+    assert (len(dataset), len(dataset.source)) == (27 + 5, 27 + 5)
+    held_out = SoftLabelDataset(tmp_path / "labels", classes, split="val", extra_data=[pool])
+    assert len(held_out) == 9
+    assert not set(held_out.source.keys) & set(dataset.source.keys)
+
+
 def test_any_image_source_serves(data_dir: Path, labels_dir: Path) -> None:
     dataset = SoftLabelDataset(labels_dir, ImageFolder(data_dir, "train"), label="probs")
     same = SoftLabelDataset(labels_dir, data_dir, label="probs")
