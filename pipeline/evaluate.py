@@ -35,10 +35,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     source = open_images(config, config.data_dir, config.val_split, held_out=held_out)
     known = load_model.known_classes(config)
     if known and (matched := by_name(source, known)) not in (None, source):
-        missing = sorted(set(known) - set(source.classes))
-        warn_missing(config.val_split, config.data_dir, missing)
+        if missing := sorted(set(known) - set(source.classes)):
+            warn_missing(config.val_split, config.data_dir, missing)
         source = matched
     found = load_model.load(config, classes=source.classes)
+    if held_out is not None and found.held_out not in (None, held_out.flags):
+        console.info(
+            f"warning: {found.name} was trained with {' '.join(found.held_out or ())}: {held_out} "
+            "chooses other images, among them some that it may have been trained on"
+        )
     model = runtime.to_device(found.model)
     if model.num_classes != len(source.classes):
         raise ConfigError(

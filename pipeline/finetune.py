@@ -27,7 +27,7 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     source = open_images(config, config.data_dir, config.train_split, held_out=held_out)
     source = with_deleted(config, source)
     classes = list(source.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
+    val = open_split(config, config.data_dir, config.val_split, train=source, held_out=held_out)
     seed_everything(config.seed)
     student = create_student(config, classes=classes, img_size=config.img_size)
     if config.resume is None:

@@ -35,12 +35,16 @@ def require_own_code_named(name: str, checkpoint: Path | None) -> None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, the side of its centre crop, and the class names in its checkpoint, if any."""
+    """A model, the side of its centre crop, and what its checkpoint says, if it does.
+
+    ``classes`` are the class names, ``held_out`` the flags that held out its validation images.
+    """
 
     name: str
     model: Classifier
     img_size: int
     classes: list[str] | None
+    held_out: list[str] | None
 
 
 def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> LoadedModel:
@@ -75,7 +79,7 @@ def load(config: InferenceConfig, *, classes: Sequence[str] | None = None) -> Lo
     )
     for note in model.notes:
         console.info(note)
-    return LoadedModel(name, model, img_size, stored.get("classes"))
+    return LoadedModel(name, model, img_size, stored.get("classes"), stored.get("held_out"))
 
 
 def known_classes(config: InferenceConfig) -> list[str]:

@@ -81,11 +81,17 @@ class WithExtra:
     """A labelled source and folders of unlabelled pictures as one ImageSource.
 
     The key of an unlabelled picture is ``extra/NAME/KEY``, with the name of its folder: two folders
-    of one name are an error, as is a folder that contains the labelled images or is in them, and a
-    source whose images are read in groups (remote tar files).
+    of one name are an error, as is a folder that contains labelled images, those of ``val`` too, or
+    is in their folder, and a source whose images are read in groups (remote tar files).
     """
 
-    def __init__(self, source: ImageSource, folders: Sequence[ImageSource]) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        folders: Sequence[ImageSource],
+        *,
+        val: ImageSource | None = None,
+    ) -> None:
         if source.groups is not None:
             raise ConfigError("--extra-data needs a local --data-dir, not a URL")
         self.folders = {_name_of(Path(folder.name)): folder for folder in folders}
@@ -95,7 +101,8 @@ class WithExtra:
                 "their images; rename one"
             )
         for folder in folders:
-            _check_apart(Path(folder.name), Path(source.name))
+            for labelled in filter(None, (source, val)):
+                _check_apart(Path(folder.name), labelled)
         self.name, self.split, self.classes = source.name, source.split, list(source.classes)
         self.parts: list[ImageSource] = [source, *folders]
         prefixes = ["", *(f"extra/{name}/" for name in self.folders)]
@@ -150,10 +157,14 @@ def _name_of(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.absolute().name)
 
 
-def _check_apart(extra: Path, labelled: Path) -> None:
-    one, two = extra.resolve(), labelled.resolve()
-    if one.is_relative_to(two) or two.is_relative_to(one):
+def _check_apart(extra: Path, labelled: ImageSource) -> None:
+    """Raise ConfigError for a folder that has a labelled image in it, or lies among them."""
+    here, root = extra.resolve(), Path(labelled.name).resolve()
+    folders = {Path(where_is(labelled, position)).parent for position in range(len(labelled))}
+    if here.is_relative_to(root) or any(
+        folder.resolve().is_relative_to(here) for folder in (root, *folders)
+    ):
         raise ConfigError(
-            f"--extra-data {extra} and the labelled images in {labelled} contain one another, so "
-            "images would count twice; give another folder"
+            f"--extra-data {extra} and the labelled images of {labelled.split} in {labelled.name} "
+            "contain one another, so images would count twice; give another folder"
         )

@@ -112,9 +112,10 @@ def _rows(table: Path) -> Iterator[Row]:
     for column, known in COLUMNS.items():
         found = [lowered.index(name) for name in known if name in lowered]
         if not found and column != "split":
+            other = "; cells are divided by commas (.csv) or tabs (.tsv)" if len(names) == 1 else ""
             raise ConfigError(
                 f"{table} has no column {column}: its columns are {', '.join(names) or 'none'}; "
-                "the first line names the columns path, class and, if it has several, split"
+                f"the first line names the columns path, class and, if it has several, split{other}"
             )
         at[column] = found[0] if found else -1
     number = 1

@@ -54,9 +54,11 @@ def torch_name(path: Path) -> TorchName | None:
     """Return the data set that a path names, None for any other path.
 
     A relative FOLDER is relative to the folder that ``torch/`` is in, so that the absolute path of
-    a setting means the same.
+    a setting means the same. Raises ConfigError for a known name without a FOLDER.
     """
     found = _NAMED.fullmatch(path.as_posix())
     if found is None:
+        if path.parent.name == "torch" and path.name in SETS and not path.exists():
+            raise ConfigError(f"torch/{path.name}: name the folder of its archives: {path}:FOLDER")
         return None
     return TorchName(found["name"], Path(found["base"] or "") / found["folder"])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -21,12 +22,18 @@ _KEPT_CONFIG = ("first_conv", "classifier", "fixed_input_size")  # what timm nee
 
 
 def save_classifier(
-    folder: Path, model: Classifier, *, classes: Sequence[str], img_size: int
+    folder: Path,
+    model: Classifier,
+    *,
+    classes: Sequence[str],
+    img_size: int,
+    held_out: Sequence[str] = (),
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` in timm's folder format.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it. The header of the weights
-    file has the class names, the size and the normalisation as well. Raises OSError, and MealError
+    file has the class names, the size and the normalisation as well, and ``held_out``, the flags
+    that held out the validation images. Raises OSError, and MealError
     for tensors of a kind that safetensors cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +47,9 @@ def save_classifier(
         "std": std,
         "weights_sha256": weights_sha256(model.backbone),
     }
-    own_args = {"model_args": model.model_args} if model.model_args else {}
+    own_args: dict[str, Any] = {"model_args": model.model_args} if model.model_args else {}
+    if held_out:
+        own_args["held_out"] = list(held_out)
     state = _unshared(model.backbone.state_dict())
     # one entry: safetensors writes several entries in random order
     metadata = {METADATA_KEY: json.dumps(stored | own_args, sort_keys=True)}

@@ -23,6 +23,7 @@ from pipeline.config import (
     EvaluateConfig,
     ExportConfig,
     LabelsAddViewsConfig,
+    LabelsExportConfig,
     LabelsVerifyConfig,
     PackConfig,
     PrecomputeConfig,
@@ -37,7 +38,13 @@ from pipeline.training.trackers import require_packages
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
 MAX_NAMES = 8  # in a message
 # commands that need no class of an image
-_TEACHERS_LABEL = (PrecomputeConfig, DistillConfig, LabelsVerifyConfig, LabelsAddViewsConfig)
+_TEACHERS_LABEL = (
+    PrecomputeConfig,
+    DistillConfig,
+    LabelsVerifyConfig,
+    LabelsAddViewsConfig,
+    LabelsExportConfig,
+)
 
 
 def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:

@@ -169,6 +169,8 @@ class SourceConfig(StrictConfig, CacheConfig):
 class HeldOutConfig(SourceConfig):
     """Settings of commands that can hold out a part of the training images."""
 
+    trains: ClassVar[bool] = True  # on the other part
+
     val_split: str = in_data("val", "Split of --data-dir to validate on, or none.")
     val_fraction: float | None = in_data(
         None,
@@ -187,6 +189,12 @@ class HeldOutConfig(SourceConfig):
         require(self.val_fraction < 1, f"--val-fraction must be below 1, got {self.val_fraction}")
         message = "--val-fraction makes a split to validate on: leave out --val-split none"
         require(self.val_split != NO_SPLIT, message)
+        of = getattr(self, "train_split", None) or "train"
+        require(
+            not self.trains or self.val_split != of,
+            f"--val-fraction: --val-split {of} is the split that the images are held out of, which "
+            "is trained on; leave --val-split out, or give another name",
+        )
 
 
 @frozen

@@ -77,6 +77,7 @@ class EvaluateConfig(HeldOutConfig, InferenceConfig):
     """Measure the accuracy of a checkpoint or a timm model on a split."""
 
     example = "mealv2 evaluate --data-dir imagenet --checkpoint runs/my-student"
+    trains = False
 
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
     val_split: str = in_data("val", "Split of --data-dir to evaluate on.")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mealv2 import fkd
+from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
@@ -215,12 +216,14 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
     Raises LabelSetError for an image that is not the one that was labelled.
     """
     assert config.data_dir is not None
-    if "extra" in labels.manifest["plan"]["roles"][labels.split]:
+    plan = labels.manifest["plan"]
+    has_extra = "extra" in plan["roles"][labels.split]
+    source = None if has_extra else open_labelled(config, config.data_dir, plan, labels.split)
+    if source is None or is_unlabelled(source):
         raise ConfigError(
-            f"{labels.folder} has labels of unlabelled pictures (--extra-data), and a sample of a "
-            "tar file needs a class; use --to parquet"
+            f"{labels.folder} has labels of unlabelled pictures, and a sample of a tar file needs "
+            "a class; use --to parquet"
         )
-    source = open_labelled(config, config.data_dir, labels.manifest["plan"], labels.split)
     check_same_data(labels, source, allow_missing=True)
     position_of = {key: position for position, key in enumerate(source.keys)}
     check = image_check(labels, source, "always")

@@ -14,7 +14,6 @@ def open_sources(config: PrecomputeConfig) -> dict[str, ImageSource]:
     names = partial(classes_of, config.teacher)
     split = config.train_split
     train = open_images(config, config.data_dir, split, held_out=held_out, names=names)
-    classes = list(train.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
-    train = with_extra(config, train, config.extra_data)
+    val = open_split(config, config.data_dir, config.val_split, train=train, held_out=held_out)
+    train = with_extra(config, train, config.extra_data, val=val)
     return {"train": train} if val is None else {"val": val, "train": train}

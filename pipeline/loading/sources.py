@@ -9,6 +9,7 @@ import numpy as np
 
 from mealv2.data.extra import WithExtra, open_unlabelled
 from mealv2.data.held_out import HeldOut, by_name
+from mealv2.data.image_table import is_table
 from mealv2.data.open import download, open_source
 from mealv2.data.source import ClassNames, ImageSource, is_unlabelled
 from mealv2.data.subset import Subset
@@ -49,7 +50,13 @@ def open_labelled(
     return with_extra(config, by_name(source, plan["classes"]) or source, extra)
 
 
-def with_extra(config: SourceConfig, source: ImageSource, folders: Sequence[Path]) -> ImageSource:
+def with_extra(
+    config: SourceConfig,
+    source: ImageSource,
+    folders: Sequence[Path],
+    *,
+    val: ImageSource | None = None,
+) -> ImageSource:
     """Return a source joined with folders of unlabelled pictures, and show their summaries.
 
     Raises ConfigError as WithExtra.
@@ -59,7 +66,7 @@ def with_extra(config: SourceConfig, source: ImageSource, folders: Sequence[Path
     extra = [open_unlabelled(folder, classes=source.classes) for folder in folders]
     for each in extra:
         show_summary(each, strict=config.strict)
-    return WithExtra(source, extra)
+    return WithExtra(source, extra, val=val)
 
 
 def check_extra(entry: dict[str, Any], folders: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -179,17 +186,18 @@ def open_split(
     data_dir: Location,
     split: str,
     *,
-    classes: list[str],
+    train: ImageSource,
     held_out: HeldOut | None = None,
 ) -> ImageSource | None:
     """Open a validation split, None for ``none``.
 
-    Its class ids are those of its class names among ``classes``; shows a warning for classes
-    without images. Raises ConfigError for a class that is not among them.
+    Its class ids are those of its class names among those of ``train``; shows a warning for classes
+    without images. Raises ConfigError for a class that is not among them, and for a table that
+    lists an image for both splits.
     """
     if split == NO_SPLIT:
         return None
-    source = open_images(config, data_dir, split, held_out=held_out)
+    source, classes = open_images(config, data_dir, split, held_out=held_out), list(train.classes)
     matched = by_name(source, classes)
     if matched is None:
         unknown = sorted(set(source.classes) - set(classes))
@@ -202,7 +210,18 @@ def open_split(
         )
     if missing := sorted(set(classes) - {matched.classes[label] for label in set(matched.labels)}):
         warn_missing(split, data_dir, missing)
+    if isinstance(data_dir, Path) and is_table(data_dir) and train.split != split:
+        _check_disjoint(data_dir, train, matched)
     return matched
+
+
+def _check_disjoint(table: Path, train: ImageSource, val: ImageSource) -> None:
+    if shared := set(train.keys) & set(val.keys):
+        raise ConfigError(
+            f"{table} lists {console.count(len(shared), 'image')} for {train.split} and for "
+            f"{val.split}, which would be validated on images of the training "
+            f"({console.first_names(sorted(shared))}); remove one of the rows of each"
+        )
 
 
 def warn_missing(split: str, data_dir: Location, missing: Sequence[str]) -> None:

@@ -54,6 +54,5 @@ def open_splits(
     source = open_images(config, config.data_dir, split, held_out=held_out, names=names)
     if config.hard_label_weight and UNLABELLED in source.labels:
         raise ConfigError("--hard-label-weight needs class ids, which these pictures do not have")
-    classes = list(source.classes)
-    val = open_split(config, config.data_dir, config.val_split, classes=classes, held_out=held_out)
-    return with_deleted(config, with_extra(config, source, extra)), val
+    val = open_split(config, config.data_dir, config.val_split, train=source, held_out=held_out)
+    return with_deleted(config, with_extra(config, source, extra, val=val)), val

@@ -71,6 +71,7 @@ class RunResult:
                 model,
                 classes=self._spec.source.classes,
                 img_size=self._spec.img_size,
+                held_out=getattr(self._spec.evaluator and self._spec.evaluator.source, "flags", ()),
             )
 
     def finalize(

@@ -235,6 +235,17 @@ def test_folders_that_contain_one_another_or_share_a_name_are_refused(
     for folder in (own_data, own_data / "train" / "ants"):
         with pytest.raises(ConfigError, match="contain one another"):
             WithExtra(source, [UnlabelledFolder(folder, classes=[])])
+    val = ImageFolder(own_data, "val")
+    for folder in (own_data / "val", own_data / "val" / "ants"):
+        extra = [UnlabelledFolder(folder, classes=[])]
+        with pytest.raises(ConfigError, match="labelled images of val in"):
+            WithExtra(source, extra, val=val)
+    table = own_data / "list.csv"
+    table.write_text("path,class\ntrain/ants/00.jpg,ants\n")
+    of_table = open_source(table, "train")
+    extra = [UnlabelledFolder(own_data / "train" / "ants", classes=[])]
+    with pytest.raises(ConfigError, match="contain one another"):
+        WithExtra(of_table, extra)
     other = shutil.copytree(pool, tmp_path / "other" / "pool")
     with pytest.raises(ConfigError, match="same name"):
         WithExtra(source, [UnlabelledFolder(f, classes=[]) for f in (pool, other)])

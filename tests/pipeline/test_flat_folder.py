@@ -97,6 +97,17 @@ def test_online_teachers_and_label_set_commands_take_the_folder(
     assert done("labels", "verify", own, *data).report["images_compared"] == 12
 
 
+def test_tar_files_of_images_and_labels_need_classes(
+    run_cli: Run, flat: Path, flat_labels: Path, tmp_path: Path
+) -> None:
+    words = ["--to", "webdataset", "--data-dir", flat, "--output", tmp_path / "out"]
+    result = run_cli("labels", "export", flat_labels, *words)
+    assert result.code == 2
+    assert "has labels of unlabelled pictures, and a sample of a tar file needs a class" in (
+        result.stderr
+    )
+
+
 def test_what_needs_classes_is_one_line(
     run_cli: Run,
     stage_one: list[str],

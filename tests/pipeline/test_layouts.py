@@ -68,6 +68,8 @@ def test_every_command_holds_out_the_same_images(
             assert evaluated[name] == pytest.approx(report[name])
         rest = done("evaluate", *words, *FRACTION, "--val-split", "train", "--json").report
         assert (evaluated["num_images"], rest["num_images"]) == (9, 27)
+        other = done("evaluate", *words, *FRACTION, "--split-seed", 1).stderr
+        assert "was trained with --val-fraction 0.25: --val-fraction 0.25 --split-seed 1" in other
 
 
 def test_the_plan_names_the_choice_only_where_there_is_one(
@@ -135,6 +137,7 @@ def test_online_teachers_validate_on_the_held_out_images(
         (["--val-fraction", "1"], "--val-fraction must be below 1"),
         ([*FRACTION, "--val-split", "none"], "leave out --val-split none"),
         (["--split-seed", "1"], "--split-seed has no effect without --val-fraction"),
+        ([*FRACTION, "--val-split", "train"], "--val-split train is the split that"),
     ],
 )
 def test_a_wrong_split_is_one_line_that_names_the_flag(
@@ -224,6 +227,16 @@ def test_a_table_is_labelled_and_learned(
         *on(table, distill_flags), "--labels", labels, "--output", tmp_path / "run"
     ).report
     assert report["num_images"] == 9
+
+
+def test_an_image_in_both_splits_of_a_table_is_an_error(
+    run_cli: Run, finetune_flags: list[str], own_data: Path
+) -> None:
+    rows = [f"train/ants/{n:02d}.jpg,ants,{split}\n" for n in (0, 1) for split in ("train", "val")]
+    (own_data / "list.csv").write_text("".join(["path,class,split\n", *rows]))
+    result = run_cli(*on(own_data / "list.csv", finetune_flags))
+    assert result.code == 2
+    assert "lists 2 images for train and for val, which would" in result.stderr
 
 
 def test_a_wrong_table_is_one_line(

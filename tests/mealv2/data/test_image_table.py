@@ -98,6 +98,7 @@ def test_a_wrong_row_is_named(own_data: Path, rows: Rows, message: str) -> None:
         (b"a,b\n1,2\n", "no column path: its columns are a, b"),
         (b"path,other\n1,2\n", "no column class"),
         (b"", "its columns are none"),
+        (b"path;class\nx;1\n", r"are path;class.*divided by commas"),
         (b"\xff\xfe\x00", "cannot read"),
         (b'path,class\n"x,1\n', "cannot read"),
     ],

@@ -130,6 +130,7 @@ def test_a_student_is_tuned_on_it_and_wrong_names_are_one_line(
     for location, flags, message in (
         ("torch/cifar1:x", [], "torch/cifar1 is unknown; known: cifar10"),
         ("torch/cifar10:nowhere", [], "no archives in nowhere; put the archives there"),
+        ("torch/cifar10", [], "name the folder of its archives: torch/cifar10:FOLDER"),
         (f"torch/cifar10:{cifar[0]}", ["--val-split", "x"], "has the splits train, val, test"),
         (f"torch/cifar10:{cifar[0]}", ["--val-fraction", "0.2"], "has a split val"),
     ):
