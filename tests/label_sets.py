@@ -162,7 +162,7 @@ def make_set(
             listed.append(describe_file(path, num_images=len(part)))
         blocks.append({"views": [start, stop], "shards": listed})
     split = {"blocks": blocks, "skipped": dict(skipped or {}), "num_images": len(keys)}
-    if images is not None:
+    if images is not None and images.hashes_N is not None:
         split["content"] = content_of(dict(zip(keys, images.hashes_N.tolist(), strict=True)))
     write_manifest(folder, plan, roles={"train": split})
     return made
