@@ -1,7 +1,9 @@
 """Classifiers in ONNX files, run by onnxruntime."""
 
+import hashlib
+import mmap
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from mealv2.storage.json_format import parse_json
 
 ONNX = ".onnx"
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_LOCATION = b"\x0a\x08location"  # protobuf's bytes of the key with the name of a data file
 
 
 def is_onnx(name: str) -> bool:
@@ -27,17 +30,15 @@ class OnnxClassifier(nn.Module):
     ``forward`` maps images B x 3 x S x S, uint8 or float in [0, 1], to float logits B x C. A file
     of `mealv2 export` normalises them itself; for other files they are normalised with ImageNet's
     mean and std, of which ``notes`` has a line. ``img_size`` is the size that the file states,
-    ``has_fixed_size`` whether it takes no other; ``sha256`` is that of the file. Raises
-    ConfigError for a file that is no such model.
+    ``has_fixed_size`` whether it takes no other; ``sha256`` is that of the file, or of it
+    and the files with its weights (external data). Raises ConfigError for a file that is no such
+    model, and for weights outside its folder.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.name, self._path = path.name, path
-        try:
-            self.sha256 = file_sha256(path)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        self.sha256 = _model_sha256(path)
         self._session = self._open("cpu")
         self._provider = "cpu"
         shape, logits = self._shapes()
@@ -121,3 +122,67 @@ class OnnxClassifier(nn.Module):
             return {name: parse_json(texts[name].encode()) for name in names}
         except (KeyError, ValueError) as error:
             raise ConfigError(f"the metadata of {self._path} is damaged: {error}") from None
+
+
+def _model_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of an ONNX file; with external data, of the hashes of all its files.
+
+    Raises ConfigError for a file that cannot be read, and for external data outside the folder.
+    """
+    digest = _file_sha256(path)
+    locations = _data_locations(path)
+    if not locations:
+        return digest
+    lines = [digest]
+    for location in locations:
+        inside = PurePosixPath(location)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ConfigError(
+                f"{path} has weights outside its folder, in {location}; export it as one file"
+            )
+        lines.append(f"{location}\0{_file_sha256(path.parent / inside)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _data_locations(path: Path) -> list[str]:
+    """Return the sorted names of the files with external data, relative to the model's folder.
+
+    Raises ConfigError if the file seems to have some and the package onnx is missing.
+    """
+    if not path.stat().st_size:
+        return []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(_LOCATION) < 0:
+            return []
+    try:
+        import onnx
+    except ImportError:
+        raise ConfigError(
+            f"{path} has weights in other files, which only the package onnx can name: export it "
+            "as one file, or pip install onnx"
+        ) from None
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf has an exception of its own
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"cannot read {path} as an ONNX model: {reason}") from None
+    return sorted(set(_locations(model, onnx.TensorProto)))
+
+
+def _locations(message: Any, tensor_type: Any) -> Iterator[str]:
+    """Yield the data files of all tensors in a protobuf message: weights, constants, subgraphs."""
+    if isinstance(message, tensor_type):
+        if message.data_location == tensor_type.EXTERNAL:
+            yield from (each.value for each in message.external_data if each.key == "location")
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _locations(part, tensor_type)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 from conftest import IMG_SIZE, Result
 from mealv2.errors import ConfigError
@@ -54,6 +55,55 @@ def write_foreign(
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
     return weights
+
+
+def write_with_data(path: Path, *, seed: int = 0, location: str = "weights/w.data") -> None:
+    """Write the network of ``write_foreign`` with its matrix in a data file, at a location."""
+    write_foreign(path)
+    model = onnx.load(path)
+    (matrix,) = model.graph.initializer
+    values = np.random.default_rng(seed).normal(size=(3, 3)).astype("<f4").tobytes()
+    data = path.parent / location
+    data.parent.mkdir(exist_ok=True)
+    data.write_bytes(values)
+    set_external_data(matrix, location)
+    matrix.ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+
+
+def test_the_hash_of_a_file_covers_the_data_files_with_its_weights(tmp_path: Path) -> None:
+    path = tmp_path / "other.onnx"
+    hashes, outputs = [], []
+    images = torch.ones(1, 3, SIZE, SIZE)
+    for seed in (0, 1, 0):
+        write_with_data(path, seed=seed)
+        teacher = OnnxClassifier(path)
+        hashes.append(teacher.sha256)
+        outputs.append(teacher(images))
+    assert not torch.equal(outputs[0], outputs[1])  # the data file is used
+    assert (hashes[0] == hashes[2], hashes[0] != hashes[1]) == (True, True)
+    alone = tmp_path / "alone.onnx"
+    write_foreign(alone)
+    assert OnnxClassifier(alone).sha256 == file_sha256(alone)
+
+
+def test_data_files_that_are_missing_outside_or_unknown_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for location in ("../w.data", str(tmp_path / "w.data")):
+        write_with_data(folder / "other.onnx", location=location)
+        with pytest.raises(ConfigError, match=r"weights outside its folder, in .*w\.data; export"):
+            OnnxClassifier(folder / "other.onnx")
+    write_with_data(folder / "other.onnx")
+    (folder / "weights/w.data").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*w\.data: No such file"):
+        OnnxClassifier(folder / "other.onnx")
+    write_with_data(folder / "other.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ConfigError, match=r"weights in other files.*export it as one file"):
+        OnnxClassifier(folder / "other.onnx")
 
 
 def test_an_exported_file_labels_as_its_checkpoint_does(
