@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mealv2 import defaults
+from mealv2.data.held_out import by_name
 from mealv2.data.memory import ImageSequence, KeyedImage
 from mealv2.data.open import open_source
 from mealv2.data.own_source import ImageDataset, as_source
@@ -20,7 +21,7 @@ from mealv2.errors import ConfigError, OnBadImage
 from mealv2.label_set import LabelSet
 from mealv2.labelling.annotator import Annotator, choose_encoding
 from mealv2.labelling.label_set import make_label_set
-from mealv2.labelling.plan import make_plan, splits_of
+from mealv2.labelling.plan import LabelSplit, make_plan, splits_of
 from mealv2.labelling.shards import check_complete
 from mealv2.labelling.store import Store
 from mealv2.labelling.teachers import (
@@ -83,10 +84,11 @@ def annotate(
     None, ``val_split`` are labelled; or an ImageSource, a map-style Dataset of (PIL image or
     encoded bytes, class id) with ``classes``, or a sequence of (key, encoded image, class name or
     id of ``classes``), with ``val_images`` of the same kinds, which are labelled once, at the
-    centre crop. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or
-    any module or function from images, uint8 B x 3 x S x S on the device, to logits B x C: it
-    normalises them. A checkpoint sees views of its own size, with ``teacher_img_size`` all see
-    that. The plan has a module's class and weights' hash, of a function the name.
+    centre crop. ``classes`` are the classes of the label set in their order, among which the data's
+    are found by name. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a
+    Classifier, or any module or function from images, uint8 B x 3 x S x S on the device, to logits
+    B x C: it normalises them. A checkpoint sees views of its own size, with ``teacher_img_size``
+    all see that. The plan has a module's class and weights' hash, of a function the name.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
@@ -106,11 +108,21 @@ def annotate(
     settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
     plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
     store.claim(plan)
-    skips = on_bad_image == "skip"
-    check = partial(check_complete, store=store, workers=workers, skip_unreadable=skips)
-    splits = splits_of(settings, sources, plan)
-    make_label_set(splits, plan, annotator, store, workers=workers, check_complete=check)
+    _label(splits_of(settings, sources, plan), plan, annotator, store, workers)
     return LabelSet.open(store.folder)
+
+
+def _label(
+    splits: list[LabelSplit],
+    plan: dict[str, object],
+    annotator: Annotator,
+    store: Store,
+    workers: int,
+) -> None:
+    """Make the shards of a label set that are missing, and check all of them."""
+    skips = annotator.on_bad_image == "skip"
+    check = partial(check_complete, store=store, workers=workers, skip_unreadable=skips)
+    make_label_set(splits, plan, annotator, store, workers=workers, check_complete=check)
 
 
 def _runtime(device: str | torch.device | None, amp_dtype: torch.dtype | None) -> LocalRuntime:
@@ -130,8 +142,10 @@ def _sources(
     train = _source(images, splits[0], classes)
     if val_images is None:
         return {"train": train}
-    val = _source(val_images, splits[1] or "val", train.classes)
-    if val.classes != train.classes:
+    in_memory = isinstance(val_images, Sequence) and not isinstance(val_images, str)
+    val_classes = train.classes if in_memory else classes
+    val = _source(val_images, splits[1] or "val", val_classes)
+    if list(val.classes) != list(train.classes):
         raise ConfigError(
             "the validation images have other classes than the training images; give images of "
             "the same classes, or val_split=None"
@@ -141,11 +155,24 @@ def _sources(
 
 def _source(images: Images, split: str, classes: Sequence[str] | None) -> ImageSource:
     if isinstance(images, str | os.PathLike):
-        return open_source(Path(images), split)
-    if isinstance(images, Sequence):
+        source = open_source(Path(images), split)
+    elif isinstance(images, Sequence):
         keyed = cast(Sequence[KeyedImage], images)  # a str is a sequence too, but was a path
         return ImageSequence(keyed, split=split, classes=classes)
-    return as_source(images, f"{type(images).__name__} ({split})", split=split)
+    else:
+        source = as_source(images, f"{type(images).__name__} ({split})", split=split)
+    return source if classes is None else _with_classes(source, classes)
+
+
+def _with_classes(source: ImageSource, classes: Sequence[str]) -> ImageSource:
+    """Return a source with the class ids of its class names among ``classes``."""
+    mapped = by_name(source, classes)
+    if mapped is None:
+        unknown = ", ".join(sorted(set(source.classes) - set(classes))[:4])
+        raise ConfigError(
+            f"{source.name} has classes that classes= does not list: {unknown}; add their names"
+        )
+    return mapped
 
 
 def _ensemble(

@@ -1,12 +1,14 @@
 """mealv2.annotate: stage one from Python gives the files of `mealv2 precompute`."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import mealv2
 from mealv2 import messages
@@ -88,6 +90,43 @@ def test_any_module_and_any_function_are_teachers(data_dir: Path, tmp_path: Path
     assert len(module["weights_sha256"]) == 64
     assert function["model"].endswith("reds")
     assert function["weights_sha256"] == UNKNOWN
+
+
+class Pictures(Dataset[Any]):
+    """The pictures of a split of a folder, as a map-style Dataset."""
+
+    def __init__(self, data_dir: Path, split: str) -> None:
+        self._source = ImageFolder(data_dir, split)
+        self.classes, self.keys = self._source.classes, list(self._source.keys)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        return self._source.read(index), self._source.labels[index]
+
+
+@pytest.mark.parametrize("kind", ["folder", "dataset", "in memory"])
+def test_given_classes_are_those_of_the_label_set(
+    data_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    of: dict[str, Callable[[str], Any]] = {
+        "folder": lambda split: ImageFolder(data_dir, split),
+        "dataset": lambda split: Pictures(data_dir, split),
+        "in memory": lambda split: in_memory(data_dir, split),
+    }
+    images = data_dir if kind == "folder" else of[kind]("train")
+    settings: dict[str, Any] = {**SETTINGS, "workers": 0, "val_images": of[kind]("val")}
+    classes = ["dogs", "cats", "bees", "ants"]
+
+    def four(images_BCHW: Tensor) -> Tensor:
+        return nn.functional.pad(Shades()(images_BCHW).flip(1), (1, 0))
+
+    labels = mealv2.annotate(images, [four], tmp_path / "labels", classes=classes, **settings)
+    assert labels.classes == classes
+    assert labels.manifest["roles"]["val"]["accuracy"]["ensemble"]["top1"] == 100.0
+    with pytest.raises(ConfigError, match="cats"):
+        mealv2.annotate(images, [Shades()], tmp_path / "b", classes=["ants", "bees"], **settings)
 
 
 def test_an_interrupted_set_is_completed_and_another_plan_is_refused(
