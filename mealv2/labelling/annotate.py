@@ -30,7 +30,7 @@ from mealv2.labelling.teachers import (
     make_ensemble,
     teacher_size,
 )
-from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.ensemble import TeacherEnsemble, unchanged
 from mealv2.runtime import LocalRuntime
 from mealv2.storage.weight_files import find_checkpoint
 from mealv2.view_recipe import ViewRecipe
@@ -88,7 +88,8 @@ def annotate(
     are found by name. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a
     Classifier, or any module or function from images, uint8 B x 3 x S x S on the device, to logits
     B x C: it normalises them. A checkpoint sees views of its own size, with ``teacher_img_size``
-    all see that. The plan has a module's class and weights' hash, of a function the name.
+    all see that. The plan has a module's class and weights' hash, of a function the name. A module
+    is in eval mode and on the device while it labels, and afterwards as it was.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
@@ -103,12 +104,13 @@ def annotate(
     encoding = choose_encoding(
         len(names), rate=rate, topk=topk, label_dtype=label_dtype, store_logits=store_logits
     )
-    ensemble, described = _ensemble(teachers, names, runtime, img_size, teacher_img_size)
-    annotator = Annotator(ensemble, runtime, encoding, batch_size, on_bad_image)
-    settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
-    plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
-    store.claim(plan)
-    _label(splits_of(settings, sources, plan), plan, annotator, store, workers)
+    with unchanged(teacher for teacher in teachers if isinstance(teacher, nn.Module)):
+        ensemble, described = _ensemble(teachers, names, runtime, img_size, teacher_img_size)
+        annotator = Annotator(ensemble, runtime, encoding, batch_size, on_bad_image)
+        settings = _Settings(num_views, view_seed, img_size, resize, view_recipe, shard_size)
+        plan, store = make_plan(settings, sources, annotator, described), Store(Path(output))
+        store.claim(plan)
+        _label(splits_of(settings, sources, plan), plan, annotator, store, workers)
     return LabelSet.open(store.folder)
 
 

@@ -1,6 +1,7 @@
 """The ensemble: several teachers, and the mean of their softmax outputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -71,3 +72,46 @@ class TeacherEnsemble(nn.Module):
 
     def forward(self, images_BCHW: Tensor, other_sizes: BySize = ONE_SIZE) -> EnsembleOutput:
         return combine(self.teacher_logits(images_BCHW, other_sizes))
+
+
+@contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give modules back as they were when the block ends, also after an error.
+
+    That is the training flag and hooks of every submodule, and the same parameters and buffers with
+    the same ``requires_grad``, device, dtype and memory layout, and gradients.
+    """
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    modes = [(part, part.training, dict(part._forward_pre_hooks)) for part in parts]
+    parameters = [
+        (part, name, parameter, parameter.requires_grad)
+        for part in parts
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    buffers = [
+        (part, name, buffer)
+        for part in parts
+        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    tensors = [parameter for _, _, parameter, _ in parameters] + [each for *_, each in buffers]
+    values = [(tensor, tensor.data) for tensor in tensors]
+    grads = [(t, t.grad, t.grad.data) for t in tensors if t.is_leaf and t.grad is not None]
+    try:
+        yield
+    finally:
+        for tensor, value in values:
+            tensor.data = value
+        for tensor, grad, value in grads:
+            grad.data = value
+            tensor.grad = grad
+        for part, name, parameter, requires_grad in parameters:
+            if part._parameters[name] is not parameter:
+                part._parameters[name] = parameter
+            parameter.requires_grad_(requires_grad)
+        for part, name, buffer in buffers:
+            if part._buffers[name] is not buffer:
+                part._buffers[name] = buffer
+        for part, training, hooks in modes:
+            part.training = training
+            part._forward_pre_hooks.clear()
+            part._forward_pre_hooks.update(hooks)

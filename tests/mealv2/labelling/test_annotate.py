@@ -75,17 +75,22 @@ def test_any_module_and_any_function_are_teachers(data_dir: Path, tmp_path: Path
         return torch.nn.functional.pad(images_BCHW[:, :1].float().mean(dim=(2, 3)) / 50.0, (0, 2))
 
     shades = Shades()
+    frozen = nn.Sequential(Shades(3.0)).requires_grad_(False).train()
+    frozen[0].eval()
     folder = tmp_path / "labels"
     labels = mealv2.annotate(
-        data_dir, [shades, reds], folder, val_split=None, topk="all", **SETTINGS, workers=0
+        data_dir, [shades, frozen, reds], folder, val_split=None, topk="all", **SETTINGS, workers=0
     )
     dataset = mealv2.SoftLabelDataset(folder, data_dir, label="probs")
     for index, view in ((0, 1), (17, 3)):
         pixels, probs = dataset[index, view]
-        logits = [teacher(pixels[None]).double() for teacher in (shades, reds)]
+        logits = [teacher(pixels[None]).double() for teacher in (shades, frozen, reds)]
         expected = torch.stack(logits).softmax(dim=2).mean(dim=0)[0]
         assert torch.allclose(probs.double(), expected, atol=1e-3)
-    module, function = labels.manifest["plan"]["teachers"]
+    assert (shades.training, shades.scale.requires_grad) == (True, True)  # as before
+    assert (frozen.training, frozen[0].training) == (True, False)
+    assert not frozen[0].scale.requires_grad
+    module, _, function = labels.manifest["plan"]["teachers"]
     assert module["model"].endswith(":Shades")
     assert len(module["weights_sha256"]) == 64
     assert function["model"].endswith("reds")

@@ -1,5 +1,7 @@
 """ensemble: frozen teachers, each with its own normalisation, averaged after softmax."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import reference
 from mealv2.models import Classifier, Preprocessing
-from mealv2.models.ensemble import TeacherEnsemble, combine
+from mealv2.models.ensemble import TeacherEnsemble, combine, unchanged
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -123,3 +125,36 @@ def test_half_precision_logits_are_averaged_in_float32():
 def test_an_ensemble_without_teachers_raises_value_error():
     with pytest.raises(ValueError, match="at least one teacher"):
         TeacherEnsemble([])
+
+
+@pytest.mark.parametrize("move", ["layout", "dtype", "device"])
+def test_modules_of_the_caller_are_given_back_as_they_were(
+    teachers: list[Classifier], images: Tensor, move: str
+) -> None:
+    module = teachers[0].train()
+    module.backbone.conv1.eval()
+    module.backbone.fc.weight.requires_grad_(False)
+    module(images).square().mean().backward()
+    before = dict(module.named_parameters()) | dict(module.named_buffers())
+    values = {name: tensor.detach().clone() for name, tensor in before.items()}
+    grads = {name: tensor.grad for name, tensor in before.items()}
+    strides = {name: tensor.stride() for name, tensor in before.items()}
+    frozen = {name for name, tensor in before.items() if not tensor.requires_grad}
+    modes = [part.training for part in module.modules()]
+    with suppress(KeyboardInterrupt), unchanged([module, module]):
+        ensemble = TeacherEnsemble([module])
+        moves = {"layout": {"memory_format": torch.channels_last}, "device": {"device": "meta"}}
+        ensemble.to(**moves.get(move, {"dtype": torch.float64}))  # as on a GPU; other parameters
+        module.register_forward_pre_hook(lambda *_: None)
+        raise KeyboardInterrupt
+    after = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in after.items():
+        assert tensor is before[name]  # as an optimizer has it
+        assert torch.equal(tensor, values[name])
+        assert tensor.stride() == strides[name]
+        assert tensor.grad is grads[name]
+        if tensor.grad is not None:
+            assert (tensor.grad.dtype, tensor.grad.device) == (tensor.dtype, tensor.device)
+    assert {name for name, tensor in after.items() if not tensor.requires_grad} == frozen
+    assert [part.training for part in module.modules()] == modes
+    assert not module._forward_pre_hooks
