@@ -41,12 +41,17 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
 
 @contextmanager
 def folder_first(folder: Path) -> Iterator[None]:
-    """Look up modules in a folder first, while the block runs."""
+    """Look up modules in a folder first while the block runs, and after all others from then on.
+
+    Own code may import its neighbours later: when an item is read, or in a forward pass.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def reason_of(error: Exception) -> str:

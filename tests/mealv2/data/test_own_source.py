@@ -60,6 +60,14 @@ class Half(mealv2.UnorderedSource):
 def half(split):
     return Half()
 
+class Late(Pictures):
+    def __getitem__(self, index):
+        import own_reader
+        return own_reader.read(self.samples[index])
+
+def late(split):
+    return Late(ROOT / split)
+
 def fails(split):
     raise RuntimeError("the disk is on fire")
 
@@ -72,6 +80,7 @@ def number(split):
 def own_code(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with a module of data sets."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "own_data.py").write_text(CODE.format(root=str(data_dir)))
     yield tmp_path
     sys.modules.pop("own_data", None)
@@ -145,6 +154,17 @@ def test_what_does_not_work_is_one_line(
     result = run_cli("finetune", "--data-dir", name, "--model", "test_resnet", "--no-pretrained")
     assert (result.code, result.stderr.count("\n")) == (2, 1), result.stderr
     assert message in result.stderr
+
+
+def test_items_may_import_a_neighbour_of_the_function(
+    own_code: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import pathlib\n\ndef read(item):\n    return pathlib.Path(item[0]).read_bytes(), 0\n"
+    (own_code / "own_reader.py").write_text(code)
+    source = open_source(own_code / "own_data:late", "train")
+    monkeypatch.chdir(data_dir)
+    assert source.read(0) == (data_dir / "train" / source.keys[0]).read_bytes()
+    del sys.modules["own_reader"]
 
 
 # --- the sources --------------------------------------------------------------------------------

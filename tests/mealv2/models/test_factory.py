@@ -41,6 +41,16 @@ def text(num_classes):
 def pictures(num_classes):
     return nn.Identity()
 
+class Late(nn.Module):
+    def forward(self, images):
+        if self.training:
+            from own_scale import SCALE
+            images = images * SCALE
+        return images.mean(dim=(2, 3))
+
+def late(num_classes):
+    return Late()
+
 number = 3
 """
 
@@ -49,6 +59,7 @@ number = 3
 def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a module in the current folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     package = tmp_path / "own_models"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -79,9 +90,7 @@ def test_a_function_is_named_as_module_and_function(name: str, found: bool) -> N
 
 
 def test_a_function_gets_what_it_takes_and_its_model_is_normalised(own_code: str) -> None:
-    path = list(sys.path)
     model = create_classifier(f"{own_code}:seen", num_classes=7, img_size=32, pretrained=True)
-    assert sys.path == path
     assert model.backbone.seen == (7, 32, True)
     assert (model.num_classes, model.tag) == (7, "own_models.nets:seen")
     assert model.preprocessing.mean == (0.485, 0.456, 0.406)
@@ -90,6 +99,20 @@ def test_a_function_gets_what_it_takes_and_its_model_is_normalised(own_code: str
     expected = model.backbone((images / 255 - model.mean_13) / model.std_13)
     assert torch.allclose(model(images), expected)
     assert create_classifier(f"{own_code}:small", num_classes=None).num_classes == 5
+
+
+def test_a_forward_pass_may_import_a_neighbour(own_code: str, tmp_path: Path) -> None:
+    (tmp_path / "own_scale.py").write_text("SCALE = 2.0\n")
+    path = list(sys.path)
+    for _ in range(2):
+        model = create_classifier(f"{own_code}:late", num_classes=3, img_size=32)
+    assert sys.path == [*path, str(tmp_path)]  # the last one: it hides no module of others
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    model.eval()
+    expected_BC = 2 * model.backbone(images_BCHW)
+    model.train()
+    assert torch.allclose(model.backbone(images_BCHW), expected_BC)
+    del sys.modules["own_scale"]
 
 
 @pytest.mark.parametrize(
