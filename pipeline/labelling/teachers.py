@@ -14,6 +14,7 @@ from mealv2.labelling.teachers import (
 )
 from mealv2.models import read_metadata
 from mealv2.models.ensemble import TeacherEnsemble
+from mealv2.models.onnx_file import OnnxClassifier, is_onnx
 from mealv2.storage.weight_files import find_checkpoint
 from pipeline import console
 from pipeline.config import split_teachers
@@ -88,19 +89,22 @@ def build_for(
 
 
 def classes_of(specs: Sequence[str]) -> list[str]:
-    """Return the class names in the teachers' checkpoints, for pictures without classes.
+    """Return the class names in the teachers' checkpoints and ONNX files, for pictures without
+    classes.
 
     Raises ConfigError for a teacher without names, and if two have different ones.
     """
     known: dict[str, list[str]] = {}
     for name, checkpoint in parse(specs):
         classes = read_metadata(checkpoint).get("classes") if checkpoint else None
+        if is_onnx(name):
+            classes = OnnxClassifier(Path(name)).classes
         if not classes:
             raise ConfigError(
                 f"the pictures have no classes, and --teacher {name} has no class names; "
-                "give NAME=RUN, the run of `mealv2 finetune`"
+                "give NAME=RUN, the run of `mealv2 finetune`, or its file of `mealv2 export`"
             )
-        known[f"{name}={checkpoint}"] = list(classes)
+        known[f"{name}={checkpoint}" if checkpoint else name] = list(classes)
     (first, expected), *others = known.items()
     for other, classes in others:
         if classes != expected:

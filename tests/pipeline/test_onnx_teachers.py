@@ -180,6 +180,23 @@ def test_sizes_classes_and_damage_are_checked(exported: Path, tmp_path: Path) ->
         OnnxClassifier(damaged)
 
 
+def test_pictures_without_classes_have_those_of_an_exported_file(
+    done: Run, run_cli: Run, exported: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (data_dir / "train").glob("*/00.*"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    flags = ["precompute", "--data-dir", flat, "--val-split", "none", "--num-views", 1]
+    flags += ["--img-size", 32, "--workers", 0]
+    done(*flags, "--teacher", exported, "--output", tmp_path / "labels")
+    assert read_plan(tmp_path / "labels")["classes"] == CLASSES
+    write_foreign(tmp_path / "other.onnx")
+    result = run_cli(*flags, "--teacher", tmp_path / "other.onnx", "--output", tmp_path / "b")
+    assert (result.code, result.stderr.count("\n")) == (2, 1)
+    assert "other.onnx has no class names; give NAME=RUN" in result.stderr
+
+
 def test_errors_of_the_flag_are_one_line(
     run_cli: Run, exported: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
