@@ -31,6 +31,7 @@ from mealv2.labelling.teachers import (
     teacher_size,
 )
 from mealv2.models.ensemble import TeacherEnsemble, unchanged
+from mealv2.own_code import reason_of
 from mealv2.runtime import LocalRuntime
 from mealv2.storage.weight_files import find_checkpoint
 from mealv2.view_recipe import ViewRecipe
@@ -38,6 +39,8 @@ from mealv2.views import PAPER_RECIPE
 
 Images = str | os.PathLike[str] | ImageSource | ImageDataset | Sequence[KeyedImage]
 Teacher = str | nn.Module | Callable[[Tensor], Tensor]
+
+MAX_SEED = (1 << 63) - 1  # as of --view-seed
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ def annotate(
     error. ``device`` None is a GPU if there is one. Messages go to the logger ``mealv2``. Raises
     MealError and OSError.
     """
-    if num_views < 1 or batch_size < 1:
-        raise ConfigError(f"num_views {num_views}, batch_size {batch_size}: must be at least 1")
+    _check_bounds(num_views=num_views, batch_size=batch_size, img_size=img_size)
+    _check_bounds(0, MAX_SEED, view_seed=view_seed, workers=workers)
     sources = _sources(images, val_images, (train_split, val_split), classes)
     names = sources["train"].classes
     runtime = _runtime(device, amp_dtype)
@@ -128,8 +131,23 @@ def _label(
 
 
 def _runtime(device: str | torch.device | None, amp_dtype: torch.dtype | None) -> LocalRuntime:
+    """Return the runtime of a device; raises ConfigError for one that torch cannot use."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return LocalRuntime(torch.device(chosen), amp_dtype)
+    try:
+        found = torch.device(chosen)
+        torch.empty(1, device=found).cpu()
+    # torch has a kind for each cause: its AssertionError is for a build without CUDA
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ConfigError(f"device {chosen!s}: {reason_of(error)}") from None
+    return LocalRuntime(found, amp_dtype)
+
+
+def _check_bounds(low: int = 1, high: int | None = None, /, **settings: int) -> None:
+    """Raise ConfigError for a setting outside its bounds."""
+    for name, value in settings.items():
+        if value < low or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{name} {value}: must be {bounds}")
 
 
 def _sources(
@@ -185,6 +203,8 @@ def _ensemble(
     given_size: int | None,
 ) -> tuple[TeacherEnsemble, list[dict[str, object]]]:
     """Return the ensemble on its device, and the description of each teacher in the plan."""
+    if not teachers:
+        raise ConfigError("teachers is empty; give at least one teacher")
     loaded = [_teacher(teacher, classes, img_size, given_size) for teacher in teachers]
     models, sizes = [model for model, _ in loaded], [size for _, size in loaded]
     ensemble, described = make_ensemble(models, sizes, img_size=img_size)
