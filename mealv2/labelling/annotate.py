@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mealv2 import defaults
+from mealv2.data.folder import is_flat
 from mealv2.data.held_out import by_name
 from mealv2.data.memory import ImageSequence, KeyedImage
 from mealv2.data.open import open_source
@@ -33,6 +34,7 @@ from mealv2.labelling.teachers import (
 from mealv2.models.ensemble import TeacherEnsemble, unchanged
 from mealv2.own_code import reason_of
 from mealv2.runtime import LocalRuntime
+from mealv2.storage.urls import located, shown
 from mealv2.storage.weight_files import find_checkpoint
 from mealv2.view_recipe import ViewRecipe
 from mealv2.views import PAPER_RECIPE
@@ -83,16 +85,16 @@ def annotate(
 ) -> LabelSet:
     """Label views of images with teachers, as `mealv2 precompute` does; return the label set.
 
-    ``images`` are a data set as for ``--data-dir``, of which ``train_split`` and, unless it is
-    None, ``val_split`` are labelled; or an ImageSource, a map-style Dataset of (PIL image or
-    encoded bytes, class id) with ``classes``, or a sequence of (key, encoded image, class name or
-    id of ``classes``), with ``val_images`` of the same kinds, which are labelled once, at the
-    centre crop. ``classes`` are the classes of the label set in their order, among which the data's
-    are found by name. A teacher is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a
-    Classifier, or any module or function from images, uint8 B x 3 x S x S on the device, to logits
-    B x C: it normalises them. A checkpoint sees views of its own size, with ``teacher_img_size``
-    all see that. The plan has a module's class and weights' hash, of a function the name. A module
-    is in eval mode and on the device while it labels, and afterwards as it was.
+    ``images`` are a local data set as for ``--data-dir``, of which ``train_split`` and, unless it
+    is None, ``val_split`` are labelled, or with ``classes`` and without ``val_split`` a folder of
+    pictures without class folders; an ImageSource; a map-style Dataset of (PIL image or encoded
+    bytes, class id) with ``classes``; or a sequence of (key, encoded image, class name or id of
+    ``classes``). ``val_images``, of the same kinds, are labelled once, at the centre crop.
+    ``classes`` are those of the label set in their order; the data's are found by name. A teacher
+    is ``NAME`` or ``NAME=CHECKPOINT`` as for ``--teacher``, a Classifier, or any module or function
+    from images, uint8 B x 3 x S x S on the device, to logits B x C: it normalises them. A
+    checkpoint sees views of its own size, with ``teacher_img_size`` all see that. The plan has a
+    module's class and weights' hash, of a function the name. A module is given back as it was.
 
     The other settings are the flags of `mealv2 precompute` with the same defaults, and equal ones
     give equal files. A folder ``output`` that is incomplete is completed; one of another plan is an
@@ -175,13 +177,31 @@ def _sources(
 
 def _source(images: Images, split: str, classes: Sequence[str] | None) -> ImageSource:
     if isinstance(images, str | os.PathLike):
-        source = open_source(Path(images), split)
+        source = _opened(images, split, classes)
     elif isinstance(images, Sequence):
         keyed = cast(Sequence[KeyedImage], images)  # a str is a sequence too, but was a path
         return ImageSequence(keyed, split=split, classes=classes)
     else:
         source = as_source(images, f"{type(images).__name__} ({split})", split=split)
     return source if classes is None else _with_classes(source, classes)
+
+
+def _opened(
+    images: str | os.PathLike[str], split: str, classes: Sequence[str] | None
+) -> ImageSource:
+    """Open a split of a local data set; ``classes`` are those of pictures without classes."""
+    location = located(images if isinstance(images, str) else Path(images))
+    if isinstance(location, str):
+        raise ConfigError(
+            f"annotate takes local images, not {shown(location)}; label them with "
+            "`mealv2 precompute`, or copy them to this machine"
+        )
+    if is_flat(location) and (classes is None or split != "train"):
+        raise ConfigError(
+            f"{location} has pictures without class folders; give the teachers' class names as "
+            "classes=, and val_split=None"
+        )
+    return open_source(location, split, names=None if classes is None else lambda: classes)
 
 
 def _with_classes(source: ImageSource, classes: Sequence[str]) -> ImageSource:

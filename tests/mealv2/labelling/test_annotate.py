@@ -1,6 +1,7 @@
 """mealv2.annotate: stage one from Python gives the files of `mealv2 precompute`."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,30 @@ def test_given_classes_are_those_of_the_label_set(
     assert labels.manifest["roles"]["val"]["accuracy"]["ensemble"]["top1"] == 100.0
     with pytest.raises(ConfigError, match="cats"):
         mealv2.annotate(images, [Shades()], tmp_path / "b", classes=["ants", "bees"], **settings)
+
+
+def test_a_folder_of_pictures_without_classes_is_labelled_with_given_ones(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (data_dir / "train").glob("*/0[0-3].*"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    settings: dict[str, Any] = {**SETTINGS, "workers": 0}
+    classes = ["ants", "bees", "cats"]
+    for missing in ({"val_split": None}, {"classes": classes}):
+        with pytest.raises(ConfigError, match="class names as classes=, and val_split=None"):
+            mealv2.annotate(flat, [Shades()], tmp_path / "labels", **settings | missing)
+    settings |= {"classes": classes, "val_split": None}
+    labels = mealv2.annotate(flat, [Shades()], tmp_path / "labels", **settings)
+    assert (labels.classes, len(list(labels.keys()))) == (classes, 12)
+    assert len(mealv2.SoftLabelDataset(labels.folder, flat)) == 12
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/pictures", "https://host/pictures?token=abc"])
+def test_images_behind_a_url_are_one_line(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"local images, not .*; label them with .mealv2 pre"):
+        mealv2.annotate(url, [Shades()], tmp_path / "labels")
 
 
 def test_an_interrupted_set_is_completed_and_another_plan_is_refused(
