@@ -20,16 +20,24 @@ def update_best(state: TrainingState, metrics: dict[str, float]) -> bool:
     """Return whether the epoch that ended is the best so far, and remember it.
 
     Of epochs with equal top-1 the later one is the best: it has trained longer, at a lower rate.
+    ``improved`` stays the first of them: the patience of --early-stopping counts from there.
     """
-    top1, epoch = metrics.get("top1"), state.progress.epoch
+    top1, epoch, best = metrics.get("top1"), state.progress.epoch, state.best
     if top1 is None:
         return False
-    is_best = state.best is None or top1 >= state.best["metrics"]["top1"]
-    if state.best is None or is_best:
-        at = {"epoch": epoch, "step": state.progress.total_steps}
-        state.best = {**at, "metrics": dict(metrics)}
-    state.best["validated"] = epoch
+    is_best = best is None or top1 >= best["metrics"]["top1"]
+    if best is None or is_best:
+        is_equal = best is not None and top1 == best["metrics"]["top1"]
+        improved = _improved_epoch(best) if best is not None and is_equal else epoch
+        at = {"epoch": epoch, "step": state.progress.total_steps, "improved": improved}
+        state.best = best = {**at, "metrics": dict(metrics)}
+    best["validated"] = epoch
     return is_best
+
+
+def _improved_epoch(best: dict[str, Any]) -> int:
+    """Return the last epoch that was better than all before it; old checkpoints lack it."""
+    return int(best.get("improved", best["epoch"]))
 
 
 def best_step(config: TrainConfig, state: TrainingState) -> int | None:
@@ -38,11 +46,11 @@ def best_step(config: TrainConfig, state: TrainingState) -> int | None:
 
 
 def is_stopped_early(config: TrainConfig, state: TrainingState) -> bool:
-    """Return whether --early-stopping epochs have passed without a better one."""
+    """Return whether --early-stopping epochs have passed without a better top-1."""
     best, epoch = state.best, state.progress.epoch
     if config.early_stopping is None or best is None or best["validated"] != epoch:
         return False
-    return epoch - int(best["epoch"]) >= config.early_stopping and state.progress.step == 0
+    return epoch - _improved_epoch(best) >= config.early_stopping and state.progress.step == 0
 
 
 class RunResult:

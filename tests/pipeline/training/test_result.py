@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import safetensors.torch
 import torch
 
 from conftest import Result
+from pipeline.config import FinetuneConfig
+from pipeline.training.result import is_stopped_early, update_best
 
 Run = Callable[..., Result]
 STEPS = 3  # of an epoch
@@ -132,16 +135,44 @@ def test_a_damaged_checkpoint_of_the_best_epoch_is_named(
 def test_early_stopping_ends_the_run_some_epochs_after_the_best(
     done: Run, flags: list[object], run: Path, ruined: Path
 ) -> None:
-    best = report(ruined)["best_epoch"]
-    result = done(*flags, "--early-stopping", 1, "--output", run)
+    best, values = report(ruined)["best_epoch"], top1(ruined)
+    patience = best - values.index(max(values))  # an epoch more than its ties take
+    result = done(*flags, "--early-stopping", patience, "--output", run)
     assert result.report["epochs"] == best + 1 < 4
     assert result.report["selected_epoch"] == best
     assert same(student(run), student(ruined))
     assert done("finetune", "--resume", run).report == result.report
     longer = done("finetune", "--resume", run, "--early-stopping", 9)
-    assert "--early-stopping was 1, is 9" in longer.stderr
+    assert f"--early-stopping was {patience}, is 9" in longer.stderr
     assert longer.report["epochs"] == 4
     assert same(student(run), student(ruined))
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "stops"),
+    [
+        ([50.0, 50.0, 50.0, 50.0], None, 3),  # a tie is no better one
+        ([50.0, 40.0, 50.0], None, 3),
+        ([40.0, 50.0, 50.0, 50.0], None, 4),
+        ([40.0, 50.0, 60.0, 70.0], None, None),
+        ([50.0, 50.0], {"epoch": 0, "step": 0, "metrics": {"top1": 50.0}}, 2),  # an old checkpoint
+    ],
+)
+def test_early_stopping_counts_from_the_last_better_epoch_and_a_tie_is_the_result(
+    values: list[float], kept: dict[str, Any] | None, stops: int | None
+) -> None:
+    """Of equal epochs the later one is the result, also where the patience runs on."""
+    config = FinetuneConfig(data_dir=Path("d"), model="m", early_stopping=2)
+    progress = SimpleNamespace(epoch=0, step=0, total_steps=0)
+    state: Any = SimpleNamespace(best=kept, progress=progress)
+    stopped = None
+    for epoch, value in enumerate(values, 1):
+        progress.epoch = epoch
+        update_best(state, {"top1": value})
+        assert state.best["epoch"] == last_of_the_best(values[:epoch])
+        if stopped is None and is_stopped_early(config, state):
+            stopped = epoch
+    assert stopped == stops
 
 
 def test_without_validation_the_last_epoch_is_the_result(
