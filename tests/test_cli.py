@@ -556,6 +556,39 @@ def test_flag_sets_aside_what_has_no_meaning_beside_it(
     assert {n: found.as_json()[n] for n in kept} == {n: recipe[n] for n in kept}
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 1e-4),
+        (["--lr", 0.02], 1e-4),  # as in the file
+        (["--lr", 0.1], None),
+        (["--discriminator", "official"], None),
+        (["--discriminator", "off"], None),
+        (["--lr", 0.1, "--discriminator-lr", 0.3], 0.3),
+    ],
+)
+def test_flag_sets_aside_what_follows_from_it_in_a_config(
+    config_of: Run, run_cli: Run, tmp_path: Path, flags: list[object], rate: float | None
+) -> None:
+    """A run's config.json has the discriminator's rate that followed from --lr and the classes."""
+    of_run = configs.DistillConfig(
+        data_dir=Path("/d"), labels=Path("/l"), model="m", lr=0.02, discriminator_weight=0.5
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(of_run.resolved(10).as_json()))
+    found = config_of("distill", "--config", path, *flags)
+    assert found.discriminator_lr == rate
+    assert found.discriminator_weight == (1.0 if "--discriminator" in flags else 0.5)
+
+
+def test_a_config_keeps_what_follows_from_a_flag_that_it_does_not_have(
+    config_of: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"data_dir": "d", "labels": "l", "model": "m", "discriminator_lr": 0.001}')
+    assert config_of("distill", "--config", path, "--lr", 0.1).discriminator_lr == 0.001
+
+
 def test_what_a_recipe_can_be_set_aside_for_exists() -> None:
     fields = {field.name for field in dataclasses.fields(configs.DistillConfig)}
     dropped = settings.DROPPED

@@ -14,7 +14,8 @@ from pipeline import config as configs
 from pipeline.runtime import env
 from pipeline.training.run_folder import CONFIG_NAME, has_checkpoint, saved_settings
 
-# A flag on the left drops the recipe's settings on the right, which have no effect with it.
+# A flag on the left drops the settings on the right of the recipe, and those of --config if that
+# file has another value of the flag: they have no effect with it, or follow from its value.
 DROPPED = {
     "initial_checkpoint": {"pretrained"},
     "discriminator": {"discriminator_lr", "discriminator_weight"},
@@ -23,7 +24,7 @@ DROPPED = {
     "sched": {"decay_milestones", "decay_rate"},
 }
 
-_IN_CONFIG = "mealv2.in_config"  # in click's context: the names that --config sets
+_IN_CONFIG = "mealv2.in_config"  # in click's context: the settings of --config
 
 
 def config_option() -> click.Option:
@@ -41,7 +42,7 @@ def config_of(config: type[configs.Settings], context: click.Context) -> configs
     """Return the config of a command line; raises ConfigError."""
     values = dict(context.params)
     config_file = values.pop("config_file", None)
-    values = configs.current_names(config, values)
+    values = _without_dropped(config, configs.current_names(config, values), context)
     if _is_begun(values):
         if not values["auto_resume"]:
             _require_same_command(config, values, context)
@@ -72,6 +73,21 @@ def given_names(context: click.Context) -> set[str]:
     return {n for n in context.params if context.get_parameter_source(n) is on_command_line}
 
 
+def _without_dropped(
+    config: type[configs.Settings], values: dict[str, Any], context: click.Context
+) -> dict[str, Any]:
+    """Return the values without those of --config that a flag of another value drops."""
+    settings, given = context.meta.get(_IN_CONFIG, {}), given_names(context)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    changed = {
+        name
+        for name in DROPPED.keys() & given & settings.keys()
+        if configs.plain(values[name]) != configs.plain(configs.typed(fields[name], settings[name]))
+    }
+    dropped = {name for flag in changed for name in DROPPED[flag]}
+    return values | {n: fields[n].default for n in (dropped & settings.keys()) - given}
+
+
 def with_recipe(
     config: type[configs.Settings], values: dict[str, Any], context: click.Context
 ) -> dict[str, Any]:
@@ -79,7 +95,7 @@ def with_recipe(
     command: Any = context.info_name
     settings = recipes.load(values["recipe"]).settings(command, online=values.get("online", False))
     settings = configs.current_names(config, settings)
-    in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
+    in_config, given = set(context.meta.get(_IN_CONFIG, ())), given_names(context)
     if "recipe" in given and in_config >= settings.keys():
         raise ConfigError("--recipe has no effect: --config has all its settings")
     given |= in_config
@@ -103,7 +119,7 @@ def with_run(
     kept = _settings_of_run(config, run, context)
     saved = configs.current_names(config, saved_settings(run) or {})
     before = saved.get("epochs", kept.get("epochs"))
-    in_config, given = context.meta.get(_IN_CONFIG, set()), given_names(context)
+    in_config, given = set(context.meta.get(_IN_CONFIG, ())), given_names(context)
     changed = set()
     for name, value in values.items():
         is_given = name in given or (name in in_config and value not in (None, ()))
@@ -208,7 +224,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     if path is not None:
         config: type[configs.Settings] = context.command.config  # type: ignore[attr-defined]
         settings = _read(config, path)
-        context.meta[_IN_CONFIG] = set(settings)
+        context.meta[_IN_CONFIG] = settings
         # as on the command line, click gets numbers as text
         context.default_map = {
             name: str(value) if type(value) in (int, float) else value
