@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.subset import Subset
+from mealv2.models.factory import is_factory
 from mealv2.storage.urls import shown
 from mealv2.storage.weight_files import EXPORT_FOLDER, WEIGHTS_NAME
 from pipeline import console
@@ -54,11 +55,17 @@ def model_line(spec: TrainingSpec, run: Path, *, epoch: int, trained: str) -> st
 
 
 def next_commands(config: TrainConfig, spec: TrainingSpec, run: Path) -> list[str]:
-    """Return the commands that measure and export the result of a run."""
+    """Return the commands that measure and export the result of a run.
+
+    They name a model of the user's own code, which runs only if the command line names it; as no
+    timm folder can hold it, it is exported to ONNX.
+    """
+    tag = spec.student.tag
+    own, to = (["--model", tag], "onnx") if is_factory(tag) else ([], "timm")
     found = []
     if spec.evaluator is not None:
         source = spec.evaluator.source
-        words = ["--data-dir", shown(config.data_dir), "--checkpoint", str(run)]
+        words = ["--data-dir", shown(config.data_dir), "--checkpoint", str(run), *own]
         if config.val_split != "val":
             words += ["--val-split", config.val_split]
         if config.on_bad_image != "fail":
@@ -68,4 +75,4 @@ def next_commands(config: TrainConfig, spec: TrainingSpec, run: Path) -> list[st
             *_RESIZE_FLAGS[spec.resize],
         ]
         found.append(shlex.join(["mealv2", "evaluate", *words]))
-    return [*found, shlex.join(["mealv2", "export", str(run), "--to", "timm"])]
+    return [*found, shlex.join(["mealv2", "export", str(run), "--to", to, *own])]

@@ -1,6 +1,7 @@
 """mealv2.models.factory: students and teachers of the user's own code, and of model folders."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_own_code_is_trained_resumed_evaluated_and_exported(
     assert "whole" in refused.stderr
     assert refused.code == 2
     assert done(*export, "--model", name).report["bytes"] > 0
+
+
+def test_the_next_commands_of_a_run_of_own_code_run_as_they_are_printed(
+    own_code: str, data_dir: Path, done: Callable[..., Any]
+) -> None:
+    name = f"{own_code}:small"
+    flags = ("--data-dir", data_dir, "--model", name, "--no-pretrained", "--img-size", 32)
+    more = ("--epochs", 1, "--batch-size", 12, "--workers", 0, "--output", "run")
+    lines = done("finetune", *flags, *more).stderr.split("next: ")[1].splitlines()
+    evaluate, export = (shlex.split(line)[1:] for line in lines)
+    assert done(*evaluate, "--json", "--workers", 0).report["model"] == name
+    assert export == ["export", "run", "--to", "onnx", "--model", name]
+    pytest.importorskip("onnxruntime", reason="extra onnx")
+    assert done(*export).report["bytes"] > 0
 
 
 def test_own_code_is_a_teacher(
