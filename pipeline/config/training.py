@@ -1,9 +1,11 @@
 """Settings of every training run, and of `mealv2 finetune`."""
 
 import ast
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mealv2.errors import ConfigError
 from mealv2.storage.urls import Location
 from pipeline.config.base import (
     DATA_DIR,
@@ -179,16 +181,44 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
             require(name.isidentifier() and equals, f"--model-kwargs {text} is not KEY=VALUE")
             flag_of = _FLAG_OF.get(name)
             require(flag_of is None, f"--model-kwargs {text}: use {flag_of}")
-            try:
-                found[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                found[name] = value
+            found[name] = _literal(value, text)
         return found
 
     @property
     def from_pretrained(self) -> bool:
         """Whether the student starts from timm's weights."""
         return self.initial_checkpoint is None if self.pretrained is None else self.pretrained
+
+
+def _literal(value: str, text: str) -> Any:
+    """Return the Python literal that ``value`` spells, else ``value``; ``text`` is the argument.
+
+    Raises ConfigError for one that no JSON file holds, as the files of a run and its model do.
+    """
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    except (TypeError, MemoryError, RecursionError) as error:
+        reason = str(error) or "it is too deeply nested"
+        raise ConfigError(f"--model-kwargs {text[:80]} cannot be read: {reason}") from None
+    require(
+        _is_json(found),
+        f"--model-kwargs {text[:80]} must be a number, text, True, False, None, or a list, tuple "
+        "or dict (with text as keys) of these",
+    )
+    return found
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether JSON holds a value, with a tuple as a list."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
 
 
 @frozen

@@ -410,6 +410,15 @@ def test_arguments_of_the_model_are_python_literals_or_text() -> None:
     assert make(FinetuneConfig, model_kwargs=texts).model_args == expected | {"s": "a=b"}
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["{[]: 1}", "{1, 2}", "b'a'", "1j", "1e999", "{1: 2}", "[(1, {2})]", "-" * 9999 + "1"],
+)
+def test_an_argument_of_the_model_that_no_json_file_holds_is_named(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--model-kwargs x=.{1,200}$"):
+        make(FinetuneConfig, model_kwargs=(f"x={value}",))
+
+
 def test_an_unknown_optimizer_is_answered_with_near_names() -> None:
     with pytest.raises(ConfigError, match=r"--opt adamW is unknown; .*adamw\?"):
         make(FinetuneConfig, opt="adamW")
