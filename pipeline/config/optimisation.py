@@ -142,6 +142,11 @@ class OptimisationConfig(Settings):
             value = getattr(self, f"{name}_epochs")
             message = f"--{name}-epochs {value} leaves nothing of --epochs {self.epochs}"
             require(value < self.epochs, message)
+        require(
+            self.warmup_epochs + self.cooldown_epochs < self.epochs,
+            f"--warmup-epochs {self.warmup_epochs} and --cooldown-epochs {self.cooldown_epochs} "
+            f"leave nothing of --epochs {self.epochs} to --sched {self.sched}",
+        )
         self.check_lr("lr", self.lr)
 
     def check_lr(self, name: str, lr: float) -> None:

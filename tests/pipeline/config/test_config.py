@@ -264,6 +264,11 @@ def test_value_out_of_bounds_names_the_flag(
         (DistillConfig, {"warmup_lr": 1e-3}, "--warmup-lr"),
         (DistillConfig, {"warmup_epochs": 9, "epochs": 9}, "--warmup-epochs"),
         (DistillConfig, {"sched": "cosine", "cooldown_epochs": 180}, "--cooldown-epochs"),
+        (
+            DistillConfig,
+            {"sched": "cosine", "epochs": 9, "warmup_epochs": 5, "cooldown_epochs": 4},
+            "--warmup-epochs 5 and --cooldown-epochs 4 leave nothing of --epochs 9",
+        ),
         (DistillConfig, {"clip_mode": "agc"}, "--clip-mode"),
         (DistillConfig, {"early_stopping": 1, "val_split": "none"}, "--early-stopping"),
         (
