@@ -137,6 +137,8 @@ def with_run(
             )
         elif is_url(value):
             kept[name] = value  # the run keeps URLs without passwords and signatures
+    if not (kept.get("log_wandb") or kept.get("log_trackio")) and "wandb_project" not in given:
+        kept.pop("wandb_project", None)  # of a tracker that is left out now
     _require_as_saved(run, kept, saved, changed)
     return {**_lengthened(kept, before), "resume": run}
 

@@ -239,3 +239,18 @@ def test_project_without_a_tracker_of_projects_is_an_error(
     result = run_cli(*finetune_flags, "--wandb-project", "digits")
     assert result.code == 2
     assert "--wandb-project has no effect without --log-wandb or --log-trackio" in result.stderr
+
+
+def test_a_resumed_run_without_its_tracker_has_no_project(
+    config_of: Run, run_cli: Run, tmp_path: Path
+) -> None:
+    values = {"data_dir": "/d", "model": "m", "log_wandb": True, "wandb_project": "digits"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    resume = ("finetune", "--resume", tmp_path)
+    assert config_of(*resume).wandb_project == "digits"
+    assert config_of(*resume, "--no-log-wandb", "--log-trackio").wandb_project == "digits"
+    found = config_of(*resume, "--no-log-wandb")
+    assert (found.log_wandb, found.wandb_project) == (False, "mealv2")
+    refused = run_cli(*resume, "--no-log-wandb", "--wandb-project", "digits")
+    assert refused.code == 2
+    assert "--wandb-project has no effect without" in refused.stderr
