@@ -6,6 +6,7 @@ from mealv2.batches import num_steps, updates_per_epoch
 from mealv2.task import GRADIENT_RATIO
 from pipeline import console
 from pipeline.config import TrainConfig
+from pipeline.training.result import early_stop_message
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
@@ -47,6 +48,8 @@ class RunLog:
             self._print_steps()
             for note in self._spec.notes:
                 console.info(note)
+        elif message := early_stop_message(self._config, self._state, self._folder.path):
+            console.info(message)
         elif progress.epoch < num_epochs:
             console.info(
                 f"resuming in epoch {progress.epoch + 1}/{num_epochs} after {progress.step} of its "

@@ -141,10 +141,21 @@ def test_early_stopping_ends_the_run_some_epochs_after_the_best(
     assert result.report["epochs"] == best + 1 < 4
     assert result.report["selected_epoch"] == best
     assert same(student(run), student(ruined))
-    assert done("finetune", "--resume", run).report == result.report
+    resumed = done("finetune", "--resume", run)
+    assert resumed.report == result.report
+    more = done("finetune", "--resume", run, "--epochs", 5)
+    assert more.report["epochs"] == best + 1, "no epoch was better in the meantime"
+    message = (
+        f"stopped early: no better top-1 since epoch {best + 1 - patience}; --resume {run} "
+        f"--early-stopping {2 * patience} continues"
+    )
+    for stderr in (result.stderr, resumed.stderr, more.stderr):
+        assert message in stderr.splitlines()
+        assert "resuming in" not in stderr
     longer = done("finetune", "--resume", run, "--early-stopping", 9)
     assert f"--early-stopping was {patience}, is 9" in longer.stderr
-    assert longer.report["epochs"] == 4
+    assert longer.report["epochs"] == 5
+    assert "stopped early" not in longer.stderr
     assert same(student(run), student(ruined))
 
 
