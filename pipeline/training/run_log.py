@@ -37,7 +37,8 @@ class RunLog:
         self._state = state
         self._folder = folder
         self._trackers = trackers
-        self._has_warned = False
+        # by this run before it was resumed, in an epoch that does not run again
+        self._has_warned = 0 <= folder.logged.get("discriminator", -1) <= state.progress.epoch
         self._start: tuple[float, float] | None = None  # seconds and epochs
 
     def print_start(self, *, steps_of_pass: int) -> None:

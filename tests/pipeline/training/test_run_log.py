@@ -10,6 +10,7 @@ import pytest
 
 from conftest import Result
 from pipeline.training import run_log
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.run_log import RunLog
 
 Run = Callable[..., Result]
@@ -78,7 +79,7 @@ def test_the_longest_line_fits_100_columns(
 ) -> None:
     progress = _Fixed(epoch=epoch - 1, step=0, total_steps=10**9)
     state = _Fixed(progress=progress, lr=1.2345e-05)
-    log: Any = RunLog(_Fixed(epochs=1000), _Fixed(), state, _Fixed(), None)  # type: ignore[arg-type]
+    log: Any = RunLog(_Fixed(epochs=1000), _Fixed(), state, _Fixed(logged={}), None)  # type: ignore[arg-type]
     clock = iter([0.0, 0.0, seconds])
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     log.bar(1, last_epoch=epoch, epochs_of_step=1.0)
@@ -89,3 +90,28 @@ def test_the_longest_line_fits_100_columns(
     assert "  agreement 100.00  lr 1.23e-05  12346 img/s" in line
     assert line.endswith(f"  ETA {end}")
     assert len(line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("done_before", "count"),
+    [(1, 0), (0, 1)],  # the epoch of the warning is in the checkpoint, or runs again
+)
+def test_a_resumed_run_warns_of_the_discriminator_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, done_before: int, count: int
+) -> None:
+    progress = _Fixed(epoch=0, step=0, total_steps=0)
+    state = _Fixed(progress=progress, lr=0.1)
+    config, spec = _Fixed(epochs=9), _Fixed(extra={"discriminator": (None, 0.1)})
+    trained = {"loss": 1.0, "discriminator_accuracy": 0.99, run_log.GRADIENT_RATIO: 0.9}
+
+    def epochs(log: Any, *, last: int) -> int:
+        while progress.epoch < last:
+            progress.epoch += 1
+            log.log_epoch(trained, {}, images_per_second=0.0)
+        return capsys.readouterr().err.count("the discriminator wins")
+
+    folder = RunFolder.create(tmp_path, {})
+    assert epochs(RunLog(config, spec, state, folder, None), last=2) == 1  # type: ignore[arg-type]
+    progress.epoch = done_before
+    folder = RunFolder.reopen(tmp_path, epoch=done_before, step=done_before)
+    assert epochs(RunLog(config, spec, state, folder, None), last=3) == count  # type: ignore[arg-type]
