@@ -25,6 +25,7 @@ CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
+TRACKERS_NAME = "trackers.json"  # the id of the run for W&B and trackio
 SETTINGS_NAME = "archive/settings.json"  # in the zip of a checkpoint; torch wants one folder
 _MAX_SETTINGS_BYTES = 1 << 24
 # what zipfile raises for a damaged file; another part of the run reports it
@@ -98,6 +99,7 @@ class RunFolder:
             )
         run = cls(path, lock)
         _remove_temporary_files(path)
+        (path / TRACKERS_NAME).unlink(missing_ok=True)  # of an earlier attempt
         run.write_config(config)
         if labels is not None:
             write_atomic(path / LABELS_NAME, canonical_json(labels).encode())

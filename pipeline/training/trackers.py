@@ -17,9 +17,8 @@ from mealv2.errors import ConfigError, MealError
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
 from pipeline.config import TrainConfig, flag
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import TRACKERS_NAME, RunFolder
 
-FILE_NAME = "trackers.json"  # in a run folder: the id of the run for W&B and trackio
 FOLDER_NAME = "tensorboard"
 # by the setting: the package, which is also the name of the extra
 PACKAGES = {"log_tensorboard": "tensorboard", "log_wandb": "wandb", "log_trackio": "trackio"}
@@ -85,7 +84,7 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
 
 def _run_id(run: Path) -> str:
     """Return the id of a run for trackers, the same when it is resumed."""
-    path = run / FILE_NAME
+    path = run / TRACKERS_NAME
     try:
         return str(read_json(path)["id"])
     except FileNotFoundError:

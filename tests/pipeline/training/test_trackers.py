@@ -15,6 +15,7 @@ import pytest
 from conftest import Result, Spawned
 from pipeline.config import FinetuneConfig
 from pipeline.training import trackers
+from pipeline.training.run_folder import RunFolder
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -231,6 +232,17 @@ def test_the_id_of_a_run_stays_and_a_damaged_one_is_named(
     config = FinetuneConfig(data_dir=tmp_path, model="test_resnet", log_wandb=True)
     assert config.wandb_project == "mealv2"
     shutil.rmtree(tmp_path)
+
+
+def test_a_folder_that_is_used_again_is_a_new_run_for_trackers(tmp_path: Path) -> None:
+    """The first attempt died before a checkpoint; what it logged is not part of the run."""
+    RunFolder.create(tmp_path, {})
+    first = trackers._run_id(tmp_path)
+    RunFolder.create(tmp_path, {})
+    second = trackers._run_id(tmp_path)
+    assert second != first
+    RunFolder.reopen(tmp_path, epoch=0, step=1)
+    assert trackers._run_id(tmp_path) == second, "a resumed run continues"
 
 
 def test_project_without_a_tracker_of_projects_is_an_error(
