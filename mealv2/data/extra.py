@@ -159,10 +159,10 @@ def _name_of(folder: Path) -> str:
 
 def _check_apart(extra: Path, labelled: ImageSource) -> None:
     """Raise ConfigError for a folder that has a labelled image in it, or lies among them."""
-    here, root = extra.resolve(), Path(labelled.name).resolve()
+    given, root = extra.resolve(), Path(labelled.name).resolve()
     folders = {Path(where_is(labelled, position)).parent for position in range(len(labelled))}
-    if here.is_relative_to(root) or any(
-        folder.resolve().is_relative_to(here) for folder in (root, *folders)
+    if given.is_relative_to(root) or any(
+        folder.resolve().is_relative_to(given) for folder in (root, *folders)
     ):
         raise ConfigError(
             f"--extra-data {extra} and the labelled images of {labelled.split} in {labelled.name} "
