@@ -54,8 +54,7 @@ class DemoRun:
 
     def finetune(self, part: str, name: str, **settings: Any) -> Path:
         """Train on hard labels in the folder ``name``; see ``_train``."""
-        # the arms are compared after the same number of steps
-        settings = {"img_size": IMG_SIZE, "select": "last", **settings}
+        settings = {"img_size": IMG_SIZE, **settings}
         return self._train(part, FinetuneConfig(**self._common(name), **settings))
 
     def distill(self, part: str, name: str, **settings: Any) -> Path:
@@ -66,7 +65,10 @@ class DemoRun:
         config = self.config
         hardware = {"device": config.device, "workers": config.workers}
         intervals = {"val_interval": 10, "log_interval": 10}
-        return {"data_dir": self.data, "output": config.output / name, **intervals, **hardware}
+        # the arms are compared on one schedule, after the same number of steps
+        equal = {"select": "last", "sched_on_updates": False}
+        where = {"data_dir": self.data, "output": config.output / name}
+        return {**where, **equal, **intervals, **hardware}
 
     def _train(self, part: str, settings: FinetuneConfig | DistillConfig) -> Path:
         """Start or resume a run, or take the report of a finished one; return its folder."""

@@ -42,7 +42,7 @@ import urllib.request
 class ToLoopback(urllib.request.HTTPSHandler):
     def https_open(self, request):
         url = f"{sys.argv[1]}{request.host}{request.selector}"
-        return self.parent.open(urllib.request.Request(url))
+        return self.parent.open(urllib.request.Request(url, method=request.get_method()))
 
 urllib.request.install_opener(
     urllib.request.build_opener(urllib.request.ProxyHandler({}), ToLoopback)

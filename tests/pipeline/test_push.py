@@ -245,10 +245,7 @@ def test_the_pushed_model_and_its_app_give_the_probabilities_of_predict(
         "print(json.dumps(app['predict'](Image.open(sys.argv[2]))))\n"
     )
     found = json.loads(start("-c", code, tmp_path / "app.py", image).splitlines()[-1])
-    report = json.loads(
-        start("-m", "mealv2", "predict", image, "--checkpoint", folder, "--exact-pil").splitlines()[
-            0
-        ]
-    )
+    predict = ("predict", image, "--checkpoint", folder, "--exact-pil", "--json")
+    report = json.loads(start("-m", "mealv2", *predict).splitlines()[0])
     expected = {best["class"]: best["prob"] for best in report["predictions"][0]["best"]}
     assert found == pytest.approx(expected, abs=0.01)

@@ -239,7 +239,8 @@ def test_losses_of_one_two_and_four_ranks_agree(
     for num in (2, 4):
         run = tmp_path / str(num)
         ended = done_in(num, *flags, "--output", run)
-        assert losses(run, events) == pytest.approx(losses(alone, events), rel=1e-5)
+        # sums in another order differ by 1e-7, which each step multiplies by three or so
+        assert losses(run, events) == pytest.approx(losses(alone, events), rel=3e-5)
         for told in ("train", "validation"):
             for event, expected in zip(events(run, told), events(alone, told), strict=True):
                 # the ratio of two norms is that of each share on its own
