@@ -46,12 +46,13 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import MealError
 from mealv2.label_set import LabelSet
 from mealv2.labelling.compare import compare_images
+from mealv2.runtime import library_versions
 from mealv2.storage.cache import Cache
 from mealv2.views import DrawnViews
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets import verify
 from pipeline.labelling.compatibility import image_check, view_reader
-from pipeline.runtime.device import library_versions, use_one_thread
+from pipeline.runtime.device import use_one_thread
 
 FLAGS = ["--img-size", 64, "--workers", 0, "--device", "cpu", "--batch-size", 16]
 SPLITS = ("train", "val")
