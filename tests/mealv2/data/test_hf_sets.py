@@ -102,11 +102,11 @@ def test_keys_and_fingerprint_are_those_of_another_copy(on_disk: Path, tmp_path:
     [
         ("hfds/cifar10", HfName("cifar10")),
         (
-            "/work/hfds/uoft-cs/cifar100,label=fine_label",
+            "/data/hfds/uoft-cs/cifar100,label=fine_label",
             HfName("uoft-cs/cifar100", label="fine_label"),
         ),
-        ("/work/hfds/imagefolder:pics", HfName("imagefolder", Path("/work/pics"))),
-        ("/work/hfds/imagefolder:/pics", HfName("imagefolder", Path("/pics"))),
+        ("/data/hfds/imagefolder:pics", HfName("imagefolder", Path("/data/pics"))),
+        ("/data/hfds/imagefolder:/pics", HfName("imagefolder", Path("/pics"))),
         ("hfds/a/b,config=small,image=img", HfName("a/b", None, "small", "img")),
         ("pictures/hfds", None),
     ],

@@ -66,8 +66,8 @@ def test_images_are_those_of_the_archive(cifar: tuple[Path, np.ndarray]) -> None
     ("text", "folder"),
     [
         ("torch/mnist:data", "data"),
-        ("/work/torch/mnist:data", "/work/data"),
-        ("/work/torch/mnist:/data", "/data"),
+        ("/data/torch/mnist:data", "/data/data"),
+        ("/data/torch/mnist:/data", "/data"),
     ],
 )
 def test_a_relative_folder_means_the_same_in_an_absolute_setting(text: str, folder: str) -> None:
