@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 
-from mealv2.data.folder import UnorderedSource
+from mealv2.data.folder import UnorderedSource, check_unique, key_of
 from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
 from mealv2.data.source import UNLABELLED, ImageSource, is_unlabelled, where_is
@@ -36,16 +36,12 @@ class UnlabelledFolder(UnorderedSource):
         if not root.is_dir():
             raise ConfigError(f"no folder {folder}; give a folder of unlabelled pictures")
         walk = Walk(root)
-        found = sorted(
-            (unicodedata.normalize("NFC", path.relative_to(root).as_posix()), size, path)
-            for path, size in walk.images(root)
-        )
+        found = sorted((key_of(path, root), size, str(path)) for path, size in walk.images(root))
         self.left_out: LeftOut = walk.left_out()
         if not found:
             raise ConfigError(f"{folder} has no image ({', '.join(EXTENSIONS)})")
+        check_unique([(key, path) for key, _, path in found])
         self.keys = [key for key, _, _ in found]
-        if len(set(self.keys)) < len(self.keys):
-            raise ConfigError(f"{folder} has files that differ only in Unicode normalisation")
         self.labels = [UNLABELLED] * len(found)
         self.sizes = self.stored_sizes = [size for _, size, _ in found]
         self._paths = [path for _, _, path in found]

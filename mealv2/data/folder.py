@@ -14,6 +14,12 @@ from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.storage.regular_files import read_regular
 
+# What helps where a data set has no split to validate on.
+ADVICE_NO_VAL = (
+    "hold out a part of the training images with --val-fraction 0.2, train without validation with "
+    "--val-split none, or name another split with --val-split"
+)
+
 # Folders of these names are splits, so their parent is not a folder of class folders.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
@@ -61,7 +67,7 @@ class ImageFolder(UnorderedSource):
         walk.count_outside(INDEX_NAME)
         self.left_out = walk.left_out()
         rows.sort(key=lambda row: row[0])
-        _check_unique([(row[0], row[3]) for row in rows])
+        check_unique([(row[0], row[3]) for row in rows])
         self.keys = [row[0] for row in rows]
         self.labels = [row[1] for row in rows]
         self.sizes = self.stored_sizes = [row[2] for row in rows]
@@ -124,13 +130,13 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         raise ConfigError(_missing_split(folder))
     found = sorted(
-        (_key_of(path, folder), path)
+        (key_of(path, folder), path)
         for path in folder.iterdir()
         if path.is_dir() and path.name[0] != "."
     )
     if not found:
         raise ConfigError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg")
-    _check_unique(found)
+    check_unique(found)
     return found
 
 
@@ -150,14 +156,11 @@ def _missing_split(folder: Path) -> str:
             "splits with --train-split and --val-split"
         )
     else:
-        advice = (
-            "hold out a part of the training images with --val-fraction 0.2, train without "
-            "validation with --val-split none, or name another split with --val-split"
-        )
+        advice = ADVICE_NO_VAL
     return f"no folder {folder}; {advice} (folders in {root}: {found})"
 
 
-def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
+def check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
     """Raise ConfigError for a name that appears twice in a sorted list."""
     for (name, path), (other_name, other_path) in itertools.pairwise(named):
         if name == other_name:
@@ -168,7 +171,7 @@ def _check_unique(named: Sequence[tuple[str, Path | str]]) -> None:
 
 def _images_of(folder: Path, class_folder: Path, walk: Walk) -> list[tuple[str, int, str]]:
     """List (key, size in bytes, path) of the images under a class folder, links followed."""
-    found = [(_key_of(path, folder), size, str(path)) for path, size in walk.images(class_folder)]
+    found = [(key_of(path, folder), size, str(path)) for path, size in walk.images(class_folder)]
     if not found:
         raise ConfigError(
             f"class folder {class_folder} has no image ({', '.join(EXTENSIONS)}); "
@@ -177,7 +180,8 @@ def _images_of(folder: Path, class_folder: Path, walk: Walk) -> list[tuple[str, 
     return found
 
 
-def _key_of(path: Path, folder: Path) -> str:
+def key_of(path: Path, folder: Path) -> str:
+    """Return the key of a file in a folder; raises ConfigError for a name that is not UTF-8."""
     key = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
     try:
         key.encode("utf-8")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from mealv2.data.folder import UnorderedSource
+from mealv2.data.folder import ADVICE_NO_VAL, UnorderedSource
 from mealv2.data.image_files import MAX_BYTES
 from mealv2.data.tar_splits import own_split, read_class_names
 from mealv2.errors import ConfigError
@@ -97,10 +97,7 @@ def missing_split(table: Path, split: str, splits: Sequence[str]) -> str:
     if split == "train":
         advice = "name the split of its rows with --train-split"
     else:
-        advice = (
-            "hold out a part of the training images with --val-fraction 0.2, train without "
-            "validation with --val-split none, or name another split with --val-split"
-        )
+        advice = ADVICE_NO_VAL
     return f"{table} has no row of the split {split} (splits: {', '.join(splits)}); {advice}"
 
 

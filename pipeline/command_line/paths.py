@@ -37,8 +37,8 @@ from pipeline.training.trackers import require_packages
 
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"  # as in mealv2.label_set.manifest
 MAX_NAMES = 8  # in a message
-# commands that need no class of an image
-_TEACHERS_LABEL = (
+# commands that read pictures without classes, or say themselves what they need classes for
+_READ_UNLABELLED = (
     PrecomputeConfig,
     DistillConfig,
     LabelsVerifyConfig,
@@ -89,7 +89,7 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
         require(data_dir.is_file(), f"{name}: no file {data_dir}{_near(data_dir)}")
         check_splits(data_dir, splits, made=made)
         return
-    if is_flat(data_dir) and isinstance(config, _TEACHERS_LABEL):
+    if is_flat(data_dir) and isinstance(config, _READ_UNLABELLED):
         message = (
             f"{name} {data_dir} has pictures and no class folders: the teachers label them, but "
             "nothing can be validated; add --val-split none"

@@ -92,7 +92,7 @@ class RunResult:
                 model,
                 classes=self._spec.source.classes,
                 img_size=self._spec.img_size,
-                held_out=getattr(self._spec.evaluator and self._spec.evaluator.source, "flags", ()),
+                held_out=self._spec.held_out_flags,
             )
 
     def finalize(

@@ -1,5 +1,6 @@
 """What a run trains and on what: the parts that a command puts together for the one loop."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource, fingerprint
+from mealv2.data.subset import Subset
 from mealv2.models import Classifier, Preprocessing, create_classifier
 from mealv2.targets import Targets
 from mealv2.task import Task
@@ -88,6 +90,12 @@ class TrainingSpec:
     def data_sha256(self) -> str:
         """The fingerprint of the images; seconds for a million of them."""
         return fingerprint(self.source)
+
+    @property
+    def held_out_flags(self) -> Sequence[str]:
+        """The flags that hold out the validation images; none if they are a split of their own."""
+        val = self.evaluator.source if self.evaluator is not None else None
+        return val.flags if isinstance(val, Subset) else ()
 
     def reader(self) -> ViewReader:
         """Return what reads the views of the images."""

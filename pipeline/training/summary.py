@@ -4,7 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from mealv2.data.subset import Subset
 from mealv2.models.factory import is_factory
 from mealv2.storage.urls import shown
 from mealv2.storage.weight_files import EXPORT_FOLDER, WEIGHTS_NAME
@@ -64,14 +63,13 @@ def next_commands(config: TrainConfig, spec: TrainingSpec, run: Path) -> list[st
     own, to = (["--model", tag], "onnx") if is_factory(tag) else ([], "timm")
     found = []
     if spec.evaluator is not None:
-        source = spec.evaluator.source
         words = ["--data-dir", shown(config.data_dir), "--checkpoint", str(run), *own]
         if config.val_split != "val":
             words += ["--val-split", config.val_split]
         if config.on_bad_image != "fail":
             words += ["--on-bad-image", config.on_bad_image]
         words += [
-            *(source.flags if isinstance(source, Subset) else ()),
+            *spec.held_out_flags,
             *_RESIZE_FLAGS[spec.resize],
         ]
         found.append(shlex.join(["mealv2", "evaluate", *words]))

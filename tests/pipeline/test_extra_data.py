@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,16 @@ def test_a_folder_of_tar_files_has_no_class_ids_and_no_pictures(pool: Path, tmp_
     shutil.copy(pool / "flat.jpg", folder)
     with pytest.raises(ConfigError, match=r"tar files and pictures \(flat\.jpg\)"):
         open_unlabelled(folder, classes=["ants"])
+
+
+def test_a_name_that_is_not_utf8_is_an_error(pool: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"b\xff.jpg")
+    try:
+        shutil.copy(pool / "flat.jpg", tmp_path / name)
+    except OSError:
+        pytest.skip("the file system allows UTF-8 only")
+    with pytest.raises(ConfigError, match="is not valid UTF-8; rename it"):
+        UnlabelledFolder(tmp_path, classes=["ants"])
 
 
 def test_folders_that_contain_one_another_or_share_a_name_are_refused(
