@@ -38,11 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import same_numbers as shop
 from mealv2.data.content_hash import ImageCheck, KnownHashes, content_hash
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.open import open_source
 from mealv2.data.pixels import decode
 from mealv2.data.requests import centre_requests, check_failures
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import MealError
 from mealv2.label_set import LabelSet
 from mealv2.labelling.compare import compare_images

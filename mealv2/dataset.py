@@ -21,12 +21,12 @@ from mealv2.batches import BatchSampler, rank_rows
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.extra import WithExtra, open_unlabelled
 from mealv2.data.held_out import HeldOut, by_name
-from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
 from mealv2.data.own_source import ImageDataset, as_source
 from mealv2.data.pixels import operations_sha256, probe_sha256, resize_of
 from mealv2.data.requests import CENTRE, check_failures
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import (
     LabelSet,
     check_boxes,

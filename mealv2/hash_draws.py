@@ -9,15 +9,14 @@ from hashlib import blake2b
 _DIGITS = Context(prec=50)
 _LN_2 = 0.6931471805599453
 _TWO_64 = 1 << 64
+TAYLOR_TERMS = 16  # of exp
 
 
 def hash_words(purpose: str, key: str, seed: int, index: int) -> Iterator[int]:
     """Yield 64-bit words of BLAKE2b-512(purpose, seed, index, block, key), block by block."""
     if not (0 <= seed < _TWO_64 and 0 <= index < _TWO_64):
         raise ValueError(f"seed and index must lie in [0, 2**64), got {seed} and {index}")
-    head = (
-        f"mealv2/{purpose}/1\0".encode() + seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-    )
+    head = hash_prefix(purpose, seed) + index.to_bytes(8, "little")
     tail = key.encode("utf-8")
     block = 0
     while True:
@@ -25,6 +24,11 @@ def hash_words(purpose: str, key: str, seed: int, index: int) -> Iterator[int]:
         for start in range(0, 64, 8):
             yield int.from_bytes(digest[start : start + 8], "little")
         block += 1
+
+
+def hash_prefix(purpose: str, seed: int) -> bytes:
+    """Return what is hashed before the index, the number of the block and the key."""
+    return f"mealv2/{purpose}/1\0".encode() + seed.to_bytes(8, "little")
 
 
 def uniform(word: int) -> float:
@@ -68,7 +72,7 @@ def exp(x: float) -> float:
     while abs(x) > 0.3:
         x, squares = x / 2, squares + 1
     value = 1.0
-    for n in range(16, 0, -1):
+    for n in range(TAYLOR_TERMS, 0, -1):
         value = 1.0 + x * value / n
     for _ in range(squares):
         value *= value

@@ -81,6 +81,11 @@ class DrawnViews(Views):
         parameters = {name: value for name, value in entry.items() if name != "seed"}
         return cls(seed, ViewRecipe.from_entry(parameters))
 
+    @property
+    def draws_boxes(self) -> bool:
+        """Whether a view is a box and flips: no centre crop, no operations."""
+        return self.recipe.crop != "center" and not self.recipe.has_operations
+
     def entry(self) -> dict[str, Any]:
         """Return the entry of a manifest."""
         return {**self.recipe.entry(), "seed": self.seed}
@@ -196,7 +201,7 @@ def _padded_box(
 def _box_size(draws: Iterator[int], width: int, height: int, recipe: ViewRecipe) -> tuple[int, int]:
     """Draw up to ten (height, width) of a box; (0, 0) if none fits (torchvision: get_params)."""
     area, scale = float(width * height), recipe.scale
-    centre, half = _log_ratios(recipe.ratio)
+    centre, half = log_ratios(recipe.ratio)
     for _ in range(TRIES):
         box_area = area * (scale[0] + (scale[1] - scale[0]) * uniform(next(draws)))
         ratio = exp(centre + (2.0 * uniform(next(draws)) - 1.0) * half)
@@ -218,7 +223,7 @@ def _fallback_size(width: int, height: int, ratio: tuple[float, float]) -> tuple
 
 
 @lru_cache(maxsize=64)
-def _log_ratios(ratio: tuple[float, float]) -> tuple[float, float]:
+def log_ratios(ratio: tuple[float, float]) -> tuple[float, float]:
     """Return the middle of ln(MIN) and ln(MAX), and half their distance; 0 and ln(4/3)."""
     low, high = (log(Fraction(bound).limit_denominator(_MAX_DENOMINATOR)) for bound in ratio)
     return (high + low) / 2, (high - low) / 2

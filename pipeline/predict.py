@@ -10,8 +10,9 @@ from timm.data.imagenet_info import ImageNetInfo
 from mealv2.data.folder import UnorderedSource
 from mealv2.data.image_files import EXTENSIONS, MAX_BYTES
 from mealv2.data.left_out import LeftOut
-from mealv2.data.loader import ViewReader, on_device, read_views
+from mealv2.data.loader import on_device, read_views
 from mealv2.data.requests import centre_requests, check_failures, failures_by_key
+from mealv2.data.view_reader import ViewReader
 from mealv2.data.walk import Walk
 from mealv2.errors import ConfigError, DataError
 from mealv2.models.released import find

@@ -27,8 +27,8 @@ from torch import nn
 import cli
 import published
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import centre_crop, decode
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import Encoding, read_plan, shard_ranges
 from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.manifest import write_manifest

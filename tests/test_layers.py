@@ -43,7 +43,7 @@ ALLOWED = {
     "mealv2.view_recipe": {"mealv2.hash_draws", "mealv2.view_operations"},
     "mealv2.data": {
         *("mealv2.errors", "mealv2.own_code", "mealv2.storage"),
-        *("mealv2.view_operations", "mealv2.view_recipe", "mealv2.views"),
+        *("mealv2.view_boxes", "mealv2.view_operations", "mealv2.view_recipe", "mealv2.views"),
     },
     "pipeline.config": {
         *("mealv2", "mealv2.defaults", "mealv2.errors", "mealv2.storage"),

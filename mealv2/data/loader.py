@@ -4,221 +4,30 @@ A request lists images and the views of each; threads decode every image once an
 into their rows of the batch, uint8. Decoders and resizes release the GIL.
 """
 
+import sys
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
 from mealv2.data.buffers import BufferPool
-from mealv2.data.content_hash import ImageCheck
-from mealv2.data.pixels import DecodedImage, Resize, ViewsOf, centre_crop, decode_for
-from mealv2.data.requests import CENTRE, Batch, BatchRequest, announce
-from mealv2.data.source import ImageSource
-from mealv2.errors import DataError
-from mealv2.views import View, Views
+from mealv2.data.requests import Batch, BatchRequest, announce
+from mealv2.data.view_reader import BatchReader, LoadedImage, ViewReader
 
 T = TypeVar("T")
-Box = tuple[int, int, int, int, int]  # top, left, height, width, flip
 
-_TASK_VIEWS = 8  # views in a thread's task
 _BATCHES_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class ViewReader:
-    """How to load views of a source's images; ``views`` are not needed for centre crops.
-
-    ``other_sizes`` are sizes beside ``img_size`` to resize each view to. ``check`` compares images
-    with those that were labelled; batches get ``hashes`` if kept.
-    """
-
-    source: ImageSource
-    _: KW_ONLY
-    img_size: int
-    views: Views | None = None
-    resize: Resize = "torch"
-    check: ImageCheck | None = None
-    keeps_hashes: bool = False
-    other_sizes: tuple[int, ...] = ()
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """All sizes of the views, that of ``img_size`` first."""
-        return (self.img_size, *self.other_sizes)
-
-    def hash_of(self, position: int, data: bytes) -> int | None:
-        """Return the content hash of an image, None if it is not needed; raises as ``check``."""
-        if not (self.keeps_hashes or (self.check is not None and self.check.is_due(position))):
-            return None
-        found = self.source.original_hash(position, data)
-        if self.check is not None:
-            self.check(position, found)
-        return found
-
-    def read(self, request: BatchRequest) -> Batch:
-        """Return the batch of one request, read by this thread."""
-        return _BatchReader(self, request, memory=BufferPool(pin_memory=False)).read()
-
-    def views_of(
-        self, position: int, indices: Iterable[int], width: int, height: int
-    ) -> list[View]:
-        """Return the boxes and flips of some views of an image."""
-        assert self.views is not None, "only centre crops can be cut without views"
-        key = self.source.keys[position]
-        return [self.views.view(key, index, width=width, height=height) for index in indices]
-
-    def cut(
-        self, decoded_image: DecodedImage, position: int, index: int
-    ) -> tuple[list[np.ndarray], Box]:
-        """Return the pixels of a view of a decoded image in each of ``sizes``, and its box."""
-        resize = self.resize
-        if index == CENTRE:
-            pixels_HWC = decoded_image.pixels_HWC
-            return [centre_crop(pixels_HWC, s, resize=resize) for s in self.sizes], (0, 0, 0, 0, 0)
-        (view,) = self.views_of(position, (index,), decoded_image.width, decoded_image.height)
-        return [decoded_image.cut(view, s, resize=resize) for s in self.sizes], view.box()
-
-
-class _Image:
-    """An image, decoded by the first thread that needs it, released by the last."""
-
-    def __init__(self, reader: ViewReader, position: int) -> None:
-        self.position = position
-        self.failure: str | None = None
-        self.content_hash: int | None = None
-        self._reader = reader
-        self._lock = threading.Lock()
-        self._uses = 0
-        self._is_shared = False
-        self._decoded: DecodedImage | None = None
-
-    def keep(self) -> None:
-        """Keep the pixels for one more use."""
-        with self._lock:
-            self._uses += 1
-            self._is_shared = self._uses > 1
-
-    def release(self) -> None:
-        """End one use."""
-        with self._lock:
-            self._uses -= 1
-            if self._uses == 0:
-                self._decoded = None
-
-    def decoded(self, views_of: ViewsOf | None) -> DecodedImage | None:
-        """Return the part that ``views_of`` needs, or all of an image that other tasks need too.
-
-        None for an image that cannot be read; ``failure`` has the reason.
-        """
-        with self._lock:
-            if self._decoded is None and self.failure is None:
-                try:
-                    data = self._reader.source.read(self.position)
-                    self.content_hash = self._reader.hash_of(self.position, data)
-                    self._decoded = decode_for(data, None if self._is_shared else views_of)
-                except (DataError, OSError) as error:
-                    self.failure = getattr(error, "strerror", None) or str(error)
-            return self._decoded
-
-
-# Some views of an image, and the row of the first.
-_ViewTask = tuple[_Image, tuple[int, ...], int]
-
-
-class _BatchReader:
-    """A batch while threads fill its rows.
-
-    ``before`` is the last image of the previous request: its views may continue in this one.
-    """
-
-    def __init__(
-        self,
-        reader: ViewReader,
-        request: BatchRequest,
-        *,
-        memory: BufferPool,
-        before: _Image | None = None,
-    ) -> None:
-        self._reader = reader
-        self._cuts: list[_ViewTask] = []
-        self._positions = [position for position, views in request for _ in views]
-        self._indices = [index for _, views in request for index in views]
-        num_rows, row, image = len(self._positions), 0, before
-        for position, views in request:
-            if image is None or image.position != position:
-                image = _Image(reader, position)
-            for start in range(0, len(views), _TASK_VIEWS):
-                image.keep()
-                self._cuts.append((image, views[start : start + _TASK_VIEWS], row + start))
-            row += len(views)
-        if image is not None:
-            image.keep()  # for the next request
-        if before is not None:
-            before.release()
-        self.last = image
-        self._images = [memory.take(num_rows, size) for size in reader.sizes]  # B x S x S x 3
-        self._rows = [images_BHWC.numpy() for images_BHWC in self._images]
-        self._sizes_B2 = np.zeros((num_rows, 2), dtype=np.uint32)
-        self._boxes_B5 = np.zeros((num_rows, 5), dtype=np.uint32)
-
-    def tasks(self) -> Iterator[list[_ViewTask]]:
-        """Yield tasks of about _TASK_VIEWS views."""
-        task: list[_ViewTask] = []
-        for cut in self._cuts:
-            task.append(cut)
-            if sum(len(views) for _, views, _ in task) >= _TASK_VIEWS:
-                yield task
-                task = []
-        if task:
-            yield task
-
-    def read(self) -> Batch:
-        """Fill all rows in this thread; return the batch."""
-        for task in self.tasks():
-            self.run(task)
-        return self.finish()
-
-    def run(self, task: list[_ViewTask]) -> None:
-        """Decode the images of a task if necessary and cut their views."""
-        for image, indices, row in task:
-            views_of = partial(self._reader.views_of, image.position, indices)
-            decoded_image = image.decoded(None if CENTRE in indices else views_of)
-            if decoded_image is not None:
-                self._sizes_B2[row : row + len(indices)] = decoded_image.width, decoded_image.height
-                for at, index in enumerate(indices, start=row):
-                    cut, self._boxes_B5[at] = self._reader.cut(decoded_image, image.position, index)
-                    for rows, pixels_HWC in zip(self._rows, cut, strict=True):
-                        rows[at] = pixels_HWC
-            image.release()
-
-    def finish(self, tasks: Iterable[Future[None]] = ()) -> Batch:
-        """Return the batch once its tasks are done."""
-        for task in tasks:
-            task.result()
-        failed = {i.position: i.failure for i, _, _ in self._cuts if i.failure is not None}
-        images = (image for image, _, _ in self._cuts)
-        hashes = {i.position: i.content_hash for i in images if i.content_hash is not None}
-        all_images, sizes_B2, boxes_B5 = self._images, self._sizes_B2, self._boxes_B5
-        positions, indices = self._positions, self._indices
-        if failed:
-            kept = [row for row, position in enumerate(positions) if position not in failed]
-            all_images = [images_BHWC[kept] for images_BHWC in all_images]
-            sizes_B2, boxes_B5 = sizes_B2[kept], boxes_B5[kept]
-            positions = [positions[row] for row in kept]
-            indices = [indices[row] for row in kept]
-        images_BCHW, *others = (images_BHWC.permute(0, 3, 1, 2) for images_BHWC in all_images)
-        other_sizes = dict(zip(self._reader.other_sizes, others, strict=True))
-        return Batch(
-            images_BCHW, sizes_B2, boxes_B5, positions, indices, failed, hashes, other_sizes
-        )
+_TASK_S = 0.01  # a thread's task takes about so long
+_MIN_TASK_VIEWS = 8
+_CHEAP_VIEW_S = 3e-4  # threads that cut cheaper views wait for the interpreter, not for each other
 
 
 @dataclass(frozen=True)
@@ -238,33 +47,99 @@ class ViewLoader(Iterable[Batch]):
         if self.workers == 0:
             yield from (batch.read() for batch in self._readers())
             return
-        # one torch thread each: more would slow down the other workers
-        pool = ThreadPoolExecutor(
-            self.workers, "mealv2-read", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        try:
-            yield from self._read_ahead(pool)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with ExitStack() as stack:
+            yield from self._read_ahead(stack)
 
-    def _readers(self) -> Iterator[_BatchReader]:
-        last: _Image | None = None
+    def _readers(self) -> Iterator[BatchReader]:
+        last: LoadedImage | None = None
         memory = BufferPool(pin_memory=self.pin_memory)
         for request in self.requests:
-            batch = _BatchReader(self.reader, request, memory=memory, before=last)
+            batch = BatchReader(self.reader, request, memory=memory, before=last)
             last = batch.last
             yield batch
+            del batch  # its memory may be the next one's
 
-    def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _read_ahead(self, stack: ExitStack) -> Iterator[Batch]:
         """Yield batches in order while threads read the next ones."""
-        reading: deque[tuple[_BatchReader, list[Future[None]]]] = deque()
-        for batch in self._readers():
-            reading.append((batch, [pool.submit(batch.run, task) for task in batch.tasks()]))
-            num_tasks = sum(len(tasks) for _, tasks in reading)
-            if len(reading) > _BATCHES_AHEAD and num_tasks > 2 * self.workers:
-                yield _BatchReader.finish(*reading.popleft())
+        one_thread, all_threads = (_threads(num, stack) for num in (1, self.workers))
+        readers, pace = self._readers(), _Pace()
+        many = 2 * self.workers  # tasks
+        reading: deque[tuple[int, _Wait]] = deque()
+        while True:
+            if pace.is_cheap:
+                reading.append((many, one_thread.submit(pace.read_next, readers).result))
+            else:  # its images are listed in the same thread: after the batches that it reads
+                started = _start(one_thread.submit(next, readers, None), all_threads, pace)
+                if started is None:
+                    break
+                reading.append(started)
+            if len(reading) > _BATCHES_AHEAD and sum(num for num, _ in reading) > many:
+                if (batch := reading.popleft()[1]()) is None:
+                    return
+                yield batch
+                del batch
         while reading:
-            yield _BatchReader.finish(*reading.popleft())
+            if (batch := reading.popleft()[1]()) is not None:
+                yield batch
+
+
+_Wait = Callable[[], Batch | None]  # returns a batch once it is read
+
+
+def _start(
+    listed: "Future[BatchReader | None]", threads: ThreadPoolExecutor, pace: "_Pace"
+) -> tuple[int, _Wait] | None:
+    """Let threads read a batch, task by task; None if there is none."""
+    reader = listed.result()
+    if reader is None:
+        return None
+    tasks = [
+        threads.submit(pace.run, num_views, run) for num_views, run in reader.tasks(pace.task_views)
+    ]
+    return len(tasks), partial(reader.finish, tasks)
+
+
+def _threads(num: int, stack: ExitStack) -> ThreadPoolExecutor:
+    """Return threads that end with the stack; tasks that have not begun are dropped."""
+    # one torch thread each: more would slow down the other workers
+    pool = ThreadPoolExecutor(num, "mealv2-read", initializer=torch.set_num_threads, initargs=(1,))
+    stack.callback(pool.shutdown, cancel_futures=True)
+    return pool
+
+
+class _Pace:
+    """Measures what a view costs: how many make a task, and whether several threads help."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._view_s: float | None = None  # CPU time of a thread, half of it the last task's
+
+    @property
+    def task_views(self) -> int:
+        """How many views a task should have."""
+        return max(_MIN_TASK_VIEWS, int(_TASK_S / self._view_s) if self._view_s else 0)
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether one thread reads faster than several, which compete for the interpreter."""
+        return self._view_s is not None and self._view_s < _CHEAP_VIEW_S
+
+    def read_next(self, readers: Iterator[BatchReader]) -> Batch | None:
+        """Read the next batch in this thread and measure it; None if there is none."""
+        reader = next(readers, None)
+        if reader is None:
+            return None
+        for num_views, run in reader.tasks(sys.maxsize):
+            self.run(num_views, run)
+        return reader.finish()
+
+    def run(self, num_views: int, run: Callable[[], None]) -> None:
+        """Run a task and measure it."""
+        start_s = time.thread_time()
+        run()
+        view_s = (time.thread_time() - start_s) / num_views
+        with self._lock:
+            self._view_s = view_s if self._view_s is None else (self._view_s + view_s) / 2
 
 
 def read_views(

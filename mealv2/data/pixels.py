@@ -99,6 +99,11 @@ class DecodedImage:
     top: int = 0
     left: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all pixels of the image are there."""
+        return self.pixels_HWC.shape[:2] == (self.height, self.width)
+
     def cut(self, view: View, img_size: int, *, resize: Resize) -> np.ndarray:
         """Return the pixels of a view inside the part; see ``cut``."""
         inside = replace(view, top=view.top - self.top, left=view.left - self.left)

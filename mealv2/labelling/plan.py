@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from mealv2 import defaults, label_set
 from mealv2.data.extra import WithExtra
 from mealv2.data.held_out import HeldOut
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize, interpolation, operations_sha256, probe_sha256
 from mealv2.data.requests import CENTRE, BatchRequest
 from mealv2.data.source import ImageSource, fingerprint
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError
 from mealv2.label_set import PlannedShard
 from mealv2.labelling.annotator import Annotator

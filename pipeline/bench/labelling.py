@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mealv2 import label_set
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import decode
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.manifest import write_manifest
 from mealv2.labelling.plan import LabelSplit

@@ -15,11 +15,12 @@ from torchvision.datasets import ImageFolder
 
 from mealv2.batches import split_batches
 from mealv2.data.jpegtran import Jpegtran, packed
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.open import open_source
 from mealv2.data.requests import BatchRequest, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.data.tar_writer import sample, tar_writer
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError
 from mealv2.labelling.plan import batch_requests
 from mealv2.views import DrawnViews

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from mealv2.batches import split_batches
-from mealv2.data.loader import ViewReader, WaitTimer, read_views
+from mealv2.data.loader import WaitTimer, read_views
 from mealv2.data.pixels import cut, decode
 from mealv2.data.requests import Batch, BatchRequest
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import Rows
 from mealv2.views import DrawnViews
 from pipeline import console

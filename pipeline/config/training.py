@@ -43,7 +43,7 @@ FREE_ON_RESUME = frozenset(
     {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
     | {"log_tensorboard", "log_wandb", "log_trackio", "wandb_project"}
     | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
-    | {"download"}
+    | {"download", "cache_images"}
 )
 # and settings that the command line may change: paths, because contents are compared by their
 # hashes, and choices that leave what the run has learned as it is.
@@ -99,6 +99,11 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
     )
     torchcompile: CompileMode = in_hardware(
         "off", "Compile the student with torch.compile, in this mode.", alias="compile"
+    )
+    cache_images: Literal["auto", "off"] = in_hardware(
+        "auto",
+        "Keep decoded images in memory, if all of a split take less than 2 GiB and a quarter of "
+        "the free memory.",
     )
     seed: int = in_run(0, "Seed of the image order, new weights and dropout.", low=0, high=MAX_SEED)
     output: Path | None = in_run(

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import Resize, operations_sha256, probe_sha256, resize_of
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, LabelSet, labelled_hashes
 from mealv2.labelling.teachers import sizes_in

@@ -52,6 +52,11 @@ def local_rank() -> int | None:
     return rank().local if "LOCAL_RANK" in os.environ else None
 
 
+def ranks_on_this_machine() -> int:
+    """Return how many ranks share this machine's memory; all of them if nothing says."""
+    return max(1, _number("LOCAL_WORLD_SIZE", rank().size, advice=_BY_TORCHRUN))
+
+
 def require_single_process(command: str) -> None:
     """Raise ConfigError if torchrun started several processes."""
     if rank().size > 1:

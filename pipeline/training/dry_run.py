@@ -11,6 +11,7 @@ from mealv2.data.requests import Batch
 from mealv2.errors import DataError
 from pipeline import console, timing
 from pipeline.config import TrainConfig
+from pipeline.loading.cache import image_cache
 from pipeline.runtime.device import Runtime
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
@@ -54,6 +55,7 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     stride = len(spec.positions) // num_images
     positions = spec.positions[::stride][:num_images]
     sampler = BatchSampler(config, spec.source, positions, spec.targets)
+    reader = spec.reader(image_cache(config, spec.source))
     step = TrainStep(config, runtime, spec)
     step.compile(sampler.full_batch())
     step.log_sizes(sampler.full_batch())
@@ -63,7 +65,7 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
         batches = itertools.cycle(list(sampler.batches(0)))
         requests = list(itertools.islice(batches, min(num_steps, _MAX_STEPS)))
         loader = read_views(
-            spec.reader(), requests, workers=config.workers, pin_memory=runtime.should_pin_memory
+            reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory
         )
         return _time_steps(step, on_device(loader, runtime.device))
 

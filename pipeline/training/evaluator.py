@@ -8,15 +8,17 @@ from torch import nn
 
 from mealv2.batches import split_evenly
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.loader import ViewReader, on_device, read_views
+from mealv2.data.loader import on_device, read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import DataError
 from mealv2.metrics import Evaluation, Predictions
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.loading.cache import image_cache
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.signals import StopFlag, StopRequested
@@ -82,8 +84,10 @@ class Evaluator:
             [(p, view) for p, view in request if labels is None or source.keys[p] in labels]
             for request in local_centre_requests(source, config.batch_size, runtime.ranks)
         ]
+        # evaluate reads each image once
+        cache = image_cache(config, source) if isinstance(config, TrainConfig) else None
         self._loader = read_views(
-            ViewReader(source, img_size=img_size, resize=resize, check=check),
+            ViewReader(source, img_size=img_size, resize=resize, check=check, cache=cache),
             self._requests,
             workers=config.workers,
             pin_memory=runtime.should_pin_memory,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Appender,

@@ -15,6 +15,7 @@ from mealv2.metrics import Evaluation
 from mealv2.models import Classifier
 from mealv2.targets import ONLINE, SKIPPED
 from pipeline.config import TrainConfig
+from pipeline.loading.cache import image_cache
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 from pipeline.training import checkpoint
@@ -122,7 +123,7 @@ class _Trainer:
             self.progress.epoch, self.progress.step, local=self.step.local_rows
         )
         loader = read_views(
-            self.spec.reader(),
+            self.spec.reader(image_cache(self.config, self.spec.source)),
             requests,
             workers=self.config.workers,
             pin_memory=self.runtime.should_pin_memory,

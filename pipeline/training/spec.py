@@ -9,10 +9,11 @@ from torch import nn
 
 from mealv2.cutmix import Blend, Mix, MixTarget, draw_mix
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.loader import ViewReader
+from mealv2.data.image_cache import ImageCache
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.data.subset import Subset
+from mealv2.data.view_reader import ViewReader
 from mealv2.models import Classifier, Preprocessing, create_classifier
 from mealv2.targets import Targets
 from mealv2.task import Task
@@ -97,8 +98,8 @@ class TrainingSpec:
         val = self.evaluator.source if self.evaluator is not None else None
         return val.flags if isinstance(val, Subset) else ()
 
-    def reader(self) -> ViewReader:
-        """Return what reads the views of the images."""
+    def reader(self, cache: ImageCache | None) -> ViewReader:
+        """Return what reads the views of the images, decoded ones from ``cache``."""
         return ViewReader(
             self.source,
             img_size=self.img_size,
@@ -106,6 +107,7 @@ class TrainingSpec:
             resize=self.resize,
             check=self.check,
             other_sizes=self.targets.other_sizes,
+            cache=cache,
         )
 
 

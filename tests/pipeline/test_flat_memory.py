@@ -17,9 +17,10 @@ from PIL import Image
 
 from label_sets import plan_of
 from mealv2.batches import BatchSampler
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.open import open_source
 from mealv2.data.source import ImageSource
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import (
     Encoding,
     LabelSet,

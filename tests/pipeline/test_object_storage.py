@@ -17,12 +17,12 @@ import s3fs
 from cases import mostly_slow
 from conftest import Result
 from mealv2.data import remote_tar
-from mealv2.data.loader import ViewReader
 from mealv2.data.open import open_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.requests import CENTRE
 from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_index import create_plain_index, index_bytes
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError, DataError, RemoteError
 from mealv2.storage import object_store, transfer
 from mealv2.storage.cache import Cache

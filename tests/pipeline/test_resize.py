@@ -13,8 +13,8 @@ import stored
 from conftest import Result
 from mealv2.data import pixels
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import probe_sha256
+from mealv2.data.view_reader import ViewReader
 from mealv2.views import DrawnViews, view_of
 
 Run = Callable[..., Result]

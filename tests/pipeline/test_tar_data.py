@@ -10,10 +10,11 @@ import pytest
 
 from conftest import IMG_SIZE, Result
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.open import open_source
 from mealv2.data.pixels import cut, decode
 from mealv2.data.tar_index import index_shard
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import LabelSet, read_manifest
 from mealv2.views import DrawnViews, view_of
 from tars import tar_tree

@@ -13,9 +13,9 @@ import mealv2
 from conftest import IMG_SIZE, Result
 from mealv2.data import loader
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.data.requests import CENTRE
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import LabelSet, read_plan
 from mealv2.models import create_classifier
 from mealv2.models.ensemble import BySize

@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from mealv2.data import batch_cut
 from mealv2.data import pixels as mealv2_pixels
+from mealv2.data.content_hash import ImageCheck, KnownHashes
 from mealv2.data.folder import ImageFolder, UnorderedSource
-from mealv2.data.loader import ViewReader, WaitTimer, read_views
+from mealv2.data.image_cache import ImageCache
+from mealv2.data.loader import WaitTimer, read_views
 from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.data.requests import CENTRE, centre_requests, check_failures, failures_by_key
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import DataError
 from mealv2.views import DrawnViews, view_of
 
@@ -158,6 +163,7 @@ def test_decoded_images_are_let_go_of_once_they_are_cut(
     _Tracked.alive.clear()
     _Tracked.most = 0
     monkeypatch.setattr(mealv2_pixels, "decode", lambda data: _Tracked.of(decode(data)))
+    monkeypatch.setattr(batch_cut, "MAX_SIDE", 1)  # these are small: they would be cut together
     reader = ViewReader(source, img_size=8, views=VIEWS)
     requests = [[(position, (0,)) for position in range(36)] for _ in range(4)]
     for pixels in read_views(reader, requests, workers=workers):
@@ -173,11 +179,108 @@ def test_memory_is_used_again_once_nothing_holds_a_batch(source: ImageFolder, wo
     reader = ViewReader(source, img_size=16, views=VIEWS)
     requests = [[(position, (0,)) for position in range(9)]] * 30
     places = [p.images_BCHW.data_ptr() for p in read_views(reader, requests, workers=workers)]
-    assert len(set(places)) <= 5
+    assert len(set(places)) <= 6
 
     kept = [p.images_BCHW[0] for p in read_views(reader, requests, workers=workers)]
     assert len({image.data_ptr() for image in kept}) == 30
     assert all(torch.equal(image, kept[0]) for image in kept)
+
+
+# --- small images, images in memory ---------------------------------------------------------------
+
+NUM_SMALL = 40
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> ImageFolder:
+    """Images of 32 x 32 pixels, some of 30 x 28, one of 50 x 32."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for n in range(NUM_SMALL):
+        size = (50, 32) if n == 7 else (30, 28) if n % 5 == 0 else (32, 32)
+        noise = generator.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "train" / "a" / f"{n:02d}.png")
+    return ImageFolder(tmp_path, "train")
+
+
+def _by_hand(source: ImageFolder, rows: list[tuple[int, int]], size: int) -> list[np.ndarray]:
+    found = []
+    for position, index in rows:
+        image = decode(source.read(position))
+        height, width, _ = image.shape
+        if index == CENTRE:
+            found.append(centre_crop(image, size))
+        else:
+            view = VIEWS.view(source.keys[position], index, width=width, height=height)
+            found.append(cut(image, view, size))
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("index", [3, CENTRE])
+def test_small_images_are_cut_together_to_the_same_views(
+    small: ImageFolder, index: int, workers: int
+) -> None:
+    cache = ImageCache(NUM_SMALL, 1 << 20)
+    counting = Counting(small)
+    reader = ViewReader(counting, img_size=28, views=VIEWS, other_sizes=(24,), cache=cache)
+    requests = [[(position, (index,)) for position in range(NUM_SMALL)]] * 3
+
+    batches = list(read_views(reader, requests, workers=workers))
+
+    rows = [(position, index) for position in range(NUM_SMALL)]
+    for batch in batches:
+        assert list(zip(batch.positions, batch.views, strict=True)) == rows
+        for size, images in ((28, batch.images_BCHW), (24, batch.other_sizes[24])):
+            expected = _by_hand(small, rows, size)
+            np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
+        assert np.array_equal(batch.boxes_B5, batches[0].boxes_B5)
+        assert batch.sizes_B2.tolist() == [
+            list(decode(small.read(position)).shape[1::-1]) for position in range(NUM_SMALL)
+        ]
+    assert max(counting.reads.values()) <= 3
+    assert len(cache) == NUM_SMALL
+    counting.reads.clear()
+    reader.read(requests[0])
+    assert not counting.reads
+
+
+def test_views_and_centre_crop_of_one_image_stay_in_their_rows(small: ImageFolder) -> None:
+    reader = ViewReader(small, img_size=28, views=VIEWS, cache=ImageCache(NUM_SMALL, 1 << 20))
+    request = [(position, (1, CENTRE, 1)) for position in range(20)]
+    rows = [(position, index) for position, views in request for index in views]
+    for _ in range(2):
+        batch = reader.read(request)
+        expected = _by_hand(small, rows, 28)
+        np.testing.assert_array_equal(batch.images_BCHW.permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_damaged_image_in_a_batch_of_small_ones_is_reported_each_time(small: ImageFolder) -> None:
+    (small.folder / "a" / "03.png").write_bytes(b"not a PNG")
+    reader = ViewReader(small, img_size=28, views=VIEWS, cache=ImageCache(NUM_SMALL, 1 << 20))
+    request = [(position, (0,)) for position in range(NUM_SMALL)]
+    for _ in range(2):
+        batch = reader.read(request)
+        assert list(batch.failed) == [3]
+        assert len(batch.positions) == NUM_SMALL - 1
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_image_in_memory_is_compared_as_often_as_asked(small: ImageFolder, is_always: bool) -> None:
+    counting = Counting(small)
+    check = ImageCheck(KnownHashes.none(NUM_SMALL), always=is_always)
+    cache = ImageCache(NUM_SMALL, 1 << 20)
+    reader = ViewReader(counting, img_size=28, views=VIEWS, check=check, cache=cache)
+    for _ in range(3):
+        reader.read([(position, (0,)) for position in range(NUM_SMALL)])
+    assert set(counting.reads.values()) == {3 if is_always else 1}
+
+
+def test_hashes_of_a_batch_come_from_files_not_from_memory(small: ImageFolder) -> None:
+    cache = ImageCache(NUM_SMALL, 1 << 20)
+    reader = ViewReader(small, img_size=28, views=VIEWS, keeps_hashes=True, cache=cache)
+    for _ in range(2):
+        assert len(reader.read([(0, (0,)), (1, (0,))]).hashes) == 2
 
 
 def test_reading_leaves_the_threads_of_the_caller_alone(source: ImageFolder) -> None:

@@ -14,8 +14,8 @@ import stored
 from cases import mostly_slow
 from conftest import Result
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader
 from mealv2.data.pixels import cut, decode
+from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import LabelSet
 from mealv2.views import View
 from official import CROPS, GOLDEN, KINDS

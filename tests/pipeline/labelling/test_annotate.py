@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.requests import Batch
+from mealv2.data.view_reader import ViewReader
 from mealv2.errors import DataError
 from mealv2.label_set import Encoding
 from mealv2.labelling.annotator import Annotator

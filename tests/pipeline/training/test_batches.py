@@ -14,8 +14,9 @@ from conftest import Result
 from mealv2.batches import BatchSampler, epoch_order
 from mealv2.cutmix import draw_mix
 from mealv2.data.folder import ImageFolder
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.requests import centre_requests
+from mealv2.data.view_reader import ViewReader
 from mealv2.targets import BatchTargets, HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask, HardLabelTask
 from pipeline.config import FinetuneConfig

@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from mealv2.batches import BatchSampler
-from mealv2.data.loader import ViewReader, read_views
+from mealv2.data.loader import read_views
 from mealv2.data.requests import BatchRequest
 from mealv2.data.tar import TarShards
+from mealv2.data.view_reader import ViewReader
 from mealv2.targets import HardLabels
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
