@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import same_numbers
 
 # Qualified names of functions of the project. Whoever renames them writes the new names here.
-START = "_BatchReader.__init__"  # is handed the request for one batch, to read its views
+START = "BatchReader.__init__"  # is handed the request for one batch, to read its views
 END = "DistillTask.forward"  # returns the loss
 STEP = 2
 FOLDERS = ("mealv2", "pipeline")

@@ -11,7 +11,7 @@ import torch
 
 import mealv2
 from conftest import IMG_SIZE, Result
-from mealv2.data import loader
+from mealv2.data import view_reader
 from mealv2.data.folder import ImageFolder
 from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.data.requests import CENTRE
@@ -116,13 +116,13 @@ def test_an_image_is_decoded_once_and_a_lost_shard_comes_back_with_its_bytes(
     before = lost.read_bytes()
     lost.unlink()
     decoded: list[int] = []
-    decode_for = loader.decode_for
+    decode_for = view_reader.decode_for
 
     def counting(data: bytes, views_of: Any) -> Any:
         decoded.append(len(data))
         return decode_for(data, views_of)
 
-    monkeypatch.setattr(loader, "decode_for", counting)
+    monkeypatch.setattr(view_reader, "decode_for", counting)
     done("precompute", *flags, "--output", again, "--check-images", "never")
     assert lost.read_bytes() == before
     assert len(decoded) == 20  # images of a shard; each has 2 views in 2 sizes

@@ -478,7 +478,10 @@ def test_stopped_and_continued_with_write_back_it_ends_in_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageFolder, "read", interrupted)
-        result = run_cli(*distill_flags, *flags, "--labels", copies[1], "--output", parts)
+        read_again = ["--cache-images", "off"]
+        result = run_cli(
+            *distill_flags, *flags, *read_again, "--labels", copies[1], "--output", parts
+        )
     assert result.code == 4
     assert len(list(copies[1].glob("*more*"))) == 1, "what the teachers answered is not lost"
     _lie(copies[1])
@@ -522,7 +525,10 @@ def test_continued_run_uses_the_first_views_though_more_were_labelled_meanwhile(
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageFolder, "read", interrupted)
-        result = run_cli(*distill_flags, *flags, "--labels", own_labels, "--output", parts)
+        read_again = ["--cache-images", "off"]
+        result = run_cli(
+            *distill_flags, *flags, *read_again, "--labels", own_labels, "--output", parts
+        )
     assert result.code == 4
     add_views(own_labels, (4, 5))
     assert LabelSet.open(own_labels).num_views == 6
