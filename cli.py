@@ -20,6 +20,7 @@ import click
 import mealv2
 from mealv2 import recipes
 from mealv2.errors import IncompleteError, MealError, out_of_memory
+from mealv2.recipes.script import script as script_of
 from mealv2.text import printable, shortened, use_display_names
 from pipeline import config as configs
 from pipeline.command_line import options, settings
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[configs.Settings]] = {
     "slurm precompute": configs.SlurmPrecomputeConfig,
     "slurm distill": configs.SlurmDistillConfig,
     "slurm sweep": configs.SlurmSweepConfig,
+    "recipes record": configs.RecipesRecordConfig,
 }
 
 _AGAIN = "run the same command again"
@@ -145,7 +147,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 def module_of(name: str) -> str:
     """Return the module that runs a command: pipeline.label_sets.NAME for `labels NAME`."""
-    module = name.replace("labels ", "label_sets.").replace("slurm ", "slurm.").replace("-", "_")
+    module = name.replace("labels ", "label_sets ").replace(" ", ".").replace("-", "_")
     return f"pipeline.{module.replace('.import', '.import_')}"
 
 
@@ -174,7 +176,9 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
 
     params = [settings.config_option()]
     command = options.ConfigCommand(word, config, params=params, callback=callback)
-    (_labels if group else cli).add_command(command)
+    above = cli.commands[group] if group else cli
+    assert isinstance(above, click.Group)
+    above.add_command(command)
 
 
 # --- batch jobs ---------------------------------------------------------------------------------
@@ -278,8 +282,17 @@ def _cell(value: str | float | None) -> str:
 
 @_recipes.command("show")
 @click.argument("name")
-def _show(name: str) -> None:
+@click.option(
+    "--script",
+    "as_script",
+    is_flag=True,
+    help="Print a bash script that reproduces it instead: from ImageNet to the published number.",
+)
+def _show(name: str, as_script: bool) -> None:
     """Print the recipe NAME as TOML, then as one line of JSON."""
+    if as_script:
+        click.echo(script_of(recipes.load(name)), nl=False)
+        return
     click.echo(recipes.text(name))
     click.echo(json.dumps(dataclasses.asdict(recipes.load(name))))
 

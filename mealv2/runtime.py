@@ -46,6 +46,13 @@ class LocalRuntime:
         return network
 
     @property
+    def device_name(self) -> str:
+        """The name of the GPU as its driver knows it, else the type of the device: cpu, mps."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return str(self.device.type)
+
+    @property
     def should_pin_memory(self) -> bool:
         """Whether to read pixels into page-locked memory."""
         return self.device.type == "cuda"

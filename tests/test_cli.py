@@ -21,6 +21,7 @@ import cli
 import mealv2
 from conftest import Result
 from mealv2 import recipes
+from mealv2.recipes.script import script
 from pipeline import config as configs
 from pipeline.command_line import options, settings
 
@@ -30,7 +31,7 @@ ROOT = Path(cli.__file__).resolve().parent
 
 CONFIGS = cli.COMMANDS
 COMMANDS = sorted(CONFIGS)
-OTHERS = ["recipes"]  # commands without a config
+OTHERS = ["recipes show"]  # commands without a config
 GROUPS = sorted({name.split()[0] for name in COMMANDS if " " in name})
 
 
@@ -72,7 +73,7 @@ def test_help_comes_in_a_third_of_a_second() -> None:
 
 
 def test_no_help_imports_torch_or_numpy() -> None:
-    names = ["", *COMMANDS, *OTHERS, *GROUPS, "recipes show"]
+    names = ["", *COMMANDS, *OTHERS, *GROUPS]
     code = (
         "import sys, cli\n"
         f"for name in {names!r}:\n"
@@ -406,7 +407,8 @@ def test_defaults_stand_in_config_alone() -> None:
         and isinstance(node.value, str)
         and re.fullmatch("--[a-z-]+", node.value)
     }
-    assert flags <= {"--help", "--config", "--no-"}
+    # `recipes show` has no config: it does not run
+    assert flags <= {"--help", "--config", "--no-", "--script"}
     found = [
         f"{path.name}: {line.strip()}"
         for path in [
@@ -470,8 +472,20 @@ def test_a_recipe_is_shown_as_its_file_and_as_json(done: Run) -> None:
     assert result.report == dataclasses.asdict(recipes.load("efficientnet-b0"))
 
 
+def test_a_recipe_is_shown_as_a_script_that_bash_reads(done: Run) -> None:
+    shown = done("recipes", "show", "resnet18", "--script").stdout
+    assert shown == script(recipes.load("resnet18"))
+    subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
+
+
 @pytest.mark.parametrize(
-    "command", ["recipes show {}", "precompute --recipe {}", "distill --recipe {}"]
+    "command",
+    [
+        "recipes show {}",
+        "recipes show --script {}",
+        "precompute --recipe {}",
+        "distill --recipe {}",
+    ],
 )
 def test_unknown_recipe_is_one_line_with_the_nearest(run_cli: Run, command: str) -> None:
     result = run_cli(*command.format("resnet50-22").split())

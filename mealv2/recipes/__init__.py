@@ -10,7 +10,7 @@ from mealv2.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".toml"
-_ABLATION = "ablation-"
+ABLATION = "ablation-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Recipe:
 def names() -> list[str]:
     """Return the names of all recipes, the ablations last."""
     found = [path.stem for path in _FOLDER.glob(f"*{_SUFFIX}")]
-    return sorted(found, key=lambda name: (name.startswith(_ABLATION), name))
+    return sorted(found, key=lambda name: (name.startswith(ABLATION), name))
 
 
 def text(name: str) -> str:

@@ -175,6 +175,31 @@ class PushConfig(Settings):
 
 
 @frozen
+class RecipesRecordConfig(Settings):
+    """Add a finished run of a recipe to a table of results, beside the published numbers.
+
+    The run must have the settings of its recipe, and ImageNet's number of images and steps.
+    """
+
+    example = "mealv2 recipes record runs/resnet18"
+
+    run: Path = argument("Run folder of a finished `mealv2 distill --recipe`.", path="folder")
+    output: Path = in_results(
+        Path("reproduced.json"),
+        "File of the results, created or extended; the table is written beside it, as .md.",
+        path="new file",
+    )
+    variant: bool = in_results(
+        False, "Record a run that differs from its recipe, in a table of its own."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_json = self.output.suffix == ".json"
+        require(is_json, f"--output must end in .json, got {self.output}")
+
+
+@frozen
 class DemoConfig(ReaderConfig):
     """Run precompute, distill and a control run on scikit-learn's handwritten digits.
 

@@ -95,6 +95,7 @@ class _Trainer:
         metrics: dict[str, float] = {}
         if self._is_over() and (report := self.result.finished_report(self.state)) is not None:
             return report
+        self.log.log_session(self.runtime)
         if progress.total_steps == 0 or self._is_over():
             metrics = self._validate(progress.epoch)
             self.log.print_accuracies(metrics)

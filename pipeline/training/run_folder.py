@@ -26,6 +26,7 @@ METRICS_NAME = "metrics.jsonl"
 REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
 TRACKERS_NAME = "trackers.json"  # the id of the run for W&B and trackio
+SESSION = "session"  # the event of a process that starts or resumes the run
 SETTINGS_NAME = "archive/settings.json"  # in the zip of a checkpoint; torch wants one folder
 _MAX_SETTINGS_BYTES = 1 << 24
 # what zipfile raises for a damaged file; another part of the run reports it

@@ -3,11 +3,13 @@
 import time
 
 from mealv2.batches import num_steps, updates_per_epoch
+from mealv2.runtime import library_versions
 from mealv2.task import GRADIENT_RATIO
 from pipeline import console
 from pipeline.config import TrainConfig
+from pipeline.runtime.device import Runtime
 from pipeline.training.result import early_stop_message
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import SESSION, RunFolder
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
 from pipeline.training.trackers import Trackers
@@ -56,6 +58,17 @@ class RunLog:
                 f"resuming in epoch {progress.epoch + 1}/{num_epochs} after {progress.step} of its "
                 f"{steps_of_pass} steps ({progress.total_steps} in all)"
             )
+
+    def log_session(self, runtime: Runtime) -> None:
+        """Log that this process trains from here on: ranks, device, precision, versions."""
+        self._folder.log(
+            SESSION,
+            step=self._state.progress.total_steps,
+            ranks=runtime.ranks.size,
+            device=runtime.device_name,
+            precision=runtime.precision,
+            versions=library_versions(),
+        )
 
     def _print_steps(self) -> None:
         """Report that an epoch has few steps."""

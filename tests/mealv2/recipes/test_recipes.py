@@ -319,7 +319,8 @@ def test_the_files_are_package_data() -> None:
     setup = configparser.ConfigParser()
     setup.read(FOLDER.parent.parent / "setup.cfg", encoding="utf-8")
     patterns = setup["options.package_data"]["mealv2.recipes"].split()
-    assert all(any(fnmatch(f"{name}.toml", p) for p in patterns) for name in NAMES)
+    files = [*(f"{name}.toml" for name in NAMES), "reproduce.sh"]
+    assert all(any(fnmatch(file, p) for p in patterns) for file in files)
 
 
 @EVERY

@@ -1,0 +1,1 @@
+"""Published trainings, repeated: the commands `mealv2 recipes …` that need more than a recipe."""
