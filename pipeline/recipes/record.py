@@ -30,6 +30,7 @@ _SAME = FREE_ON_RESUME | {
     *("on_bad_image", "torchcompile", "amp", "amp_dtype"),  # the precision is in the table
 }
 _VERSIONS = ("mealv2", "torch", "timm")
+_OF_SESSION = {"time", "ranks", "device", "precision", "versions"}
 
 
 def run(config: RecipesRecordConfig) -> dict[str, Any]:
@@ -135,9 +136,9 @@ def _sessions(run: Path) -> list[tuple[float, dict[str, Any]]]:
     found: list[dict[str, Any]] = []
     with suppress(OSError):
         for event in filter(None, map(parse_event, read_regular(run / METRICS_NAME).splitlines())):
-            if event.get("event") == SESSION:
+            if event.get("event") == SESSION and event.keys() >= _OF_SESSION:
                 found.append(event)
-            if found:
+            if found and isinstance(event.get("time"), float | int):
                 found[-1]["ended"] = event["time"]
     if not found:
         raise ConfigError(
