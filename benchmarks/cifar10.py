@@ -1,6 +1,6 @@
 """CIFAR-10: what soft labels, discriminator, views, starts and teachers give, row by row.
 
-    python benchmarks/cifar10.py cifar10 --output cifar10-rows --quick --jobs 2
+    python -m benchmarks.cifar10 cifar10 --output cifar10-rows --quick --jobs 2
 
 PATH is a folder train/CLASS/IMAGE, test/CLASS/IMAGE, or torch/cifar10:FOLDER with the published
 archive. The teachers learn a part of the images from random weights; --teacher NAME fine-tunes
@@ -36,10 +36,7 @@ TEACHERS = (
 SETTING = Setting(
     student="test_resnet",
     teachers=TEACHERS,
-    weak_teacher="test_resnet",
     img_size=32,
-    larger_img_size=48,
-    teacher_img_size=64,
     teacher_images=1500,
     images=200,
     val_images=200,
@@ -177,8 +174,8 @@ def _start_rows(bench: Bench) -> list[Row]:
 def _view_rows(bench: Bench) -> list[Row]:
     size = bench.setting.larger_img_size
     teachers = bench.teachers()
-    boxes: list[Config] = [*teachers, bench.labels("boxes", teachers, **BOX)]
-    large: list[Config] = [*teachers, bench.labels("larger", teachers, img_size=size)]
+    boxes: list[Config] = [*teachers, bench.labels("boxes", specs(teachers), **BOX)]
+    large: list[Config] = [*teachers, bench.labels("larger", specs(teachers), img_size=size)]
     start = {"img_size": size}
 
     def start_at_size(seed: int) -> Config:

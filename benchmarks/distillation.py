@@ -37,16 +37,16 @@ class Setting:
     """The sizes of an experiment: images per class, pixels, epochs, rates."""
 
     student: str
-    teachers: tuple[Teacher, ...]
-    weak_teacher: str
+    teachers: tuple[Teacher, ...]  # those to train
     img_size: int
-    larger_img_size: int  # of the rows with a larger student's view
-    teacher_img_size: int  # of teachers that --teacher names
-    teacher_images: int  # per class; those of the student are among them
-    images: int
+    images: int  # per class
     val_images: int
     val_split: str
+    teacher_images: int = 0  # those of the student are among them
     epochs: int = 15
+    larger_img_size: int = 48  # of the rows with larger views
+    teacher_img_size: int = 64  # of teachers that --teacher names
+    weak_teacher: str = "test_resnet"
     batch_size: int = 64
     lr: float = 0.03
     teacher_epochs: int = 5
@@ -60,20 +60,24 @@ class Bench:
 
     output: Path
     setting: Setting
+    class_map: Path | None = None  # as --class-map
 
     @property
     def data(self) -> Path:
-        """The folder of the images: teacher-train, train, val."""
+        """The folder of the images: teacher-train if teachers are trained, train, val."""
         return self.output / "data"
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """The settings of a run on the images."""
+        return {"data_dir": self.data, "class_map": self.class_map}
 
     def write_images(self, data_dir: Path) -> None:
         """Write the images of the experiment; raises ConfigError as ``write_subset``."""
         s = self.setting
-        parts = {
-            "teacher-train": Part("train", s.teacher_images),
-            "train": Part("train", s.images),
-            "val": Part(s.val_split, s.val_images),
-        }
+        parts = {"train": Part("train", s.images), "val": Part(s.val_split, s.val_images)}
+        if s.teachers:
+            parts["teacher-train"] = Part("train", s.teacher_images)
         write_subset(data_dir, self.data, parts)
 
     # --- teachers and labels ----------------------------------------------------------------------
@@ -82,7 +86,7 @@ class Bench:
         """Return the run of a teacher, on the images of the teachers."""
         given = {"img_size": self.setting.img_size, "epochs": self.setting.teacher_epochs}
         return FinetuneConfig(
-            data_dir=self.data,
+            **self.images,
             output=self.output / "teachers" / teacher.name,
             model=teacher.model,
             train_split="teacher-train",
@@ -98,16 +102,14 @@ class Bench:
         """Return the runs of the ensemble's teachers."""
         return [self.teacher(each) for each in self.setting.teachers]
 
-    def labels(
-        self, name: str, teachers: Sequence[FinetuneConfig], **settings: Any
-    ) -> PrecomputeConfig:
-        """Return the run of stage one with some teachers; by default all classes, float32."""
+    def labels(self, name: str, teachers: Sequence[str], **settings: Any) -> PrecomputeConfig:
+        """Return the run of stage one with teachers as --teacher; by default dense float32."""
         s = self.setting
         given = {"img_size": s.img_size, "num_views": s.epochs, **VIEWS, **settings}
         return PrecomputeConfig(
-            data_dir=self.data,
+            **self.images,
             output=self.output / "labels" / name,
-            teacher=specs(teachers),
+            teacher=tuple(teachers),
             workers=0,
             job_index=0,  # one job, whatever the environment is
             num_jobs=1,
@@ -120,7 +122,7 @@ class Bench:
         Each teacher labels alone, and the sets are averaged: its own set has a use too.
         """
         teachers = self.teachers()
-        alone = [self.labels(f"of-{folder_name(each)}", [each]) for each in teachers]
+        alone = [self.labels(f"of-{folder_name(each)}", specs([each])) for each in teachers]
         if len(alone) == 1:
             return [*teachers, *alone]
         folders = tuple(Path(str(each.output)) for each in alone)
@@ -130,26 +132,29 @@ class Bench:
     def one_teacher(self, index: int) -> list[Config]:
         """Return the runs of the label set of one teacher."""
         teacher = self.teachers()[index]
-        return [teacher, self.labels(f"of-{folder_name(teacher)}", [teacher])]
+        return [teacher, self.labels(f"of-{folder_name(teacher)}", specs([teacher]))]
 
     def weak(self) -> list[Config]:
         """Return the runs of the label set of the weak teacher."""
         s = self.setting
         settings = {**SCRATCH, "epochs": s.weak_epochs}
         teacher = self.teacher(Teacher("weak", s.weak_teacher, settings))
-        return [teacher, self.labels("weak", [teacher])]
+        return [teacher, self.labels("weak", specs([teacher]))]
 
     def converted(self, name: str, **encoding: Any) -> list[Config]:
         """Return the runs of the dense label set in another encoding."""
-        runs = self.dense()
+        return self.encoded(self.dense(), name, **encoding)
+
+    def encoded(self, dense: Sequence[Config], name: str, **encoding: Any) -> list[Config]:
+        """Return the runs of a label set, the last of ``dense``, in another encoding."""
         folder = self.output / "labels" / name
-        convert = LabelsConvertConfig(labels=runs[-1].output, output=folder, **encoding)
-        return [*runs, convert]
+        convert = LabelsConvertConfig(labels=dense[-1].output, output=folder, **encoding)
+        return [*dense, convert]
 
     def some_views(self, num_views: int) -> list[Config]:
         """Return the runs of the label set with fewer views."""
         teachers = self.teachers()
-        return [*teachers, self.labels(f"views-{num_views}", teachers, num_views=num_views)]
+        return [*teachers, self.labels(f"views-{num_views}", specs(teachers), num_views=num_views)]
 
     # --- students ---------------------------------------------------------------------------------
 
@@ -165,7 +170,7 @@ class Bench:
             **VIEWS,
         }
         return FinetuneConfig(
-            data_dir=self.data,
+            **self.images,
             output=self.output / "starts" / name / f"seed-{seed}",
             seed=seed,
             batch_size=s.batch_size,
@@ -196,7 +201,7 @@ class Bench:
         s = self.setting
         weights = {"pretrained": False} if start is None else {"initial_checkpoint": start.output}
         return {
-            "data_dir": self.data,
+            **self.images,
             "output": self.output / "rows" / name / f"seed-{seed}",
             "model": s.student,
             "seed": seed,
@@ -240,8 +245,7 @@ def add_flags(parser: argparse.ArgumentParser, setting: Setting) -> None:
         "--teacher",
         action="append",
         metavar="NAME[=WEIGHTS]",
-        help="timm models to fine-tune, from timm's weights or a file; default: "
-        f"{', '.join(each.name for each in setting.teachers)}, from random weights",
+        help="timm models to use as teachers, with timm's weights or a file's",
     )
     for field in dataclasses.fields(Setting):
         if field.type in (int, float):
@@ -251,11 +255,11 @@ def add_flags(parser: argparse.ArgumentParser, setting: Setting) -> None:
             parser.add_argument(name, type=kind, default=default, help=f"default: {default}")
 
 
-def setting_of(options: argparse.Namespace, setting: Setting) -> Setting:
-    """Return the setting with the flags that were given."""
+def setting_of(options: argparse.Namespace, setting: Setting, *, trained: bool = True) -> Setting:
+    """Return the setting with the flags that were given; ``trained``: --teacher is fine-tuned."""
     names = [f.name for f in dataclasses.fields(Setting) if f.type in (int, float)]
     changed = dataclasses.replace(setting, **{name: getattr(options, name) for name in names})
-    if not options.teacher:
+    if not (options.teacher and trained):
         return changed
     teachers = tuple(fine_tuned(spec, changed) for spec in options.teacher)
     return dataclasses.replace(changed, teachers=teachers)

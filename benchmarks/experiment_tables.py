@@ -18,14 +18,14 @@ import torch
 import torchvision
 from scipy.stats import t
 
-from benchmarks.experiments import Row, finished, run_all
-from mealv2.data.open import open_source
+from benchmarks.experiments import Config, Report, Row, finished, run_all
 from mealv2.errors import ConfigError, MealError
 from mealv2.label_set import LabelSet
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from pipeline import load_model
 from pipeline.config import EvaluateConfig
+from pipeline.loading.sources import open_images
 from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator
 
@@ -42,10 +42,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def compare_with_labels(run: Path, data_dir: Path, labels: Path) -> dict[str, float]:
+def compare_with_labels(
+    run: Path, data_dir: Path, labels: Path, class_map: Path | None = None
+) -> dict[str, float]:
     """Return a student's accuracy on val, and its agreement with and KL to a set's labels."""
-    config = EvaluateConfig(data_dir=data_dir, checkpoint=run, workers=0)
-    source = open_source(data_dir, config.val_split)
+    config = EvaluateConfig(data_dir=data_dir, checkpoint=run, class_map=class_map, workers=0)
+    source = open_images(config, data_dir, config.val_split)
     found = load_model.load(config, classes=source.classes)
     evaluator = Evaluator(
         source,
@@ -76,11 +78,20 @@ class Figures:
         return found
 
 
-def figures(rows: Sequence[Row], seeds: Iterable[int], name: str = "top1") -> dict[str, Figures]:
-    """Return one figure of the finished runs of every row; differences are within a seed."""
+def figures(
+    rows: Sequence[Row],
+    seeds: Iterable[int],
+    name: str = "top1",
+    *,
+    report_of: Callable[[Config], Report | None] = finished,
+) -> dict[str, Figures]:
+    """Return one figure of the finished runs of every row; differences are within a seed.
+
+    ``report_of`` returns the figures of a run by name, None if it is not finished.
+    """
     values: dict[str, dict[int, float]] = {}
     for row in rows:
-        reports = {seed: finished(row.result(seed)) for seed in seeds}
+        reports = {seed: report_of(row.result(seed)) for seed in seeds}
         values[row.name] = {
             seed: report[name] for seed, report in reports.items() if report and name in report
         }

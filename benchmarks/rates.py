@@ -1,7 +1,7 @@
 """Distil the student of the demo with label sets of several rates, and compare the results.
 
     mealv2 demo --seeds 3 --output demo
-    python benchmarks/rates.py --demo demo --output rates --seeds 3
+    python -m benchmarks.rates --demo demo --output rates --seeds 3
 
 Uses the data, teachers and starts in the folder of the demo. The dense set is created once, the
 others are converted from it. The arms are interleaved seed by seed, with the same start and the
@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mealv2.data.open import open_source
+from benchmarks.experiment_tables import compare_with_labels, table
 from mealv2.label_set import LabelSet
 from mealv2.soft_labels import Labels, concat
-from pipeline import distill, load_model, precompute
+from pipeline import distill, precompute
 from pipeline.config import (
     DistillConfig,
-    EvaluateConfig,
     LabelsConvertConfig,
     LabelsInfoConfig,
     PrecomputeConfig,
@@ -47,8 +46,7 @@ from pipeline.demo import (
 )
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
-from pipeline.runtime.device import create_runtime, use_one_thread
-from pipeline.training.evaluator import Evaluator
+from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import REPORT_NAME, has_checkpoint
 
 QUICK_EPOCHS = 2
@@ -116,8 +114,8 @@ class Bench:
         """Create a label set with the teachers or from another set, unless it exists."""
         source, settings = SETS[name]
         if source is not None:
-            folders = {"labels": self.labels(source), "output": self.labels(name)}
-            convert.run(LabelsConvertConfig(**folders, **settings))
+            output = self.labels(name)
+            convert.run(LabelsConvertConfig(labels=self.labels(source), output=output, **settings))
             return
         precompute.run(
             PrecomputeConfig(
@@ -158,23 +156,8 @@ class Bench:
         return {
             "loss": float(trained["train_similarity_loss"]),
             "found_out": 100.0 * float(trained.get("train_discriminator_accuracy", "nan")),
-            **self._evaluate(run),
+            **compare_with_labels(run, self.data, self.labels("dense")),
         }
-
-    def _evaluate(self, run: Path) -> dict[str, float]:
-        """Return a student's accuracy, and its agreement with and KL to the dense labels."""
-        config = EvaluateConfig(data_dir=self.data, checkpoint=run, workers=0)
-        source = open_source(self.data, config.val_split)
-        found = load_model.load(config, classes=source.classes)
-        evaluator = Evaluator(
-            source,
-            create_runtime(config),
-            config,
-            img_size=found.img_size,
-            resize=config.resize,
-            labels=LabelSet.open(self.labels("dense"), split="val"),
-        )
-        return evaluator(found.model, num_classes=len(source.classes)).summary()
 
 
 # --- properties of the labels ---------------------------------------------------------------------
@@ -226,11 +209,6 @@ def labels_row(folder: Path, dense_NC: Tensor) -> list[str]:
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:

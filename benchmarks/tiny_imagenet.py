@@ -1,0 +1,157 @@
+"""Tiny-ImageNet: label sets of several rates from ImageNet teachers, and their students.
+
+    python -m benchmarks.tiny_imagenet tiny-imagenet --output tiny-rows --jobs 2
+
+PATH is a folder train/WNID/IMAGE, val/WNID/IMAGE with 200 of ImageNet's classes. The teachers are
+timm's ImageNet models as they are, with 1,000 classes (--class-map), on views resized to
+--teacher-img-size. One dense label set is computed and converted to the others. Within a seed all
+students have the same start, images, views and order; all are compared with the dense labels of the
+validation images. Finished runs are kept. Results: docs/benchmarks/tiny-imagenet.md.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.data.imagenet_info import ImageNetInfo
+
+from benchmarks.distillation import Bench, Setting, add_flags, setting_of
+from benchmarks.experiment_tables import (
+    chosen,
+    compare_with_labels,
+    exit_with_message,
+    figures,
+    mean_cell,
+    parser,
+    run_rows,
+    table,
+)
+from benchmarks.experiments import Config, Report, Row, finished
+from benchmarks.rates import labels_row, of_training
+from mealv2.storage.atomic import write_atomic
+from mealv2.storage.json_format import canonical_json, read_json
+
+TEACHERS = ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite1.in1k")
+SETTING = Setting(
+    student="test_resnet",
+    teachers=(),
+    img_size=32,
+    teacher_img_size=96,
+    images=20,
+    val_images=10,
+    val_split="val",
+)
+NUM_VIEWS = 4
+# label sets by name, with the settings of `mealv2 labels convert`
+SETS: dict[str, dict[str, Any]] = {
+    "rate-0.0003": {"rate": 0.0003},
+    "rate-0.001": {"rate": 0.001},
+    "rate-0.005": {"rate": 0.005},
+    "rate-0.02": {"rate": 0.02},
+    "top-10": {"topk": "10"},
+    "top-5": {"topk": "5"},
+    "top-5-float16": {"topk": "5", "label_dtype": "float16"},
+    "top-1": {"topk": "1"},
+}
+QUICK = ("rate-0.001", "rate-0.02", "top-5", "top-1")
+FIGURES = {"top1": ("top-1 %", 2), "agreement": ("agreement %", 2), "kl": ("KL, nats", 3)}
+
+
+class Rates:
+    """The rows of the benchmark: a student on dense labels, on each label set, on hard labels."""
+
+    def __init__(self, bench: Bench, teachers: Sequence[str], num_views: int) -> None:
+        self.bench = bench
+        size = bench.setting.teacher_img_size
+        labels = bench.labels("dense", teachers, num_views=num_views, teacher_img_size=size)
+        self.dense: list[Config] = [labels]
+        self.num_views = num_views
+
+    def rows(self) -> list[Row]:
+        """Return all rows; the first is the one to compare with."""
+        bench = self.bench
+        found = [self._of("dense", "dense, float32", self.dense, reference="")]
+        for name, encoding in SETS.items():
+            title = name.replace("-", " ", 1).replace("top ", "top-").replace("-float16", ", f16")
+            found.append(self._of(name, title, bench.encoded(self.dense, name, **encoding)))
+        views = {"num_views": self.num_views}
+
+        def hard(seed: int) -> Sequence[Config]:
+            return [*self.dense, *bench.hard("hard", seed, bench.start(seed), **views)]
+
+        return [*found, Row("hard", "hard labels", hard, reference="dense", is_quick=True)]
+
+    def _of(self, name: str, title: str, labels: Sequence[Config], reference: str = "dense") -> Row:
+        bench = self.bench
+        return Row(
+            name,
+            title,
+            lambda seed: bench.soft(name, seed, labels, bench.start(seed)),
+            reference=reference,
+            is_quick=name in ("dense", *QUICK),
+        )
+
+    def report(self, config: Config) -> Report | None:
+        """Return the figures of a finished run against the dense labels; None before."""
+        if finished(config) is None:
+            return None
+        run = Path(str(config.output))
+        kept = run.with_name(f"{run.name}-dense.json")
+        if not kept.exists():
+            bench, labels = self.bench, Path(str(self.dense[-1].output))
+            found = compare_with_labels(run, bench.data, labels, bench.class_map)
+            write_atomic(kept, canonical_json(found).encode())
+        return dict(read_json(kept))
+
+    def labels_table(self, rows: Sequence[Row]) -> str:
+        """Return the table of the label sets that are finished."""
+        of = {row.name: row.result(0).as_json().get("labels") for row in rows}
+        folders = {name: Path(str(folder)) for name, folder in of.items() if folder}
+        folders = {
+            name: each for name, each in folders.items() if (each / "manifest.json").exists()
+        }
+        if "dense" not in folders:
+            return ""
+        dense_NC = of_training(folders["dense"]).to_dense()
+        names = {row.name: row.title for row in rows}
+        head = ["labels", "encoding", "bytes a view", "mean k", "k ≥ C − 1, %"]
+        head += ["KL to dense", "p99", "KL of the cut"]
+        lines = [[names[name], *labels_row(each, dense_NC)] for name, each in folders.items()]
+        return table(head, lines)
+
+    def students_table(self, rows: Sequence[Row], seeds: Sequence[int]) -> str:
+        """Return accuracy, agreement with and KL to the dense labels, and their differences."""
+        lines: dict[str, list[str]] = {}
+        for name, (_, digits) in FIGURES.items():
+            found = figures(rows, seeds, name, report_of=self.report)
+            for row in rows:
+                each = found[row.name]
+                if each.values:
+                    line = lines.setdefault(row.name, [row.title, str(len(each.values))])
+                    line.append(mean_cell(list(each.values.values()), digits))
+                    line.append(mean_cell(list(each.differences.values()), digits, "+"))
+        titles = [word for title, _ in FIGURES.values() for word in (title, "minus dense")]
+        return table(["labels", "seeds", *titles], lines.values())
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the rows that the flags ask for and print the tables."""
+    flags = parser(__doc__)
+    add_flags(flags, SETTING)
+    flags.add_argument("--views", type=int, default=NUM_VIEWS, help=f"default: {NUM_VIEWS}")
+    options = flags.parse_args(words)
+    class_map = options.output / "classes.txt"
+    bench = Bench(options.output, setting_of(options, SETTING, trained=False), class_map)
+    rates = Rates(bench, options.teacher or TEACHERS, options.views)
+    asked = chosen(rates.rows(), options)
+    bench.write_images(options.data_dir)
+    names = ImageNetInfo("imagenet-1k").label_names()
+    write_atomic(class_map, "".join(f"{name}\n" for name in names).encode())
+    run_rows(asked, options)
+    text = f"{rates.labels_table(asked)}\n{rates.students_table(asked, range(options.seeds))}"
+    print(text)
+    write_atomic(options.output / "rates.md", text.encode())
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
