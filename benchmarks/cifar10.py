@@ -43,7 +43,7 @@ SETTING = Setting(
     val_split="test",
 )
 RATES = (0.0003, 0.001, 0.005, 0.02)
-NUM_VIEWS = (1, 3, 10)
+NUM_VIEWS = (1, 3, 6)
 # the second and third size of student beside Setting.student
 SMALLER = ("test_efficientnet", ())
 LARGER = ("resnet10t", ("channels=(32,64,128,256)",))

@@ -43,7 +43,7 @@ class Setting:
     val_images: int
     val_split: str
     teacher_images: int = 0  # those of the student are among them
-    epochs: int = 15
+    epochs: int = 12
     larger_img_size: int = 48  # of the rows with larger views
     teacher_img_size: int = 64  # of teachers that --teacher names
     weak_teacher: str = "test_resnet"
@@ -51,7 +51,7 @@ class Setting:
     lr: float = 0.03
     teacher_epochs: int = 5
     teacher_lr: float = 0.02  # of teachers that --teacher names
-    weak_epochs: int = 4
+    weak_epochs: int = 2
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ OF = {
     "random": {"initial_checkpoint", "pretrained"},
     "views-1": {"labels"},
     "views-3": {"labels"},
-    "views-10": {"labels"},
+    "views-6": {"labels"},
     **{f"rate-{rate:g}": {"labels"} for rate in cifar10.RATES},
     "top-1": {"labels"},
     "top-3": {"labels"},
