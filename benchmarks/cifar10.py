@@ -111,6 +111,8 @@ def _label_rows(bench: Bench) -> list[Row]:
     if last:
         teacher = bench.one_teacher(last)
         found.append(_of_labels(bench, f"teacher-{last}", "last teacher alone", teacher))
+        logits = bench.mean_of_logits()
+        found.append(_of_labels(bench, "mean-logits", "mean of logits", logits))
     return [*found, bench.soft_row("online", "soft labels, online", **_online(bench))]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import COMMON, Config, Row
+from benchmarks.mean_logits import MeanLogitsConfig
 from benchmarks.subsets import Part, write_subset
 from pipeline.config import (
     DistillConfig,
@@ -128,6 +129,12 @@ class Bench:
         folders = tuple(Path(str(each.output)) for each in alone)
         merged = LabelsMergeConfig(sets=folders, output=self.output / "labels" / "dense", **DENSE)
         return [*teachers, *alone, merged]
+
+    def mean_of_logits(self) -> list[Config]:
+        """Return the runs of the label set of the mean of the teachers' logits."""
+        *alone, _ = self.dense()
+        folders = tuple(Path(str(c.output)) for c in alone if isinstance(c, PrecomputeConfig))
+        return [*alone, MeanLogitsConfig(folders, self.output / "labels" / "mean-logits")]
 
     def one_teacher(self, index: int) -> list[Config]:
         """Return the runs of the label set of one teacher."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import mean_logits
+from benchmarks.mean_logits import MeanLogitsConfig
 from mealv2.errors import ConfigError
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
@@ -29,7 +31,7 @@ from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import has_checkpoint
 
 Training = FinetuneConfig | DistillConfig
-Labels = PrecomputeConfig | LabelsConvertConfig | LabelsMergeConfig
+Labels = PrecomputeConfig | LabelsConvertConfig | LabelsMergeConfig | MeanLogitsConfig
 Config = Labels | Training
 Report = dict[str, Any]
 
@@ -46,6 +48,7 @@ _RUN: Mapping[type, Callable[[Any], Report]] = {
     PrecomputeConfig: precompute.run,
     LabelsConvertConfig: convert.run,
     LabelsMergeConfig: merge.run,
+    MeanLogitsConfig: mean_logits.run,
     FinetuneConfig: finetune.run,
     DistillConfig: distill.run,
 }

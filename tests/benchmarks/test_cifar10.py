@@ -34,6 +34,7 @@ OF = {
     "views-3": {"labels"},
     "views-6": {"labels"},
     **{f"rate-{rate:g}": {"labels"} for rate in cifar10.RATES},
+    "mean-logits": {"labels"},
     "top-1": {"labels"},
     "top-3": {"labels"},
     "online": {"labels", "online", "teacher", "img_size", "crop"},
