@@ -182,12 +182,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     found.add_argument("data_dir", type=Path, metavar="PATH", help="data set, as --data-dir")
     found.add_argument("--output", type=Path, required=True, help="folder to make or continue")
-    found.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
+    found.add_argument("--seeds", type=_count, default=3, help="seeds 0 to N - 1")
     found.add_argument("--quick", action="store_true", help="only the most telling rows")
     found.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
-    found.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    found.add_argument("--jobs", type=_count, default=1, help="runs at a time")
     found.add_argument("--table", action="store_true", help="print what is finished, run nothing")
     return found
+
+
+def _count(text: str) -> int:
+    """Return the value of a flag that is a number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def chosen(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:

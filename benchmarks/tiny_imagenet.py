@@ -37,8 +37,8 @@ SETTING = Setting(
     teachers=(),
     img_size=32,
     teacher_img_size=96,
-    images=20,
-    val_images=10,
+    images=10,
+    val_images=5,
     val_split="val",
 )
 NUM_VIEWS = 4
