@@ -112,8 +112,8 @@ def run_all(configs: Iterable[Config], *, jobs: int = 1) -> None:
     by_folder = distinct(configs)
     missing = {folder: each for folder, each in by_folder.items() if finished(each) is None}
     if jobs == 1:
-        for config in missing.values():
-            _announce(config, len(missing))
+        for number, config in enumerate(missing.values()):
+            _announce(config, len(missing) - number)
             make(config)
         return
     needs = {folder: needed(each, by_folder) & missing.keys() for folder, each in missing.items()}
