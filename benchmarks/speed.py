@@ -49,9 +49,12 @@ def _about(report: dict[str, Any]) -> str:
     if "gpu" in hardware:
         parts.append(f"{hardware['gpu']}, {hardware['gpu_memory_gb']:.0f} GB")
     parts += [f"networks in {report['precision']}", f"{report['seconds']:.0f} s in all"]
-    if images := report.get("images"):
+    for kind in ("images", "drawn_images"):
+        if not (images := report.get(kind)):
+            continue
+        drawn = "drawn " if kind == "drawn_images" else ""
         parts.append(
-            f"{images['num_images']} JPEGs of {images['mean_bytes'] / 1000:.0f} kB and "
+            f"{images['num_images']} {drawn}JPEGs of {images['mean_bytes'] / 1000:.0f} kB and "
             f"{images['mean_pixels'] / 1000:.0f} thousand pixels on average"
         )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -64,13 +67,17 @@ def _row(line: dict[str, Any]) -> list[str]:
         unit = unit if unit == "x" else f" {unit}"
         figure = f"{line['figure']:.3g}{unit} [{line['least']:.3g} to {line['most']:.3g}]"
     verdict = line["verdict"].partition(":")[0]
-    return [line["line"], line["what"], line["against"], figure, line["goal"], verdict]
+    return [_title(line), line["what"], line["against"], figure, line["goal"], verdict]
+
+
+def _title(line: dict[str, Any]) -> str:
+    return f"{line['line']}, {line['pictures']}" if "pictures" in line else str(line["line"])
 
 
 def _not_measured(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     missing = [line for line in lines if "figure" not in line]
     for line in missing:
-        yield f"- `{line['line']}` was {line['verdict']}."
+        yield f"- `{_title(line)}` was {line['verdict']}."
     if missing:
         yield ""
 
@@ -102,7 +109,7 @@ def _rounds(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "### Every repetition\n"
     for line in measured:
         figures = ", ".join(f"{figure:.4g}" for figure in line["figures"])
-        yield f"- `{line['line']}`: {figures}"
+        yield f"- `{_title(line)}`: {figures}"
         for name, turns in line["turns"].items():
             rates = ", ".join(f"{t['units']} in {t['seconds']:.4g}" for t in turns)
             yield f"  - {name}, units in seconds: {rates}"

@@ -61,6 +61,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
             more["estimate"] = imagenet.gpu_hours(bench) if is_gpu else steps.arithmetic(bench)
         if "images" in vars(bench):
             more["images"] = dataclasses.asdict(bench.images.stats)
+        if config.data_dir is not None and "drawn" in vars(bench):
+            more["drawn_images"] = dataclasses.asdict(bench.drawn.stats)
     report = {
         "command": command_of(config),
         "date": datetime.date.today().isoformat(),
@@ -80,20 +82,20 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 def measure(bench: BenchContext) -> list[Line]:
     """Return the chosen lines in order; a line that cannot be measured gives the reason."""
-    found: dict[str, Line] = {}
+    found: list[Line] = []
     for group, measure_group in GROUPS:
         names = [name for name in group if name in bench.config.chosen]
         if not names:
             continue
         console.info(f"measuring {', '.join(names)}")
         try:
-            found |= {line.name: line for line in measure_group(bench)}
+            found += measure_group(bench)
         except NotMeasuredError as error:
-            found |= {name: Line(name, why=str(error)) for name in names}
+            found += [Line(name, why=str(error)) for name in names]
         except torch.cuda.OutOfMemoryError:
             why = "out of GPU memory; use a smaller --batch-size"
-            found |= {name: Line(name, why=why) for name in names}
-    return [found[name] for name in bench.config.chosen]
+            found += [Line(name, why=why) for name in names]
+    return sorted(found, key=lambda line: bench.config.chosen.index(line.name))
 
 
 def command_of(config: BenchConfig) -> str:

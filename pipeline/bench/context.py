@@ -26,6 +26,7 @@ from pipeline.runtime.device import Runtime
 from pipeline.timing import Turn
 
 NUM_CLASSES = 1000
+OWN_IMAGES, DRAWN_IMAGES = "--data-dir", "drawn pictures"
 NUM_VIEWS = 16  # stored per image, and cut from one decode in stage one
 _CPU_BATCH, _GPU_BATCH, _SMALL_GPU_BATCH = 8, 256, 128
 _SMALL_GPU = 40e9  # bytes
@@ -36,8 +37,12 @@ _LOGIT_STD, _MAX_PEAK = 6.0, 12.0
 
 @dataclass(frozen=True)
 class Images:
-    """A split on disk, the positions to read, and the statistics of these images."""
+    """A split on disk, the positions to read, and the statistics of these images.
 
+    ``name`` distinguishes them from others of the same run; it is empty without others.
+    """
+
+    name: str
     root: Path
     split: str
     source: ImageSource
@@ -67,12 +72,9 @@ class BenchContext:
     @cached_property
     def images(self) -> Images:
         """The images to read: synthetic ones, or the user's own."""
-        config, root, split = self.config, self.folder / "images", "train"
+        config = self.config
         if config.data_dir is None:
-            console.info(f"drawing {config.num_images} pictures")
-            stats = write_image_folder(root / split, num_images=config.num_images)
-            source = open_source(root, split)
-            return Images(root, split, source, list(range(len(source))), stats)
+            return self.drawn
         root, split = config.data_dir, config.train_split
         source = open_source(root, split)
         show_summary(source, strict=config.strict)
@@ -80,9 +82,25 @@ class BenchContext:
         positions = list(range(0, len(source), stride))[: config.num_images]
         mean_bytes = sum(source.sizes[p] for p in positions) / len(positions)
         pixels = mean_pixels(source.read(p) for p in positions)
-        return Images(
-            root, split, source, positions, ImageStats(len(positions), mean_bytes, pixels)
-        )
+        stats = ImageStats(len(positions), mean_bytes, pixels)
+        return Images(OWN_IMAGES, root, split, source, positions, stats)
+
+    @cached_property
+    def drawn(self) -> Images:
+        """The synthetic images, as many as are read of the user's own."""
+        own = self.config.data_dir is not None
+        number = len(self.images.positions) if own else self.config.num_images
+        root, split = self.folder / "images", "train"
+        console.info(f"drawing {number} pictures")
+        stats = write_image_folder(root / split, num_images=number)
+        source = open_source(root, split)
+        name = DRAWN_IMAGES if own else ""
+        return Images(name, root, split, source, list(range(len(source))), stats)
+
+    @property
+    def all_images(self) -> list[Images]:
+        """The images of the lines on reading: the user's own beside synthetic ones."""
+        return [self.images] if self.config.data_dir is None else [self.images, self.drawn]
 
     @cached_property
     def ensemble(self) -> TeacherEnsemble:

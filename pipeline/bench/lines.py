@@ -54,13 +54,22 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A measured line: one figure per round, all turns, notes; or ``why`` it was not measured."""
+    """A measured line: one figure per round, all turns, notes; or ``why`` it was not measured.
+
+    ``pictures`` says which pictures were read, where a line is measured on several kinds.
+    """
 
     name: str
     figures: Sequence[float] = ()
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     why: str | None = None
+    pictures: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, and the pictures if it is measured on several kinds."""
+        return f"{self.name}, {self.pictures}" if self.pictures else self.name
 
     @property
     def figure(self) -> float:
@@ -81,7 +90,7 @@ class Line:
         if self.why is None:
             figure = f"{self.figure:.3g}{_spaced(goal.unit)}"
             spread = f"{min(self.figures):.3g} to {max(self.figures):.3g}"
-        return [self.name, goal.what, goal.against, figure, spread, str(goal), self.verdict]
+        return [self.title, goal.what, goal.against, figure, spread, str(goal), self.verdict]
 
     def summary(self) -> dict[str, Any]:
         """Return the line as JSON, without the turns."""
@@ -96,6 +105,7 @@ class Line:
             }
         return {
             "line": self.name,
+            **({"pictures": self.pictures} if self.pictures else {}),
             "what": goal.what,
             "against": goal.against,
             "goal": str(goal),

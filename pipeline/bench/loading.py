@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from torchvision.datasets import ImageFolder
 
 from mealv2.batches import split_batches
+from mealv2.data.folder import is_flat, key_of, split_folder
 from mealv2.data.jpegtran import Jpegtran, packed
 from mealv2.data.loader import read_views
 from mealv2.data.open import open_source
@@ -26,52 +27,68 @@ from mealv2.labelling.plan import batch_requests
 from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_VIEWS, BenchContext, Images
 from pipeline.bench.lines import Line, NotMeasuredError, by_cpu_time, ratios
-from pipeline.timing import take_turns
+from pipeline.timing import Turn, take_turns
 
 BATCH_SIZE = 128
 _NUM_PASSES = 2  # over the images in a turn, with one view of each
 _FEW_VIEWS = 4
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_BASELINE = "ImageFolder + DataLoader"
+_BASELINE, _WEBDATASET = "ImageFolder + DataLoader", "webdataset"
+_LOADER_LINES = ("loader-1", "loader-packed", "loader-4", "loader-16")
 _TAR_SHARDS = 4  # two for each of two processes: webdataset gives each whole shards
 
 Workload = Callable[[], int]
 
 
 def measure(bench: BenchContext) -> list[Line]:
-    """Return the lines whose baseline is ImageFolder with torchvision's transforms."""
-    workloads: dict[str, Workload] = {_BASELINE: image_folder(bench)}
+    """Return the lines whose baseline is ImageFolder with torchvision's transforms.
+
+    Own and synthetic images take turns in the same rounds.
+    """
+    names = [n for n in bench.config.chosen if n in _LOADER_LINES]
+    workloads: dict[str, Workload] = {}
     not_measured = []
-    for name in ("loader-1", "loader-packed", "loader-4", "loader-16"):
-        if name in bench.config.chosen:
+    for images in bench.all_images:
+        workloads[_turn(_BASELINE, images)] = image_folder(bench, images)
+        for name in names:
             try:
-                workloads[name] = own_workload(bench, name)
+                workloads[_turn(name, images)] = own_workload(bench, images, name)
             except NotMeasuredError as error:
-                not_measured.append(Line(name, why=str(error)))
-    if len(workloads) == 1:
+                not_measured.append(Line(name, why=str(error), pictures=images.name))
+    if len(workloads) == len(bench.all_images):
         return not_measured
     turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
-    return not_measured + [
-        Line(
-            name,
-            ratios(turns, name, _BASELINE),
-            {key: turns[key] for key in (name, _BASELINE)},
-            {"workers": bench.config.workers, **by_cpu_time(turns, name, _BASELINE)},
-        )
-        for name in workloads
-        if name != _BASELINE
+    measured = [
+        _line(bench, turns, name, images, _BASELINE)
+        for name in names
+        for images in bench.all_images
+        if _turn(name, images) in turns
     ]
+    return not_measured + measured
 
 
-def image_folder(bench: BenchContext) -> Workload:
+def _turn(name: str, images: Images) -> str:
+    return f"{name}, {images.name}" if images.name else name
+
+
+def _line(
+    bench: BenchContext, turns: dict[str, list[Turn]], name: str, images: Images, baseline: str
+) -> Line:
+    """Return a line from the turns of a workload and of its baseline on the same images."""
+    what, against = _turn(name, images), _turn(baseline, images)
+    notes = {"workers": bench.config.workers, **by_cpu_time(turns, what, against)}
+    both = {key: turns[key] for key in (what, against)}
+    return Line(name, ratios(turns, what, against), both, notes, pictures=images.name)
+
+
+def image_folder(bench: BenchContext, images: Images) -> Workload:
     """Return a turn of torchvision's recipe: float32 batches, normalised in the workers."""
-    images = bench.images
-    folder = images.root / images.split
-    if not folder.is_dir():
-        raise NotMeasuredError("torchvision's ImageFolder needs a folder of images")
+    folder = split_folder(images.root, images.split)
+    if not folder.is_dir() or is_flat(folder):
+        raise NotMeasuredError("torchvision's ImageFolder needs folders of images by class")
     dataset = ImageFolder(str(folder), transform=transforms(bench.config.img_size))
     wanted = {images.source.keys[p] for p in images.positions}
-    found = [Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples]
+    found = [key_of(Path(path), folder) for path, _ in dataset.samples]
     subset = Subset(dataset, [n for n, key in enumerate(found) if key in wanted])
     workers = bench.config.workers
     loader: DataLoader[Any] = DataLoader(
@@ -96,11 +113,11 @@ def transforms(img_size: int) -> Any:
     )
 
 
-def own_workload(bench: BenchContext, name: str) -> Workload:
+def own_workload(bench: BenchContext, images: Images, name: str) -> Workload:
     """Return a turn of our loader, as the line of that name measures it."""
-    source, positions = bench.images.source, bench.images.positions
+    source, positions = images.source, images.positions
     if name == "loader-packed":
-        source = packed_source(bench.images, bench.folder / "packed")
+        source = packed_source(images, bench.folder / "packed" / _folder_name(images))
         return own_loader(bench, source, single_views(range(len(source))))
     if name == "loader-1":
         return own_loader(bench, source, single_views(positions))
@@ -124,6 +141,10 @@ def own_loader(bench: BenchContext, source: ImageSource, requests: list[BatchReq
         return units
 
     return read
+
+
+def _folder_name(images: Images) -> str:
+    return images.name.strip("-").replace(" ", "-") or "images"
 
 
 def single_views(positions: Sequence[int]) -> list[BatchRequest]:
@@ -153,22 +174,21 @@ def packed_source(images: Images, folder: Path) -> ImageSource:
 
 
 def measure_tar(bench: BenchContext) -> list[Line]:
-    """Return the line on tar shards of the same images."""
-    images = bench.images
-    tar_root = bench.folder / "tar"
-    paths = write_tars(images, tar_root / "train")
-    requests = single_views(range(len(images.positions)))
-    workloads = {
-        "ours": own_loader(bench, open_source(tar_root, "train"), requests),
-        "webdataset": webdataset(bench, paths),
-    }
+    """Return the line on tar shards of the same images, for each kind of images."""
+    workloads: dict[str, Workload] = {}
+    for images in bench.all_images:
+        tar_root = bench.folder / "tar" / _folder_name(images)
+        paths = write_tars(images, tar_root / "train")
+        requests = single_views(range(len(images.positions)))
+        source = open_source(tar_root, "train")
+        workloads[_turn("loader-tar", images)] = own_loader(bench, source, requests)
+        workloads[_turn(_WEBDATASET, images)] = webdataset(bench, paths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset does not close its files
         turns = take_turns(workloads, rounds=bench.config.rounds, device=torch.device("cpu"))
         workloads.clear()
         gc.collect()
-    notes = {"workers": bench.config.workers, **by_cpu_time(turns, "ours", "webdataset")}
-    return [Line("loader-tar", ratios(turns, "ours", "webdataset"), turns, notes)]
+    return [_line(bench, turns, "loader-tar", i, _WEBDATASET) for i in bench.all_images]
 
 
 def write_tars(images: Images, folder: Path) -> list[str]:

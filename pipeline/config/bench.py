@@ -49,10 +49,15 @@ class BenchConfig(StrictConfig, RuntimeConfig):
         None, "Views per step and per forward pass.", shown="8 on a CPU, 128 or 256 on a GPU", low=2
     )
     data_dir: Path | None = in_data(
-        None, "Images to read: ROOT/SPLIT/CLASS/IMAGE.", shown="drawn images", path="data set"
+        None,
+        "Images to read: ROOT/SPLIT/CLASS/IMAGE. The loader lines measure drawn ones beside them.",
+        shown="drawn images",
+        path="data set",
     )
     train_split: str = in_data("train", "With --data-dir: split to read.", alias="split")
-    num_images: int = in_data(500, "Images to draw, or to read from --data-dir.", low=1)
+    num_images: int = in_data(
+        500, "Images to draw, or to read from --data-dir, beside as many drawn ones.", low=1
+    )
     memory_images: int = in_data(10_000, "Images of line `memory`; fewer on slow machines.", low=1)
     results_file: Path | None = in_results(
         None,

@@ -148,12 +148,47 @@ def test_profile_names_where_the_time_goes(done: Run) -> None:
     assert "### Where the time of stage two goes" in document([result.report])
 
 
-def test_own_images_are_read_when_given(done: Run, data_dir: Path) -> None:
-    flags = ["--data-dir", data_dir, "--lines", "loader-1", "--num-images", 9]
-    report = done("bench", *FLAGS, *flags).report
-    assert report["images"]["num_images"] == 9
-    assert [line["line"] for line in report["lines"]] == ["loader-1"]
+def test_own_images_are_measured_beside_drawn_ones(
+    done: Run, data_dir: Path, tmp_path: Path
+) -> None:
+    path, names = tmp_path / "raw.json", ("loader-1", "loader-4", "loader-tar")
+    flags = ["--data-dir", data_dir, "--lines", ",".join(names), "--num-images", 9]
+    result = done("bench", *FLAGS, *flags, "--results-file", path)
+    report = result.report
+    assert report["images"]["num_images"] == report["drawn_images"]["num_images"] == 9
+    assert report["images"]["mean_bytes"] < report["drawn_images"]["mean_bytes"] / 10
+    kinds = ("--data-dir", "drawn pictures")
+    named = [(line["line"], line["pictures"]) for line in report["lines"]]
+    assert named == [(name, kind) for name in names for kind in kinds]
     assert "estimate" not in report
+    text = document([json.loads(path.read_text())])
+    for name, kind in named:
+        assert f"\n{name}, {kind} " in result.stderr
+        assert f"| {name}, {kind} |" in text
+    assert "9 drawn JPEGs of" in text
+    for line in json.loads(path.read_text())["lines"]:
+        ours, other = line["turns"]
+        assert {name.partition(", ")[2] for name in (ours, other)} == {line["pictures"]}
+        (figure,), rates = line["figures"], [_rate(line["turns"][n][0]) for n in (ours, other)]
+        assert figure == pytest.approx(rates[0] / rates[1], rel=1e-3)
+
+
+def _rate(turn: dict[str, Any]) -> float:
+    return float(turn["units"] / turn["seconds"])
+
+
+def test_lines_on_other_things_than_reading_have_no_drawn_images(done: Run, data_dir: Path) -> None:
+    report = done("bench", *FLAGS, "--data-dir", data_dir, "--lines", "help,labels").report
+    assert [line["line"] for line in report["lines"]] == ["labels", "help"]
+    assert "drawn_images" not in report
+    assert all("pictures" not in line for line in report["lines"])
+
+
+def test_own_images_in_class_folders_alone_are_measured(done: Run, data_dir: Path) -> None:
+    flags = ["--data-dir", data_dir / "train", "--lines", "loader-1", "--num-images", 9]
+    report = done("bench", *FLAGS, *flags).report
+    assert [line["pictures"] for line in report["lines"]] == ["--data-dir", "drawn pictures"]
+    assert all(line["figure"] > 0 for line in report["lines"])
 
 
 def test_chosen_lines_come_in_the_order_of_the_table(done: Run) -> None:
