@@ -21,7 +21,7 @@ import torch
 from mealv2.storage.json_format import read_json
 from pipeline import distill, precompute
 from pipeline.config import DistillConfig, PrecomputeConfig
-from pipeline.demo import (
+from pipeline.demo.parts import (
     BATCH_SIZE,
     DISCRIMINATOR_LR,
     EPOCHS,
@@ -29,6 +29,7 @@ from pipeline.demo import (
     LR,
     STUDENT,
     TEACHERS,
+    VIEWS,
 )
 from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import REPORT_NAME
@@ -61,10 +62,11 @@ def main() -> None:
                 teacher=teachers,
                 img_size=IMG_SIZE,
                 workers=0,
+                **VIEWS,
                 **settings,
             )
         )
-    online = {"online": True, "teacher": teachers, "img_size": IMG_SIZE}
+    online = {"online": True, "teacher": teachers, "img_size": IMG_SIZE, **VIEWS}
     arms: dict[str, dict[str, Any]] = {
         "dense set, float32": {"labels": options.output / "labels-dense"},
         "top-3 set, float16": {"labels": options.output / "labels-top-3"},

@@ -28,7 +28,7 @@ from mealv2.views import view_of
 from pipeline import console, precompute
 from pipeline.bench.synthetic_images import draw_jpeg
 from pipeline.config import PrecomputeConfig
-from pipeline.demo import IMG_SIZE, TEACHERS
+from pipeline.demo.parts import IMG_SIZE, TEACHERS, VIEWS
 from pipeline.runtime.device import use_one_thread
 
 NUM_PICTURES, VIEWS_OF_EACH = 495, 2
@@ -88,6 +88,7 @@ def compare_labels(demo: Path, folder: Path) -> None:
         topk="all",
         label_dtype="float32",
         workers=0,
+        **VIEWS,
     )
     for resize in RESIZES:
         precompute.run(replace(config, output=folder / resize, exact_pil=resize == "pil"))

@@ -35,7 +35,7 @@ from pipeline.config import (
     LabelsInfoConfig,
     PrecomputeConfig,
 )
-from pipeline.demo import (
+from pipeline.demo.parts import (
     BATCH_SIZE,
     DISCRIMINATOR_LR,
     EPOCHS,
@@ -43,6 +43,7 @@ from pipeline.demo import (
     LR,
     STUDENT,
     TEACHERS,
+    VIEWS,
 )
 from pipeline.label_sets import convert, info
 from pipeline.label_sets.writing import all_rows
@@ -125,6 +126,7 @@ class Bench:
                 num_views=self.epochs,
                 img_size=IMG_SIZE,
                 workers=0,
+                **VIEWS,
                 **settings,
             )
         )

@@ -405,15 +405,20 @@ def finetune_flags(data_dir: Path) -> list[str]:
 
 
 class Spawned:
-    """``mealv2 ARGS`` in a process group of its own; stderr goes to a file that can be watched."""
+    """``mealv2 ARGS`` in a process group of its own; stderr goes to a file that can be watched.
 
-    def __init__(self, args: tuple[object, ...], folder: Path) -> None:
+    ``program`` calls the command line, after changes of its own.
+    """
+
+    def __init__(
+        self, args: tuple[object, ...], folder: Path, *, program: Path = ROOT / "cli.py"
+    ) -> None:
         self.folder = folder  # TMPDIR
         self._err = folder / "stderr.txt"
         self._out = folder / "stdout.txt"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "cli.py"), *map(str, args)],
+                [sys.executable, str(program), *map(str, args)],
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -450,8 +455,8 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sp
     """Start ``mealv2 ARGS`` as a real process; what still runs at the end is killed."""
     started: list[Spawned] = []
 
-    def start(*args: object) -> Spawned:
-        started.append(Spawned(args, tmp_path_factory.mktemp("process")))
+    def start(*args: object, **options: Any) -> Spawned:
+        started.append(Spawned(args, tmp_path_factory.mktemp("process"), **options))
         return started[-1]
 
     yield start

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rates
-from pipeline import demo
+from pipeline.demo import parts
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def demo_dir(
     (folder / "data").symlink_to(data_dir)
     for seed, name in enumerate(teachers):
         shutil.copytree(make_model(name, seed=seed, steps=8), folder / f"teacher-{name}")
-    shutil.copytree(make_model(demo.STUDENT, seed=9), folder / "seed-0" / "start")
+    shutil.copytree(make_model(parts.STUDENT, seed=9), folder / "seed-0" / "start")
     return folder
 
 

@@ -1,0 +1,105 @@
+"""The figures of the demo: gains with their intervals, and the table at the end."""
+
+import math
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline import console
+from pipeline.config import DemoConfig
+from pipeline.demo import parts
+from pipeline.demo.pictures import UNLABELLED, num_pictures
+
+
+def interval(differences: list[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean (Student's t); None with fewer than two values."""
+    from scipy.special import stdtrit  # comes with mlxtend; scipy.stats takes a second to import
+
+    n = len(differences)
+    if n < 2:
+        return None
+    half = float(stdtrit(n - 1, 0.975)) * stdev(differences) / math.sqrt(n)
+    return mean(differences) - half, mean(differences) + half
+
+
+def report_of(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the demo from the reports of its parts by name."""
+    students = {
+        arm: [reports[parts.run_name(seed, arm)] for seed in config.all_seeds]
+        for arm in (parts.START, parts.HARD, parts.SOFT, parts.EXTRA)
+    }
+    labels = reports[parts.LABELS]
+    return {
+        "output": str(config.output),
+        "seeds": list(config.all_seeds),
+        "teachers": [
+            {"model": teacher["model"], "top1": teacher["top1"]}
+            for teacher in labels["accuracy"]["teachers"]
+        ],
+        "ensemble": labels["accuracy"]["ensemble"]["top1"],
+        "students": {
+            arm: {"steps": runs[0]["steps"], "top1": [run["top1"] for run in runs]}
+            for arm, runs in students.items()
+        },
+        "gains": {
+            arm: _gain(students[arm], students[parts.HARD]) for arm in (parts.SOFT, parts.EXTRA)
+        },
+        "label_sets": {
+            name: {"views": reports[name]["views"], "bytes": reports[name]["bytes"]}
+            for name in (parts.LABELS, parts.EXTRA_LABELS)
+        },
+    }
+
+
+def _gain(arm: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the differences to the control of the same seeds, in points."""
+    differences = [run["top1"] - other["top1"] for run, other in zip(arm, control, strict=True)]
+    return {
+        "differences": differences,
+        "mean": mean(differences),
+        "interval_95": interval(differences),
+    }
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """Return the figures as a table, and what it needs to be understood."""
+    rows = [["", "pictures", "labels", "steps", "top-1 %", "gain", "95 % interval"]]
+    for teacher in report["teachers"]:
+        size = f"{num_pictures('teacher-train'):,} others"
+        rows.append([f"teacher {teacher['model']}", size, "hard", "", f"{teacher['top1']:.1f}"])
+    rows.append(["ensemble of the teachers", "", "", "", f"{report['ensemble']:.1f}"])
+    few = num_pictures("train")
+    for arm, title, pictures, labels in (
+        (parts.START, "student: start", few, "hard"),
+        (parts.HARD, "hard labels: the control", few, "hard"),
+        (parts.SOFT, "(a) soft labels", few, "soft"),
+        (parts.EXTRA, "(b) soft labels, more pictures", few + num_pictures(UNLABELLED), "soft"),
+    ):
+        figures = report["students"][arm]
+        top1 = f"{mean(figures['top1']):.1f}"
+        row = [title, f"{pictures:,}", labels, f"{figures['steps']}", top1]
+        rows.append(row + _gain_cells(report["gains"].get(arm)))
+    width = len(rows[0])
+    table = console.table([row + [""] * (width - len(row)) for row in rows])
+    return "\n".join([table, "", *_notes(report)])
+
+
+def _gain_cells(gain: dict[str, Any] | None) -> list[str]:
+    if gain is None:
+        return []
+    between = gain["interval_95"]
+    spread = f"{between[0]:+.1f} to {between[1]:+.1f}" if between else "--seeds 3 gives it"
+    return [f"{gain['mean']:+.1f}", spread]
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    seeds = report["seeds"]
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    return [
+        f"Top-1 on {num_pictures('val'):,} pictures that no model was trained on; the students "
+        f"({parts.STUDENT}): mean of {which}. Gain: points over the control, seed by seed.",
+        f"The teachers were trained elsewhere, on {num_pictures('teacher-train'):,} other pictures "
+        "with class labels.",
+        "(a) Same start, pictures, views and steps as the control; only the labels differ.",
+        f"(b) {num_pictures(UNLABELLED):,} of the pictures have no class label: only the teachers "
+        "label them.",
+    ]

@@ -1,0 +1,63 @@
+"""pipeline.demo.table: gains, seed by seed, with Student's interval."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import DemoConfig
+from pipeline.demo import parts, table
+
+
+def test_interval_is_students_t() -> None:
+    values = [0.4, 1.1, -0.2, 0.7, 0.9]
+    # mean 0.58, sample sd 0.5070, t(0.975, 4) = 2.776445
+    half = 2.776445 * np.std(values, ddof=1) / np.sqrt(5)
+    between = table.interval(values)
+    assert between == pytest.approx((0.58 - half, 0.58 + half), rel=1e-5)
+    assert table.interval([1.0]) is None
+
+
+def reports_of(seeds: list[int]) -> dict[str, Any]:
+    """Reports as the commands make them: the seeds differ by more than the arms."""
+    models = [{"model": name, "top1": 94.0} for name in parts.TEACHERS]
+    accuracy = {"teachers": models, "ensemble": {"top1": 95.0}}
+    found: dict[str, Any] = {
+        name: {"views": 10, "bytes": 200, "accuracy": accuracy}
+        for name in (parts.LABELS, parts.EXTRA_LABELS)
+    }
+    for place, seed in enumerate(seeds):
+        for arm, top1 in ((parts.START, 40.0), (parts.HARD, 60.0)):
+            found[parts.run_name(seed, arm)] = {"top1": top1 + 9 * place, "steps": 100}
+        for arm, gain in ((parts.SOFT, 4.0), (parts.EXTRA, 10.0)):
+            top1 = 60.0 + 9 * place + gain + 0.1 * place
+            found[parts.run_name(seed, arm)] = {"top1": top1, "steps": 90}
+    return found
+
+
+def test_gains_are_paired_by_seed() -> None:
+    report = table.report_of(DemoConfig(seed=3, seeds=3), reports_of([3, 4, 5]))
+    gain = report["gains"][parts.SOFT]
+    assert gain["differences"] == pytest.approx([4.0, 4.1, 4.2])
+    # sd 0.1, t(0.975, 2) = 4.302653: not the sd of 9 between the seeds
+    half = 4.302653 * 0.1 / np.sqrt(3)
+    assert gain["interval_95"] == pytest.approx((4.1 - half, 4.1 + half), rel=1e-5)
+    assert report["seeds"] == [3, 4, 5]
+
+    text = table.table_of(report)
+
+    soft = next(line for line in text.splitlines() if line.startswith("(a) soft labels "))
+    assert soft.split()[3:] == ["100", "soft", "90", "73.1", "+4.1", "+3.9", "to", "+4.3"]
+    extra = next(line for line in text.splitlines() if line.startswith("(b) "))
+    assert extra.split()[-5:] == ["79.1", "+10.1", "+9.9", "to", "+10.3"]
+    control = next(line for line in text.splitlines() if "control" in line)
+    assert control.split()[-3:] == ["hard", "100", "69.0"]
+    assert "1,000 of the pictures have no class label" in text
+    assert "seeds 3 to 5" in text
+
+
+def test_one_seed_has_no_interval() -> None:
+    report = table.report_of(DemoConfig(seeds=1), reports_of([0]))
+    assert report["gains"][parts.EXTRA]["interval_95"] is None
+    assert "+10.0" in table.table_of(report)
+    assert "mean of seed 0." in table.table_of(report)
