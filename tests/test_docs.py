@@ -35,6 +35,7 @@ GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
 ELSEWHERE = {
     "docs/how-to/released-models.md": "tests/mealv2/models/test_released.py",
     "docs/how-to/push.md": "tests/pipeline/test_push.py",
+    "docs/benchmarks/small-images.md": "tests/benchmarks/test_small_images.py",
 }
 
 # Small models instead of those whose weights need a download or are too big for a test.

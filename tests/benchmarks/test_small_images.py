@@ -1,4 +1,4 @@
-"""benchmarks/small_images.py: every loader and the step, on a few images."""
+"""benchmarks/small_images.py (docs/benchmarks/small-images.md), on a few images."""
 
 from pathlib import Path
 
