@@ -97,22 +97,23 @@ def _cropped(images_NHWC: np.ndarray, boxes_N5: np.ndarray, side: int) -> np.nda
 def _resized(
     images_NHWC: np.ndarray, vertical_NSH: np.ndarray, horizontal_NTW: np.ndarray
 ) -> np.ndarray:
-    """Return rounded products: columns first, then rows, uint8 N x S x T x 3."""
+    """Return rounded products: columns first, then rows, uint8 N x S x T x 3.
+
+    NumPy multiplies: torch's products depend on autocast and set_float32_matmul_precision.
+    """
     num, height, width, _ = images_NHWC.shape
     rows, columns = vertical_NSH.shape[1], horizontal_NTW.shape[1]
-    vertical, horizontal = (
-        torch.from_numpy(np.ascontiguousarray(w)) for w in (vertical_NSH, horizontal_NTW)
-    )
-    images = torch.from_numpy(images_NHWC).permute(0, 2, 1, 3).to(vertical.dtype)
-    wide = _rounded(torch.bmm(horizontal, images.reshape(num, width, height * 3)))
-    wide = wide.view(num, columns, height, 3).permute(0, 2, 1, 3).reshape(num, height, columns * 3)
-    small = _rounded(torch.bmm(vertical, wide))
-    pixels: np.ndarray = small.view(num, rows, columns, 3).to(torch.uint8).numpy()
-    return pixels
+    images_NWHC = images_NHWC.transpose(0, 2, 1, 3).astype(vertical_NSH.dtype, order="C")
+    wide = _rounded(np.matmul(horizontal_NTW, images_NWHC.reshape(num, width, height * 3)))
+    wide = np.ascontiguousarray(wide.reshape(num, columns, height, 3).transpose(0, 2, 1, 3))
+    small = _rounded(np.matmul(vertical_NSH, wide.reshape(num, height, columns * 3)))
+    return small.astype(np.uint8).reshape(num, rows, columns, 3)
 
 
-def _rounded(sums: torch.Tensor) -> torch.Tensor:
-    return sums.add_(0.5).floor_().clamp_(0.0, _UINT8_MAX)
+def _rounded(sums: np.ndarray) -> np.ndarray:
+    sums += 0.5
+    np.floor(sums, out=sums)
+    return np.clip(sums, 0.0, _UINT8_MAX, out=sums)
 
 
 @cache
