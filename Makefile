@@ -13,7 +13,7 @@ LABELS ?= labels
 PACKED ?= packed
 VIEWS ?= 16
 OUT ?= runs/$(STUDENT)
-SEEDS ?= 1
+SEEDS ?= 3
 IMAGES ?= $(DATA)/val
 TO ?= timm
 REPO ?= hf://USER/NAME
@@ -34,8 +34,8 @@ $(VENV)/.done: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/.done  ## soft against hard labels on 5,000 digits of MNIST, a few minutes (ARGS='--seeds 5' for more students)
-	$(MEALV2) demo $(ARGS)
+demo: $(VENV)/.done  ## soft against hard labels on 5,000 digits of MNIST, a few minutes (SEEDS=5 for more students)
+	$(MEALV2) demo --seeds $(SEEDS) $(ARGS)
 
 pack: $(VENV)/.done  ## re-pack the JPEGs of DATA into PACKED without loss, for faster views (needs jpegtran)
 	$(MEALV2) pack --data-dir '$(DATA)' --output '$(PACKED)' $(ARGS)
