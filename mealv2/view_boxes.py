@@ -79,6 +79,8 @@ def _rows_without_box(boxes_N5: np.ndarray) -> list[int]:
 
 def _words(seed: int, keys: Sequence[str], indices: Sequence[int], num_blocks: int) -> np.ndarray:
     """Return the first words of each view, uint64 N x (8 * num_blocks)."""
+    if indices and not (min(indices) >= 0 and max(indices) < 1 << 64):
+        raise ValueError(f"an index must lie in [0, 2**64), got {min(indices)} to {max(indices)}")
     prefix = hash_prefix("view", seed)
     blocks = [block.to_bytes(8, "little") for block in range(num_blocks)]
     digests = b"".join(

@@ -29,6 +29,7 @@ STORED_BOXES = {"name": "stored-boxes", "version": 1, "unit": BOX_UNIT}
 
 PAPER_RECIPE = ViewRecipe()
 _MAX_DENOMINATOR = 1_000_000  # a bound of the ratio is the nearest fraction: 4/3, not its double
+_MAX_SMALL_PADDING = 32  # pixels
 _TWO_32, _TWO_64 = 1 << 32, 1 << 64
 
 
@@ -61,6 +62,11 @@ class View:
 class Views(Protocol):
     """Maps an image and an index to a view."""
 
+    @property
+    def draws_small_boxes(self) -> bool:
+        """Whether each view is a box and flips, and the box leaves the image by little."""
+        return False
+
     def view(self, key: str, index: int, *, width: int, height: int) -> View:
         """Return view ``index`` of an image of ``width`` x ``height`` pixels."""
 
@@ -82,9 +88,10 @@ class DrawnViews(Views):
         return cls(seed, ViewRecipe.from_entry(parameters))
 
     @property
-    def draws_boxes(self) -> bool:
-        """Whether a view is a box and flips: no centre crop, no operations."""
-        return self.recipe.crop != "center" and not self.recipe.has_operations
+    def draws_small_boxes(self) -> bool:
+        recipe = self.recipe
+        is_wide = recipe.crop == "pad" and recipe.padding > _MAX_SMALL_PADDING
+        return recipe.crop != "center" and not recipe.has_operations and not is_wide
 
     def entry(self) -> dict[str, Any]:
         """Return the entry of a manifest."""

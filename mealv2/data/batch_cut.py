@@ -1,8 +1,9 @@
 """Crop, resize and flip many small images at once: the pixels of ``cut`` and ``centre_crop``.
 
 torch resizes uint8 images with weights of 16 bits: round(weight * 2**p), sums of products, halves
-rounded up, columns before rows. Such sums are exact in floating point in any order, so a matrix
-product for each image gives the same pixels. ``is_exact`` compares them on this machine.
+rounded up, columns before rows. Such sums are exact in floating point in any order if no partial
+sum needs more bits than a number has, so a matrix product for each image gives the same pixels.
+``is_exact`` compares them on this machine.
 """
 
 from functools import cache
@@ -15,8 +16,8 @@ from mealv2.views import View, evaluation_resize
 
 MAX_SIDE = 40  # of images and views; larger ones are resized as fast one by one
 _MAX_BITS = 22  # torch: the most bits of a weight
-_FLOAT32_BITS = 16  # of a weight, so that sums of products with 8 bits are exact in 24
-_UINT8_MAX = 255.0
+_FLOAT32_BITS = 24  # of a sum that float32 holds exactly
+_UINT8_MAX = 255
 _KINDS = {"torch": (1.0, False), "torch-bicubic": (2.0, True)}  # support, is bicubic
 
 
@@ -140,8 +141,11 @@ def _table(length: int, new_length: int, resize: Resize) -> np.ndarray:
         (b for b in range(_MAX_BITS) if int(0.5 + weights.max() * 2.0 ** (b + 1)) >= 1 << 15),
         _MAX_BITS,
     )
-    rounded = np.trunc(weights * 2.0**bits + np.copysign(0.5, weights)) * 2.0**-bits
-    return rounded.astype(np.float32 if bits <= _FLOAT32_BITS else np.float64)
+    integers = np.trunc(weights * 2.0**bits + np.copysign(0.5, weights))
+    # the largest partial sum is that of the positive products, and then a half is added
+    largest = _UINT8_MAX * np.maximum(integers, 0.0).sum(axis=1).max() + 2.0 ** (bits - 1)
+    is_exact_in_float32 = largest < 2.0**_FLOAT32_BITS
+    return (integers * 2.0**-bits).astype(np.float32 if is_exact_in_float32 else np.float64)
 
 
 def _filter(x: float, is_bicubic: bool) -> float:

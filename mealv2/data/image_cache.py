@@ -5,13 +5,14 @@ import threading
 import numpy as np
 
 _NUM_SAMPLED = 32  # images whose mean size decides
+_OVERHEAD = 256  # bytes of an array and its entry
 
 
 class ImageCache:
     """Keeps the pixels of images, by position, if ``num_images`` of them fit in ``max_bytes``.
 
-    The first images decide: if ``num_images`` of their mean size do not fit, none is kept. Threads
-    may share it.
+    It gives up, and frees all, once the first images or those kept so far show that they do not.
+    Threads may share it.
     """
 
     def __init__(self, num_images: int, max_bytes: int) -> None:
@@ -30,16 +31,16 @@ class ImageCache:
         return self._pixels.get(position)
 
     def add(self, position: int, pixels_HWC: np.ndarray) -> None:
-        """Keep the pixels of an image, if there is room."""
+        """Keep the pixels of an image, or no image any more if all of them cannot fit."""
         with self._lock:
             if not self.is_open or position in self._pixels:
                 return
-            if self._num_bytes + pixels_HWC.nbytes > self._max_bytes:
-                return
             self._pixels[position] = pixels_HWC
-            self._num_bytes += pixels_HWC.nbytes
+            self._num_bytes += pixels_HWC.nbytes + _OVERHEAD
             num = len(self._pixels)
-            if num == min(_NUM_SAMPLED, self._num_images):
-                self.is_open = self._num_bytes / num * self._num_images <= self._max_bytes
-                if not self.is_open:
-                    self._pixels = {}
+            expected = self._num_bytes
+            if num == _NUM_SAMPLED:
+                expected = self._num_bytes * self._num_images // num
+            if expected > self._max_bytes:
+                self.is_open = False
+                self._pixels = {}

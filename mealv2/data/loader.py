@@ -27,7 +27,8 @@ T = TypeVar("T")
 _BATCHES_AHEAD = 2
 _TASK_S = 0.01  # a thread's task takes about so long
 _MIN_TASK_VIEWS = 8
-_CHEAP_VIEW_S = 3e-4  # threads that cut cheaper views wait for the interpreter, not for each other
+# A thread waits for files if so many batches in a row take so many times their CPU time.
+_WAITING_BATCHES, _WAITING_RATIO = 3, 3.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _start(
     if reader is None:
         return None
     tasks = [
-        threads.submit(pace.run, num_views, run) for num_views, run in reader.tasks(pace.task_views)
+        threads.submit(pace.run, reader, num_views, run)
+        for num_views, run in reader.tasks(pace.task_views)
     ]
     return len(tasks), partial(reader.finish, tasks)
 
@@ -108,11 +110,17 @@ def _threads(num: int, stack: ExitStack) -> ThreadPoolExecutor:
 
 
 class _Pace:
-    """Measures what a view costs: how many make a task, and whether several threads help."""
+    """Measures what a view costs: how many make a task, and whether several threads help.
+
+    They do not for small images: the interpreter's lock passes between threads at a higher cost
+    than that of a view. They do where a thread waits for files.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._view_s: float | None = None  # CPU time of a thread, half of it the last task's
+        self._is_small = False
+        self._num_waiting = 0  # batches in a row
 
     @property
     def task_views(self) -> int:
@@ -121,25 +129,30 @@ class _Pace:
 
     @property
     def is_cheap(self) -> bool:
-        """Whether one thread reads faster than several, which compete for the interpreter."""
-        return self._view_s is not None and self._view_s < _CHEAP_VIEW_S
+        """Whether one thread reads faster than several."""
+        return self._is_small and self._num_waiting < _WAITING_BATCHES
 
     def read_next(self, readers: Iterator[BatchReader]) -> Batch | None:
         """Read the next batch in this thread and measure it; None if there is none."""
         reader = next(readers, None)
         if reader is None:
             return None
+        start_s, start_cpu_s = time.perf_counter(), time.thread_time()
         for num_views, run in reader.tasks(sys.maxsize):
-            self.run(num_views, run)
+            self.run(reader, num_views, run)
+        cpu_s = time.thread_time() - start_cpu_s
+        is_waiting = time.perf_counter() - start_s > _WAITING_RATIO * cpu_s
+        self._num_waiting = self._num_waiting + 1 if reader.reads_files and is_waiting else 0
         return reader.finish()
 
-    def run(self, num_views: int, run: Callable[[], None]) -> None:
+    def run(self, reader: BatchReader, num_views: int, run: Callable[[], None]) -> None:
         """Run a task and measure it."""
         start_s = time.thread_time()
         run()
-        view_s = (time.thread_time() - start_s) / num_views
+        view_s = (time.thread_time() - start_s) / max(1, num_views)
         with self._lock:
             self._view_s = view_s if self._view_s is None else (self._view_s + view_s) / 2
+            self._is_small = not reader.has_large_images
 
 
 def read_views(

@@ -18,9 +18,7 @@ from mealv2.data.requests import CENTRE, Batch, BatchRequest
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError
 from mealv2.view_boxes import boxes_of
-from mealv2.views import DrawnViews, View, Views
-
-Box = tuple[int, int, int, int, int]  # top, left, height, width, flips
+from mealv2.views import View, Views
 
 _VIEWS_OF_A_CUT = 8  # of one image that are cut one after another
 _MIN_TOGETHER = 16  # fewer small views are cut one by one
@@ -87,7 +85,7 @@ class ViewReader:
 
     def cut(
         self, decoded_image: DecodedImage, position: int, index: int
-    ) -> tuple[list[np.ndarray], Box]:
+    ) -> tuple[list[np.ndarray], tuple[int, ...]]:
         """Return the pixels of a view of a decoded image in each of ``sizes``, and its box."""
         resize = self.resize
         if index == CENTRE:
@@ -98,7 +96,7 @@ class ViewReader:
 
     def can_cut_together(self, height: int, width: int, is_centre: bool) -> bool:
         """Return whether views of many images of one size are cut together; centre crops or not."""
-        if not is_centre and isinstance(self.views, DrawnViews) and not self.views.draws_boxes:
+        if not (is_centre or getattr(self.views, "draws_small_boxes", False)):
             return False
         return all(can_cut(self.resize, height, width, size) for size in self.sizes)
 
@@ -116,9 +114,8 @@ class ViewReader:
         num, height, width, _ = images_NHWC.shape
         keys = [self.source.keys[position] for position in positions]
         boxes_N5 = boxes_of(self.views, keys, indices, np.full(num, width), np.full(num, height))
-        return [
-            cut_batch(images_NHWC, boxes_N5, s, resize=self.resize) for s in self.sizes
-        ], boxes_N5
+        cut = [cut_batch(images_NHWC, boxes_N5, s, resize=self.resize) for s in self.sizes]
+        return cut, boxes_N5
 
 
 class LoadedImage:
@@ -204,6 +201,7 @@ class BatchReader:
         self._reader = reader
         self._positions = [position for position, views in request for _ in views]
         self._indices = [index for _, views in request for index in views]
+        self.has_large_images = False  # that are cut one by one
         self._in_memory = _groups()
         self._from_files: list[_ImageViews] = []
         num_rows = len(self._positions)
@@ -260,6 +258,11 @@ class BatchReader:
             images.append(pixels_HWC)
         return True
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether some of its images are not in memory."""
+        return bool(self._from_files)
+
     def tasks(self, num_views: int) -> Iterator[tuple[int, Callable[[], None]]]:
         """Yield tasks of about ``num_views`` views, with the number of views.
 
@@ -293,10 +296,9 @@ class BatchReader:
             decoded_image = image.decoded(None if CENTRE in indices else views_of)
             if decoded_image is not None:
                 pixels_HWC, position = decoded_image.pixels_HWC, image.position
-                is_added = decoded_image.is_whole and self._add(
-                    groups, row, position, indices, pixels_HWC
-                )
-                if not is_added:
+                is_whole = decoded_image.is_whole
+                if not (is_whole and self._add(groups, row, position, indices, pixels_HWC)):
+                    self.has_large_images = True
                     self._sizes_B2[row : row + len(indices)] = (
                         decoded_image.width,
                         decoded_image.height,

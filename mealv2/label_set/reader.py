@@ -322,6 +322,8 @@ class Table:
 class StoredBoxes(Views):
     """Views whose boxes the shards store."""
 
+    draws_small_boxes = True  # inside the image
+
     def __init__(self, tables: list[Table]) -> None:
         self._tables = tables
 

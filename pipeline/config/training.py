@@ -103,7 +103,7 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
     cache_images: Literal["auto", "off"] = in_hardware(
         "auto",
         "Keep decoded images in memory, if all of a split take less than 2 GiB and a quarter of "
-        "the free memory.",
+        "the free memory, divided by the processes of the machine.",
     )
     seed: int = in_run(0, "Seed of the image order, new weights and dropout.", low=0, high=MAX_SEED)
     output: Path | None = in_run(

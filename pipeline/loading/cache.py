@@ -15,11 +15,17 @@ _MEMORY = Path("/proc/meminfo")
 _GROUPS = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 # Of control groups of version 2 and 1, by how their lines begin after the number: the folder, the
-# file of the limit and that of the usage.
+# files of the limit and of the usage, and the entry of memory.stat for files that can be dropped.
 _FILES = {
-    ":": (_ROOT, "memory.max", "memory.current"),
-    "memory:": (_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ":": (_ROOT, "memory.max", "memory.current", "inactive_file"),
+    "memory:": (
+        _ROOT / "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 }
+_UNREADABLE = (OSError, ValueError, IndexError)  # ValueError also for the limit "max"
 
 
 def image_cache(config: TrainConfig, source: ImageSource) -> ImageCache | None:
@@ -36,28 +42,33 @@ def image_cache(config: TrainConfig, source: ImageSource) -> ImageCache | None:
 def free_memory() -> int:
     """Return the bytes that this process may still use, by the machine and its control groups."""
     free = [_free_of_machine()]
-    with suppress(OSError):
-        for line in _GROUPS.read_text().splitlines():
+    with suppress(*_UNREADABLE):
+        for line in _GROUPS.read_text(errors="replace").splitlines():
             _, _, named = line.partition(":")
-            for start, (root, limit, usage) in _FILES.items():
+            for start, (root, *names) in _FILES.items():
                 if named.startswith(start):
                     group = root / named.removeprefix(start).lstrip("/")
                     for folder in (group, *group.parents):
                         if folder.is_relative_to(root):
-                            free += _free_of_group(folder / limit, folder / usage)
+                            free += _free_of_group(folder, *names)
     return max(0, min(free))
 
 
 def _free_of_machine() -> int:
-    with suppress(OSError):
+    with suppress(*_UNREADABLE):
         for line in _MEMORY.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _free_of_group(limit: Path, usage: Path) -> list[int]:
+def _free_of_group(folder: Path, limit: str, usage: str, droppable: str) -> list[int]:
     """Return the bytes that a control group leaves; nothing without a limit."""
-    with suppress(OSError, ValueError):  # ValueError: the limit is "max"
-        return [int(limit.read_text()) - int(usage.read_text())]
+    with suppress(*_UNREADABLE):
+        free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+        with suppress(*_UNREADABLE):
+            for line in (folder / "memory.stat").read_text().splitlines():
+                if line.split()[0] == droppable:
+                    free += int(line.split()[1])
+        return [free]
     return []

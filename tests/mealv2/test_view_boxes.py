@@ -59,6 +59,13 @@ def test_boxes_of_other_views_are_asked_for_one_by_one() -> None:
     assert boxes.tolist() == [[0, 0, 7, 5, 2], [0, 0, 8, 6, 3]]
 
 
+@pytest.mark.parametrize("index", [-1, 2**64])
+def test_an_index_out_of_range_is_refused_as_by_a_view(index: int) -> None:
+    side = np.array([32])
+    with pytest.raises(ValueError, match="must lie in"):
+        boxes_of(DrawnViews(0), ["a"], [index], side, side)
+
+
 def test_no_views_have_no_boxes() -> None:
     none = np.empty(0, dtype=np.int64)
     assert boxes_of(DrawnViews(0), [], [], none, none).shape == (0, 5)

@@ -2,10 +2,12 @@
 
 import collections
 import gc
+import itertools
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,17 @@ from PIL import Image
 
 from mealv2.data import batch_cut
 from mealv2.data import pixels as mealv2_pixels
+from mealv2.data.buffers import BufferPool
 from mealv2.data.content_hash import ImageCheck, KnownHashes
 from mealv2.data.folder import ImageFolder, UnorderedSource
 from mealv2.data.image_cache import ImageCache
-from mealv2.data.loader import WaitTimer, read_views
+from mealv2.data.loader import WaitTimer, _Pace, read_views
 from mealv2.data.pixels import centre_crop, cut, decode
 from mealv2.data.requests import CENTRE, centre_requests, check_failures, failures_by_key
-from mealv2.data.view_reader import ViewReader
+from mealv2.data.view_reader import BatchReader, ViewReader
 from mealv2.errors import DataError
-from mealv2.views import DrawnViews, view_of
+from mealv2.view_operations import Operation
+from mealv2.views import DrawnViews, View, Views, view_of
 
 
 def test_centre_requests_ask_each_image_once() -> None:
@@ -238,11 +242,74 @@ def test_small_images_are_cut_together_to_the_same_views(
         assert batch.sizes_B2.tolist() == [
             list(decode(small.read(position)).shape[1::-1]) for position in range(NUM_SMALL)
         ]
-    assert max(counting.reads.values()) <= 3
+    if workers == 0:  # threads read ahead
+        assert set(counting.reads.values()) == {1}
     assert len(cache) == NUM_SMALL
     counting.reads.clear()
     reader.read(requests[0])
     assert not counting.reads
+
+
+@pytest.mark.parametrize(
+    "choose", [lambda n: True, lambda n: False, lambda n: n % 3 == 1], ids=["one", "all", "both"]
+)
+def test_one_thread_and_all_threads_read_the_same(
+    small: ImageFolder, choose: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small.folder / "a" / "03.png").write_bytes(b"not a PNG")
+    asked = itertools.count()
+    monkeypatch.setattr(_Pace, "is_cheap", property(lambda self: choose(next(asked))))
+    reader = ViewReader(small, img_size=28, views=VIEWS)
+    requests = [[(p, (n,)) for p in range(n % 3, NUM_SMALL, 1 + n % 2)] for n in range(12)]
+    requests[5] = []
+    alone = list(read_views(reader, requests, workers=0))
+    for batch, other in zip(read_views(reader, requests, workers=3), alone, strict=True):
+        assert (batch.positions, batch.views) == (other.positions, other.views)
+        assert torch.equal(batch.images_BCHW, other.images_BCHW)
+        assert batch.failed == other.failed
+
+    def broken() -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+        yield from requests[:7]
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        list(read_views(reader, broken(), workers=3))
+    begun = iter(read_views(reader, requests, workers=3))
+    next(begun)
+    begun.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("mealv2-read")]
+
+
+def test_one_thread_stops_reading_alone_where_it_waits_for_files(small: ImageFolder) -> None:
+    class Far(Counting):
+        def read(self, position: int) -> bytes:
+            threading.Event().wait(0.01)
+            return super().read(position)
+
+    request = [(position, (0,)) for position in range(NUM_SMALL) if position != 7]  # it is large
+    cache = ImageCache(NUM_SMALL, 1 << 20)
+    ViewReader(small, img_size=28, views=VIEWS, cache=cache).read(request)
+    for source, kept, is_cheap in ((small, cache, True), (Far(small), None, False)):
+        reader, pace = ViewReader(source, img_size=28, views=VIEWS, cache=kept), _Pace()
+        memory = BufferPool(pin_memory=False)
+        batches = (BatchReader(reader, request, memory=memory) for _ in range(3))
+        for _ in range(3):
+            pace.read_next(batches)
+        assert pace.is_cheap == is_cheap
+
+
+def test_views_that_leave_a_box_are_cut_one_by_one(small: ImageFolder) -> None:
+    class Changed(Views):
+        def view(self, key: str, index: int, *, width: int, height: int) -> View:
+            centre = View(0, 0, height, width, True, is_centre=True)
+            return replace(centre, operations=(Operation("Invert", ()),))
+
+    batch = ViewReader(small, img_size=28, views=Changed()).read([(p, (0,)) for p in range(20)])
+    for position, pixels in enumerate(batch.images_BCHW.permute(0, 2, 3, 1).numpy()):
+        image = decode(small.read(position))
+        height, width, _ = image.shape
+        view = Changed().view("", 0, width=width, height=height)
+        np.testing.assert_array_equal(pixels, cut(image, view, 28))
 
 
 def test_views_and_centre_crop_of_one_image_stay_in_their_rows(small: ImageFolder) -> None:

@@ -21,8 +21,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         cache,
         "_FILES",
         {
-            ":": (tmp_path / "v2", "memory.max", "memory.current"),
-            "memory:": (tmp_path / "v1", "memory.limit", "memory.usage"),
+            ":": (tmp_path / "v2", "memory.max", "memory.current", "inactive_file"),
+            "memory:": (tmp_path / "v1", "memory.limit", "memory.usage", "total_inactive_file"),
         },
     )
     return tmp_path
@@ -50,8 +50,19 @@ def test_free_memory_is_the_least_that_a_control_group_leaves(machine: Path) -> 
     assert cache.free_memory() == 3 * GIB // 2
 
 
-def test_this_machine_has_free_memory() -> None:
-    assert cache.free_memory() > 0
+def test_files_that_the_kernel_keeps_in_memory_are_free(machine: Path) -> None:
+    _write(machine / "cgroup", "0::/job")
+    _write(machine / "v2" / "job" / "memory.max", 4 * GIB)
+    _write(machine / "v2" / "job" / "memory.current", 4 * GIB)
+    assert cache.free_memory() == 0
+    _write(machine / "v2" / "job" / "memory.stat", f"anon {GIB}\ninactive_file {3 * GIB}")
+    assert cache.free_memory() == 3 * GIB
+
+
+@pytest.mark.parametrize("name", ["meminfo", "cgroup"])
+def test_files_that_say_nothing_are_left_out(machine: Path, name: str) -> None:
+    (machine / name).write_bytes(b"MemAvailable:\n0::/\xff\xfe\n4:memory\n")
+    assert cache.free_memory() > GIB // 4
 
 
 def test_images_are_not_kept_where_each_reading_is_asked_for(data_dir: Path, machine: Path) -> None:
