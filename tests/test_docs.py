@@ -149,6 +149,7 @@ def test_commands_and_python_of_the_documents_run_one_after_another(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").symlink_to(data_dir)
+    shutil.copytree(data_dir / "val", tmp_path / "unlabelled")
 
     tutorial = commands("docs/tutorial/own-pictures.md")
     assert [words for words in commands("README.md") if words not in tutorial] == []
@@ -488,9 +489,10 @@ def test_speed_doc_runs_on_a_small_set(
 
 @pytest.mark.slow
 def test_bench_doc_runs(
-    run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
     monkeypatch.setattr("pipeline.bench.labelling._NUM_LOOKUPS", 1)
     for words in commands("docs/how-to/bench.md"):
         result = run_cli(*words)
