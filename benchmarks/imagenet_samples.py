@@ -46,6 +46,7 @@ from pipeline.bench import hardware
 ROOT = Path(__file__).resolve().parents[1]
 _WNID = re.compile(r"(?:^|/)(n\d{8})(?=[_/.])")
 RATES = (0.005, 0.002, RATE, 0.0005, 0.0003)
+_TRUTH = slice(6, 8)  # of the cells of a population: those that need the true classes
 SIMULATED_IMAGES, SIMULATED_VIEWS = 500, 4
 Report = dict[str, Any]
 Table = list[list[str]]
@@ -315,7 +316,11 @@ def codec(commands: Commands) -> list[str]:
     """Return two tables: what the rows are like, and bytes and KL of their encodings."""
     described, encoded = [], []
     for name, probs_NC, truth_N in populations(commands):
-        described.append([name, str(len(probs_NC)), *label_codec.describe(probs_NC, truth_N)])
+        labels_N = torch.zeros(len(probs_NC), dtype=torch.long) if truth_N is None else truth_N
+        cells = label_codec.describe(probs_NC, labels_N)
+        if truth_N is None:
+            cells[_TRUTH] = ["", ""]
+        described.append([name, str(len(probs_NC)), *cells])
         encoded += [[name, *cells] for cells in encodings(probs_NC)]
     masses = ["top-1", "median top-1", "top-5", "top-10", "top-50", "top-100"]
     masses += ["true class", "right", "entropy", "p at rank 100"]
@@ -327,8 +332,11 @@ def codec(commands: Commands) -> list[str]:
     ]
 
 
-def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, probabilities N x C and true classes N: these labels, files, simulated ones."""
+def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield name, probabilities N x C and true classes N, of files None.
+
+    These labels come first, then files, then simulated populations.
+    """
     dense(commands)
     labels = LabelSet.open(commands.labels("labels-dense"))
     class_of = {name: n for n, name in enumerate(labels.manifest["plan"]["classes"])}
@@ -339,8 +347,7 @@ def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor]]:
     for path in commands.settings.rows:
         with np.load(path) as arrays:
             probs_NVC = torch.from_numpy(arrays["probs"])
-        unknown_N = torch.full((probs_NVC[..., 0].numel(),), 0)
-        yield path.stem, probs_NVC.flatten(0, 1), unknown_N
+        yield path.stem, probs_NVC.flatten(0, 1), None
     for name in label_codec.POPULATIONS:
         probs_NC, truth_N = label_codec.population(name, SIMULATED_IMAGES, SIMULATED_VIEWS)
         yield f"simulated {name}", probs_NC, truth_N
