@@ -165,6 +165,8 @@ def _add_command(name: str, config: type[configs.Settings]) -> None:
         if not config.in_ranks:
             env.require_single_process(name)
         _check_paths(made)
+        if made.first_line:
+            click.echo(printable(use_display_names(made.first_line), is_line=True), err=True)
         try:
             report = importlib.import_module(module_of(name)).run(made)
         except IncompleteError as error:

@@ -59,7 +59,7 @@ TEACHERS = {"test_resnet": 8, "test_efficientnet": 28}  # steps of training: goo
 # Networks this small gain nothing from threads, and lose 50-fold where the cores are shared.
 torch.set_num_threads(1)
 
-# A shell starts what runs in the background deaf to Ctrl-C, and so would be the children of tests.
+# A shell starts background jobs with Ctrl-C ignored, which the children of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

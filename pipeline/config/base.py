@@ -77,6 +77,11 @@ class Settings:
     example: ClassVar[str] = ""  # a command line for --help
     in_ranks: ClassVar[bool] = False  # whether torchrun may start several processes
 
+    @property
+    def first_line(self) -> str:
+        """What the command prints before it imports torch, if anything."""
+        return ""
+
     def __post_init__(self) -> None:
         """Check the settings; raises ConfigError that names the flag."""
         check_bounds(self)

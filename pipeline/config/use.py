@@ -33,7 +33,7 @@ from pipeline.config.fields import (
     without_effect,
 )
 
-MAX_DEMO_PROCS = 4  # each has a copy of torch in memory
+MAX_DEMO_PROCS = 4  # by default: each has a copy of torch in memory
 HUB = "hf://"
 _WORD = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"  # as huggingface_hub checks it
 _HUB = re.compile(f"{HUB}{_WORD}/{_WORD}")
@@ -216,7 +216,9 @@ class DemoConfig(ReaderConfig):
         "Folder for pictures, labels and runs; finished parts are kept.",
         path="new folder",
     )
-    seeds: int = in_run(3, "Number of seeds: each gives one student of every kind.", low=1)
+    seeds: int = in_run(
+        3, "Number of seeds: each gives one student of every kind.", low=1, high=1000
+    )
     seed: int = in_run(
         0,
         "First seed; --seed 3 --seeds 10 are the seeds 3 to 12.",
@@ -231,6 +233,7 @@ class DemoConfig(ReaderConfig):
         "Processes, each of which runs one part at a time, in one thread.",
         shown=f"one for each core, at most {MAX_DEMO_PROCS}",
         low=1,
+        high=64,
     )
 
     def __post_init__(self) -> None:
@@ -239,6 +242,16 @@ class DemoConfig(ReaderConfig):
         require(
             last <= MAX_SEED, f"--seed {self.seed} with --seeds {self.seeds} exceeds {MAX_SEED}"
         )
+
+    @property
+    def data(self) -> Path:
+        """The folder of the pictures."""
+        return self.output / "data"
+
+    @property
+    def first_line(self) -> str:
+        doing = "looking for finished parts" if self.data.exists() else "writing 5,000 pictures"
+        return f"demo in {self.output}: {doing}"
 
     @property
     def all_seeds(self) -> range:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import console
 from pipeline.config import MAX_DEMO_PROCS, DemoConfig
-from pipeline.demo.parts import DATA, Part, kept_report, plan_parts
+from pipeline.demo.parts import Part, is_labelled, kept_report, plan_parts
 from pipeline.demo.pictures import write_pictures
 from pipeline.demo.table import report_of, table_of
 from pipeline.demo.workers import run_parts
@@ -23,11 +23,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
     start_s = time.monotonic()
     planned = plan_parts(config)
     reports = {part.name: kept for part in planned if (kept := kept_report(part)) is not None}
-    write_pictures(config.output / DATA)
+    write_pictures(config.data)
     left = [part for part in planned if part.name not in reports]
+    num_kept = len(reports) + sum(map(is_labelled, planned))
     console.info(
-        f"demo in {config.output}: {len(planned)} parts, {len(reports)} of them kept; what they "
-        f"print is in {config.output / LOGS}"
+        f"{len(planned)} parts, {num_kept} of them kept; what they print is in "
+        f"{config.output / LOGS}"
     )
     with ExitStack() as stack:
         bar = None

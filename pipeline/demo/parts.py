@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError
+from mealv2.label_set import MANIFEST_NAME
 from mealv2.storage.json_format import read_json
 from pipeline.config import (
     DemoConfig,
@@ -41,8 +42,8 @@ EPOCHS = 80  # of the labelled pictures, each of a view of its own
 EXTRA_EPOCHS = 7  # of the labelled and the unlabelled ones: no more steps than EPOCHS
 LR = 0.03
 DISCRIMINATOR_LR = 1e-4
+CHOSEN_ON, FIRST_FRESH = 0, 3  # the seed that chose all this; from which on seeds chose nothing
 
-DATA = "data"
 LABELS, EXTRA_LABELS = "labels", "labels-extra"
 START, HARD, SOFT, EXTRA = "start", "hard-labels", "soft-labels", "soft-labels-extra"
 _TITLES = {
@@ -91,7 +92,7 @@ def _teachers(config: DemoConfig) -> Iterator[Part]:
 
 def _label_sets(config: DemoConfig) -> Iterator[Part]:
     needs = tuple(map(teacher_name, TEACHERS))
-    unlabelled = (config.output / DATA / UNLABELLED,)
+    unlabelled = (config.data / UNLABELLED,)
     for name, title, num_views, extra_data in (
         (EXTRA_LABELS, "labels, with unlabelled pictures", EXTRA_EPOCHS, unlabelled),
         (LABELS, "labels", EPOCHS, ()),
@@ -119,7 +120,7 @@ def _students(config: DemoConfig) -> Iterator[Part]:
         yield _hard(config, seed, START, epochs=START_EPOCHS, lr=START_LR, pretrained=False)
         control = {"epochs": EPOCHS, "num_views": EPOCHS, **_from_start(config, seed)}
         yield _hard(config, seed, HARD, **control)
-        unlabelled = (config.output / DATA / UNLABELLED,)
+        unlabelled = (config.data / UNLABELLED,)
         yield _soft(config, seed, EXTRA, EXTRA_LABELS, epochs=EXTRA_EPOCHS, extra_data=unlabelled)
         yield _soft(config, seed, SOFT, LABELS, epochs=EPOCHS)
 
@@ -160,7 +161,7 @@ def _training(config: DemoConfig, name: str) -> dict[str, Any]:
 
 
 def _common(config: DemoConfig, name: str) -> dict[str, Any]:
-    where = {"data_dir": config.output / DATA, "output": config.output / name}
+    where = {"data_dir": config.data, "output": config.output / name}
     return where | {"device": config.device, "workers": config.workers}
 
 
@@ -179,6 +180,13 @@ def kept_report(part: Part) -> dict[str, Any] | None:
         raise ConfigError(f"{folder} has a run with other settings; give another --output")
     report = folder / REPORT_NAME
     return dict(read_json(report)) if report.exists() else None
+
+
+def is_labelled(part: Part) -> bool:
+    """Return whether a part is a finished label set; precompute checks it, and reports on it."""
+    if not isinstance(part.config, PrecomputeConfig):
+        return False
+    return Path(part.config.output, MANIFEST_NAME).exists()
 
 
 def resumed(config: PartConfig) -> PartConfig:

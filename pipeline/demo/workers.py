@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
 
 _POLL_INTERVAL_S = 0.2
 _END_S = 60.0  # a part that is stopped saves first
+_AGAIN = "run the same command again to continue, with fewer --num-procs if memory was short"
 
 # called with each finished part, its report and its seconds; and at every look for one
 OnDone = Callable[[Part, dict[str, Any], float], None]
@@ -74,12 +76,14 @@ def _with_news(workers: "list[_Worker]", stop: StopFlag) -> "list[_Worker]":
 @contextmanager
 def _started(count: int, logs: Path) -> Iterator[list["_Worker"]]:
     """Start processes; at the end of the block stop them, and wait until they have ended."""
-    # They start deaf to Ctrl-C, until they can answer it: see _work
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They inherit a mask without Ctrl-C, until they can handle it: see _work. This process gets
+    # one that arrives meanwhile after the block. The tracker's start would remove the mask
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         workers = [_Worker(logs) for _ in range(count)]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield workers
     finally:
@@ -135,8 +139,8 @@ class _Worker:
         code = self._process.exitcode or 0
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         if self.part is None:
-            return f"a process of the demo ended while it started ({how})"
-        return f"{self.part.title}: its process ended ({how}); see {self._log}"
+            return f"a process of the demo ended while it started ({how}); {_AGAIN}"
+        return f"{self.part.title}: its process ended ({how}); see {self._log}; {_AGAIN}"
 
     def stop(self) -> None:
         """Let the process end: after it saved, if it runs a part."""
@@ -162,6 +166,8 @@ def _work(connection: Connection) -> None:
     """Run the parts that arrive, until the connection or this process is closed."""
     end_with_parent()
     os.setpgid(0, 0)  # Ctrl-C of a terminal arrives at the parent alone, which passes it on once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # removes one that waits
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     use_one_thread()
     with suppress(KeyboardInterrupt, EOFError, BrokenPipeError, ConnectionResetError):

