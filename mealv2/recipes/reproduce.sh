@@ -7,11 +7,12 @@
 #   DATA=/data/imagenet bash @NAME@.sh
 #
 # It may be interrupted anywhere: by Ctrl-C, SIGTERM or a power cut. The same command skips what is
-# done and continues the rest. Exit codes are mealv2's, 4 after a signal. docs/how-to/reproduce.md
-# has hours, disk space, and how to read what is printed.
+# done and continues the rest. Exit codes are mealv2's: 2 for wrong settings, 4 after a signal.
+# docs/how-to/reproduce.md has hours, disk space, and how to read what is printed.
 set -euo pipefail
 
 # --- settings; variables of the environment replace them ------------------------------------------
+# OUT/settings keeps them: what is done there counts only for the same ones.
 DATA=${DATA:-imagenet}              # DATA/train/WNID/*.JPEG and DATA/val/WNID/*.JPEG, or tar shards
 OUT=${OUT:-reproduce/@NAME@}
 # online: the teachers label every crop, as published. stored: they label NUM_VIEWS crops an image
@@ -33,18 +34,47 @@ VAL_IMAGES=${VAL_IMAGES:-50000}
 START_SIZE=${START_SIZE:-@START_SIZE@}       # pixels of the start's published accuracy
 TOLERANCE=${TOLERANCE:-@TOLERANCE@}           # points of top-1 between published weights and their measurement
 # More flags, separated by spaces, such as PRECOMPUTE_ARGS=--amp. A changed training is recorded
-# only with RECORD_ARGS=--variant.
+# only with RECORD_ARGS=--variant, which may be added later.
 PRECOMPUTE_ARGS=${PRECOMPUTE_ARGS:-}
 DISTILL_ARGS=${DISTILL_ARGS:-}
 EVALUATE_ARGS=${EVALUATE_ARGS:-}
 RECORD_ARGS=${RECORD_ARGS:-}
 
 # --- functions ------------------------------------------------------------------------------------
-info() { printf '%s\n' "== $*" >&2; }
+exec 3>&2
+info() { printf '%s\n' "== $*" >&3; }
 
 fail() {
     info "$*"
     exit 1
+}
+
+usage() {
+    info "$*"
+    exit 2
+}
+
+# What the files in OUT are made with, a line for each setting.
+settings() {
+    local names=(MODE DATA STUDENT START TEACHERS IMG_SIZE START_SIZE) name
+    [ "$MODE" = online ] || names+=(LABELS NUM_VIEWS)
+    echo "recipe=@NAME@"
+    for name in "${names[@]}" PRECOMPUTE_ARGS DISTILL_ARGS EVALUATE_ARGS; do
+        printf '%s=%q\n' "$name" "${!name}"
+    done
+}
+
+# keep_settings: write OUT/settings, or stop if it has others.
+keep_settings() {
+    local file=$OUT/settings before now
+    if [ ! -s "$file" ]; then
+        settings >"$file.part"
+        mv "$file.part" "$file"
+    fi
+    before=$(settings | grep -vxFf - "$file" | paste -sd ' ' - || true)
+    now=$(settings | grep -vxFf "$file" | paste -sd ' ' - || true)
+    [ -z "$before$now" ] || usage "$OUT was made with $before; now it is $now: give another OUT," \
+        "or remove $file if what is there still counts"
 }
 
 # run COMMAND...: a signal to this script stops COMMAND, which saves; then the script ends with 4.
@@ -80,14 +110,24 @@ run() {
 }
 
 # report NAME COMMAND...: run COMMAND once, and keep the JSON that it prints in OUT/NAME.json.
+# With a file in `log`, its messages go there, and are shown only if it fails.
+log=''
 report() {
-    local file=$OUT/$1.json
+    local file=$OUT/$1.json code=0
     shift
     if [ -s "$file" ]; then
         info "done: $file"
         return
     fi
-    run "$@" >"$file.part"
+    if [ -z "$log" ]; then
+        run "$@" >"$file.part"
+    else
+        run "$@" >"$file.part" 2>"$log" || code=$?
+        if [ "$code" -ne 0 ]; then
+            cat "$log" >&3
+            exit "$code"
+        fi
+    fi
     mv "$file.part" "$file"
 }
 
@@ -121,16 +161,23 @@ evaluate() { # NAME PIXELS MODEL [CHECKPOINT]
     check "$1" top1 "$([ -n "${4:-}" ] || published_top1 "$3")" "$TOLERANCE"
 }
 
-# --- 1. the data, and how long stage one would take here ------------------------------------------
-case $MODE in online | stored) ;; *) fail "MODE is online or stored, not $MODE" ;; esac
+# --- 1. the data, and with MODE=stored how long stage one takes here ------------------------------
+case $MODE in online | stored) ;; *) usage "MODE is online or stored, not $MODE" ;; esac
+case $GPUS in '' | *[!0-9]* | ??????*) usage "GPUS is a number of processes, not '$GPUS'" ;; esac
 [ "$GPUS" -ge 1 ] || GPUS=1
+for name in OUT DATA LABELS START RESULTS; do # a name that begins with - is no flag
+    [[ ${!name} != -* ]] || printf -v "$name" '%s' "./${!name}"
+done
 mkdir -p "$OUT"
+keep_settings
 info "@NAME@ on $GPUS GPU(s), MODE=$MODE, into $OUT"
 
 precompute=(mealv2 precompute --recipe @NAME@ --data-dir "$DATA" --output "$LABELS")
 precompute+=(--num-views "$NUM_VIEWS" --teacher "$TEACHERS" --img-size "$IMG_SIZE" --workers "$WORKERS")
+[ "$MODE" = stored ] || log=$OUT/data.log # the estimate in it is that of stage one
 # shellcheck disable=SC2086  # several flags
 report data "${precompute[@]}" --dry-run $PRECOMPUTE_ARGS
+log=''
 check data images "$IMAGES" 0
 
 # --- 2. the teachers and the student's start, each with its own input statistics ------------------

@@ -13,7 +13,7 @@ _TEMPLATE = Path(__file__).with_name("reproduce.sh")
 def script(recipe: Recipe) -> str:
     """Return the script; it needs bash and `mealv2`, and on several GPUs torchrun."""
     student, teachers = recipe.distill["model"], recipe.teachers["teacher"]
-    is_stored_elsewise = recipe.distill.get("cutmix_target") == "teachers"
+    needs_teachers = recipe.distill.get("cutmix_target") == "teachers"
     values: dict[str, Any] = {
         "NAME": recipe.name,
         "TITLE": recipe.title,
@@ -29,10 +29,10 @@ def script(recipe: Recipe) -> str:
         # timm's figures of the teachers at 380 are of another crop
         "TOLERANCE": 1 if all(ACCURACIES[t].source == PAPER for t in teachers) else 2,
         # a label set has no label of a mixed image
-        "STORED": " --cutmix-target mixed-labels" if is_stored_elsewise else "",
+        "STORED": " --cutmix-target mixed-labels" if needs_teachers else "",
     }
     template = _TEMPLATE.read_text(encoding="utf-8")
-    return re.sub("@([A-Z]+)@", lambda match: str(values[match[1]]), template)
+    return re.sub("@([A-Z_]+)@", lambda match: str(values[match[1]]), template)
 
 
 def _published(recipe: Recipe) -> str:
