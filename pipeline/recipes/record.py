@@ -1,7 +1,6 @@
 """`mealv2 recipes record`: a finished run of a recipe as a row beside the published numbers."""
 
 import math
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,12 @@ from mealv2 import recipes
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import read_manifest
 from mealv2.storage.atomic import write_atomic
-from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
 from pipeline import console
 from pipeline.config import FREE_ON_RESUME, DistillConfig, RecipesRecordConfig, flag
-from pipeline.recipes.table import document
-from pipeline.training.run_folder import (
-    CONFIG_NAME,
-    METRICS_NAME,
-    REPORT_NAME,
-    SESSION,
-    parse_event,
-)
+from pipeline.recipes.finished_run import VERSIONS, is_utf8, read_records, read_run
+from pipeline.recipes.table import ONLINE, TITLE, document
 
 IMAGES, VAL_IMAGES = 1_281_167, 50_000  # ILSVRC 2012
 # Settings with which a training is the same one: where it reads, its seeds, how it computes.
@@ -29,15 +22,14 @@ _SAME = FREE_ON_RESUME | {
     *("data_dir", "labels", "class_map", "recipe", "seed", "view_seed", "val_interval"),
     *("on_bad_image", "torchcompile", "amp", "amp_dtype"),  # the precision is in the table
 }
-_VERSIONS = ("mealv2", "torch", "timm")
-_OF_SESSION = {"time", "ranks", "device", "precision", "versions"}
+_NO_GPU = ("cpu", "mps")
 
 
 def run(config: RecipesRecordConfig) -> dict[str, Any]:
     """Record the run; write the results and their table; return the record.
 
     Raises ConfigError for a run that is not finished, or differs from its recipe without
-    ``variant``, and for a damaged file of results.
+    ``variant``, for damaged files, and for a table that is not its own.
     """
     record = _record(config.run)
     if record["differs"] and not config.variant:
@@ -45,15 +37,31 @@ def run(config: RecipesRecordConfig) -> dict[str, Any]:
             f"{config.run} is not a reproduction of {record['recipe']}: "
             f"{'; '.join(record['differs'])}; --variant records it in a table of its own"
         )
-    records = [r for r in _read_results(config.output) if r["run"] != record["run"]]
+    records = [r for r in read_records(config.output) if r["run"] != record["run"]]
     records.append(record)
     table = config.output.with_suffix(".md")
+    _require_own(table)
+    text, results = document(records).encode(), canonical_json({"results": records}).encode()
     # the table first: a command that is stopped between the two is run again
-    write_atomic(table, document(records).encode())
-    write_atomic(config.output, canonical_json({"results": records}).encode())
-    what = "variant" if record["differs"] else "reproduction"
-    console.info(f"{what} of {record['recipe']}: {_figures(record)}; see {table}")
+    write_atomic(table, text)
+    write_atomic(config.output, results)
+    console.info(f"{_kind(record)} of {record['recipe']}: {_figures(record)}; see {table}")
     return record
+
+
+def _require_own(table: Path) -> None:
+    """Raise ConfigError for a file that was not written here."""
+    try:
+        if table.exists() and not read_regular(table).startswith(TITLE.encode()):
+            raise ConfigError(f"{table} is another file, not a table of results; give --output")
+    except OSError as error:
+        raise ConfigError(f"cannot replace {table} ({error.strerror}); give --output") from None
+
+
+def _kind(record: dict[str, Any]) -> str:
+    if record["differs"]:
+        return "variant"
+    return "reproduction" if record["labels"] == ONLINE else "training from stored labels"
 
 
 def _figures(record: dict[str, Any]) -> str:
@@ -63,28 +71,18 @@ def _figures(record: dict[str, Any]) -> str:
     return text
 
 
-def _read_results(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        found = [dict(record) for record in read_json(path)["results"]]
-        document(found)  # has all that a row needs
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"cannot read results from {path}: {error!r}; give another --output"
-        ) from None
-    return found
-
-
 def _record(run: Path) -> dict[str, Any]:
     """Return what a finished run reached, how, and what differs from its recipe."""
-    config, report = _finished(run)
+    path = str(run.resolve())  # one run has one row, by whatever name it is given
+    if not is_utf8(path):
+        raise ConfigError(f"{run} has a name that is not UTF-8, so no file of results can have it")
+    finished = read_run(run)
+    config, report, sessions = finished.config, finished.report, finished.sessions
     recipe = recipes.load(str(config.recipe))
     top1 = float(report["top1"])
-    sessions = _sessions(run)
-    hours = sum(seconds for seconds, _ in sessions) / 3600
-    gpu_seconds = [s * of["ranks"] for s, of in sessions if of["device"] not in ("cpu", "mps")]
-    last = sessions[-1][1]
+    hours = sum(session["seconds"] for session in sessions) / 3600
+    gpu_seconds = [s["seconds"] * s["ranks"] for s in sessions if s["device"] not in _NO_GPU]
+    last = sessions[-1]
     return {
         "recipe": recipe.name,
         "published": {"top1": recipe.top1, "top5": recipe.top5},
@@ -96,56 +94,13 @@ def _record(run: Path) -> dict[str, Any]:
         "best_top1": report["best_top1"],
         "hours": round(hours, 3),
         "gpu_hours": round(sum(gpu_seconds) / 3600, 3) if gpu_seconds else None,
-        "hardware": "; ".join(dict.fromkeys(_hardware(of) for _, of in sessions)),
-        "versions": {name: last["versions"][name] for name in _VERSIONS},
+        "hardware": "; ".join(dict.fromkeys(map(_hardware, sessions))),
+        "versions": {name: last["versions"][name] for name in VERSIONS},
         "labels": _labels(config, report),
         "date": f"{datetime.fromtimestamp(last['ended'], UTC):%Y-%m-%d}",
-        "run": str(run.absolute()),
+        "run": path,
         "differs": [*_changed_settings(config, recipe), *_changed_data(config, report, recipe)],
     }
-
-
-def _finished(run: Path) -> tuple[DistillConfig, dict[str, Any]]:
-    """Return the settings and the report of a run of a recipe; raises ConfigError."""
-    try:
-        config = DistillConfig.from_json(read_json(run / CONFIG_NAME))
-    except (OSError, ValueError, TypeError, ConfigError) as error:
-        raise ConfigError(f"{run} is not a run of `mealv2 distill` ({error})") from None
-    if config.recipe is None:
-        raise ConfigError(f"{run} is not a run of a recipe; train with --recipe")
-    try:
-        report = dict(read_json(run / REPORT_NAME))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{run} is not finished: it has no {REPORT_NAME}; continue it with "
-            f"`mealv2 distill --resume {run}`"
-        ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{run / REPORT_NAME} is damaged ({error})") from None
-    if "top1" not in report or "selected_epoch" not in report:
-        raise ConfigError(f"{run} has no accuracy: it was trained with --val-split none")
-    return config, report
-
-
-def _sessions(run: Path) -> list[tuple[float, dict[str, Any]]]:
-    """Return the seconds and the first event of every process that trained the run.
-
-    ``ended`` in it is the time of its last event that counts. Steps that were lost and made again
-    count once. Raises ConfigError without any.
-    """
-    found: list[dict[str, Any]] = []
-    with suppress(OSError):
-        for event in filter(None, map(parse_event, read_regular(run / METRICS_NAME).splitlines())):
-            if event.get("event") == SESSION and event.keys() >= _OF_SESSION:
-                found.append(event)
-            if found and isinstance(event.get("time"), float | int):
-                found[-1]["ended"] = event["time"]
-    if not found:
-        raise ConfigError(
-            f"{run / METRICS_NAME} does not say on what the run was trained: the run is of an "
-            "earlier version, or the file was removed"
-        )
-    return [(event["ended"] - event["time"], event) for event in found]
 
 
 def _hardware(session: dict[str, Any]) -> str:
@@ -155,9 +110,9 @@ def _hardware(session: dict[str, Any]) -> str:
 def _labels(config: DistillConfig, report: dict[str, Any]) -> str:
     """Return where the labels come from."""
     if config.online:
-        return "online"
-    labels = report.get("labels") or {}
-    return f"{labels.get('num_views')} views, {str(labels.get('plan_sha256'))[:12]}"
+        return ONLINE
+    labels = report["labels"]
+    return f"{labels['num_views']} views, {labels['plan_sha256'][:12]}"
 
 
 def _changed_settings(config: DistillConfig, recipe: recipes.Recipe) -> list[str]:
@@ -193,13 +148,13 @@ def _changed_data(
 
 def _label_set(config: DistillConfig, report: dict[str, Any]) -> dict[str, Any]:
     """Return teachers, pixels and views of the label set of a run, if it still exists."""
-    labels = report.get("labels") or {}
-    unknown = {"teachers": "unknown", "pixels": "unknown", "views": labels.get("num_views") or 0}
+    labels = report["labels"]
+    unknown = {"teachers": "unknown", "pixels": "unknown", "views": labels["num_views"]}
     try:
         manifest = read_manifest(Path(str(config.labels)))
     except (LabelSetError, OSError):
         return unknown
-    if manifest["plan_sha256"] != labels.get("plan_sha256"):
+    if manifest["plan_sha256"] != labels["plan_sha256"]:
         return unknown
     plan = manifest["plan"]
     teachers = [teacher["model"] for teacher in plan.get("teachers", [])]

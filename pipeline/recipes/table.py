@@ -1,5 +1,6 @@
 """The table of reproduced recipes: a row for each recipe or run, in Markdown."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,19 @@ from mealv2.text import printable
 
 _HEAD = ["recipe", "published top-1", "top-5", "ours top-1", "top-5", "difference"]
 _HEAD += ["epoch", "hours", "GPU-hours", "hardware", "labels", "versions", "date", "run"]
-_INTRODUCTION = """\
-# Results of the recipes
-
+ONLINE = "online"  # labels of the teachers on every crop, as published
+TITLE = "# Results of the recipes\n"
+_INTRODUCTION = f"""\
+{TITLE}
 Written by `mealv2 recipes record`. Top-1 and top-5 in per cent on the validation images, of the
 last epoch unless the run selects the best; the difference is ours minus published, in points.
 Hours are those of training and its validation, without stage one; GPU-hours are hours times GPUs.
+"""
+_STORED = """
+## From stored labels
+
+These runs have the settings of their recipe, but the teachers labelled some crops of each image
+once, where the published training labelled every crop: another training.
 """
 _VARIANTS = """
 ## Variants, which reproduce nothing
@@ -23,8 +31,10 @@ Settings or data of these runs differ from their recipe.
 
 
 def document(records: Sequence[dict[str, Any]]) -> str:
-    """Return the file of the results: reproductions, then runs that differ from their recipe."""
+    """Return the file of the results: reproductions, runs from stored labels, variants."""
     text = f"{_INTRODUCTION}\n{reproductions(records)}"
+    if stored := [r for r in records if not r["differs"] and r["labels"] != ONLINE]:
+        text += f"{_STORED}\n{_table([_HEAD, *map(_row, stored)])}"
     if variants := [record for record in records if record["differs"]]:
         rows = [[*_row(record), _cell("; ".join(record["differs"]))] for record in variants]
         text += f"{_VARIANTS}\n{_table([[*_HEAD, 'differs'], *rows])}"
@@ -32,13 +42,14 @@ def document(records: Sequence[dict[str, Any]]) -> str:
 
 
 def reproductions(records: Sequence[dict[str, Any]]) -> str:
-    """Return the table of the runs that follow their recipe.
+    """Return the table of the runs that follow their recipe, with the teachers online.
 
     A published model without a run has a row with empty cells.
     """
     rows = []
     for name in recipes.names():
-        found = [_row(r) for r in records if r["recipe"] == name and not r["differs"]]
+        own = [r for r in records if r["recipe"] == name and r["labels"] == ONLINE]
+        found = [_row(r) for r in own if not r["differs"]]
         if not found and not name.startswith(recipes.ABLATION):
             found = [_published(recipes.load(name))]
         rows += found
@@ -58,7 +69,7 @@ def _row(record: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     difference = record["difference"]
     return [
-        f"`{record['recipe']}`",
+        f"`{_cell(record['recipe'])}`",
         _percent(published["top1"]),
         _percent(published["top5"]),
         _percent(record["top1"]),
@@ -69,8 +80,8 @@ def _row(record: dict[str, Any]) -> list[str]:
         "–" if gpu_hours is None else f"{gpu_hours:.2f}",
         _cell(record["hardware"]),
         _cell(record["labels"]),
-        versions,
-        record["date"],
+        _cell(versions),
+        _cell(record["date"]),
         _cell(record["run"]),
     ]
 
@@ -80,7 +91,8 @@ def _percent(value: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return printable(text, is_line=True).replace("|", "\\|")
+    """Return text that Markdown shows as it is."""
+    return re.sub(r"[\\|<`\[]", r"\\\g<0>", printable(text, is_line=True))
 
 
 def _table(rows: list[list[str]]) -> str:

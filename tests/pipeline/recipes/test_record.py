@@ -1,7 +1,9 @@
 """`mealv2 recipes record`: a run beside the published numbers; a changed one never among them."""
 
 import json
+import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,18 @@ import pytest
 
 from conftest import ROOT, Result
 from mealv2 import recipes
-from pipeline.config import DistillConfig
+from pipeline.config import DistillConfig, FinetuneConfig
 from pipeline.recipes import table
+from pipeline.training.run_folder import SETTINGS_NAME
 
 Run = Callable[..., Result]
 STEPS = 180 * 2503  # of 1,281,167 images in batches of 512
+RECORD = (  # of an earlier version, say: a list of versions
+    '{"results": [{"recipe": "resnet18", "published": {"top1": 73.19, "top5": null}, "top1": 73.3,'
+    '"top5": 91.0, "difference": 0.11, "epoch": 180, "best_epoch": 178, "best_top1": 73.35,'
+    '"hours": 1.5, "gpu_hours": 12.0, "hardware": "8 x A100", "labels": "online", "run": "/x",'
+    '"date": "2026-11-29", "differs": [], "versions": []}]}'
+)
 VERSIONS = {"mealv2": "1.0", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6"}
 
 
@@ -42,6 +51,12 @@ def write_run(run: Path, name: str = "resnet18", **changes: Any) -> Path:
     (run / "report.json").write_text(json.dumps(report))
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return run
+
+
+def change(run: Path, name: str, **values: Any) -> None:
+    """Change values of a JSON file of the run; None removes."""
+    found = json.loads((run / name).read_text()) | values
+    (run / name).write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
 
 
 def cells(path: Path, name: str) -> list[list[str]]:
@@ -95,7 +110,7 @@ def test_a_run_that_differs_is_refused_or_recorded_apart(
     empty, row = cells(tmp_path / "all.md", "resnet18")
     assert empty[3:] == [""] * 11, "it is not in the table of reproductions"
     assert row[3] == "73.30"
-    assert row[-1].startswith(named)
+    assert row[-1].startswith(named.replace("[", "\\["))
 
 
 @pytest.mark.parametrize("changes", [{"seed": 7}, {"amp": True}, {"data_dir": "/elsewhere"}])
@@ -112,10 +127,9 @@ def test_labels_of_other_teachers_or_of_nobody_are_a_difference(
     run, flags = tmp_path / "run", ["--output", tmp_path / "r.json", "--variant"]
     stored = {"labels": str(labels_dir), "online": False, "teacher": [], "img_size": None}
     write_run(run, **stored)
-    report = json.loads((run / "report.json").read_text())
     sha256 = json.loads((labels_dir / "manifest.json").read_text())["plan_sha256"]
     labels = {"plan_sha256": sha256, "num_views": 4}
-    (run / "report.json").write_text(json.dumps(report | {"labels": labels}))
+    change(run, "report.json", labels=labels)
 
     record = done("recipes", "record", run, *flags).report
     assert record["labels"] == f"4 views, {sha256[:12]}"
@@ -125,14 +139,15 @@ def test_labels_of_other_teachers_or_of_nobody_are_a_difference(
     assert views == "views 4 (recipe: 30)"
 
     labels = {"plan_sha256": "0" * 64, "num_views": 60}  # of a set that is gone
-    (run / "report.json").write_text(json.dumps(report | {"labels": labels}))
+    change(run, "report.json", labels=labels)
     differs = done("recipes", "record", run, *flags).report["differs"]
     assert [text.partition(" (")[0] for text in differs] == ["teachers unknown", "pixels unknown"]
 
 
 def test_a_stored_cutmix_run_is_a_variant(run_cli: Run, tmp_path: Path) -> None:
-    stored = {"labels": "/gone", "online": False, "teacher": [], "img_size": None}
-    run = write_run(tmp_path / "run", "resnet50-cutmix", **stored, cutmix_target="mixed-labels")
+    stored = {"online": False, "teacher": [], "img_size": None, "cutmix_target": "mixed-labels"}
+    run = write_run(tmp_path / "run", "resnet50-cutmix", labels="/gone", **stored)
+    change(run, "report.json", labels={"num_views": 30, "plan_sha256": "0" * 64})
     refused = run_cli("recipes", "record", run, "--output", tmp_path / "r.json")
     assert "--cutmix-target mixed-labels (recipe: teachers)" in refused.stderr
 
@@ -169,13 +184,28 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda run: (run / name).unlink()
 
 
-def keep_no_recipe(run: Path) -> None:
-    settings = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(settings | {"recipe": None}))
+def changed(name: str, **values: Any) -> Callable[[Path], None]:
+    return lambda run: change(run, name, **values)
 
 
-def keep_no_accuracy(run: Path) -> None:
-    (run / "report.json").write_text('{"steps": 1}')
+def content(name: str, text: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).write_text(text) and None
+
+
+def session(**values: Any) -> Callable[[Path], None]:
+    """Change the first session."""
+
+    def spoil(run: Path) -> None:
+        first, *others = (run / "metrics.jsonl").read_text().splitlines()
+        lines = [json.dumps(json.loads(first) | values), *others]
+        (run / "metrics.jsonl").write_text("\n".join(lines))
+
+    return spoil
+
+
+def keep_settings_of_finetune(run: Path) -> None:
+    settings = {"model": "resnet18", "data_dir": "/imagenet"}
+    (run / "config.json").write_text(json.dumps(FinetuneConfig.from_json(settings).as_json()))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +213,25 @@ def keep_no_accuracy(run: Path) -> None:
     [
         (shutil.rmtree, "RUN: no file or folder at "),
         (remove("config.json"), "is not a run of `mealv2 distill`"),
-        (keep_no_recipe, "is not a run of a recipe; train with --recipe"),
+        (content("config.json", "[1]"), "is not a run of `mealv2 distill` (it has no settings)"),
+        (keep_settings_of_finetune, "run is a run of finetune; recipes are of distill"),
+        (changed("config.json", recipe=None), "is not a run of a recipe; train with --recipe"),
+        (changed("config.json", recipe=["x"]), "is not a run of `mealv2 distill`"),
         (remove("report.json"), "is not finished: it has no report.json; continue it with `mealv2"),
-        (keep_no_accuracy, "has no accuracy: it was trained with --val-split none"),
+        (content("report.json", "[]"), "report.json is no JSON object"),
+        (changed("report.json", top1=None), "has no accuracy: it was trained with --val-split non"),
+        (content("report.json", '{"top1": null}'), "report.json has no num_images"),
+        (changed("report.json", best_epoch=None), "report.json has no best_epoch"),
+        (changed("report.json", top5=None), "report.json has no top5"),
+        (changed("report.json", top1="abc"), "report.json: top1 cannot be 'abc'"),
+        (changed("report.json", best_top1=101), "report.json: best_top1 cannot be '101'"),
+        (changed("report.json", steps=1.5), "report.json: steps cannot be '1.5'"),
         (remove("metrics.jsonl"), "does not say on what the run was trained"),
+        (session(time="x"), "metrics.jsonl: time cannot be 'x'"),
+        (session(time=1e300), "metrics.jsonl: time cannot be '1e+300'"),
+        (session(ranks="8"), "metrics.jsonl: ranks cannot be '8'"),
+        (session(device="\ud800"), "metrics.jsonl: device cannot be "),
+        (session(versions={}), "metrics.jsonl: versions cannot be '{}'"),
     ],
 )
 def test_what_cannot_be_recorded_is_one_line(
@@ -195,12 +240,88 @@ def test_what_cannot_be_recorded_is_one_line(
     run = write_run(tmp_path / "run")
     spoil(run)
     result = run_cli("recipes", "record", run, "--output", tmp_path / "r.json")
-    assert result.code == 2
+    assert result.code == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert named in line
+    assert not list(tmp_path.glob("r.*"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"results": [{"run": "x"}]}', '{"results": 1}'])
+def test_a_name_that_is_not_utf8_is_one_line(run_cli: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / os.fsdecode(b"run-\xff"))
+    result = run_cli("recipes", "record", run, "--output", tmp_path / "r.json")
+    assert result.code == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "has a name that is not UTF-8" in line
+
+
+def test_settings_that_are_not_those_of_the_checkpoint_are_refused(
+    run_cli: Run, done: Run, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    path = run / "checkpoints" / "step-00450540.pt"
+    path.parent.mkdir()
+    for epochs, said in ((180, None), (10, "--epochs is 180 in ")):
+        with zipfile.ZipFile(path, "w") as archive:
+            kept = settings | {"epochs": epochs, "output": "/elsewhere", "workers": 3}
+            archive.writestr(SETTINGS_NAME, json.dumps(kept))
+        result = run_cli("recipes", "record", run, "--output", tmp_path / "r.json")
+        assert result.code == (2 if said else 0), result.stderr
+        if said:
+            assert said in result.stderr
+            assert "but 10 in the checkpoint: restore config.json" in result.stderr
+
+
+def test_another_file_beside_the_results_is_kept(run_cli: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (tmp_path / "README.md").write_text("# My project\n")
+    result = run_cli("recipes", "record", run, "--output", tmp_path / "README.json")
+    assert result.code == 2
+    assert "README.md is another file, not a table of results" in result.stderr
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert not (tmp_path / "README.json").exists()
+
+
+def test_a_run_has_one_row_by_any_name(done: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "a").mkdir()
+    for path in (run, tmp_path / "link", tmp_path / "a" / ".." / "run"):
+        done("recipes", "record", path, "--output", tmp_path / "r.json")
+    (record,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert record["run"] == str(run)
+
+
+def test_stored_labels_have_a_table_of_their_own(done: Run, tmp_path: Path) -> None:
+    run, output = write_run(tmp_path / "run"), tmp_path / "r.json"
+    record = done("recipes", "record", run, "--output", output).report
+    stored = record | {"labels": "30 views, 0123456789ab", "run": "/stored", "top1": 72.0}
+    text = table.document([record, stored])
+    first, second = text.split("## From stored labels")
+    assert ("73.30" in first, "72.00" in first) == (True, False)
+    assert ("73.30" in second, "72.00" in second) == (False, True)
+    assert "## Variants" not in text
+    (tmp_path / "stored.md").write_text(table.document([stored]))
+    empty, row = cells(tmp_path / "stored.md", "resnet18")
+    assert empty[3:] == [""] * 11
+    assert row[10] == "30 views, 0123456789ab"
+
+
+def test_a_cell_shows_text_as_it_is(done: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    session(device="<b>`[x](y)|", versions=VERSIONS)(run)
+    change_all = (run / "metrics.jsonl").read_text().replace('"1.0"', '"1|0"')
+    (run / "metrics.jsonl").write_text(change_all)
+    done("recipes", "record", run, "--output", tmp_path / "r.json")
+    text = (tmp_path / "r.md").read_text()
+    assert r"8 x \<b>\`\[x](y)\|, bfloat16" in text
+    assert r"mealv2 1\|0, torch" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"results": [{"run": "x"}]}', '{"results": 1}', '{"results": ["x"]}', RECORD],
+)
 def test_a_damaged_file_of_results_is_kept(run_cli: Run, tmp_path: Path, content: str) -> None:
     run, output = write_run(tmp_path / "run"), tmp_path / "r.json"
     output.write_text(content)
