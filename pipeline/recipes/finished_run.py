@@ -3,7 +3,6 @@
 A user may have edited all of them, so every value is checked once, here.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,7 +77,7 @@ def _config(run: Path) -> DistillConfig:
         if not isinstance(values, dict):
             raise ValueError("it has no settings")
         config = DistillConfig.from_json(values)
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, ConfigError) as error:
         if isinstance(error, ConfigError) and _is_of_finetune(values):
             raise ConfigError(f"{run} is a run of finetune; recipes are of distill") from None
         raise ConfigError(f"{run} is not a run of `mealv2 distill` ({error})") from None
@@ -158,7 +157,7 @@ def _require(values: Any, checks: Mapping[str, _Check], where: str) -> None:
 
 
 def _is_number(value: Any, most: float = 1e15, least: float = 0.0) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+    return type(value) in (int, float) and least <= value <= most  # not NaN
 
 
 def _is_count(value: Any) -> bool:

@@ -197,6 +197,7 @@ def test_names_that_begin_with_a_dash_are_no_flags(
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls.txt").read_text()
     assert "mealv2 labels status ./-l\n" in calls
+    assert "--num-procs 2 " in calls
     assert "torchrun --standalone --nproc-per-node 2 -m mealv2 distill" in calls
     assert "recipes record ./-o/run " in calls
     assert not re.search(" -[dlo]", calls)
@@ -335,6 +336,9 @@ def test_a_stopped_script_continues_to_the_row_of_the_table(
     start: Callable[..., ScriptRun], miniature: dict[str, object], tmp_path: Path
 ) -> None:
     out = tmp_path / "out of it"
+    out.mkdir()
+    # measured as the teacher is
+    (out / "student-start.json").write_text('{"num_images": 12, "top1": 50.0}')
     process = start("resnet18", miniature)
     process.until(lambda: num_steps(out / "run") >= 5, deadline_s=_DEADLINE_S)
     os.kill(process.process.pid, signal.SIGTERM)  # the script alone: it stops its command
@@ -373,7 +377,7 @@ def test_stored_labels_and_torchrun_continue_after_ctrl_c(
         figures = {"images": 24, "num_images": 12, "top1": 50.0}
         (out / f"{name}.json").write_text(json.dumps(figures))
     settings = miniature | {"MODE": "stored", "GPUS": 2}
-    process = start("resnet50-cutmix", settings)
+    process = start("resnet50-cutmix", settings | {"GPUS": 1})  # it may continue on others
     process.until(lambda: (labels / "plan.json").exists(), deadline_s=_DEADLINE_S)
     process.signal(signal.SIGINT)  # to the group of the terminal
     stopped = process.result(deadline_s=_DEADLINE_S)
