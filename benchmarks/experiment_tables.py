@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import math
 import os
 import platform
 import re
@@ -10,13 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from scipy.stats import t
 
 from benchmarks.experiments import Config, Report, Row, finished, run_all
 from mealv2.errors import ConfigError, MealError
@@ -25,21 +23,13 @@ from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from pipeline import load_model
 from pipeline.config import EvaluateConfig
+from pipeline.demo.table import interval
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "table.md"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean (Student's t); None with fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return None
-    half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
-    return mean(values) - half, mean(values) + half
 
 
 def compare_with_labels(

@@ -39,8 +39,7 @@ def boxes_of(
     for row in rest:
         width, height = int(widths[row]), int(heights[row])
         view = views.view(keys[row], indices[row], width=width, height=height)
-        flips = view.flip | view.vflip << 1
-        boxes_N5[row] = view.top, view.left, view.height, view.width, flips
+        boxes_N5[row] = view.top, view.left, *view.box()[2:]
     return boxes_N5
 
 

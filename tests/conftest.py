@@ -450,6 +450,18 @@ class Spawned:
         return Result.of(code, self._out.read_text(), self.stderr)
 
 
+@contextlib.contextmanager
+def killed_at_the_end(started: Sequence[Spawned]) -> Iterator[None]:
+    """Kill the processes that still run at the end of the block."""
+    try:
+        yield
+    finally:
+        for spawned in started:
+            with contextlib.suppress(ProcessLookupError):
+                spawned.signal(signal.SIGKILL)
+            spawned.process.wait()
+
+
 @pytest.fixture
 def spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Spawned]]:
     """Start ``mealv2 ARGS`` as a real process; what still runs at the end is killed."""
@@ -459,11 +471,8 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sp
         started.append(Spawned(args, tmp_path_factory.mktemp("process"), **options))
         return started[-1]
 
-    yield start
-    for spawned in started:
-        with contextlib.suppress(ProcessLookupError):
-            spawned.signal(signal.SIGKILL)
-        spawned.process.wait()
+    with killed_at_the_end(started):
+        yield start
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from mealv2.data.pixels import Resize, centre_crop, cut
-from mealv2.views import View, evaluation_resize
+from mealv2.data.pixels import Resize, centre_crop, centre_side, cut
+from mealv2.views import View
 
 MAX_SIDE = 40  # of images and views; larger ones are resized as fast one by one
 _MAX_BITS = 22  # torch: the most bits of a weight
@@ -56,12 +56,10 @@ def centre_crop_batch(
 ) -> np.ndarray:
     """Return the evaluation view of each image, uint8 N x S x S x 3; see ``centre_crop``."""
     num, height, width, _ = images_NHWC.shape
-    short = evaluation_resize(img_size)
     tables = []
-    for length, other in ((height, width), (width, height)):
-        new = short if length <= other else max(short, int(short * length / other))
-        start = round((new - img_size) / 2)
-        tables.append(_table(length, new, resize)[start : start + img_size])
+    for side, other in ((height, width), (width, height)):
+        length, start = centre_side(side, other, img_size)
+        tables.append(_table(side, length, resize)[start : start + img_size])
     dtype = np.result_type(*tables)
     vertical_NSH, horizontal_NSW = (
         np.broadcast_to(table.astype(dtype), (num, *table.shape)) for table in tables
@@ -134,7 +132,7 @@ def _table(length: int, new_length: int, resize: Resize) -> np.ndarray:
         last = min(int(centre + support + 0.5), length)
         values = [_filter((j - centre + 0.5) * inverse, is_bicubic) for j in range(first, last)]
         total = 0.0
-        for value in values:
+        for value in values:  # as torch adds; sum() is more exact from Python 3.12 on
             total += value
         weights[row, first:last] = [value / total for value in values]
     bits = next(

@@ -100,7 +100,7 @@ class DecodedImage:
     left: int = 0
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all pixels of the image are there."""
         return self.pixels_HWC.shape[:2] == (self.height, self.width)
 
@@ -166,20 +166,26 @@ def _box_pixels(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
     return box_HWC
 
 
+def centre_side(side: int, other: int, img_size: int) -> tuple[int, int]:
+    """Return the length to resize a side to for the centre crop, and where the crop starts in it.
+
+    ``other`` is the length of the other side.
+    """
+    short = evaluation_resize(img_size)
+    # torchvision: the longer side is int(short * long / short side)
+    length = short if side <= other else max(short, int(short * side / other))
+    return length, round((length - img_size) / 2)
+
+
 def centre_crop(pixels_HWC: np.ndarray, img_size: int, *, resize: Resize = "torch") -> np.ndarray:
     """Return the evaluation view as uint8 (img_size, img_size, 3).
 
     Resize the shorter side to int(256 / 224 * size), crop the centre (official get_val_loader).
     """
     height, width, _ = pixels_HWC.shape
-    short = evaluation_resize(img_size)
-    # torchvision: the longer side is int(short * long / short side)
-    if width <= height:
-        new_height, new_width = max(short, int(short * height / width)), short
-    else:
-        new_height, new_width = short, max(short, int(short * width / height))
+    new_height, top = centre_side(height, width, img_size)
+    new_width, left = centre_side(width, height, img_size)
     resized_HWC = _resized(pixels_HWC, new_height, new_width, resize)
-    top, left = round((new_height - img_size) / 2), round((new_width - img_size) / 2)
     return resized_HWC[top : top + img_size, left : left + img_size]
 
 

@@ -296,8 +296,8 @@ class BatchReader:
             decoded_image = image.decoded(None if CENTRE in indices else views_of)
             if decoded_image is not None:
                 pixels_HWC, position = decoded_image.pixels_HWC, image.position
-                is_whole = decoded_image.is_whole
-                if not (is_whole and self._add(groups, row, position, indices, pixels_HWC)):
+                is_complete = decoded_image.is_complete
+                if not (is_complete and self._add(groups, row, position, indices, pixels_HWC)):
                     self.has_large_images = True
                     self._sizes_B2[row : row + len(indices)] = (
                         decoded_image.width,

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,15 +14,15 @@ from pipeline.demo.pictures import UNLABELLED, num_pictures
 _NOTE_WIDTH = 100
 
 
-def interval(differences: list[float]) -> tuple[float, float] | None:
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean (Student's t); None with fewer than two values."""
     from scipy.special import stdtrit  # comes with mlxtend; scipy.stats takes a second to import
 
-    n = len(differences)
+    n = len(values)
     if n < 2:
         return None
-    half = float(stdtrit(n - 1, 0.975)) * stdev(differences) / math.sqrt(n)
-    return mean(differences) - half, mean(differences) + half
+    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
+    return mean(values) - half, mean(values) + half
 
 
 def report_of(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Stage two under a real torchrun: restarts, signals, docs/how-to/several-gpus.md's commands."""
 
-import contextlib
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Result, Spawned
+from conftest import Result, Spawned, killed_at_the_end
 from mealv2.storage.atomic import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -55,11 +54,8 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
         started.append(TorchRun(words, folder or tmp_path_factory.mktemp("torchrun")))
         return started[-1]
 
-    yield start
-    for spawned in started:
-        with contextlib.suppress(ProcessLookupError):
-            spawned.signal(signal.SIGKILL)
-        spawned.process.wait()
+    with killed_at_the_end(started):
+        yield start
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """mealv2.recipes.script: from a folder of ImageNet to the number, on a miniature, with signals."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, Spawned
+from conftest import ROOT, Spawned, killed_at_the_end
 from mealv2 import recipes
 from mealv2.recipes.published import ACCURACIES
 from mealv2.recipes.script import script
@@ -244,11 +243,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ScriptRun]]:
         started.append(ScriptRun(path, settings))
         return started[-1]
 
-    yield run
-    for each in started:
-        with contextlib.suppress(ProcessLookupError):
-            each.signal(signal.SIGKILL)
-        each.process.wait()
+    with killed_at_the_end(started):
+        yield run
 
 
 @pytest.fixture

@@ -58,6 +58,11 @@ def finished(
     return out, run_cli("demo", "--output", out, "--seeds", 1, "--num-procs", 2)
 
 
+def run_one(part: parts.Part, logs: Path, *, on_poll: Callable[[], None]) -> None:
+    """Run a part in one process."""
+    run_parts([part], kept=set(), num_procs=1, logs=logs, on_done=lambda *_: None, on_poll=on_poll)
+
+
 def models(out: Path) -> dict[Path, int]:
     """Return when each model was written."""
     return {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
@@ -146,14 +151,7 @@ def test_process_that_is_killed_is_named_with_its_log(short_demo: None, tmp_path
                 os.kill(process.pid or 0, signal.SIGKILL)
 
     with pytest.raises(MealError, match=r"byobnet: its process ended \(SIGKILL\).*; run the same"):
-        run_parts(
-            [teacher],
-            kept=set(),
-            num_procs=1,
-            logs=tmp_path / "logs",
-            on_done=lambda *_: None,
-            on_poll=kill,
-        )
+        run_one(teacher, tmp_path / "logs", on_poll=kill)
 
 
 @pytest.mark.slow
@@ -198,14 +196,7 @@ def test_ctrl_c_while_processes_start_stops_all(
     monkeypatch.setattr(workers._Worker, "__init__", start_and_stop)
     teacher = parts.plan_parts(DemoConfig(output=tmp_path))[0]
     with pytest.raises(StoppedError, match="stopped by SIGINT"):
-        run_parts(
-            [teacher],
-            kept=set(),
-            num_procs=1,
-            logs=tmp_path / "logs",
-            on_done=lambda *_: None,
-            on_poll=lambda: None,
-        )
+        run_one(teacher, tmp_path / "logs", on_poll=lambda: None)
     assert [process.exitcode for process in processes] == [-signal.SIGTERM]  # not by Ctrl-C
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
