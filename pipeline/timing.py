@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,11 @@ def cpu_seconds() -> float:
 
 def processes(pid: int) -> list[int]:
     """Return the ids of a process and its descendants, from /proc."""
-    try:
-        tasks = list((_PROC / str(pid) / "task").iterdir())
-        children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
-    except OSError:
-        return []  # the process has ended
+    children: list[int] = []
+    with suppress(OSError):  # the process has ended
+        for task in (_PROC / str(pid) / "task").iterdir():
+            with suppress(OSError):  # the thread has ended
+                children += map(int, (task / "children").read_text().split())
     return [pid, *(below for child in children for below in processes(child))]
 
 

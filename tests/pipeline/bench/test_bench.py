@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,25 @@ def test_time_computed_counts_processes_below_this_one() -> None:
     busy = "import time\nwhile time.process_time() < 0.3: pass"
     subprocess.run([sys.executable, "-c", busy], check=True)
     assert cpu_seconds() - before >= 0.25
+
+
+def test_cpu_time_does_not_go_back_while_threads_end() -> None:
+    stop = threading.Event()
+
+    def start_and_end_threads() -> None:
+        while not stop.is_set():
+            thread = threading.Thread(target=int)
+            thread.start()
+            thread.join()
+
+    busy = threading.Thread(target=start_and_end_threads)
+    busy.start()
+    try:
+        readings = [cpu_seconds() for _ in range(500)]
+    finally:
+        stop.set()
+        busy.join()
+    assert readings == sorted(readings)
 
 
 def test_a_ratio_by_time_computed_leaves_out_turns_too_short_to_count() -> None:
