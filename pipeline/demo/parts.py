@@ -39,16 +39,19 @@ BATCH_SIZE = 20
 START_EPOCHS = 30
 START_LR = 0.05
 EPOCHS = 80  # of the labelled pictures, each of a view of its own
+LONGER = 3  # times the epochs of the control, in a control without a label set's views
 EXTRA_EPOCHS = 7  # of the labelled and the unlabelled ones: no more steps than EPOCHS
 LR = 0.03
 DISCRIMINATOR_LR = 1e-4
 CHOSEN_ON, FIRST_FRESH = 0, 3  # the seed that chose all this; from which on seeds chose nothing
 
 LABELS, EXTRA_LABELS = "labels", "labels-extra"
-START, HARD, SOFT, EXTRA = "start", "hard-labels", "soft-labels", "soft-labels-extra"
+START, HARD, HARD_LONGER = "start", "hard-labels", "hard-labels-longer"
+SOFT, EXTRA = "soft-labels", "soft-labels-extra"
 _TITLES = {
     START: "start",
     HARD: "hard labels",
+    HARD_LONGER: f"hard labels, {LONGER} times the steps",
     SOFT: "soft labels",
     EXTRA: "soft labels, with unlabelled pictures",
 }
@@ -112,12 +115,14 @@ def _label_sets(config: DemoConfig) -> Iterator[Part]:
 
 
 def _students(config: DemoConfig) -> Iterator[Part]:
-    """Yield the start of each seed, and its three arms.
+    """Yield the start of each seed, and its four arms.
 
-    The first two see the same views in the same order; only the labels differ.
+    HARD and SOFT see the same views in the same order; only the labels differ.
     """
     for seed in config.all_seeds:
         yield _hard(config, seed, START, epochs=START_EPOCHS, lr=START_LR, pretrained=False)
+        longer = {"epochs": LONGER * EPOCHS, "num_views": LONGER * EPOCHS}
+        yield _hard(config, seed, HARD_LONGER, **longer, **_from_start(config, seed))
         control = {"epochs": EPOCHS, "num_views": EPOCHS, **_from_start(config, seed)}
         yield _hard(config, seed, HARD, **control)
         unlabelled = (config.data / UNLABELLED,)

@@ -29,7 +29,7 @@ def report_of(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[st
     """Return the figures of the demo from the reports of its parts by name."""
     students = {
         arm: [reports[parts.run_name(seed, arm)] for seed in config.all_seeds]
-        for arm in (parts.START, parts.HARD, parts.SOFT, parts.EXTRA)
+        for arm in (parts.START, parts.HARD, parts.HARD_LONGER, parts.SOFT, parts.EXTRA)
     }
     labels = reports[parts.LABELS]
     return {
@@ -45,7 +45,8 @@ def report_of(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[st
             for arm, runs in students.items()
         },
         "gains": {
-            arm: _gain(students[arm], students[parts.HARD]) for arm in (parts.SOFT, parts.EXTRA)
+            arm: _gain(students[arm], students[parts.HARD])
+            for arm in (parts.HARD_LONGER, parts.SOFT, parts.EXTRA)
         },
         "label_sets": {
             name: {"views": reports[name]["views"], "bytes": reports[name]["bytes"]}
@@ -75,6 +76,7 @@ def table_of(report: dict[str, Any]) -> str:
     for arm, title, pictures, labels in (
         (parts.START, "student: start", few, "hard"),
         (parts.HARD, "hard labels: the control", few, "hard"),
+        (parts.HARD_LONGER, f"hard labels, {parts.LONGER} times the steps", few, "hard"),
         (parts.SOFT, "(a) soft labels", few, "soft"),
         (parts.EXTRA, "(b) soft labels, more pictures", few + num_pictures(UNLABELLED), "soft"),
     ):

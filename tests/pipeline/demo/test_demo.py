@@ -74,12 +74,12 @@ def test_demo_ends_with_one_table(finished: tuple[Path, Result]) -> None:
     assert result.code == 0, result.stderr
     lines = result.stderr.splitlines()
     numbered = [line for line in lines if line.startswith("[")]
-    assert [line.split("]")[0] for line in numbered] == [f"[{n}/8" for n in range(1, 9)]
+    assert [line.split("]")[0] for line in numbered] == [f"[{n}/9" for n in range(1, 10)]
     assert all("top-1 " in line or "ensemble " in line for line in numbered)
     # what the commands print is in the logs, not between these lines
     assert not [line for line in lines if "epoch" in line or "run folder" in line]
     logs = {path.stem: path.read_text() for path in (out / "logs").iterdir()}
-    assert len([name for name in logs if not name.startswith("seed-1")]) == 8
+    assert len([name for name in logs if not name.startswith("seed-1")]) == 9
     assert "epoch 2/2" in logs["seed-0-hard-labels"]
     report = result.report
     assert len(report["students"]["soft-labels"]["top1"]) == 1
@@ -101,7 +101,7 @@ def test_second_call_keeps_what_is_finished(
     second = run_cli("demo", "--output", out, "--seeds", 2)
 
     assert second.code == 0, second.stderr
-    assert "12 parts, 8 of them kept" in second.stderr
+    assert "14 parts, 9 of them kept" in second.stderr
     assert {path: time for path, time in models(out).items() if path in before} == before
     for arm, figures in second.report["students"].items():
         assert figures["top1"][0] == first.report["students"][arm]["top1"][0]

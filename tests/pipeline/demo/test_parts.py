@@ -50,10 +50,19 @@ def test_unlabelled_pictures_cost_no_more_steps() -> None:
     assert 0.9 * steps < extra.epochs * -(-pictures // extra.batch_size) <= steps
 
 
+def test_longer_control_differs_in_epochs_and_has_a_new_view_in_each() -> None:
+    found = parts_of(seeds=1)
+    hard, longer = (found[f"seed-0/{arm}"].config for arm in ("hard-labels", "hard-labels-longer"))
+    assert isinstance(longer, FinetuneConfig)
+    differs = {name for name in vars(hard) if getattr(hard, name) != getattr(longer, name)}
+    assert differs == {"epochs", "num_views", "output"}
+    assert longer.epochs == longer.num_views == 3 * hard.epochs
+
+
 def test_parts_come_after_those_that_they_need_and_seeds_begin_at_seed() -> None:
     planned = parts.plan_parts(DemoConfig(seed=3, seeds=10))
     names = [part.name for part in planned]
-    assert len(set(names)) == len(names) == 4 + 4 * 10
+    assert len(set(names)) == len(names) == 4 + 5 * 10
     for number, part in enumerate(planned):
         assert set(part.needs) <= set(names[:number])
     seeds = {part.config.seed for part in planned if part.name.startswith("seed-")}

@@ -29,7 +29,7 @@ def reports_of(seeds: list[int]) -> dict[str, Any]:
     for place, seed in enumerate(seeds):
         for arm, top1 in ((parts.START, 40.0), (parts.HARD, 60.0)):
             found[parts.run_name(seed, arm)] = {"top1": top1 + 9 * place, "steps": 100}
-        for arm, gain in ((parts.SOFT, 4.0), (parts.EXTRA, 10.0)):
+        for arm, gain in ((parts.HARD_LONGER, 2.0), (parts.SOFT, 4.0), (parts.EXTRA, 10.0)):
             top1 = 60.0 + 9 * place + gain + 0.1 * place
             found[parts.run_name(seed, arm)] = {"top1": top1, "steps": 90}
     return found
@@ -57,6 +57,8 @@ def test_gains_are_paired_by_seed() -> None:
     assert extra.split()[-5:] == ["79.1", "+10.1", "+9.9", "to", "+10.3"]
     control = next(line for line in text.splitlines() if "control" in line)
     assert control.split()[-3:] == ["hard", "100", "69.0"]
+    longer = next(line for line in text.splitlines() if "3 times the steps" in line)
+    assert longer.split()[-5:] == ["71.1", "+2.1", "+1.9", "to", "+2.3"]
     assert "1,000 of them have no class label" in words_of(report)
     assert "seeds 3 to 5" in words_of(report)
 
