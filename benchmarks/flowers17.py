@@ -36,12 +36,12 @@ class Scale(NamedTuple):
     num_val: int = 20
     student: str = STUDENT
     teachers: Sequence[str] = TEACHERS
-    img_size: int = 96
-    larger_size: int = 128  # of the views of some teachers
-    num_views: int = 2
-    distill_epochs: int = 2
+    img_size: int = 128
+    larger_size: int = 160  # of the views of some teachers
+    num_views: int = 3
+    distill_epochs: int = 3
     # of fine-tuning, by the number of labelled pictures of a class
-    epochs: Sequence[tuple[int, int]] = ((5, 15), (10, 8), (30, 4), (60, 2))
+    epochs: Sequence[tuple[int, int]] = ((5, 15), (10, 8), (30, 5), (60, 3))
     labelled: Sequence[int] = (5, 10)
 
 
@@ -236,7 +236,7 @@ class Experiment:
         half = self.scale.num_train // 2
         teachers = self.teachers("teachers-half", self.labelled(half, half), half)
         labels = self.labels("teachers-half/labels", self.labelled(half, 0), teachers)
-        student = self.distill(f"seed-{seed}/soft-apart", labels, start, seed)
+        student = self.distill(f"seed-{seed}/soft-apart-{number}", labels, start, seed)
         return [start, *teachers, labels, student]
 
     def rows(self) -> list[Row]:
@@ -256,13 +256,14 @@ class Experiment:
 
         return [
             row(self.hard, few, hard.format(few)),
-            row(self.hard_longer, few, "the same, as many steps more", f"hard-{few}", False),
+            row(self.hard_longer, few, "the same, as many steps more", f"hard-{few}"),
             row(self.soft_apart, few, apart, f"hard-{few}"),
             row(self.soft_all, few, soft.format("all labels"), f"hard-{few}"),
             row(self.hard_all, few, hard.format(total), f"soft-all-{few}"),
             row(self.soft, few, soft.format(f"the labels of {few}"), f"hard-{few}", False),
             row(self.soft_larger, few, larger, f"hard-{few}", False),
-            row(self.hard, more, hard.format(more), is_quick=False),
+            row(self.hard, more, hard.format(more)),
+            row(self.soft_apart, more, apart, f"hard-{more}"),
             row(self.soft, more, soft.format(f"the labels of {more}"), f"hard-{more}", False),
         ]
 
