@@ -7,6 +7,7 @@ validation split comes first, with one centre crop per image.
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
 from mealv2.labelling.shards import CompleteCheck, check_complete
 from mealv2.labelling.store import Store
+from mealv2.teacher_sets import claim_sets
 from pipeline import console, timing
-from pipeline.config import PrecomputeConfig
+from pipeline.config import PrecomputeConfig, split_teachers
 from pipeline.labelling import jobs, teachers, workers
 from pipeline.labelling.annotate import encoding_of, make_annotator
 from pipeline.labelling.sources import open_sources
@@ -40,6 +42,27 @@ def run(config: PrecomputeConfig) -> dict[str, Any]:
 
     Complete shards are kept. Raises MealError and OSError.
     """
+    return _label_each(config) if config.store == "per-teacher" else _label(config)
+
+
+def _label_each(config: PrecomputeConfig) -> dict[str, Any]:
+    """Make the label set of one teacher after the other; return their reports.
+
+    Images are read once for each teacher, which costs little beside its forward passes.
+    """
+    assert isinstance(config.output, Path)
+    specs = split_teachers(config.teacher)
+    names = [name for name, _ in teachers.parse(specs)]
+    folders = [config.output] * len(specs) if config.dry_run else claim_sets(config.output, names)
+    reports = []
+    for name, spec, folder in zip(names, specs, folders, strict=True):
+        console.info(f"teacher {name}: {folder}")
+        reports.append(_label(replace(config, teacher=(spec,), output=folder, store="mean")))
+    return {"labels": str(config.output), "teachers": reports}
+
+
+def _label(config: PrecomputeConfig) -> dict[str, Any]:
+    """Make one label set, or a job's part of it; return the report."""
     job = jobs.choose_job(config)
     if config.num_procs > 1:
         return _run_in_processes(config, job)

@@ -17,6 +17,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
+from mealv2.teacher_sets import INDEX_NAME, is_folder_of_sets, sets_of
 from pipeline.config import (
     NO_SPLIT,
     DistillConfig,
@@ -134,6 +135,11 @@ def _check_label_set(config: Settings, name: str, labels: Path) -> None:
         )
 
 
+def _check_merged_set(config: Settings, name: str, labels: Path) -> None:
+    for folder in sets_of(labels) if is_folder_of_sets(labels) else [labels]:
+        _check_label_set(config, name, folder)
+
+
 def _label_sets_near(path: Path) -> str:
     """Return the end of a message: the label sets in a folder, or else beside it."""
     for folder in (path, path.absolute().parent):
@@ -155,7 +161,8 @@ def _check_new_folder(config: Settings, name: str, folder: Path) -> None:
 def _check_new_label_set(config: Settings, name: str, folder: Path) -> None:
     _check_new_folder(config, name, folder)
     names = list_folder(folder) if folder.is_dir() else []
-    is_label_set = any(n in (PLAN_NAME, MANIFEST_NAME) or n.endswith(".h5") for n in names)
+    known = (PLAN_NAME, MANIFEST_NAME, INDEX_NAME)
+    is_label_set = any(n in known or n.endswith(".h5") for n in names)
     if names and not is_label_set:
         what = f"not a label set and not empty ({names[0]}, …)"
         raise ConfigError(f"{name}: {folder} is {what}; give a new folder")
@@ -220,6 +227,7 @@ def _listed(names: list[str]) -> str:
 _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
     "label set": _check_label_set,
+    "label sets": _check_merged_set,
     "new label set": _check_new_label_set,
     "weights": _check_weights,
     "teachers": _check_teacher,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from mealv2.storage.urls import Location
+from mealv2.teacher_sets import is_folder_of_sets
 from pipeline.config.base import (
     CHECK_IMAGES,
     DATA_DIR,
@@ -164,12 +165,15 @@ class LabelsMergeConfig(EncodingConfig):
     """Join label sets of different images, or average label sets of different teachers.
 
     Sets of the same teachers are joined and keep their encoding. Sets of different teachers on the
-    same views are averaged to one ensemble, encoded by --rate or --topk.
+    same views are averaged to one ensemble, encoded by --rate or --topk. A folder of `mealv2
+    precompute --store per-teacher` stands for its sets.
     """
 
     example = "mealv2 labels merge labels-a labels-b --output labels"
 
-    sets: tuple[Path, ...] = argument("Label sets, two or more.", path="label set")
+    sets: tuple[Path, ...] = argument(
+        "Label sets, two or more, or a folder with one of each teacher.", path="label sets"
+    )
     output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
     rate: float | None = in_labels(
         None,
@@ -180,7 +184,8 @@ class LabelsMergeConfig(EncodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.sets) > 1, "give two label sets or more")
+        is_enough = len(self.sets) > 1 or any(map(is_folder_of_sets, self.sets))
+        require(is_enough, "give two label sets or more, or a folder of --store per-teacher")
 
 
 @frozen

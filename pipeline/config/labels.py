@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mealv2 import defaults
-from mealv2.storage.urls import Location
+from mealv2.storage.urls import Location, is_url
 from pipeline.config.base import (
     DATA_DIR,
     DEFAULT_IMG_SIZE,
@@ -105,6 +105,11 @@ class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConf
     store_logits: bool = in_labels(
         False, "Also store the mean logits of the kept classes, for the discriminator."
     )
+    store: Literal["mean", "per-teacher"] = in_labels(
+        "mean",
+        "One label set of the teachers' mean probabilities, or one of each teacher, "
+        "OUTPUT/teacher-0, OUTPUT/teacher-1, …: `mealv2 labels merge OUTPUT` makes the mean.",
+    )
     shard_size: int | None = in_labels(
         None,
         "Images per label shard; with tar shards, each tar file gets one label shard.",
@@ -122,6 +127,8 @@ class PrecomputeConfig(ViewsConfig, EncodingConfig, ExtraDataConfig, HeldOutConf
             f"--num-views {self.num_views}: all views of an image are equal with --crop "
             f"{self.view_recipe.crop} and these flips; use --num-views 1",
         )
+        is_local = not is_url(self.output)
+        require(self.store == "mean" or is_local, "--store per-teacher needs a local --output")
         if self.dry_run:
             names = ("job_index", "num_jobs", "shard_list", "num_procs")
             without_effect(self, "with --dry-run", *names)
