@@ -47,8 +47,9 @@ ALLOWED = {
     },
     "pipeline.config": {
         *("mealv2", "mealv2.defaults", "mealv2.errors", "mealv2.storage"),
-        *("mealv2.view_operations", "mealv2.view_recipe"),
+        *("mealv2.teacher_sets", "mealv2.view_operations", "mealv2.view_recipe"),
     },
+    "mealv2.teacher_sets": {"mealv2.errors", "mealv2.storage"},
     "mealv2.text": set[str](),
     "mealv2.defaults": set[str](),
     "mealv2.messages": set[str](),
