@@ -50,7 +50,7 @@ class CifarGoogLeNet(CifarNetwork):
     layer_groups = LayerGroups(
         stem=r"^conv1",
         stages=r"^inception(\d)",
-        blocks=r"^inception(\d)([a-e])",
+        blocks=tuple((rf"^{name}", (number,)) for number, name in enumerate(_INCEPTIONS)),
     )
 
     def __init__(self, *, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
