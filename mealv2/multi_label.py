@@ -13,6 +13,8 @@ from mealv2.average_precision import (
     average_precision,
     average_precision_11_points,
 )
+from mealv2.data.source import ImageSource
+from mealv2.errors import ConfigError
 from mealv2.models.ensemble import ONE_SIZE, BySize
 from mealv2.targets import BatchTargets, HardLabels
 from mealv2.task import Mixture, Task, TaskResult
@@ -135,9 +137,16 @@ def _mean_percent(values: Sequence[float | int | None]) -> float:
     return 100.0 * sum(known) / max(1, len(known))
 
 
-def labels_matrix(labels: Sequence[Sequence[int]]) -> Tensor:
-    """Return the labels of N images, int8 N x C; raises ValueError for other numbers."""
+def labels_of(source: ImageSource, labels: Sequence[Sequence[int]]) -> Tensor:
+    """Return the multi-labels of a source as int8 N x C; raises ConfigError for other labels."""
     found = torch.tensor(labels, dtype=torch.int64)
-    if found.ndim != 2 or not bool(found.abs().le(PRESENT).all()):
-        raise ValueError(f"labels must be {PRESENT}, {IGNORED} or {ABSENT} for every class")
+    if found.shape != (len(source), len(source.classes)):
+        raise ConfigError(
+            f"{source.name} has multi_labels of {tuple(found.shape)}, not of {len(source)} images "
+            f"and {len(source.classes)} classes"
+        )
+    if not bool(found.abs().le(PRESENT).all()):
+        raise ConfigError(
+            f"{source.name} has multi_labels other than {PRESENT}, {IGNORED} and {ABSENT}"
+        )
     return found.to(torch.int8)

@@ -20,7 +20,7 @@ from pipeline.config.fields import (
     require,
     without_effect,
 )
-from pipeline.config.training import SELECT, FinetuneConfig
+from pipeline.config.training import FinetuneConfig
 
 TransferMode = Literal["scratch", "fine-tune", "frozen", "all"]
 MODES: tuple[TransferMode, ...] = ("scratch", "fine-tune", "frozen")
@@ -37,9 +37,9 @@ def absolute_starts(starts: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def absolute_start(start: str) -> str:
-    """Return a start with an absolute path, if it has one."""
+    """Return a start with an absolute path, if it has one: a folder or file with a slash."""
     name, equals, path = start.partition("=")
-    if os.path.exists(start):  # noqa: PTH110  # a name may be too long for Path.exists
+    if os.sep in start and os.path.exists(start):  # noqa: PTH110  # a name may be too long
         return os.path.abspath(start)  # noqa: PTH100
     return f"{name}={os.path.abspath(path)}" if equals and path else start  # noqa: PTH100
 
@@ -75,6 +75,7 @@ class TransferConfig(FinetuneConfig):
         "Backbone: a timm or released model name, NAME=CHECKPOINT, the folder of a run or model, "
         "local-dir:PATH, hf-hub:NAME, or your own code, PACKAGE.MODULE:FUNCTION.",
         shown="those of --compare",
+        convert=absolute_start,
         need="one of --model and --compare is required",
     )
     compare: tuple[str, str] | None = in_model(
@@ -92,7 +93,12 @@ class TransferConfig(FinetuneConfig):
     seeds: int = in_run(
         1, "Number of seeds, from --seed on: each is a run of its own.", low=1, high=1000
     )
-    select: Literal["last", "best"] | None = in_run(None, SELECT, shown="last")
+    select: Literal["last", "best"] | None = in_run(
+        None,
+        "Epoch whose model is the result: the last, or that of the best top-1 (mAP of images of "
+        "several classes) on --val-split.",
+        shown="last",
+    )
     num_views: int | None = in_views(
         None,
         "Views per image that the epochs take turns with; with --mode frozen the backbone sees "
@@ -193,18 +199,14 @@ class TransferConfig(FinetuneConfig):
         """The modes of the runs."""
         return MODES if self.mode == "all" else (self.mode,)
 
-    def cell(
-        self, *, mode: TransferMode, data_dir: Location | None, seed: int, output: Path
-    ) -> Self:
-        """Return the settings of one of several runs; its model is still to be set."""
-        one = {"mode": mode, "data_dir": data_dir, "seed": seed, "output": output}
-        weights: dict[str, Any] = {}
+    def cell(self, *, model: str, mode: TransferMode, data_dir: Location | None) -> Self:
+        """Return the settings of one of several runs; its seed and folder are still to be set."""
+        one: dict[str, Any] = {"model": model, "mode": mode, "data_dir": data_dir}
         if mode == "scratch":
-            weights = {"initial_checkpoint": None, "pretrained": None}
+            one |= {"initial_checkpoint": None, "pretrained": None}
         if mode != "frozen":
-            weights |= {"cache_features": "auto", "feature_dir": None}
-        some = {"sets": None, "compare": None, "seeds": 1, "model": self.model or "model"}
-        return dataclasses.replace(self, **one, **weights, **some)
+            one |= {"cache_features": "auto", "feature_dir": None}
+        return dataclasses.replace(self, **one, sets=None, compare=None, seeds=1)
 
     @property
     def from_pretrained(self) -> bool:

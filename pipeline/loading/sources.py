@@ -103,7 +103,8 @@ def open_images(
     source = open_source(data_dir, split, cache=cache, held_out=held_out, names=names)
     if multi_labels_of(source) is not None and not multi_label:
         raise ConfigError(
-            f"{source.name} has images of several classes, which only `mealv2 transfer` trains on"
+            f"{source.name} has images of several classes: only `mealv2 transfer` trains on them, "
+            "and evaluate measures such a run"
         )
     if config.class_map is not None:
         if is_unlabelled(source):

@@ -15,7 +15,7 @@ from mealv2.data.source import ImageSource, multi_labels_of
 from mealv2.data.view_reader import ViewReader
 from mealv2.errors import DataError
 from mealv2.metrics import Evaluation, Predictions
-from mealv2.multi_label import MultiLabelEvaluation, labels_matrix
+from mealv2.multi_label import MultiLabelEvaluation, labels_of
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
@@ -176,16 +176,17 @@ class Evaluator:
 
 
 class MultiLabelEvaluator(Evaluator):
-    """Evaluates models on a split whose images have several classes: mean average precision.
-
-    ``labels_NC`` are 1, 0 (ignored) and -1, in the order of the source.
-    """
+    """Evaluates models on a split whose images have several classes: mean average precision."""
 
     def __init__(
-        self, source: ImageSource, runtime: Runtime, config: TrainConfig, **settings: Any
+        self,
+        source: ImageSource,
+        runtime: Runtime,
+        config: TrainConfig | EvaluateConfig,
+        **settings: Any,
     ) -> None:
         super().__init__(source, runtime, config, **settings)
-        self._labels_NC = labels_matrix(multi_labels_of(source) or [])
+        self._labels_NC = labels_of(source, multi_labels_of(source) or [])
 
     def summary(
         self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None

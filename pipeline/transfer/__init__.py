@@ -6,7 +6,6 @@ from pipeline.config import TransferConfig
 from pipeline.runtime.device import distributed_runtime
 from pipeline.transfer.grid import run_grid
 from pipeline.transfer.single import train_one
-from pipeline.transfer.starts import with_start
 
 
 def run(config: TransferConfig) -> dict[str, Any]:
@@ -18,4 +17,4 @@ def run(config: TransferConfig) -> dict[str, Any]:
     with distributed_runtime(config) as runtime:
         if config.is_grid:
             return run_grid(config, runtime)
-        return train_one(with_start(config, config.model), runtime)
+        return train_one(config, runtime)

@@ -12,9 +12,10 @@ from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.regular_files import read_regular
 from mealv2.storage.urls import Location, located
 from pipeline import console
+from pipeline.command_line.paths import check_paths
 from pipeline.config import FREE_ON_RESUME, TransferConfig
 from pipeline.runtime.device import Runtime
-from pipeline.training.run_folder import CONFIG_NAME, has_checkpoint
+from pipeline.training.run_folder import CONFIG_NAME, RunFolder, has_checkpoint
 from pipeline.transfer.single import train_one
 from pipeline.transfer.starts import with_start
 from pipeline.transfer.table import Run, grid_report, grid_table
@@ -41,6 +42,9 @@ def run_grid(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
     if config.seeds > 1 and find_spec("scipy") is None:
         raise ConfigError("--seeds needs scipy for the intervals over seeds: pip install scipy")
     cells = list(_cells(config))
+    for cell in cells:  # an error of any of them comes before the first run
+        check_paths(cell.config)
+        with_start(cell.config)
     runs = []
     for number, cell in enumerate(cells, 1):
         console.info(f"{number}/{len(cells)}: {cell.config.output}")
@@ -67,8 +71,9 @@ def _cells(config: TransferConfig) -> Iterator[_Cell]:
                 for seed in seeds:
                     name = "scratch" if mode == "scratch" else f"{mode}-{model}"
                     folder = config.output / set_name / name / f"seed-{seed}"
-                    one = config.cell(mode=mode, data_dir=data_dir, seed=seed, output=folder)
-                    yield _Cell(Run(set_name, mode, model, seed), with_start(one, start))
+                    one = config.cell(model=start, mode=mode, data_dir=data_dir)
+                    one = replace(one, seed=seed, output=folder)
+                    yield _Cell(Run(set_name, mode, model, seed), one)
 
 
 def read_sets(path: Path) -> dict[str, Location]:
@@ -108,6 +113,8 @@ def _run(cell: _Cell, runtime: Runtime) -> dict[str, Any]:
     assert folder is not None, "a cell has a folder"
     if has_checkpoint(folder):
         _require_same(config, folder)
+        if (report := RunFolder(folder).report()) is not None:
+            return report
         config = replace(config, output=None, resume=folder)
     try:
         return train_one(config, runtime)

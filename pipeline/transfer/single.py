@@ -8,7 +8,7 @@ from mealv2.data.source import ImageSource, multi_labels_of
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier
 from mealv2.models.frozen import FrozenClassifier
-from mealv2.multi_label import MultiLabels, MultiLabelTask, labels_matrix
+from mealv2.multi_label import MultiLabels, MultiLabelTask, labels_of
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask, Task
 from mealv2.views import DrawnViews
@@ -23,6 +23,7 @@ from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 from pipeline.transfer.frozen import cached_features
+from pipeline.transfer.starts import with_start
 
 
 def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
 
 def _student(config: TransferConfig, classes: list[str]) -> Classifier:
     """Return the backbone with a new head for these classes, frozen with --mode frozen."""
-    student = create_student(config, classes=classes, img_size=config.img_size)
+    student = create_student(with_start(config), classes=classes, img_size=config.img_size)
     if config.mode != "frozen":
         return student
     return FrozenClassifier(student, img_size=config.img_size)
@@ -87,7 +88,7 @@ def _task(
     if several is None:
         task = HardLabelTask(student, smoothing=config.smoothing)
         return task, HardLabels(source.labels, num_views=num_views, seed=seed)
-    targets = MultiLabels(labels_matrix(several), num_views=num_views, seed=seed)
+    targets = MultiLabels(labels_of(source, several), num_views=num_views, seed=seed)
     return MultiLabelTask(student), targets
 
 

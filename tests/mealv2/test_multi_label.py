@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from mealv2.average_precision import average_precision, average_precision_11_points
+from mealv2.data.folder import UnorderedSource
+from mealv2.errors import ConfigError
 from mealv2.multi_label import (
     MultiLabelEvaluation,
     MultiLabels,
     MultiLabelTask,
-    labels_matrix,
+    labels_of,
     multi_label_loss,
 )
 from mealv2.targets import BatchTargets
@@ -81,6 +83,24 @@ def test_the_mean_is_over_classes_with_a_positive_image_in_any_order_of_batches(
     assert found.per_class()[0]["ignored"] == int((labels[:, 0] == 0).sum())
 
 
-def test_another_label_is_an_error() -> None:
-    with pytest.raises(ValueError, match="1, 0 or -1"):
-        labels_matrix([[1, 2]])
+class Source(UnorderedSource):
+    """Two images of two classes."""
+
+    def __init__(self) -> None:
+        self.name, self.split = "drawn", "train"
+        self.keys, self.labels, self.classes = ["a", "b"], [0, 1], ["x", "y"]
+        self.sizes = self.stored_sizes = [1, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+    def read(self, position: int) -> bytes:
+        raise AssertionError
+
+
+def test_labels_of_a_source_are_checked() -> None:
+    assert labels_of(Source(), [[1, 0], [-1, 1]]).tolist() == [[1, 0], [-1, 1]]
+    with pytest.raises(ConfigError, match="other than 1, 0 and -1"):
+        labels_of(Source(), [[1, 2], [0, 0]])
+    with pytest.raises(ConfigError, match=r"multi_labels of \(1, 2\)"):
+        labels_of(Source(), [[1, 0]])

@@ -130,7 +130,7 @@ def test_features_on_disk_serve_other_seeds_and_nothing_else(
             (["--smoothing", 0.1], 0),
             (["--view-seed", 1], 36 * 2),  # the centre crops are the same
             (["--crop", "pad"], 36 * 2),
-            (["--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5], 36 * 2 + 15),
+            (["--mean", 0.1, 0.2, 0.3, "--std", 0.5, 0.5, 0.5], 36 * 2 + 15),
         ]
     ):
         passes.clear()

@@ -66,16 +66,8 @@ def test_base_and_distilled_are_trained_with_every_seed_and_compared(
     ]
 
     # the same command again trains nothing
-    monkeypatch.setattr(grid, "train_one", _finished_only(grid.train_one))
+    monkeypatch.setattr(grid, "train_one", None)
     assert done(*compared, "--output", tmp_path / "out").report == report
-
-
-def _finished_only(train_one: Any) -> Any:
-    def run(config: Any, runtime: Any) -> Any:
-        assert config.resume is not None
-        return train_one(config, runtime)
-
-    return run
 
 
 def test_a_stopped_comparison_continues_with_the_same_command(
@@ -136,6 +128,18 @@ def test_many_sets_have_a_mean(
     assert header.split() == ["birds", "cars", "mean"]
 
 
+def test_a_set_that_is_missing_is_found_before_the_first_run(
+    run_cli: Run, transfer_flags: list[str], start: list[str], data_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sets.txt").write_text(f"one {data_dir}\ntwo cub200:nowhere\n")
+    words = [*without(transfer_flags, "--data-dir"), *start, "--sets", tmp_path / "sets.txt"]
+    result = run_cli(*words, "--mode", "frozen", "--output", tmp_path / "out")
+    assert result.code == 2
+    (line,) = result.stderr.splitlines()
+    assert "no train_test_split.txt in" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_command_does_not_continue_the_runs_of_a_folder(
     run_cli: Run, done: Run, compared: list[str], tmp_path: Path
 ) -> None:
@@ -152,7 +156,8 @@ def test_a_run_folder_can_be_the_model(
     folder = teacher_dirs["test_resnet"]
     done(*flags, "--model", folder, "--mode", "frozen", "--epochs", 1, "--output", run)
     kept = json.loads((run / "config.json").read_text())
-    assert (kept["model"], kept["initial_checkpoint"]) == ("test_resnet", str(folder))
+    assert (kept["model"], kept["initial_checkpoint"]) == (str(folder), None)
+    done("transfer", "--resume", run, "--epochs", 2)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,15 @@ def test_several_classes_per_image_are_learned(
     assert report["map_11point"] > 70
     assert "top1" not in report
     assert "11-point mAP" in result.stderr
+    words = ["evaluate", "--data-dir", voc, "--checkpoint", run, "--workers", 0]
+    again = done(*words, "--results-file", run / "classes.json", "--json").report
+    assert again["map"] == pytest.approx(report["map"])
+    classes = json.loads((run / "classes.json").read_text())["per_class"]
+    assert [row["class"] for row in classes] == ["aeroplane", "bicycle", "cat"]
+    assert [row["ignored"] for row in classes] == [0, 0, 2]
+    eleven = [100 * row["ap_11point"] for row in classes]
+    assert sum(eleven) / 3 == pytest.approx(report["map_11point"])
+    assert "11-point AP %" in done(*words).stdout
     row = json.loads((run / "report.json").read_text())
     assert row["last_map_11point"] == report["map_11point"]
 
@@ -86,3 +95,32 @@ def test_smoothing_has_no_effect_on_several_classes(
     result = run_cli(*transfer_flags, *words)
     assert result.code == 2
     assert "--smoothing" in result.stderr
+
+
+def test_own_code_can_have_several_classes_per_image(
+    done: Run, transfer_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_voc(tmp_path / "images", num_train=6, num_test=6)
+    (tmp_path / "own_several.py").write_text(
+        "from pathlib import Path\n"
+        "import mealv2\n"
+        "class Several(mealv2.UnorderedSource):\n"
+        "    def __init__(self, split):\n"
+        "        self.name, self.split, self.classes = 'own', split, ['a', 'b']\n"
+        "        self._paths = sorted(Path('images/JPEGImages').iterdir())[:8]\n"
+        "        self.keys = [path.name for path in self._paths]\n"
+        "        self.sizes = self.stored_sizes = [path.stat().st_size for path in self._paths]\n"
+        "        self.multi_labels = [[1, -1], [1, 1], [-1, 1], [0, 1]] * 2\n"
+        "        self.labels = [0, 0, 1, 1] * 2\n"
+        "    def __len__(self):\n"
+        "        return 8\n"
+        "    def read(self, position):\n"
+        "        return self._paths[position].read_bytes()\n"
+        "def load(split):\n"
+        "    return Several(split)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["--data-dir", "own_several:load", "--mode", "scratch", "--epochs", 1]
+    report = done(*transfer_flags, *words, "--output", "run").report
+    assert 0 < report["map"] <= 100
+    assert report["num_images"] == 8
