@@ -206,8 +206,8 @@ def _open_birdsnap(named: LayoutName, split: str) -> ListedSource:
         if (path in tested) == is_test:
             entries.append(Entry(path, id_of[species]))
     # get_birdsnap.py downloads to download/images
-    places = (folder / "images", folder / "download" / "images")
-    images = next((place for place in places if place.is_dir()), places[0])
+    folders = (folder / "images", folder / "download" / "images")
+    images = next((path for path in folders if path.is_dir()), folders[0])
     return ListedSource(named, split, images, entries, list(names.values()))
 
 
