@@ -212,7 +212,7 @@ def test_guide_to_transfer_runs_on_small_sets(
     draw_birdsnap(tmp_path / "birdsnap")
     for name in ("bird", "car"):
         draw_lists(tmp_path / name)
-    (example,) = (b for b in blocks("docs/how-to/transfer.md", "") if b.startswith("# sets.txt"))
+    (example,) = blocks("docs/how-to/transfer.md", "text")
     (tmp_path / "sets.txt").write_text(example)
     make_runs(tmp_path, student=student_dir)
     reports = [done(*words).report for words in commands("docs/how-to/transfer.md")]

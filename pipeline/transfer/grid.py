@@ -45,6 +45,9 @@ def run_grid(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
     for cell in cells:  # an error of any of them comes before the first run
         check_paths(cell.config)
         with_start(cell.config)
+    repeats = config.seeds > 1 and any(cell.config.caches_features for cell in cells)
+    if repeats and config.feature_dir is None:
+        console.info("--feature-dir DIR computes the features of a backbone once for all seeds")
     runs = []
     for number, cell in enumerate(cells, 1):
         console.info(f"{number}/{len(cells)}: {cell.config.output}")

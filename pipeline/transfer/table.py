@@ -153,4 +153,4 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     metrics = sorted({names[metric] for metric in of_set.values()})
     seeds = len({run.seed for run in runs})
     over = f"mean of {seeds} seeds, 95 % interval (Student's t)" if seeds > 1 else "one seed"
-    return [f"{' and '.join(metrics)} in percent after the last epoch; {over}."]
+    return [f"{' and '.join(metrics)} in percent; {over}."]
