@@ -20,7 +20,7 @@ REPO ?= hf://USER/NAME
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune evaluate predict export push bench info verify docs test test-slow test-cluster check format clean
+.PHONY: help setup demo pack precompute distill finetune transfer evaluate predict export push bench info verify docs test test-slow test-cluster check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ distill: $(VENV)/.done  ## stage two: train STUDENT on DATA from LABELS into OUT
 
 finetune: $(VENV)/.done  ## hard labels: train STUDENT on DATA into OUT
 	$(MEALV2) finetune --data-dir '$(DATA)' --model '$(STUDENT)' --output '$(OUT)' $(ARGS)
+
+transfer: $(VENV)/.done  ## train OUT further on DATA, a task of its own (ARGS='--mode frozen' for linear evaluation)
+	$(MEALV2) transfer --data-dir '$(DATA)' --model '$(OUT)' $(ARGS)
 
 evaluate: $(VENV)/.done  ## accuracy of OUT on DATA
 	$(MEALV2) evaluate --data-dir '$(DATA)' --checkpoint '$(OUT)' $(ARGS)

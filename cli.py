@@ -32,6 +32,7 @@ COMMANDS: dict[str, type[configs.Settings]] = {
     "precompute": configs.PrecomputeConfig,
     "distill": configs.DistillConfig,
     "finetune": configs.FinetuneConfig,
+    "transfer": configs.TransferConfig,
     "evaluate": configs.EvaluateConfig,
     "predict": configs.PredictConfig,
     "export": configs.ExportConfig,

@@ -23,7 +23,7 @@ from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from pipeline import load_model
 from pipeline.config import EvaluateConfig
-from pipeline.demo.table import interval
+from pipeline.intervals import interval
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator

@@ -25,6 +25,7 @@ STORED, ONLINE, SKIPPED = "labels_stored", "labels_online", "labels_skipped"
 class BatchTargets:
     """The targets of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
 
+    ``multi_labels_BC`` are 1, 0 (ignored) or -1 for each class, where images have several.
     ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
     labels come from a set that stores them. ``label_counts`` counts the rows by source.
     """
@@ -33,6 +34,7 @@ class BatchTargets:
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
     kept_logits: KeptLogits | None = None
+    multi_labels_BC: Tensor | None = None
     label_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "BatchTargets":
@@ -71,6 +73,7 @@ class BatchTargets:
             None if self.classes_B is None else tensor(self.classes_B),
             None if self.mean_logits_BC is None else tensor(self.mean_logits_BC),
             None if self.kept_logits is None else labels(self.kept_logits),
+            None if self.multi_labels_BC is None else tensor(self.multi_labels_BC),
             self.label_counts,
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.held_out import by_name
-from mealv2.data.source import ImageSource
+from mealv2.data.source import ImageSource, multi_labels_of
 from mealv2.errors import ConfigError
 from mealv2.metrics import Evaluation, Predictions
 from mealv2.storage.atomic import write_atomic
@@ -16,8 +16,8 @@ from mealv2.text import printable
 from pipeline import console, load_model
 from pipeline.config import EvaluateConfig
 from pipeline.loading.sources import held_out_of, open_images, warn_missing
-from pipeline.runtime.device import create_runtime
-from pipeline.training.evaluator import Evaluator
+from pipeline.runtime.device import Runtime, create_runtime
+from pipeline.training.evaluator import Evaluator, MultiLabelEvaluator
 
 NUM_SHOWN = 5  # classes, and pairs of classes
 MAX_MATRIX = 5000  # classes of a confusion matrix with all its zeros: a file of 50 MB
@@ -32,7 +32,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     runtime = create_runtime(config)
     held_out = held_out_of(config, train_split=config.train_split or "train")
-    source = open_images(config, config.data_dir, config.val_split, held_out=held_out)
+    source = open_images(
+        config, config.data_dir, config.val_split, held_out=held_out, multi_label=True
+    )
     known = load_model.known_classes(config)
     if known and (matched := by_name(source, known)) not in (None, source):
         if missing := sorted(set(known) - set(source.classes)):
@@ -49,6 +51,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{found.name} has {model.num_classes} classes, {source.name} has {len(source.classes)}"
         )
+    if multi_labels_of(source) is not None:
+        return _evaluate_multi_label(config, runtime, source, found)
     evaluator = Evaluator(source, runtime, config, img_size=found.img_size, resize=config.resize)
     predictions = Predictions(model.num_classes)
     figures = evaluator(model, num_classes=model.num_classes, predictions=predictions)
@@ -69,6 +73,46 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if not config.json:
         console.result(_shown(report, source, rows, confusion))
     return report
+
+
+def _evaluate_multi_label(
+    config: EvaluateConfig, runtime: Runtime, source: ImageSource, found: load_model.LoadedModel
+) -> dict[str, Any]:
+    """Return the report of a split whose images have several classes: average precisions."""
+    if config.output is not None:
+        raise ConfigError(f"--output has no effect on {source.name}: give --results-file")
+    evaluator = MultiLabelEvaluator(
+        source, runtime, config, img_size=found.img_size, resize=config.resize
+    )
+    figures = evaluator.evaluation(found.model, num_classes=found.model.num_classes)
+    report = {"model": found.model.tag, "img_size": found.img_size, **figures.summary()}
+    classes = zip(source.classes, figures.per_class(), strict=True)
+    rows = [{"class": name, **row} for name, row in classes]
+    if config.results_file is not None:
+        load_model.write_results(config.results_file, {**report, "per_class": rows}, rows)
+    if not config.json:
+        console.result(_shown_multi_label(report, source, rows))
+    return report
+
+
+def _shown_multi_label(
+    report: dict[str, Any], source: ImageSource, rows: list[dict[str, Any]]
+) -> str:
+    """Return average precisions as text: the means, then a line for each class."""
+    images = console.count(report["num_images"], "image")
+    table = [["class", "images", "ignored", "AP %", "11-point AP %"]]
+    for row in rows:
+        figures = [row["ap"], row["ap_11point"]]
+        cells = ["-" if value is None else f"{100 * value:.2f}" for value in figures]
+        name = printable(row["class"], is_line=True)
+        table.append([name, str(row["present"]), str(row["ignored"]), *cells])
+    return "\n".join(
+        [
+            f"{report['model']} at {report['img_size']} pixels on {images} of {source.name}",
+            f"mAP {report['map']:.2f} %, 11-point mAP (VOC2007) {report['map_11point']:.2f} %",
+            console.table(table),
+        ]
+    )
 
 
 def _class_rows(classes: Sequence[str], figures: Evaluation) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from layouts import draw_birdsnap, draw_cub, draw_lists, draw_voc
 
 import cli
 from benchmarks.speed import document
@@ -53,6 +54,7 @@ STAND_INS = {
 QUICK = {
     "pack": [],
     "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
+    "transfer": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
     "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
     "distill": ["--epochs", "1", "--workers", "0"],
     "evaluate": ["--workers", "0", "--json"],
@@ -192,6 +194,30 @@ def test_guides_to_choices_run_on_a_small_set(
 
     assert all(reports)
     assert not (tmp_path / "runs" / "student").exists()
+
+
+@pytest.mark.slow
+def test_guide_to_transfer_runs_on_small_sets(
+    data_dir: Path,
+    student_dir: Path,
+    done: Callable[..., Any],
+    hub_cache: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    draw_voc(tmp_path / "VOC2007")
+    draw_cub(tmp_path / "CUB_200_2011")
+    draw_birdsnap(tmp_path / "birdsnap")
+    for name in ("bird", "car"):
+        draw_lists(tmp_path / name)
+    (example,) = blocks("docs/how-to/transfer.md", "text")
+    (tmp_path / "sets.txt").write_text(example)
+    make_runs(tmp_path, student=student_dir)
+    reports = [done(*words).report for words in commands("docs/how-to/transfer.md")]
+    assert {row["mode"] for row in reports[-2]["results"]} == {"scratch", "fine-tune", "frozen"}
+    assert len(reports[-1]["results"]) == 2
 
 
 def test_guide_to_optimizers_runs_on_a_small_set(

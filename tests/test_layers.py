@@ -24,6 +24,7 @@ SUPPORT = {
     "compile",
     "timing",
     "load_model",
+    "intervals",
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
 SHARED = {"writing", "relabel"}

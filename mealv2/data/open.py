@@ -8,6 +8,8 @@ from mealv2.data.folder import ImageFolder, is_flat
 from mealv2.data.held_out import HeldOut
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import ImageTable, check_splits, is_table
+from mealv2.data.layout_name import layout_name
+from mealv2.data.layouts import open_layout
 from mealv2.data.own_source import own_source
 from mealv2.data.remote_tar import RemoteShards, RemoteTar
 from mealv2.data.source import ClassNames, ImageSource
@@ -29,7 +31,8 @@ def open_source(
     names: ClassNames | None = None,
 ) -> ImageSource:
     """Open a split of a data set: an ImageFolder tree, a table of images, tar files, a data set of
-    torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``), or what a function returns
+    torchvision (``torch/NAME:FOLDER``) or Hugging Face (``hfds/NAME``), one in a published layout
+    (``voc2007:FOLDER``, ``cub200:``, ``birdsnap:``, ``list:``), or what a function returns
     (``package.module:function``).
 
     The split ``train`` of a folder of class folders is the folder itself. With ``held_out``, two
@@ -49,6 +52,8 @@ def open_source(
             named.check([held_out.of], made=split)
         elif isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
             hf_sets.require_no_split(on_hub, split)
+        elif isinstance(data_dir, Path) and (layout := layout_name(data_dir)):
+            layout.check([held_out.of], made=split)
         elif isinstance(data_dir, Path) and own_source(data_dir):
             pass  # nothing lists its splits
         elif isinstance(data_dir, Path) and is_table(data_dir):
@@ -78,6 +83,8 @@ def _open(
         return torch_sets.TorchSet(named, split)
     if isinstance(data_dir, Path) and (on_hub := hf_name(data_dir)):
         return hf_sets.HfSet(on_hub, split)
+    if isinstance(data_dir, Path) and (layout := layout_name(data_dir)):
+        return open_layout(layout, split)
     if isinstance(data_dir, Path) and (own := own_source(data_dir)):
         return own.open(split)
     if isinstance(data_dir, Path) and is_table(data_dir):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 from mealv2.data.left_out import LeftOut
 
@@ -76,6 +76,16 @@ def is_unlabelled(source: ImageSource) -> bool:
     return all(label == UNLABELLED for label in source.labels)
 
 
+def multi_labels_of(source: ImageSource) -> Sequence[Sequence[int]] | None:
+    """Return 1, 0 (ignored) or -1 of each class for every image; None if images have one class.
+
+    A source of images with several classes has them as ``multi_labels``; its ``labels`` are then
+    the first class present in each image.
+    """
+    found: Sequence[Sequence[int]] | None = getattr(source, "multi_labels", None)
+    return found
+
+
 def where_is(source: ImageSource, position: int) -> str:
     """Return where an image is, for messages: its path if it has one, else its source and key."""
     where = getattr(source, "where", None)
@@ -86,11 +96,13 @@ def where_is(source: ImageSource, position: int) -> str:
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
     """Return the fingerprint of a source's images, or of those whose keys are in ``only``."""
-    images = zip(source.labels, source.keys, source.sizes, strict=True)
+    several = multi_labels_of(source)
+    labels: Iterable[Any] = source.labels if several is None else map(tuple, several)
+    images = zip(labels, source.keys, source.sizes, strict=True)
     return fingerprint_of(source.classes, (i for i in images if only is None or i[1] in only))
 
 
-def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[int, str, int]]) -> str:
+def fingerprint_of(classes: Iterable[str], images: Iterable[tuple[Any, str, int]]) -> str:
     """Return a SHA-256 (hex) over class names and sorted (class id, key, file size) of images."""
     digest = sha256()
     for name in classes:

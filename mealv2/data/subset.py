@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from mealv2.data.left_out import LeftOut
-from mealv2.data.source import ImageSource, where_is
+from mealv2.data.source import ImageSource, multi_labels_of, where_is
 
 
 class Subset:
@@ -36,11 +36,15 @@ class Subset:
         self.sizes = [source.sizes[p] for p in positions]
         self.stored_sizes = [source.stored_sizes[p] for p in positions]
         self.classes = list(source.classes)
+        several = multi_labels_of(source)
+        self.multi_labels = None if several is None else [several[p] for p in positions]
         if classes is not None:
             id_of = {name: class_id for class_id, name in enumerate(classes)}
             ids = [id_of[name] for name in self.classes]
             self.labels = [ids[label] for label in self.labels]
             self.classes = list(classes)
+            if self.multi_labels is not None:
+                self.multi_labels = [_moved(row, ids, len(classes)) for row in self.multi_labels]
         self.shard_starts, _ = _starts(source.shard_starts, positions)
         self.groups, self._groups = _starts(source.groups, positions)
 
@@ -62,6 +66,14 @@ class Subset:
     def original_hash(self, position: int, data: bytes) -> int:
         """Return the content hash of an image before it was packed."""
         return self._source.original_hash(self._positions[position], data)
+
+
+def _moved(row: Sequence[int], ids: Sequence[int], num_classes: int) -> list[int]:
+    """Return the labels of an image under other class ids; a class that is new is absent (-1)."""
+    moved = [-1] * num_classes
+    for class_id, label in zip(ids, row, strict=True):
+        moved[class_id] = label
+    return moved
 
 
 def _starts(

@@ -10,6 +10,7 @@ from typing import Any
 from mealv2.data.folder import class_folders, is_flat, split_folder
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import check_splits, is_table
+from mealv2.data.layout_name import layout_name
 from mealv2.data.own_source import own_source
 from mealv2.data.tar_splits import find_split, require_no_split
 from mealv2.data.torch_name import torch_name
@@ -83,6 +84,9 @@ def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
         return
     if on_hub := hf_name(data_dir):
         on_hub.check()
+        return
+    if layout := layout_name(data_dir):
+        layout.check(splits, made=made)
         return
     if own_source(data_dir):
         return

@@ -14,5 +14,6 @@ from pipeline.config.optimisation import *  # noqa: F403
 from pipeline.config.pack import *  # noqa: F403
 from pipeline.config.slurm import *  # noqa: F403
 from pipeline.config.training import *  # noqa: F403
+from pipeline.config.transfer import *  # noqa: F403
 from pipeline.config.use import *  # noqa: F403
 from pipeline.config.views import *  # noqa: F403

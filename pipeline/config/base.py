@@ -54,8 +54,8 @@ CHECK_IMAGES = (
 )
 DATA_DIR = (
     "Data set: ROOT/SPLIT/CLASS/IMAGE, ROOT/CLASS/IMAGE, a table (.csv, .tsv, .parquet) of images, "
-    "torch/NAME:FOLDER, hfds/NAME, your own code PACKAGE.MODULE:FUNCTION, or tar shards; a path or "
-    "a URL."
+    "torch/NAME:FOLDER, hfds/NAME, voc2007:, cub200: or birdsnap:FOLDER, list:FOLDER of lists of "
+    "images, your own code PACKAGE.MODULE:FUNCTION, or tar shards; a path or a URL."
 )
 EXACT_PIL = "Resize exactly like Pillow; torch is 3 times as fast and differs by at most 2 of 255."
 INTERPOLATION = "Filter of the resize, antialiased; the paper uses bilinear."

@@ -43,7 +43,7 @@ FREE_ON_RESUME = frozenset(
     {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
     | {"log_tensorboard", "log_wandb", "log_trackio", "wandb_project"}
     | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
-    | {"download", "cache_images"}
+    | {"download", "cache_images", "cache_features", "feature_dir"}
 )
 # and settings that the command line may change: paths, because contents are compared by their
 # hashes, and choices that leave what the run has learned as it is.

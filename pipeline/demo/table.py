@@ -1,28 +1,16 @@
 """The figures of the demo: gains with their intervals, and the table at the end."""
 
-import math
 import textwrap
-from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from pipeline import console
 from pipeline.config import DemoConfig
 from pipeline.demo import parts
 from pipeline.demo.pictures import UNLABELLED, num_pictures
+from pipeline.intervals import interval
 
 _NOTE_WIDTH = 100
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean (Student's t); None with fewer than two values."""
-    from scipy.special import stdtrit  # comes with mlxtend; scipy.stats takes a second to import
-
-    n = len(values)
-    if n < 2:
-        return None
-    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
-    return mean(values) - half, mean(values) + half
 
 
 def report_of(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipeline.config import (
     DistillConfig,
     FinetuneConfig,
     TrainConfig,
+    TransferConfig,
     plain,
 )
 from pipeline.training.run_folder import LABELS_NAME, METRICS_NAME, REPORT_NAME, parse_event
@@ -38,6 +39,8 @@ _OMITTED = {
 _FIGURES = {
     "top1": ("top-1", "%"),
     "top5": ("top-5", "%"),
+    "map": ("mean average precision", "%"),
+    "map_11point": ("mean average precision, 11 points", "%"),
     "cross_entropy": ("cross-entropy", "nats"),
     "agreement": ("agreement with the ensemble", "%"),
     "kl": ("KL(ensemble ‖ student)", "nats"),
@@ -192,6 +195,8 @@ def _settings(history: History) -> str:
     if not history.settings:
         return ""
     command: type[TrainConfig] = DistillConfig if "labels" in history.settings else FinetuneConfig
+    if "mode" in history.settings:
+        command = TransferConfig
     rows = []
     for known in dataclasses.fields(command):
         value = history.settings.get(known.name)

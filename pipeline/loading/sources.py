@@ -11,7 +11,7 @@ from mealv2.data.extra import WithExtra, open_unlabelled
 from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.image_table import is_table
 from mealv2.data.open import download, open_source
-from mealv2.data.source import ClassNames, ImageSource, is_unlabelled
+from mealv2.data.source import ClassNames, ImageSource, is_unlabelled, multi_labels_of
 from mealv2.data.subset import Subset
 from mealv2.data.tar_splits import read_class_map
 from mealv2.errors import ConfigError
@@ -90,15 +90,22 @@ def open_images(
     *,
     held_out: HeldOut | None = None,
     names: ClassNames | None = None,
+    multi_label: bool = False,
 ) -> ImageSource:
     """Open a split of a data set and show its summary; ``names`` as for open_source.
 
-    Raises ConfigError, also for files that are left out with --strict; DataError, RemoteError.
+    Images with several classes are an error unless ``multi_label``. Raises ConfigError, also for
+    files that are left out with --strict; DataError, RemoteError.
     """
     if config.download:
         download(data_dir)
     cache = cache_of(config)
     source = open_source(data_dir, split, cache=cache, held_out=held_out, names=names)
+    if multi_labels_of(source) is not None and not multi_label:
+        raise ConfigError(
+            f"{source.name} has images of several classes: only `mealv2 transfer` trains on them, "
+            "and evaluate measures such a run"
+        )
     if config.class_map is not None:
         if is_unlabelled(source):
             raise ConfigError(
@@ -156,7 +163,9 @@ def summary(source: ImageSource) -> str:
         parts[0] += ", unlabelled"
     elif len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"
-        parts[0] += _class_sizes(source.labels, source.classes)
+        is_multi_label = multi_labels_of(source) is not None
+        sizes = ", several per image" if is_multi_label else None
+        parts[0] += sizes or _class_sizes(source.labels, source.classes)
     if isinstance(source, Subset) and source.note:
         parts[0] += f" ({source.note})"
     left_out = source.left_out
@@ -188,6 +197,7 @@ def open_split(
     *,
     train: ImageSource,
     held_out: HeldOut | None = None,
+    multi_label: bool = False,
 ) -> ImageSource | None:
     """Open a validation split, None for ``none``.
 
@@ -197,7 +207,8 @@ def open_split(
     """
     if split == NO_SPLIT:
         return None
-    source, classes = open_images(config, data_dir, split, held_out=held_out), list(train.classes)
+    source = open_images(config, data_dir, split, held_out=held_out, multi_label=multi_label)
+    classes = list(train.classes)
     matched = by_name(source, classes)
     if matched is None:
         unknown = sorted(set(source.classes) - set(classes))

@@ -62,7 +62,7 @@ def require_single_process(command: str) -> None:
     if rank().size > 1:
         raise ConfigError(
             f"mealv2 {command} runs in one process, and WORLD_SIZE is larger than 1; "
-            "torchrun is for distill, finetune and precompute"
+            "torchrun is for distill, finetune, transfer and precompute"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mealv2.batches import BatchSampler, num_steps
-from mealv2.data.loader import WaitTimer, on_device, read_views
+from mealv2.data.loader import WaitTimer, on_device
 from mealv2.data.requests import Batch
 from mealv2.errors import DataError
 from pipeline import console, timing
@@ -55,7 +55,7 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     stride = len(spec.positions) // num_images
     positions = spec.positions[::stride][:num_images]
     sampler = BatchSampler(config, spec.source, positions, spec.targets)
-    reader = spec.reader(image_cache(config, spec.source))
+    cache = image_cache(config, spec.source)
     step = TrainStep(config, runtime, spec)
     step.compile(sampler.full_batch())
     step.log_sizes(sampler.full_batch())
@@ -64,8 +64,11 @@ def sample_steps(config: TrainConfig, runtime: Runtime, spec: TrainingSpec) -> t
     def run(num_steps: int) -> timing.Sample:
         batches = itertools.cycle(list(sampler.batches(0)))
         requests = list(itertools.islice(batches, min(num_steps, _MAX_STEPS)))
-        loader = read_views(
-            reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory
+        loader = spec.load(
+            requests,
+            cache=cache,
+            workers=config.workers,
+            pin_memory=runtime.should_pin_memory,
         )
         return _time_steps(step, on_device(loader, runtime.device))
 

@@ -1,7 +1,7 @@
 """Validate a classifier on a split: centre crops, accuracy, faithfulness to stored labels."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,10 +11,11 @@ from mealv2.data.content_hash import ImageCheck
 from mealv2.data.loader import on_device, read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.requests import CENTRE, Batch, BatchRequest, centre_requests, check_failures
-from mealv2.data.source import ImageSource
+from mealv2.data.source import ImageSource, multi_labels_of
 from mealv2.data.view_reader import ViewReader
 from mealv2.errors import DataError
 from mealv2.metrics import Evaluation, Predictions
+from mealv2.multi_label import MultiLabelEvaluation, labels_of
 from mealv2.soft_labels import Labels
 from pipeline import console
 from pipeline.config import EvaluateConfig, TrainConfig
@@ -22,6 +23,7 @@ from pipeline.loading.cache import image_cache
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.distributed import Ranks
 from pipeline.runtime.signals import StopFlag, StopRequested
+from pipeline.training.features import FeatureTable
 
 
 def local_centre_requests(source: ImageSource, batch_size: int, ranks: Ranks) -> list[BatchRequest]:
@@ -62,7 +64,8 @@ class Evaluator:
     """Evaluates models on one split.
 
     With ``labels`` also against the ensemble; images without labels are left out. ``check``
-    compares the images with the labelled ones.
+    compares the images with the labelled ones. With ``features``, those of the centre crops, no
+    image is read: the models are ``FrozenClassifier`` with the backbone that made them.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Evaluator:
         resize: Resize,
         labels: LabelTable | None = None,
         check: ImageCheck | None = None,
+        features: FeatureTable | None = None,
     ) -> None:
         self.source = source
         self.labels = labels
@@ -84,16 +88,16 @@ class Evaluator:
             [(p, view) for p, view in request if labels is None or source.keys[p] in labels]
             for request in local_centre_requests(source, config.batch_size, runtime.ranks)
         ]
+        self._features = features
         # evaluate reads each image once
         cache = image_cache(config, source) if isinstance(config, TrainConfig) else None
-        self._loader = read_views(
+        self._loader: Iterable[Batch] = read_views(
             ViewReader(source, img_size=img_size, resize=resize, check=check, cache=cache),
             self._requests,
             workers=config.workers,
             pin_memory=runtime.should_pin_memory,
         )
 
-    @torch.no_grad()
     def __call__(
         self,
         model: nn.Module,
@@ -108,10 +112,37 @@ class Evaluator:
         its own. Raises StopRequested, on all ranks, when a ``stop`` is set.
         """
         metrics, ranks = Evaluation(num_classes), self._runtime.ranks
+        for positions, logits_BC in self.logits(model, stop):
+            truth = torch.tensor([self.source.labels[p] for p in positions])
+            metrics.add(logits_BC, truth, self._soft_labels(positions))
+            if predictions is not None:
+                predictions.add(logits_BC, truth)
+        if ranks.is_distributed:
+            metrics.load_sums(ranks.all_reduce(metrics.sums()))
+        self.require_images(metrics.num_images)
+        return metrics
+
+    def summary(
+        self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None
+    ) -> dict[str, float | int]:
+        """Return the metrics of a model by name; raises as a call."""
+        return self(model, num_classes=num_classes, stop=stop).summary()
+
+    def logits(
+        self, model: nn.Module, stop: StopFlag | None
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield positions of images of this rank, and their logits, float32 on the CPU.
+
+        The model is in eval mode meanwhile. Raises as a call.
+        """
+        ranks = self._runtime.ranks
         was_training = model.training
         model.eval()
+        batches = self._loader
+        if self._features is not None:
+            batches = self._features.batches(self._requests)
         shown = console.progress(
-            self._loader,
+            batches,
             total=sum(map(len, self._requests)),
             what="validating",
             unit="images",
@@ -123,21 +154,18 @@ class Evaluator:
                 _, stopped_by = ranks.sync_step(0, stop.signal_name)
                 if stopped_by is not None:
                     raise StopRequested(stopped_by)
-            if not batch.positions:
-                continue
-            logits = finite_logits(
-                model, batch, self._runtime, advice="lower --lr, or leave out --amp"
-            )
-            truth = torch.tensor([self.source.labels[p] for p in batch.positions])
-            metrics.add(logits, truth, self._soft_labels(batch.positions))
-            if predictions is not None:
-                predictions.add(logits, truth)
+            if batch.positions:
+                with torch.no_grad():
+                    logits_BC = finite_logits(
+                        model, batch, self._runtime, advice="lower --lr, or leave out --amp"
+                    )
+                yield batch.positions, logits_BC
         model.train(was_training)
-        if ranks.is_distributed:
-            metrics.load_sums(ranks.all_reduce(metrics.sums()))
-        if not metrics.num_images:
+
+    def require_images(self, num_images: int) -> None:
+        """Raise DataError if no image could be read."""
+        if not num_images:
             raise DataError(f"no image of {self.source.name} could be read")
-        return metrics
 
     def _soft_labels(self, positions: list[int]) -> Labels | None:
         if self.labels is None:
@@ -145,3 +173,35 @@ class Evaluator:
         return self.labels.soft_labels(
             [self.source.keys[p] for p in positions], [0] * len(positions)
         )
+
+
+class MultiLabelEvaluator(Evaluator):
+    """Evaluates models on a split whose images have several classes: mean average precision."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        runtime: Runtime,
+        config: TrainConfig | EvaluateConfig,
+        **settings: Any,
+    ) -> None:
+        super().__init__(source, runtime, config, **settings)
+        self._labels_NC = labels_of(source, multi_labels_of(source) or [])
+
+    def summary(
+        self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None
+    ) -> dict[str, float | int]:
+        """Return the metrics of a model by name; raises as a call of ``Evaluator``."""
+        return self.evaluation(model, num_classes=num_classes, stop=stop).summary()
+
+    def evaluation(
+        self, model: nn.Module, *, num_classes: int, stop: StopFlag | None = None
+    ) -> MultiLabelEvaluation:
+        """Return the metrics of a model, the same on all ranks."""
+        found, ranks = MultiLabelEvaluation(num_classes), self._runtime.ranks
+        for positions, logits_BC in self.logits(model, stop):
+            found.add(logits_BC, self._labels_NC[positions])
+        if ranks.is_distributed:
+            found.load_rows(*(torch.cat(ranks.all_gather(rows)) for rows in found.rows()))
+        self.require_images(found.num_images)
+        return found

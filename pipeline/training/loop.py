@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from mealv2.batches import BatchSampler
-from mealv2.data.loader import WaitTimer, on_device, read_views
+from mealv2.data.loader import WaitTimer, on_device
 from mealv2.data.requests import Batch, check_failures, num_views_of
 from mealv2.errors import DataError, LabelSetError, StoppedError
-from mealv2.metrics import Evaluation
 from mealv2.models import Classifier
 from mealv2.targets import ONLINE, SKIPPED
 from pipeline.config import TrainConfig
@@ -123,9 +122,9 @@ class _Trainer:
         requests = self.sampler.batches_from(
             self.progress.epoch, self.progress.step, local=self.step.local_rows
         )
-        loader = read_views(
-            self.spec.reader(image_cache(self.config, self.spec.source)),
+        loader = self.spec.load(
             requests,
+            cache=image_cache(self.config, self.spec.source),
             workers=self.config.workers,
             pin_memory=self.runtime.should_pin_memory,
         )
@@ -203,7 +202,7 @@ class _Trainer:
         self, trained: dict[str, float], metrics: dict[str, float], *, images_per_second: float
     ) -> None:
         """Write the epoch's row, the model and a checkpoint."""
-        is_best = update_best(self.state, metrics)
+        is_best = update_best(self.state, metrics, metric=self.spec.metric)
         self.log.log_epoch(trained, metrics, images_per_second=images_per_second)
         if is_best or self.state.best is None or not self.config.selects_best:
             self.result.save_model(self.state.result)
@@ -219,19 +218,20 @@ class _Trainer:
         """
         if self.spec.evaluator is None:
             return {}
-        metrics = self._evaluate(self.state.result).summary()
+        metrics, metric = self._evaluate(self.state.result), self.spec.metric
         if self.state.ema is not None:
-            metrics["student_top1"] = self._evaluate(self.spec.student).top1
+            metrics[f"student_{metric}"] = self._evaluate(self.spec.student)[metric]
         if not self._is_over():  # a finished run has it in its log
             self.log.log_validation(epoch, metrics)
         return metrics
 
-    def _evaluate(self, model: Classifier) -> Evaluation:
+    def _evaluate(self, model: Classifier) -> dict[str, float]:
         """Return the metrics of a model, the same on all ranks."""
         assert self.spec.evaluator is not None
         # each rank has its own statistics of batch normalisation
         self.ranks.broadcast(list(model.buffers()))
-        return self.spec.evaluator(model, num_classes=model.num_classes, stop=self.stop)
+        evaluate = self.spec.evaluator.summary
+        return evaluate(model, num_classes=model.num_classes, stop=self.stop)
 
     # --- log, checkpoint --------------------------------------------------------------------------
 

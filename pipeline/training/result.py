@@ -17,18 +17,19 @@ from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import Progress, TrainingState
 
 
-def update_best(state: TrainingState, metrics: dict[str, float]) -> bool:
+def update_best(state: TrainingState, metrics: dict[str, float], *, metric: str = "top1") -> bool:
     """Return whether the epoch that ended is the best so far, and remember it.
 
-    Of epochs with equal top-1 the later one is the best: it has trained longer, at a lower rate.
+    ``metric`` is what counts. Of equal epochs the later one is the best: it has trained longer, at
+    a lower rate.
     ``improved`` stays the first of them: the patience of --early-stopping counts from there.
     """
-    top1, epoch, best = metrics.get("top1"), state.progress.epoch, state.best
-    if top1 is None:
+    value, epoch, best = metrics.get(metric), state.progress.epoch, state.best
+    if value is None:
         return False
-    is_best = best is None or top1 >= best["metrics"]["top1"]
+    is_best = best is None or value >= best["metrics"][metric]
     if best is None or is_best:
-        is_equal = best is not None and top1 == best["metrics"]["top1"]
+        is_equal = best is not None and value == best["metrics"][metric]
         improved = _improved_epoch(best) if best is not None and is_equal else epoch
         at = {"epoch": epoch, "step": state.progress.total_steps, "improved": improved}
         state.best = best = {**at, "metrics": dict(metrics)}
@@ -111,9 +112,9 @@ class RunResult:
         if best is not None and metrics:
             selected = {
                 "selected_epoch": progress.epoch,
-                "last_top1": metrics["top1"],
+                f"last_{spec.metric}": metrics[spec.metric],
                 "best_epoch": best["epoch"],
-                "best_top1": best["metrics"]["top1"],
+                f"best_{spec.metric}": best["metrics"][spec.metric],
             }
             if self._config.selects_best and best["epoch"] != progress.epoch:
                 self._save_best(state, best["step"])

@@ -17,6 +17,9 @@ from pipeline.training.trackers import Trackers
 FEW_STEPS = 4  # of an epoch
 # means of an epoch; above both the discriminator wins
 MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
+_COLUMNS = {"top1": "top-1", "top5": "top-5"}
+_MULTI_LABEL_COLUMNS = {"map": "mAP", "map_11point": "11-point mAP"}
+_OF_EPOCH = {"top1": "top-1", **_MULTI_LABEL_COLUMNS, "agreement": "agreement"}
 LOW_LR = "1e-4"  # of a discriminator that does not win
 
 
@@ -87,8 +90,10 @@ class RunLog:
         if metrics:
             step = self._state.progress.total_steps
             known = {**self._spec.teachers, f"student at step {step}": metrics}
-            rows = [[name, f"{m['top1']:.2f}", f"{m['top5']:.2f}"] for name, m in known.items()]
-            console.info(console.table([["before training", "top-1", "top-5"], *rows]))
+            is_multi_label = self._spec.metric != "top1"
+            columns = _MULTI_LABEL_COLUMNS if is_multi_label else _COLUMNS
+            rows = [[name, *(f"{m[c]:.2f}" for c in columns)] for name, m in known.items()]
+            console.info(console.table([["before training", *columns.values()], *rows]))
 
     # --- a pass -----------------------------------------------------------------------------------
 
@@ -160,7 +165,7 @@ class RunLog:
         self._track("epoch", {"epoch": progress.epoch, **trained, **speed}, at=progress.epoch)
         num_epochs = self._config.epochs
         parts = [f"epoch {progress.epoch}/{num_epochs}", f"loss {trained['loss']:.4f}"]
-        for name, title in (("top1", "top-1"), ("agreement", "agreement")):
+        for name, title in _OF_EPOCH.items():
             if name in metrics:
                 parts.append(f"{title} {metrics[name]:.2f}")
         if skipped := trained.get("images_skipped"):

@@ -1,6 +1,6 @@
 """What a run trains and on what: the parts that a command puts together for the one loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,9 @@ from torch import nn
 from mealv2.cutmix import Blend, Mix, MixTarget, draw_mix
 from mealv2.data.content_hash import ImageCheck
 from mealv2.data.image_cache import ImageCache
+from mealv2.data.loader import read_views
 from mealv2.data.pixels import Resize
+from mealv2.data.requests import Batch, BatchRequest
 from mealv2.data.source import ImageSource, fingerprint
 from mealv2.data.subset import Subset
 from mealv2.data.view_reader import ViewReader
@@ -21,6 +23,7 @@ from mealv2.views import Views
 from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.features import FeatureTable
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class TrainingSpec:
     that are trained too, each with its initial learning rate. ``teachers`` are accuracies to print
     before the first step, ``teacher_forwards`` the views that teachers saw to measure them,
     ``notes`` lines to print there, ``labels`` what the run folder keeps of the labels it is made
-    from, ``check`` what compares the images with the labelled ones.
+    from, ``check`` what compares the images with the labelled ones. With ``features`` no image is
+    read: the batches are features of the student's frozen backbone. ``metric`` chooses the best
+    epoch.
     """
 
     command: str
@@ -86,6 +91,8 @@ class TrainingSpec:
     notes: tuple[str, ...] = ()
     labels: dict[str, Any] | None = None
     check: ImageCheck | None = None
+    features: FeatureTable | None = None
+    metric: str = "top1"
 
     @cached_property
     def data_sha256(self) -> str:
@@ -109,6 +116,19 @@ class TrainingSpec:
             other_sizes=self.targets.other_sizes,
             cache=cache,
         )
+
+    def load(
+        self,
+        requests: Iterable[BatchRequest],
+        *,
+        cache: ImageCache | None,
+        workers: int,
+        pin_memory: bool,
+    ) -> Iterable[Batch]:
+        """Return the batch of each request, in order, read ahead by threads."""
+        if self.features is not None:
+            return self.features.batches(requests)
+        return read_views(self.reader(cache), requests, workers=workers, pin_memory=pin_memory)
 
 
 def mixing_of(

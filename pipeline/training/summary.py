@@ -11,7 +11,13 @@ from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.training.spec import TrainingSpec
 
-_COLUMNS = {"top1": "top-1", "top5": "top-5", "agreement": "agreement"}
+_COLUMNS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "map": "mAP",
+    "map_11point": "11-point mAP",
+    "agreement": "agreement",
+}
 _RESIZE_FLAGS = {
     "torch": [],
     "pil": ["--exact-pil"],

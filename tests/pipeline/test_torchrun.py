@@ -113,6 +113,23 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     assert went_on.report["steps"] == num_logged(run) == 60
 
 
+def test_ranks_share_the_features_of_a_frozen_backbone(
+    torchrun: Callable[..., TorchRun],
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    words = ["--data-dir", data_dir, "--model", teacher_dirs["test_resnet"], "--mode", "frozen"]
+    words += ["--img-size", 32, "--epochs", 2, "--batch-size", 12, "--num-views", 2, "--workers", 0]
+    two = ["--standalone", "--nproc-per-node", 2, "-m", "mealv2", "transfer", *words]
+    for cache in ("auto", "off"):
+        run = torchrun(*two, "--cache-features", cache, "--output", tmp_path / cache)
+        result = run.result(deadline_s=120)
+        assert result.code == 0, result.stderr
+        assert result.report["num_images"] == 15
+    assert sha256(tmp_path / "auto") == sha256(tmp_path / "off")
+
+
 @pytest.mark.parametrize("wrong", [["--model", "resnet5"], ["--no-such-flag"]])
 def test_one_word_of_a_rank_that_failed(
     torchrun: Callable[..., TorchRun], flags: list[object], tmp_path: Path, wrong: list[object]

@@ -9,15 +9,6 @@ from pipeline.config import DemoConfig
 from pipeline.demo import parts, table
 
 
-def test_interval_is_students_t() -> None:
-    values = [0.4, 1.1, -0.2, 0.7, 0.9]
-    # mean 0.58, sample sd 0.5070, t(0.975, 4) = 2.776445
-    half = 2.776445 * np.std(values, ddof=1) / np.sqrt(5)
-    between = table.interval(values)
-    assert between == pytest.approx((0.58 - half, 0.58 + half), rel=1e-5)
-    assert table.interval([1.0]) is None
-
-
 def reports_of(seeds: list[int]) -> dict[str, Any]:
     """Reports as the commands make them: the seeds differ by more than the arms."""
     models = [{"model": name, "top1": 94.0} for name in parts.TEACHERS]

@@ -548,7 +548,7 @@ def test_commands_for_one_process_refuse_ranks(
         ended = ranks(2, *command)
         assert ended.codes == [2, 2]
         (line,) = ended.lines
-        assert "torchrun is for distill, finetune and precompute" in line
+        assert "torchrun is for distill, finetune, transfer and precompute" in line
 
 
 # --- found again --------------------------------------------------------------------------------

@@ -1,0 +1,20 @@
+"""Transfer backbones to other data sets: from scratch, fine-tuned, or with a frozen backbone."""
+
+from typing import Any
+
+from pipeline.config import TransferConfig
+from pipeline.runtime.device import distributed_runtime
+from pipeline.transfer.grid import run_grid
+from pipeline.transfer.single import train_one
+
+
+def run(config: TransferConfig) -> dict[str, Any]:
+    """Train, once or for every set, model, mode and seed, and return the report.
+
+    Raises as training.loop.train, and ConfigError for a start or a list of sets that cannot be
+    used.
+    """
+    with distributed_runtime(config) as runtime:
+        if config.is_grid:
+            return run_grid(config, runtime)
+        return train_one(config, runtime)

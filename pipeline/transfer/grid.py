@@ -1,0 +1,141 @@
+"""Many transfers: every set, mode, model and seed, each a run folder of its own; then one table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mealv2.errors import ConfigError, StoppedError
+from mealv2.storage.atomic import write_atomic
+from mealv2.storage.json_format import canonical_json, read_json
+from mealv2.storage.regular_files import read_regular
+from mealv2.storage.urls import Location, located
+from pipeline import console
+from pipeline.command_line.paths import check_paths
+from pipeline.config import FREE_ON_RESUME, TransferConfig
+from pipeline.runtime.device import Runtime
+from pipeline.training.run_folder import CONFIG_NAME, RunFolder, has_checkpoint
+from pipeline.transfer.single import train_one
+from pipeline.transfer.starts import with_start
+from pipeline.transfer.table import Run, grid_report, grid_table
+
+MODELS = ("base", "distilled")  # of --compare, in this order
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A run of the grid: where its result belongs in the table, and its settings."""
+
+    run: Run
+    config: TransferConfig
+
+
+def run_grid(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
+    """Train every cell whose run is not finished; print the table and return the report.
+
+    Writes transfer.json and transfer.md into --output. Raises StoppedError after a signal, and
+    ConfigError for a folder with a run of other settings.
+    """
+    if runtime.ranks.is_distributed:
+        raise ConfigError("--compare, --sets, --seeds and --mode all run in one process")
+    if config.seeds > 1 and find_spec("scipy") is None:
+        raise ConfigError("--seeds needs scipy for the intervals over seeds: pip install scipy")
+    cells = list(_cells(config))
+    for cell in cells:  # an error of any of them comes before the first run
+        check_paths(cell.config)
+        with_start(cell.config)
+    repeats = config.seeds > 1 and any(cell.config.caches_features for cell in cells)
+    if repeats and config.feature_dir is None:
+        console.info("--feature-dir DIR computes the features of a backbone once for all seeds")
+    runs = []
+    for number, cell in enumerate(cells, 1):
+        console.info(f"{number}/{len(cells)}: {cell.config.output}")
+        runs.append(replace(cell.run, report=_run(cell, runtime)))
+    assert config.output is not None, "checked by the settings"
+    report, table = grid_report(runs), grid_table(runs, as_markdown=True)
+    write_atomic(config.output / "transfer.json", canonical_json(report).encode())
+    write_atomic(config.output / "transfer.md", f"{table}\n".encode())
+    console.result(grid_table(runs))
+    return {"output": str(config.output), **report}
+
+
+def _cells(config: TransferConfig) -> Iterator[_Cell]:
+    """Yield the runs: set by set, mode by mode, model by model, seed by seed."""
+    assert config.output is not None, "checked by the settings"
+    sets = read_sets(config.sets) if config.sets is not None else {"": config.data_dir}
+    starts = dict(zip(MODELS, config.compare or (), strict=False)) or {"model": config.model}
+    seeds = range(config.seed, config.seed + config.seeds)
+    for set_name, data_dir in sets.items():
+        for mode in config.all_modes:
+            for model, start in starts.items():
+                if mode == "scratch" and model == MODELS[1]:
+                    continue  # it has the same architecture, and no weights
+                for seed in seeds:
+                    name = "scratch" if mode == "scratch" else f"{mode}-{model}"
+                    folder = config.output / set_name / name / f"seed-{seed}"
+                    one = config.cell(model=start, mode=mode, data_dir=data_dir)
+                    one = replace(one, seed=seed, output=folder)
+                    yield _Cell(Run(set_name, mode, model, seed), one)
+
+
+def read_sets(path: Path) -> dict[str, Location]:
+    """Return the data sets of --sets by name: a line NAME DATA_DIR each, paths from its folder.
+
+    Empty lines, and lines that begin with #, have no meaning. Raises ConfigError.
+    """
+    found: dict[str, Location] = {}
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read --sets {path}: {error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split(maxsplit=1)
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) < 2:
+            raise ConfigError(f"--sets {path}, line {number}: NAME DATA_DIR is needed: {line!r}")
+        name, data_dir = words[0], located(words[1].strip())
+        if name in found or not _is_plain(name):
+            what = "is there twice" if name in found else "must be a plain folder name"
+            raise ConfigError(f"--sets {path}, line {number}: the name {name} {what}")
+        found[name] = path.parent / data_dir if isinstance(data_dir, Path) else data_dir
+    if not found:
+        raise ConfigError(f"--sets {path} has no data set; a line is NAME DATA_DIR")
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a name is a folder's own, not a path."""
+    return name not in (".", "..") and Path(name).name == name and "\\" not in name
+
+
+def _run(cell: _Cell, runtime: Runtime) -> dict[str, Any]:
+    """Train a cell, or continue its run, or read the report of a finished one."""
+    config, folder = cell.config, cell.config.output
+    assert folder is not None, "a cell has a folder"
+    if has_checkpoint(folder):
+        _require_same(config, folder)
+        if (report := RunFolder(folder).report()) is not None:
+            return report
+        config = replace(config, output=None, resume=folder)
+    try:
+        return train_one(config, runtime)
+    except StoppedError as error:
+        raise StoppedError(
+            f"{error}; the same command again continues with all other runs too"
+        ) from None
+
+
+def _require_same(config: TransferConfig, folder: Path) -> None:
+    """Raise ConfigError if a folder has a run of other settings."""
+    try:
+        kept = dict(read_json(folder / CONFIG_NAME))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {folder / CONFIG_NAME}: {error}") from None
+    for name, value in config.as_json().items():
+        if name not in FREE_ON_RESUME and kept.get(name) != value:
+            raise ConfigError(
+                f"{folder} holds a run of other settings ({name}: {kept.get(name)} in the run, "
+                f"{value} in this command); give another --output"
+            )

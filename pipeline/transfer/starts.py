@@ -1,0 +1,47 @@
+"""What a backbone starts from: a model name, NAME=CHECKPOINT, or the folder of a run or model."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+
+from mealv2.errors import ConfigError
+from mealv2.models import read_metadata
+from mealv2.models.released import find
+from mealv2.storage.weight_files import find_checkpoint
+from pipeline.config import TransferConfig
+from pipeline.load_model import require_own_code_named
+
+
+def with_start(config: TransferConfig) -> TransferConfig:
+    """Return the settings with the model, and the weights if a file has them, that --model names.
+
+    A name of timm or of a released model is that model, also beside a folder of this name. Raises
+    ConfigError for a path without weights, or whose weights name no model.
+    """
+    start = config.model
+    name, equals, path = start.partition("=")
+    if not _is_path(start):
+        return _with_weights(config, name, Path(path)) if equals else config
+    checkpoint = find_checkpoint(Path(start))
+    architecture = read_metadata(checkpoint).get("architecture")
+    if architecture is None:
+        raise ConfigError(f"{checkpoint} does not name its model; write NAME={start}")
+    require_own_code_named(architecture, checkpoint)
+    return _with_weights(config, architecture, Path(start))
+
+
+def _is_path(start: str) -> bool:
+    is_known = timm.is_model(start.split(".")[0]) or find(start) is not None
+    return not is_known and os.path.exists(start)  # noqa: PTH110  # a name may be too long
+
+
+def _with_weights(config: TransferConfig, model: str, path: Path) -> TransferConfig:
+    """Return the settings with a model and its weights file; from scratch without the file."""
+    find_checkpoint(path)
+    if config.initial_checkpoint is not None:
+        raise ConfigError(f"--model {config.model} has weights: leave out --initial-checkpoint")
+    if config.mode == "scratch":
+        return replace(config, model=model)
+    return replace(config, model=model, initial_checkpoint=path.absolute())
