@@ -26,13 +26,15 @@ class BatchTargets:
     """The targets of B views: soft labels, class ids (int64 B), the ensemble's mean logits.
 
     ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
-    labels come from a set that stores them. ``label_counts`` counts the rows by source.
+    labels come from a set that stores them. ``blocks`` has the compared blocks of each teacher that
+    was chosen for the batch, B x D each (MEAL). ``label_counts`` counts the rows by source.
     """
 
     soft_labels: Labels | None = None
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
     kept_logits: KeptLogits | None = None
+    blocks: tuple[tuple[Tensor, ...], ...] = ()
     label_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "BatchTargets":
@@ -71,6 +73,7 @@ class BatchTargets:
             None if self.classes_B is None else tensor(self.classes_B),
             None if self.mean_logits_BC is None else tensor(self.mean_logits_BC),
             None if self.kept_logits is None else labels(self.kept_logits),
+            tuple(tuple(map(tensor, blocks)) for blocks in self.blocks),
             self.label_counts,
         )
 
@@ -92,15 +95,26 @@ class Targets(Protocol):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         """Return the targets of views of the images at ``positions`` of the source.
 
         ``images_BCHW`` has their pixels, uint8, on the device of the models; ``by_size`` has them
-        in each of ``other_sizes``.
+        in each of ``other_sizes``. ``step`` is the number of the training step, counted from 1: the
+        same for all rows of its batch, on all ranks.
         """
 
     def flush(self) -> None:
         """Write new labels, if any; called before every checkpoint."""
+        return
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the targets, tensors and plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the state in a checkpoint."""
         return
 
 
@@ -129,8 +143,10 @@ class HardLabels(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
-        return BatchTargets(classes_B=_class_ids(self._classes, positions))
+        return BatchTargets(classes_B=class_ids(self._classes, positions))
 
 
 class OnlineTeachers(Targets):
@@ -154,11 +170,13 @@ class OnlineTeachers(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         probs_BC, mean_logits_BC = self.ensemble(images_BCHW, by_size)
         return BatchTargets(
             SoftLabels.from_dense(probs_BC),
-            _class_ids(self._classes, positions),
+            class_ids(self._classes, positions),
             mean_logits_BC,
             label_counts={ONLINE: len(positions)},
         )
@@ -213,6 +231,8 @@ class StoredLabels(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         """Return the targets; raises LabelSetError for a missing label with ``missing='fail'``."""
         keys = [self._keys[p] for p in positions]
@@ -234,7 +254,7 @@ class StoredLabels(Targets):
             label_counts[ONLINE] = len(online)
         return BatchTargets(
             rows.labels,
-            _class_ids(self._classes, positions),
+            class_ids(self._classes, positions),
             kept_logits=rows.logits,
             label_counts=label_counts,
         )
@@ -265,5 +285,6 @@ class StoredLabels(Targets):
         return rows.to(torch.device("cpu"))
 
 
-def _class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+def class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+    """Return the class ids of images, int64; None for images without classes."""
     return torch.tensor([classes[p] for p in positions], dtype=torch.int64) if classes else None
