@@ -90,9 +90,7 @@ def _default_sizes(student: Network, length: int, positions: Sequence[int]) -> l
     return [own[place] if place < len(own) else 0 for place in places]
 
 
-def _sizes(
-    length: int, positions: Sequence[int], given: Sequence[int]
-) -> tuple[int | None, ...]:
+def _sizes(length: int, positions: Sequence[int], given: Sequence[int]) -> tuple[int | None, ...]:
     """Return the length of each aligned block, None for the logits."""
     blocks = [position for position in positions if not is_logits(position, length)]
     if len(given) not in (len(blocks), len(positions)):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mealv2.errors import DataError
 from mealv2.hash_draws import below, hash_words
 from mealv2.meal.blocks import BlockLayers
 from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
@@ -74,14 +75,27 @@ class SelectedTeachers(Targets):
         return BatchTargets(
             classes_B=class_ids(self._classes, positions),
             blocks=tuple(self._blocks(number, images_BCHW, by_size) for number in chosen),
-            label_counts={ONLINE: len(positions) * len(chosen)},
+            label_counts={ONLINE: len(positions)},
         )
 
     def _blocks(self, number: int, images_BCHW: Tensor, by_size: BySize) -> tuple[Tensor, ...]:
+        """Return the blocks of a teacher, which leaves this function in eval mode.
+
+        Raises DataError for one image that a teacher in train mode cannot normalise.
+        """
         teacher, size = self.ensemble.teachers[number], self.ensemble.img_sizes[number]
         teacher.train(self._mode == "train")
-        blocks, _ = self.layers.outputs(teacher, images_BCHW if size is None else by_size[size])
-        teacher.eval()
+        try:
+            blocks, _ = self.layers.outputs(teacher, images_BCHW if size is None else by_size[size])
+        except ValueError as error:
+            if len(images_BCHW) > 1 or "per channel" not in str(error):
+                raise
+            raise DataError(
+                "a teacher in train mode cannot normalise a batch of one image: use a larger "
+                "--batch-size, or --teacher-mode eval"
+            ) from error
+        finally:
+            teacher.eval()
         return tuple(blocks)
 
     def state(self) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class CuttingTeachers(Targets):
         views: Sequence[int],
         images_BCHW: torch.Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         rows = []
         for position, index in zip(positions, views, strict=True):
