@@ -86,8 +86,8 @@ def _check_lengths(
 def _default_sizes(student: Network, length: int, positions: Sequence[int]) -> list[int]:
     """Return a length for each position, 0 where there is none; that of the logits is not used."""
     own = getattr(_inner(student.module), "default_out_dims", DEFAULT_DIMS)
-    places = [position % length for position in positions]
-    return [own[place] if place < len(own) else 0 for place in places]
+    numbers = [position % length for position in positions]
+    return [own[number] if number < len(own) else 0 for number in numbers]
 
 
 def _sizes(length: int, positions: Sequence[int], given: Sequence[int]) -> tuple[int | None, ...]:
