@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mealv2.errors import ConfigError
+from mealv2.models.cifar import CifarNetwork
 from mealv2.models.weights import read_state
 from mealv2.storage.weight_files import find_checkpoint
 
@@ -71,7 +72,10 @@ def load_weights(
     """
     path = find_checkpoint(path)
     fit = _Fit(path, backbone.state_dict(), _heads(backbone), {})
-    fit.state = _tensors(fit, _unprefixed(fit, read_state(path) if state is None else state))
+    state = read_state(path) if state is None else state
+    if isinstance(backbone, CifarNetwork):
+        state = backbone.adapt_state(state)
+    fit.state = _tensors(fit, _unprefixed(fit, state))
     if new_head:
         _replace_head(fit, always=other_classes)
     if new_head and not fit.missing and 0 < len(fit.unknown) <= MAX_UNUSED * len(fit.state):

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+import mealv2.models.cifar  # noqa: F401  # registers its networks with timm
 from mealv2.errors import ConfigError, MealError
 from mealv2.models.fitting import State
 from mealv2.models.pretrained import weights_in_reach

@@ -19,7 +19,14 @@ import torch
 
 import mealv2
 from mealv2.errors import ConfigError, MealError
-from mealv2.models import CONFIG_NAME, Classifier, create_classifier, read_metadata, save_classifier
+from mealv2.models import (
+    CONFIG_NAME,
+    Classifier,
+    cifar,
+    create_classifier,
+    read_metadata,
+    save_classifier,
+)
 from mealv2.models.factory import is_factory
 from mealv2.storage.atomic import TEMPORARY_PREFIX, file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json
@@ -34,11 +41,11 @@ TOLERANCES = {"onnx": 1e-4, "torchscript": 1e-6}
 
 _MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph
 
-_HUBCONF = '''"""Entry point of torch.hub to the model in this folder; needs torch and timm."""
+_HUBCONF = '''"""Entry point of torch.hub to the model in this folder; needs {needed}."""
 
 from pathlib import Path
 
-dependencies = ["torch", "timm"]
+dependencies = {dependencies}
 
 
 def {entry}(pretrained=True, **kwargs):
@@ -47,7 +54,7 @@ def {entry}(pretrained=True, **kwargs):
     Its input is images in [0, 1] after (image - mean) / std; README.md has the values.
     """
     import timm
-
+{registering}
     folder = Path(__file__).parent
     return timm.create_model(f"local-dir:{{folder}}", pretrained=pretrained, **kwargs)
 '''
@@ -160,9 +167,21 @@ def write_folder(
         write_atomic(folder / "README.md", card.encode())
         if hub:
             entry = re.sub(r"\W", "_", stored["architecture"])
-            write_atomic(folder / "hubconf.py", _HUBCONF.format(entry=entry).encode())
+            write_atomic(folder / "hubconf.py", _hubconf(stored["architecture"], entry).encode())
             console.info(f"torch.hub.load({str(out)!r}, {entry!r}, source='local')")
         folder.rename(out)
+
+
+def _hubconf(architecture: str, entry: str) -> str:
+    """Return the code of hubconf.py; timm knows the networks for CIFAR only from mealv2."""
+    needed, packages, registering = "torch and timm", ["torch", "timm"], ""
+    if architecture in cifar.NAMES:
+        needed, packages = "torch, timm and mealv2", [*packages, "mealv2"]
+        registering = f"\n    {model_card.REGISTERING}\n"
+    dependencies = json.dumps(packages)
+    return _HUBCONF.format(
+        entry=entry, needed=needed, dependencies=dependencies, registering=registering
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set import read_manifest
+from mealv2.models import cifar
 from mealv2.runtime import library_versions
 from mealv2.storage.json_format import read_json
 from mealv2.storage.regular_files import read_regular
@@ -57,6 +58,7 @@ _NO_LICENCE = (
     "# license: choose one; check the terms of the teachers, the starting weights and the images"
 )
 FOLDER = "local-dir:FOLDER"  # the name of a model in the folder of its card
+REGISTERING = "import mealv2.models  # registers the cifar_ networks with timm"
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,13 @@ def _without_folders(value: Any) -> str:
 
 def _usage(stored: dict[str, Any], source: str) -> str:
     where = "`FOLDER` is the folder of this file. " if source == FOLDER else ""
+    registering = f"\n{REGISTERING}\n" if stored["architecture"] in cifar.NAMES else ""
     size, mean, std = stored["img_size"], _triple(stored["mean"]), _triple(stored["std"])
     return f"""## Use
 
 ```python
 import timm
-
+{registering}
 model = timm.create_model("{source}", pretrained=True).eval()
 ```
 

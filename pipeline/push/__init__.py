@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mealv2.errors import ConfigError, MealError, RemoteError
-from mealv2.models import read_metadata
+from mealv2.models import cifar, read_metadata
 from mealv2.models.factory import is_factory
 from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.reachable import require_reachable
@@ -70,6 +70,11 @@ def _write(folder: Path, config: PushConfig) -> None:
         raise ConfigError(
             f"{config.run} is a model of your own code, {architecture}, which no other can build; "
             "upload what `mealv2 export --to onnx` or `--to torchscript` writes"
+        )
+    if config.space and architecture in cifar.NAMES:
+        raise ConfigError(
+            f"--space: the Space installs timm, which cannot build {architecture} without mealv2; "
+            "push the model without --space"
         )
     exported = export.load(config.run)
     source = f"hf-hub:{config.repo_id}"
