@@ -118,6 +118,25 @@ def test_five_teachers_of_other_depths_train_a_student_by_their_logits(
 
 
 @pytest.mark.slow
+def test_vgg_resnet_and_preact_of_the_original_teach_a_vgg_by_all_of_their_blocks(
+    done: Run, data_dir: Path, make_model: Callable[..., Path], run: Path, events: Events
+) -> None:
+    names = ("cifar_vgg19_bn", "cifar_resnet18", "cifar_preactresnet18")
+    settings = {"--data-dir": data_dir, "--model": "cifar_vgg19_bn", "--img-size": IMG_SIZE}
+    settings |= {"--epochs": 1, "--batch-size": 12, "--workers": 0, "--val-split": "none"}
+    settings |= {"--out-layer": "0,1,2,3,4", "--out-dims": "64,32,16,8,3", "--log-interval": 1}
+    settings |= {"--teacher-selection": "round-robin", "--discriminator": "official"}
+    flags = [part for item in settings.items() for part in item]
+    for name in names:
+        flags += ["--teacher", f"{name}={make_model(name)}"]
+    online = ["distill", "--method", "meal", "--online", "--no-pretrained"]
+    assert done(*online, *flags, "--output", run).report["steps"] == 3
+    events_of_steps = events(run, "train")
+    assert len(events_of_steps) == 3
+    assert all(event["block_3_loss"] > 0 for event in events_of_steps)
+
+
+@pytest.mark.slow
 def test_networks_of_other_depths_pair_from_their_ends(
     done: Run, meal_flags: Callable[..., list[str]], run: Path
 ) -> None:
