@@ -263,9 +263,10 @@ def _words_of(option: click.Option, value: Any) -> tuple[str, ...]:
 @cli.group("recipes", invoke_without_command=True)
 @click.pass_context
 def _recipes(context: click.Context) -> None:
-    """List the published trainings that --recipe of precompute and distill accepts."""
+    """List the published trainings that --recipe accepts: on ImageNet, then on CIFAR-10."""
     if context.invoked_subcommand is None:
-        listed = [_summary(recipes.load(name)) for name in recipes.names()]
+        names = [*recipes.names(), *recipes.cifar10_names()]
+        listed = [_summary(recipes.load(name)) for name in names]
         rows = [list(listed[0]), *([_cell(value) for value in r.values()] for r in listed)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:

@@ -27,7 +27,8 @@ class BatchTargets:
 
     ``multi_labels_BC`` are 1, 0 (ignored) or -1 for each class, where images have several.
     ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
-    labels come from a set that stores them. ``label_counts`` counts the rows by source.
+    labels come from a set that stores them. ``blocks`` has the compared blocks of each teacher that
+    was chosen for the batch, B x D each (MEAL). ``label_counts`` counts the rows by source.
     """
 
     soft_labels: Labels | None = None
@@ -35,6 +36,7 @@ class BatchTargets:
     mean_logits_BC: Tensor | None = None
     kept_logits: KeptLogits | None = None
     multi_labels_BC: Tensor | None = None
+    blocks: tuple[tuple[Tensor, ...], ...] = ()
     label_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "BatchTargets":
@@ -74,6 +76,7 @@ class BatchTargets:
             None if self.mean_logits_BC is None else tensor(self.mean_logits_BC),
             None if self.kept_logits is None else labels(self.kept_logits),
             None if self.multi_labels_BC is None else tensor(self.multi_labels_BC),
+            tuple(tuple(map(tensor, blocks)) for blocks in self.blocks),
             self.label_counts,
         )
 
@@ -95,15 +98,26 @@ class Targets(Protocol):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         """Return the targets of views of the images at ``positions`` of the source.
 
         ``images_BCHW`` has their pixels, uint8, on the device of the models; ``by_size`` has them
-        in each of ``other_sizes``.
+        in each of ``other_sizes``. ``step`` is the number of the training step, counted from 1: the
+        same for all rows of its batch, on all ranks.
         """
 
     def flush(self) -> None:
         """Write new labels, if any; called before every checkpoint."""
+        return
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the targets, tensors and plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the state in a checkpoint."""
         return
 
 
@@ -132,8 +146,10 @@ class HardLabels(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
-        return BatchTargets(classes_B=_class_ids(self._classes, positions))
+        return BatchTargets(classes_B=class_ids(self._classes, positions))
 
 
 class OnlineTeachers(Targets):
@@ -157,11 +173,13 @@ class OnlineTeachers(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         probs_BC, mean_logits_BC = self.ensemble(images_BCHW, by_size)
         return BatchTargets(
             SoftLabels.from_dense(probs_BC),
-            _class_ids(self._classes, positions),
+            class_ids(self._classes, positions),
             mean_logits_BC,
             label_counts={ONLINE: len(positions)},
         )
@@ -216,6 +234,8 @@ class StoredLabels(Targets):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         """Return the targets; raises LabelSetError for a missing label with ``missing='fail'``."""
         keys = [self._keys[p] for p in positions]
@@ -237,7 +257,7 @@ class StoredLabels(Targets):
             label_counts[ONLINE] = len(online)
         return BatchTargets(
             rows.labels,
-            _class_ids(self._classes, positions),
+            class_ids(self._classes, positions),
             kept_logits=rows.logits,
             label_counts=label_counts,
         )
@@ -268,5 +288,6 @@ class StoredLabels(Targets):
         return rows.to(torch.device("cpu"))
 
 
-def _class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+def class_ids(classes: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+    """Return the class ids of images, int64; None for images without classes."""
     return torch.tensor([classes[p] for p in positions], dtype=torch.int64) if classes else None

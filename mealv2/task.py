@@ -5,7 +5,7 @@ student's logits; ``parts`` are detached scalars for the log, complete after bac
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, TypedDict
 
@@ -136,7 +136,7 @@ class DistillTask(Task):
         parts = {name: term.detach() for name, term in terms.items()}
         if self.discriminator is not None:
             loss = loss + self.discriminator_weight * terms["discriminator_loss"]
-            _record_gradient_ratio(parts, for_labels_BC, for_discriminator_BC)
+            record_gradient_ratio(parts, [for_labels_BC], [for_discriminator_BC])
         return TaskResult(loss=loss, output=logits_BC, parts=parts)
 
     @torch.no_grad()
@@ -164,15 +164,7 @@ class DistillTask(Task):
                 logits_BC = self.student(images_BCHW).float()
                 self.student.train(was_training)
                 own_BC = torch.cat(self._discriminator_inputs(logits_BC, targets))
-            rows_BC = gather_rows(own_BC)
-            if not (dead := num_dead_outputs(discriminator, rows_BC)):
-                return None
-            message = (
-                f"{dead} of the discriminator's outputs get no gradient (dead at initialisation)"
-            )
-            if discriminator.variant == "official":
-                return f"{message}; kept, as the official code does"
-            return f"{message}; redrawn {redraw_dead_outputs(discriminator, rows_BC)} times"
+            return revive(discriminator, gather_rows(own_BC))
 
     def _loss_terms(
         self, for_labels_BC: Tensor, for_discriminator_BC: Tensor, targets: BatchTargets
@@ -251,21 +243,42 @@ def _soft_labels(targets: BatchTargets) -> Labels:
     return targets.soft_labels
 
 
-def _record_gradient_ratio(
-    parts: dict[str, Tensor], for_labels_BC: Tensor, for_discriminator_BC: Tensor
+def revive(discriminator: Discriminator, rows_BC: Tensor) -> str | None:
+    """Redraw a discriminator that has dead outputs on these rows; return a warning, if any.
+
+    The official variant keeps them, as the official code does.
+    """
+    if not (dead := num_dead_outputs(discriminator, rows_BC)):
+        return None
+    message = f"{dead} of the discriminator's outputs get no gradient (dead at initialisation)"
+    if discriminator.variant == "official":
+        return f"{message}; kept, as the official code does"
+    return f"{message}; redrawn {redraw_dead_outputs(discriminator, rows_BC)} times"
+
+
+def record_gradient_ratio(
+    parts: dict[str, Tensor], for_labels: Sequence[Tensor], for_discriminator: Sequence[Tensor]
 ) -> None:
     """Add |gradient of the discriminator term| / |gradient of the label terms| during backward.
 
-    Both are gradients of the weighted terms on the student's logits; the ratio stays on the device.
+    Both are gradients of the weighted terms on the student's outputs, of which each term has a view
+    of its own; the ratio stays on the device.
     """
-    if not for_labels_BC.requires_grad:
+    if not all(output.requires_grad for output in for_labels):
         return
-    norms: dict[str, Tensor] = {}
+    norms: dict[str, list[Tensor]] = {"labels": [], "discriminator": []}
 
     def record(term: str, grad_BC: Tensor) -> None:
-        norms[term] = grad_BC.norm()
-        if len(norms) == 2:
-            parts[GRADIENT_RATIO] = norms["discriminator"] / norms["labels"].clamp_min(1e-30)
+        norms[term].append(grad_BC.norm())
+        if all(len(found) == len(for_labels) for found in norms.values()):
+            adversary, labels = (_total(norms[name]) for name in ("discriminator", "labels"))
+            parts[GRADIENT_RATIO] = adversary / labels.clamp_min(1e-30)
 
-    for term, tensor_BC in (("labels", for_labels_BC), ("discriminator", for_discriminator_BC)):
-        tensor_BC.register_hook(partial(record, term))  # type: ignore[no-untyped-call]
+    for term, outputs in (("labels", for_labels), ("discriminator", for_discriminator)):
+        for output in outputs:
+            output.register_hook(partial(record, term))  # type: ignore[no-untyped-call]
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all the values of which some have these norms."""
+    return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()

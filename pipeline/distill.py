@@ -1,9 +1,11 @@
 """Stage two: train a student and a discriminator with stored labels or online teachers."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError
 from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
@@ -20,6 +22,7 @@ from pipeline.training.label_source import (
     from_online_teachers,
 )
 from pipeline.training.loop import train
+from pipeline.training.meal import Parts, prepare_meal
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 
 
@@ -37,15 +40,11 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
     given, config = config, config.resolved(len(source.classes))
     if config.dry_run:
         val = None  # online teachers would label the whole split first
-    labels = (
-        from_online_teachers(config, runtime, source, val)
-        if folder is None
-        else from_label_set(config, folder, runtime, source, val)
-    )
-
-    seed_everything(config.seed)
-    student = create_student(config, classes=list(source.classes), img_size=labels.img_size)
-    discriminator, extra = _discriminator(config, student.num_classes)
+    if config.method == "meal":
+        parts = prepare_meal(config, runtime, source, val)
+    else:
+        parts = _prepare(config, runtime, source, val, folder)
+    labels = parts.labels
     evaluator = None
     if val is not None:
         evaluator = Evaluator(
@@ -59,16 +58,8 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         )
     spec = TrainingSpec(
         command="distill",
-        task=DistillTask(
-            student,
-            discriminator,
-            discriminator_weight=config.discriminator_weight,
-            discriminator_input=config.discriminator_input,
-            label_temperature=config.label_temperature,
-            student_temperature=config.student_temperature,
-            hard_label_weight=config.hard_label_weight,
-        ),
-        student=student,
+        task=parts.task,
+        student=parts.student,
         source=source,
         positions=labels.positions,
         targets=labels.targets,
@@ -76,7 +67,7 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         views=labels.views,
         resize=labels.resize,
         evaluator=evaluator,
-        extra=extra,
+        extra=parts.extra,
         mixing=mixing_of(
             config,
             mixup_target=config.mixup_target,
@@ -84,11 +75,39 @@ def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, An
         ),
         teachers=labels.accuracies,
         teacher_forwards=labels.teacher_forwards,
-        notes=_notes(config, is_given=config is given),
+        notes=(*_notes_on_rate(config, is_given=config is given), *parts.notes),
         labels=labels.provenance,
         check=labels.check,
     )
     return (dry_run if config.dry_run else train)(config, runtime, spec)
+
+
+def _prepare(
+    config: DistillConfig,
+    runtime: Runtime,
+    source: ImageSource,
+    val: ImageSource | None,
+    folder: Path | None,
+) -> Parts:
+    """Return what MEAL V2 trains, with the label set in a folder or with online teachers."""
+    labels = (
+        from_online_teachers(config, runtime, source, val)
+        if folder is None
+        else from_label_set(config, folder, runtime, source, val)
+    )
+    seed_everything(config.seed)
+    student = create_student(config, classes=list(source.classes), img_size=labels.img_size)
+    discriminator, extra = _discriminator(config, student.num_classes)
+    task = DistillTask(
+        student,
+        discriminator,
+        discriminator_weight=config.discriminator_weight,
+        discriminator_input=config.discriminator_input,
+        label_temperature=config.label_temperature,
+        student_temperature=config.student_temperature,
+        hard_label_weight=config.hard_label_weight,
+    )
+    return Parts(student, task, labels, extra, _notes_on_plateaus(config))
 
 
 def _discriminator(
@@ -105,18 +124,21 @@ def _discriminator(
     return discriminator, {"discriminator": (discriminator, lr)}
 
 
-def _notes(config: DistillConfig, *, is_given: bool) -> tuple[str, ...]:
-    """Return the lines on the discriminator: its rate if it is the default, its loss's plateaus."""
+def _notes_on_plateaus(config: DistillConfig) -> tuple[str, ...]:
     if config.discriminator == "off":
         return ()
     plateaus = ", ".join(f"{v:.3f} {name}" for name, v in PLATEAUS[config.discriminator].items())
-    notes = (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)
-    if is_given:
-        return notes
+    return (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)
+
+
+def _notes_on_rate(config: DistillConfig, *, is_given: bool) -> tuple[str, ...]:
+    """Return the line on the discriminator's learning rate, if it is the default."""
+    if config.discriminator == "off" or is_given:
+        return ()
     lr = config.discriminator_lr
     why = (
         "as --lr"
         if lr == config.lr
         else f"the default below {FEW_CLASSES} classes (the paper's, for 1,000, is --lr)"
     )
-    return (f"discriminator at learning rate {lr:g}, {why}; --discriminator-lr sets it", *notes)
+    return (f"discriminator at learning rate {lr:g}, {why}; --discriminator-lr sets it",)

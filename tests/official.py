@@ -1,4 +1,4 @@
-"""What the modules of the MEAL V2 and FKD repositories computed, and FKD's kinds of labels."""
+"""What the modules of the MEAL, MEAL V2 and FKD repositories computed; FKD's kinds of labels."""
 
 from pathlib import Path
 
@@ -14,5 +14,8 @@ KINDS = [
     "marginal_renorm_k5",
 ]
 
-with np.load(Path(__file__).parent / "golden" / "official_mealv2.npz") as arrays:
+_FOLDER = Path(__file__).parent / "golden"
+with np.load(_FOLDER / "official_mealv2.npz") as arrays:
     GOLDEN: dict[str, np.ndarray] = dict(arrays)
+with np.load(_FOLDER / "official_meal_v1.npz") as arrays:
+    GOLDEN_V1: dict[str, np.ndarray] = dict(arrays)

@@ -457,8 +457,9 @@ def test_recipes_are_listed_and_the_last_line_is_json(done: Run) -> None:
     result = done("recipes")
     lines = result.stdout.splitlines()[:-1]
     assert lines[0].split() == ["name", "student", "top1", "top5", "title", "source"]
-    assert [line.split()[0] for line in lines[1:]] == recipes.names()
-    assert [listed["name"] for listed in result.report["recipes"]] == recipes.names()
+    names = [*recipes.names(), *recipes.cifar10_names()]
+    assert [line.split()[0] for line in lines[1:]] == names
+    assert [listed["name"] for listed in result.report["recipes"]] == names
     (cutmix,) = (line for line in lines if line.startswith("resnet50-cutmix"))
     assert re.search(r" resnet50\.ram_in1k +80\.98 +95\.35 .*CutMix +paper, Table 3", cutmix)
     (unpublished,) = (line for line in lines if line.startswith("ablation-weight-decay"))

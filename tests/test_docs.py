@@ -234,6 +234,20 @@ def test_guide_to_optimizers_runs_on_a_small_set(
         assert done(*words, "--epochs", "3").report["epochs"] == 3
 
 
+def test_guide_to_meal_runs_on_a_small_set(
+    data_dir: Path,
+    teacher_dirs: dict[str, Path],
+    done: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    make_runs(tmp_path, **dict(zip(("teacher_1", "teacher_2"), teacher_dirs.values(), strict=True)))
+    (words,) = commands("docs/how-to/meal-v1.md")
+    assert done(*words, "--img-size", "32").report["epochs"] == 1
+
+
 def test_the_guide_to_own_data_runs(
     labels_dir: Path,
     data_dir: Path,

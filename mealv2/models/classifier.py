@@ -80,9 +80,13 @@ class Classifier(nn.Module):
         """The number of logits."""
         return int(self.backbone.num_classes)  # type: ignore[arg-type]
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def normalise(self, images_BCHW: Tensor) -> Tensor:
+        """Return the images as the backbone gets them."""
         scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
-        logits: Tensor = self.backbone((images_BCHW.float() / scale - self.mean_13) / self.std_13)
+        return (images_BCHW.float() / scale - self.mean_13) / self.std_13
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(self.normalise(images_BCHW))
         return logits
 
 

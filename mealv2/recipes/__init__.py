@@ -1,14 +1,18 @@
-"""The published trainings, one TOML file each: settings, expected numbers and their source."""
+"""The published trainings, one TOML file each: settings, expected numbers and their source.
+
+Those of this folder are MEAL V2's on ImageNet, those of cifar10/ are MEAL's.
+"""
 
 import difflib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mealv2.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
+_CIFAR = _FOLDER / "cifar10"
 _SUFFIX = ".toml"
 ABLATION = "ablation-"
 
@@ -17,9 +21,10 @@ ABLATION = "ablation-"
 class Recipe:
     """The published numbers of a training, and its settings.
 
-    ``top1`` and ``top5`` are ImageNet's validation accuracy in percent, None if ``source`` has no
-    number; ``params_m`` is millions of parameters. ``teachers`` applies to both commands,
-    ``precompute`` and ``distill`` to one; their keys are fields of the configs.
+    ``top1`` and ``top5`` are the validation accuracy in percent, None if ``source`` has no number;
+    ``params_m`` is millions of parameters. ``teachers`` applies to ``precompute`` and ``distill``;
+    these and ``finetune``, the training of teachers, apply to one command, and are empty for one
+    that has no part in the training. Their keys are fields of the configs.
     """
 
     name: str
@@ -29,35 +34,48 @@ class Recipe:
     top1: float | None = None
     top5: float | None = None
     notes: list[str]
-    teachers: dict[str, Any]
-    precompute: dict[str, Any]
     distill: dict[str, Any]
+    teachers: dict[str, Any] = field(default_factory=dict)
+    precompute: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
 
     def settings(
-        self, command: Literal["precompute", "distill"], *, online: bool = False
+        self, command: Literal["precompute", "distill", "finetune"], *, online: bool = False
     ) -> dict[str, Any]:
-        """Return the settings of a command; ``distill`` has teachers only if ``online``."""
-        if command == "precompute":
-            return self.teachers | self.precompute
-        return (self.teachers if online else {}) | self.distill
+        """Return the settings of a command; ``distill`` has teachers only if ``online``.
+
+        Raises ConfigError for a command that has no part in the training.
+        """
+        own: dict[str, Any] = getattr(self, command)
+        if not own:
+            raise ConfigError(f"recipe {self.name} has no settings for {command}")
+        if command == "precompute" or (command == "distill" and online):
+            return self.teachers | own
+        return own
 
 
 def names() -> list[str]:
-    """Return the names of all recipes, the ablations last."""
+    """Return the names of the recipes for ImageNet, the ablations last."""
     found = [path.stem for path in _FOLDER.glob(f"*{_SUFFIX}")]
     return sorted(found, key=lambda name: (name.startswith(ABLATION), name))
 
 
+def cifar10_names() -> list[str]:
+    """Return the names of the recipes for CIFAR-10."""
+    return sorted(path.stem for path in _CIFAR.glob(f"*{_SUFFIX}"))
+
+
 def text(name: str) -> str:
     """Return the TOML of a recipe; raises ConfigError for an unknown name."""
-    known = names()
+    known = [*names(), *cifar10_names()]
     if name not in known:
         suggestion = difflib.get_close_matches(name, known, n=3)
         hint = f"known: {', '.join(known)}"
         if suggestion:
             hint = f"did you mean {', '.join(suggestion)}?"
         raise ConfigError(f"unknown recipe {name!r}; {hint}")
-    return (_FOLDER / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+    folder = _CIFAR if name in cifar10_names() else _FOLDER
+    return (folder / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 
 def load(name: str) -> Recipe:

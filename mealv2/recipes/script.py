@@ -4,14 +4,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mealv2.recipes import Recipe
+from mealv2.errors import ConfigError
+from mealv2.recipes import Recipe, names
 from mealv2.recipes.published import ACCURACIES, PAPER
 
 _TEMPLATE = Path(__file__).with_name("reproduce.sh")
 
 
 def script(recipe: Recipe) -> str:
-    """Return the script; it needs bash and `mealv2`, and on several GPUs torchrun."""
+    """Return the script; it needs bash and `mealv2`, and on several GPUs torchrun.
+
+    Raises ConfigError for a recipe that is not for ImageNet.
+    """
+    if recipe.name not in names():
+        raise ConfigError(
+            f"recipe {recipe.name} has no script; its commands are in `mealv2 recipes show "
+            f"{recipe.name}`"
+        )
     student, teachers = recipe.distill["model"], recipe.teachers["teacher"]
     needs_teachers = recipe.distill.get("cutmix_target") == "teachers"
     values: dict[str, Any] = {

@@ -81,6 +81,23 @@ class SettingOption(click.Option):
         self.group = group
 
 
+def number_list(kind: type[int] | type[float]) -> Callable[[Any], tuple[float, ...]]:
+    """Return what reads numbers separated by commas, and raises click.BadParameter.
+
+    It gets a list from a JSON file.
+    """
+
+    def read(value: Any) -> tuple[float, ...]:
+        try:
+            return tuple(
+                kind(part) for part in (value.split(",") if isinstance(value, str) else value)
+            )
+        except (TypeError, ValueError):
+            raise click.BadParameter(f"{value!r} is no list of numbers such as 1,2") from None
+
+    return read
+
+
 def local_path(value: Location) -> Path:
     """Return a path; raises click.BadParameter for a URL."""
     path = located(value)
@@ -179,6 +196,8 @@ def _type_settings(field: Field) -> dict[str, Any]:
             (word,) = typing.get_args(parts[1])
             return {"type": integer_or(word), "metavar": f"INTEGER|{word.upper()}"}
         kind = parts[0]
+    if field.metadata["commas"]:
+        return {"type": number_list(typing.get_args(kind)[0]), "metavar": "N,…"}
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)
         settings = {"multiple": True} if others == [...] else {"nargs": 1 + len(others)}

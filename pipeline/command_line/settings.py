@@ -18,9 +18,11 @@ from pipeline.training.run_folder import CONFIG_NAME, has_checkpoint, saved_sett
 # file has another value of the flag: they have no effect with it, or follow from its value.
 DROPPED = {
     "initial_checkpoint": {"pretrained"},
-    "discriminator": {"discriminator_lr", "discriminator_weight"},
+    "discriminator": {"discriminator_lr", "discriminator_weight", "eta"},
     "epochs": {"decay_milestones"},
     "lr": {"discriminator_lr"},
+    "method": set(configs.MEAL_SETTINGS),
+    "out_layer": {"align", "out_dims", "pool", "gamma", "eta"},
     "sched": {"decay_milestones", "decay_rate"},
 }
 

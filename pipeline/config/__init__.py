@@ -10,6 +10,7 @@ from pipeline.config.distill import *  # noqa: F403
 from pipeline.config.fields import *  # noqa: F403
 from pipeline.config.label_sets import *  # noqa: F403
 from pipeline.config.labels import *  # noqa: F403
+from pipeline.config.meal import *  # noqa: F403
 from pipeline.config.optimisation import *  # noqa: F403
 from pipeline.config.pack import *  # noqa: F403
 from pipeline.config.slurm import *  # noqa: F403

@@ -28,9 +28,11 @@ from pipeline.config.fields import (
     in_run,
     in_views,
     require,
+    split_teachers,
     teachers,
     without_effect,
 )
+from pipeline.config.meal import MealConfig
 from pipeline.config.training import TrainConfig
 from pipeline.config.views import ViewsConfig
 
@@ -40,10 +42,10 @@ FEW_CLASSES, FEW_CLASSES_LR = 100, 1e-4
 
 
 @frozen
-class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
+class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
     """Train a student on soft labels: from a label set, from teachers online, or both.
 
-    The defaults are the paper's.
+    The defaults are the paper's. --method meal trains as the method before MEAL V2.
     """
 
     example = "mealv2 distill --data-dir imagenet --labels labels --model resnet50.ram_in1k"
@@ -133,6 +135,8 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
             without_effect(self, "with --dry-run", "resume", "auto_resume")
         self._check_labels()
         self._check_loss()
+        if self.method == "meal":
+            self._check_meal()
 
     def _check_labels(self) -> None:
         either = "give --labels DIR, or --online with --teacher; not both"
@@ -177,6 +181,19 @@ class DistillConfig(ViewsConfig, ExtraDataConfig, TrainConfig):
                 f"{flag(name)} teachers needs --online, because stored labels are of unmixed "
                 f"images; with a label set, use {flag(name)} mixed-labels",
             )
+
+    def _check_meal(self) -> None:
+        message = "--method meal has no stored labels: use --online with --teacher, not --labels"
+        require(self.online, message)
+        names = ("discriminator_weight", "discriminator_input", "hard_label_weight")
+        temperatures = ("label_temperature", "student_temperature")
+        without_effect(self, "with --method meal", *names, *temperatures)
+        if self.discriminator == "off":
+            without_effect(self, "with --discriminator off", "eta")
+        if len(split_teachers(self.teacher)) == 1:
+            without_effect(self, "with one --teacher", "teacher_selection")
+        if self.out_layer != (-1,):
+            without_effect(self, "with --out-layer of blocks", "torchcompile")
 
     def resolved(self, num_classes: int) -> Self:
         """Return the settings with the discriminator's default rate for this number of classes.

@@ -49,6 +49,7 @@ class About:
     high: float | None = None
     above: float | None = None
     positional: bool = False  # an argument instead of a flag
+    commas: bool = False  # a tuple of numbers is one value, separated by commas
     current: Callable[[Mapping[str, Any]], Any] | None = None  # of all settings, today's value
 
 

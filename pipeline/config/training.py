@@ -12,6 +12,7 @@ from pipeline.config.base import (
     DEFAULT_IMG_SIZE,
     MAX_EPOCHS,
     NO_SPLIT,
+    RECIPE,
     SIDE,
     CompileMode,
     HeldOutConfig,
@@ -250,4 +251,5 @@ class FinetuneConfig(ViewsConfig, TrainConfig):
     batch_size: int = in_optimisation(128, "Images per step, over all processes.", low=1)
     weight_decay: float = in_optimisation(1e-4, WEIGHT_DECAY, low=0)
     smoothing: float = in_loss(0.0, "Label smoothing.", low=0, high=1)
+    recipe: str | None = in_run(None, RECIPE, shown="none")
     sched_on_updates: bool = in_optimisation(True, SCHED_ON_UPDATES)

@@ -40,6 +40,7 @@ from pipeline.runtime.device import Runtime
 from pipeline.training.evaluator import LabelTable, local_centre_requests
 from pipeline.training.run_folder import LABELS_NAME
 
+Teachers = tuple[TeacherEnsemble, list[dict[str, Any]]]  # and the description of each
 _VAL_TOPK = 100  # classes kept in memory of each validation label of online teachers
 
 
@@ -87,14 +88,30 @@ def from_online_teachers(
     config: DistillConfig, runtime: Runtime, source: ImageSource, val: ImageSource | None
 ) -> LabelSource:
     """Let the --teacher models label every step; they label the validation split first."""
-    img_size = config.img_size or DEFAULT_IMG_SIZE
-    ensemble, described = teachers.build(
+    return label_online(config, runtime, source, val, build_teachers(config, runtime, source))
+
+
+def build_teachers(config: DistillConfig, runtime: Runtime, source: ImageSource) -> Teachers:
+    """Return the ensemble of --teacher, on its device, and the description of each teacher."""
+    return teachers.build(
         config.teacher,
         classes=list(source.classes),
-        img_size=img_size,
+        img_size=config.img_size or DEFAULT_IMG_SIZE,
         teacher_img_size=config.teacher_img_size,
         runtime=runtime,
     )
+
+
+def label_online(
+    config: DistillConfig,
+    runtime: Runtime,
+    source: ImageSource,
+    val: ImageSource | None,
+    built: Teachers,
+) -> LabelSource:
+    """Return labels of built teachers, which label the validation split first."""
+    img_size = config.img_size or DEFAULT_IMG_SIZE
+    ensemble, described = built
     if config.resume is None:
         propose_crop(config, source, config.data_dir)
     val_labels, teacher_forwards = None, 0

@@ -29,7 +29,7 @@ class Progress:
 
 class TrainingState:
     """Student, moving average, optimizer, loss scale, progress and meters of a run; a checkpoint
-    also keeps torch's generators.
+    also keeps torch's generators and the state of the targets.
 
     ``window`` has the means since the last log line, ``pass_means`` since the start of the pass;
     ``teacher_forwards`` counts the views that went through the teachers. ``best`` is the best epoch
@@ -102,6 +102,7 @@ class TrainingState:
             "data_sha256": self._data_sha256,
             "labels": self._spec.labels,
             "preprocessing": self._preprocessing(),
+            "targets": self._spec.targets.state(),
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.result.backbone.state_dict()  # timm's name
@@ -121,6 +122,7 @@ class TrainingState:
             module.load_state_dict(state["extra"][name])
         if self.ema is not None:
             self.result.backbone.load_state_dict(state["state_dict_ema"])
+        self._spec.targets.restore(state.get("targets", {}))
         self.best = state.get("best")
         restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -128,7 +128,8 @@ class TrainStep:
         """Return the images as the student sees them, their targets, and how they are mixed."""
         spec, images_BCHW, device = self.spec, batch.images_BCHW, self.runtime.device
         positions, views, by_size = batch.positions, batch.views, batch.other_sizes
-        find = partial(spec.targets.batch, positions, views)
+        step = self.state.progress.total_steps
+        find = partial(spec.targets.batch, positions, views, step=step)
         mix = None
         if spec.mixing is not None:
             progress, rank = self.state.progress, self.runtime.ranks.rank

@@ -54,6 +54,8 @@ class CuttingTeachers(Targets):
         views: Sequence[int],
         images_BCHW: torch.Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         rows = []
         for position, index in zip(positions, views, strict=True):
@@ -200,9 +202,10 @@ def test_epoch_uses_each_image_once_and_all_views_before_one_repeats(
         positions: Sequence[int],
         views: Sequence[int],
         *images: Any,
+        step: int,
     ) -> BatchTargets:
         asked.extend(zip(positions, views, strict=True))
-        return batch_targets(self, positions, views, *images)
+        return batch_targets(self, positions, views, *images, step=step)
 
     monkeypatch.setattr(StoredLabels, "batch", recording)
     done(*distill_flags, "--epochs", 8, "--val-split", "none", "--output", run)

@@ -295,7 +295,7 @@ def test_distill_has_teachers_only_when_online() -> None:
 def test_a_recipe_is_its_file() -> None:
     recipe = dataclasses.asdict(recipes.load("resnet18"))
     read = tomllib.loads((FOLDER / "resnet18.toml").read_text(encoding="utf-8"))
-    assert recipe == {"name": "resnet18", "top5": None, **read}
+    assert recipe == {"name": "resnet18", "top5": None, "finetune": {}, **read}
 
 
 @pytest.mark.parametrize("read", [recipes.load, recipes.text])
@@ -319,7 +319,8 @@ def test_the_files_are_package_data() -> None:
     setup = configparser.ConfigParser()
     setup.read(FOLDER.parent.parent / "setup.cfg", encoding="utf-8")
     patterns = setup["options.package_data"]["mealv2.recipes"].split()
-    files = [*(f"{name}.toml" for name in NAMES), "reproduce.sh"]
+    cifar = [f"cifar10/{name}.toml" for name in recipes.cifar10_names()]
+    files = [*(f"{name}.toml" for name in NAMES), *cifar, "reproduce.sh"]
     assert all(any(fnmatch(file, p) for p in patterns) for file in files)
 
 

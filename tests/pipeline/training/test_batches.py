@@ -40,9 +40,11 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, int]
             views: Sequence[int],
             images: torch.Tensor,
             by_size: Any,
+            *,
+            step: int,
         ) -> BatchTargets:
             seen.append((list(zip(positions, views, strict=True)), images.clone()))
-            return answer(self, positions, views, images, by_size)
+            return answer(self, positions, views, images, by_size, step=step)
 
         monkeypatch.setattr(kind, "batch", recording)
 

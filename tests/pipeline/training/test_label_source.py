@@ -71,10 +71,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
         answer = kind.batch
 
         def recording(
-            self: Any, positions: Sequence[int], views: Sequence[int], *images: Any
+            self: Any, positions: Sequence[int], views: Sequence[int], *images: Any, step: int
         ) -> BatchTargets:
             seen.append(list(zip(positions, views, strict=True)))
-            return answer(self, positions, views, *images)
+            return answer(self, positions, views, *images, step=step)
 
         monkeypatch.setattr(kind, "batch", recording)
 
