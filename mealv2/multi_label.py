@@ -66,6 +66,8 @@ class MultiLabels(HardLabels):
         views: Sequence[int],
         images_BCHW: Tensor,
         by_size: BySize = ONE_SIZE,
+        *,
+        step: int = 1,
     ) -> BatchTargets:
         return BatchTargets(multi_labels_BC=self._labels_NC[list(positions)])
 
