@@ -142,3 +142,13 @@ def test_a_student_is_tuned_on_it_and_wrong_names_are_one_line(
     assert result.report["num_images"] == 9
     held = ["--val-fraction", "0.2", "--val-split", "held", "--output", tmp_path / "two"]
     assert run_cli(*words, f"torch/cifar10:{cifar[0]}", *held).report["num_images"] == 6
+
+
+def test_a_model_is_transferred_to_it(
+    cifar: tuple[Path, np.ndarray], run_cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    words = ["transfer", "--model", "test_resnet", "--mode", "scratch", "--img-size", 32, "-b", 8]
+    words += ["--epochs", 1, "--workers", 0, "--crop", "pad", "--output", tmp_path / "run"]
+    result = run_cli(*words, "--data-dir", f"torch/cifar10:{cifar[0]}")
+    assert result.code == 0, result.stderr
+    assert result.report["num_images"] == 9

@@ -56,6 +56,7 @@ def test_a_command_says_it_once_for_each_split(
 COMMANDS: dict[str, str] = {
     "precompute": "precompute --teacher test_resnet --output OUT --data-dir",
     "finetune": "finetune --model test_resnet --no-pretrained --output OUT --data-dir",
+    "transfer": "transfer --mode scratch --model test_resnet --output OUT --data-dir",
     "distill": "distill --labels LABELS --model test_resnet --initial-checkpoint START "
     "--output OUT --data-dir",
     "evaluate": "evaluate --val-split train --model test_resnet --data-dir",

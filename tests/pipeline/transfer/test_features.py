@@ -171,3 +171,22 @@ def test_a_resumed_run_may_cache_features_or_not(
     run = tmp_path / "parts"
     done("transfer", "--resume", run, "--epochs", 2, "--cache-features", "off")
     assert weights(run) == weights(tmp_path / "whole")
+
+
+def test_a_run_continues_in_the_middle_of_an_epoch_with_the_same_bits(
+    done: Run,
+    transfer_flags: list[str],
+    start: list[str],
+    tmp_path: Path,
+    weights: Weights,
+) -> None:
+    run = tmp_path / "run"
+    words = [*transfer_flags, "--mode", "frozen", *start, "--num-views", 2]
+    done(*words, "--recovery-interval", 1, "--checkpoint-hist", "all", "--output", run)
+    whole = weights(run)
+    for path in run.glob("checkpoints/step-*.pt"):
+        if path.stem > "step-00000004":  # of 6 steps, 3 an epoch
+            path.unlink()
+    (run / "report.json").unlink()
+    done("transfer", "--resume", run)
+    assert weights(run) == whole
