@@ -8,7 +8,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from mealv2.models.cifar import densenet, dpn, googlenet, mobilenet, resnet, vgg
 from mealv2.models.cifar.network import Block, CifarNetwork
 
-__all__ = ["NAMES", "Block", "CifarNetwork"]  # register_model adds the functions below
+__all__ = ["MEAN", "NAMES", "STD", "Block", "CifarNetwork"]  # register_model adds more
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of MEAL's code, on CIFAR-10 images in [0, 1]
 STD = (0.2023, 0.1994, 0.2010)
