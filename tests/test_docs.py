@@ -555,6 +555,7 @@ def test_pack_doc_runs_on_a_small_set(
         "docs/reference/label-set-format.md",
         "docs/reference/label-codec.md",
         "docs/reference/fkd-files.md",
+        "docs/reference/cifar-networks.md",  # its commands: tests/pipeline/test_cifar_networks.py
         "docs/how-to/time-and-disk.md",
         "docs/how-to/reproduce.md",
         "docs/benchmarks/imagenet-64-gpus.md",

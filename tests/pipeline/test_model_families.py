@@ -21,6 +21,7 @@ FAMILIES = {
     "byoanet": ("lambda_resnet26t", 64),
     "byobnet": ("test_byobnet", 64),
     "cait": ("cait_xxs24_224", 64),
+    "cifar": ("cifar_mobilenet", 64),  # ours, registered with timm
     "coat": ("coat_tiny", 64),
     "convit": ("convit_tiny", 64),
     "convmixer": ("convmixer_768_32", 64),

@@ -35,7 +35,10 @@ class CifarDenseNet(CifarNetwork):
     layer_groups = LayerGroups(  # as timm's DenseNet
         stem=r"^features\.conv0",
         stages=r"^features\.(?:denseblock|transition)(\d+)",
-        blocks=r"^features\.(?:denseblock|transition)(\d+)(?:\.denselayer(\d+))?",
+        blocks=(
+            (r"^features\.denseblock(\d+)\.denselayer(\d+)", None),
+            (r"^features\.transition(\d+)", (99999,)),  # timm: after the layers before it
+        ),
     )
 
     def __init__(

@@ -50,7 +50,7 @@ class CifarGoogLeNet(CifarNetwork):
     layer_groups = LayerGroups(
         stem=r"^conv1",
         stages=r"^inception(\d)",
-        blocks=r"^inception(\d)([a-e])",
+        blocks=tuple((rf"^{name}", (number,)) for number, name in enumerate(_INCEPTIONS)),
     )
 
     def __init__(self, *, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
@@ -74,9 +74,9 @@ class CifarGoogLeNet(CifarNetwork):
         found = re.match(r"^([a-e])([345])\.b([1-4])\.(\d+)\.(.+)", key)
         if found is None:
             return super()._adapt_tensor(key, value)
-        letter, stage, branch, place, rest = found.groups()
+        letter, stage, branch, position, rest = found.groups()
         # a branch is a chain of convolution, norm and ReLU; the last begins with its max-pool
-        unit, kind = divmod(int(place) - (branch == "4"), 3)
+        unit, kind = divmod(int(position) - (branch == "4"), 3)
         number = {"1": "", "4": "1."}.get(branch, f"{unit}.")
         layer = f"inception{stage}{letter}.branch{branch}.{number}{'conv' if kind == 0 else 'bn'}"
         return f"{layer}.{rest}", value

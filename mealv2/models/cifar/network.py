@@ -21,11 +21,14 @@ class Block(NamedTuple):
 
 
 class LayerGroups(NamedTuple):
-    """Regular expressions of parameter names: the stem, and the coarse and fine layers after it."""
+    """Parameter names of the stem and of the coarse and fine layers after it, as timm wants them.
+
+    Regular expressions; several of one kind have the number of the layer, or None, beside them.
+    """
 
     stem: str
     stages: str
-    blocks: str
+    blocks: str | Sequence[tuple[str, tuple[int, ...] | None]]
 
 
 class CifarNetwork(nn.Module):
