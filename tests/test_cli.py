@@ -331,6 +331,10 @@ def _given(name: str, words: Iterable[str]) -> dict[str, str]:
 # --- flags and configs --------------------------------------------------------------------------
 
 SAMPLES: dict[str, list[str]] = {
+    "gamma": ["0.5,2"],
+    "eta": ["0.5,2"],
+    "out_dims": ["7,8"],
+    "out_layer": ["0,-1"],
     "topk": ["3"],
     "checkpoint_hist": ["3"],
     "batch_size": ["77"],

@@ -35,7 +35,7 @@ class Discriminator(nn.Module):
     and a ReLU after the last layer, so that no output is negative. ``adversarial``: the paper's
     layers behind a gradient reversal, so that the student maximises what the discriminator
     minimises (the title of MEAL; not the results of either paper).
-    Each layer is ``reduction`` times narrower than the one before: 8, in MEAL 2.
+    Each layer is ``reduction`` times narrower than the one before: 8 in MEAL V2, 2 in MEAL.
     ``forward`` maps float32 B x C to B x 1, or B x 2 (official). Raises ValueError for another
     variant or fewer than 2 classes.
     """

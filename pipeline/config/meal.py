@@ -21,8 +21,8 @@ class MealConfig(Settings):
 
     method: Literal["mealv2", "meal"] = in_loss(
         "mealv2",
-        "MEAL V2: the mean of all teachers. MEAL: one teacher a batch, block by block; the "
-        "settings named below as MEAL's are for it.",
+        "MEAL V2: the mean of all teachers. MEAL: one teacher a batch, compared block by block; "
+        "options that begin with MEAL are for it.",
     )
     teacher_selection: Literal["random", "round-robin", "all"] = in_labels(
         "random",

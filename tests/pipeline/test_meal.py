@@ -137,6 +137,36 @@ def test_vgg_resnet_and_preact_of_the_original_teach_a_vgg_by_all_of_their_block
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--amp"],
+        ["--cutmix", 1.0],
+        ["--mixup", 0.5, "--mixup-target", "teachers"],
+        ["--views-per-image", 2, "--teacher-selection", "all"],
+        ["--no-align", "--out-layer", "-2,-1"],
+    ],
+    ids=str,
+)
+def test_what_other_methods_have_works_with_it(
+    done: Run, meal_flags: Callable[..., list[str]], run: Path, events: Events, more: list[object]
+) -> None:
+    blocks = [] if "--no-align" in more else ["--out-layer", "-3,-1", "--out-dims", 8]
+    teachers = ("test_resnet",) if "--no-align" in more else ("test_resnet", "test_byobnet")
+    done(*meal_flags(teachers, *blocks, *more, "--val-split", "none", "--output", run))
+    assert all(event["block_1_loss"] > 0 for event in events(run, "train"))
+
+
+@pytest.mark.slow
+def test_a_dry_run_does_its_steps_and_writes_nothing(
+    done: Run, meal_flags: Callable[..., list[str]], run: Path
+) -> None:
+    flags = ["--out-layer", "-2,-1", "--out-dims", 8, "--dry-run", "--output", run]
+    assert done(*meal_flags(("test_byobnet",), *flags)).report["steps"] == 10
+    assert not run.exists()
+
+
+@pytest.mark.slow
 def test_networks_of_other_depths_pair_from_their_ends(
     done: Run, meal_flags: Callable[..., list[str]], run: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Stage two under a real torchrun: restarts, signals, docs/how-to/several-gpus.md's commands."""
 
+import json
 import os
 import re
 import shlex
@@ -236,3 +237,32 @@ def _beside(folder: Path, number: int) -> Path:
     for name in ("pictures", "labels", "runs"):
         (runtime / name).symlink_to(folder / name)
     return runtime
+
+
+def test_all_ranks_have_meal_s_teacher_of_the_step(
+    torchrun: Callable[..., TorchRun],
+    done: Callable[..., Result],
+    data_dir: Path,
+    teacher_flags: list[str],
+    tmp_path: Path,
+) -> None:
+    """The student has no batch normalisation: two ranks have the losses of one process."""
+    flags = ["distill", "--method", "meal", "--online", "--data-dir", data_dir, *teacher_flags]
+    flags += ["--model", "test_convnext", "--no-pretrained", "--img-size", 32, "--epochs", 2]
+    flags += ["--batch-size", 9, "--workers", 0, "--val-split", "none", "--log-interval", 1]
+    flags += ["--out-layer", "-2,-1", "--out-dims", 16]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    done(*flags, "--output", runs[0])
+    two = ["--standalone", "--nproc-per-node", 2, "-m", "mealv2"]
+    result = torchrun(*two, *flags, "--output", runs[1]).result(deadline_s=300)
+    assert result.code == 0, result.stderr
+    one, other = (
+        [
+            event["similarity_loss"]
+            for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if event["event"] == "train"
+        ]
+        for run in runs
+    )
+    assert len(one) == 8
+    assert other == pytest.approx(one, rel=1e-4)
