@@ -202,13 +202,13 @@ def test_ctrl_c_while_processes_start_stops_all(
 
 
 @pytest.mark.slow
-def test_longer_control_of_the_page_runs(
+def test_longer_distillation_of_the_page_runs(
     finished: tuple[Path, Result], run_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (ROOT / "docs/tutorial/demo.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^mealv2 (finetune --config demo/.*)$", page, flags=re.MULTILINE)
+    (line,) = re.findall(r"^mealv2 (distill --config demo/.*)$", page, flags=re.MULTILINE)
     monkeypatch.chdir(finished[0].parent)  # it ends with demo
-    result = run_cli(*line.replace("240", "4").split())  # the control of the fixture has 2 epochs
+    result = run_cli(*line.replace("240", "4").split())  # (a) of the fixture has 2 epochs
     assert result.code == 0, result.stderr
     assert result.report["epochs"] == 4
 
