@@ -142,7 +142,7 @@ def _start_rows(bench: Bench) -> list[Row]:
     extra = max(1, round(s.epochs * 120 / 180))  # the paper: 120 epochs before 180
 
     def all_images(seed: int) -> Config:
-        # as many steps as the other start, on the teachers' images
+        # on the teachers' images: as many steps as the other start, or one epoch
         epochs = max(1, round(s.epochs * s.images / s.teacher_images))
         return bench.start(
             seed, "teacher-images", train_split="teacher-train", epochs=epochs, val_interval=epochs
