@@ -1,5 +1,6 @@
 """benchmarks/cifar10.py: what rows differ in, and a short run on drawn pictures."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from benchmarks import cifar10
 from benchmarks.distillation import Bench
 from benchmarks.experiments import differences, distinct
+from pipeline.config.meal import MealConfig
 
 BENCH = Bench(Path("out"), cifar10.SETTING)
 ROWS = {row.name: row for row in cifar10.rows(BENCH)}
@@ -20,6 +22,7 @@ HARD = {
     *("discriminator", "discriminator_weight", "label_temperature", "student_temperature"),
     *("hard_label_weight", "missing", "online", "write_back", "check_images", "dry_run"),
     *("exact_pil", "extra_data", "teacher", "cutmix_target", "mixup_target"),
+    *(field.name for field in dataclasses.fields(MealConfig)),
 }
 MODEL = {"model", "model_kwargs", "initial_checkpoint"}
 OF = {

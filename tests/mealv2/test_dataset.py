@@ -43,8 +43,9 @@ def steps_of(
             views: Sequence[int],
             images: Tensor,
             *others: Any,
+            step: int,
         ) -> BatchTargets:
-            found = batch(self, positions, views, images, *others)
+            found = batch(self, positions, views, images, *others, step=step)
             seen.append((images.clone(), dense(found.soft_labels), found.classes_B.tolist()))
             return found
 

@@ -42,10 +42,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     for kind in (HardLabels, StoredLabels):
 
         def recording(
-            self: Any, positions: Any, views: Any, *images: Any, batch_targets: Any = kind.batch
+            self: Any,
+            positions: Any,
+            views: Any,
+            *images: Any,
+            step: int,
+            batch_targets: Any = kind.batch,
         ) -> Any:
             pairs.extend(zip(positions, views, strict=True))
-            return batch_targets(self, positions, views, *images)
+            return batch_targets(self, positions, views, *images, step=step)
 
         monkeypatch.setattr(kind, "batch", recording)
     return pairs
