@@ -20,6 +20,10 @@ from pictures import flip
 from stored import without_hashes
 from stores import web_server
 
+needs_jpegtran = pytest.mark.skipif(
+    shutil.which("jpegtran") is None, reason="needs jpegtran (Debian: libjpeg-turbo-progs)"
+)
+
 Run = Callable[..., Result]
 Make = Callable[..., Path]
 NOT_LABELLED = "not the picture that was labelled"
@@ -235,6 +239,7 @@ def test_added_views_are_of_the_pictures_that_were_labelled(
 # --- packed trees, tar files, cached copies -------------------------------------------------------
 
 
+@needs_jpegtran
 @pytest.mark.parametrize("to", ["folder", "tar"])
 def test_packed_images_are_known_by_their_originals(
     to: str, done: Run, run_cli: Run, labels: Path, data_dir: Path, tmp_path: Path, distil: Run
@@ -259,6 +264,7 @@ def test_packed_images_are_known_by_their_originals(
     assert path.read_bytes() == before
 
 
+@needs_jpegtran
 def test_a_pack_of_other_pictures_of_the_same_names_and_sizes_is_found(
     done: Run, run_cli: Run, labels: Path, own_data: Path, tmp_path: Path
 ) -> None:
@@ -315,6 +321,7 @@ def test_a_bit_that_flips_in_a_cached_copy_is_never_used(
         assert copy.read_bytes() == tars[0].read_bytes()
 
 
+@needs_jpegtran
 def test_pack_json_has_both_hashes(done: Run, data_dir: Path, tmp_path: Path) -> None:
     done("pack", "--data-dir", data_dir, "--output", tmp_path / "packed")
     files = parse_json((tmp_path / "packed" / "train" / "pack.json").read_bytes())["files"]
