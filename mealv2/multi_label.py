@@ -17,7 +17,7 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError
 from mealv2.models.ensemble import ONE_SIZE, BySize
 from mealv2.targets import BatchTargets, HardLabels
-from mealv2.task import Mixture, Task, TaskResult
+from mealv2.task import HardLabelTask
 
 
 def multi_label_loss(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
@@ -32,21 +32,8 @@ def multi_label_loss(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
     return (losses_BC * known_BC).mean()
 
 
-class MultiLabelTask(Task):
-    """Sigmoid cross-entropy to the labels of the data set (paper section 7, VOC2007).
-
-    A mixture weighs the losses of both images' labels, as in ``HardLabelTask``.
-    """
-
-    def forward(
-        self, images_BCHW: Tensor, targets: BatchTargets, mixture: Mixture | None = None
-    ) -> TaskResult:
-        logits_BC = self.logits(images_BCHW)
-        loss = self._loss(logits_BC, targets)
-        if mixture is not None:
-            lam = mixture["lam"]
-            loss = lam * loss + (1.0 - lam) * self._loss(logits_BC, mixture["partner"])
-        return TaskResult(loss=loss, output=logits_BC, parts={"cross_entropy": loss.detach()})
+class MultiLabelTask(HardLabelTask):
+    """Sigmoid cross-entropy to the labels of the data set (paper section 7, VOC2007)."""
 
     def _loss(self, logits_BC: Tensor, targets: BatchTargets) -> Tensor:
         assert targets.multi_labels_BC is not None, "this task needs multi-labels"

@@ -45,10 +45,12 @@ def claim_sets(folder: Path, teachers: Sequence[str]) -> list[Path]:
 
 
 def sets_of(folder: Path) -> list[Path]:
-    """Return the label sets in a folder of sets, in the order of the teachers.
+    """Return the label sets in a folder of sets, in the order of the teachers; else the folder.
 
     Raises LabelSetError if the index is damaged or a set is missing.
     """
+    if not is_folder_of_sets(folder):
+        return [folder]
     folders = _folders(folder, len(_read(folder)["teachers"]))
     if missing := [path for path in folders if not path.is_dir()]:
         raise LabelSetError(

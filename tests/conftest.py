@@ -386,8 +386,8 @@ def distill_flags(data_dir: Path, labels_dir: Path, student_dir: Path) -> list[s
 
 
 @pytest.fixture(scope="session")
-def finetune_flags(data_dir: Path) -> list[str]:
-    """Hard-label training on the tree from random weights, all but --output."""
+def training_flags(data_dir: Path) -> list[str]:
+    """Two epochs of a small model on the tree: the flags that finetune and transfer share."""
     settings = {
         "--data-dir": data_dir,
         "--model": "test_resnet",
@@ -397,8 +397,24 @@ def finetune_flags(data_dir: Path) -> list[str]:
         "--workers": 0,
         "--log-interval": 1,
     }
-    flags = [str(part) for item in settings.items() for part in item]
-    return ["finetune", *flags, "--no-pretrained"]
+    return [str(part) for item in settings.items() for part in item]
+
+
+@pytest.fixture(scope="session")
+def finetune_flags(training_flags: list[str]) -> list[str]:
+    """Hard-label training on the tree from random weights, all but --output."""
+    return ["finetune", *training_flags, "--no-pretrained"]
+
+
+def same_state(a: object, b: object) -> bool:
+    """Return whether two states of a training are equal, tensors to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
 
 
 # --- a process of its own, to signal and to kill ------------------------------------------------

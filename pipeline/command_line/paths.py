@@ -18,7 +18,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
-from mealv2.teacher_sets import INDEX_NAME, is_folder_of_sets, sets_of
+from mealv2.teacher_sets import INDEX_NAME, sets_of
 from pipeline.config import (
     NO_SPLIT,
     DistillConfig,
@@ -140,7 +140,7 @@ def _check_label_set(config: Settings, name: str, labels: Path) -> None:
 
 
 def _check_merged_set(config: Settings, name: str, labels: Path) -> None:
-    for folder in sets_of(labels) if is_folder_of_sets(labels) else [labels]:
+    for folder in sets_of(labels):
         _check_label_set(config, name, folder)
 
 

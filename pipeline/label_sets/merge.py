@@ -13,7 +13,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Shard, ShardFile, read_manifest
 from mealv2.metrics import num_correct
 from mealv2.storage.json_format import json_sha256
-from mealv2.teacher_sets import is_folder_of_sets, sets_of
+from mealv2.teacher_sets import sets_of
 from pipeline import console
 from pipeline.config import LabelsMergeConfig
 from pipeline.label_sets import writing
@@ -47,11 +47,7 @@ def run(config: LabelsMergeConfig) -> dict[str, Any]:
 
     Sets with the same teachers are joined and keep their encoding; others are writing.averaged.
     """
-    folders = [
-        folder
-        for given in config.sets
-        for folder in (sets_of(given) if is_folder_of_sets(given) else [given])
-    ]
+    folders = [folder for given in config.sets for folder in sets_of(given)]
     sets = [_Set(folder, writing.open_splits(folder, config.output)) for folder in folders]
     _check_same(sets, _common)
     teachers = [sorted(map(_identity, each.plan["teachers"])) for each in sets]

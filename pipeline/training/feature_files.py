@@ -74,8 +74,8 @@ def load_features(folder: Path, key: str, views: Sequence[int]) -> FeatureTable 
         return None
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise MealError(f"{path} is damaged ({error}); remove it and its .json") from None
-    is_whole = isinstance(features_NVD, np.ndarray) and features_NVD.dtype == np.float32
-    if not is_whole or _hash(features_NVD) != about.get("xxh3_64"):
+    is_float32 = isinstance(features_NVD, np.ndarray) and features_NVD.dtype == np.float32
+    if not is_float32 or _hash(features_NVD) != about.get("xxh3_64"):
         raise MealError(f"{path} is damaged: its hash differs; remove it and its .json")
     return FeatureTable(features_NVD, views)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Result, Spawned
+from conftest import Result, Spawned, same_state
 from mealv2.meal.teachers import drawn_teachers
 from mealv2.storage.atomic import file_sha256
 
@@ -68,17 +68,6 @@ def states(run: Path) -> list[dict[str, Any]]:
     paths = sorted((run / "checkpoints").glob("step-*.pt"))
     found = [torch.load(path, weights_only=True) for path in paths]
     return [{k: v for k, v in s.items() if k not in ("args", "teacher_forwards")} for s in found]
-
-
-def same(a: object, b: object) -> bool:
-    """Return whether two states are equal, tensors to the bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return a == b
 
 
 # --- end to end ---------------------------------------------------------------------------------
@@ -262,7 +251,7 @@ def test_killed_after_a_checkpoint_it_ends_in_the_same_bits(
 ) -> None:
     as_killed_after(finished, step, run)
     done("distill", "--resume", run)
-    assert same(states(run), states(finished))
+    assert same_state(states(run), states(finished))
     assert (run / "summary.csv").read_text() == (finished / "summary.csv").read_text()
     weights = Path("student") / "model.safetensors"
     assert file_sha256(run / weights) == file_sha256(finished / weights)
@@ -327,5 +316,5 @@ def test_killed_five_times_at_random_steps_it_ends_in_the_same_bits(
     with capsys.disabled():
         print(f"\nkilled at steps {targets} of {total}: {sha256}")
     assert sha256["killed"] == sha256["left-alone"]
-    assert same(states(killed)[-1], states(left_alone)[-1])
+    assert same_state(states(killed)[-1], states(left_alone)[-1])
     assert (killed / "summary.csv").read_text() == (left_alone / "summary.csv").read_text()

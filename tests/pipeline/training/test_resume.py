@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Result, Spawned
+from conftest import Result, Spawned, same_state
 from mealv2.storage.atomic import file_sha256
 
 NUM_KILLS = 20
@@ -37,17 +37,6 @@ def states(run: Path) -> dict[str, Any]:
     newest = sorted((run / "checkpoints").iterdir())[-1]
     state: dict[str, Any] = torch.load(newest, weights_only=True)
     return state
-
-
-def same(a: object, b: object) -> bool:
-    """Return whether two states are equal, tensors to the bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return a == b
 
 
 def test_killed_at_twenty_random_steps_it_ends_in_the_same_bits(
@@ -88,6 +77,6 @@ def test_killed_at_twenty_random_steps_it_ends_in_the_same_bits(
     one, other = states(left_alone), states(killed)
     for state in (one, other):
         state.pop("args")  # names the run folder
-    assert same(one, other)
+    assert same_state(one, other)
     rows = [(run / "summary.csv").read_text() for run in (left_alone, killed)]
     assert rows[0] == rows[1]

@@ -4,22 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import IMG_SIZE
-
 
 @pytest.fixture(scope="session")
-def transfer_flags(data_dir: Path) -> list[str]:
+def transfer_flags(training_flags: list[str]) -> list[str]:
     """`mealv2 transfer` on the tree, all but --mode, the start and --output."""
-    settings = {
-        "--data-dir": data_dir,
-        "--model": "test_resnet",
-        "--img-size": IMG_SIZE,
-        "--epochs": 2,
-        "--batch-size": 12,
-        "--workers": 0,
-        "--log-interval": 1,
-    }
-    return ["transfer", *(str(part) for item in settings.items() for part in item)]
+    return ["transfer", *training_flags]
 
 
 @pytest.fixture(scope="session")
