@@ -92,5 +92,5 @@ def test_all_rows_have_a_figure(experiment: Experiment) -> None:
     rows = experiment.rows()
     run_all(config for row in rows for config in row.runs(0))
     text = rows_table(rows, figures(rows, [0]))
-    assert text.count("\n") == 2 + len(rows) == 11
+    assert text.count("\n") == 2 + len(rows) == 12
     assert "| hard labels on 1 a class | 1 | " in text
