@@ -33,6 +33,7 @@ COMMANDS: dict[str, type[configs.Settings]] = {
     "distill": configs.DistillConfig,
     "finetune": configs.FinetuneConfig,
     "transfer": configs.TransferConfig,
+    "transfer-detection": configs.TransferDetectionConfig,
     "evaluate": configs.EvaluateConfig,
     "predict": configs.PredictConfig,
     "export": configs.ExportConfig,

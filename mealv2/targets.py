@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from mealv2.codec import to_device
 from mealv2.errors import DataError
 from mealv2.label_set import Appender, LabelSet, Rows
 from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
+from mealv2.objects import ImageObjects
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 from mealv2.views import scheduled_view
 
@@ -28,7 +29,8 @@ class BatchTargets:
     ``multi_labels_BC`` are 1, 0 (ignored) or -1 for each class, where images have several.
     ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
     labels come from a set that stores them. ``blocks`` has the compared blocks of each teacher that
-    was chosen for the batch, B x D each (MEAL). ``label_counts`` counts the rows by source.
+    was chosen for the batch, B x D each (MEAL), ``objects`` those of each image (detection).
+    ``label_counts`` counts the rows by source.
     """
 
     soft_labels: Labels | None = None
@@ -37,11 +39,13 @@ class BatchTargets:
     kept_logits: KeptLogits | None = None
     multi_labels_BC: Tensor | None = None
     blocks: tuple[tuple[Tensor, ...], ...] = ()
+    objects: tuple[ImageObjects, ...] = ()
     label_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "BatchTargets":
         """Return the targets on a device."""
-        return self._map(lambda labels: labels.to(device), lambda rows: to_device(rows, device))
+        moved = self._map(lambda labels: labels.to(device), lambda rows: to_device(rows, device))
+        return replace(moved, objects=tuple(found.to(device) for found in self.objects))
 
     def rows(self, order_B: Tensor) -> "BatchTargets":
         """Return rows by index, in that order."""
@@ -77,7 +81,7 @@ class BatchTargets:
             None if self.kept_logits is None else labels(self.kept_logits),
             None if self.multi_labels_BC is None else tensor(self.multi_labels_BC),
             tuple(tuple(map(tensor, blocks)) for blocks in self.blocks),
-            self.label_counts,
+            label_counts=self.label_counts,
         )
 
 

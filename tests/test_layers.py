@@ -16,6 +16,7 @@ ROOT = Path(cli.__file__).resolve().parent
 SUPPORT = {
     "command_line",
     "training",
+    "comparison",
     "labelling",
     "loading",
     "runtime",

@@ -58,7 +58,7 @@ class ListedSource(UnorderedSource):
             key = key_of(entry.path, self.name)
             if key in found:
                 raise ConfigError(f"{self.name} lists {key} twice; remove one")
-            if (size := _size(folder / entry.path)) is None:
+            if (size := file_size(folder / entry.path)) is None:
                 self.left_out.add(key, "listed, but missing")
             else:
                 found[key] = entry, size
@@ -107,7 +107,7 @@ def key_of(path: str, name: str) -> str:
     return unicodedata.normalize("NFC", Path(normal).as_posix())
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
     """Return the size of a file, None without a regular one."""
     try:
         found = path.stat()

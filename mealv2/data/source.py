@@ -86,6 +86,14 @@ def multi_labels_of(source: ImageSource) -> Sequence[Sequence[int]] | None:
     return found
 
 
+def _supervision_of(source: ImageSource) -> Iterable[Any]:
+    """Return what the fingerprint has of each image's labels: a class id, classes, or objects."""
+    several = multi_labels_of(source)
+    objects: Sequence[Any] | None = getattr(source, "images", None)  # of a CocoSource
+    found = objects if several is None else several
+    return source.labels if found is None else map(tuple, found)
+
+
 def where_is(source: ImageSource, position: int) -> str:
     """Return where an image is, for messages: its path if it has one, else its source and key."""
     where = getattr(source, "where", None)
@@ -96,9 +104,7 @@ def where_is(source: ImageSource, position: int) -> str:
 
 def fingerprint(source: ImageSource, *, only: Container[str] | None = None) -> str:
     """Return the fingerprint of a source's images, or of those whose keys are in ``only``."""
-    several = multi_labels_of(source)
-    labels: Iterable[Any] = source.labels if several is None else map(tuple, several)
-    images = zip(labels, source.keys, source.sizes, strict=True)
+    images = zip(_supervision_of(source), source.keys, source.sizes, strict=True)
     return fingerprint_of(source.classes, (i for i in images if only is None or i[1] in only))
 
 

@@ -41,6 +41,7 @@ from mealv2.storage.weight_files import SAFETENSORS, find_checkpoint, weights_fo
 
 CONFIG_NAME = "config.json"
 METADATA_KEY = "mealv2"
+DETECTION = "detection"  # the task in the metadata of a detector
 _OF_FILES = ("pretrained", "checkpoint", "cache")  # arguments of timm.create_model
 
 
@@ -190,6 +191,10 @@ def _load_checkpoint(
     """Load a weights file; return its metadata, and lines for the user; raises ConfigError."""
     path = find_checkpoint(checkpoint)
     stored = read_metadata(path)
+    if stored.get("task") == DETECTION:
+        raise ConfigError(
+            f"checkpoint {path} is a detector of `mealv2 transfer-detection`, not a classifier"
+        )
     sha256 = pinned_sha256(path, pin) if pin else None  # before anything of the file is parsed
     state = read_state(path)
     if sha256 is None and "weights_sha256" not in stored:

@@ -38,7 +38,7 @@ class ConfigCommand(click.Command):
     ) -> None:
         self.config = config
         self._is_raw = raw_arguments
-        fields = dataclasses.fields(config)
+        fields = configs.settings_of(config)
         current = {_word(f.metadata["alias"]): _word(f.name) for f in fields if f.metadata["alias"]}
         context = more.pop("context_settings", {}) | {
             "token_normalize_func": lambda word: current.get(word, word)
@@ -121,7 +121,7 @@ def _in_reading_order(config: type[configs.Settings]) -> list[Field]:
     many = (configs.CropConfig, configs.NormalisationConfig)
     kinds = (*many, configs.RuntimeConfig, configs.SourceConfig)
     shared = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    fields = dataclasses.fields(config)
+    fields = configs.settings_of(config)
     return sorted(fields, key=lambda f: (f.default is not configs.REQUIRED, f.name in shared))
 
 
@@ -129,7 +129,7 @@ def _help_text(config: type[configs.Settings]) -> str:
     """Return the description, the arguments, which click leaves out, and the example."""
     lines = [
         f"  {configs.spelling(field)}  {field.metadata['help']}"
-        for field in dataclasses.fields(config)
+        for field in configs.settings_of(config)
         if field.metadata["positional"]
     ]
     arguments = "\n".join(["\n\n\b\nArguments:", *lines]) if lines else ""

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mealv2.data.coco_name import find_coco
 from mealv2.data.folder import class_folders, is_flat, split_folder
 from mealv2.data.hf_name import hf_name
 from mealv2.data.image_table import check_splits, is_table
@@ -131,6 +132,15 @@ def _splits_of(config: Settings) -> Iterable[str]:
         yield settings["val_split"]
 
 
+def _check_coco(config: Settings, name: str, data_dir: Path) -> None:
+    require(
+        find_spec("pycocotools") is not None,
+        "average precision needs pycocotools: pip install pycocotools",
+    )
+    for split in _splits_of(config):
+        find_coco(data_dir, split)
+
+
 def _check_label_set(config: Settings, name: str, labels: Path) -> None:
     if not any((labels / file).is_file() for file in (PLAN_NAME, MANIFEST_NAME)):
         raise LabelSetError(
@@ -230,6 +240,7 @@ def _listed(names: list[str]) -> str:
 # By the `path` of a setting.
 _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
+    "coco": _check_coco,
     "label set": _check_label_set,
     "label sets": _check_merged_set,
     "new label set": _check_new_label_set,

@@ -244,7 +244,7 @@ def _read(config: type[configs.Settings], path: Path) -> dict[str, Any]:
         values = read_json(path)
         configs.require(isinstance(values, dict), "it is not a JSON object")
         values = configs.current_names(config, values)
-        for name in sorted(values.keys() - {field.name for field in dataclasses.fields(config)}):
+        for name in sorted(values.keys() - {field.name for field in configs.settings_of(config)}):
             raise ConfigError(f"unknown setting {name!r}")
     except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"cannot read settings from {path}: {error}") from None

@@ -6,6 +6,8 @@ imported. Each name that a module defines can be imported from here.
 
 from pipeline.config.base import *  # noqa: F403
 from pipeline.config.bench import *  # noqa: F403
+from pipeline.config.comparison import *  # noqa: F403
+from pipeline.config.detection import *  # noqa: F403
 from pipeline.config.distill import *  # noqa: F403
 from pipeline.config.fields import *  # noqa: F403
 from pipeline.config.label_sets import *  # noqa: F403

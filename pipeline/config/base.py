@@ -76,6 +76,7 @@ class Settings:
 
     example: ClassVar[str] = ""  # a command line for --help
     in_ranks: ClassVar[bool] = False  # whether torchrun may start several processes
+    fixed: ClassVar[frozenset[str]] = frozenset()  # inherited settings that it does not have
 
     @property
     def first_line(self) -> str:
@@ -101,7 +102,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, with absolute paths."""
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in settings_of(type(self))}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -110,13 +111,18 @@ class Settings:
         Raises ConfigError for an unknown name or a missing setting.
         """
         values = current_names(cls, values)
-        known = {f.name: f for f in dataclasses.fields(cls)}
+        known = {f.name: f for f in settings_of(cls)}
         for name in sorted(values.keys() - known.keys()):
             require(False, f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
         for name, field in known.items():
             is_missing = field.default is REQUIRED and values.get(name) in (None, [], ())
             require(not is_missing, f"{spelling(field)} is required")
         return cls(**{name: typed(known[name], value) for name, value in values.items()})
+
+
+def settings_of(config: type[Settings]) -> "list[dataclasses.Field[Any]]":
+    """Return the fields of a config that can be set."""
+    return [field for field in dataclasses.fields(config) if field.name not in config.fixed]
 
 
 @frozen

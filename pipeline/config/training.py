@@ -179,6 +179,11 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
         return (self.select or self.default_select) == "best" and self.val_split != NO_SPLIT
 
     @property
+    def max_steps(self) -> int | None:
+        """The steps of a run that ends within an epoch; None ends with the last epoch."""
+        return None
+
+    @property
     def model_args(self) -> dict[str, Any]:
         """The arguments of timm's model: Python literals, other text as it is."""
         found: dict[str, Any] = {}

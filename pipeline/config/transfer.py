@@ -1,15 +1,13 @@
 """Settings of `mealv2 transfer`; the defaults are the paper's (section 7 and appendix A)."""
 
 import dataclasses
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from mealv2.storage.urls import Location
-from pipeline.config.base import DATA_DIR, MAX_EPOCHS, NO_SPLIT
+from pipeline.config.base import DATA_DIR, MAX_EPOCHS
+from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.fields import (
-    MAX_SEED,
     frozen,
     in_data,
     in_hardware,
@@ -31,21 +29,8 @@ TRANSFER_LR: dict[str, float] = {"scratch": 0.01, "fine-tune": 0.01, "frozen": 0
 STORED_VIEWS = 10  # of an image, with a frozen backbone
 
 
-def absolute_starts(starts: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return starts with absolute paths: of a folder or file, and of NAME=CHECKPOINT."""
-    return None if starts is None else tuple(map(absolute_start, starts))
-
-
-def absolute_start(start: str) -> str:
-    """Return a start with an absolute path, if it has one: a folder or file with a slash."""
-    name, equals, path = start.partition("=")
-    if os.sep in start and os.path.exists(start):  # noqa: PTH110  # a name may be too long
-        return os.path.abspath(start)  # noqa: PTH100
-    return f"{name}={os.path.abspath(path)}" if equals and path else start  # noqa: PTH100
-
-
 @frozen
-class TransferConfig(FinetuneConfig):
+class TransferConfig(ComparisonConfig, FinetuneConfig):
     """Measure how well a backbone transfers to another classification data set.
 
     From scratch, fine-tuned, or frozen with a new linear layer: the three parts of the paper's
@@ -70,28 +55,10 @@ class TransferConfig(FinetuneConfig):
         shown="none",
         path="file",
     )
-    model: str = in_model(
-        "",
-        "Backbone: a timm or released model name, NAME=CHECKPOINT, the folder of a run or model, "
-        "local-dir:PATH, hf-hub:NAME, or your own code, PACKAGE.MODULE:FUNCTION.",
-        shown="those of --compare",
-        convert=absolute_start,
-        need="one of --model and --compare is required",
-    )
-    compare: tuple[str, str] | None = in_model(
-        None,
-        "Two backbones, as for --model: the base and the distilled one; both are trained, and one "
-        "table compares them.",
-        shown="none",
-        convert=absolute_starts,
-    )
     mode: TransferMode = in_model(
         "fine-tune",
         "scratch: random weights. fine-tune: train all weights. frozen: train the last linear "
         "layer only (linear evaluation). all: the three, one after another.",
-    )
-    seeds: int = in_run(
-        1, "Number of seeds, from --seed on: each is a run of its own.", low=1, high=1000
     )
     select: Literal["last", "best"] | None = in_run(
         None,
@@ -137,7 +104,9 @@ class TransferConfig(FinetuneConfig):
             object.__setattr__(self, "lr", TRANSFER_LR[self.mode])
         super().__post_init__()
         self._check_start()
-        self._check_grid()
+        either = "give --data-dir or --sets, not both"
+        require((self.data_dir is None) != (self.sets is None), either)
+        self._check_grid("--compare, --sets, --seeds or --mode all")
         if self.mode == "frozen":
             names = ("drop", "drop_path", "layer_decay", "sync_bn", "torchcompile")
             without_effect(self, "with --mode frozen, which trains one linear layer", *names)
@@ -164,25 +133,6 @@ class TransferConfig(FinetuneConfig):
             "--mode scratch",
         )
 
-    def _check_grid(self) -> None:
-        either = "give --data-dir or --sets, not both"
-        require((self.data_dir is None) != (self.sets is None), either)
-        either = "give --model or --compare, not both"
-        require(bool(self.model) != (self.compare is not None), either)
-        if self.compare is not None:
-            names = ("initial_checkpoint", "pretrained")
-            without_effect(self, "with --compare, whose models have their own weights", *names)
-        if not self.is_grid:
-            return
-        what = "with --compare, --sets, --seeds or --mode all"
-        require(self.output is not None, f"--output is required {what}: a folder of all runs")
-        without_effect(self, f"{what}: the same command continues all runs", "resume")
-        without_effect(self, f"{what}, which always continue their runs", "auto_resume")
-        last = self.seed + self.seeds - 1
-        require(last <= MAX_SEED, f"--seed {self.seed} with --seeds {self.seeds} is too large")
-        message = "the table needs a validation split, but --val-split is none"
-        require(self.val_split != NO_SPLIT, message)
-
     def check_lr(self, name: str, lr: float | None) -> None:
         """Check a learning rate; with --mode all each mode has its own, None here."""
         if lr is not None:
@@ -191,22 +141,28 @@ class TransferConfig(FinetuneConfig):
     @property
     def is_grid(self) -> bool:
         """Whether the command trains several runs."""
-        is_several = self.seeds > 1 or self.mode == "all"
-        return is_several or self.sets is not None or self.compare is not None
+        return self.sets is not None or super().is_grid
+
+    @property
+    def sets_file(self) -> Path | None:
+        """The file of several data sets, if there is one."""
+        return self.sets
 
     @property
     def all_modes(self) -> tuple[TransferMode, ...]:
         """The modes of the runs."""
         return MODES if self.mode == "all" else (self.mode,)
 
-    def cell(self, *, model: str, mode: TransferMode, data_dir: Location | None) -> Self:
+    def cell(
+        self, *, model: str, mode: Any, data_dir: Location | None = None, **changes: Any
+    ) -> Self:
         """Return the settings of one of several runs; its seed and folder are still to be set."""
         one: dict[str, Any] = {"model": model, "mode": mode, "data_dir": data_dir}
         if mode == "scratch":
             one |= {"initial_checkpoint": None, "pretrained": None}
         if mode != "frozen":
             one |= {"cache_features": "auto", "feature_dir": None}
-        return dataclasses.replace(self, **one, sets=None, compare=None, seeds=1)
+        return dataclasses.replace(self, **one, **changes, sets=None, compare=None, seeds=1)
 
     @property
     def from_pretrained(self) -> bool:

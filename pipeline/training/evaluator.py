@@ -60,6 +60,19 @@ class LabelTable(Protocol):
         """Return the labels of images."""
 
 
+class Validation(Protocol):
+    """Measures a model on the images of a source; all ranks call it together."""
+
+    @property
+    def source(self) -> ImageSource:
+        """The images."""
+
+    def summary(
+        self, model: Any, *, num_classes: int, stop: StopFlag | None = None
+    ) -> dict[str, float | int]:
+        """Return the metrics of a model by name, the same on all ranks."""
+
+
 class Evaluator:
     """Evaluates models on one split.
 

@@ -1,5 +1,6 @@
 """The one training loop: distil, finetune and others vary its task and targets, not the loop."""
 
+import itertools
 import math
 import signal
 import time
@@ -95,7 +96,7 @@ class _Trainer:
         if self._is_over() and (report := self.result.finished_report(self.state)) is not None:
             return report
         self.log.log_session(self.runtime)
-        if progress.total_steps == 0 or self._is_over():
+        if (progress.total_steps == 0 and self.spec.validates_start) or self._is_over():
             metrics = self._validate(progress.epoch)
             self.log.print_accuracies(metrics)
         batches = WaitTimer(self._read())
@@ -115,6 +116,11 @@ class _Trainer:
             self.config, self.state
         )
 
+    def _steps_left(self) -> int | None:
+        """Return how many steps a run of --iterations still has; None for all of its epochs."""
+        limit = self.config.max_steps
+        return None if limit is None else limit - self.progress.total_steps
+
     # --- one pass over the images -----------------------------------------------------------------
 
     def _read(self) -> Iterator[Batch]:
@@ -123,7 +129,7 @@ class _Trainer:
             self.progress.epoch, self.progress.step, local=self.step.local_rows
         )
         loader = self.spec.load(
-            requests,
+            itertools.islice(requests, self._steps_left()),
             cache=image_cache(self.config, self.spec.source),
             workers=self.config.workers,
             pin_memory=self.runtime.should_pin_memory,
@@ -137,7 +143,7 @@ class _Trainer:
         config, spec, state, progress = self.config, self.spec, self.state, self.progress
         batches_of_pass = self.sampler.batches(progress.epoch)
         steps_per_epoch = len(batches_of_pass) / self.sampler.num_epochs(progress.epoch)
-        requests = batches_of_pass[progress.step :]
+        requests = batches_of_pass[progress.step :][: self._steps_left()]
         num_skipped = self.sampler.num_skipped(progress.epoch)
         if progress.step == 0 and num_skipped and self.ranks.is_main_process:
             state.pass_means.count({SKIPPED: num_skipped})

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
 from torch import nn
 
 from mealv2.errors import ConfigError
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, TransferDetectionConfig
 from pipeline.training.spec import TrainingSpec
 
 _PAPER = "sgd"  # with plain momentum, and weight decay of all weights
@@ -136,6 +136,46 @@ class Schedule:
             self._scheduler.step_update(self._updates * epoch + step * scale)
         else:
             self._scheduler.step(epoch)
+
+
+class StepSchedule(Schedule):
+    """The learning rate of a run of --iterations, a function of the step: a warm-up, then falls.
+
+    detectron2's WarmupMultiStepLR: linear from --warmup-factor x lr in step 0 to lr.
+    """
+
+    def __init__(
+        self,
+        config: TransferDetectionConfig,
+        optimizer: torch.optim.Optimizer,
+        *,
+        updates_per_epoch: float,
+    ) -> None:
+        self._updates = updates_per_epoch
+        self._scheduler, _ = create_scheduler_v2(
+            optimizer,
+            "multistep",
+            num_epochs=config.iterations,
+            decay_milestones=[step + 0.5 for step in config.decay_steps],  # type: ignore[arg-type]
+            decay_rate=config.decay_rate,
+            warmup_epochs=config.warmup_steps,
+            warmup_lr=config.lr * config.warmup_factor,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+
+    def set_lr(self, epoch: int, step: int = 0, *, steps_per_epoch: float | None = None) -> None:
+        """Set the learning rates of step ``step`` of the pass ``epoch``."""
+        self._scheduler.step_update(round(self._updates * epoch) + step)
+
+
+def create_schedule(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, *, updates_per_epoch: float
+) -> Schedule:
+    """Return the schedule of a run."""
+    if isinstance(config, TransferDetectionConfig):
+        return StepSchedule(config, optimizer, updates_per_epoch=updates_per_epoch)
+    return Schedule(config, optimizer, updates_per_epoch=updates_per_epoch)
 
 
 def is_fused(device: torch.device) -> bool | None:

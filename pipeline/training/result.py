@@ -7,6 +7,7 @@ from typing import Any
 
 from mealv2.errors import MealError
 from mealv2.models import Classifier, save_classifier
+from mealv2.models.detector import Detector, save_detector
 from mealv2.storage.weight_files import EXPORT_FOLDER
 from pipeline import console
 from pipeline.config import TrainConfig
@@ -88,7 +89,8 @@ class RunResult:
     def save_model(self, model: Classifier) -> None:
         """Write a model as the result so far."""
         if self._ranks.is_main_process:
-            save_classifier(
+            save = save_detector if isinstance(model, Detector) else save_classifier
+            save(
                 self._folder.path / EXPORT_FOLDER,
                 model,
                 classes=self._spec.source.classes,

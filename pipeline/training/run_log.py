@@ -19,7 +19,8 @@ FEW_STEPS = 4  # of an epoch
 MAX_ACCURACY, MAX_GRADIENT_RATIO = 0.95, 0.5
 _COLUMNS = {"top1": "top-1", "top5": "top-5"}
 _MULTI_LABEL_COLUMNS = {"map": "mAP", "map_11point": "11-point mAP"}
-_OF_EPOCH = {"top1": "top-1", **_MULTI_LABEL_COLUMNS, "agreement": "agreement"}
+_OF_EPOCH = {"top1": "top-1", **_MULTI_LABEL_COLUMNS, "ap": "AP", "ap50": "AP50"}
+_OF_EPOCH |= {"agreement": "agreement"}
 LOW_LR = "1e-4"  # of a discriminator that does not win
 
 
@@ -77,7 +78,8 @@ class RunLog:
         """Report that an epoch has few steps."""
         num_images, size = len(self._spec.positions), self._config.batch_size
         per_epoch = updates_per_epoch(self._config, num_images)
-        if per_epoch < FEW_STEPS and num_images > FEW_STEPS:
+        is_few = self._config.max_steps is None and per_epoch < FEW_STEPS
+        if is_few and num_images > FEW_STEPS:
             total = num_steps(self._config, num_images)
             console.info(
                 f"{num_images} images at --batch-size {size}: {per_epoch:g} "

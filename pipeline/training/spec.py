@@ -1,9 +1,9 @@
 """What a run trains and on what: the parts that a command puts together for the one loop."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -22,8 +22,7 @@ from mealv2.task import Task
 from mealv2.views import Views
 from pipeline import console
 from pipeline.config import TrainConfig
-from pipeline.training.evaluator import Evaluator
-from pipeline.training.features import FeatureTable
+from pipeline.training.evaluator import Validation
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,13 @@ class Mixing:
         return self.mixup_target if isinstance(mix, Blend) else self.cutmix_target
 
 
+class BatchSource(Protocol):
+    """Makes batches that are not views of a ViewReader."""
+
+    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+        """Yield the batch of each request, in order."""
+
+
 @dataclass(frozen=True)
 class TrainingSpec:
     """What a run trains and on what: everything the loop does not decide itself.
@@ -69,9 +75,9 @@ class TrainingSpec:
     that are trained too, each with its initial learning rate. ``teachers`` are accuracies to print
     before the first step, ``teacher_forwards`` the views that teachers saw to measure them,
     ``notes`` lines to print there, ``labels`` what the run folder keeps of the labels it is made
-    from, ``check`` what compares the images with the labelled ones. With ``features`` no image is
-    read: the batches are features of the student's frozen backbone. ``metric`` chooses the best
-    epoch.
+    from, ``check`` what compares the images with the labelled ones. A ``batch_source`` makes the
+    batches in place of the views: features of a frozen backbone, whole images. ``metric`` chooses
+    the best epoch; ``validates_start``: the initial weights are validated too.
     """
 
     command: str
@@ -81,9 +87,9 @@ class TrainingSpec:
     positions: list[int]
     targets: Targets
     img_size: int
-    views: Views
+    views: Views | None
     resize: Resize
-    evaluator: Evaluator | None
+    evaluator: Validation | None
     extra: dict[str, tuple[nn.Module, float]] = field(default_factory=dict)
     mixing: Mixing | None = None
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -91,8 +97,9 @@ class TrainingSpec:
     notes: tuple[str, ...] = ()
     labels: dict[str, Any] | None = None
     check: ImageCheck | None = None
-    features: FeatureTable | None = None
+    batch_source: BatchSource | None = None
     metric: str = "top1"
+    validates_start: bool = True
 
     @cached_property
     def data_sha256(self) -> str:
@@ -126,8 +133,8 @@ class TrainingSpec:
         pin_memory: bool,
     ) -> Iterable[Batch]:
         """Return the batch of each request, in order, read ahead by threads."""
-        if self.features is not None:
-            return self.features.batches(requests)
+        if self.batch_source is not None:
+            return self.batch_source.batches(requests)
         return read_views(self.reader(cache), requests, workers=workers, pin_memory=pin_memory)
 
 

@@ -14,7 +14,7 @@ from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_rank
 from pipeline.training import image_list
 from pipeline.training.meters import Meter
-from pipeline.training.optimizer import Schedule, create_optimizer, restore_optimizer
+from pipeline.training.optimizer import create_optimizer, create_schedule, restore_optimizer
 from pipeline.training.spec import TrainingSpec
 
 
@@ -48,7 +48,7 @@ class TrainingState:
         self.best: dict[str, Any] | None = None
         self.optimizer = create_optimizer(config, spec, runtime.device)
         num_updates = updates_per_epoch(config, len(spec.positions))
-        self.schedule = Schedule(config, self.optimizer, updates_per_epoch=num_updates)
+        self.schedule = create_schedule(config, self.optimizer, updates_per_epoch=num_updates)
         self.ema = None
         if config.model_ema:
             decay = DEFAULT_EMA_DECAY if config.model_ema_decay is None else config.model_ema_decay

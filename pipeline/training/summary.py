@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mealv2.models.detector import Detector
 from mealv2.models.factory import is_factory
 from mealv2.storage.urls import shown
 from mealv2.storage.weight_files import EXPORT_FOLDER, WEIGHTS_NAME
@@ -17,6 +18,9 @@ _COLUMNS = {
     "map": "mAP",
     "map_11point": "11-point mAP",
     "agreement": "agreement",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
 }
 _RESIZE_FLAGS = {
     "torch": [],
@@ -65,6 +69,8 @@ def next_commands(config: TrainConfig, spec: TrainingSpec, run: Path) -> list[st
     They name a model of the user's own code, which runs only if the command line names it; as no
     timm folder can hold it, it is exported to ONNX.
     """
+    if isinstance(spec.student, Detector):
+        return []  # evaluate and export are for classifiers
     tag = spec.student.tag
     own, to = (["--model", tag], "onnx") if is_factory(tag) else ([], "timm")
     found = []

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from pipeline.comparison.grid import run_grid
+from pipeline.comparison.table import SETS
 from pipeline.config import TransferConfig
 from pipeline.runtime.device import distributed_runtime
-from pipeline.transfer.grid import run_grid
 from pipeline.transfer.single import train_one
 
 
@@ -16,5 +17,5 @@ def run(config: TransferConfig) -> dict[str, Any]:
     """
     with distributed_runtime(config) as runtime:
         if config.is_grid:
-            return run_grid(config, runtime)
+            return run_grid(config, runtime, train_one=train_one, form=SETS)
         return train_one(config, runtime)

@@ -12,6 +12,7 @@ from mealv2.multi_label import MultiLabels, MultiLabelTask, labels_of
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask, Task
 from mealv2.views import DrawnViews
+from pipeline.comparison.starts import with_start
 from pipeline.config import TransferConfig
 from pipeline.loading.small_images import propose_crop
 from pipeline.loading.sources import held_out_of, open_images, open_split
@@ -23,7 +24,6 @@ from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 from pipeline.transfer.frozen import cached_features
-from pipeline.transfer.starts import with_start
 
 
 def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
         resize=config.resize,
         mixing=mixing_of(config),
         evaluator=None if val is None else _evaluator(config, runtime, val, val_features),
-        features=features,
+        batch_source=features,
         metric=_metric(config, source),
     )
     return train(config, runtime, spec)

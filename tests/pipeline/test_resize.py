@@ -25,13 +25,13 @@ OTHER = "0" * 64
 def resizes(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Who resized, in all that runs."""
     seen: set[str] = set()
-    real = pixels._resized
+    real = pixels.resized
 
     def watched(pixels_HWC: Any, height: int, width: int, resize: Any) -> Any:
         seen.add(resize)
         return real(pixels_HWC, height, width, resize)
 
-    monkeypatch.setattr(pixels, "_resized", watched)
+    monkeypatch.setattr(pixels, "resized", watched)
     return seen
 
 

@@ -277,7 +277,7 @@ def test_probe_notices_other_pixels(monkeypatch):
     probe = probe_sha256.__wrapped__
     known = {resize: probe(resize) for resize in RESIZES}
     assert len(set(known.values())) == len(RESIZES)
-    real = mealv2_pixels._resized
+    real = mealv2_pixels.resized
     with monkeypatch.context() as patch:
         # one level, in one pixel of one view
         def off_by_one(*args):
@@ -285,7 +285,7 @@ def test_probe_notices_other_pixels(monkeypatch):
             pixels[-1, -1, -1] ^= 1
             return pixels
 
-        patch.setattr(mealv2_pixels, "_resized", off_by_one)
+        patch.setattr(mealv2_pixels, "resized", off_by_one)
         assert all(probe(resize) != known[resize] for resize in RESIZES)
     assert all(probe(resize) == known[resize] for resize in RESIZES)
 

@@ -11,10 +11,10 @@ from layouts import draw_lists
 
 from conftest import Result
 from mealv2.errors import ConfigError
+from pipeline.comparison.grid import read_sets
+from pipeline.comparison.table import Run as TableRun
+from pipeline.comparison.table import grid_report, grid_table
 from pipeline.transfer import grid
-from pipeline.transfer.grid import read_sets
-from pipeline.transfer.table import Run as TableRun
-from pipeline.transfer.table import grid_report, grid_table
 
 Run = Callable[..., Result]
 

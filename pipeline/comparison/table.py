@@ -1,4 +1,4 @@
-"""The table of many transfers in the form of the paper's Table 6, with intervals over seeds."""
+"""The table of many runs in the form of the paper's Tables 6 and 7, with intervals over seeds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,34 @@ from pipeline import console
 from pipeline.intervals import interval
 
 METRICS = ("top1", "map_11point", "map")  # a report's first of these is its figure
-_TITLES = {"scratch": "From scratch", "fine-tune": "Fine-tune", "frozen": "Freeze backbone"}
+_TITLES = {
+    "scratch": "From scratch",
+    "fine-tune": "Fine-tune",
+    "frozen": "Freeze backbone",
+    "freeze-first-stage": "Freeze first stage",
+}
 _NAMES = {"base": "Base model", "distilled": "Distilled", "model": "Model"}
 _MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the columns are: the data sets, or metrics of one set, their titles by name."""
+
+    metrics: dict[str, str] = field(default_factory=dict)
+
+
+SETS = Form()
+AVERAGE_PRECISIONS = Form(
+    {
+        "ap": "AP",
+        "ap50": "AP50",
+        "ap75": "AP75",
+        "ap_small": "APSmall",
+        "ap_medium": "APMedium",
+        "ap_large": "APLarge",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -38,49 +63,62 @@ class Run:
         return float(self.report[self.metric])
 
 
-def grid_report(runs: Sequence[Run]) -> dict[str, Any]:
+def grid_report(runs: Sequence[Run], form: Form = SETS) -> dict[str, Any]:
     """Return all figures: values by seed, means and 95 % intervals, and differences by seed."""
+    by_row = _by_row(runs, form)
+    differences = _differences(by_row).items()
+    if form.metrics:
+        return {
+            "results": [
+                {"metric": metric, "mode": mode, "model": model} | _of(values)
+                for (metric, mode, model), values in by_row.items()
+            ],
+            "differences": [
+                {"metric": metric, "mode": mode} | _of(values)
+                for (metric, mode), values in differences
+            ],
+        }
     rows = []
-    for (data_set, mode, model), values in _by_row(runs).items():
+    for (data_set, mode, model), values in by_row.items():
         metric = next(run.metric for run in runs if (run.data_set, run.mode) == (data_set, mode))
         rows.append({"set": data_set, "mode": mode, "model": model, "metric": metric} | _of(values))
     return {
         "results": rows,
         "differences": [
             {"set": data_set, "mode": mode} | _of(values)
-            for (data_set, mode), values in _differences(_by_row(runs)).items()
+            for (data_set, mode), values in differences
         ],
         "means": [
             {"mode": mode, "model": model} | _of(values)
-            for (mode, model), values in _means(_by_row(runs)).items()
+            for (mode, model), values in _means(by_row).items()
         ],
     }
 
 
-def grid_table(runs: Sequence[Run], *, as_markdown: bool = False) -> str:
-    """Return the table: a column for each set, and their mean, if there are several."""
-    rows = _table_rows(runs)
+def grid_table(runs: Sequence[Run], form: Form = SETS, *, as_markdown: bool = False) -> str:
+    """Return the table: a column for each metric, or each set and, of several, their mean."""
+    rows = _table_rows(_by_row(runs, form), form)
     if as_markdown:
         lines = [f"| {' | '.join(cells)} |" for cells in rows]
         lines.insert(1, f"|{' --- |' * len(rows[0])}")
-        return "\n".join([*lines, "", *_notes(runs)])
-    return "\n".join([console.table(rows), *_notes(runs)])
+        return "\n".join([*lines, "", *_notes(runs, form)])
+    return "\n".join([console.table(rows), *_notes(runs, form)])
 
 
-def _table_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = _by_row(runs)
-    sets = list(dict.fromkeys(data_set for data_set, _, _ in rows))
-    means = _means(rows) if len(sets) > 1 else {}
-    shown = [["", *(name or "accuracy" for name in sets), *([_MEAN] if means else [])]]
+def _table_rows(rows: "Rows", form: Form) -> list[list[str]]:
+    columns = list(dict.fromkeys(column for column, _, _ in rows))
+    means = _means(rows) if len(columns) > 1 and not form.metrics else {}
+    titles = [form.metrics.get(name, name or "accuracy") for name in columns]
+    shown = [["", *titles, *([_MEAN] if means else [])]]
     differences = _differences(rows)
     for mode in dict.fromkeys(mode for _, mode, _ in rows):
         models = list(dict.fromkeys(model for _, m, model in rows if m == mode))
         for model in models:
             title = _TITLES[mode] if mode == "scratch" else f"{_TITLES[mode]}: {_NAMES[model]}"
-            cells = [_cell(rows[s, mode, model]) for s in sets]
+            cells = [_cell(rows.get((c, mode, model), {})) for c in columns]
             shown.append([title, *cells, *([_cell(means[mode, model])] if means else [])])
         if len(models) > 1:
-            cells = [_difference_cell(differences[s, mode]) for s in sets]
+            cells = [_difference_cell(differences.get((c, mode), {})) for c in columns]
             if means:
                 base, distilled = (means[mode, model] for model in models)
                 cells.append(_difference_cell({s: distilled[s] - base[s] for s in base}))
@@ -93,11 +131,16 @@ Values = dict[int, float]
 Rows = dict[tuple[str, str, str], Values]
 
 
-def _by_row(runs: Iterable[Run]) -> Rows:
+def _by_row(runs: Iterable[Run], form: Form) -> Rows:
+    """Return the values by column (data set or metric), mode and model."""
     rows: Rows = {}
     for run in runs:
-        rows.setdefault((run.data_set, run.mode, run.model), {})[run.seed] = run.value
-    return rows
+        values = {run.data_set: run.value} if not form.metrics else run.report
+        for column, value in values.items():
+            if column in form.metrics or not form.metrics:
+                rows.setdefault((column, run.mode, run.model), {})[run.seed] = float(value)
+    order = list(form.metrics)
+    return dict(sorted(rows.items(), key=lambda row: order.index(row[0][0]))) if order else rows
 
 
 def _differences(rows: Rows) -> dict[tuple[str, str], Values]:
@@ -133,6 +176,8 @@ def _of(values: Values) -> dict[str, Any]:
 def _cell(values: Values) -> str:
     """Return a mean and half the width of its interval: 80.70 ± 0.31."""
     figures = list(values.values())
+    if not figures:
+        return "-"
     between = interval(figures) if len(figures) > 1 else None
     half = "" if between is None else f" ± {(between[1] - between[0]) / 2:.2f}"
     return f"{mean(figures):.2f}{half}"
@@ -141,16 +186,20 @@ def _cell(values: Values) -> str:
 def _difference_cell(values: Values) -> str:
     """Return a mean difference and its interval: +3.00 [+2.10, +3.90]."""
     figures = list(values.values())
+    if not figures:
+        return "-"
     between = interval(figures) if len(figures) > 1 else None
     text = "" if between is None else f" [{between[0]:+.2f}, {between[1]:+.2f}]"
     return f"{mean(figures):+.2f}{text}"
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[Run], form: Form) -> list[str]:
     """Return what the figures are."""
-    of_set = {run.data_set: run.metric for run in runs}
-    names = {"top1": "top-1", "map": "mAP", "map_11point": "VOC2007's 11-point mAP"}
-    metrics = sorted({names[metric] for metric in of_set.values()})
+    metrics = ["COCO's average precision"]
+    if not form.metrics:
+        of_set = {run.data_set: run.metric for run in runs}
+        names = {"top1": "top-1", "map": "mAP", "map_11point": "VOC2007's 11-point mAP"}
+        metrics = sorted({names[metric] for metric in of_set.values()})
     seeds = len({run.seed for run in runs})
     over = f"mean of {seeds} seeds, 95 % interval (Student's t)" if seeds > 1 else "one seed"
     return [f"{' and '.join(metrics)} in percent; {over}."]

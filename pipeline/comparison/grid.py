@@ -1,6 +1,6 @@
 """Many transfers: every set, mode, model and seed, each a run folder of its own; then one table."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +13,16 @@ from mealv2.storage.regular_files import read_regular
 from mealv2.storage.urls import Location, located
 from pipeline import console
 from pipeline.command_line.paths import check_paths
-from pipeline.config import FREE_ON_RESUME, TransferConfig
+from pipeline.comparison.starts import with_start
+from pipeline.comparison.table import Form, Run, grid_report, grid_table
+from pipeline.config import FREE_ON_RESUME, ComparisonConfig
 from pipeline.runtime.device import Runtime
 from pipeline.training.run_folder import CONFIG_NAME, RunFolder, has_checkpoint
-from pipeline.transfer.single import train_one
-from pipeline.transfer.starts import with_start
-from pipeline.transfer.table import Run, grid_report, grid_table
 
 MODELS = ("base", "distilled")  # of --compare, in this order
+
+# Trains one run and returns its report.
+TrainOne = Callable[[Any, Runtime], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,19 @@ class _Cell:
     """A run of the grid: where its result belongs in the table, and its settings."""
 
     run: Run
-    config: TransferConfig
+    config: ComparisonConfig
 
 
-def run_grid(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
+def run_grid(
+    config: ComparisonConfig, runtime: Runtime, *, train_one: TrainOne, form: Form
+) -> dict[str, Any]:
     """Train every cell whose run is not finished; print the table and return the report.
 
     Writes transfer.json and transfer.md into --output. Raises StoppedError after a signal, and
     ConfigError for a folder with a run of other settings.
     """
     if runtime.ranks.is_distributed:
-        raise ConfigError("--compare, --sets, --seeds and --mode all run in one process")
+        raise ConfigError("several runs (--compare, --seeds, …) need one process, not torchrun")
     if config.seeds > 1 and find_spec("scipy") is None:
         raise ConfigError("--seeds needs scipy for the intervals over seeds: pip install scipy")
     cells = list(_cells(config))
@@ -46,24 +50,25 @@ def run_grid(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
         check_paths(cell.config)
         with_start(cell.config)
     repeats = config.seeds > 1 and any(cell.config.caches_features for cell in cells)
-    if repeats and config.feature_dir is None:
+    if repeats and getattr(config, "feature_dir", None) is None:
         console.info("--feature-dir DIR computes the features of a backbone once for all seeds")
     runs = []
     for number, cell in enumerate(cells, 1):
         console.info(f"{number}/{len(cells)}: {cell.config.output}")
-        runs.append(replace(cell.run, report=_run(cell, runtime)))
+        runs.append(replace(cell.run, report=_run(cell, runtime, train_one)))
     assert config.output is not None, "checked by the settings"
-    report, table = grid_report(runs), grid_table(runs, as_markdown=True)
+    report, table = grid_report(runs, form), grid_table(runs, form, as_markdown=True)
     write_atomic(config.output / "transfer.json", canonical_json(report).encode())
     write_atomic(config.output / "transfer.md", f"{table}\n".encode())
-    console.result(grid_table(runs))
+    console.result(grid_table(runs, form))
     return {"output": str(config.output), **report}
 
 
-def _cells(config: TransferConfig) -> Iterator[_Cell]:
+def _cells(config: ComparisonConfig) -> Iterator[_Cell]:
     """Yield the runs: set by set, mode by mode, model by model, seed by seed."""
     assert config.output is not None, "checked by the settings"
-    sets = read_sets(config.sets) if config.sets is not None else {"": config.data_dir}
+    file, only = config.sets_file, config.data_dir
+    sets = {"": only} if file is None else read_sets(file)
     starts = dict(zip(MODELS, config.compare or (), strict=False)) or {"model": config.model}
     seeds = range(config.seed, config.seed + config.seeds)
     for set_name, data_dir in sets.items():
@@ -110,7 +115,7 @@ def _is_plain(name: str) -> bool:
     return name not in (".", "..") and Path(name).name == name and "\\" not in name
 
 
-def _run(cell: _Cell, runtime: Runtime) -> dict[str, Any]:
+def _run(cell: _Cell, runtime: Runtime, train_one: TrainOne) -> dict[str, Any]:
     """Train a cell, or continue its run, or read the report of a finished one."""
     config, folder = cell.config, cell.config.output
     assert folder is not None, "a cell has a folder"
@@ -127,7 +132,7 @@ def _run(cell: _Cell, runtime: Runtime) -> dict[str, Any]:
         ) from None
 
 
-def _require_same(config: TransferConfig, folder: Path) -> None:
+def _require_same(config: ComparisonConfig, folder: Path) -> None:
     """Raise ConfigError if a folder has a run of other settings."""
     try:
         kept = dict(read_json(folder / CONFIG_NAME))

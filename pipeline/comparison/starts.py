@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import timm
 
@@ -10,11 +11,13 @@ from mealv2.errors import ConfigError
 from mealv2.models import read_metadata
 from mealv2.models.released import find
 from mealv2.storage.weight_files import find_checkpoint
-from pipeline.config import TransferConfig
+from pipeline.config import ComparisonConfig
 from pipeline.load_model import require_own_code_named
 
+Config = TypeVar("Config", bound=ComparisonConfig)
 
-def with_start(config: TransferConfig) -> TransferConfig:
+
+def with_start(config: Config) -> Config:
     """Return the settings with the model, and the weights if a file has them, that --model names.
 
     A name of timm or of a released model is that model, also beside a folder of this name. Raises
@@ -37,11 +40,11 @@ def _is_path(start: str) -> bool:
     return not is_known and os.path.exists(start)  # noqa: PTH110  # a name may be too long
 
 
-def _with_weights(config: TransferConfig, model: str, path: Path) -> TransferConfig:
+def _with_weights(config: Config, model: str, path: Path) -> Config:
     """Return the settings with a model and its weights file; from scratch without the file."""
     find_checkpoint(path)
     if config.initial_checkpoint is not None:
         raise ConfigError(f"--model {config.model} has weights: leave out --initial-checkpoint")
-    if config.mode == "scratch":
+    if getattr(config, "mode", None) == "scratch":
         return replace(config, model=model)
     return replace(config, model=model, initial_checkpoint=path.absolute())

@@ -1,0 +1,1 @@
+"""Object detection with a distilled backbone: views of whole images, targets, task, metrics."""
