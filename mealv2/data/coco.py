@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,11 @@ class CocoSource(UnorderedSource):
         return [position for position, image in enumerate(self.images) if image.objects]
 
     @property
+    def objects(self) -> list[CocoImage]:
+        """What the fingerprint has of the labels: size and objects of each image."""
+        return self.images
+
+    @property
     def num_objects(self) -> int:
         """The number of objects to learn from."""
         return sum(len(image.objects) for image in self.images)
@@ -177,10 +182,8 @@ def _objects(
     found: dict[int, list[Object]] = {image_id: [] for image_id in size_of}
     dropped: Counter[str] = Counter()
     for row, (left, top, width, height) in _boxes(annotations, path):
-        image_id, category = row.get("image_id"), row.get("category_id")
-        if image_id not in size_of or category not in class_of:
-            what = "image_id" if image_id not in size_of else "category_id"
-            raise ConfigError(f"{path}: an annotation has an unknown {what}: {_text(row)}")
+        image_id = _known_id(row, "image_id", size_of, path)
+        class_id = class_of[_known_id(row, "category_id", class_of, path)]
         if row.get("iscrowd"):
             dropped["of crowds"] += 1
             continue
@@ -190,8 +193,16 @@ def _objects(
         if right <= left or bottom <= top:
             dropped["without an area inside the image"] += 1
             continue
-        found[image_id].append((left, top, right, bottom, class_of[category]))
+        found[image_id].append((left, top, right, bottom, class_id))
     return found, dropped
+
+
+def _known_id(row: dict[str, Any], name: str, known: Container[int], path: Path) -> int:
+    """Return an id of an annotation; raises ConfigError for an unknown one."""
+    found = row.get(name)
+    if type(found) is not int or found not in known:
+        raise ConfigError(f"{path}: an annotation has an unknown {name}: {_text(row)}")
+    return found
 
 
 def _boxes(

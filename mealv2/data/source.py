@@ -87,10 +87,11 @@ def multi_labels_of(source: ImageSource) -> Sequence[Sequence[int]] | None:
 
 
 def _supervision_of(source: ImageSource) -> Iterable[Any]:
-    """Return what the fingerprint has of each image's labels: a class id, classes, or objects."""
-    several = multi_labels_of(source)
-    objects: Sequence[Any] | None = getattr(source, "images", None)  # of a CocoSource
-    found = objects if several is None else several
+    """Return what the fingerprint has of each image's labels: a class id, classes, or objects.
+
+    A source of images with objects has those as ``objects``.
+    """
+    found = multi_labels_of(source) or getattr(source, "objects", None)
     return source.labels if found is None else map(tuple, found)
 
 

@@ -34,7 +34,7 @@ from mealv2.storage.weight_files import WEIGHTS_NAME, find_checkpoint
 
 FIRST_STAGE = 4  # the stride of its output; those of C3, C4 and C5 follow
 _STRIDES = (8, 16, 32)
-_CHANNELS = 256  # of the pyramid
+CHANNELS = 256  # of the pyramid and the heads
 _ANCHOR_SIDES = (32, 64, 128, 256, 512)  # of P3 to P7
 _PROBE_SIDES = (64, 96)
 
@@ -47,14 +47,14 @@ class Thresholds(NamedTuple):
     detections: int = 100
 
 
-class _Float32Head(RetinaNetHead):
+class _Float32Head(RetinaNetHead):  # type: ignore[misc]  # untyped
     """torchvision's head with float32 outputs, also with autocast."""
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         return {name: found.float() for name, found in super().forward(x).items()}
 
 
-class _NoResize(GeneralizedRCNNTransform):
+class _NoResize(GeneralizedRCNNTransform):  # type: ignore[misc]  # untyped
     """torchvision's normalisation and padding of images that have their size."""
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
@@ -64,15 +64,20 @@ class _NoResize(GeneralizedRCNNTransform):
 class _Pyramid(nn.Module):
     """P3 to P7 from C3 to C5 of a timm model; P6 is a convolution of C5, as in detectron2."""
 
-    out_channels = _CHANNELS
-
-    def __init__(self, body: nn.Module, levels: Sequence[int], channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        levels: Sequence[int],
+        channels: Sequence[int],
+        out_channels: int,
+    ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.body = body
         self._levels = tuple(levels)  # where C3, C4 and C5 are in the body's outputs
-        last = LastLevelP6P7(channels[-1], _CHANNELS)
+        last = LastLevelP6P7(channels[-1], out_channels)
         last.use_P5 = False  # torchvision takes P5 where C5 has as many channels
-        self.fpn = FeaturePyramidNetwork(list(channels), _CHANNELS, extra_blocks=last)
+        self.fpn = FeaturePyramidNetwork(list(channels), out_channels, extra_blocks=last)
 
     def forward(self, images_BCHW: Tensor) -> "OrderedDict[str, Tensor]":
         features = self.body(images_BCHW)
@@ -96,13 +101,15 @@ class Detector(Classifier):
         *,
         num_classes: int,
         freezes_first_stage: bool = False,
+        channels: int = CHANNELS,
         thresholds: Thresholds | None = None,
     ) -> None:
         body, levels = _features_of(start)
         if freezes_first_stage:
             _freeze_first_stage(body, levels, start.tag)
-        channels = [body.feature_info.channels()[levels[s]] for s in _STRIDES]
-        pyramid = _Pyramid(body, [levels[s] for s in _STRIDES], channels)
+        kept_levels = [levels[stride] for stride in _STRIDES]
+        inputs = [body.feature_info.channels()[level] for level in kept_levels]
+        pyramid = _Pyramid(body, kept_levels, inputs, channels)
         kept = thresholds or Thresholds()
         # detectron2's sizes; torchvision's defaults are whole numbers
         sizes = tuple(tuple(side * 2 ** (k / 3) for k in range(3)) for side in _ANCHOR_SIDES)
@@ -111,7 +118,7 @@ class Detector(Classifier):
             pyramid,
             num_classes,
             anchor_generator=anchors,
-            head=_Float32Head(_CHANNELS, anchors.num_anchors_per_location()[0], num_classes),
+            head=_Float32Head(channels, anchors.num_anchors_per_location()[0], num_classes),
             score_thresh=kept.score,
             nms_thresh=kept.nms,
             detections_per_img=kept.detections,
@@ -165,7 +172,7 @@ def _features_of(start: Classifier) -> tuple[Any, dict[int, int]]:
             **start.model_args,
         )
         _copy_weights(body, full)
-        body = freeze_batch_norm_2d(body)
+        body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             body(torch.zeros(1, 3, *_PROBE_SIDES))
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
@@ -234,6 +241,10 @@ def load_detector(path: Path, *, thresholds: Thresholds | None = None) -> Detect
         model_args=stored["model_args"],
         preprocessing=Preprocessing(tuple(stored["mean"]), tuple(stored["std"])),
     )
-    model = Detector(start, num_classes=len(stored["classes"]), thresholds=thresholds)
-    model.backbone.load_state_dict(read_state(path))
+    state = read_state(path)
+    channels = len(state["backbone.fpn.layer_blocks.0.0.weight"])
+    model = Detector(
+        start, num_classes=len(stored["classes"]), channels=channels, thresholds=thresholds
+    )
+    model.backbone.load_state_dict(state)
     return model.eval()

@@ -63,6 +63,9 @@ class TransferDetectionConfig(ComparisonConfig):
         "fine-tune: train all layers. freeze-first-stage: the stem and the first stage keep their "
         "weights (detectron2: FREEZE_AT 2). all: both, one after another.",
     )
+    pyramid_channels: int = in_model(
+        256, "Channels of the feature pyramid and of the heads.", low=1, high=4096
+    )
     select: Literal["last", "best"] | None = in_run(
         None,
         "Epoch whose model is the result: the last, or that of the best AP on --val-split.",

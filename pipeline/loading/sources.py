@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mealv2.data.coco import CocoSource
 from mealv2.data.extra import WithExtra, open_unlabelled
 from mealv2.data.held_out import HeldOut, by_name
 from mealv2.data.image_table import is_table
@@ -159,7 +160,10 @@ def _show(text: str) -> None:
 def summary(source: ImageSource) -> str:
     """Return one line: images, classes with the smallest and largest, what was left out and why."""
     parts = [f"{' '.join(['data', source.name]).strip()}: {console.count(len(source), 'image')}"]
-    if is_unlabelled(source):
+    if isinstance(source, CocoSource):
+        objects = console.count(source.num_objects, "object")
+        parts[0] += f" with {objects} of {_num_classes(len(source.classes))}"
+    elif is_unlabelled(source):
         parts[0] += ", unlabelled"
     elif len(source.classes):
         parts[0] += f" of {_num_classes(len(source.classes))}"

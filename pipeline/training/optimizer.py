@@ -156,7 +156,7 @@ class StepSchedule(Schedule):
             optimizer,
             "multistep",
             num_epochs=config.iterations,
-            decay_milestones=[step + 0.5 for step in config.decay_steps],  # type: ignore[arg-type]
+            decay_milestones=[step + 0.5 for step in config.decay_steps],  # type: ignore[misc]
             decay_rate=config.decay_rate,
             warmup_epochs=config.warmup_steps,
             warmup_lr=config.lr * config.warmup_factor,

@@ -80,6 +80,7 @@ def _detector(config: TransferDetectionConfig, source: CocoSource) -> Detector:
         start,
         num_classes=len(source.classes),
         freezes_first_stage=config.mode == "freeze-first-stage",
+        channels=config.pyramid_channels,
         thresholds=Thresholds(config.score_threshold, config.nms_threshold, config.max_detections),
     )
 
