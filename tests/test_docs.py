@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from coco import draw_coco
 from layouts import draw_birdsnap, draw_cub, draw_lists, draw_voc
 
 import cli
@@ -55,6 +56,10 @@ QUICK = {
     "pack": [],
     "finetune": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
     "transfer": ["--epochs", "1", "--img-size", "32", "--workers", "0"],
+    "transfer-detection": [
+        *("--iterations", "2", "--batch-size", "3", "--img-size", "48"),
+        *("--pyramid-channels", "8", "--workers", "0"),
+    ],
     "precompute": ["--img-size", "32", "--num-views", "2", "--workers", "0"],
     "distill": ["--epochs", "1", "--workers", "0"],
     "evaluate": ["--workers", "0", "--json"],
@@ -218,6 +223,25 @@ def test_guide_to_transfer_runs_on_small_sets(
     reports = [done(*words).report for words in commands("docs/how-to/transfer.md")]
     assert {row["mode"] for row in reports[-2]["results"]} == {"scratch", "fine-tune", "frozen"}
     assert len(reports[-1]["results"]) == 2
+
+
+@pytest.mark.slow
+def test_guide_to_detection_runs_on_drawn_shapes(
+    student_dir: Path,
+    done: Callable[..., Any],
+    hub_cache: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_coco(tmp_path / "coco")
+    make_runs(tmp_path, student=student_dir)
+    reports = [done(*words).report for words in commands("docs/how-to/detection.md")]
+    assert {row["mode"] for row in reports[-1]["results"]} == {"fine-tune", "freeze-first-stage"}
+    (code,) = blocks("docs/how-to/detection.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/how-to/detection.md", "exec"), names)
+    assert names["model"].num_classes == 3
 
 
 def test_guide_to_optimizers_runs_on_a_small_set(

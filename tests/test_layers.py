@@ -70,6 +70,7 @@ OPTIONAL = {
     "pi_heif",
     "pillow_heif",
     "pyarrow",
+    "pycocotools",
     "scipy",
     "trackio",
     "wandb",

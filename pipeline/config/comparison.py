@@ -3,11 +3,15 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.config.base import NO_SPLIT
 from pipeline.config.fields import MAX_SEED, frozen, in_model, in_run, require, without_effect
-from pipeline.config.training import TrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.config.training import TrainConfig as _Base
+else:  # the defaults of other trainings are those of the class that it is joined with
+    from pipeline.config.base import Settings as _Base
 
 
 def absolute_starts(starts: Iterable[str] | None) -> tuple[str, ...] | None:
@@ -24,8 +28,11 @@ def absolute_start(start: str) -> str:
 
 
 @frozen
-class ComparisonConfig(TrainConfig):
-    """Settings of a backbone, or of two that are compared, over modes and seeds."""
+class ComparisonConfig(_Base):
+    """Settings of a backbone, or of two that are compared, over modes and seeds.
+
+    A part of the config of a training: its other bases have the rest.
+    """
 
     model: str = in_model(
         "",

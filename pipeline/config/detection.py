@@ -19,6 +19,7 @@ from pipeline.config.fields import (
     without_effect,
 )
 from pipeline.config.optimisation import WEIGHT_DECAY
+from pipeline.config.training import TrainConfig
 
 DetectionMode = Literal["fine-tune", "freeze-first-stage", "all"]
 DETECTION_MODES: tuple[DetectionMode, ...] = ("fine-tune", "freeze-first-stage")
@@ -32,7 +33,7 @@ _SMALLEST, _OF = 20, 25  # 640 of 800
 
 
 @frozen
-class TransferDetectionConfig(ComparisonConfig):
+class TransferDetectionConfig(ComparisonConfig, TrainConfig):
     """Train RetinaNet on a backbone and measure its average precision: the paper's Table 7.
 
     The data set has COCO's format. The defaults are those of detectron2's retinanet_R_50_FPN_1x;

@@ -11,10 +11,10 @@ from layouts import draw_lists
 
 from conftest import Result
 from mealv2.errors import ConfigError
+from pipeline import transfer
 from pipeline.comparison.grid import read_sets
 from pipeline.comparison.table import Run as TableRun
 from pipeline.comparison.table import grid_report, grid_table
-from pipeline.transfer import grid
 
 Run = Callable[..., Result]
 
@@ -66,7 +66,7 @@ def test_base_and_distilled_are_trained_with_every_seed_and_compared(
     ]
 
     # the same command again trains nothing
-    monkeypatch.setattr(grid, "train_one", None)
+    monkeypatch.setattr(transfer, "train_one", None)
     assert done(*compared, "--output", tmp_path / "out").report == report
 
 
@@ -74,7 +74,7 @@ def test_a_stopped_comparison_continues_with_the_same_command(
     done: Run, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = done(*compared, "--output", tmp_path / "whole").report
-    train_one, calls = grid.train_one, []
+    train_one, calls = transfer.train_one, []
 
     def stops(config: Any, runtime: Any) -> Any:
         calls.append(config)
@@ -82,7 +82,7 @@ def test_a_stopped_comparison_continues_with_the_same_command(
             raise KeyboardInterrupt
         return train_one(config, runtime)
 
-    monkeypatch.setattr(grid, "train_one", stops)
+    monkeypatch.setattr(transfer, "train_one", stops)
     with pytest.raises(AssertionError, match="same command"):
         done(*compared, "--output", tmp_path / "parts")
     again = done(*compared, "--output", tmp_path / "parts").report

@@ -242,7 +242,7 @@ def test_shapes_are_learned_by_heart(done: Run, coco_dir: Path, run: Path) -> No
     words = (
         "--model test_resnet --no-pretrained --mode fine-tune --val-split train --hflip 0 "
         "--img-size 96 --train-size 96 --pyramid-channels 64 --batch-size 6 --workers 0 "
-        "--opt adamw --lr 0.001 --iterations 180 --val-interval 180"
+        "--opt adamw --lr 0.001 --iterations 280 --val-interval 280"
     )
     report = done(
         "transfer-detection", "--data-dir", coco_dir, *words.split(), "--output", run
