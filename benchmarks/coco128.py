@@ -1,6 +1,6 @@
 """Detection on 128 pictures of COCO: a base and a distilled backbone in the form of Table 7.
 
-    python benchmarks/coco128.py coco128.tar --base runs/base --distilled runs/distilled --output coco128
+    python benchmarks/coco128.py coco128.tar --base RUN --distilled RUN --output coco128
 
 PATH is coco128 in YOLO's form, a tar file or its folder: images/SPLIT, labels/SPLIT with a line
 CLASS X Y WIDTH HEIGHT for each object (centre and size, relative to the image), and the class names
