@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from coco import draw_coco
 from conftest import Result, Spawned, killed_at_the_end
 from mealv2.storage.atomic import file_sha256
 
@@ -129,6 +130,24 @@ def test_ranks_share_the_features_of_a_frozen_backbone(
         assert result.code == 0, result.stderr
         assert result.report["num_images"] == 15
     assert sha256(tmp_path / "auto") == sha256(tmp_path / "off")
+
+
+def test_ranks_detect_on_parts_of_the_images_and_have_the_figures_of_one(
+    torchrun: Callable[..., TorchRun],
+    done: Callable[..., Result],
+    teacher_dirs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    folder = draw_coco(tmp_path / "coco", splits={"train": 4, "val": 3})
+    words = ["transfer-detection", "--data-dir", folder, "--model", teacher_dirs["test_resnet"]]
+    words += "--batch-size 4 --img-size 48 --pyramid-channels 8 --workers 0".split()
+    words += "--iterations 3 --lr 0.1 --score-threshold 0.001".split()
+    one = done(*words, "--output", tmp_path / "one").report
+    two = ["--standalone", "--nproc-per-node", 2, "-m", "mealv2", *words]
+    result = torchrun(*two, "--output", tmp_path / "two").result(deadline_s=120)
+    assert result.code == 0, result.stderr
+    assert result.report["num_images"] == one["num_images"] == 3
+    assert result.report["ap50"] == pytest.approx(one["ap50"], abs=0.1)
 
 
 @pytest.mark.parametrize("wrong", [["--model", "resnet5"], ["--no-such-flag"]])
