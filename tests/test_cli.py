@@ -142,11 +142,11 @@ def _sections(text: str) -> dict[str, list[str]]:
 def test_help_says_the_default_of_every_option_or_that_it_is_required(done: Run, name: str) -> None:
     text = done(*name.split(), "--help").stdout
     said = _entries(text)
-    words = [f for f in dataclasses.fields(CONFIGS[name]) if f.metadata["positional"]]
+    words = [f for f in configs.settings_of(CONFIGS[name]) if f.metadata["positional"]]
     for field in words:
         assert re.search(rf"^Usage: .* {field.name.upper()}\b", text)
         assert f"{field.name.upper()}  {field.metadata['help']}" in text
-    fields = [f for f in dataclasses.fields(CONFIGS[name]) if f not in words]
+    fields = [f for f in configs.settings_of(CONFIGS[name]) if f not in words]
     own = {"--help"} if name.startswith("slurm ") else {"--config", "--help"}
     assert said.keys() == {configs.flag(f.name) for f in fields} | own
     for field in fields:
@@ -190,7 +190,7 @@ def test_help_of_distill_groups_options_and_begins_with_what_is_required(done: R
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_group_and_required_ones_come_first(name: str) -> None:
-    fields = [f for f in dataclasses.fields(CONFIGS[name]) if not f.metadata["positional"]]
+    fields = [f for f in configs.settings_of(CONFIGS[name]) if not f.metadata["positional"]]
     assert all(field.metadata["group"] in options.SECTIONS for field in fields)
     listed = _sections(_command(name).get_help(click.Context(_command(name))))
     required = [f for f in fields if f.default is dataclasses.MISSING or f.metadata["need"]]
@@ -201,7 +201,7 @@ def test_every_option_has_a_group_and_required_ones_come_first(name: str) -> Non
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_hides_the_old_spellings(done: Run, name: str) -> None:
     text = done(*name.split(), "--help").stdout
-    for field in dataclasses.fields(CONFIGS[name]):
+    for field in configs.settings_of(CONFIGS[name]):
         if alias := field.metadata["alias"]:
             assert not re.search(rf"{configs.flag(alias)}\b(?!-)", text)
 
@@ -209,7 +209,7 @@ def test_help_hides_the_old_spellings(done: Run, name: str) -> None:
 OLD_NAMES = [
     pytest.param(name, alias, field, id=f"{name}-{alias}")
     for name, kind in CONFIGS.items()
-    for field in dataclasses.fields(kind)
+    for field in configs.settings_of(kind)
     if (alias := field.metadata["alias"])
 ]
 
@@ -309,7 +309,7 @@ def test_help_has_one_example_with_flags_that_exist(done: Run, name: str) -> Non
         flags |= set(_given(CONFIGS[name].stage, rest).values())
     assert flags == {w for w in words if w.startswith("--")}
     required = {
-        f.name for f in dataclasses.fields(CONFIGS[name]) if f.default is dataclasses.MISSING
+        f.name for f in configs.settings_of(CONFIGS[name]) if f.default is dataclasses.MISSING
     }
     assert required <= given.keys()
 
@@ -358,7 +358,7 @@ def _sample(option: click.Option) -> list[str]:
     [
         pytest.param(name, field, id=f"{name}-{field.name}")
         for name, kind in CONFIGS.items()
-        for field in dataclasses.fields(kind)
+        for field in configs.settings_of(kind)
         if len(getattr(field.type, "__args__", "several")) > 1  # --from has one choice so far
     ],
 )
@@ -383,7 +383,7 @@ def test_every_setting_is_reachable_as_a_flag(
     is_switch = isinstance(option, click.Option) and option.is_flag
     switch = (option.secondary_opts if field.default is True else option.opts)[0]
     given = [switch] if is_switch else [flag, *_sample(option)]
-    positional = [f.name for f in dataclasses.fields(CONFIGS[name]) if f.metadata["positional"]]
+    positional = [f.name for f in configs.settings_of(CONFIGS[name]) if f.metadata["positional"]]
     before = positional[: positional.index(field.name)] if field.name in positional else []
     if field.metadata["positional"]:
         given = ["something"] * (1 + len(before))
@@ -391,7 +391,7 @@ def test_every_setting_is_reachable_as_a_flag(
         assert option.opts[0] == flag
     with pytest.raises(ReachedError):
         run_cli(*name.split())
-    plain, defaults = dict(reached), {f.name: f.default for f in dataclasses.fields(CONFIGS[name])}
+    plain, defaults = dict(reached), {f.name: f.default for f in configs.settings_of(CONFIGS[name])}
     assert all(
         plain[key] == default or plain[key] in ((), None) for key, default in defaults.items()
     )
@@ -552,7 +552,7 @@ def test_without_a_recipe_nothing_is_filled_in(config_of: Run, command: str) -> 
     }[command]
     found = config_of(command, "--data-dir", "d", *rest)
     kind = CONFIGS[command]
-    fields = [f for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING]
+    fields = [f for f in configs.settings_of(kind) if f.default is not dataclasses.MISSING]
     changed = {f.name for f in fields if getattr(found, f.name) != f.default}
     assert changed <= {"labels"}
 
@@ -568,7 +568,7 @@ def test_flag_sets_aside_what_has_no_meaning_beside_it(
     config_of: Run, flags: list[str], left_out: list[str]
 ) -> None:
     found = config_of("distill", "--recipe", "resnet18", "--data-dir", "d", "--labels", "l", *flags)
-    defaults = {f.name: f.default for f in dataclasses.fields(found)}
+    defaults = {f.name: f.default for f in configs.settings_of(found)}
     recipe = recipes.load("resnet18").distill
     assert {name: getattr(found, name) for name in left_out} == {n: defaults[n] for n in left_out}
     kept = recipe.keys() - {*left_out, "discriminator"}
@@ -609,7 +609,7 @@ def test_a_config_keeps_what_follows_from_a_flag_that_it_does_not_have(
 
 
 def test_what_a_recipe_can_be_set_aside_for_exists() -> None:
-    fields = {field.name for field in dataclasses.fields(configs.DistillConfig)}
+    fields = {field.name for field in configs.settings_of(configs.DistillConfig)}
     dropped = settings.DROPPED
     assert fields >= {*dropped, *(name for names in dropped.values() for name in names)}
 

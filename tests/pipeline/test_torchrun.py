@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from coco import draw_coco
+
 from conftest import Result, Spawned, killed_at_the_end
 from mealv2.storage.atomic import file_sha256
 
@@ -140,8 +140,8 @@ def test_ranks_detect_on_parts_of_the_images_and_have_the_figures_of_one(
 ) -> None:
     folder = draw_coco(tmp_path / "coco", splits={"train": 4, "val": 3})
     words = ["transfer-detection", "--data-dir", folder, "--model", teacher_dirs["test_resnet"]]
-    words += "--batch-size 4 --img-size 48 --pyramid-channels 8 --workers 0".split()
-    words += "--iterations 3 --lr 0.1 --score-threshold 0.001".split()
+    words += ["--batch-size", "4", "--img-size", "48", "--pyramid-channels", "8", "--workers", "0"]
+    words += ["--iterations", "3", "--lr", "0.1", "--score-threshold", "0.001"]
     one = done(*words, "--output", tmp_path / "one").report
     two = ["--standalone", "--nproc-per-node", 2, "-m", "mealv2", *words]
     result = torchrun(*two, "--output", tmp_path / "two").result(deadline_s=120)
