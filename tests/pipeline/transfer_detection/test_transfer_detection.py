@@ -238,13 +238,14 @@ def test_a_detector_is_not_evaluated_as_a_classifier(
 
 
 @pytest.mark.slow
-def test_shapes_are_learned_by_heart(done: Run, coco_dir: Path, run: Path) -> None:
+def test_shapes_are_learned_by_heart(done: Run, tmp_path: Path, run: Path) -> None:
+    folder = draw_coco(tmp_path / "set", splits={"train": 3})
     words = (
         "--model test_resnet --no-pretrained --mode fine-tune --val-split train --hflip 0 "
-        "--img-size 96 --train-size 96 --pyramid-channels 64 --batch-size 6 --workers 0 "
-        "--opt adamw --lr 0.001 --iterations 280 --val-interval 280"
+        "--img-size 96 --train-size 96 --pyramid-channels 64 --batch-size 3 --workers 0 "
+        "--opt adamw --lr 0.0005 --iterations 220 --decay-iterations 195 --val-interval 220"
     )
     report = done(
-        "transfer-detection", "--data-dir", coco_dir, *words.split(), "--output", run
+        "transfer-detection", "--data-dir", folder, *words.split(), "--output", run
     ).report
     assert report["ap50"] > 80
