@@ -201,7 +201,7 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
         require(not is_url(self.labels), message)
         message = (
             f"--out-layer {','.join(map(str, self.out_layer))}: a label set has no features, only "
-            "what the teachers say in the end; use --out-layer -1, or --online with --teacher"
+            "the teachers' outputs; use --out-layer -1, or --online with --teacher"
         )
         require(self.out_layer == (-1,), message)
         message = (

@@ -94,12 +94,14 @@ def check_labels(config: DistillConfig, labels: LabelSet, source: ImageSource) -
     Raises LabelSetError for those of other images, ConfigError where the views are too few.
     """
     check_boxes(labels)
-    teach = "--missing teach or " if config.method == "mealv2" else ""
+    choices = "--missing skip"
+    if config.method == "mealv2":
+        choices = f"--missing teach or {choices}"
     check_same_data(
         labels,
         source,
         allow_missing=config.missing != "fail",
-        advice=f", or choose what to do with them: {teach}--missing skip",
+        advice=f", or choose what to do with them: {choices}",
     )
     _check_epochs(config, labels)
 
@@ -182,12 +184,12 @@ def _check_epochs(config: DistillConfig, labels: LabelSet) -> None:
         )
     if config.reuses_views or config.missing == "teach" or config.epochs <= labels.num_views:
         return
-    teach = "let its teachers label the rest with --missing teach, or "
-    if config.method == "meal":
-        teach = ""
+    advice = "use fewer --epochs"
+    if config.method == "mealv2":
+        advice = f"let its teachers label the rest with --missing teach, or {advice}"
     raise ConfigError(
         f"--no-reuse-views: {config.epochs} epochs need as many views, {labels.folder} has "
-        f"{labels.num_views}; {teach}use fewer --epochs"
+        f"{labels.num_views}; {advice}"
     )
 
 

@@ -144,14 +144,14 @@ def _check_teachers(config: DistillConfig, sets: Sequence[LabelSet]) -> None:
 
 
 def _no_logits(config: DistillConfig, labels: LabelSet) -> str:
-    off = "--discriminator off"
-    needs, others = [f"--discriminator {config.discriminator}"], [off]
+    """Return the message that names the settings that need logits, and those that do not."""
+    needs, others = [], []
+    if config.discriminator != "off":
+        needs.append(f"--discriminator {config.discriminator}")
+        others.append("--discriminator off")
     if config.block_loss in ("l1", "l2"):
-        soft = f"--block-loss {config.block_loss}_soft"
-        if config.discriminator == "off":
-            needs, others = [], []
         needs.append(f"--block-loss {config.block_loss}")
-        others.append(soft)
+        others.append(f"--block-loss {config.block_loss}_soft")
     verb = "needs" if len(needs) == 1 else "need"
     return (
         f"{' and '.join(needs)} {verb} logits, and {labels.folder} has none: make the labels with "
@@ -178,10 +178,10 @@ def _views_of(labels: LabelSet) -> dict[str, Any]:
     plan = labels.manifest["plan"]
     found = {name: plan.get(name) for name in ("classes", "img_size", "interpolation")}
     found["num_views"] = labels.num_views
-    for role, entry in plan["roles"].items():
+    for split, entry in plan["roles"].items():
         names = ("split", "held_out", "extra", "data_sha256")
-        found |= {f"{role} {name}": entry.get(name) for name in names}
-        found |= {f"{role} view {name}": value for name, value in entry["views"].items()}
+        found |= {f"{split} {name}": entry.get(name) for name in names}
+        found |= {f"{split} view {name}": value for name, value in entry["views"].items()}
     return found
 
 
