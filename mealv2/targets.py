@@ -29,7 +29,8 @@ class BatchTargets:
     ``multi_labels_BC`` are 1, 0 (ignored) or -1 for each class, where images have several.
     ``mean_logits_BC`` is set if the teachers labelled all rows online, ``kept_logits`` if the
     labels come from a set that stores them. ``blocks`` has the compared blocks of each teacher that
-    was chosen for the batch, B x D each (MEAL), ``objects`` those of each image (detection).
+    was chosen for the batch, B x D each (MEAL); ``stored`` the rows of each from its own label set.
+    ``objects`` are those of each image (detection).
     ``label_counts`` counts the rows by source.
     """
 
@@ -39,6 +40,7 @@ class BatchTargets:
     kept_logits: KeptLogits | None = None
     multi_labels_BC: Tensor | None = None
     blocks: tuple[tuple[Tensor, ...], ...] = ()
+    stored: tuple[Rows, ...] = ()
     objects: tuple[ImageObjects, ...] = ()
     label_counts: dict[str, int] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class BatchTargets:
             None if self.kept_logits is None else labels(self.kept_logits),
             None if self.multi_labels_BC is None else tensor(self.multi_labels_BC),
             tuple(tuple(map(tensor, blocks)) for blocks in self.blocks),
+            tuple(map(labels, self.stored)),
             label_counts=self.label_counts,
         )
 

@@ -9,6 +9,7 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError
 from mealv2.models.discriminator import PLATEAUS, Discriminator
 from mealv2.task import DistillTask
+from mealv2.teacher_sets import sets_of
 from pipeline.config import FEW_CLASSES, DistillConfig
 from pipeline.labelling.store import local_folder
 from pipeline.runtime import env
@@ -17,12 +18,10 @@ from pipeline.runtime.seeds import seed_everything
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.images import open_splits
-from pipeline.training.label_source import (
-    from_label_set,
-    from_online_teachers,
-)
+from pipeline.training.label_source import from_label_set
 from pipeline.training.loop import train
 from pipeline.training.meal import Parts, prepare_meal
+from pipeline.training.online_labels import from_online_teachers
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 
 
@@ -36,12 +35,12 @@ def run(config: DistillConfig) -> dict[str, Any]:
 
 def _train_distillation(config: DistillConfig, runtime: Runtime) -> dict[str, Any]:
     folder = None if config.labels is None else local_folder(config, config.labels)
-    source, val = open_splits(config, folder)
+    source, val = open_splits(config, None if folder is None else sets_of(folder)[0])
     given, config = config, config.resolved(len(source.classes))
     if config.dry_run:
         val = None  # online teachers would label the whole split first
     if config.method == "meal":
-        parts = prepare_meal(config, runtime, source, val)
+        parts = prepare_meal(config, runtime, source, val, folder)
     else:
         parts = _prepare(config, runtime, source, val, folder)
     labels = parts.labels

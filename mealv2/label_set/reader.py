@@ -44,9 +44,9 @@ class LabelSet:
     """The labels of one split of a label set: ``train``, many views, or ``val``, the centre crop.
 
     Its length is the number of images with labels. ``appended`` names the files of rows that jobs
-    appended. The index is in memory. Labels are read from the shards; the open files are at most a
-    quarter of the process's limit. Forked workers can use an open set; a spawned worker opens it
-    again by its path.
+    appended. The index is in memory. Labels are read from the shards; the open files of
+    ``num_sets`` sets that are read together are at most a quarter of the process's limit. Forked
+    workers can use an open set; a spawned worker opens it again by its path.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class LabelSet:
         split: str,
         appended: Sequence[str],
         num_views: int | None = None,
+        num_sets: int = 1,
     ) -> None:
         plan = manifest["plan"]
         self.folder = folder
@@ -67,7 +68,8 @@ class LabelSet:
         self.encoding = Encoding.of_plan(plan)
         blocks = open_blocks(folder, manifest, split, num_views)
         self.num_views = blocks[-1][0].stop
-        most = max_open_files(len(blocks) + 1)
+        self._num_sets = num_sets
+        most = max_open_files((len(blocks) + 1) * num_sets)
         self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
         self.appended = list(appended)
         files = open_appended(folder, manifest, split, appended)
@@ -84,6 +86,7 @@ class LabelSet:
         split: str = "train",
         appended: Sequence[str] | None = None,
         num_views: int | None = None,
+        num_sets: int = 1,
     ) -> "LabelSet":
         """Open the finished label set in a folder.
 
@@ -99,13 +102,12 @@ class LabelSet:
                 f"{folder} has no {split} labels (it has {', '.join(manifest['roles'])})"
             )
         if appended is None:
-            found = folder.glob(f"{split}-{APPENDED_PREFIX}*.h5")
-            appended = sorted(path.name for path in found)
-        return cls(folder, manifest, split, appended, num_views)
+            appended = sorted(p.name for p in folder.glob(f"{split}-{APPENDED_PREFIX}*.h5"))
+        return cls(folder, manifest, split, appended, num_views, num_sets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         opened = partial(LabelSet.open, split=self.split, appended=self.appended)
-        return partial(opened, num_views=self.num_views), (self.folder,)
+        return partial(opened, num_views=self.num_views, num_sets=self._num_sets), (self.folder,)
 
     def __len__(self) -> int:
         return self._tables[0].num_rows
@@ -121,8 +123,7 @@ class LabelSet:
 
     def has_labels(self, keys: Sequence[str]) -> np.ndarray:
         """Return whether each image has labels, bool N."""
-        has_labels_N: np.ndarray = self.image_rows(keys) >= 0
-        return has_labels_N
+        return np.asarray(self.image_rows(keys) >= 0)
 
     def image_rows(self, keys: Sequence[str]) -> np.ndarray:
         """Return the row of each image among all that have labels, int64 N; -1 if it has none."""

@@ -7,6 +7,7 @@ from mealv2.meal.alignment import POOLS, Pool, align
 from mealv2.meal.blocks import BlockLayers, block_outputs
 from mealv2.meal.losses import BLOCK_LOSSES, BlockLoss, block_loss
 from mealv2.meal.pairing import Network, pair_blocks
+from mealv2.meal.stored import StoredTeachers
 from mealv2.meal.task import MealTask, block_discriminators
 from mealv2.meal.teachers import SelectedTeachers, TeacherMode, TeacherSelection
 
@@ -19,6 +20,7 @@ __all__ = [
     "Network",
     "Pool",
     "SelectedTeachers",
+    "StoredTeachers",
     "TeacherMode",
     "TeacherSelection",
     "align",

@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mealv2.label_set import Rows
 from mealv2.losses import discriminator_loss
 from mealv2.meal.blocks import BlockLayers
 from mealv2.meal.losses import BlockLoss, block_loss
+from mealv2.meal.stored import stored_logits, stored_loss
 from mealv2.models.discriminator import Discriminator, Variant
 from mealv2.targets import BatchTargets
 from mealv2.task import GatherRows, Mixture, Task, TaskResult, record_gradient_ratio, revive
+
+# Of one teacher: its blocks in the order of the layers, or its stored row, which has logits alone.
+OfTeacher = Sequence[Tensor] | Rows
 
 REDUCTION = 2  # MEAL: each layer of a discriminator is half as wide as the one before
 
@@ -84,10 +89,10 @@ class MealTask(Task):
         """Return the weighted sums, the loss of each of several blocks, and the accuracy of the
         discriminators.
         """
-        assert targets.blocks, "MEAL needs the blocks of a teacher"
+        of_teachers = self._of_teachers(targets)
         of_block = [
-            _mean([block_loss(a_BD, b_BD, self.loss) for b_BD in of_teachers])
-            for a_BD, of_teachers in zip(for_labels, zip(*targets.blocks, strict=True), strict=True)
+            _mean([self._block_loss(a_BD, found, number) for found in of_teachers])
+            for number, a_BD in enumerate(for_labels)
         ]
         terms = {"similarity_loss": _weighted(self.gammas, of_block)}
         if len(of_block) > 1:
@@ -100,8 +105,8 @@ class MealTask(Task):
             for number, discriminator in enumerate(self.discriminators):
                 a_BD = for_discriminator[number]
                 found = [
-                    discriminator_loss(discriminator, a_BD, blocks[number])  # type: ignore[arg-type]
-                    for blocks in targets.blocks
+                    discriminator_loss(discriminator, *_inputs(a_BD, teacher, number))  # type: ignore[arg-type]
+                    for teacher in of_teachers
                 ]
                 losses.append(_mean([loss for loss, _ in found]))
                 accuracies += [accuracy for _, accuracy in found]
@@ -129,7 +134,10 @@ class MealTask(Task):
                 self.student.eval()
                 blocks, _ = self.layers.outputs(self.student, images_BCHW)
                 self.student.train(was_training)
-                rows = [torch.cat(each) for each in zip(blocks, *targets.blocks, strict=True)]
+                of_teachers = self._of_teachers(targets)
+                for number, a_BD in enumerate(blocks):
+                    pairs = [_inputs(a_BD, teacher, number) for teacher in of_teachers]
+                    rows[number] = torch.cat([pairs[0][0], *(b_BD for _, b_BD in pairs)])
             warnings = [
                 (position, revive(discriminator, gather_rows(rows_BD)))
                 for position, discriminator, rows_BD in zip(
@@ -138,10 +146,29 @@ class MealTask(Task):
             ]
         return "; ".join(f"--out-layer {at}: {text}" for at, text in warnings if text) or None
 
+    def _of_teachers(self, targets: BatchTargets) -> Sequence[OfTeacher]:
+        if targets.stored:
+            assert self.layers.only_logits, "stored labels have no features"
+            return targets.stored
+        assert targets.blocks, "MEAL needs the blocks of a teacher"
+        return targets.blocks
+
+    def _block_loss(self, student_BD: Tensor, teacher: OfTeacher, number: int) -> Tensor:
+        if isinstance(teacher, Rows):
+            return stored_loss(student_BD, teacher, self.loss)
+        return block_loss(student_BD, teacher[number], self.loss)
+
     def _each(self) -> list[Discriminator]:
         found = list(self.discriminators or ())
         assert all(isinstance(each, Discriminator) for each in found)
         return found  # type: ignore[return-value]
+
+
+def _inputs(student_BD: Tensor, teacher: OfTeacher, number: int) -> tuple[Tensor, Tensor]:
+    """Return the inputs of the discriminator of a block: the student's and a teacher's."""
+    if isinstance(teacher, Rows):
+        return stored_logits(student_BD, teacher)
+    return student_BD, teacher[number]
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
 from mealv2.storage.weight_files import find_checkpoint, weights_format
-from mealv2.teacher_sets import INDEX_NAME, sets_of
+from mealv2.teacher_sets import INDEX_NAME, is_folder_of_sets, sets_of
 from pipeline.config import (
     NO_SPLIT,
     DistillConfig,
@@ -121,7 +121,8 @@ def _splits_of(config: Settings) -> Iterable[str]:
         return
     if isinstance(labels := settings.get("labels"), Path):
         with suppress(OSError, ValueError, KeyError, TypeError):  # the plan cannot be read
-            entry = read_json(labels / PLAN_NAME)["roles"][settings.get("split", "train")]
+            first = sets_of(labels)[0]
+            entry = read_json(first / PLAN_NAME)["roles"][settings.get("split", "train")]
             held_out = held_out or "held_out" in entry
             yield str(entry["held_out"]["of"] if "held_out" in entry else entry["split"])
     elif held_out or (
@@ -142,16 +143,30 @@ def _check_coco(config: Settings, name: str, data_dir: Path) -> None:
 
 
 def _check_label_set(config: Settings, name: str, labels: Path) -> None:
+    if isinstance(config, DistillConfig) and config.method == "meal":
+        _check_sets(config, name, labels)
+        return
+    if is_folder_of_sets(labels):
+        raise ConfigError(
+            f"{name}: {labels} has a label set of each of {len(sets_of(labels))} teachers; make "
+            f"their mean with `mealv2 labels merge {labels} --output LABELS`, or give one of them, "
+            f"{labels / 'teacher-0'}; only `mealv2 distill --method meal` uses them as they are"
+        )
+    _check_is_set(name, labels)
+
+
+def _check_sets(config: Settings, name: str, labels: Path) -> None:
+    """Check a label set, or those in a folder that has one for each teacher."""
+    for folder in sets_of(labels):
+        _check_is_set(name, folder)
+
+
+def _check_is_set(name: str, labels: Path) -> None:
     if not any((labels / file).is_file() for file in (PLAN_NAME, MANIFEST_NAME)):
         raise LabelSetError(
             f"{name}: no label set in {labels}: it has no {MANIFEST_NAME}; give the --output of "
             f"`mealv2 precompute`{_label_sets_near(labels)}"
         )
-
-
-def _check_merged_set(config: Settings, name: str, labels: Path) -> None:
-    for folder in sets_of(labels):
-        _check_label_set(config, name, folder)
 
 
 def _label_sets_near(path: Path) -> str:
@@ -242,7 +257,7 @@ _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
     "coco": _check_coco,
     "label set": _check_label_set,
-    "label sets": _check_merged_set,
+    "label sets": _check_sets,
     "new label set": _check_new_label_set,
     "weights": _check_weights,
     "teachers": _check_teacher,

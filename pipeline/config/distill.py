@@ -183,8 +183,8 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
             )
 
     def _check_meal(self) -> None:
-        message = "--method meal has no stored labels: use --online with --teacher, not --labels"
-        require(self.online, message)
+        if not self.online:
+            self._check_stored_meal()
         names = ("discriminator_weight", "discriminator_input", "hard_label_weight")
         temperatures = ("label_temperature", "student_temperature")
         without_effect(self, "with --method meal", *names, *temperatures)
@@ -194,6 +194,31 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
             without_effect(self, "with one --teacher", "teacher_selection")
         if self.out_layer != (-1,):
             without_effect(self, "with --out-layer of blocks", "torchcompile")
+
+    def _check_stored_meal(self) -> None:
+        """Check what the labels of each teacher, stored apart, can do."""
+        message = "--method meal needs a local --labels, the --output of `--store per-teacher`"
+        require(not is_url(self.labels), message)
+        message = (
+            f"--out-layer {','.join(map(str, self.out_layer))}: a label set has no features, only "
+            "the teachers' outputs; use --out-layer -1, or --online with --teacher"
+        )
+        require(self.out_layer == (-1,), message)
+        message = (
+            "--teacher-mode train needs the teachers themselves: --online with --teacher; stored "
+            "labels are those of eval mode"
+        )
+        require(self.teacher_mode == "eval", message)
+        message = (
+            "--missing teach: with --method meal no teacher adds to stored labels; use --missing "
+            "skip, complete the sets with `mealv2 precompute`, or use --online with --teacher"
+        )
+        require(self.missing != "teach", message)
+
+    @property
+    def needs_stored_logits(self) -> bool:
+        """Whether MEAL compares the logits of stored labels, not only their probabilities."""
+        return self.discriminator != "off" or self.block_loss in ("l1", "l2")
 
     def resolved(self, num_classes: int) -> Self:
         """Return the settings with the discriminator's default rate for this number of classes.

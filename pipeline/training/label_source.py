@@ -1,4 +1,4 @@
-"""Where the labels of a distillation come from: a label set, online teachers, or both."""
+"""Where the labels of a distillation come from; here a label set, with its teachers or without."""
 
 import os
 from collections.abc import Sequence
@@ -6,42 +6,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from mealv2.data.content_hash import ImageCheck
-from mealv2.data.loader import read_views
 from mealv2.data.pixels import Resize
 from mealv2.data.source import ImageSource
-from mealv2.data.view_reader import ViewReader
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Appender,
-    Encoding,
     LabelSet,
     check_boxes,
     check_same_data,
 )
-from mealv2.labelling.annotator import Annotator
-from mealv2.models.ensemble import TeacherEnsemble
-from mealv2.soft_labels import Labels
 from mealv2.storage.json_format import read_json
-from mealv2.targets import OnlineTeachers, StoredLabels, Targets
-from mealv2.views import DrawnViews, Views
+from mealv2.targets import StoredLabels, Targets
+from mealv2.views import Views
 from pipeline import console
-from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig, plain
-from pipeline.labelling import teachers
+from pipeline.config import DistillConfig, plain
 from pipeline.labelling.compatibility import (
     build_original_teachers,
     choose_resize,
     image_check,
 )
-from pipeline.loading.small_images import propose_crop
 from pipeline.runtime.device import Runtime
-from pipeline.training.evaluator import LabelTable, local_centre_requests
+from pipeline.training.evaluator import LabelTable
 from pipeline.training.run_folder import LABELS_NAME
-
-Teachers = tuple[TeacherEnsemble, list[dict[str, Any]]]  # and the description of each
-_VAL_TOPK = 100  # classes kept in memory of each validation label of online teachers
 
 
 @dataclass(frozen=True)
@@ -66,76 +55,6 @@ class LabelSource:
     val_check: ImageCheck | None = None
 
 
-class CentreLabels:
-    """The labels of a validation split's centre crops, in memory; a LabelTable."""
-
-    def __init__(self, keys: Sequence[str], labels: Labels) -> None:
-        self._rows = {key: row for row, key in enumerate(keys)}
-        self._labels = labels
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def soft_labels(self, keys: Sequence[str], views: Sequence[int]) -> Labels:
-        """Return the labels of images; there is one view of each."""
-        return self._labels.rows(torch.tensor([self._rows[key] for key in keys]))
-
-
-def from_online_teachers(
-    config: DistillConfig, runtime: Runtime, source: ImageSource, val: ImageSource | None
-) -> LabelSource:
-    """Let the --teacher models label every step; they label the validation split first."""
-    return label_online(config, runtime, source, val, build_teachers(config, runtime, source))
-
-
-def build_teachers(config: DistillConfig, runtime: Runtime, source: ImageSource) -> Teachers:
-    """Return the ensemble of --teacher, on its device, and the description of each teacher."""
-    return teachers.build(
-        config.teacher,
-        classes=list(source.classes),
-        img_size=config.img_size or DEFAULT_IMG_SIZE,
-        teacher_img_size=config.teacher_img_size,
-        runtime=runtime,
-    )
-
-
-def label_online(
-    config: DistillConfig,
-    runtime: Runtime,
-    source: ImageSource,
-    val: ImageSource | None,
-    built: Teachers,
-) -> LabelSource:
-    """Return labels of built teachers, which label the validation split first."""
-    img_size = config.img_size or DEFAULT_IMG_SIZE
-    ensemble, described = built
-    if config.resume is None:
-        propose_crop(config, source, config.data_dir)
-    val_labels, teacher_forwards = None, 0
-    accuracies: dict[str, dict[str, float]] = {}
-    if val is not None:
-        val_labels, metrics = _label_validation(
-            config, runtime, ensemble, val, img_size=img_size, resize=config.resize
-        )
-        teacher_forwards = len(val_labels)
-        names = [*(f"teacher {teacher['model']}" for teacher in described), "ensemble"]
-        accuracies = dict(zip(names, metrics, strict=True))
-    return LabelSource(
-        OnlineTeachers(ensemble, source.labels),
-        list(range(len(source))),
-        img_size,
-        DrawnViews(config.view_seed or 0, config.view_recipe),
-        config.resize,
-        {"online": True, "teachers": described},
-        val_labels,
-        accuracies,
-        teacher_forwards,
-    )
-
-
 def from_label_set(
     config: DistillConfig,
     folder: Path,
@@ -146,41 +65,64 @@ def from_label_set(
     """Use the label set in a folder, and its teachers where --missing asks for them."""
     if config.write_back and not os.access(folder, os.W_OK):  # now, not an epoch later
         raise LabelSetError(f"cannot append to {folder}: no permission; leave out --write-back")
-    labels = LabelSet.open(folder, **_resumed_label_set(config))
+    labels = LabelSet.open(folder, **next(iter(resumed_labels(config)), {}))
+    check_labels(config, labels, source)
     _check_logits(config, labels)
-    check_boxes(labels)
-    check_same_data(
-        labels,
-        source,
-        allow_missing=config.missing != "fail",
-        advice=", or choose what to do with them: --missing teach or --missing skip",
-    )
-    _check_epochs(config, labels)
-    val_labels = val_check = None
-    val_plan = labels.manifest["plan"]["roles"].get("val", {})
-    if val is not None and val.split == val_plan.get("split"):
-        val_labels = LabelSet.open(folder, split="val")
-        check_same_data(val_labels, val)
-        val_check = image_check(val_labels, val, config.check_images)
+    val_labels = open_val_labels(labels, val)
     check = image_check(labels, source, config.check_images)
-    provenance = {
-        "path": str(plain(config.labels)),
-        "plan_sha256": labels.manifest["plan_sha256"],
-        "appended": labels.appended,
-        "num_views": labels.num_views,
-    }
+    val_check = None
+    if val_labels is not None and val is not None:
+        val_check = image_check(val_labels, val, config.check_images)
+    provenance = {"path": str(plain(config.labels)), **what_is_used(labels)}
     return LabelSource(
         _stored_targets(config, folder, runtime, labels, source, check),
-        _positions_to_train_on(config, labels, source),
+        positions_to_train_on(config, [labels], source),
         labels.img_size,
         labels.views(),
         choose_resize(labels, config.exact_pil, config.interpolation),
         provenance,
         val_labels,
-        _accuracies(val_labels),
+        accuracies_of(val_labels),
         check=check,
         val_check=val_check,
     )
+
+
+def check_labels(config: DistillConfig, labels: LabelSet, source: ImageSource) -> None:
+    """Compare labels with the images and the settings of a run.
+
+    Raises LabelSetError for those of other images, ConfigError where the views are too few.
+    """
+    check_boxes(labels)
+    choices = "--missing skip"
+    if config.method == "mealv2":
+        choices = f"--missing teach or {choices}"
+    check_same_data(
+        labels,
+        source,
+        allow_missing=config.missing != "fail",
+        advice=f", or choose what to do with them: {choices}",
+    )
+    _check_epochs(config, labels)
+
+
+def open_val_labels(labels: LabelSet, val: ImageSource | None) -> LabelSet | None:
+    """Return the labels of the validation images; None if the set labels others, or none."""
+    val_plan = labels.manifest["plan"]["roles"].get("val", {})
+    if val is None or val.split != val_plan.get("split"):
+        return None
+    val_labels = LabelSet.open(labels.folder, split="val")
+    check_same_data(val_labels, val)
+    return val_labels
+
+
+def what_is_used(labels: LabelSet) -> dict[str, Any]:
+    """Return what a run uses of a label set: a resumed one uses the same."""
+    return {
+        "plan_sha256": labels.manifest["plan_sha256"],
+        "appended": labels.appended,
+        "num_views": labels.num_views,
+    }
 
 
 def _stored_targets(
@@ -211,12 +153,13 @@ def _stored_targets(
     )
 
 
-def _positions_to_train_on(
-    config: DistillConfig, labels: LabelSet, source: ImageSource
+def positions_to_train_on(
+    config: DistillConfig, sets: Sequence[LabelSet], source: ImageSource
 ) -> list[int]:
-    """Return the images with labels, and those without where --missing allows them."""
-    has_labels = labels.has_labels(source.keys)
-    num_missing = int((~has_labels).sum()) - len(labels.skipped)
+    """Return the images with labels in all sets, and those without where --missing allows them."""
+    has_labels = np.all([labels.has_labels(source.keys) for labels in sets], axis=0)
+    skipped = set().union(*(labels.skipped for labels in sets))
+    num_missing = int((~has_labels).sum()) - len(skipped)
     if num_missing:
         action = "skipped" if config.missing == "skip" else "labelled online by the teachers"
         console.info(
@@ -228,7 +171,7 @@ def _positions_to_train_on(
         for position, (key, is_stored) in enumerate(
             zip(source.keys, has_labels.tolist(), strict=True)
         )
-        if is_stored or (config.missing != "fail" and key not in labels.skipped)
+        if is_stored or (config.missing != "fail" and key not in skipped)
     ]
 
 
@@ -241,51 +184,13 @@ def _check_epochs(config: DistillConfig, labels: LabelSet) -> None:
         )
     if config.reuses_views or config.missing == "teach" or config.epochs <= labels.num_views:
         return
+    advice = "use fewer --epochs"
+    if config.method == "mealv2":
+        advice = f"let its teachers label the rest with --missing teach, or {advice}"
     raise ConfigError(
         f"--no-reuse-views: {config.epochs} epochs need as many views, {labels.folder} has "
-        f"{labels.num_views}; let its teachers label the rest with --missing teach, or use fewer "
-        "--epochs"
+        f"{labels.num_views}; {advice}"
     )
-
-
-def _label_validation(
-    config: DistillConfig,
-    runtime: Runtime,
-    ensemble: TeacherEnsemble,
-    val: ImageSource,
-    *,
-    img_size: int,
-    resize: Resize,
-) -> tuple[CentreLabels, list[dict[str, float]]]:
-    """Label the validation split once; return the labels, and the accuracy of every teacher and of
-    the ensemble. Each rank labels the images that it will evaluate.
-    """
-    num_classes, ranks = len(val.classes), runtime.ranks
-    requests = local_centre_requests(val, config.batch_size, ranks)
-    annotator = Annotator(
-        ensemble,
-        runtime,
-        Encoding(num_classes, "float32", topk=min(num_classes, _VAL_TOPK)),
-        batch_size=config.batch_size,
-        on_bad_image=config.on_bad_image,
-    )
-    batches = console.progress(
-        read_views(
-            ViewReader(val, img_size=img_size, resize=resize, other_sizes=ensemble.other_sizes),
-            requests,
-            workers=config.workers,
-            pin_memory=runtime.should_pin_memory,
-        ),
-        total=sum(map(len, requests)),
-        what="teachers on the validation split",
-        unit="images",
-        size=lambda item: len(item.positions) + len(item.failed),
-    )
-    found = annotator.annotate(val, batches, count_correct=True)
-    num_images = int(ranks.all_reduce(torch.tensor(len(found.positions))))
-    percent = ranks.all_reduce(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
-    metrics = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]
-    return CentreLabels([val.keys[p] for p in found.positions], found.rows.labels), metrics
 
 
 def _check_logits(config: DistillConfig, labels: LabelSet) -> None:
@@ -297,21 +202,28 @@ def _check_logits(config: DistillConfig, labels: LabelSet) -> None:
         )
 
 
-def _resumed_label_set(config: DistillConfig) -> dict[str, Any]:
-    """Return which files and views a resumed run started with; nothing for a new run."""
+def resumed_labels(config: DistillConfig) -> list[dict[str, Any]]:
+    """Return which files and views of each set a resumed run started with; none for a new run.
+
+    Raises ConfigError for a damaged file.
+    """
     if config.resume is None or not (path := config.resume / LABELS_NAME).exists():
-        return {}
+        return []
     try:
         kept = read_json(path)
-        num_views = kept["num_views"]
-        if not isinstance(num_views, int):
-            raise TypeError("num_views is no number")
-        return {"appended": [Path(name).name for name in kept["appended"]], "num_views": num_views}
+        return [_used(each) for each in kept.get("sets", [kept])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
 
 
-def _accuracies(labels: LabelSet | None) -> dict[str, dict[str, float]]:
+def _used(kept: dict[str, Any]) -> dict[str, Any]:
+    num_views = kept["num_views"]
+    if not isinstance(num_views, int):
+        raise TypeError("num_views is no number")
+    return {"appended": [Path(name).name for name in kept["appended"]], "num_views": num_views}
+
+
+def accuracies_of(labels: LabelSet | None) -> dict[str, dict[str, float]]:
     """Return what stage one measured of the teachers, by name."""
     accuracy = None if labels is None else labels.manifest["roles"]["val"].get("accuracy")
     if accuracy is None:

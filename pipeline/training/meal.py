@@ -1,6 +1,7 @@
 """What `distill --method meal` trains: its teachers, its targets and its task, paired by block."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,10 @@ from mealv2.task import Task
 from pipeline.config import DEFAULT_IMG_SIZE, DistillConfig
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_everything
-from pipeline.training.label_source import LabelSource, build_teachers, label_online
+from pipeline.training.label_source import LabelSource
+from pipeline.training.online_labels import build_teachers, label_online
 from pipeline.training.spec import create_student
+from pipeline.training.teacher_labels import from_sets_of_teachers
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,33 @@ class Parts:
 
 
 def prepare_meal(
-    config: DistillConfig, runtime: Runtime, source: ImageSource, val: ImageSource | None
+    config: DistillConfig,
+    runtime: Runtime,
+    source: ImageSource,
+    val: ImageSource | None,
+    folder: Path | None,
 ) -> Parts:
-    """Build teachers and student, pair their blocks, then label the validation split.
+    """Return what MEAL trains, with the label sets of the teachers in a folder or with teachers.
 
     Raises ConfigError for blocks that do not pair, before anything is labelled.
     """
+    if folder is None:
+        return _prepare_online(config, runtime, source, val)
+    labels = from_sets_of_teachers(config, folder, source, val)
+    student = _student(config, source, labels.img_size)
+    layers, widths = BlockLayers(), (student.num_classes,)
+    task, extra = _task(config, student, layers, widths)
+    return Parts(student, task, labels, extra, _notes(config, layers, widths))
+
+
+def _prepare_online(
+    config: DistillConfig, runtime: Runtime, source: ImageSource, val: ImageSource | None
+) -> Parts:
     built = build_teachers(config, runtime, source)
-    seed_everything(config.seed)
     img_size = config.img_size or DEFAULT_IMG_SIZE
-    student = create_student(config, classes=list(source.classes), img_size=img_size)
+    student = _student(config, source, img_size)
     layers, widths = _pair(config, student, built, img_size)
-    discriminators = _discriminators(config, widths)
-    task = MealTask(
-        student,
-        layers,
-        discriminators,
-        loss=config.block_loss,
-        gammas=config.of_blocks("gamma"),
-        etas=config.of_blocks("eta"),
-    )
+    task, extra = _task(config, student, layers, widths)
     labels = label_online(config, runtime, source, val, built)
     targets = SelectedTeachers(
         built[0],
@@ -67,12 +77,32 @@ def prepare_meal(
         selection=config.teacher_selection,
         mode=config.teacher_mode,
     )
-    lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
-    extra: dict[str, tuple[nn.Module, float]] = {}
-    if discriminators is not None:
-        extra["discriminator"] = (discriminators, lr)
     notes = _notes(config, layers, widths)
     return Parts(student, task, replace(labels, targets=targets), extra, notes)
+
+
+def _student(config: DistillConfig, source: ImageSource, img_size: int) -> Classifier:
+    seed_everything(config.seed)
+    return create_student(config, classes=list(source.classes), img_size=img_size)
+
+
+def _task(
+    config: DistillConfig, student: Classifier, layers: BlockLayers, widths: tuple[int, ...]
+) -> tuple[MealTask, dict[str, tuple[nn.Module, float]]]:
+    """Return the task, and the discriminators for the optimizer, if any."""
+    discriminators = _discriminators(config, widths)
+    task = MealTask(
+        student,
+        layers,
+        discriminators,
+        loss=config.block_loss,
+        gammas=config.of_blocks("gamma"),
+        etas=config.of_blocks("eta"),
+    )
+    if discriminators is None:
+        return task, {}
+    lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
+    return task, {"discriminator": (discriminators, lr)}
 
 
 def _pair(
@@ -108,7 +138,7 @@ def _notes(config: DistillConfig, layers: BlockLayers, widths: tuple[int, ...]) 
     chosen = {"random": "one drawn a batch", "round-robin": "in turn", "all": "all in each batch"}
     notes = (
         f"MEAL: --out-layer {compared}; teachers {chosen[config.teacher_selection]}, "
-        f"in {config.teacher_mode} mode",
+        f"{'from stored labels' if config.labels else f'in {config.teacher_mode} mode'}",
     )
     if config.discriminator == "off":
         return notes

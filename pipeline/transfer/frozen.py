@@ -64,7 +64,10 @@ def _features(
     """Return the features of some views, from --feature-dir if they are there."""
     folder, ranks, key = config.feature_dir, runtime.ranks, ""
     if folder is not None:
-        key = feature_key(model, reader, runtime, views)
+        if ranks.is_main_process:
+            key = feature_key(model, reader, runtime, views, workers=config.workers)
+        key = ranks.broadcast_text(key)
+    if folder is not None and key:
         kept = load_features(folder, key, views)
         # all ranks compute, or none
         if not ranks.all_reduce_counts({"missing": kept is None})["missing"] and kept is not None:
@@ -79,6 +82,6 @@ def _features(
         workers=config.workers,
         on_bad_image=config.on_bad_image,
     )
-    if folder is not None and ranks.is_main_process:
+    if folder is not None and key and ranks.is_main_process:
         save_features(folder, key, table)
     return table

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from conftest import Result, Spawned, same_state
 from mealv2.meal.teachers import drawn_teachers
 from mealv2.storage.atomic import file_sha256
+from runs import as_killed_after, states
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -57,17 +57,6 @@ def meal_flags(
         return ["distill", "--method", "meal", "--online", *found, *map(str, more)]
 
     return flags
-
-
-def states(run: Path) -> list[dict[str, Any]]:
-    """Return the state of every checkpoint, the oldest first.
-
-    Without the name of the folder and the count of views, in which a resumed run has the
-    validation split twice.
-    """
-    paths = sorted((run / "checkpoints").glob("step-*.pt"))
-    found = [torch.load(path, weights_only=True) for path in paths]
-    return [{k: v for k, v in s.items() if k not in ("args", "teacher_forwards")} for s in found]
 
 
 # --- end to end ---------------------------------------------------------------------------------
@@ -222,15 +211,6 @@ def test_blocks_that_do_not_pair_are_refused_naming_networks_and_sizes(
 
 
 # --- resume -------------------------------------------------------------------------------------
-
-
-def as_killed_after(finished: Path, step: int, run: Path) -> None:
-    """Leave of a finished run what a kill -9 after a step leaves."""
-    shutil.copytree(finished, run)
-    (run / "report.json").unlink()
-    for path in (run / "checkpoints").iterdir():
-        if int(path.stem.split("-")[1]) > step:
-            path.unlink()
 
 
 @pytest.fixture(scope="module")

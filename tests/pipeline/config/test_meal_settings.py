@@ -10,6 +10,7 @@ from mealv2.errors import ConfigError
 from pipeline.config import DistillConfig
 
 MEAL = ["--method", "meal", "--online", "--teacher", "a=r/a", "--teacher", "b=r/b"]
+STORED: dict[str, Any] = {"online": False, "labels": "l", "teacher": ()}
 REQUIRED = ["distill", "--data-dir", "d", "--model", "m"]
 
 
@@ -42,7 +43,10 @@ def make(**values: Any) -> DistillConfig:
         ({"out_layer": (0, -1), "out_dims": (1,)}, "--out-dims must be at least 2"),
         ({"eta": (-1.0,)}, "--eta must be at least 0"),
         ({"gamma": (float("inf"),)}, "--gamma must be at least 0 and finite"),
-        ({"online": False, "labels": "l", "teacher": ()}, "--method meal has no stored labels"),
+        ({**STORED, "out_layer": (-2, -1)}, "--out-layer -2,-1: a label set has no features"),
+        ({**STORED, "teacher_mode": "train"}, "--teacher-mode train needs the teachers themselves"),
+        ({**STORED, "missing": "teach"}, "--missing teach: with --method meal"),
+        ({**STORED, "labels": "s3://bucket/set"}, "--method meal needs a local --labels"),
     ],
 )
 def test_a_setting_without_effect_or_of_another_length_is_named(

@@ -20,6 +20,7 @@ from conftest import Result, Spawned
 from mealv2.data.folder import ImageFolder
 from mealv2.models import create_classifier
 from mealv2.storage.weight_files import find_checkpoint
+from runs import as_killed_after
 
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
@@ -50,15 +51,6 @@ def student(run: Path) -> dict[str, torch.Tensor]:
 def steps_kept(run: Path) -> list[int]:
     found = sorted((run / "checkpoints").glob("step-*.pt"))
     return [int(path.stem.split("-")[1]) for path in found]
-
-
-def as_killed_after(finished: Path, step: int, run: Path) -> None:
-    """Leave of a finished run what a kill -9 leaves: events after ``step``, but no state."""
-    shutil.copytree(finished, run)
-    (run / "report.json").unlink()
-    for path in (run / "checkpoints").iterdir():
-        if int(path.stem.split("-")[1]) > step:
-            path.unlink()
 
 
 # --- the schedule -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import Result
 from mealv2.models.frozen import FrozenClassifier
@@ -138,6 +139,33 @@ def test_features_on_disk_serve_other_seeds_and_nothing_else(
         assert sum(passes) == seen, flags
     done(*words, "--seed", 1, "--output", tmp_path / "memory")
     assert weights(tmp_path / "memory") == weights(tmp_path / "1")
+
+
+def test_another_picture_of_the_same_size_has_other_features(
+    done: Run,
+    transfer_flags: list[str],
+    start: list[str],
+    own_data: Path,
+    run: Path,
+    passes: list[int],
+) -> None:
+    words = [*transfer_flags, "--mode", "frozen", *start, "--num-views", 1, "--epochs", 1]
+    words += ["--data-dir", own_data, "--feature-dir", run.parent / "features"]
+    done(*words, "--output", run / "before")
+    picture = next((own_data / "train" / "ants").glob("*.png"))
+    with Image.open(picture) as image:
+        stored = [image.copy(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    for pixels, seen in ((stored[0], 36), (stored[1], 36), (stored[0], 0)):
+        # a BMP has the same size whatever its pixels are
+        pixels.save(picture, format="BMP")
+        passes.clear()
+        done(*words, "--output", run / f"{seen} {len(list(run.iterdir()))}")
+        assert sum(passes) == seen
+    # file names and the times of files are no content
+    picture.touch()
+    passes.clear()
+    done(*words, "--output", run / "touched")
+    assert sum(passes) == 0
 
 
 def test_damaged_features_on_disk_are_an_error(
