@@ -12,6 +12,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from benchmarks import transfer
 from benchmarks.distillation import Bench
 from benchmarks.experiments import distinct, needed
+from benchmarks.subsets import Part
 from pipeline.config import DistillConfig, FinetuneConfig
 
 NAMES = tuple(ImageNetInfo("imagenet-1k").label_names())
@@ -74,7 +75,7 @@ def test_drawn_images_give_backbones_and_the_table(
     monkeypatch.setattr(
         transfer,
         "SETS",
-        {name: {part: (part, 4, 0) for part in ("train", "val")} for name in transfer.SETS},
+        {name: {part: Part(part, 4) for part in ("train", "val")} for name in transfer.SETS},
     )
     data = Path(shutil.copytree(data_dir, tmp_path / "tiny"))
     for folder, name in zip(sorted(data.glob("*/*")), (*NAMES[:3], *NAMES[:3]), strict=True):
