@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import mean_logits
+from benchmarks import mean_logits, present_classes
 from benchmarks.mean_logits import MeanLogitsConfig
+from benchmarks.present_classes import PresentClassesConfig
 from mealv2.errors import ConfigError
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
@@ -32,7 +33,8 @@ from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import has_checkpoint
 
 Training = FinetuneConfig | DistillConfig
-Labels = PrecomputeConfig | LabelsConvertConfig | LabelsMergeConfig | MeanLogitsConfig
+Derived = LabelsConvertConfig | LabelsMergeConfig | MeanLogitsConfig | PresentClassesConfig
+Labels = PrecomputeConfig | Derived
 Config = Labels | Training
 Report = dict[str, Any]
 
@@ -50,6 +52,7 @@ _RUN: Mapping[type, Callable[[Any], Report]] = {
     LabelsConvertConfig: convert.run,
     LabelsMergeConfig: merge.run,
     MeanLogitsConfig: mean_logits.run,
+    PresentClassesConfig: present_classes.run,
     FinetuneConfig: finetune.run,
     DistillConfig: distill.run,
     TransferConfig: transfer.run,

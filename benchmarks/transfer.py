@@ -2,11 +2,12 @@
 
     python -m benchmarks.transfer tiny-imagenet flowers17 cifar10 --output transfer-rows --jobs 2
 
-Three backbones learn Tiny-ImageNet (train/WNID/IMAGE, val/WNID/IMAGE): the base learns hard labels;
-the distilled one continues from the base with stored labels of ImageNet teachers; base-more
-continues from it with hard labels, for as many steps and on the same views. `mealv2 transfer` then
-trains each on 17 Flowers (train/CLASS/IMAGE, val/CLASS/IMAGE) and a part of CIFAR-10
-(train/CLASS/IMAGE, test/CLASS/IMAGE). Finished runs are kept. Results: docs/benchmarks/transfer.md.
+Backbones learn Tiny-ImageNet (train/WNID/IMAGE, val/WNID/IMAGE): the base learns hard labels; the
+distilled one continues from the base with stored labels of ImageNet teachers; base-more continues
+from it with hard labels, for as many steps and on the same views; distilled-present has labels of
+which the classes that the data has not are left out. `mealv2 transfer` then trains each on 17
+Flowers (train/CLASS/IMAGE, val/CLASS/IMAGE) and a part of CIFAR-10 (train/CLASS/IMAGE,
+test/CLASS/IMAGE). Finished runs are kept. Results: docs/benchmarks/transfer.md.
 """
 
 import argparse
@@ -15,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data.imagenet_info import ImageNetInfo
-
 from benchmarks.distillation import Bench, Setting, add_flags, setting_of
 from benchmarks.experiment_tables import environment, exit_with_message, mean_cell, table
 from benchmarks.experiments import Config, finished, run_all
+from benchmarks.present_classes import PresentClassesConfig
 from benchmarks.subsets import Part, write_subset
-from benchmarks.tiny_imagenet import TEACHERS
+from benchmarks.tiny_imagenet import TEACHERS, write_class_map
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from pipeline.config import TransferConfig
@@ -44,14 +44,18 @@ SETS = {
 }
 # beside the defaults of `mealv2 transfer`, the paper's: 200 epochs, batches of 128, 224 pixels
 TRANSFER: dict[str, Any] = {"batch_size": 32, "epochs": 10, "workers": 0, "checkpoint_hist": 1}
+# backbones beside --compare, by the start of the name of their transfers
+OTHERS = {"more": "base-more", "present": "distilled-present"}
 TITLES = {
     ("scratch", "base"): "From scratch",
     ("fine-tune", "base"): "Fine-tune: base",
     ("fine-tune", "base-more"): "Fine-tune: base, as many steps more",
     ("fine-tune", "distilled"): "Fine-tune: distilled",
+    ("fine-tune", "distilled-present"): "Fine-tune: distilled, present classes",
     ("frozen", "base"): "Freeze backbone: base",
     ("frozen", "base-more"): "Freeze backbone: base, as many steps more",
     ("frozen", "distilled"): "Freeze backbone: distilled",
+    ("frozen", "distilled-present"): "Freeze backbone: distilled, present classes",
 }
 Values = dict[int, float]
 
@@ -67,39 +71,47 @@ def backbones(
     base = bench.start(
         0, "base", epochs=base_epochs, val_interval=base_epochs, sched="cosine", weight_decay=5e-4
     )
+    folder, class_map = bench.output / "labels" / "present", bench.class_map
+    assert class_map is not None, "the teachers have other classes than the data"
+    present = PresentClassesConfig(
+        Path(str(labels.output)), bench.data / "train", class_map, folder
+    )
     return {
         "base": [base],
         "distilled": bench.soft("distilled", 0, [labels], base),
         "base-more": bench.hard("base-more", 0, base, num_views=num_views),
+        "distilled-present": bench.soft("distilled-present", 0, [labels, present], base),
     }
 
 
 def transfers(
     output: Path, models: Mapping[str, Config], seeds: int, **settings: Any
 ) -> dict[str, TransferConfig]:
-    """Return the runs of `mealv2 transfer` by folder: base against distilled, and base-more."""
+    """Return the runs of `mealv2 transfer` by folder: base against distilled, and the others."""
     given = TRANSFER | {"sets": output / "sets.txt", "seeds": seeds} | settings
     given["val_interval"] = given["epochs"]
     folders = {name: str(config.output) for name, config in models.items()}
 
     def of(name: str, **chosen: Any) -> TransferConfig:
-        frozen = {} if chosen["mode"] == "fine-tune" else {"feature_dir": output / "features"}
+        is_frozen = chosen["mode"] != "fine-tune"
+        frozen: dict[str, Any] = {"feature_dir": output / "features"} if is_frozen else {}
         return TransferConfig(output=output / "transfers" / name, **given, **frozen, **chosen)
 
     compare = (folders["base"], folders["distilled"])
-    return {
-        "table-6": of("table-6", compare=compare, mode="all"),
-        "more-fine-tune": of("more-fine-tune", model=folders["base-more"], mode="fine-tune"),
-        "more-frozen": of("more-frozen", model=folders["base-more"], mode="frozen"),
-    }
+    found = {"table-6": of("table-6", compare=compare, mode="all")}
+    for short, backbone in OTHERS.items():
+        for mode in ("fine-tune", "frozen"):
+            name = f"{short}-{mode}"
+            found[name] = of(name, model=folders[backbone], mode=mode)
+    return found
 
 
 def values_of(runs: Mapping[str, TransferConfig]) -> dict[tuple[str, str, str], Values]:
     """Return top-1 by seed of the finished runs; by data set, mode and backbone."""
     found = {}
-    for config in runs.values():
+    for name, config in runs.items():
         for row in (finished(config) or {"results": []})["results"]:
-            model = "base-more" if row["model"] == "model" else row["model"]
+            model = OTHERS.get(name.partition("-")[0], row["model"])
             values = {int(seed): value for seed, value in row["values"].items()}
             found[row["set"], row["mode"], model] = values
     return found
@@ -111,7 +123,7 @@ def table_6(values: Mapping[tuple[str, str, str], Values]) -> str:
     for (mode, model), title in TITLES.items():
         cells = [mean_cell(list(values.get((name, mode, model), {}).values())) for name in SETS]
         lines.append([title, *cells])
-        if model != "distilled":
+        if not model.startswith("distilled"):
             continue
         for other, words in (("base", "base"), ("base-more", "base, as many steps more")):
             cells = [_difference(values, (name, mode), model, other) for name in SETS]
@@ -174,11 +186,10 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     if not options.table:
         bench.write_images(options.tiny_imagenet)
-        names = ImageNetInfo("imagenet-1k").label_names()
-        write_atomic(class_map, "".join(f"{name}\n" for name in names).encode())
+        write_class_map(class_map)
         _write_sets(options)
-        last = [] if options.only_backbones else list(runs.values())
-        run_all([each for several in made.values() for each in several] + last, jobs=options.jobs)
+        last = [] if options.only_backbones else runs.values()
+        run_all([*(c for each in made.values() for c in each), *last], jobs=options.jobs)
     values = values_of(runs)
     text = table_6(values)
     reports = {name: finished(each[-1]) for name, each in made.items()}

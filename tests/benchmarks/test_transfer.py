@@ -11,14 +11,15 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from benchmarks import transfer
 from benchmarks.distillation import Bench
-from benchmarks.experiments import distinct, needed
+from benchmarks.experiments import differences, distinct, needed
 from benchmarks.subsets import Part
+from benchmarks.tiny_imagenet import TEACHERS
 from pipeline.config import DistillConfig, FinetuneConfig
 
 NAMES = tuple(ImageNetInfo("imagenet-1k").label_names())
 MADE = transfer.backbones(
     Bench(Path("out"), transfer.SETTING, Path("classes.txt")),
-    transfer.TEACHERS,
+    TEACHERS,
     base_epochs=14,
     num_views=2,
 )
@@ -39,15 +40,23 @@ def test_base_more_has_the_start_steps_rates_and_views_of_the_distilled_one() ->
 
 def test_transfers_of_all_backbones_have_the_same_settings_and_come_last() -> None:
     runs = distinct([*(each for several in MADE.values() for each in several), *RUNS.values()])
-    compare, fine_tune, frozen = RUNS.values()
+    compare, fine_tune, frozen, *present = RUNS.values()
     folders = {name: Path(str(each[-1].output)) for name, each in MADE.items()}
     assert needed(compare, runs) == {folders["base"], folders["distilled"]}
     assert needed(fine_tune, runs) == needed(frozen, runs) == {folders["base-more"]}
-    for other in (fine_tune, frozen):
+    for each in present:
+        assert needed(each, runs) == {folders["distilled-present"]}
+    for other in (fine_tune, frozen, *present):
         for name in ("epochs", "batch_size", "img_size", "seeds", "sets", "weight_decay"):
             assert getattr(other, name) == getattr(compare, name)
         one = compare.cell(model="m", mode=other.mode, data_dir=Path("d"))
         assert one.lr == other.lr
+
+
+def test_the_two_distilled_backbones_differ_in_their_label_set_only() -> None:
+    one, two = (MADE[name][-1] for name in ("distilled", "distilled-present"))
+    assert differences(one, two).keys() == {"labels"}
+    assert needed(two, [Path("out/labels/present")]) == {Path("out/labels/present")}
 
 
 def test_differences_are_within_a_seed() -> None:
@@ -96,7 +105,7 @@ def test_drawn_images_give_backbones_and_the_table(
     assert "runs left" in first.err
     assert "runs left" not in again.err
     lines = [line.split("|")[1:-1] for line in table.splitlines()]
-    assert len(lines) == 2 + 7 + 4
+    assert len(lines) == 2 + 9 + 8
     assert all(cell.strip() for line in lines for cell in line)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["values"]["cifar10 frozen base-more"]) == {"0", "1"}
