@@ -50,6 +50,9 @@ SMALLER = ("test_efficientnet", ())
 LARGER = ("resnet10t", ("channels=(32,64,128,256)",))
 # as large as a teacher
 LARGE = ("resnet18", NARROW)
+# MEAL v1: stages 1 to 3 and the logits, with as many values as the student has positions; its stage
+# 4 has one at 32 pixels, and the softmax of one value teaches nothing
+BLOCKS: dict[str, Any] = {"out_layer": (-5, -4, -3, -1), "out_dims": (64, 16, 4), "pool": "avg"}
 BOX = {"crop": "rrc"}  # the paper's views
 CUTMIX: dict[str, Any] = {"cutmix": 1.0, "cutmix_target": "mixed-labels"}
 
@@ -58,6 +61,7 @@ def rows(bench: Bench) -> list[Row]:
     """Return all rows, the most telling first."""
     return [
         *_quick_rows(bench),
+        *_meal_rows(bench),
         *_label_rows(bench),
         *_loss_rows(bench),
         *_start_rows(bench),
@@ -134,6 +138,25 @@ def _loss_rows(bench: Bench) -> list[Row]:
             ),
             reference="hard",
         ),
+    ]
+
+
+def _meal_rows(bench: Bench) -> list[Row]:
+    """Return MEAL v1: one teacher a batch, online; the discriminator is that of its code."""
+    first, both = specs(bench.teachers()[:1]), specs(bench.teachers())
+
+    def row(name: str, title: str, teachers: tuple[str, ...], **settings: Any) -> Row:
+        meal = {"method": "meal", "teacher": teachers, "discriminator": "official"}
+        return bench.soft_row(name, title, **(_online(bench) | meal | settings))
+
+    found = [row("meal-one", "MEAL v1, first teacher", first)]
+    if len(both) == 1:
+        return [*found, row("meal-blocks", "MEAL v1, three blocks", both, **BLOCKS)]
+    return [
+        *found,
+        row("meal", "MEAL v1, one of both teachers a batch", both),
+        row("meal-d-off", "MEAL v1, both, no discriminator", both, discriminator="off"),
+        row("meal-blocks", "MEAL v1, both, three blocks", both, **BLOCKS),
     ]
 
 

@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -175,6 +175,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--seeds", type=_count, default=3, help="seeds 0 to N - 1")
     found.add_argument("--quick", action="store_true", help="only the most telling rows")
     found.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    found.add_argument("--minus", metavar="ROW", help="compare all rows with this one")
     found.add_argument("--jobs", type=_count, default=1, help="runs at a time")
     found.add_argument("--table", action="store_true", help="print what is finished, run nothing")
     return found
@@ -188,13 +189,22 @@ def _count(text: str) -> int:
 
 
 def chosen(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
-    """Return the rows that the flags ask for, and those they are compared with."""
+    """Return the rows that the flags ask for, and those they are compared with.
+
+    --minus replaces the row that each is compared with.
+    """
     by_name = {row.name: row for row in rows}
-    for name in options.rows or ():
+    for name in (*(options.rows or ()), *([options.minus] if options.minus else [])):
         if name not in by_name:
             raise ConfigError(f"no row {name}; known: {', '.join(by_name)}")
     asked = {row.name for row in rows if row.is_quick or not options.quick}
     asked = set(options.rows) if options.rows else asked
+    if options.minus:
+        rows = [
+            replace(row, reference="" if row.name == options.minus else options.minus)
+            for row in rows
+        ]
+    by_name = {row.name: row for row in rows}
     asked |= {by_name[name].reference for name in asked}
     return [row for row in rows if row.name in asked]
 

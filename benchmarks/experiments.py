@@ -13,25 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import mean_logits
+from benchmarks import mean_logits, present_classes
 from benchmarks.mean_logits import MeanLogitsConfig
+from benchmarks.present_classes import PresentClassesConfig
 from mealv2.errors import ConfigError
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
-from pipeline import distill, finetune, precompute
+from pipeline import distill, finetune, precompute, transfer
 from pipeline.config import (
     DistillConfig,
     FinetuneConfig,
     LabelsConvertConfig,
     LabelsMergeConfig,
     PrecomputeConfig,
+    TransferConfig,
 )
 from pipeline.label_sets import convert, merge
 from pipeline.runtime.device import use_one_thread
 from pipeline.training.run_folder import has_checkpoint
 
 Training = FinetuneConfig | DistillConfig
-Labels = PrecomputeConfig | LabelsConvertConfig | LabelsMergeConfig | MeanLogitsConfig
+Derived = LabelsConvertConfig | LabelsMergeConfig | MeanLogitsConfig | PresentClassesConfig
+Labels = PrecomputeConfig | Derived
 Config = Labels | Training
 Report = dict[str, Any]
 
@@ -49,8 +52,10 @@ _RUN: Mapping[type, Callable[[Any], Report]] = {
     LabelsConvertConfig: convert.run,
     LabelsMergeConfig: merge.run,
     MeanLogitsConfig: mean_logits.run,
+    PresentClassesConfig: present_classes.run,
     FinetuneConfig: finetune.run,
     DistillConfig: distill.run,
+    TransferConfig: transfer.run,
 }
 
 
@@ -181,7 +186,7 @@ def _kept(config: Config) -> dict[str, Any]:
     if not (path.exists() and _folder(config).exists()):
         return {}
     kept = dict(read_json(path))
-    old, new = kept["settings"], _settings(config)
+    old, new = _defaults_of_new_settings(config) | kept["settings"], _settings(config)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise ConfigError(
@@ -189,6 +194,16 @@ def _kept(config: Config) -> dict[str, Any]:
                 "give another --output"
             )
     return kept
+
+
+def _defaults_of_new_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that have their default: a run from before there were such is kept."""
+    settings = _settings(config)
+    return {
+        field.name: settings[field.name]
+        for field in dataclasses.fields(config)
+        if field.name in settings and getattr(config, field.name) == field.default
+    }
 
 
 def _announce(config: Config, left: int) -> None:

@@ -134,6 +134,12 @@ class Rates:
         return table(["labels", "seeds", *titles], lines.values())
 
 
+def write_class_map(path: Path) -> None:
+    """Write ImageNet's class names by class id, a line each, as --class-map reads them."""
+    names = ImageNetInfo("imagenet-1k").label_names()
+    write_atomic(path, "".join(f"{name}\n" for name in names).encode())
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the rows that the flags ask for and print the tables."""
     flags = parser(__doc__)
@@ -145,8 +151,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rates = Rates(bench, options.teacher or TEACHERS, options.views)
     asked = chosen(rates.rows(), options)
     bench.write_images(options.data_dir)
-    names = ImageNetInfo("imagenet-1k").label_names()
-    write_atomic(class_map, "".join(f"{name}\n" for name in names).encode())
+    write_class_map(class_map)
     run_rows(asked, options)
     text = f"{rates.labels_table(asked)}\n{rates.students_table(asked, range(options.seeds))}"
     print(text)

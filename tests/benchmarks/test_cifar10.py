@@ -25,8 +25,13 @@ HARD = {
     *(field.name for field in dataclasses.fields(MealConfig)),
 }
 MODEL = {"model", "model_kwargs", "initial_checkpoint"}
+MEAL = {"labels", "online", "teacher", "img_size", "crop", "method", "discriminator"}
 OF = {
     "hard": HARD,
+    "meal-one": MEAL,
+    "meal": MEAL,
+    "meal-d-off": MEAL,
+    "meal-blocks": MEAL | {"out_layer", "out_dims", "pool"},
     "d-off": {"discriminator"},
     "weight-decay": {"weight_decay"},
     "teacher-0": {"labels"},

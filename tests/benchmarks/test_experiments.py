@@ -98,12 +98,29 @@ def test_two_runs_in_one_folder_must_be_equal(tmp_path: Path) -> None:
 def test_rows_that_are_asked_for_come_with_their_reference(tmp_path: Path) -> None:
     rows = [row("a", tmp_path), row("b", tmp_path, "a"), row("c", tmp_path, "a")]
     rows[1] = dataclasses.replace(rows[1], is_quick=True)
-    options = argparse.Namespace(rows=["c"], quick=False)
+    options = argparse.Namespace(rows=["c"], quick=False, minus=None)
     assert [each.name for each in tables.chosen(rows, options)] == ["a", "c"]
-    options = argparse.Namespace(rows=None, quick=True)
+    options = argparse.Namespace(rows=None, quick=True, minus=None)
     assert [each.name for each in tables.chosen(rows, options)] == ["a", "b"]
-    with pytest.raises(ConfigError, match="no row d; known: a, b, c"):
-        tables.chosen(rows, argparse.Namespace(rows=["d"], quick=False))
+    options = argparse.Namespace(rows=["c"], quick=False, minus="b")
+    found = tables.chosen(rows, options)
+    assert [(each.name, each.reference) for each in found] == [("b", ""), ("c", "b")]
+    for rows_and_minus in ({"rows": ["d"], "minus": None}, {"rows": ["c"], "minus": "d"}):
+        with pytest.raises(ConfigError, match="no row d; known: a, b, c"):
+            tables.chosen(rows, argparse.Namespace(quick=False, **rows_and_minus))
+
+
+def test_a_run_from_before_a_setting_is_kept_only_if_the_setting_has_its_default(
+    tmp_path: Path,
+) -> None:
+    finish(config_in(tmp_path / "run"), 50.0)
+    record = tmp_path / "run.json"
+    kept = json.loads(record.read_text())
+    assert kept["settings"].pop("smoothing") == 0.0
+    record.write_text(json.dumps(kept))
+    assert experiments.finished(config_in(tmp_path / "run")) == {"top1": 50.0}
+    with pytest.raises(ConfigError, match="made with smoothing None"):
+        experiments.finished(config_in(tmp_path / "run", smoothing=0.1))
 
 
 def test_a_finished_run_is_kept_an_interrupted_one_resumed_other_settings_refused(
