@@ -56,10 +56,7 @@ class LayoutName(NamedTuple):
         """
         marker = LAYOUTS[self.layout]
         if marker and not (self.folder / marker).exists():
-            raise ConfigError(
-                f"{self.name}: no {marker} in {self.folder}; name the folder that the published "
-                "archive unpacks to"
-            )
+            raise ConfigError(f"{self.name}: {self._without(marker)}")
         if self.images is not None and self.layout != "list":
             raise ConfigError(f"{self.name}: =IMAGES is for list:LISTS=IMAGES only")
         known = self.splits
@@ -72,6 +69,16 @@ class LayoutName(NamedTuple):
                     f"{self.name} has the splits {', '.join(known) or 'of no list file'}, not "
                     f"{split}{files}"
                 )
+
+    def _without(self, marker: str) -> str:
+        """Return what is wrong with a folder without the marker of its layout, and what to name."""
+        if not self.folder.is_dir():
+            return f"no folder {self.folder}"
+        below = sorted(self.folder.glob(f"*/{marker}"))
+        if not below:
+            return f"no {marker} in {self.folder}; name the folder that has it"
+        folder = below[0].parents[marker.count("/")]
+        return f"no {marker} in {self.folder}; name {self.layout}:{folder}"
 
 
 def layout_name(path: Path) -> LayoutName | None:

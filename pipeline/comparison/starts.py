@@ -9,7 +9,7 @@ import timm
 
 from mealv2.errors import ConfigError
 from mealv2.models import read_metadata
-from mealv2.models.released import find
+from mealv2.models.released import find, split_pin
 from mealv2.storage.weight_files import find_checkpoint
 from pipeline.config import ComparisonConfig
 from pipeline.load_model import require_own_code_named
@@ -26,6 +26,7 @@ def with_start(config: Config) -> Config:
     start = config.model
     name, equals, path = start.partition("=")
     if not _is_path(start):
+        _require_known(name, start)
         return _with_weights(config, name, Path(path)) if equals else config
     checkpoint = find_checkpoint(Path(start))
     architecture = read_metadata(checkpoint).get("architecture")
@@ -33,6 +34,21 @@ def with_start(config: Config) -> Config:
         raise ConfigError(f"{checkpoint} does not name its model; write NAME={start}")
     require_own_code_named(architecture, checkpoint)
     return _with_weights(config, architecture, Path(start))
+
+
+def _require_known(name: str, start: str) -> None:
+    """Raise ConfigError for a name of no model, before anything is trained.
+
+    Names with a scheme (local-dir:, hf-hub:) and own code, which has a colon too, are not checked.
+    """
+    plain = split_pin(name)[0]
+    if ":" in plain or timm.is_model(plain.split(".")[0]) or find(plain) is not None:
+        return
+    if os.sep in name:
+        raise ConfigError(f"--model or --compare {start}: there is no run or model {name}")
+    raise ConfigError(
+        f"--model or --compare {start}: unknown model {name!r}; see timm.list_models()"
+    )
 
 
 def _is_path(start: str) -> bool:

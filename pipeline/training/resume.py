@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, MealError
+from mealv2.models import Classifier
 from mealv2.storage.json_format import canonical_json
 from pipeline import console
 from pipeline.config import FREE_ON_RESUME, TrainConfig, current_names, flag
@@ -97,6 +98,19 @@ def _resume_run(
     if ranks.broadcast_text("changed" if changed else ""):  # paths may differ between machines
         _save_changes(folder, config, ranks, state, changed)
     return folder
+
+
+def load_newest_weights(run: Path, ranks: Ranks, student: Classifier) -> None:
+    """Load the student's weights in the newest complete checkpoint of a run; all ranks call this.
+
+    Raises MealError for a run without a complete checkpoint, or of another student.
+    """
+    path, kept = _load_newest(run, ranks)
+    try:
+        student.backbone.load_state_dict(kept["state_dict"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MealError(f"checkpoint {path} is of another run: {reason}") from error
 
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -22,6 +22,8 @@ from pipeline.training.evaluator import Evaluator, MultiLabelEvaluator
 from pipeline.training.features import FeatureTable
 from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
+from pipeline.training.resume import load_newest_weights
+from pipeline.training.run_folder import has_checkpoint
 from pipeline.training.spec import TrainingSpec, create_student, mixing_of
 from pipeline.transfer.frozen import cached_features
 
@@ -30,7 +32,7 @@ def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
     """Train one model on one set and return the report. Raises as training.loop.train."""
     source, val = _open(config)
     seed_everything(config.seed)
-    student = _student(config, list(source.classes))
+    student = _student(config, list(source.classes), runtime)
     if config.resume is None and config.data_dir is not None:
         propose_crop(config, source, config.data_dir)
     features = val_features = None
@@ -71,9 +73,15 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
     return source, val
 
 
-def _student(config: TransferConfig, classes: list[str]) -> Classifier:
-    """Return the backbone with a new head for these classes, frozen with --mode frozen."""
+def _student(config: TransferConfig, classes: list[str], runtime: Runtime) -> Classifier:
+    """Return the backbone with a new head for these classes, frozen with --mode frozen.
+
+    A resumed run has the weights of its checkpoint from here on: the features of a frozen backbone
+    are of those, also where --model has other weights by now.
+    """
     student = create_student(with_start(config), classes=classes, img_size=config.img_size)
+    if config.resume is not None and has_checkpoint(config.resume):
+        load_newest_weights(config.resume, runtime.ranks, student)
     if config.mode != "frozen":
         return student
     return FrozenClassifier(student, img_size=config.img_size)

@@ -70,6 +70,21 @@ def test_base_and_distilled_are_trained_with_every_seed_and_compared(
     assert done(*compared, "--output", tmp_path / "out").report == report
 
 
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [("tset_resnet", "unknown model 'tset_resnet'"), ("o/bse", "no run or model o/bse")],
+)
+def test_a_mistyped_second_backbone_is_found_before_the_first_run(
+    run_cli: Run, compared: list[str], tmp_path: Path, second: str, named: str
+) -> None:
+    words = list(compared)
+    words[words.index("--compare") + 2] = second
+    result = run_cli(*words, "--output", tmp_path / "out")
+    assert result.code == 2
+    assert named in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_comparison_continues_with_the_same_command(
     done: Run, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +151,7 @@ def test_a_set_that_is_missing_is_found_before_the_first_run(
     result = run_cli(*words, "--mode", "frozen", "--output", tmp_path / "out")
     assert result.code == 2
     (line,) = result.stderr.splitlines()
-    assert "no train_test_split.txt in" in line
+    assert "no folder" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """pipeline.transfer: the three modes of the paper's Table 6 through the one loop."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,26 @@ def test_a_resumed_run_ends_with_the_same_bits(
     words = [*flags_of(mode, start), "--epochs", 3, "--sched", "constant"]
     done(*transfer_flags, *words, "--output", tmp_path / "whole")
     done(*transfer_flags, *words, "--epochs", 1, "--output", tmp_path / "parts")
+    done("transfer", "--resume", tmp_path / "parts", "--epochs", 3)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_resumed_frozen_run_keeps_its_backbone_where_the_model_has_other_weights(
+    done: Run,
+    transfer_flags: list[str],
+    teacher_dirs: dict[str, Path],
+    student_dir: Path,
+    tmp_path: Path,
+    weights: Weights,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(teacher_dirs["test_resnet"], model)
+    words = ["--mode", "frozen", "--initial-checkpoint", model, "--epochs", 3]
+    words += ["--sched", "constant"]
+    done(*transfer_flags, *words, "--output", tmp_path / "whole")
+    done(*transfer_flags, *words, "--epochs", 1, "--output", tmp_path / "parts")
+    shutil.rmtree(model)
+    shutil.copytree(student_dir, model)
     done("transfer", "--resume", tmp_path / "parts", "--epochs", 3)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
