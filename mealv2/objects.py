@@ -15,6 +15,6 @@ class ImageObjects(NamedTuple):
     boxes_N4: Tensor
     classes_N: Tensor
 
-    def to(self, place: device) -> "ImageObjects":
+    def to(self, target: device) -> "ImageObjects":
         """Return the objects on a device."""
-        return ImageObjects(self.size, self.boxes_N4.to(place), self.classes_N.to(place))
+        return ImageObjects(self.size, self.boxes_N4.to(target), self.classes_N.to(target))

@@ -46,8 +46,8 @@ def find_coco(data_dir: Path, split: str) -> CocoSplit:
             return CocoSplit(name, split, part, beside, beside.parent, named is not None)
         listed = folder / "annotations" / f"instances_{part}.json"
         if listed.is_file():
-            places = (folder / part, folder / "images" / part, folder / "images")
-            images = next((place for place in places if place.is_dir()), None)
+            candidates = (folder / part, folder / "images" / part, folder / "images")
+            images = next((path for path in candidates if path.is_dir()), None)
             if images is None:
                 raise ConfigError(
                     f"{name}: {listed} is there, but no folder of its images: {part} or "

@@ -229,9 +229,9 @@ def save_detector(
     write_atomic(folder / WEIGHTS_NAME, safetensors.torch.save(state, metadata))
 
 
-def load_detector(path: Path, *, thresholds: Thresholds | None = None) -> Detector:
+def load_detector(path: str | Path, *, thresholds: Thresholds | None = None) -> Detector:
     """Return the detector of a run or model folder, in eval mode; raises ConfigError."""
-    path = find_checkpoint(path)
+    path = find_checkpoint(Path(path))
     stored = read_metadata(path)
     if stored.get("task") != DETECTION:
         raise ConfigError(f"{path} is not a detector of `mealv2 transfer-detection`")
