@@ -63,6 +63,8 @@ TORCH_FREE = ("pipeline.config", "pipeline.runtime.env")
 OPTIONAL = {
     "aiohttp",
     "datasets",
+    "jinja2",
+    "matplotlib",
     "mlxtend",
     "onnx",
     "onnxruntime",
@@ -70,6 +72,7 @@ OPTIONAL = {
     "pillow_heif",
     "pyarrow",
     "scipy",
+    "sklearn",
     "trackio",
     "wandb",
 }
