@@ -112,6 +112,24 @@ def sample_labels(
     first_views = labels.blocks[0][0]
     if views_V[0] not in first_views:  # the only views that every image has
         views_V[0] = rng.choice(first_views)
+    return _read(labels, rows_N, views_V, hard=hard, seed=seed)
+
+
+def sample_image(labels: LabelSet, key: str) -> LabelSample:
+    """Return all views of one image as a sample; raises LabelSetError for an unknown key."""
+    labels.soft_labels([key], [0])  # its error names the reason
+    return _read(labels, labels.image_rows([key]), np.arange(labels.num_views))
+
+
+def _read(
+    labels: LabelSet,
+    rows_N: np.ndarray,
+    views_V: np.ndarray,
+    *,
+    hard: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> LabelSample:
+    """Return these views of the images in these rows of a set, in order."""
     keys, hard_N, sizes_N2, bytes_N = _images(labels, rows_N)
     if hard is not None:
         hard_N = np.array([hard.get(key, UNLABELLED) for key in keys], dtype=np.int64)

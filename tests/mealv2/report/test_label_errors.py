@@ -85,3 +85,16 @@ def test_a_table_names_both_classes() -> None:
 def test_without_hard_labels_nothing_is_suspected() -> None:
     found = find_label_errors(sample_of(np.eye(3), np.full(3, UNLABELLED)))
     assert (len(found), found.num_labelled) == (0, 0)
+
+
+def test_the_list_is_that_of_cleanlab() -> None:
+    """cleanlab 2.9.0: find_label_issues(filter_by="confident_learning", by self-confidence).
+
+    It is AGPL-3.0, so nothing uses it; the rows below are what it returned, in its order.
+    """
+    rows_N, classes_C = np.arange(40), np.arange(4)
+    weights_NC = 1.0 + (5 * rows_N[:, None] ** 2 + classes_C * (3 * rows_N[:, None] + 7)) % 13
+    weights_NC[rows_N, rows_N % 4] += 6
+    probs_NC = weights_NC / weights_NC.sum(axis=1, keepdims=True)
+    found = find_label_errors(sample_of(probs_NC, (rows_N + (rows_N % 5 == 0)) % 4))
+    assert found.rows.tolist() == [5, 25, 20, 10, 35, 15, 3, 1, 38, 33, 7]

@@ -57,7 +57,9 @@ def test_the_statistics_are_those_of_the_dense_rows(tmp_path: Path, encoding: En
     hard_prob_NV = dense_NVC[np.arange(NUM_IMAGES), :, hard_N]
     # of equal ones the first of the record; those of dense rows have no ties
     best_NV = stored.rows.labels.argmax().numpy().reshape(NUM_IMAGES, NUM_VIEWS)
-    assert (dense_NVC.max(axis=2) == np.take_along_axis(dense_NVC, best_NV[..., None], 2)[..., 0]).all()
+    assert (
+        dense_NVC.max(axis=2) == np.take_along_axis(dense_NVC, best_NV[..., None], 2)[..., 0]
+    ).all()
     contradicts_NV = best_NV != hard_N[:, None]
     by_rank = -np.sort(-dense_NVC, axis=2)
     near = {"rel": 1e-5, "abs": 1e-6}  # labels are float32
@@ -123,7 +125,7 @@ def test_images_without_added_views_or_hard_label(tmp_path: Path) -> None:
     means_C = stored.dense_NVC[0, :4].astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(sample.mean_NC[0], means_C, rtol=1e-5, atol=1e-7)
     assert sample.best_NV[0].tolist()[4:] == [-1, -1]
-    hard = {key: 0 for key in KEYS}
+    hard = dict.fromkeys(KEYS, 0)
     assert (sample_labels(LabelSet.open(tmp_path / "set"), hard=hard).hard_N == 0).all()
 
 
