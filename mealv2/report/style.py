@@ -35,7 +35,7 @@ _VARIABLES = {
 }
 SMALL, WIDE = (4.6, 3.0), (9.4, 3.6)  # inches; a small one is readable on a phone
 MAX_NAME = 40  # characters of a name in a figure
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 10.0,
     "axes.labelsize": 10.0,
