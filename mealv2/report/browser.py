@@ -13,6 +13,7 @@ from mealv2.views import View, evaluation_resize
 
 MIN_VIEWS = 320  # of all images together, where the set has as many
 MIN_IMAGES = 60
+MAX_SUSPECTS = 24  # that are shown beside them
 VIEWS_OF_IMAGE = 8  # at most
 TOPK = 5  # classes of a view
 REASONS = {
@@ -29,27 +30,28 @@ def choose_images(
 ) -> dict[int, list[str]]:
     """Return rows of a sample to show, each with the REASONS that it was chosen for.
 
-    The reasons take turns: the highest mean entropy, the lowest probability of the hard label, the
-    largest disagreement between views, the most suspicious labels, a random choice.
+    The most suspicious labels come first, at most MAX_SUSPECTS. For ``num_images`` more the reasons
+    take turns: contradicting views with the lowest probability of the hard label, the largest
+    disagreement between views, the highest mean entropy, a random choice.
     """
     if num_images is None:
         num_images = max(MIN_IMAGES, -(-MIN_VIEWS // min(VIEWS_OF_IMAGE, len(sample.views_V))))
-    num_images = min(num_images, len(sample))
+    suspects = errors.rows[:MAX_SUSPECTS].tolist()
+    num_images = min(num_images + len(suspects), len(sample))
     hard_N = np.full(len(sample), np.nan)
     is_contradicted_N = sample.contradicts().any(axis=1)
     hard_N[is_contradicted_N] = np.nanmean(sample.hard_prob_NV[is_contradicted_N], axis=1)
     contradicted = np.argsort(hard_N, kind="stable")[: int(is_contradicted_N.sum())]
     disagreement_N = sample.disagreement() if len(sample.views_V) > 1 else np.zeros(len(sample))
     orders = {
-        "suspected": errors.rows.tolist(),
         "contradiction": contradicted.tolist(),
         "disagreement": np.argsort(-disagreement_N, kind="stable").tolist(),
         "entropy": np.argsort(-np.nanmean(sample.entropy_NV, axis=1), kind="stable").tolist(),
         "random": np.random.default_rng(seed).permutation(len(sample)).tolist(),
     }
     if len(sample.views_V) == 1:
-        orders["disagreement"] = []
-    chosen: dict[int, list[str]] = {}
+        del orders["disagreement"]
+    chosen: dict[int, list[str]] = {row: ["suspected"] for row in suspects}
     for rank in range(len(sample)):
         for reason, order in orders.items():
             if rank >= len(order):
@@ -60,6 +62,8 @@ def choose_images(
                 chosen[order[rank]] = [reason]
         if len(chosen) == num_images:
             break
+    for row in set(errors.rows[MAX_SUSPECTS:].tolist()) & chosen.keys():
+        chosen[row].append("suspected")
     return chosen
 
 

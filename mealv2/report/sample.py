@@ -1,13 +1,14 @@
 """Read a seeded sample of a label set: what the ensemble says about each view, as numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mealv2.codec import Kept
 from mealv2.data.source import UNLABELLED
-from mealv2.label_set import LabelSet, class_of
+from mealv2.label_set import LabelSet, ShardFile, class_of
+from mealv2.report.averaged import teacher_sets
 
 MASS_K = (1, 2, 3, 5, 10, 20, 50, 100)
 MAX_VIEWS = 100_000  # of a sample, all images together
@@ -130,7 +131,7 @@ def _read(
     seed: int = 0,
 ) -> LabelSample:
     """Return these views of the images in these rows of a set, in order."""
-    keys, hard_N, sizes_N2, bytes_N = _images(labels, rows_N)
+    keys, hard_N, sizes_N2 = _images(labels, rows_N)
     if hard is not None:
         hard_N = np.array([hard.get(key, UNLABELLED) for key in keys], dtype=np.int64)
     per_view = _PerView(labels, keys, hard_N, views_V)
@@ -140,7 +141,7 @@ def _read(
         keys=keys,
         hard_N=hard_N,
         sizes_N2=sizes_N2,
-        bytes_N=bytes_N,
+        bytes_N=np.sum([_bytes_per_view(each, keys) for each in teacher_sets(labels)], axis=0),
         views_V=views_V,
         has_NV=per_view.has_NV,
         best_NV=per_view.best_NV,
@@ -239,16 +240,12 @@ def _has_views(labels: LabelSet, keys: list[str], views_V: np.ndarray) -> np.nda
 
 def _images(
     labels: LabelSet, rows_N: np.ndarray
-) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray]:
-    """Return key, class id, size and bytes per view of the images at these sorted rows."""
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Return key, class id and size of the images at these sorted rows."""
     keys: list[str] = []
     hard: list[int] = []
     sizes: list[np.ndarray] = []
-    num_bytes: list[np.ndarray] = []
-    start = 0
-    for file in labels.blocks[0][1]:
-        stop = start + file.num_images
-        inside = rows_N[(rows_N >= start) & (rows_N < stop)] - start
+    for file, inside in _files(labels, rows_N):
         names, images = file.keys(), file.images
         keys += [names[row] for row in inside.tolist()]
         if images is None:
@@ -256,9 +253,33 @@ def _images(
         else:
             hard += [class_of(number) for number in images.classes_N[inside].tolist()]
             sizes.append(images.sizes_N2[inside].astype(np.int64))
-        ends = np.concatenate([[0], file.column("label_ends").astype(np.int64)])
-        num_bytes.append(np.diff(ends)[inside] / file.num_views)
-        start = stop
-        file.unmap()
     sizes_N2 = np.concatenate(sizes) if sum(map(len, sizes)) == len(keys) else None
-    return keys, np.array(hard, dtype=np.int64), sizes_N2, np.concatenate(num_bytes)
+    return keys, np.array(hard, dtype=np.int64), sizes_N2
+
+
+def _bytes_per_view(labels: LabelSet, keys: list[str]) -> np.ndarray:
+    """Return the stored bytes of one view's label, the mean of the first block's views, N."""
+    rows_N = labels.image_rows(keys)
+    order_N = np.argsort(rows_N)
+    sorted_N = np.concatenate(
+        [
+            np.diff(np.append(np.int64(0), file.column("label_ends").astype(np.int64)))[inside]
+            / file.num_views
+            for file, inside in _files(labels, rows_N[order_N])
+        ]
+    )
+    bytes_N = np.empty(len(keys))
+    bytes_N[order_N] = sorted_N
+    return bytes_N
+
+
+def _files(labels: LabelSet, rows_N: np.ndarray) -> Iterator[tuple[ShardFile, np.ndarray]]:
+    """Yield the files that have the images at these sorted rows, and their rows in the file."""
+    start = 0
+    for file in labels.blocks[0][1]:
+        stop = start + file.num_images
+        inside = rows_N[(rows_N >= start) & (rows_N < stop)] - start
+        if len(inside):
+            yield file, inside
+            file.unmap()
+        start = stop
