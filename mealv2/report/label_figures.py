@@ -43,7 +43,7 @@ def certainty_figures(sample: LabelSample, statistics: LabelStatistics) -> list[
         _histogram(
             "label-entropy",
             "Entropy of a view's label",
-            f"nats (even over all classes: {highest:.2f})",
+            f"nats (an even label has {highest:.2f})",
             "views",
             entropy_M,
             (0.0, max(float(entropy_M.max()), 1e-3)),
@@ -77,7 +77,7 @@ def _histogram(
     with drawing():
         axes.stairs(percent, edges, fill=True, color=SERIES[0])
         axes.axvline(float(values.mean()), color=SERIES[1], linestyle="--")
-        axes.set_xlabel(f"{xlabel}; dashed: {mean}")
+        axes.set_xlabel(f"{xlabel}\ndashed: {mean}")
         axes.set_ylabel(f"% of {of}")
         axes.set_xlim(*limits)
     quartiles = ", ".join(f"{value:.3g}" for value in np.quantile(values, [0.25, 0.5, 0.75]))

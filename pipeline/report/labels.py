@@ -19,6 +19,7 @@ from pipeline.report.sections import Inputs, Section
 
 TITLE = "Label statistics"
 _NUM_CLASSES = 10  # in each table
+_MAX_SMALL = 6  # rows of a heat map of half the width
 _NO_TEACHERS = (
     "Teachers are compared where their labels are stored apart: "
     "`mealv2 precompute --store per-teacher`."
@@ -37,14 +38,15 @@ def section(inputs: Inputs) -> Section:
     if (by_class := label_figures.class_figure(statistics)) is not None:
         wide.append(by_class)
     if (means := _mean_labels(statistics)) is not None:
-        wide.append(means)
+        (figures if len(means.data) <= _MAX_SMALL else wide).append(means)
     elif len(data.labels.classes) > MAX_AVERAGED:
         notes.append(f"Average soft labels are shown for up to {MAX_AVERAGED} classes.")
     comparison = None
     sets = teacher_sets(data.labels)
     if len(sets) > 1:
         comparison = compare_teachers(sets)
-        wide.append(label_figures.teacher_figure(comparison))
+        teachers = label_figures.teacher_figure(comparison)
+        (figures if len(sets) <= _MAX_SMALL else wide).append(teachers)
     else:
         notes.append(_NO_TEACHERS)
     context = {

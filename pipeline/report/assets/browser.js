@@ -66,8 +66,12 @@
         shape("rect", { ...box, class: "box", style: `stroke: ${colourOf(number)}`, "stroke-dasharray": dashOf(number) }),
       );
       const size = unit * 0.065;
-      const x = Math.min(Math.max(left, 0) + size * 0.25, width - size), y = Math.max(top, 0) + size;
-      group.append(shape("text", { x, y, "font-size": size, style: `fill: ${colourOf(number)}` }, String(view.view)));
+      // the corners take turns: the numbers of similar boxes lie apart
+      const isRight = number % 2 === 1, isLow = number % 4 > 1;
+      const x = isRight ? Math.min(left + boxWidth, width) - size * 0.25 : Math.max(left, 0) + size * 0.25;
+      const y = isLow ? Math.min(top + boxHeight, height) - size * 0.25 : Math.max(top, 0) + size;
+      const place = { x, y, "font-size": size, "text-anchor": isRight ? "end" : "start" };
+      group.append(shape("text", { ...place, style: `fill: ${colourOf(number)}` }, String(view.view)));
       picture.append(group);
     });
     frame.append(picture);
