@@ -24,7 +24,6 @@ SUPPORT = {
     "compile",
     "timing",
     "load_model",
-    "intervals",
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
 SHARED = {"writing", "relabel"}
@@ -64,6 +63,7 @@ OPTIONAL = {
     "aiohttp",
     "datasets",
     "jinja2",
+    "markupsafe",
     "matplotlib",
     "mlxtend",
     "onnx",

@@ -32,7 +32,7 @@ _ALIVE_S = 120.0  # a training touches its lock more often, on network file syst
 _SHOWN = ("top1", "top5", "map", "agreement", "kl", "ece")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a run folder has, as of when it was read.
 
