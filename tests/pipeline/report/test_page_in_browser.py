@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
