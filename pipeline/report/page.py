@@ -29,12 +29,13 @@ class ShownFigure:
     files: dict[str, str]
 
 
-def write_page(output: Path, sections: Sequence[Section], **about: Any) -> None:
+def write_page(
+    environment: "Environment", output: Path, sections: Sequence[Section], **about: Any
+) -> None:
     """Write the page and all that it loads into a folder; ``about`` goes to ``page.html``.
 
-    Raises ConfigError without Jinja2, OSError.
+    Raises OSError.
     """
-    environment = _environment()
     shutil.copytree(_HERE / "assets", output / ASSET_FOLDER)
     with (output / ASSET_FOLDER / "report.css").open("a", encoding="utf-8") as file:
         file.write(
@@ -45,7 +46,8 @@ def write_page(output: Path, sections: Sequence[Section], **about: Any) -> None:
     bodies = [(section, _body(environment, output, section)) for section in sections]
     scripts = dict.fromkeys(script for section in sections for script in section.scripts)
     page = environment.get_template("page.html")
-    text = page.render(bodies=bodies, scripts=list(scripts), **about)
+    styles = [f"{ASSET_FOLDER}/{path.name}" for path in sorted((_HERE / "assets").glob("*.css"))]
+    text = page.render(bodies=bodies, scripts=list(scripts), styles=styles, **about)
     (output / PAGE_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -79,7 +81,8 @@ def _shown(output: Path, figure: Figure) -> ShownFigure:
     return ShownFigure(figure.name, figure.title, svg, files)
 
 
-def _environment() -> "Environment":
+def load_environment() -> "Environment":
+    """Return what renders the templates; raises ConfigError without Jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
