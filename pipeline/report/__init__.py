@@ -25,7 +25,7 @@ _MAX_NAMES = 3  # methods in the title
 def run(config: ReportConfig) -> dict[str, Any]:
     """Write the page; return the report. Raises MealError and OSError; the earlier page stays."""
     require_matplotlib()
-    environment = load_environment()
+    load_environment()  # before minutes of work
     start_s = time.monotonic()
     runs = tuple(map(open_run, config.run))
     control = tuple(map(open_run, config.control))
@@ -39,7 +39,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
             _SECTIONS, total=len(_SECTIONS), what="writing the report", unit="sections"
         ):
             found.append(module.section(inputs))
-        write_page(environment, output, found, title=_title(inputs), notes=_notes(inputs), **about)
+        write_page(output, found, title=_title(inputs), notes=_notes(inputs), **about)
         num_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     seconds = time.monotonic() - start_s
     page = config.output / PAGE_NAME

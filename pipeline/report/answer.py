@@ -89,7 +89,9 @@ def _comparison_row(found: Comparison) -> list[Any]:
         f"{found.first} minus {found.second}",
         number(found.mean, 2, signed=True),
         f"{between[0]:+.2f} to {between[1]:+.2f}" if between else None,
-        None if p is None else {"value": p, "text": "< 0.001" if p < 0.001 else f"{p:.3f}", "note": None},
+        None
+        if p is None
+        else {"value": p, "text": "< 0.001" if p < 0.001 else f"{p:.3f}", "note": None},
         number(len(found.seeds)),
     ]
 

@@ -29,13 +29,12 @@ class ShownFigure:
     files: dict[str, str]
 
 
-def write_page(
-    environment: "Environment", output: Path, sections: Sequence[Section], **about: Any
-) -> None:
+def write_page(output: Path, sections: Sequence[Section], **about: Any) -> None:
     """Write the page and all that it loads into a folder; ``about`` goes to ``page.html``.
 
-    Raises OSError.
+    Raises ConfigError without Jinja2, OSError.
     """
+    environment = load_environment()
     shutil.copytree(_HERE / "assets", output / ASSET_FOLDER)
     with (output / ASSET_FOLDER / "report.css").open("a", encoding="utf-8") as file:
         file.write(
