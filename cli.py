@@ -43,6 +43,7 @@ COMMANDS: dict[str, type[configs.Settings]] = {
     "demo": configs.DemoConfig,
     "bench": configs.BenchConfig,
     "labels info": configs.LabelsInfoConfig,
+    "labels show": configs.LabelsShowConfig,
     "labels status": configs.LabelsStatusConfig,
     "labels finish": configs.LabelsFinishConfig,
     "labels verify": configs.LabelsVerifyConfig,

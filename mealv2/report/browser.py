@@ -83,7 +83,13 @@ def choose_views(sample: LabelSample, row: int, *, most: int = VIEWS_OF_IMAGE) -
 
 
 def image_records(
-    labels: LabelSet, sample: LabelSample, errors: LabelErrors, chosen: dict[int, list[str]]
+    labels: LabelSet,
+    sample: LabelSample,
+    errors: LabelErrors,
+    chosen: dict[int, list[str]],
+    *,
+    max_views: int = VIEWS_OF_IMAGE,
+    topk: int = TOPK,
 ) -> list[dict[str, Any]]:
     """Return the record of each chosen image; raises LabelSetError for damaged labels.
 
@@ -100,7 +106,7 @@ def image_records(
         size = None if sample.sizes_N2 is None else tuple(sample.sizes_N2[row].tolist())
         is_labelled = hard != UNLABELLED
         hard_prob = float(np.nanmean(sample.hard_prob_NV[row])) if is_labelled else None
-        key, views = sample.keys[row], choose_views(sample, row)
+        key, views = sample.keys[row], choose_views(sample, row, most=max_views)
         records.append(
             {
                 "key": key,
@@ -113,8 +119,8 @@ def image_records(
                 "contradicting": int(contradicts_NV[row].sum()),
                 "num_views": int(sample.has_NV[row].sum()),
                 "suggested": suggested.get(row),
-                "mean": likeliest(sample.mean_NC[row]),
-                "views": view_records(labels, key, views, hard=hard, size=size),
+                "mean": likeliest(sample.mean_NC[row], topk),
+                "views": view_records(labels, key, views, hard=hard, size=size, topk=topk),
             }
         )
     return records

@@ -9,7 +9,6 @@ from mealv2.report.style import (
     MUTED,
     SERIES,
     SMALL,
-    WIDE,
     Figure,
     add_names,
     drawing,
@@ -19,7 +18,8 @@ from mealv2.report.style import (
 )
 
 MAX_SHOWN = 24  # classes with their names in one figure
-_MARKERS = "osD^vPX*"
+TALL = 5.2  # inches, the width of a figure with names at its left
+MARKERS = "osD^"  # of classes in a t-SNE, in the order of their colours
 _MIN_POINTS = 5  # of a t-SNE
 
 
@@ -36,7 +36,7 @@ def change_figure(rows: list[dict[str, Any]], *, before: str, after: str) -> Fig
         shown = [*rows[: MAX_SHOWN // 2], *rows[-MAX_SHOWN // 2 :]]
         title += f", the {MAX_SHOWN // 2} biggest gains and losses"
     at = np.arange(len(shown))[::-1]
-    canvas, (axes,) = new_figure(size=(WIDE[0], 1.0 + 0.27 * len(shown)))
+    canvas, (axes,) = new_figure(size=(TALL, 1.1 + 0.27 * len(shown)))
     first, last = ([row[which] for row in shown] for which in ("before", "after"))
     with drawing():
         axes.hlines(at, first, last, color=MUTED, linewidth=1.5)
@@ -44,8 +44,8 @@ def change_figure(rows: list[dict[str, Any]], *, before: str, after: str) -> Fig
             axes.plot(first, at, "o", color=SERIES[0], markerfacecolor="none")[0],
             axes.plot(last, at, "D", color=SERIES[1])[0],
         ]
-        axes.set_yticks(at, [short_name(row["class"], most=28) for row in shown])
-        axes.set_xlabel(f"top-1, %   (circle: {before}; diamond: {after})")
+        axes.set_yticks(at, [short_name(row["class"], most=22) for row in shown])
+        axes.set_xlabel("top-1, %   circle: before, diamond: after")
         axes.set_ylim(-0.8, len(shown) - 0.2)
     add_names(canvas, points, [before, after])
     best, worst = rows[0], rows[-1]
@@ -82,42 +82,41 @@ def similarity_figure(rows: list[dict[str, Any]], similarity_CC: np.ndarray) -> 
     return Figure("class-similarity", title, alt, canvas, data)
 
 
-def tsne_figure(
+def tsne_figures(
     features: dict[str, np.ndarray], hard_N: np.ndarray, names: dict[int, str], *, seed: int = 0
-) -> Figure | None:
-    """Return t-SNE maps of the features of several models on the same N images of some classes.
+) -> list[Figure]:
+    """Return a t-SNE map of the features of each model, on the same N images of some classes.
 
-    ``features`` are N x D by the name of the model (paper figure 2, part 2). None for fewer than
+    ``features`` are N x D by the name of the model (paper figure 2, part 2). No map for fewer than
     five images. Raises ConfigError without scikit-learn.
     """
-    if len(hard_N) < _MIN_POINTS or not features:
-        return None
-    maps = {model: tsne(values, seed=seed) for model, values in features.items()}
-    title = f"t-SNE of features, {len(names)} classes"
-    canvas, all_axes = new_figure(size=(WIDE[0], 4.2), columns=len(maps))
+    if len(hard_N) < _MIN_POINTS:
+        return []
+    return [
+        _tsne_figure(f"class-tsne-{number}", model, tsne(values, seed=seed), hard_N, names)
+        for number, (model, values) in enumerate(features.items(), start=1)
+    ]
+
+
+def _tsne_figure(
+    name: str, model: str, map_N2: np.ndarray, hard_N: np.ndarray, names: dict[int, str]
+) -> Figure:
+    title = f"t-SNE of features: {short_name(model)}"
+    canvas, (axes,) = new_figure(size=SMALL)
+    points = []
     data: list[dict[str, Any]] = []
-    points: dict[int, Any] = {}
     with drawing():
-        for axes, (model, map_N2) in zip(all_axes, maps.items(), strict=True):
-            for number, (class_id, name) in enumerate(names.items()):
-                is_c = hard_N == class_id
-                points[class_id] = axes.scatter(
-                    *map_N2[is_c].T,
-                    s=16,
-                    marker=_MARKERS[number % len(_MARKERS)],
-                    color=series_style(number)["color"],
-                )
-                data += [
-                    {"model": model, "class": name, "x": float(x), "y": float(y)}
-                    for x, y in map_N2[is_c]
-                ]
-            axes.set_title(model)
-            axes.set_xticks([])
-            axes.set_yticks([])
-    add_names(canvas, list(points.values()), [short_name(name) for name in names.values()])
-    listed = ", ".join(short_name(name) for name in names.values())
-    alt = f"{title} ({listed}) of {', '.join(maps)}: one point for each of {len(hard_N)} images."
-    return Figure("class-tsne", title, alt, canvas, data)
+        for number, (class_id, class_name) in enumerate(names.items()):
+            inside_M2 = map_N2[hard_N == class_id]
+            marker, colour = MARKERS[number % len(MARKERS)], series_style(number)["color"]
+            points.append(axes.scatter(*inside_M2.T, s=18, marker=marker, color=colour))
+            data += [{"class": class_name, "x": float(x), "y": float(y)} for x, y in inside_M2]
+        axes.set_xticks([])
+        axes.set_yticks([])
+    add_names(canvas, points, [short_name(class_name) for class_name in names.values()])
+    listed = ", ".join(short_name(class_name) for class_name in names.values())
+    alt = f"{title}. One point for each of {len(hard_N)} images of {len(names)} classes: {listed}."
+    return Figure(name, title, alt, canvas, data)
 
 
 def tsne(features_ND: np.ndarray, *, seed: int = 0) -> np.ndarray:

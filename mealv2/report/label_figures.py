@@ -10,7 +10,6 @@ from mealv2.report.style import (
     GRID,
     SERIES,
     SMALL,
-    WIDE,
     Figure,
     drawing,
     new_figure,
@@ -20,6 +19,7 @@ from mealv2.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TALL = 5.2  # inches, the width of a figure with names at its left
 MAX_NAMED = 16  # classes with their names in one figure
 _BINS = 40
 _LIGHT, _DARK = "#f4f6f8", "#08519c"  # the ends of the colours of a heat map
@@ -116,23 +116,23 @@ def class_figure(statistics: LabelStatistics) -> Figure | None:
     contradicting = [row["contradicting_percent"] / 100 for row in rows]
     title = "Hard label and soft label, by class"
     is_named = len(rows) <= MAX_NAMED
-    canvas, (axes,) = new_figure(size=(WIDE[0], 0.9 + 0.28 * len(rows)) if is_named else WIDE)
+    canvas, (axes,) = new_figure(size=(TALL, 1.1 + 0.32 * len(rows)) if is_named else SMALL)
     with drawing():
         if is_named:
             at = np.arange(len(rows))
             axes.barh(at + 0.2, probs, 0.38, color=SERIES[0])
             axes.barh(at - 0.2, contradicting, 0.38, color=SERIES[1], hatch="//", edgecolor=GRID)
-            axes.set_yticks(at, [short_name(row["class"], most=28) for row in rows])
+            axes.set_yticks(at, [short_name(row["class"], most=22) for row in rows])
             axes.grid(visible=False, axis="y")
             axes.set_xlim(0, 1)
-            key = "solid: mean probability of the hard label; hatched: fraction of views against it"
-            axes.set_xlabel(key)
+            axes.set_xlabel(
+                "solid: probability of the hard label\nhatched: fraction of views against it"
+            )
         else:
             axes.plot(probs, color=SERIES[0])
             axes.scatter(range(len(rows)), contradicting, s=4, color=SERIES[1])
             axes.set_ylim(0, 1)
-            axes.set_xlabel("classes, by the mean probability of their hard label")
-            axes.set_ylabel("line: probability\ndots: views against it")
+            axes.set_xlabel("classes\nline: probability of the hard label; dots: views against it")
     low, high = rows[0], rows[-1]
     alt = (
         f"{title}, {len(rows)} classes: the mean probability of the hard label lies between "

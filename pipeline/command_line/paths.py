@@ -245,6 +245,7 @@ def _listed(names: list[str]) -> str:
 _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
     "label set": _check_label_set,
+    "label set or sets": _check_merged_set,
     "label sets": _check_merged_set,
     "new label set": _check_new_label_set,
     "weights": _check_weights,

@@ -42,7 +42,8 @@ class _Compared:
     classes: list[str]
     results: tuple[ClassResults, ClassResults]
     size_text: str
-    tsne: Figure | None
+    tsne: list[Figure]
+    tsne_classes: list[str]
 
 
 def section(inputs: Inputs) -> Section:
@@ -110,6 +111,7 @@ def _compared_context(
             for pair in confused_pairs(compared.classes, before, after, number=_NUM_SHOWN)
         ],
         "by_similarity": None,
+        "tsne": [figure.name for figure in compared.tsne],
     }
     found = [class_figures.change_figure(rows, before=compared.before, after=compared.after)]
     if similarity_CC is not None and len(rows) >= 3:
@@ -123,7 +125,7 @@ def _compared_context(
             for row in gains_by_similarity(rows, similarity_CC)
         ]
         found.append(class_figures.similarity_figure(rows, similarity_CC))
-    return [figure for figure in (*found, compared.tsne) if figure is not None]
+    return [figure for figure in (*found, *compared.tsne) if figure is not None]
 
 
 def _compare(
@@ -151,15 +153,16 @@ def _compare(
     student, img_size = per_class.load_student(validation, run.path)
     last = per_class.measure(validation, student, img_size, positions)
     after = f"{run.path.name or run.path}, student"
-    tsne = None
+    tsne: list[Figure] = []
     if first.features_MD is not None and last.features_MD is not None:
-        tsne = class_figures.tsne_figure(
+        tsne = class_figures.tsne_figures(
             {before: first.features_MD, after: last.features_MD},
             last.hard_M,
             {c: names[c] for c in chosen},
         )
     results = first.results, last.results
-    return _Compared(before, after, names, results, validation.size_text, tsne)
+    shown = [names[c] for c in chosen]
+    return _Compared(before, after, names, results, validation.size_text, tsne, shown)
 
 
 def _before(

@@ -36,7 +36,7 @@ def section(inputs: Inputs) -> Section:
     wide: list[Figure] = []
     notes = []
     if (by_class := label_figures.class_figure(statistics)) is not None:
-        wide.append(by_class)
+        figures.append(by_class)
     if (means := _mean_labels(statistics)) is not None:
         (figures if len(means.data) <= _MAX_SMALL else wide).append(means)
     elif len(data.labels.classes) > MAX_AVERAGED:

@@ -29,7 +29,7 @@
 
   const isolated = (text) => element("bdi", {}, text);
   const nameOf = (id) => (id === null ? "none" : data.classes[id]);
-  const percent = (prob) => `${(100 * prob).toFixed(prob < 0.0995 ? 1 : 0)} %`;
+  const percent = (prob) => `${(100 * prob).toFixed(prob < 0.0995 ? 1 : 0)}\u00a0%`;
   const plural = (number, unit) => `${number} ${unit}${number === 1 ? "" : number && unit === "class" ? "es" : "s"}`;
   const colourOf = (number) => `var(--series-${number % NUM_COLOURS})`;
   const dashOf = (number) => DASHES[Math.floor(number / NUM_COLOURS) % DASHES.length];
@@ -82,15 +82,20 @@
     const fill = element("span", { class: "fill" });
     fill.style.width = `${Math.max(0, Math.min(100, 100 * prob))}%`;
     return element(
-      "li", { class: classes },
+      "li", { class: classes, title: label.map((part) => part.textContent ?? part).join("") },
       element("span", { class: "label" }, ...label),
       element("span", { class: "value" }, percent(prob)),
       element("span", { class: "track", "aria-hidden": "true" }, fill),
     );
   }
 
-  function bars(top, hard, rest, numOthers) {
-    const items = top.map(([id, prob]) => {
+  // the likeliest classes, the hard label wherever it ranks, and all others together
+  function bars(top, hard, hardProb) {
+    const shown = [...top];
+    if (hard !== null && !top.some(([id]) => id === hard)) shown.push([hard, hardProb]);
+    const rest = Math.max(0, 1 - shown.reduce((sum, [, prob]) => sum + prob, 0));
+    const numOthers = data.numClasses - shown.length;
+    const items = shown.map(([id, prob]) => {
       const isHard = id === hard;
       const label = [isolated(nameOf(id))];
       if (isHard) label.push(element("span", { class: "hard" }, " ✓ hard label"));
@@ -118,7 +123,7 @@
     if (view.operations) facts.push(plural(view.operations, "operation"));
     const caption = element("figcaption", {}, swatch, `View ${view.view}`, element("small", {}, ` ${facts.join(", ")}`));
     if (view.contradicts) caption.append(element("strong", { class: "contradicts" }, "≠ hard label"));
-    figure.append(caption, bars(view.top, record.hard, view.rest, data.numClasses - view.top.length));
+    figure.append(caption, bars(view.top, record.hard, view.hard_prob));
     if (view.num_kept < data.numClasses) {
       figure.append(element("small", { class: "tail" }, `${plural(view.num_kept, "class")} stored, tail ${percent(view.tail)}`));
     }
@@ -139,8 +144,7 @@
     if (record.problem) made.append(element("p", { class: "missing" }, "The image is not shown: ", isolated(record.problem)));
     const left = element("div", { class: "left" }, drawing(record));
     left.append(element("p", { class: "mean" }, `Mean of ${plural(record.num_views, "view")}`));
-    const rest = Math.max(0, 1 - record.mean.reduce((sum, [, prob]) => sum + prob, 0));
-    left.append(bars(record.mean, record.hard, rest, data.numClasses - record.mean.length));
+    left.append(bars(record.mean, record.hard, record.hard_prob));
     const views = element("div", { class: "views" });
     record.views.forEach((view, at) => views.append(viewFigure(record, view, at)));
     const reasons = record.reasons.map((reason) => data.reasons[reason]).join(", ");
