@@ -140,14 +140,14 @@ def gain_figure(methods: Sequence[Method], *, control: Sequence[Method] = ()) ->
     floor = max(0.0, 5.0 * ((lowest - 5.0) // 5.0))
     with drawing():
         names = [short_name(bar["method"], most=24) for bar in bars]
-        for place, bar in enumerate(bars):
+        for row, bar in enumerate(bars):
             low, high = sorted((bar["start"], bar["last"]))
-            axes.barh(place, low - floor, left=floor, color=MUTED, alpha=0.45, height=0.6)
+            axes.barh(row, low - floor, left=floor, color=MUTED, alpha=0.45, height=0.6)
             colour = SERIES[0] if bar["gain"] >= 0 else SERIES[1]
-            axes.barh(place, high - low, left=low, color=colour, height=0.6)
+            axes.barh(row, high - low, left=low, color=colour, height=0.6)
             text = f"{bar['last']:.2f} ({bar['gain']:+.2f})"
             axes.annotate(
-                text, (high, place), (4, 0), textcoords="offset points", va="center", color=INK
+                text, (high, row), (4, 0), textcoords="offset points", va="center", color=INK
             )
         axes.set_yticks(range(len(bars)), names)
         axes.invert_yaxis()

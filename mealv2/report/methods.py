@@ -85,11 +85,11 @@ def methods_of(runs: Sequence[Run]) -> list[Method]:
 
 def comparison_of(first: Method, second: Method, metric: str) -> Comparison | None:
     """Return the differences of the seeds that both have; None where there is none."""
-    ours, others = first.by_seed(metric), second.by_seed(metric)
-    seeds = tuple(sorted(ours.keys() & others.keys()))
+    own, others = first.by_seed(metric), second.by_seed(metric)
+    seeds = tuple(sorted(own.keys() & others.keys()))
     if not seeds:
         return None
-    differences = tuple(ours[seed] - others[seed] for seed in seeds)
+    differences = tuple(own[seed] - others[seed] for seed in seeds)
     return Comparison(first.name, second.name, metric, seeds, differences)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mealv2.report.curves import curve_figures, missing_curves
 from mealv2.report.methods import methods_of
-from mealv2.report.style import series_style
+from mealv2.report.style import SERIES, series_style
 from pipeline.report.sections import Inputs, Section
 
 TITLE = "Curves"
@@ -19,9 +19,9 @@ def section(inputs: Inputs) -> Section:
     lines: list[dict[str, Any]] = []
     for at, method in enumerate(methods):
         style = series_style(at)
-        dashes, place = _DASHES[style["linestyle"]], at % 7
+        dashes, series = _DASHES[style["linestyle"]], at % len(SERIES)
         runs = len(method.runs)
-        lines.append({"name": method.name, "series": place, "dashes": dashes, "runs": runs})
+        lines.append({"name": method.name, "series": series, "dashes": dashes, "runs": runs})
     missing = None
     if absent := missing_curves(methods):
         missing = f"Not logged by any of these runs: {'; '.join(absent)}."
