@@ -21,7 +21,8 @@ def label_set_html(
 ) -> str:
     """Return a table of what a set is and a list of the classes of one view, as HTML.
 
-    ``label`` is what ``LabelSet.lookup`` returns for the first view of ``key``. All text of the data set is escaped, and isolated from the direction of the text around it.
+    ``label`` is what ``LabelSet.lookup`` returns for the first view of ``key``. All text of the
+    data set is escaped, and isolated from the direction of the text around it.
     """
     plan = manifest["plan"]
     views = plan["roles"][split].get("views", {})
