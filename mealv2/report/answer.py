@@ -135,11 +135,11 @@ def gain_figure(methods: Sequence[Method], *, control: Sequence[Method] = ()) ->
     if not bars:
         return None
     bars = bars[:_MAX_BARS]
-    canvas, (axes,) = new_figure(size=(9.4, 0.8 + 0.42 * len(bars)))
+    canvas, (axes,) = new_figure(size=(5.6, 0.8 + 0.42 * len(bars)))
     lowest = min(min(bar["start"], bar["last"]) for bar in bars)
     floor = max(0.0, 5.0 * ((lowest - 5.0) // 5.0))
     with drawing():
-        names = [short_name(bar["method"]) for bar in bars]
+        names = [short_name(bar["method"], most=24) for bar in bars]
         for place, bar in enumerate(bars):
             low, high = sorted((bar["start"], bar["last"]))
             axes.barh(place, low - floor, left=floor, color=MUTED, alpha=0.45, height=0.6)
@@ -152,8 +152,8 @@ def gain_figure(methods: Sequence[Method], *, control: Sequence[Method] = ()) ->
         axes.set_yticks(range(len(bars)), names)
         axes.invert_yaxis()
         top = max(max(bar["start"], bar["last"]) for bar in bars)
-        axes.set_xlim(floor, top + 0.18 * (top - floor))
-        axes.set_xlabel("top-1 accuracy on validation images, %")
+        axes.set_xlim(floor, top + 0.42 * (top - floor))
+        axes.set_xlabel("top-1 accuracy, validation, %")
         axes.grid(axis="y", visible=False)
     alt = "Bars of top-1 accuracy: " + "; ".join(
         f"{bar['method']} from {bar['start']:.2f} to {bar['last']:.2f} ({bar['gain']:+.2f})"

@@ -1,5 +1,7 @@
 """Curves of the runs over epochs, with one list of names for all figures."""
 
+from typing import Any
+
 from mealv2.report.curves import curve_figures, missing_curves
 from mealv2.report.methods import methods_of
 from mealv2.report.style import series_style
@@ -14,7 +16,7 @@ def section(inputs: Inputs) -> Section:
     """Return the section."""
     methods = methods_of([*inputs.runs, *inputs.control])
     figures = curve_figures(methods)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for at, method in enumerate(methods):
         style = series_style(at)
         dashes, place = _DASHES[style["linestyle"]], at % 7

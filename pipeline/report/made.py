@@ -144,7 +144,8 @@ def _label_facts(folder: Path | None, source: LabelSource) -> list[tuple[str, st
     for split, entry in plan.get("roles", {}).items():
         data = entry.get("data_sha256", "unknown")
         count = entry.get("num_images", "an unknown number of")
-        facts.append((split, f"{count} images, {entry['num_views']} views each; data {data}"))
+        views = console.count(entry["num_views"], "view")
+        facts.append((split, f"{count} images, {views} each; data {data}"))
     versions = manifest.get("versions")
     if isinstance(versions, dict):
         facts.append(("versions", ", ".join(f"{n} {v}" for n, v in versions.items())))
