@@ -37,6 +37,7 @@ GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
 ELSEWHERE = {
     "docs/how-to/released-models.md": "tests/mealv2/models/test_released.py",
     "docs/how-to/push.md": "tests/pipeline/test_push.py",
+    "docs/how-to/look-at-labels.md": "tests/pipeline/label_sets/test_show.py",
     "docs/benchmarks/small-images.md": "tests/benchmarks/test_small_images.py",
 }
 

@@ -109,7 +109,9 @@ def _tsne_figure(
         for number, (class_id, class_name) in enumerate(names.items()):
             inside_M2 = map_N2[hard_N == class_id]
             marker, colour = MARKERS[number % len(MARKERS)], series_style(number)["color"]
-            points.append(axes.scatter(*inside_M2.T, s=18, marker=marker, color=colour))
+            points.append(
+                axes.scatter(inside_M2[:, 0], inside_M2[:, 1], s=18, marker=marker, color=colour)
+            )
             data += [{"class": class_name, "x": float(x), "y": float(y)} for x, y in inside_M2]
         axes.set_xticks([])
         axes.set_yticks([])

@@ -140,7 +140,7 @@ def class_similarity(mean_label_CC: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         mass_CC = np.stack([mean_label_CC, mean_label_CC.T])
         is_known = ~np.isnan(mass_CC)
-        similarity_CC = np.where(is_known, mass_CC, 0).sum(axis=0)
+        similarity_CC: np.ndarray = np.where(is_known, mass_CC, 0).sum(axis=0)
         similarity_CC = similarity_CC / np.maximum(1, is_known.sum(axis=0))
     np.fill_diagonal(similarity_CC, 0.0)
     return similarity_CC

@@ -216,9 +216,9 @@ def _add_values(axes: "Axes", values: np.ndarray, text: str, most: float) -> Non
         if value >= most / 200 or row == column:
             # the cells keep their colours on a dark page, so their text does too
             colour = "#fefefe" if value > most * 0.5 else "#1a1b1f"
-            place = column + 0.5, row + 0.5
+            middle = column + 0.5, row + 0.5
             axes.text(
-                *place, text.format(value), ha="center", va="center", color=colour, fontsize=size
+                *middle, text.format(value), ha="center", va="center", color=colour, fontsize=size
             )
 
 

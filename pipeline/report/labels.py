@@ -93,14 +93,14 @@ def _facts(data: LabelData, statistics: LabelStatistics) -> list[tuple[str, str]
     ]
     if statistics.hard_prob is None:
         return [*facts, ("hard labels", "the set has none")]
-    share = 100 * statistics.num_contradicting / statistics.num_labelled
+    percent = 100 * statistics.num_contradicting / statistics.num_labelled
     counts = statistics.images_contradicting
     return [
         *facts,
         ("mean probability of the hard label", f"{statistics.hard_prob:.3f}"),
         (
             "views whose likeliest class is not the hard label",
-            f"{statistics.num_contradicting:,} of {statistics.num_labelled:,} ({share:.2f} %)",
+            f"{statistics.num_contradicting:,} of {statistics.num_labelled:,} ({percent:.2f} %)",
         ),
         (
             "images contradicted by no view, some views, all views",

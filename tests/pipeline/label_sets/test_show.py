@@ -1,5 +1,7 @@
 """`mealv2 labels show`: text, JSON and a drawing of one image's views, on a real label set."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 from mealv2.label_set import LabelSet
 from pipeline.label_sets import show
 
 Run = Callable[..., Any]
+ROOT = Path(cli.__file__).resolve().parent
 
 
 def test_the_text_names_classes_boxes_and_what_contradicts(
@@ -98,3 +102,21 @@ def test_bars_have_eighths_of_a_character() -> None:
     assert show._bar(1.0) == "█" * show._BAR
     assert show._bar(0.0).strip() == ""
     assert show._bar(0.5 + 1 / (8 * show._BAR)) == "█" * 12 + "▏" + " " * 11
+
+
+def test_the_guide_runs_on_a_small_set(
+    done: Run, labels_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/how-to/look-at-labels.md."""
+    text = (ROOT / "docs" / "how-to" / "look-at-labels.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels").symlink_to(labels_dir)
+    (tmp_path / "imagenet").symlink_to(data_dir)
+    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command.replace("n01440764/n01440764_10026.JPEG", "ants/00.jpg"))
+        done(*words[1:])
+    assert (tmp_path / "views.png").exists()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "look-at-labels.md", "exec"), {})
