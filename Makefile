@@ -20,7 +20,7 @@ REPO ?= hf://USER/NAME
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune transfer evaluate predict export push bench info verify docs test test-slow test-cluster check format clean
+.PHONY: help setup demo pack precompute distill finetune transfer evaluate predict export push bench info verify docs test test-slow test-cluster test-browser check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,14 +74,17 @@ verify: $(VENV)/.done  ## every byte of LABELS (ARGS='--data-dir DATA --relabel 
 	$(MEALV2) labels verify '$(LABELS)' $(ARGS)
 
 test: $(VENV)/.done  ## the fast tests, two at a time
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow and not gpu and not cluster' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow and not gpu and not cluster and not browser' $(ARGS)
 
 test-slow: $(VENV)/.done  ## the tests that take longer, two at a time; then those that measure time
-	$(BIN)/python -m pytest --numprocesses 2 -m 'slow and not timing and not gpu and not cluster' $(ARGS)
-	$(BIN)/python -m pytest -m 'timing and not gpu and not cluster' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 -m 'slow and not timing and not gpu and not cluster and not browser' $(ARGS)
+	$(BIN)/python -m pytest -m 'timing and not gpu and not cluster and not browser' $(ARGS)
 
 test-cluster: $(VENV)/.done  ## the tests on a Slurm of virtual nodes (Linux, root; installs Debian's packages)
 	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+test-browser: $(VENV)/.done  ## the report page in a headless Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 docs: $(VENV)/.done  ## the site of docs/ into docs/_build/html; a warning is an error
 	rm -rf docs/_build docs/reference/api docs/reference/cli

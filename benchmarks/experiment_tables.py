@@ -18,12 +18,12 @@ import torchvision
 
 from benchmarks.experiments import Config, Report, Row, finished, run_all
 from mealv2.errors import ConfigError, MealError
+from mealv2.intervals import interval
 from mealv2.label_set import LabelSet
 from mealv2.storage.atomic import write_atomic
 from mealv2.storage.json_format import canonical_json
 from pipeline import load_model
 from pipeline.config import EvaluateConfig
-from pipeline.intervals import interval
 from pipeline.loading.sources import open_images
 from pipeline.runtime.device import create_runtime
 from pipeline.training.evaluator import Evaluator

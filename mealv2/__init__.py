@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mealv2.losses import discriminator_loss, similarity_loss
     from mealv2.models import Classifier, create_classifier, save_classifier
     from mealv2.models.discriminator import Discriminator
+    from mealv2.report.run import Run, open_run
     from mealv2.task import DistillTask
     from mealv2.timm_task import SoftLabelTask
 
@@ -30,6 +31,7 @@ __all__ = [
     "ImageSource",
     "LabelSet",
     "MealError",
+    "Run",
     "SoftLabelDataset",
     "SoftLabelTask",
     "UnorderedSource",
@@ -38,6 +40,7 @@ __all__ = [
     "collate",
     "create_classifier",
     "discriminator_loss",
+    "open_run",
     "save_classifier",
     "similarity_loss",
 ]
@@ -52,6 +55,7 @@ _MODULES = {
     "mealv2.losses": ("discriminator_loss", "similarity_loss"),
     "mealv2.models": ("Classifier", "create_classifier", "save_classifier"),
     "mealv2.models.discriminator": ("Discriminator",),
+    "mealv2.report.run": ("Run", "open_run"),
     "mealv2.task": ("DistillTask",),
     "mealv2.timm_task": ("SoftLabelTask",),
 }

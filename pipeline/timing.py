@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from mealv2.models.cost import count_macs
 from pipeline import console
 
 _PROC = Path("/proc")
@@ -179,23 +178,8 @@ def peak_bytes(device: torch.device) -> int:
 # --- multiply-accumulates -------------------------------------------------------------------------
 
 
-def count_macs(call: Callable[[], Any]) -> int:
-    """Return the multiply-accumulates of the convolutions and matrix products in a call.
-
-    With tensors on the meta device, nothing is computed.
-    """
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops()) // 2
-
-
-def forward_macs(model: nn.Module, img_size: int) -> int:
-    """Return the multiply-accumulates of the forward pass of one view; ``model`` is on meta."""
-    return count_macs(lambda: model.eval()(torch.empty(1, 3, img_size, img_size, device="meta")))
-
-
 def step_macs(model: nn.Module, img_size: int) -> int:
-    """Return those of the forward and backward pass, per view; ``model`` is on meta."""
+    """Return the multiply-accumulates of a training step, per view; ``model`` is on meta."""
 
     def step() -> None:
         images = torch.empty(2, 3, img_size, img_size, device="meta")

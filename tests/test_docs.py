@@ -27,6 +27,7 @@ from mealv2.label_set import LabelSet
 from pipeline.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, flag
 from pipeline.config.bench import LINES
 from pipeline.training import run_lock
+from written_runs import write_run
 from stores import Store, s3_server
 from tars import tar_tree
 
@@ -37,6 +38,7 @@ GENERATED = ("docs/_build/", "docs/reference/api/", "docs/reference/cli/")
 ELSEWHERE = {
     "docs/how-to/released-models.md": "tests/mealv2/models/test_released.py",
     "docs/how-to/push.md": "tests/pipeline/test_push.py",
+    "docs/how-to/look-at-labels.md": "tests/pipeline/label_sets/test_show.py",
     "docs/benchmarks/small-images.md": "tests/benchmarks/test_small_images.py",
 }
 
@@ -65,6 +67,9 @@ QUICK = {
     "evaluate": ["--workers", "0", "--json"],
     "predict": ["--workers", "0", "--json"],
     "export": [],
+    "report": [],
+    "compare": [],
+    "curves": [],
     "push": [],
     "bench": [
         "--img-size",
@@ -336,6 +341,27 @@ def test_loops_of_the_guide_train_from_a_label_set(
     assert set(names["result"]["parts"]) >= {"similarity_loss", "discriminator_loss"}
     saved = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     timm.create_model("test_resnet", num_classes=3).load_state_dict(saved["state_dict"])
+
+
+def test_report_doc_runs_on_run_folders(
+    run_cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        write_run(Path(f"runs/soft-{seed}"), seed=seed)
+        write_run(Path(f"runs/hard-{seed}"), seed=seed, top1=66.0, is_soft=False)
+    for words in commands("docs/how-to/report.md"):
+        result = run_cli(*words)
+        assert result.code == 0, (words, result.stderr)
+    assert (tmp_path / "report/index.html").is_file()
+    capsys.readouterr()
+    for code in blocks("docs/how-to/report.md", "python"):
+        exec(compile(code, "docs/how-to/report.md", "exec"), {})
+    printed = "finished after 6 epochs\n70.0\n['loss', 'similarity-loss']\n"
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.slow

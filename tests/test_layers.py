@@ -25,7 +25,6 @@ SUPPORT = {
     "compile",
     "timing",
     "load_model",
-    "intervals",
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
 SHARED = {"writing", "relabel"}
@@ -64,6 +63,9 @@ TORCH_FREE = ("pipeline.config", "pipeline.runtime.env")
 OPTIONAL = {
     "aiohttp",
     "datasets",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
     "mlxtend",
     "onnx",
     "onnxruntime",
@@ -72,6 +74,7 @@ OPTIONAL = {
     "pyarrow",
     "pycocotools",
     "scipy",
+    "sklearn",
     "trackio",
     "wandb",
 }

@@ -11,8 +11,10 @@ import torch
 
 from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
+from mealv2.label_set.addresses import encoded_keys, views_as_int64
 from mealv2.label_set.blocks import Rows, block_crc, key_hash
 from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.html import label_set_html
 from mealv2.label_set.manifest import read_manifest
 from mealv2.label_set.opening import (
     concatenated,
@@ -26,8 +28,6 @@ from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.soft_labels import Labels
 from mealv2.storage.atomic import OpenFiles
 from mealv2.views import STORED_BOXES, DrawnViews, View, Views, unpacked_view
-
-_NO_VIEW = 1 << 62  # larger than every view of a set
 
 
 class Lookup(NamedTuple):
@@ -112,6 +112,12 @@ class LabelSet:
     def __len__(self) -> int:
         return self._tables[0].num_rows
 
+    def _repr_html_(self) -> str:
+        """Show the set in a notebook: what it is, and the label of its first view."""
+        first = self.lookup([next(self.keys())], [self.blocks[0][0].start]) if len(self) else None
+        key = next(self.keys(), None)
+        return label_set_html(self.manifest, self.split, len(self), self.num_views, key, first)
+
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._tables[0].row(key) is not None
 
@@ -127,7 +133,7 @@ class LabelSet:
 
     def image_rows(self, keys: Sequence[str]) -> np.ndarray:
         """Return the row of each image among all that have labels, int64 N; -1 if it has none."""
-        return self._tables[0].rows(_encoded(keys))
+        return self._tables[0].rows(encoded_keys(keys))
 
     def views(self) -> Views:
         """Return the labelled views; raises LabelSetError for an unknown recipe."""
@@ -190,7 +196,7 @@ class LabelSet:
         """Return the same labels with the mean logits, if the set stores them."""
         if len(keys) != len(views):
             raise ValueError(f"{len(keys)} keys and {len(views)} views")
-        names, views_N = _encoded(keys), _as_int64(views)
+        names, views_N = encoded_keys(keys), views_as_int64(views)
         rows_N = np.full(len(keys), -1)
         if self._appended_rows:
             addresses = zip(keys, map(int, views), strict=True)
@@ -265,7 +271,7 @@ class Table:
 
     def row(self, key: str) -> int | None:
         """Return the row of an image, or None."""
-        row = int(self.rows(_encoded([key]))[0])
+        row = int(self.rows(encoded_keys([key]))[0])
         return None if row < 0 else row
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -335,16 +341,3 @@ class StoredBoxes(Views):
             if row is not None:
                 return table.stored_view(row, index, width=width, height=height)
         raise LabelSetError(f"no box is stored for view {index} of {key!r}")
-
-
-def _encoded(keys: Sequence[str]) -> list[bytes]:
-    """Return keys in UTF-8; a key with a surrogate becomes bytes that match no stored key."""
-    return [key.encode("utf-8", "surrogatepass") for key in keys]
-
-
-def _as_int64(views: Sequence[int]) -> np.ndarray:
-    """Return views as int64; one that does not fit becomes ``_NO_VIEW`` or -1."""
-    try:
-        return np.asarray(views, dtype=np.int64).reshape(-1)
-    except OverflowError:
-        return np.array([max(-1, min(int(view), _NO_VIEW)) for view in views], dtype=np.int64)

@@ -50,7 +50,7 @@ def write_atomic(
     ``damaged`` is the stamp of a file to replace; a file with another stamp stays. Raises OSError
     with ``path`` as the file name (disk full, no permission), and removes the temporary file.
     """
-    temporary = _temporary(path)
+    temporary = new_temporary(path)
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -75,7 +75,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     For files that do not fit in memory or that a library writes. Raises OSError.
     """
-    temporary = _temporary(path)
+    temporary = new_temporary(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -142,7 +142,8 @@ class Descriptor:
             os.close(self.fd)
 
 
-def _temporary(path: Path) -> Path:
+def new_temporary(path: Path) -> Path:
+    """Return a unique temporary path in the same folder; nothing is made."""
     unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     # a name has at most 255 bytes
     room = 255 - len(os.fsencode(f"{TEMPORARY_PREFIX}-{unique}"))
@@ -190,7 +191,7 @@ def _move_aside(path: Path, damaged: Stamp) -> None:
         return
     if stat.S_ISDIR(path.lstat().st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    aside = _temporary(path)
+    aside = new_temporary(path)
     with contextlib.suppress(FileNotFoundError):  # another job moved it
         path.rename(aside)
     if (found := file_stamp(aside)) is None:

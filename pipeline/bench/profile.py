@@ -20,13 +20,14 @@ from mealv2.data.pixels import cut, decode
 from mealv2.data.requests import Batch, BatchRequest
 from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import Rows
+from mealv2.models.cost import forward_macs
 from mealv2.views import DrawnViews
 from pipeline import console
 from pipeline.bench.context import NUM_VIEWS, BenchContext, write_labels
 from pipeline.bench.hardware import peak_tflops
 from pipeline.bench.labelling import create_annotator
 from pipeline.bench.steps import train_step
-from pipeline.timing import forward_macs, step_macs, synchronize
+from pipeline.timing import step_macs, synchronize
 
 _STEPS_CPU, _STEPS_GPU = 4, 30  # of a profile, after one to warm up
 _WAITING = "waiting for images"

@@ -9,6 +9,7 @@ import torch
 
 from mealv2.data.requests import Batch
 from mealv2.models import Classifier
+from mealv2.models.cost import forward_macs
 from mealv2.models.discriminator import Discriminator
 from mealv2.targets import HardLabels, OnlineTeachers, StoredLabels, Targets
 from mealv2.task import DistillTask, HardLabelTask, Task
@@ -16,7 +17,7 @@ from mealv2.views import DrawnViews
 from pipeline.bench.context import NUM_CLASSES, NUM_VIEWS, BenchContext
 from pipeline.bench.lines import Line, ratios
 from pipeline.config import DistillConfig
-from pipeline.timing import forward_macs, repeated, step_macs, take_turns, times_for
+from pipeline.timing import repeated, step_macs, take_turns, times_for
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.step import TrainStep
 

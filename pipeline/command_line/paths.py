@@ -18,6 +18,8 @@ from mealv2.data.torch_name import torch_name
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import list_folder
 from mealv2.storage.json_format import read_json
+from mealv2.storage.report_folder import require_replaceable
+from mealv2.storage.run_files import CONFIG_NAME, METRICS_NAME
 from mealv2.storage.weight_files import find_checkpoint, weights_format
 from mealv2.teacher_sets import INDEX_NAME, is_folder_of_sets, sets_of
 from pipeline.config import (
@@ -203,6 +205,18 @@ def _check_new_file(config: Settings, name: str, path: Path) -> None:
     require(folder.is_dir(), f"{name} {path}: there is no folder {path.parent}; create it first")
 
 
+def _check_run(config: Settings, name: str, run: Path) -> None:
+    missing = [file for file in (CONFIG_NAME, METRICS_NAME) if not (run / file).is_file()]
+    if missing:
+        why = f"it has no {missing[0]}" if run.is_dir() else "there is no such folder"
+        raise ConfigError(f"{name}: no run in {run}: {why}; give a run folder{_near(run)}")
+
+
+def _check_new_report(config: Settings, name: str, folder: Path) -> None:
+    _check_new_folder(config, name, folder)
+    require_replaceable(folder, name)
+
+
 def _check_weights(config: Settings, name: str, path: Path) -> None:
     try:
         checkpoint = find_checkpoint(path)
@@ -257,13 +271,16 @@ _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "data set": _check_data_set,
     "coco": _check_coco,
     "label set": _check_label_set,
+    "label set or sets": _check_sets,
     "label sets": _check_sets,
     "new label set": _check_new_label_set,
     "weights": _check_weights,
     "teachers": _check_teacher,
     "images": _check_exists,
+    "run": _check_run,
     "folder": _check_exists,
     "new folder": _check_new_folder,
+    "new report": _check_new_report,
     "file": _check_exists,
     "new file": _check_new_file,
 }

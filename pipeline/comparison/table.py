@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from mealv2.intervals import interval
 from pipeline import console
-from pipeline.intervals import interval
 
 METRICS = ("top1", "map_11point", "map")  # a report's first of these is its figure
 _TITLES = {

@@ -15,6 +15,7 @@ from pipeline.config.labels import *  # noqa: F403
 from pipeline.config.meal import *  # noqa: F403
 from pipeline.config.optimisation import *  # noqa: F403
 from pipeline.config.pack import *  # noqa: F403
+from pipeline.config.report import *  # noqa: F403
 from pipeline.config.slurm import *  # noqa: F403
 from pipeline.config.training import *  # noqa: F403
 from pipeline.config.transfer import *  # noqa: F403

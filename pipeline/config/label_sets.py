@@ -56,6 +56,44 @@ class LabelsInfoConfig(CacheConfig):
 
 
 @frozen
+class LabelsShowConfig(ExtraDataConfig):
+    """Show what the teachers said about the views of one image: classes, bars, boxes.
+
+    --pictures draws the image with the boxes of its views, and each view with its label.
+    """
+
+    example = "mealv2 labels show labels n01440764/n01440764_10026.JPEG"
+
+    labels: Path = argument(
+        "Label set, or a folder with one of each teacher.", path="label set or sets"
+    )
+    key: str = argument("Key of the image: CLASS/NAME in a folder of classes.")
+    split: Literal["train", "val"] = in_labels("train", "Split of the label set.")
+    topk: int = in_results(5, "Number of most probable classes to show.", low=1)
+    max_views: int = in_results(8, "Views to show, spread over their certainty.", low=1)
+    data_dir: Location | None = in_data(
+        None, "Data set of the images, for --pictures.", shown="none", path="data set"
+    )
+    pictures: Path | None = in_results(
+        None,
+        "File for a drawing of the views, .png, .svg or .pdf; needs --data-dir.",
+        shown="not drawn",
+        path="new file",
+    )
+    json: bool = in_results(False, "Print the results as one line of JSON instead of text.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictures is None:
+            without_effect(self, "without --pictures", "data_dir", "extra_data", "class_map")
+            return
+        require(self.data_dir is not None, "--pictures needs --data-dir, the images to draw")
+        suffixes = (".png", ".svg", ".pdf")
+        message = f"--pictures must end in .png, .svg or .pdf, got {self.pictures}"
+        require(self.pictures.suffix in suffixes, message)
+
+
+@frozen
 class LabelsStatusConfig(CacheConfig):
     """List the complete, missing and damaged shards, and the command to run next.
 

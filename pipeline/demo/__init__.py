@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import console
 from pipeline.config import MAX_DEMO_PROCS, DemoConfig
+from pipeline.demo.page import write_page
 from pipeline.demo.parts import Part, is_labelled, kept_report, plan_parts
 from pipeline.demo.pictures import write_pictures
 from pipeline.demo.table import report_of, table_of
@@ -52,7 +53,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         )
     report = report_of(config, reports) | {"seconds": round(time.monotonic() - start_s, 1)}
     console.info(f"\n{table_of(report)}\n{console.duration(report['seconds'])}")
-    return report
+    return report | {"page": write_page(config)}
 
 
 def num_procs_of(config: DemoConfig) -> int:

@@ -4,11 +4,11 @@ import textwrap
 from statistics import mean
 from typing import Any
 
+from mealv2.intervals import interval
 from pipeline import console
 from pipeline.config import DemoConfig
 from pipeline.demo import parts
 from pipeline.demo.pictures import UNLABELLED, num_pictures
-from pipeline.intervals import interval
 
 _NOTE_WIDTH = 100
 

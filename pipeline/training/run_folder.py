@@ -18,15 +18,17 @@ from mealv2.errors import ConfigError, MealError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json, parse_json, read_json
 from mealv2.storage.regular_files import open_regular, read_regular
+from mealv2.storage.run_files import CONFIG_NAME as CONFIG_NAME  # public names of this module
+from mealv2.storage.run_files import LABELS_NAME as LABELS_NAME
+from mealv2.storage.run_files import LOCK_NAME, SUMMARY_NAME
+from mealv2.storage.run_files import METRICS_NAME as METRICS_NAME
+from mealv2.storage.run_files import REPORT_NAME as REPORT_NAME
+from mealv2.storage.run_files import SESSION as SESSION
+from mealv2.storage.run_files import parse_event as parse_event
 from mealv2.storage.weight_files import EXPORT_FOLDER
-from pipeline.training.run_lock import LOCK_NAME, RunLock
+from pipeline.training.run_lock import RunLock
 
-CONFIG_NAME = "config.json"
-METRICS_NAME = "metrics.jsonl"
-REPORT_NAME = "report.json"
-LABELS_NAME = "labels.json"
 TRACKERS_NAME = "trackers.json"  # the id of the run for W&B and trackio
-SESSION = "session"  # the event of a process that starts or resumes the run
 SETTINGS_NAME = "archive/settings.json"  # in the zip of a checkpoint; torch wants one folder
 _MAX_SETTINGS_BYTES = 1 << 24
 # what zipfile raises for a damaged file; another part of the run reports it
@@ -170,7 +172,7 @@ class RunFolder:
     @property
     def summary_path(self) -> Path:
         """The path of the table of epochs."""
-        return self.path / "summary.csv"
+        return self.path / SUMMARY_NAME
 
     def log(self, event: str, **figures: Any) -> None:
         """Append one event to metrics.jsonl."""
@@ -264,25 +266,15 @@ def _check_is_free(path: Path) -> None:
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; --output is a folder to make")
     names = [name for name in list_folder(path) if name != LOCK_NAME]
-    if names and not ("config.json" in names and "metrics.jsonl" in names):
+    if names and not (CONFIG_NAME in names and METRICS_NAME in names):
         raise ConfigError(
             f"{path} is not empty and has no run ({names[0]}, …); give another --output"
         )
     # the disk may have been full at the first epoch's checkpoint, but then there is no second epoch
-    summary = path / "summary.csv"
+    summary = path / SUMMARY_NAME
     epochs = len(read_regular(summary).splitlines()) - 1 if summary.exists() else 0
     if REPORT_NAME in names or epochs > 1:
         raise ConfigError(f"the run in {path} has lost its checkpoints; give another --output")
-
-
-def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Return the event of a line of metrics.jsonl; None for a damaged line."""
-    try:
-        event = json.loads(line)  # parse_json would refuse a figure that is not finite
-        at = event["step"] if "step" in event else event["epoch"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return event if type(at) is int else None
 
 
 def _is_before(event: dict[str, Any], *, epoch: int, step: int) -> bool:

@@ -18,10 +18,10 @@ from mealv2.errors import ConfigError, MealError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.regular_files import open_regular
+from mealv2.storage.run_files import LOCK_NAME as LOCK_NAME
 from pipeline.runtime import env
 from pipeline.runtime.processes import ProcessId, is_running, this_process
 
-LOCK_NAME = "run.lock"
 HEARTBEAT_S = 10.0
 STALE_S = 120.0  # network file systems show a new time up to 60 s late
 _LOOK_EVERY_S = 1.0

@@ -92,6 +92,8 @@ class RunLog:
         if metrics:
             step = self._state.progress.total_steps
             known = {**self._spec.teachers, f"student at step {step}": metrics}
+            if self._spec.teachers:  # labels that are made online are in no label set
+                self._folder.log("teachers", step=step, accuracies=self._spec.teachers)
             is_multi_label = self._spec.metric != "top1"
             columns = _MULTI_LABEL_COLUMNS if is_multi_label else _COLUMNS
             rows = [[name, *(f"{m[c]:.2f}" for c in columns)] for name, m in known.items()]

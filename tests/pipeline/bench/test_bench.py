@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.speed import document
 from conftest import Result
 from mealv2 import recipes
+from mealv2.models.cost import forward_macs
 from pipeline.bench import command_of, hardware, imagenet, steps
 from pipeline.bench.context import BenchContext
 from pipeline.bench.lines import GOALS, Line, by_cpu_time, ratios
@@ -26,7 +27,6 @@ from pipeline.timing import (
     Sample,
     Turn,
     cpu_seconds,
-    forward_macs,
     step_macs,
     take_turns,
 )

@@ -87,6 +87,9 @@ def test_demo_ends_with_one_table(finished: tuple[Path, Result]) -> None:
     top1 = {arm: figures["top1"][0] for arm, figures in report["students"].items()}
     assert difference == pytest.approx(top1["soft-labels-extra"] - top1["hard-labels"])
     assert [teacher["model"] for teacher in report["teachers"]] == list(parts.TEACHERS)
+    assert report["page"] == str(out / "report/index.html")
+    assert Path(report["page"]).is_file()
+    assert f"report {out}/report/index.html (" in result.stderr
     for row in ("ensemble of the teachers", "hard labels: the control", "(a) ", "(b) "):
         assert row in result.stderr
 

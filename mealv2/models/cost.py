@@ -1,0 +1,57 @@
+"""Parameters and multiply-accumulates of a model, from its name: no weights, no computation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mealv2.errors import MealError
+from mealv2.models.classifier import create_classifier
+from mealv2.models.factory import is_factory
+from mealv2.models.timm_models import SOURCES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs: its parameters, and the multiply-accumulates of one image."""
+
+    parameters: int
+    macs: int
+
+
+def count_macs(call: Callable[[], Any]) -> int:
+    """Return the multiply-accumulates of the convolutions and matrix products in a call.
+
+    With tensors on the meta device, nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) // 2
+
+
+def forward_macs(model: nn.Module, img_size: int) -> int:
+    """Return the multiply-accumulates of the forward pass of one view; ``model`` is on meta."""
+    return count_macs(lambda: model.eval()(torch.empty(1, 3, img_size, img_size, device="meta")))
+
+
+@lru_cache(maxsize=256)
+def model_cost(name: str, *, num_classes: int, img_size: int) -> Cost | None:
+    """Return the cost of a timm, released or CIFAR model.
+
+    None for one that this version of timm cannot build from its name, and for files, repositories
+    and the user's own code: nothing is downloaded or imported.
+    """
+    if is_factory(name) or name.startswith(SOURCES) or name.lower().endswith(".onnx"):
+        return None
+    try:
+        with torch.device("meta"):
+            model = create_classifier(name, num_classes=num_classes, img_size=img_size)
+        model.to("meta")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return Cost(parameters, forward_macs(model, img_size))
+    except (MealError, RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None

@@ -1,0 +1,31 @@
+"""Curves of the runs over epochs, with one list of names for all figures."""
+
+from typing import Any
+
+from mealv2.report.curves import curve_figures, missing_curves
+from mealv2.report.methods import methods_of
+from mealv2.report.style import SERIES, series_style
+from pipeline.report.sections import Inputs, Section
+
+TITLE = "Curves"
+# dashes of matplotlib's line styles, in the list of names
+_DASHES = {"-": "none", "--": "6 3", "-.": "6 2 1 2", ":": "1 2"}
+
+
+def section(inputs: Inputs) -> Section:
+    """Return the section."""
+    methods = methods_of([*inputs.runs, *inputs.control])
+    figures = curve_figures(methods)
+    lines: list[dict[str, Any]] = []
+    for at, method in enumerate(methods):
+        style = series_style(at)
+        dashes, series = _DASHES[style["linestyle"]], at % len(SERIES)
+        runs = len(method.runs)
+        lines.append({"name": method.name, "series": series, "dashes": dashes, "runs": runs})
+    missing = None
+    if absent := missing_curves(methods):
+        missing = f"Not logged by any of these runs: {'; '.join(absent)}."
+    if not figures:
+        missing = "No epoch is complete yet, so there are no curves."
+    context = {"lines": lines, "has_bands": any(line["runs"] > 1 for line in lines)}
+    return Section("curves", TITLE, "curves.html", context, figures, missing)

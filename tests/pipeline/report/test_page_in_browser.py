@@ -1,0 +1,86 @@
+"""The report page in a real browser: sections, requests, console, accessibility, hostile names."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from written_runs import write_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
+]
+SECTIONS = ["answer", "curves", "browser", "labels", "classes", "weights", "made"]
+HOSTILE = ("<script>alert(1)<|script>", "quote\" ' $x^2$\nline", "_שלום \u202egnp")
+SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
+
+
+@pytest.fixture(scope="module")
+def report_dir(done: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    paths = [
+        write_run(folder / name, seed=1, settings={"lr": 0.1 * i}) for i, name in enumerate(HOSTILE)
+    ]
+    paths.append(write_run(folder / "open", epochs=2, planned=5, is_soft=False))
+    output = tmp_path_factory.mktemp("page") / "report"
+    done("report", *paths, "--output", output)
+    return output
+
+
+@pytest.fixture(params=[(size, scheme) for size in SIZES for scheme in ("light", "dark")])
+def tab(report_dir: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page at a size and in a colour scheme; console and requests are checked at the end."""
+    size, scheme = request.param
+    errors: list[str] = []
+    urls: list[str] = []
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        width, height = SIZES[size]
+        page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None
+        )
+        page.on(
+            "dialog", lambda dialog: (errors.append(f"dialog {dialog.message}"), dialog.dismiss())
+        )
+        page.on("request", lambda sent: urls.append(sent.url))
+        page.goto((report_dir / "index.html").as_uri())
+        yield page
+        chromium.close()
+    assert errors == []
+    assert urls
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+
+
+def test_sections_are_there_and_nothing_is_wrong_for_a_screen_reader(tab: Any) -> None:
+    found = tab.eval_on_selector_all("main > section", "all => all.map(one => one.id)")
+    assert found == SECTIONS
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    results = axe.Axe().run(tab, options={"preload": False})  # it would fetch the style sheets
+    serious = [
+        (rule["id"], [node["html"][:200] for node in rule["nodes"][:3]])
+        for rule in results.response["violations"]
+        if rule["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_names_are_text_and_the_page_is_read_with_the_keyboard(tab: Any) -> None:
+    names = tab.eval_on_selector_all("#curves .key bdi", "all => all.map(one => one.textContent)")
+    assert names == [*HOSTILE, "open"]
+    texts = tab.eval_on_selector_all(
+        "#figure-gain svg text", "all => all.map(one => one.textContent)"
+    )
+    assert any(text.startswith("<script>") for text in texts)
+    assert tab.locator("main script").count() == 0
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to the results"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("location.hash") == "#answer"
