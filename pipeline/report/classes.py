@@ -7,6 +7,7 @@ import numpy as np
 
 from mealv2.data.source import UNLABELLED
 from mealv2.errors import MealError
+from mealv2.models import Classifier
 from mealv2.report import class_figures
 from mealv2.report.averaged import open_labels
 from mealv2.report.classes import (
@@ -167,7 +168,7 @@ def _compare(
 
 def _before(
     inputs: Inputs, validation: per_class.Validation, run: Run
-) -> tuple[str, per_class.Classifier, int]:
+) -> tuple[str, Classifier, int]:
     """Return the name, model and image size to compare a student with; raises MealError."""
     try:
         return "start", *per_class.load_start(validation, run)
