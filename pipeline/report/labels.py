@@ -1,5 +1,6 @@
 """Label statistics: certainty, entropy, bytes, by class; contradictions; teachers compared."""
 
+from pathlib import Path
 from typing import Any
 
 from mealv2.report import label_figures
@@ -51,7 +52,7 @@ def section(inputs: Inputs) -> Section:
         notes.append(_NO_TEACHERS)
     context = {
         "sample": data.sample.size_text,
-        "facts": _facts(data, statistics),
+        "facts": _facts(data, statistics, inputs.labels or data.labels.folder),
         "small": [figure.name for figure in figures],
         "wide": [figure.name for figure in wide],
         "has_hard_labels": statistics.num_labelled > 0,
@@ -73,7 +74,7 @@ def _mean_labels(statistics: LabelStatistics) -> Figure | None:
     return label_figures.mean_label_figure(statistics, chosen)
 
 
-def _facts(data: LabelData, statistics: LabelStatistics) -> list[tuple[str, str]]:
+def _facts(data: LabelData, statistics: LabelStatistics, folder: Path) -> list[tuple[str, str]]:
     """Return the figures of the whole sample as (what, value)."""
     views = f"{statistics.num_views:,}"
     teachers = [
@@ -82,7 +83,7 @@ def _facts(data: LabelData, statistics: LabelStatistics) -> list[tuple[str, str]
         for teacher in labels.manifest["plan"].get("teachers", [])
     ]
     facts = [
-        ("label set", str(data.labels.folder)),
+        ("label set", str(folder)),
         ("teachers", ", ".join(teachers) or "unknown"),
         ("encoding", str(data.labels.encoding)),
         ("views read", views),

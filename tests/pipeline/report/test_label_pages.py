@@ -145,3 +145,26 @@ def test_a_view_shows_its_crop_box_and_label(shown: Any, hostile_labels: Path) -
 
 
 CLASSES_IN_ORDER = sorted(CLASSES)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_has_no_serious_finding(shown: Any, width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
+    shown.set_viewport_size({"width": width, "height": 800})
+    shown.emulate_media(color_scheme=scheme)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    found = axe.Axe().run(shown, options={"preload": False})
+    serious = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in serious] == []
+
+
+def test_the_page_works_with_the_keyboard(shown: Any) -> None:
+    shown.locator("[name=sort]").focus()
+    shown.keyboard.press("ArrowDown")
+    assert shown.locator("[name=sort]").input_value() == "hard"
+    shown.locator("#browser-more").focus()
+    shown.keyboard.press("Enter")
+    assert len(titles(shown)) == 16
+    focused = shown.evaluate("document.activeElement.id")
+    assert focused == shown.locator("#browser-images h4").nth(8).get_attribute("id")
