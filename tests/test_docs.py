@@ -20,6 +20,7 @@ import timm
 import torch
 from coco import draw_coco
 from layouts import draw_birdsnap, draw_cub, draw_lists, draw_voc
+from written_runs import write_run
 
 import cli
 from benchmarks.speed import document
@@ -27,7 +28,6 @@ from mealv2.label_set import LabelSet
 from pipeline.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, flag
 from pipeline.config.bench import LINES
 from pipeline.training import run_lock
-from written_runs import write_run
 from stores import Store, s3_server
 from tars import tar_tree
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from written_runs import write_run
 
 import mealv2
 from mealv2.errors import ConfigError, MealError
@@ -15,7 +16,6 @@ from mealv2.report.curves import CURVES, levels_of
 from mealv2.report.methods import comparison_of, differing_settings, methods_of
 from mealv2.report.style import Figure, drawing, new_figure
 from mealv2.report.teachers import label_source
-from written_runs import write_run
 
 
 def log(run: Path, **event: object) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from written_runs import write_run
 
 Cli = Callable[..., Any]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from written_runs import write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

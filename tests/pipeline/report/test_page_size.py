@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from written_runs import write_run
 
 from mealv2.label_set import Encoding
 from pipeline.bench.context import simulated_rows, write_labels
-from written_runs import write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = Path("/usr/bin/chromium")
