@@ -42,14 +42,14 @@ def discriminator_loss(
     """Return the discriminator's loss and accuracy on the student's and the teachers' rows.
 
     The loss is a binary cross-entropy (paper eq. 4-5) that student and discriminator both minimise.
-    Variant ``paper`` has one output, y = 1 for the teachers. Variant ``official`` has two, with the
+    One output (variant ``paper``) has y = 1 for the teachers. Two (variant ``official``) have the
     targets (1, 0) for the student and (0, 1) for the teachers, and the mean over all 4B entries
     (official loss.py). A tie counts as half in the accuracy.
     """
     outputs = discriminator(torch.cat([student_BC.float(), teacher_BC.float()]))
     batch_size = len(student_BC)
     targets = torch.zeros_like(outputs)
-    if discriminator.variant == "official":
+    if outputs.shape[1] == 2:
         targets[:batch_size, 0] = 1.0
         targets[batch_size:, 1] = 1.0
         margin = outputs[:, 1] - outputs[:, 0]

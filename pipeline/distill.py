@@ -117,7 +117,7 @@ def _discriminator(
         return None, {}
     if num_classes < 2:
         raise ConfigError("a discriminator needs at least 2 classes; use --discriminator off")
-    discriminator = Discriminator(num_classes, config.discriminator)
+    discriminator = Discriminator(num_classes, config.discriminator_variant)
     # a resumed run may be from before the default depended on the classes
     lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
     return discriminator, {"discriminator": (discriminator, lr)}
@@ -126,8 +126,9 @@ def _discriminator(
 def _notes_on_plateaus(config: DistillConfig) -> tuple[str, ...]:
     if config.discriminator == "off":
         return ()
-    plateaus = ", ".join(f"{v:.3f} {name}" for name, v in PLATEAUS[config.discriminator].items())
-    return (f"discriminator {config.discriminator}: plateaus of its loss: {plateaus}",)
+    variant = config.discriminator_variant
+    plateaus = ", ".join(f"{v:.3f} {name}" for name, v in PLATEAUS[variant].items())
+    return (f"discriminator {variant}: plateaus of its loss: {plateaus}",)
 
 
 def _notes_on_rate(config: DistillConfig, *, is_given: bool) -> tuple[str, ...]:

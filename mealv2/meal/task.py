@@ -22,12 +22,14 @@ REDUCTION = 2  # MEAL: each layer of a discriminator is half as wide as the one 
 
 
 def block_discriminators(widths: Sequence[int], variant: Variant = "official") -> nn.ModuleList:
-    """Return a discriminator of each compared block, D -> D/2 -> D/4 -> out.
+    """Return a discriminator of each compared block, D -> D/2 -> D/4 -> 2.
 
-    ``official`` is that of MEAL's code: two outputs, ReLU after all three layers. The other
-    variants are those of ``Discriminator``. Raises ValueError for a width below 2.
+    ``official`` is that of MEAL's code, with a ReLU after all three layers. The other variants are
+    those of ``Discriminator`` with these widths. Raises ValueError for a width below 2.
     """
-    return nn.ModuleList(Discriminator(d, variant, reduction=REDUCTION) for d in widths)
+    return nn.ModuleList(
+        Discriminator(d, variant, reduction=REDUCTION, two_outputs=True) for d in widths
+    )
 
 
 class MealTask(Task):

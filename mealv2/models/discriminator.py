@@ -36,12 +36,18 @@ class Discriminator(nn.Module):
     layers behind a gradient reversal, so that the student maximises what the discriminator
     minimises (the title of MEAL; not the results of either paper).
     Each layer is ``reduction`` times narrower than the one before: 8 in MEAL V2, 2 in MEAL.
-    ``forward`` maps float32 B x C to B x 1, or B x 2 (official). Raises ValueError for another
-    variant or fewer than 2 classes.
+    ``two_outputs`` gives another variant the widths and the two outputs of ``official``, as MEAL
+    has them, without its last ReLU. ``forward`` maps float32 B x C to B x 1, or B x 2. Raises
+    ValueError for another variant or fewer than 2 classes.
     """
 
     def __init__(
-        self, num_classes: int, variant: Variant = "paper", *, reduction: int = REDUCTION
+        self,
+        num_classes: int,
+        variant: Variant = "paper",
+        *,
+        reduction: int = REDUCTION,
+        two_outputs: bool = False,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -50,7 +56,8 @@ class Discriminator(nn.Module):
             raise ValueError(f"a discriminator needs at least 2 classes, got {num_classes}")
         self.num_classes = num_classes
         self.variant = variant
-        floor = 1 if variant == "official" else MIN_WIDTH
+        num_outputs = 2 if two_outputs or variant == "official" else 1
+        floor = 1 if num_outputs == 2 else MIN_WIDTH
         first = max(floor, num_classes // reduction)
         second = max(floor, num_classes // reduction // reduction)
         layers = [
@@ -58,7 +65,7 @@ class Discriminator(nn.Module):
             nn.ReLU(),
             nn.Linear(first, second),
             nn.ReLU(),
-            nn.Linear(second, 2 if variant == "official" else 1),
+            nn.Linear(second, num_outputs),
         ]
         if variant == "official":
             layers.append(nn.ReLU())

@@ -15,6 +15,7 @@ _TITLES = {
     "frozen": "Freeze backbone",
     "freeze-first-stage": "Freeze first stage",
 }
+_METRICS = {"top1": "top-1", "map": "mAP", "map_11point": "VOC2007's 11-point mAP"}
 _NAMES = {"base": "Base model", "distilled": "Distilled", "model": "Model"}
 _MEAN = "mean"
 
@@ -97,7 +98,8 @@ def grid_report(runs: Sequence[Run], form: Form = SETS) -> dict[str, Any]:
 
 def grid_table(runs: Sequence[Run], form: Form = SETS, *, as_markdown: bool = False) -> str:
     """Return the table: a column for each metric, or each set and, of several, their mean."""
-    rows = _table_rows(_by_row(runs, form), form)
+    of_one_set = "" if form.metrics else _METRICS[runs[0].metric]
+    rows = _table_rows(_by_row(runs, form), form, of_one_set)
     if as_markdown:
         lines = [f"| {' | '.join(cells)} |" for cells in rows]
         lines.insert(1, f"|{' --- |' * len(rows[0])}")
@@ -105,10 +107,10 @@ def grid_table(runs: Sequence[Run], form: Form = SETS, *, as_markdown: bool = Fa
     return "\n".join([console.table(rows), *_notes(runs, form)])
 
 
-def _table_rows(rows: "Rows", form: Form) -> list[list[str]]:
+def _table_rows(rows: "Rows", form: Form, of_one_set: str) -> list[list[str]]:
     columns = list(dict.fromkeys(column for column, _, _ in rows))
     means = _means(rows) if len(columns) > 1 and not form.metrics else {}
-    titles = [form.metrics.get(name, name or "accuracy") for name in columns]
+    titles = [form.metrics.get(name, name or of_one_set) for name in columns]
     shown = [["", *titles, *([_MEAN] if means else [])]]
     differences = _differences(rows)
     for mode in dict.fromkeys(mode for _, mode, _ in rows):
@@ -198,8 +200,7 @@ def _notes(runs: Sequence[Run], form: Form) -> list[str]:
     metrics = ["COCO's average precision"]
     if not form.metrics:
         of_set = {run.data_set: run.metric for run in runs}
-        names = {"top1": "top-1", "map": "mAP", "map_11point": "VOC2007's 11-point mAP"}
-        metrics = sorted({names[metric] for metric in of_set.values()})
+        metrics = sorted({_METRICS[metric] for metric in of_set.values()})
     seeds = len({run.seed for run in runs})
     over = f"mean of {seeds} seeds, 95 % interval (Student's t)" if seeds > 1 else "one seed"
     return [f"{' and '.join(metrics)} in percent; {over}."]

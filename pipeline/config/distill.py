@@ -91,10 +91,11 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
     interpolation: Interpolation | None = in_views(
         None, INTERPOLATION, shown="as the label set was made, else bilinear"
     )
-    discriminator: Literal["paper", "official", "adversarial", "off"] = in_loss(
-        "paper",
-        "The paper's (one sigmoid), the official code's (two outputs, ReLU last), the paper's "
-        "with gradient reversal, or none.",
+    discriminator: Literal["paper", "official", "adversarial", "off"] | None = in_loss(
+        None,
+        "The paper's (one sigmoid), the official code's (two outputs, ReLU last), one with "
+        "gradient reversal (two outputs with --method meal, else one), or none.",
+        shown="paper; official with --method meal",
     )
     discriminator_lr: float | None = in_loss(
         None,
@@ -130,6 +131,9 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
     dry_run: bool = in_run(False, "Estimate steps, time and memory from a sample; write nothing.")
 
     def __post_init__(self) -> None:
+        if self.discriminator is None:  # known from here on: the run folder names it
+            default = "official" if self.method == "meal" else "paper"
+            object.__setattr__(self, "discriminator", default)
         super().__post_init__()
         if self.dry_run:
             without_effect(self, "with --dry-run", "resume", "auto_resume")
@@ -188,6 +192,8 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
         names = ("discriminator_weight", "discriminator_input", "hard_label_weight")
         temperatures = ("label_temperature", "student_temperature")
         without_effect(self, "with --method meal", *names, *temperatures)
+        message = "--discriminator paper is MEAL V2's; MEAL has official, adversarial and off"
+        require(self.discriminator != "paper", message)
         if self.discriminator == "off":
             without_effect(self, "with --discriminator off", "eta")
         if len(split_teachers(self.teacher)) == 1:
@@ -219,6 +225,13 @@ class DistillConfig(MealConfig, ViewsConfig, ExtraDataConfig, TrainConfig):
     def needs_stored_logits(self) -> bool:
         """Whether MEAL compares the logits of stored labels, not only their probabilities."""
         return self.discriminator != "off" or self.block_loss in ("l1", "l2")
+
+    @property
+    def discriminator_variant(self) -> Literal["paper", "official", "adversarial"]:
+        """The discriminator; there is one."""
+        assert self.discriminator is not None
+        assert self.discriminator != "off"
+        return self.discriminator
 
     def resolved(self, num_classes: int) -> Self:
         """Return the settings with the discriminator's default rate for this number of classes.

@@ -124,7 +124,7 @@ def _discriminators(config: DistillConfig, widths: tuple[int, ...]) -> nn.Module
     if config.discriminator == "off":
         return None
     try:
-        return block_discriminators(widths, config.discriminator)
+        return block_discriminators(widths, config.discriminator_variant)
     except ValueError as error:
         raise ConfigError(f"{error}; use --discriminator off") from None
 
@@ -136,14 +136,16 @@ def _notes(config: DistillConfig, layers: BlockLayers, widths: tuple[int, ...]) 
         for position, width in zip(layers.positions, widths, strict=True)
     )
     chosen = {"random": "one drawn a batch", "round-robin": "in turn", "all": "all in each batch"}
-    notes = (
+    notes: tuple[str, ...] = (
         f"MEAL: --out-layer {compared}; teachers {chosen[config.teacher_selection]}, "
         f"{'from stored labels' if config.labels else f'in {config.teacher_mode} mode'}",
     )
+    if layers.pool is not None and None not in layers.sizes:  # only the logits have no size
+        notes += ("no loss compares the logits: the head of the student is not trained",)
     if config.discriminator == "off":
         return notes
     total = sum(config.of_blocks("eta"))
-    plateaus = PLATEAUS[config.discriminator].items()
+    plateaus = PLATEAUS[config.discriminator_variant].items()
     text = ", ".join(f"{value * total:.3f} {name}" for name, value in plateaus)
     each = f"{len(widths)} discriminators" if len(widths) > 1 else "discriminator"
     return (*notes, f"{each} {config.discriminator}: plateaus of the loss: {text}")

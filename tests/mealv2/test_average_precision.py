@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from mealv2.average_precision import average_precision, average_precision_11_points
 
@@ -75,7 +76,6 @@ def test_both_forms_are_those_of_the_reference(rows: list[tuple[float, int]]) ->
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CASES)
 def test_the_area_is_scikit_learns(rows: list[tuple[float, int]]) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     kept = [(score, label) for score, label in rows if label != 0]
     scores, labels = np.array([s for s, _ in kept]), np.array([y == 1 for _, y in kept])
     with warnings.catch_warnings():

@@ -264,14 +264,17 @@ def soft_sets(
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
-        ([], ["--discriminator paper needs logits", "--store-logits", "--discriminator off"]),
+        ([], ["--discriminator official needs logits", "--store-logits", "--discriminator off"]),
         (
             ["--block-loss", "l1", *SOFT],
             ["--block-loss l1 needs logits", "or use --block-loss l1_soft"],
         ),
         (
             ["--block-loss", "l2"],
-            ["--discriminator paper and --block-loss l2 need logits", "off and --block-loss l2_so"],
+            [
+                "--discriminator official and --block-loss l2 need logits",
+                "off and --block-loss l2_so",
+            ],
         ),
     ],
 )

@@ -20,6 +20,7 @@ from mealv2.meal import (
     block_discriminators,
     block_loss,
 )
+from mealv2.models.discriminator import Discriminator
 from mealv2.targets import BatchTargets
 
 Array = np.ndarray
@@ -209,10 +210,18 @@ def test_discriminators_halve_their_width_and_official_ones_have_two_outputs_and
     assert all(isinstance(d.layers[n], nn.ReLU) for d in (wide, narrow) for n in (1, 3, 5))
 
 
+def test_adversarial_ones_have_the_same_widths_and_outputs_without_the_last_relu() -> None:
+    (discriminator,) = block_discriminators([10], "adversarial")
+    shapes = [tuple(layer.weight.shape) for layer in linear_layers(discriminator)]  # type: ignore[arg-type]
+    assert shapes == [(5, 10), (2, 5), (2, 2)]
+    assert not isinstance(discriminator.layers[-1], nn.ReLU)
+
+
 def test_adversarial_reverses_the_gradient_of_the_student_and_not_of_the_discriminator() -> None:
     torch.manual_seed(0)
     (joint,), (adversarial,) = (
-        block_discriminators([16], variant) for variant in ("paper", "adversarial")
+        [Discriminator(16, variant, reduction=2, two_outputs=True)]
+        for variant in ("paper", "adversarial")
     )
     adversarial.load_state_dict(joint.state_dict())
     teacher = torch.randn(6, 16)

@@ -29,6 +29,7 @@ def make(**values: Any) -> DistillConfig:
         ({"discriminator_weight": 2.0}, "--discriminator-weight has no effect with --method meal"),
         ({"discriminator_input": "logits"}, "--discriminator-input has no effect with"),
         ({"discriminator": "off", "eta": (2.0,)}, "--eta has no effect with --discriminator off"),
+        ({"discriminator": "paper"}, "--discriminator paper is MEAL V2's"),
         ({"pool": "avg"}, "--pool has no effect with --out-layer -1"),
         ({"align": False}, "--align has no effect with --out-layer -1"),
         ({"out_layer": (0, -1), "align": False, "out_dims": (3,)}, "--out-dims .* --no-align"),
@@ -54,6 +55,12 @@ def test_a_setting_without_effect_or_of_another_length_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         make(**values)
+
+
+def test_the_discriminator_is_that_of_the_method() -> None:
+    assert make().discriminator == "official"
+    assert make(method="mealv2").discriminator == "paper"
+    assert make(discriminator="adversarial").discriminator == "adversarial"
 
 
 def test_one_weight_counts_for_all_blocks() -> None:
