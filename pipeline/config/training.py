@@ -118,7 +118,8 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
     select: Literal["last", "best"] | None = in_run(None, SELECT, shown="last")
     early_stopping: int | None = in_run(
         None,
-        "Stop after this many epochs without a better top-1 on --val-split.",
+        "Stop after this many epochs without a better top-1 on --val-split (transfer to several "
+        "classes per image: mAP).",
         shown="none",
         low=1,
     )
@@ -175,7 +176,7 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
 
     @property
     def selects_best(self) -> bool:
-        """Whether the result is the epoch with the best top-1 on the validation split."""
+        """Whether the result is the best epoch on the validation split."""
         return (self.select or self.default_select) == "best" and self.val_split != NO_SPLIT
 
     @property

@@ -49,22 +49,27 @@ def best_step(config: TrainConfig, state: TrainingState) -> int | None:
 
 
 def is_stopped_early(config: TrainConfig, state: TrainingState) -> bool:
-    """Return whether --early-stopping epochs have passed without a better top-1."""
+    """Return whether --early-stopping epochs have passed without a better epoch."""
     best, epoch = state.best, state.progress.epoch
     if config.early_stopping is None or best is None or best["validated"] != epoch:
         return False
     return epoch - _improved_epoch(best) >= config.early_stopping and state.progress.step == 0
 
 
-def early_stop_message(config: TrainConfig, state: TrainingState, run: Path) -> str | None:
-    """Return why a run ended before its last epoch, and how it continues; None if it did not."""
+def early_stop_message(
+    config: TrainConfig, state: TrainingState, run: Path, *, metric: str = "top1"
+) -> str | None:
+    """Return why a run ended before its last epoch, and how it continues; None if it did not.
+
+    ``metric`` is what chooses the best epoch.
+    """
     best, epoch = state.best, state.progress.epoch
     if best is None or epoch == config.epochs or not is_stopped_early(config, state):
         return None
     improved, patience = _improved_epoch(best), config.early_stopping or 0
     return (
-        f"stopped early: no better top-1 since epoch {improved}; --resume {run} "
-        f"--early-stopping {epoch - improved + patience} continues"
+        f"stopped early: no better {summary.METRICS[metric]} since epoch {improved}; "
+        f"--resume {run} --early-stopping {epoch - improved + patience} continues"
     )
 
 
@@ -187,7 +192,7 @@ class RunResult:
         time = f"{console.count(epoch, 'epoch')}, {console.duration(report['seconds'])}{since}"
         selected = report.get("selected_epoch", epoch)
         console.info(summary.model_line(spec, run, epoch=selected, trained=time))
-        if message := early_stop_message(self._config, state, run):
+        if message := early_stop_message(self._config, state, run, metric=spec.metric):
             console.info(message)
         for number, command in enumerate(summary.next_commands(self._config, spec, run)):
             console.info(f"{'      ' if number else 'next: '}{command}")

@@ -55,7 +55,9 @@ class RunLog:
             self._print_steps()
             for note in self._spec.notes:
                 console.info(note)
-        elif message := early_stop_message(self._config, self._state, self._folder.path):
+        elif message := early_stop_message(
+            self._config, self._state, self._folder.path, metric=self._spec.metric
+        ):
             console.info(message)
         elif progress.epoch < num_epochs:
             console.info(

@@ -12,7 +12,8 @@ from pipeline import console
 from pipeline.config import TrainConfig
 from pipeline.training.spec import TrainingSpec
 
-_COLUMNS = {
+# the names of metrics in what is printed
+METRICS = {
     "top1": "top-1",
     "top5": "top-5",
     "map": "mAP",
@@ -32,12 +33,12 @@ _RESIZE_FLAGS = {
 
 def accuracies(rows: dict[str, dict[str, Any]]) -> str:
     """Return a table of metrics by name, with the columns that some row has."""
-    columns = [name for name in _COLUMNS if any(name in row for row in rows.values())]
+    columns = [name for name in METRICS if any(name in row for row in rows.values())]
     cells = [
         [title, *(f"{row[name]:.2f}" if name in row else "" for name in columns)]
         for title, row in rows.items()
     ]
-    return console.table([["accuracy", *(_COLUMNS[name] for name in columns)], *cells])
+    return console.table([["accuracy", *(METRICS[name] for name in columns)], *cells])
 
 
 def student_rows(

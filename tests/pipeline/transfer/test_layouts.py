@@ -61,6 +61,15 @@ def test_a_resumed_run_of_several_classes_ends_with_the_same_bits(
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_run_of_several_classes_that_stops_early_names_its_own_metric(
+    done: Run, transfer_flags: list[str], voc: Path, run: Path
+) -> None:
+    words = ["--data-dir", voc, "--mode", "scratch", "--lr", 0, "--min-lr", 0, "--epochs", 9]
+    result = done(*transfer_flags, *words, "--early-stopping", 1, "--output", run)
+    assert "stopped early: no better 11-point mAP since epoch 1;" in result.stderr
+    assert "no better 11-point mAP since" in done("transfer", "--resume", run).stderr
+
+
 @pytest.mark.parametrize("layout", ["cub200", "birdsnap", "list"])
 def test_every_layout_trains(
     done: Run, transfer_flags: list[str], start: list[str], tmp_path: Path, layout: str
