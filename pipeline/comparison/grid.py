@@ -1,16 +1,17 @@
 """Many transfers: every set, mode, model and seed, each a run folder of its own; then one table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, StoppedError
-from mealv2.storage.atomic import write_atomic
+from mealv2.storage.atomic import file_sha256, write_atomic
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.regular_files import read_regular
 from mealv2.storage.urls import Location, located
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline import console
 from pipeline.command_line.paths import check_paths
 from pipeline.comparison.starts import with_start
@@ -20,6 +21,7 @@ from pipeline.runtime.device import Runtime
 from pipeline.training.run_folder import CONFIG_NAME, RunFolder, has_checkpoint
 
 MODELS = ("base", "distilled")  # of --compare, in this order
+_STARTS_NAME = "starts.json"
 
 # Trains one run and returns its report.
 TrainOne = Callable[[Any, Runtime], dict[str, Any]]
@@ -38,17 +40,23 @@ def run_grid(
 ) -> dict[str, Any]:
     """Train every cell whose run is not finished; print the table and return the report.
 
-    Writes transfer.json and transfer.md into --output. Raises StoppedError after a signal, and
-    ConfigError for a folder with a run of other settings.
+    Writes transfer.json and transfer.md into --output, before them starts.json: hashes of the
+    weights that the runs start from. Raises StoppedError after a signal, and ConfigError for a
+    folder with a run of other settings or weights.
     """
     if runtime.ranks.is_distributed:
         raise ConfigError("several runs (--compare, --seeds, …) need one process, not torchrun")
     if config.seeds > 1 and find_spec("scipy") is None:
         raise ConfigError("--seeds needs scipy for the intervals over seeds: pip install scipy")
     cells = list(_cells(config))
+    starts: dict[str, str] = {}
     for cell in cells:  # an error of any of them comes before the first run
         check_paths(cell.config)
-        with_start(cell.config)
+        weights = with_start(cell.config).initial_checkpoint
+        if weights is not None and cell.config.model not in starts:
+            starts[cell.config.model] = file_sha256(find_checkpoint(Path(weights)))
+    assert config.output is not None, "checked by the settings"
+    _require_same_starts(starts, cells, config.output)
     repeats = config.seeds > 1 and any(cell.config.caches_features for cell in cells)
     if repeats and getattr(config, "feature_dir", None) is None:
         console.info("--feature-dir DIR computes the features of a backbone once for all seeds")
@@ -56,7 +64,6 @@ def run_grid(
     for number, cell in enumerate(cells, 1):
         console.info(f"{number}/{len(cells)}: {cell.config.output}")
         runs.append(replace(cell.run, report=_run(cell, runtime, train_one)))
-    assert config.output is not None, "checked by the settings"
     report, table = grid_report(runs, form), grid_table(runs, form, as_markdown=True)
     write_atomic(config.output / "transfer.json", canonical_json(report).encode())
     write_atomic(config.output / "transfer.md", f"{table}\n".encode())
@@ -130,6 +137,25 @@ def _run(cell: _Cell, runtime: Runtime, train_one: TrainOne) -> dict[str, Any]:
         raise StoppedError(
             f"{error}; the same command again continues with all other runs too"
         ) from None
+
+
+def _require_same_starts(starts: dict[str, str], cells: Sequence[_Cell], output: Path) -> None:
+    """Write the hashes of the weights by model; raise ConfigError if runs started from others."""
+    path = output / _STARTS_NAME
+    try:
+        kept = dict(read_json(path)) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    for cell in cells:
+        model, folder = cell.config.model, cell.config.output
+        is_changed = kept.get(model, starts.get(model)) != starts.get(model)
+        if is_changed and folder is not None and has_checkpoint(folder):
+            raise ConfigError(
+                f"the weights of {model} are not those that {folder} started from; give another "
+                "--output"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, canonical_json(kept | starts).encode())
 
 
 def _require_same(config: ComparisonConfig, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Many transfers: base against distilled over sets, modes and seeds; Table 6's form."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from layouts import draw_lists
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from conftest import Result
 from mealv2.errors import ConfigError
+from mealv2.storage.weight_files import find_checkpoint
 from pipeline import transfer
 from pipeline.comparison.grid import read_sets
 from pipeline.comparison.table import Run as TableRun
@@ -162,6 +166,23 @@ def test_another_command_does_not_continue_the_runs_of_a_folder(
     result = run_cli(*compared, "--lr", "0.2", "--output", tmp_path / "out")
     assert result.code == 2
     assert "lr: 0.1 in the run, 0.2 in this command" in result.stderr.splitlines()[-1]
+
+
+def test_runs_from_weights_that_changed_since_are_not_those_of_the_comparison(
+    run_cli: Run, done: Run, compared: list[str], student_dir: Path, tmp_path: Path
+) -> None:
+    backbone = shutil.copytree(student_dir, tmp_path / "backbone")
+    flags = [str(backbone) if flag == str(student_dir) else flag for flag in compared]
+    finished = done(*flags, "--output", tmp_path / "out").report
+    assert done(*flags, "--output", tmp_path / "out").report["results"] == finished["results"]
+    weights = find_checkpoint(backbone)
+    with safe_open(weights, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, about)
+    result = run_cli(*flags, "--output", tmp_path / "out")
+    assert result.code == 2
+    assert f"the weights of {backbone} are not those that" in result.stderr.splitlines()[-1]
 
 
 def test_a_run_folder_can_be_the_model(
