@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from conftest import same_state
+from mealv2.storage.atomic import file_sha256
+
 
 def states(run: Path) -> list[dict[str, Any]]:
     """Return the state of every checkpoint, the oldest first.
@@ -25,3 +28,11 @@ def as_killed_after(finished: Path, step: int, run: Path) -> None:
     for path in (run / "checkpoints").iterdir():
         if int(path.stem.split("-")[1]) > step:
             path.unlink()
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Check that two runs have the same checkpoints, summary and student, bit for bit."""
+    assert same_state(states(run), states(other))
+    assert (run / "summary.csv").read_text() == (other / "summary.csv").read_text()
+    weights = Path("student") / "model.safetensors"
+    assert file_sha256(run / weights) == file_sha256(other / weights)
