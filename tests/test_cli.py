@@ -524,9 +524,13 @@ def test_recipe_flag_goes_before_the_recipe_of_a_config(config_of: Run, tmp_path
 
 
 def test_flag_given_at_its_default_value_goes_before_the_recipe(config_of: Run) -> None:
-    paper = configs.DistillConfig.discriminator
-    given = ["--recipe", "resnet18", "--data-dir", "d", "--labels", "l", "--discriminator", paper]
-    assert config_of("distill", *given).discriminator == paper
+    given = ["--recipe", "resnet18", "--data-dir", "d", "--labels", "l"]
+    assert (
+        config_of("distill", "--data-dir", "d", "--model", "m", "--labels", "l").discriminator
+        == "paper"
+    )
+    assert config_of("distill", *given).discriminator == "official"
+    assert config_of("distill", *given, "--discriminator", "paper").discriminator == "paper"
 
 
 def test_teachers_of_a_recipe_are_for_precompute_and_for_distill_online(config_of: Run) -> None:
@@ -554,7 +558,8 @@ def test_without_a_recipe_nothing_is_filled_in(config_of: Run, command: str) -> 
     kind = CONFIGS[command]
     fields = [f for f in configs.settings_of(kind) if f.default is not dataclasses.MISSING]
     changed = {f.name for f in fields if getattr(found, f.name) != f.default}
-    assert changed <= {"labels"}
+    # The method decides what the discriminator is where nobody says it.
+    assert changed <= {"labels", "discriminator"}
 
 
 @pytest.mark.parametrize(
