@@ -16,7 +16,7 @@ USER = "ant-lab"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories of models and Spaces. USER owns the token; others' are only read."""
+    """Repositories of models, data sets and Spaces. USER owns the token; others' are only read."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -84,7 +84,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.uploads[path.removeprefix("/upload/")] = body
             self.server.num_uploads += 1
             return self._send(self.server.upload_status)
-        if found := re.match(r"/(?:api/)?datasets/([^/]+/[^/]+)(/.*)?$", path):
+        found = re.match(r"/(?:api/)?datasets/([^/]+/[^/]+)(/.*)?$", path)
+        if found and self.command != "POST" and ("datasets", found[1]) in self.server.repos:
             return self._data_set(found[1], found[2] or "")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid credentials in Authorization header"})
@@ -92,9 +93,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        if found := re.fullmatch(r"/api/(models|spaces)/([^/]+/[^/]+)(/.*)?", path):
+        if found := re.fullmatch(r"/api/(models|spaces|datasets)/([^/]+/[^/]+)(/.*)?", path):
             return self._api(found[1], found[2], found[3] or "", body)
-        if found := re.fullmatch(r"/(?:(spaces)/)?(.+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"/(?:(spaces|datasets)/)?(.+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body))
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
             return self._resolve(found[1], found[2])
@@ -105,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _create(self, asked: dict[str, Any]) -> None:
         owner = asked.get("organization") or USER
         name, kind = f"{owner}/{asked['name']}", asked.get("type", "model") + "s"
-        url = f"{self.server.url}/{'spaces/' if kind == 'spaces' else ''}{name}"
+        url = f"{self.server.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if owner != USER:
             return self._send(403, {"error": f"You don't have the rights to create under {owner}"})
         if (kind, name) in self.server.repos:
@@ -136,7 +137,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def _mode(path: str) -> str:
-        return "lfs" if path.endswith(".safetensors") else "regular"
+        return "lfs" if path.endswith((".safetensors", ".h5")) else "regular"
 
     def _oid(self, data: bytes | None, path: str) -> str | None:
         if data is None:
@@ -170,17 +171,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
     def _data_set(self, name: str, rest: str) -> None:
-        """Answer a request for a public data set, whose files are only read."""
+        """Answer a request that reads a data set."""
         files = self.server.files("datasets", name)
         commit = "1" * 40
         if rest == "" or rest.startswith("/revision/"):
-            return self._send(200, {"id": name, "sha": commit, "private": False, "tags": []})
+            is_private = self.server.repos["datasets", name]["private"]
+            return self._send(200, {"id": name, "sha": commit, "private": is_private, "tags": []})
         if found := re.fullmatch(r"/tree/[^/]+(?:/(.*))?", rest):
             folder = f"{found[1]}/" if found[1] else ""
             below = [n.removeprefix(folder) for n in files if n.startswith(folder)]
             entries = [
                 {"type": "directory" if "/" in n else "file", "path": folder + n.partition("/")[0]}
-                | {"size": len(files.get(folder + n, b"")), "oid": "0" * 40}
+                | {
+                    "size": len(files.get(folder + n, b"")),
+                    "oid": self._oid(files.get(folder + n), n),
+                }
                 for n in below
             ]
             return self._send(200, list({e["path"]: e for e in entries}.values()))

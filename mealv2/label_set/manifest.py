@@ -77,6 +77,11 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
+def is_label_set(folder: Path) -> bool:
+    """Return whether a folder has a label set, finished or not."""
+    return any((folder / name).is_file() for name in (PLAN_NAME, MANIFEST_NAME))
+
+
 def creating_command(plan: dict[str, Any]) -> str:
     """Return the command that makes a set of this plan."""
     return f"`mealv2 {plan.get('derived', {}).get('command', 'precompute')}`"

@@ -30,7 +30,16 @@ from mealv2.storage.urls import PIPE, shown
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 # the clients' names for a value that changes when a file is replaced
-_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
+_STAMPS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "created",
+    "blob_id",
+)
 _DENIED = ("Credentials", "AccessKey", "Token", "Signature")  # in the class names of errors
 
 

@@ -163,8 +163,20 @@ def _check_sets(config: Settings, name: str, labels: Path) -> None:
         _check_is_set(name, folder)
 
 
+def _check_weights_or_set(config: Settings, name: str, path: Path) -> None:
+    if is_folder_of_sets(path):
+        message = f"{name}: {path} has a label set of each teacher; give one, {path / 'teacher-0'}"
+        raise ConfigError(message)
+    if not _has_set(path):
+        _check_weights(config, name, path)
+
+
+def _has_set(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (PLAN_NAME, MANIFEST_NAME))
+
+
 def _check_is_set(name: str, labels: Path) -> None:
-    if not any((labels / file).is_file() for file in (PLAN_NAME, MANIFEST_NAME)):
+    if not _has_set(labels):
         raise LabelSetError(
             f"{name}: no label set in {labels}: it has no {MANIFEST_NAME}; give the --output of "
             f"`mealv2 precompute`{_label_sets_near(labels)}"
@@ -275,6 +287,7 @@ _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "label sets": _check_sets,
     "new label set": _check_new_label_set,
     "weights": _check_weights,
+    "weights or label set": _check_weights_or_set,
     "teachers": _check_teacher,
     "images": _check_exists,
     "run": _check_run,

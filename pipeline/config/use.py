@@ -139,20 +139,22 @@ class ExportConfig(Settings):
 
 @frozen
 class PushConfig(Settings):
-    """Upload a trained model to the Hugging Face Hub, as timm loads it, with a model card.
+    """Upload a trained model in timm's format, or a label set, to the Hugging Face Hub.
 
     The token comes from HF_TOKEN or `hf auth login`.
     """
 
     example = "mealv2 push runs/my-student hf://USER/NAME --private --space"
 
-    run: Path = argument("Run folder, or the model folder in it.", path="weights")
+    run: Path = argument(
+        "Run folder, or the model folder in it; or a label set.", path="weights or label set"
+    )
     to: str = argument("Repository on the Hub, hf://USER/NAME; created if missing.")
     private: bool = in_results(False, "Create a private repository; never upload to a public one.")
     space: bool = in_results(False, "Also create a Gradio Space, a web page that runs the model.")
     license: str | None = in_results(
         None,
-        "Licence for the model card, as the Hub names it, such as mit.",
+        "Licence for the card, as the Hub names it, such as mit.",
         shown="none",
     )
     dry_run: bool = in_results(False, "Write the files to --output; upload nothing.")

@@ -5,6 +5,7 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -121,7 +122,7 @@ def model_card(
         f"{front}\n# {name}, {len(stored['classes'])} classes\n",
         f"An image classifier in timm's format, {how}with "
         "[mealv2](https://arxiv.org/abs/2009.08453).\n",
-        _table(["", ""], _facts(stored, history)),
+        table(["", ""], _facts(stored, history)),
         _accuracy(history),
         _settings(history),
         _usage(stored, source),
@@ -187,7 +188,7 @@ def _accuracy(history: History) -> str:
     split = escaped(history.settings.get("val_split", NO_SPLIT))
     when = f", {history.measured_on}" if history.measured_on else ""
     images = f" ({report['num_images']} images{when})" if "num_images" in report else when
-    return f"## Accuracy\n\nOn split {split}{images}:\n\n{_table(['', ''], rows)}"
+    return f"## Accuracy\n\nOn split {split}{images}:\n\n{table(['', ''], rows)}"
 
 
 def _settings(history: History) -> str:
@@ -203,7 +204,7 @@ def _settings(history: History) -> str:
         default = None if known.default is dataclasses.MISSING else known.default
         if known.name not in _OMITTED and value is not None and value != plain(default):
             rows.append((known.name.replace("_", " "), escaped(_without_folders(value))))
-    recorded = _table(["", ""], rows) if rows else "None.\n"
+    recorded = table(["", ""], rows) if rows else "None.\n"
     return f"## Settings that differ from the defaults\n\n{recorded}"
 
 
@@ -240,7 +241,7 @@ def _classes(classes: list[str]) -> str:
     rows = [(str(number), escaped(name)) for number, name in enumerate(classes[:SHOWN_CLASSES])]
     more = len(classes) - SHOWN_CLASSES
     rest = f"And {more} more; all" if more > 0 else "They"
-    listed = _table(["id", "class"], rows)
+    listed = table(["id", "class"], rows)
     return f"## Classes\n\n{listed}\n{rest} are in `config.json` under `label_names`.\n"
 
 
@@ -248,7 +249,8 @@ def _triple(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.6g}" for value in values) + ")"
 
 
-def _table(head: list[str], rows: list[tuple[str, str]]) -> str:
+def table(head: list[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of cells that are escaped already."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

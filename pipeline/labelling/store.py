@@ -27,6 +27,8 @@ from pipeline.config import CacheConfig
 from pipeline.loading.sources import cache_of
 
 _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5")
+# hf://USER/NAME is a data set of the Hub, as `mealv2 push` makes; fsspec takes it for a model
+_HUB_NAME = re.compile(r"hf://(?!(?:datasets|models|spaces|buckets)/)")
 _NUM_FETCHERS = 8  # threads that fetch files
 _open_copies: list[int] = []  # locks: copies that this process reads are kept until it ends
 
@@ -35,6 +37,7 @@ def open_store(config: CacheConfig, location: Location) -> Store:
     """Return the store for the label set at a location. Raises RemoteError, ConfigError."""
     if not is_url(location):
         return Store(Path(location))
+    location = _HUB_NAME.sub("hf://datasets/", str(location))
     if re.match("pipe:|https?:", str(location)):
         raise ConfigError(
             f"{shown(location)}: a label set is a folder of files, and neither a program nor a web "

@@ -1,4 +1,4 @@
-"""pipeline.push: what export makes reaches the Hub in one commit, and the Space runs the model."""
+"""pipeline.push: models and label sets reach the Hub in one commit, and are read back from it."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import yaml
 
 from conftest import ROOT, Result
 from hub import TOKEN, USER, Hub, running_hub
+from mealv2.label_set import read_header
 from pipeline.push import space
 from stores import silent_server
 
@@ -203,17 +204,92 @@ def test_the_app_is_python_for_any_name() -> None:
 
 
 def test_the_commands_of_the_page_run(
-    done: Run, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Run,
+    hub: Hub,
+    model: Path,
+    labels_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels").symlink_to(labels_dir)
     shutil.copytree(model, tmp_path / "runs" / "student" / "student")
     page = (ROOT / "docs" / "how-to" / "push.md").read_text(encoding="utf-8")
     lines = re.findall(r"^```sh\nmealv2 (.*)\n```", page, flags=re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         done(*line.replace("USER/NAME", REPO).split())
     assert hub.repos["models", REPO]["private"] is True
     assert (tmp_path / "runs" / "student" / "export" / "push" / "space" / "app.py").is_file()
+    assert "manifest.json" in hub.files("datasets", f"{REPO}-labels")
+
+
+# --- label sets -----------------------------------------------------------------------------------
+
+
+def test_a_label_set_is_pushed_as_it_is_with_a_card(
+    done: Run, hub: Hub, labels_dir: Path, contents: Callable[..., dict[str, bytes]]
+) -> None:
+    report = done("push", labels_dir, f"hf://{REPO}", "--license", "mit").report
+    files = dict(hub.files("datasets", REPO))
+    card = files.pop("README.md").decode()
+    assert files == contents(labels_dir)
+    assert report["dataset"]["url"] == f"{hub.url}/datasets/{REPO}"
+    assert len(hub.repos["datasets", REPO]["commits"]) == 1
+
+    assert front_matter(card.encode())["license"] == "mit"
+    manifest = json.loads((labels_dir / "manifest.json").read_text())
+    assert manifest["plan_sha256"] in card
+    for teacher in manifest["roles"]["val"]["accuracy"]["teachers"]:
+        assert f"| {teacher['top1']:.2f} | {teacher['top5']:.2f} |" in card
+
+
+def test_a_pushed_label_set_is_read_from_its_name(
+    done: Run, hub: Hub, labels_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: the library reads the address of the Hub when it is imported."""
+    done("push", labels_dir, f"hf://{REPO}")
+    environment = os.environ | hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    verify = ["labels", "verify", f"hf://{REPO}", "--data-dir", data_dir]
+    words = [sys.executable, "-m", "mealv2", *verify, "--cache-dir", tmp_path / "cache"]
+    found = subprocess.run(
+        list(map(str, words)), env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    here = done("labels", "verify", labels_dir, "--data-dir", data_dir).report
+    assert json.loads(found.stdout) | {"labels": None} == here | {"labels": None}
+
+
+def test_a_damaged_or_unfinished_label_set_is_not_pushed(
+    done: Run, run_cli: Run, hub: Hub, labels_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(labels_dir, tmp_path / "copy"))
+    shard = next(copy.glob("train-*.h5"))
+    data = bytearray(shard.read_bytes())
+    data[read_header(shard)["columns"]["labels"]["offset"]] ^= 1
+    shard.write_bytes(data)
+    result = run_cli("push", copy, f"hf://{REPO}")
+    assert result.code == 3
+    assert "is damaged: its SHA-256 is not the one in the manifest" in result.stderr
+    shard.unlink()
+    assert "is missing; run the same" in run_cli("push", copy, f"hf://{REPO}").stderr
+    (copy / "manifest.json").unlink()
+    result = run_cli("push", copy, f"hf://{REPO}")
+    assert (result.code, hub.repos) == (3, {})
+    assert "the label set is not finished; run the same `mealv2 precompute` again" in result.stderr
+
+
+def test_a_dry_run_of_a_label_set_writes_its_card_only(
+    done: Run, run_cli: Run, hub: Hub, labels_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = done("push", labels_dir, f"hf://{REPO}", "--dry-run", "--output", out).report
+    assert hub.requests == []
+    assert [p.relative_to(out).as_posix() for p in out.rglob("*.*")] == ["dataset/README.md"]
+    expected = {f"dataset/{p.name}" for p in labels_dir.iterdir()} | {"dataset/README.md"}
+    assert set(report["files"]) == expected
+    result = run_cli("push", labels_dir, f"hf://{REPO}", "--space")
+    assert result.code == 2
+    assert result.stderr.startswith("mealv2: --space is for models")
 
 
 @pytest.mark.slow
