@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mealv2 import label_set
-from mealv2.data.loader import WaitTimer, read_views
+from mealv2.data.loader import WaitTimer, on_device, read_views
 from mealv2.data.source import ImageSource
 from mealv2.labelling import manifest
 from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
 from mealv2.labelling.shards import CompleteCheck, check_complete
@@ -161,6 +162,9 @@ def _estimate(
         f"{console.size_of(peak_bytes)}"
     )
     timing.print_limit(sample)
+    kl, num_views = _encoding_loss(config, annotator, train)
+    if kl is not None:
+        console.info(f"the encoding loses {kl:.3g} nats a view (KL, {num_views} views)")
     if isinstance(config.output, Path):
         output = config.output.absolute()
         existing = next(path for path in (output, *output.parents) if path.is_dir())
@@ -171,6 +175,7 @@ def _estimate(
         "images": len(train.source),
         "views": num_labels,
         "bytes": num_bytes,
+        "kl_of_encoding": kl,
         "views_per_second": round(rate, 1),
         "seconds": round(num_labels / rate, 1),
         "peak_bytes": peak_bytes,
@@ -204,6 +209,31 @@ def _measure(
         return timing.Sample(max(1, len(annotations.positions)), seconds, waited_s)
 
     return timing.sample(label, min_size=batch_size), label_bytes
+
+
+def _encoding_loss(
+    config: PrecomputeConfig, annotator: Annotator, split: LabelSplit
+) -> tuple[float | None, int]:
+    """Return the mean KL(p || recovered) of a batch of views of evenly spaced images, in nats.
+
+    Also returns the number of views; None and 0 if none of them can be read.
+    """
+    num_images = min(len(split.source), -(-annotator.batch_size // len(split.views)))
+    positions = [n * len(split.source) // num_images for n in range(num_images)]
+    runtime, total, num_views = annotator.runtime, 0.0, 0
+    batches = read_views(
+        split.reader,
+        batch_requests(positions, split.views, annotator.batch_size)[:1],
+        workers=config.workers,
+        pin_memory=runtime.should_pin_memory,
+    )
+    for batch in on_device(batches, runtime.device):
+        if batch.positions:
+            _, output = annotator.predict(batch.images_BCHW, batch.other_sizes)
+            labels = annotator.encoding.encode(*output).labels
+            total += kl_sum(output.probs_BC, labels.to_dense())
+            num_views += len(batch.positions)
+    return (total / num_views if num_views else None), num_views
 
 
 def _bytes_beside_labels(split: LabelSplit) -> int:

@@ -13,6 +13,7 @@ from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows
 from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
@@ -24,7 +25,6 @@ from pipeline.runtime.device import Runtime
 # docs/benchmarks/picture-checks.md has the figures.
 MIN_TOP1_AGREEMENT = 95.0  # percent
 MAX_EXTRA_KL = 0.02  # nats, mean, beyond the loss of the encoding
-_MIN_PROB = float(np.finfo(np.float32).tiny)  # instead of a probability that float16 rounded to 0
 
 
 def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[str, Any]:
@@ -124,12 +124,10 @@ def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndar
     agrees_N = probs_NC.argmax(dim=1) == stored.labels.argmax()
     is_same_N = (then_NC == now_NC).all(dim=1)
     return np.array(
-        [_kl(probs_NC, then_NC), _kl(probs_NC, now_NC), int(agrees_N.sum()), int(is_same_N.sum())]
+        [
+            kl_sum(probs_NC, then_NC),
+            kl_sum(probs_NC, now_NC),
+            int(agrees_N.sum()),
+            int(is_same_N.sum()),
+        ]
     )
-
-
-def _kl(probs_NC: torch.Tensor, stored_NC: torch.Tensor) -> float:
-    """Return the sum over rows of KL(p || q), nats."""
-    # sum_c p_c (log p_c - log q_c), 0 log 0 = 0
-    stored_NC = stored_NC.double().clamp_min(_MIN_PROB)
-    return float((torch.xlogy(probs_NC, probs_NC) - torch.xlogy(probs_NC, stored_NC)).sum())

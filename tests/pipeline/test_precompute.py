@@ -868,6 +868,24 @@ def test_dry_run_foretells_the_bytes(
     assert told["bytes"] == pytest.approx(real, rel=0.2, abs=10_000)
 
 
+@pytest.mark.usefixtures("short_sample")
+def test_dry_run_foretells_what_the_encoding_loses(
+    done: Run, plain_precompute_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*plain_precompute_flags, "--batch-size", 512]
+    told = done(*flags, *FORMS["rate"], "--dry-run", "--output", tmp_path / "no").report
+    dense = {}
+    for form in ("rate", "all float32"):
+        done(*flags, *FORMS[form], "--output", tmp_path / form)
+        labels = LabelSet.open(tmp_path / form)
+        rows = [(key, view) for key in labels.keys() for view in range(labels.num_views)]  # noqa: SIM118
+        dense[form] = labels.soft_labels(*map(list, zip(*rows, strict=True))).to_dense().numpy()
+    exact, recovered = dense["all float32"].astype(np.float64), dense["rate"].astype(np.float64)
+    kl = (exact * np.log(exact / recovered)).sum(1).mean()
+    assert kl > 1e-4
+    assert told["kl_of_encoding"] == pytest.approx(kl, rel=1e-3)
+
+
 # --- disk full: a real, small file system -------------------------------------------------------
 
 
