@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import label_codec
 from mealv2.codec import encode
 
-SLOPES = (0.0001, 0.0002, 0.0004)  # nats of KL that a bit must save
+SLOPES = (0.00005, 0.0001, 0.0002, 0.0004)  # nats of KL that a bit must save
 LISTS, COMPONENTS = (32, 64, 128, 200, 320), (1, 2, 3)
 RATES = (0.0003, 0.0005, 0.0007, 0.001, 0.002)
 WEIGHT_BITS, LENGTH_BITS, RANGE_BITS, LIST_LENGTH_BITS = 5, 8, 24, 10
