@@ -12,7 +12,7 @@ from mealv2.multi_label import MultiLabels, MultiLabelTask, labels_of
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask, Task
 from mealv2.views import DrawnViews
-from pipeline.comparison.starts import with_start
+from pipeline.comparison.starts import create_start
 from pipeline.config import TransferConfig
 from pipeline.loading.small_images import propose_crop
 from pipeline.loading.sources import held_out_of, open_images, open_split
@@ -24,7 +24,7 @@ from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
 from pipeline.training.resume import load_newest_weights
 from pipeline.training.run_folder import has_checkpoint
-from pipeline.training.spec import TrainingSpec, create_student, mixing_of
+from pipeline.training.spec import TrainingSpec, mixing_of
 from pipeline.transfer.frozen import cached_features
 
 
@@ -76,14 +76,14 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
 def _student(config: TransferConfig, classes: list[str], runtime: Runtime) -> Classifier:
     """Return the backbone with a new head for these classes, frozen with --mode frozen.
 
-    A resumed run has the weights of its checkpoint from here on: the features of a frozen backbone
-    are of those, also where --model has other weights by now.
+    The features of a resumed run are those of the backbone in its checkpoint, also where --model
+    has other weights by now.
     """
-    student = create_student(with_start(config), classes=classes, img_size=config.img_size)
-    if config.resume is not None and has_checkpoint(config.resume):
-        load_newest_weights(config.resume, runtime.ranks, student)
+    student = create_start(config, runtime.ranks, classes=classes, img_size=config.img_size)
     if config.mode != "frozen":
         return student
+    if config.resume is not None and has_checkpoint(config.resume):
+        load_newest_weights(config.resume, runtime.ranks, student)
     return FrozenClassifier(student, img_size=config.img_size)
 
 

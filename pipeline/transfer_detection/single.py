@@ -13,13 +13,13 @@ from mealv2.detection.views import WholeViews
 from mealv2.errors import ConfigError
 from mealv2.models.detector import Detector, Thresholds
 from pipeline import console
-from pipeline.comparison.starts import with_start
+from pipeline.comparison.starts import create_start
 from pipeline.config import DEFAULT_IMG_SIZE, NO_SPLIT, TransferDetectionConfig
 from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.loop import train
-from pipeline.training.spec import TrainingSpec, create_student
+from pipeline.training.spec import TrainingSpec
 from pipeline.transfer_detection.evaluator import DetectionEvaluator
 
 
@@ -38,7 +38,7 @@ def train_one(config: TransferDetectionConfig, runtime: Runtime) -> dict[str, An
     if val is not None and not val.num_objects:
         raise ConfigError(f"{val.path} has no object to measure an average precision on")
     seed_everything(config.seed)
-    student = _detector(config, source)
+    student = _detector(config, source, runtime)
     views = WholeViews(
         seed=config.seed,
         size=config.img_size,
@@ -73,9 +73,9 @@ def _open(config: TransferDetectionConfig, split: str) -> CocoSource:
     return source
 
 
-def _detector(config: TransferDetectionConfig, source: CocoSource) -> Detector:
+def _detector(config: TransferDetectionConfig, source: CocoSource, runtime: Runtime) -> Detector:
     """Return a detector with the backbone of --model and new pyramid and heads."""
-    start = create_student(with_start(config), classes=source.classes, img_size=DEFAULT_IMG_SIZE)
+    start = create_start(config, runtime.ranks, classes=source.classes, img_size=DEFAULT_IMG_SIZE)
     return Detector(
         start,
         num_classes=len(source.classes),
