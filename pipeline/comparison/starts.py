@@ -21,6 +21,15 @@ from pipeline.training.spec import create_student
 Config = TypeVar("Config", bound=ComparisonConfig)
 
 
+def with_absolute_starts(config: Config) -> Config:
+    """Return the settings with an absolute path for each folder of a run or model.
+
+    Only here, with timm's names known, is one without a slash told from a model.
+    """
+    model, *compared = map(_absolute, (config.model, *(config.compare or ())))
+    return replace(config, model=model, compare=tuple(compared) or None)
+
+
 def create_start(
     config: ComparisonConfig, ranks: Ranks, *, classes: list[str], img_size: int
 ) -> Classifier:
@@ -70,6 +79,14 @@ def _require_known(name: str, start: str) -> None:
     raise ConfigError(
         f"--model or --compare {start}: unknown model {name!r}; see timm.list_models()"
     )
+
+
+def _absolute(start: str) -> str:
+    """Return an absolute path for a folder with weights that is no name of a model."""
+    if not start or not _is_path(start):
+        return start
+    find_checkpoint(Path(start))
+    return os.path.abspath(start)  # noqa: PTH100  # symbolic links stay
 
 
 def _is_path(start: str) -> bool:

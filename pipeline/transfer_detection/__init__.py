@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.comparison.grid import run_grid
+from pipeline.comparison.starts import with_absolute_starts
 from pipeline.comparison.table import AVERAGE_PRECISIONS
 from pipeline.config import TransferDetectionConfig
 from pipeline.runtime.device import distributed_runtime
@@ -14,6 +15,7 @@ def run(config: TransferDetectionConfig) -> dict[str, Any]:
 
     Raises as training.loop.train, and ConfigError for a start or a data set that cannot be used.
     """
+    config = with_absolute_starts(config)
     with distributed_runtime(config) as runtime:
         if config.is_grid:
             return run_grid(config, runtime, train_one=train_one, form=AVERAGE_PRECISIONS)

@@ -185,15 +185,26 @@ def test_runs_from_weights_that_changed_since_are_not_those_of_the_comparison(
     assert f"the weights of {backbone} are not those that" in result.stderr.splitlines()[-1]
 
 
-def test_a_run_folder_can_be_the_model(
-    done: Run, transfer_flags: list[str], teacher_dirs: dict[str, Path], run: Path
+@pytest.mark.parametrize("start", ["base", "./base", "local-dir:base"])
+def test_a_folder_can_be_the_model_and_its_run_is_continued_from_anywhere(
+    done: Run,
+    transfer_flags: list[str],
+    teacher_dirs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
 ) -> None:
-    flags = without(transfer_flags, "--model")
-    folder = teacher_dirs["test_resnet"]
-    done(*flags, "--model", folder, "--mode", "frozen", "--epochs", 1, "--output", run)
-    kept = json.loads((run / "config.json").read_text())
-    assert (kept["model"], kept["initial_checkpoint"]) == (str(folder), None)
-    done("transfer", "--resume", run, "--epochs", 2)
+    folder = shutil.copytree(teacher_dirs["test_resnet"], tmp_path / "base")
+    words = [*without(transfer_flags, "--model"), "--model", start, "--mode", "frozen"]
+    words += ["--epochs", 1, "--num-views", 1, "--output", tmp_path / "run"]
+    monkeypatch.chdir(tmp_path)
+    done(*words)
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    scheme = "local-dir:" * start.startswith("local-dir:")
+    assert (kept["model"], kept["initial_checkpoint"]) == (f"{scheme}{folder}", None)
+    done(*words)  # the same command has nothing to do
+    monkeypatch.chdir("/")
+    done("transfer", "--resume", tmp_path / "run", "--epochs", 2)
 
 
 @pytest.mark.parametrize(
