@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.layout_name import layout_name
-from mealv2.data.source import ImageSource, multi_labels_of
+from mealv2.data.source import ImageSource, fingerprint, multi_labels_of
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier
 from mealv2.models.frozen import FrozenClassifier
@@ -15,7 +15,7 @@ from mealv2.views import DrawnViews
 from pipeline.comparison.starts import create_start
 from pipeline.config import TransferConfig
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import held_out_of, open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split, warn_single_class
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator, MultiLabelEvaluator
@@ -57,6 +57,11 @@ def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
     return train(config, runtime, spec)
 
 
+def fingerprints(config: TransferConfig) -> list[str]:
+    """Return those of the images of both splits. Raises as opening them."""
+    return [fingerprint(source) for source in _open(config) if source is not None]
+
+
 def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
     """Open the images to train on and those to validate on, if any."""
     held_out = held_out_of(config, train_split=config.train_split)
@@ -64,6 +69,7 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
     assert data_dir is not None, "checked by the settings"
     source = open_images(config, data_dir, config.train_split, held_out=held_out, multi_label=True)
     if multi_labels_of(source) is None:
+        warn_single_class(source)
         source = with_deleted(config, source)
     elif config.smoothing:
         raise ConfigError(f"--smoothing has no effect on {source.name}: images of several classes")
