@@ -7,6 +7,7 @@ from typing import Any
 from mealv2.batches import updates_per_epoch
 from mealv2.data.coco import CocoSource
 from mealv2.data.coco_name import find_coco
+from mealv2.data.source import fingerprint
 from mealv2.detection.reader import WholeImageReader
 from mealv2.detection.task import DetectionTask, ObjectTargets
 from mealv2.detection.views import WholeViews
@@ -65,6 +66,12 @@ def train_one(config: TransferDetectionConfig, runtime: Runtime) -> dict[str, An
         notes=_notes(source, positions),
     )
     return train(config, runtime, spec)
+
+
+def fingerprints(config: TransferDetectionConfig) -> list[str]:
+    """Return those of the images and objects of both splits. Raises as opening them."""
+    splits = [split for split in (config.train_split, config.val_split) if split != NO_SPLIT]
+    return [fingerprint(_open(config, split)) for split in splits]
 
 
 def _open(config: TransferDetectionConfig, split: str) -> CocoSource:
