@@ -7,7 +7,7 @@ from mealv2.task import HardLabelTask
 from mealv2.views import DrawnViews
 from pipeline.config import FinetuneConfig
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import held_out_of, open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split, warn_single_class
 from pipeline.runtime.device import Runtime, distributed_runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator
@@ -26,6 +26,7 @@ def _finetune(config: FinetuneConfig, runtime: Runtime) -> dict[str, Any]:
     held_out = held_out_of(config, train_split=config.train_split)
     source = open_images(config, config.data_dir, config.train_split, held_out=held_out)
     source = with_deleted(config, source)
+    warn_single_class(source)
     classes = list(source.classes)
     val = open_split(config, config.data_dir, config.val_split, train=source, held_out=held_out)
     seed_everything(config.seed)

@@ -1,6 +1,7 @@
 """Checks of the paths in a config, before torch is imported. Commands check their files again."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -23,7 +24,9 @@ from mealv2.storage.run_files import CONFIG_NAME, METRICS_NAME
 from mealv2.storage.weight_files import find_checkpoint, weights_format
 from mealv2.teacher_sets import INDEX_NAME, is_folder_of_sets, sets_of
 from pipeline.config import (
+    LOCAL_DIR,
     NO_SPLIT,
+    ComparisonConfig,
     DistillConfig,
     EvaluateConfig,
     ExportConfig,
@@ -37,6 +40,7 @@ from pipeline.config import (
     require,
     spelling,
 )
+from pipeline.training.run_folder import has_checkpoint
 from pipeline.training.run_lock import require_unlocked
 from pipeline.training.trackers import require_packages
 
@@ -59,16 +63,25 @@ def check_paths(config: Settings, *, skip: Iterable[str] = ()) -> None:
     """
     if isinstance(config, TrainConfig):
         require_packages(config)
+    skip = {*skip, *_of_start(config)}
     fields = [f for f in dataclasses.fields(config) if f.metadata["path"] and f.name not in skip]
     fields.sort(key=lambda f: f.metadata["path"] != "new file")  # their check reads nothing
     for field in fields:
         kind, value = field.metadata["path"], getattr(config, field.name)
         for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Path) or kind == "teachers":
+            if isinstance(item, Path) or (item and kind in ("teachers", "starts")):
                 _CHECKS[kind](config, spelling(field), item)
     if isinstance(config, TrainConfig) and not getattr(config, "dry_run", False):
         for run in filter(None, (config.resume, config.output)):
             require_unlocked(run)
+
+
+def _of_start(config: Settings) -> tuple[str, ...]:
+    """Return the settings that a resumed transfer has no need of: its checkpoint has the model."""
+    is_resumed = (
+        isinstance(config, ComparisonConfig) and config.resume and has_checkpoint(config.resume)
+    )
+    return ("model", "initial_checkpoint") if is_resumed else ()
 
 
 def _check_data_set(config: Settings, name: str, data_dir: Path) -> None:
@@ -259,6 +272,21 @@ def _check_teacher(config: Settings, name: str, spec: Any) -> None:
         raise ConfigError(f"{error}; {hint}") from None
 
 
+def _check_start(config: Settings, name: str, start: Any) -> None:
+    """Check a backbone that is a path; whether a name is of a model, the command finds out."""
+    if start.startswith(LOCAL_DIR):
+        folder = Path(start.removeprefix(LOCAL_DIR))
+        require(folder.is_dir(), f"{name} {start}: no folder {folder}{_near(folder)}")
+        return
+    model, equals, path = start.partition("=")
+    is_found = os.sep in start and os.path.exists(start)  # noqa: PTH110  # a name may be too long
+    if equals and not is_found:
+        _check_weights(config, f"{name} {model}", Path(path))
+    elif is_found or (os.sep in start and ":" not in start):
+        require(is_found, f"{name}: no run or model {start}{_near(Path(start))}")
+        _check_weights(config, name, Path(start))
+
+
 def _check_exists(config: Settings, name: str, path: Path) -> None:
     if not path.exists():
         what = "picture or folder" if name == "IMAGE" else "file or folder"
@@ -289,6 +317,7 @@ _CHECKS: dict[str, Callable[[Settings, str, Any], None]] = {
     "weights": _check_weights,
     "weights or label set": _check_weights_or_set,
     "teachers": _check_teacher,
+    "starts": _check_start,
     "images": _check_exists,
     "run": _check_run,
     "folder": _check_exists,

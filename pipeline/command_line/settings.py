@@ -1,6 +1,7 @@
 """The settings of a command line: its flags, then --config, then --recipe, or a run's own."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def with_run(
             kept[name] = value
             changed.add(name)
         elif (new := configs.plain(value)) != (old := configs.plain(kept.get(name))):
+            if _is_folder_of(config, name, new, old):
+                continue
             raise ConfigError(
                 f"{configs.flag(name)} {new} contradicts the run, which has {old}; "
                 "leave it out, or start a new run"
@@ -198,7 +201,13 @@ def _is_same(config: configs.Settings, name: str, value: Any, kept: Any) -> bool
     """Return whether a setting is the run's, which keeps a default that its classes set."""
     if name == "discriminator_lr" and value is None and isinstance(config, configs.DistillConfig):
         return kept in (None, *map(config.default_discriminator_lr, (1, configs.FEW_CLASSES)))
-    return bool(value == kept)
+    return bool(value == kept) or _is_folder_of(type(config), name, value, kept)
+
+
+def _is_folder_of(config: type[configs.Settings], name: str, value: Any, kept: Any) -> bool:
+    """Return whether a backbone is the folder whose absolute path the run keeps."""
+    is_start = name == "model" and issubclass(config, configs.ComparisonConfig)
+    return is_start and bool(value) and os.path.abspath(value) == kept  # noqa: PTH100
 
 
 def _settings_of_run(

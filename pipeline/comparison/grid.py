@@ -16,7 +16,7 @@ from pipeline import console
 from pipeline.command_line.paths import check_paths
 from pipeline.comparison.starts import with_start
 from pipeline.comparison.table import Form, Run, grid_report, grid_table
-from pipeline.config import FREE_ON_RESUME, ComparisonConfig
+from pipeline.config import FREE_ON_RESUME, ComparisonConfig, plain
 from pipeline.runtime.device import Runtime
 from pipeline.training.run_folder import CONFIG_NAME, RunFolder, has_checkpoint
 
@@ -25,6 +25,10 @@ _STARTS_NAME = "starts.json"
 
 # Trains one run and returns its report.
 TrainOne = Callable[[Any, Runtime], dict[str, Any]]
+# Returns the fingerprints of a run's images: names, sizes and classes of both splits.
+Fingerprints = Callable[[Any], list[str]]
+# Hashes by kind ("weights", "images") and by the name in the settings.
+_Starts = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,25 +40,28 @@ class _Cell:
 
 
 def run_grid(
-    config: ComparisonConfig, runtime: Runtime, *, train_one: TrainOne, form: Form
+    config: ComparisonConfig,
+    runtime: Runtime,
+    *,
+    train_one: TrainOne,
+    fingerprints: Fingerprints,
+    form: Form,
 ) -> dict[str, Any]:
     """Train every cell whose run is not finished; print the table and return the report.
 
     Writes transfer.json and transfer.md into --output, before them starts.json: hashes of the
-    weights that the runs start from. Raises StoppedError after a signal, and ConfigError for a
-    folder with a run of other settings or weights.
+    weights that the runs start from and of the names and sizes of their images. Raises
+    StoppedError after a signal, and ConfigError for a folder with a run of other settings, weights
+    or images.
     """
     if runtime.ranks.is_distributed:
         raise ConfigError("several runs (--compare, --seeds, …) need one process, not torchrun")
     if config.seeds > 1 and find_spec("scipy") is None:
         raise ConfigError("--seeds needs scipy for the intervals over seeds: pip install scipy")
     cells = list(_cells(config))
-    starts: dict[str, str] = {}
-    for cell in cells:  # an error of any of them comes before the first run
+    for cell in cells:
         check_paths(cell.config)
-        weights = with_start(cell.config).initial_checkpoint
-        if weights is not None and cell.config.model not in starts:
-            starts[cell.config.model] = file_sha256(find_checkpoint(Path(weights)))
+    starts = _starts(cells, fingerprints)  # an error of any of them comes before the first run
     assert config.output is not None, "checked by the settings"
     _require_same_starts(starts, cells, config.output)
     repeats = config.seeds > 1 and any(cell.config.caches_features for cell in cells)
@@ -139,23 +146,49 @@ def _run(cell: _Cell, runtime: Runtime, train_one: TrainOne) -> dict[str, Any]:
         ) from None
 
 
-def _require_same_starts(starts: dict[str, str], cells: Sequence[_Cell], output: Path) -> None:
-    """Write the hashes of the weights by model; raise ConfigError if runs started from others."""
+def _starts(cells: Sequence[_Cell], fingerprints: Fingerprints) -> _Starts:
+    """Return what the runs start from: hashes of the weights of each model and of each data set."""
+    found: _Starts = {"weights": {}, "images": {}}
+    for cell in cells:
+        weights, data_dir = with_start(cell.config).initial_checkpoint, _data_dir(cell)
+        if weights is not None and cell.config.model not in found["weights"]:
+            found["weights"][cell.config.model] = file_sha256(find_checkpoint(Path(weights)))
+        if data_dir not in found["images"]:
+            found["images"][data_dir] = fingerprints(cell.config)
+    return found
+
+
+def _data_dir(cell: _Cell) -> str:
+    return str(plain(cell.config.data_dir))  # without the secrets of a URL
+
+
+def _require_same_starts(starts: _Starts, cells: Sequence[_Cell], output: Path) -> None:
+    """Write what the runs start from; raise ConfigError if runs of the folder have another start.
+
+    The images of a run that is not finished are compared when it is resumed.
+    """
     path = output / _STARTS_NAME
     try:
-        kept = dict(read_json(path)) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
+        kept = {n: dict(found) for n, found in read_json(path).items()} if path.exists() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     for cell in cells:
-        model, folder = cell.config.model, cell.config.output
-        is_changed = kept.get(model, starts.get(model)) != starts.get(model)
-        if is_changed and folder is not None and has_checkpoint(folder):
-            raise ConfigError(
-                f"the weights of {model} are not those that {folder} started from; give another "
-                "--output"
-            )
+        folder = cell.config.output
+        if folder is None or not has_checkpoint(folder):
+            continue
+        names = {"weights": cell.config.model, "images": _data_dir(cell)}
+        if RunFolder(folder).report() is None:
+            del names["images"]
+        for kind, name in names.items():
+            now = starts[kind].get(name)
+            if kept.get(kind, {}).get(name, now) != now:
+                raise ConfigError(
+                    f"the {kind} of {name} are not those that {folder} started from; give another "
+                    "--output"
+                )
     output.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, canonical_json(kept | starts).encode())
+    merged = {kind: kept.get(kind, {}) | found for kind, found in starts.items()}
+    write_atomic(path, canonical_json(merged).encode())
 
 
 def _require_same(config: ComparisonConfig, folder: Path) -> None:

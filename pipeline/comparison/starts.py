@@ -8,13 +8,43 @@ from typing import TypeVar
 import timm
 
 from mealv2.errors import ConfigError
-from mealv2.models import read_metadata
+from mealv2.models import Classifier, read_metadata
 from mealv2.models.released import find, split_pin
 from mealv2.storage.weight_files import find_checkpoint
-from pipeline.config import ComparisonConfig
+from pipeline.config import LOCAL_DIR, ComparisonConfig
 from pipeline.load_model import require_own_code_named
+from pipeline.runtime.distributed import Ranks
+from pipeline.training.resume import rebuild_student
+from pipeline.training.run_folder import has_checkpoint
+from pipeline.training.spec import create_student
 
 Config = TypeVar("Config", bound=ComparisonConfig)
+
+
+def with_absolute_starts(config: Config) -> Config:
+    """Return the settings with an absolute path for each folder of a run or model.
+
+    Only here, with timm's names known, is one without a slash told from a model.
+    """
+    model, *compared = map(_absolute, (config.model, *(config.compare or ())))
+    return replace(config, model=model, compare=tuple(compared) or None)
+
+
+def create_start(
+    config: ComparisonConfig, ranks: Ranks, *, classes: list[str], img_size: int
+) -> Classifier:
+    """Build what --model names with a head for these classes; all ranks call this.
+
+    Of a run to resume, its architecture comes from the checkpoint and its weights are random: what
+    it started from may be gone, or have other weights. A model that timm reads from a folder or the
+    hub has its architecture from there, as long as the folder exists.
+    """
+    if config.resume is None or not has_checkpoint(config.resume):
+        return create_student(with_start(config), classes=classes, img_size=img_size)
+    name = "" if _is_path(config.model) else split_pin(config.model.partition("=")[0])[0]
+    if name.startswith(LOCAL_DIR) and not Path(name.removeprefix(LOCAL_DIR)).is_dir():
+        name = ""
+    return rebuild_student(config, ranks, name=name, classes=classes, img_size=img_size)
 
 
 def with_start(config: Config) -> Config:
@@ -49,6 +79,14 @@ def _require_known(name: str, start: str) -> None:
     raise ConfigError(
         f"--model or --compare {start}: unknown model {name!r}; see timm.list_models()"
     )
+
+
+def _absolute(start: str) -> str:
+    """Return an absolute path for a folder with weights that is no name of a model."""
+    if not start or not _is_path(start):
+        return start
+    find_checkpoint(Path(start))
+    return os.path.abspath(start)  # noqa: PTH100  # symbolic links stay
 
 
 def _is_path(start: str) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 else:  # the defaults of other trainings are those of the class that it is joined with
     from pipeline.config.base import Settings as _Base
 
+LOCAL_DIR = "local-dir:"  # of timm: a model folder
+
 
 def absolute_starts(starts: Iterable[str] | None) -> tuple[str, ...] | None:
     """Return starts with absolute paths: of a folder or file, and of NAME=CHECKPOINT."""
@@ -20,7 +22,12 @@ def absolute_starts(starts: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def absolute_start(start: str) -> str:
-    """Return a start with an absolute path, if it has one: a folder or file with a slash."""
+    """Return a start with an absolute path, if it has one: a folder or file with a slash.
+
+    That of a folder without a slash, which can be the name of a model, depends on timm's names.
+    """
+    if start.startswith(LOCAL_DIR):
+        return f"{LOCAL_DIR}{os.path.abspath(start.removeprefix(LOCAL_DIR))}"  # noqa: PTH100
     name, equals, path = start.partition("=")
     if os.sep in start and os.path.exists(start):  # noqa: PTH110  # a name may be too long
         return os.path.abspath(start)  # noqa: PTH100
@@ -39,6 +46,7 @@ class ComparisonConfig(_Base):
         "Backbone: a timm or released model name, NAME=CHECKPOINT, the folder of a run or model, "
         "local-dir:PATH, hf-hub:NAME, or your own code, PACKAGE.MODULE:FUNCTION.",
         shown="those of --compare",
+        path="starts",
         convert=absolute_start,
         need="one of --model and --compare is required",
     )
@@ -47,6 +55,7 @@ class ComparisonConfig(_Base):
         "Two backbones, as for --model: the base and the distilled one; both are trained, and one "
         "table compares them.",
         shown="none",
+        path="starts",
         convert=absolute_starts,
     )
     seeds: int = in_run(

@@ -247,3 +247,12 @@ def warn_missing(split: str, data_dir: Location, missing: Sequence[str]) -> None
             f"{_num_classes(len(missing))} ({console.first_names(missing)}): "
             "its accuracy is not measured for them"
         )
+
+
+def warn_single_class(source: ImageSource) -> None:
+    """Show a warning for training images of one class, which leave nothing to learn."""
+    if len(source.classes) == 1 and not env.is_child_process():
+        _show(
+            f"warning: {source.name} has one class ({source.classes[0]}): nothing is learned, and "
+            "its accuracy is 100 for any model"
+        )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.errors import ConfigError, MealError
-from mealv2.models import Classifier
+from mealv2.models import Classifier, Preprocessing
+from mealv2.models.factory import is_factory
 from mealv2.storage.json_format import canonical_json
 from pipeline import console
 from pipeline.config import FREE_ON_RESUME, TrainConfig, current_names, flag
@@ -21,7 +22,7 @@ from pipeline.training.run_folder import (
     prepare_folder,
 )
 from pipeline.training.run_lock import run_lock
-from pipeline.training.spec import TrainingSpec
+from pipeline.training.spec import TrainingSpec, build_student
 from pipeline.training.state import TrainingState
 
 
@@ -111,6 +112,35 @@ def load_newest_weights(run: Path, ranks: Ranks, student: Classifier) -> None:
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MealError(f"checkpoint {path} is of another run: {reason}") from error
+
+
+def rebuild_student(
+    config: TrainConfig, ranks: Ranks, *, name: str, classes: list[str], img_size: int
+) -> Classifier:
+    """Build the student of a run to resume without the files that it started from; all ranks call.
+
+    ``name`` is that of ``--model``, without a path. The weights are random, as far as ``name`` is
+    that of a model; a checkpoint names only models of timm. Raises MealError for a run without a
+    complete checkpoint, or of own code that ``name`` is not.
+    """
+    assert config.resume is not None, "the caller has seen the checkpoint"
+    path, kept = _load_newest(config.resume, ranks)
+    try:
+        tag, model_args, (mean, std) = kept["arch"], kept["model_args"], kept["preprocessing"]
+    except (KeyError, ValueError) as error:
+        raise MealError(f"checkpoint {path} is of another run: {error}") from None
+    if is_factory(tag) and tag != name:
+        raise MealError(f"checkpoint {path} is of {tag}, the run in {config.resume} of {name}")
+    student = build_student(
+        config,
+        name if ":" in name else tag.split(".")[0],
+        classes=classes,
+        img_size=img_size,
+        preprocessing=Preprocessing(tuple(mean), tuple(std)),
+        model_args=model_args,
+    )
+    student.tag = tag
+    return student
 
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:

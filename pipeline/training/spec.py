@@ -156,20 +156,34 @@ def mixing_of(
 
 def create_student(config: TrainConfig, *, classes: list[str], img_size: int) -> Classifier:
     """Build the student from timm's weights, a checkpoint, or at random."""
-    preprocessing = Preprocessing(config.mean, config.std) if config.mean and config.std else None
-    rates = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
-    student = create_classifier(
+    student = build_student(
+        config,
         config.model,
-        num_classes=len(classes),
+        classes=classes,
+        img_size=img_size,
+        preprocessing=Preprocessing(config.mean, config.std)
+        if config.mean and config.std
+        else None,
+        model_args=config.model_args,
         pretrained=config.from_pretrained,
         checkpoint=config.initial_checkpoint,
-        img_size=img_size,
-        classes=classes,
-        preprocessing=preprocessing,
         new_head=True,
-        model_args=config.model_args,
-        **{name: rate for name, rate in rates.items() if rate is not None},
     )
     for note in student.notes:
         console.info(note)
     return student
+
+
+def build_student(
+    config: TrainConfig, name: str, *, classes: list[str], img_size: int, **start: Any
+) -> Classifier:
+    """Build a model with the rates of the settings; ``start`` is the rest of create_classifier."""
+    rates = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
+    return create_classifier(
+        name,
+        num_classes=len(classes),
+        img_size=img_size,
+        classes=classes,
+        **start,
+        **{name: rate for name, rate in rates.items() if rate is not None},
+    )

@@ -88,6 +88,7 @@ class TrainingState:
         rng_cuda = torch.cuda.get_rng_state(self._device)[None] if on_cuda else None
         state = {
             "arch": self._spec.student.tag,
+            "model_args": self._spec.student.model_args,
             "args": self._config.as_json(),
             **vars(self.progress),
             "state_dict": self._spec.student.backbone.state_dict(),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.data.layout_name import layout_name
-from mealv2.data.source import ImageSource, multi_labels_of
+from mealv2.data.source import ImageSource, fingerprint, multi_labels_of
 from mealv2.errors import ConfigError
 from mealv2.models import Classifier
 from mealv2.models.frozen import FrozenClassifier
@@ -12,10 +12,10 @@ from mealv2.multi_label import MultiLabels, MultiLabelTask, labels_of
 from mealv2.targets import HardLabels
 from mealv2.task import HardLabelTask, Task
 from mealv2.views import DrawnViews
-from pipeline.comparison.starts import with_start
+from pipeline.comparison.starts import create_start
 from pipeline.config import TransferConfig
 from pipeline.loading.small_images import propose_crop
-from pipeline.loading.sources import held_out_of, open_images, open_split
+from pipeline.loading.sources import held_out_of, open_images, open_split, warn_single_class
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.evaluator import Evaluator, MultiLabelEvaluator
@@ -24,7 +24,7 @@ from pipeline.training.image_list import with_deleted
 from pipeline.training.loop import train
 from pipeline.training.resume import load_newest_weights
 from pipeline.training.run_folder import has_checkpoint
-from pipeline.training.spec import TrainingSpec, create_student, mixing_of
+from pipeline.training.spec import TrainingSpec, mixing_of
 from pipeline.transfer.frozen import cached_features
 
 
@@ -57,6 +57,11 @@ def train_one(config: TransferConfig, runtime: Runtime) -> dict[str, Any]:
     return train(config, runtime, spec)
 
 
+def fingerprints(config: TransferConfig) -> list[str]:
+    """Return those of the images of both splits. Raises as opening them."""
+    return [fingerprint(source) for source in _open(config) if source is not None]
+
+
 def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
     """Open the images to train on and those to validate on, if any."""
     held_out = held_out_of(config, train_split=config.train_split)
@@ -64,6 +69,7 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
     assert data_dir is not None, "checked by the settings"
     source = open_images(config, data_dir, config.train_split, held_out=held_out, multi_label=True)
     if multi_labels_of(source) is None:
+        warn_single_class(source)
         source = with_deleted(config, source)
     elif config.smoothing:
         raise ConfigError(f"--smoothing has no effect on {source.name}: images of several classes")
@@ -76,14 +82,14 @@ def _open(config: TransferConfig) -> tuple[ImageSource, ImageSource | None]:
 def _student(config: TransferConfig, classes: list[str], runtime: Runtime) -> Classifier:
     """Return the backbone with a new head for these classes, frozen with --mode frozen.
 
-    A resumed run has the weights of its checkpoint from here on: the features of a frozen backbone
-    are of those, also where --model has other weights by now.
+    The features of a resumed run are those of the backbone in its checkpoint, also where --model
+    has other weights by now.
     """
-    student = create_student(with_start(config), classes=classes, img_size=config.img_size)
-    if config.resume is not None and has_checkpoint(config.resume):
-        load_newest_weights(config.resume, runtime.ranks, student)
+    student = create_start(config, runtime.ranks, classes=classes, img_size=config.img_size)
     if config.mode != "frozen":
         return student
+    if config.resume is not None and has_checkpoint(config.resume):
+        load_newest_weights(config.resume, runtime.ranks, student)
     return FrozenClassifier(student, img_size=config.img_size)
 
 

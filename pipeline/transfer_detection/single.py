@@ -7,19 +7,20 @@ from typing import Any
 from mealv2.batches import updates_per_epoch
 from mealv2.data.coco import CocoSource
 from mealv2.data.coco_name import find_coco
+from mealv2.data.source import fingerprint
 from mealv2.detection.reader import WholeImageReader
 from mealv2.detection.task import DetectionTask, ObjectTargets
 from mealv2.detection.views import WholeViews
 from mealv2.errors import ConfigError
 from mealv2.models.detector import Detector, Thresholds
 from pipeline import console
-from pipeline.comparison.starts import with_start
+from pipeline.comparison.starts import create_start
 from pipeline.config import DEFAULT_IMG_SIZE, NO_SPLIT, TransferDetectionConfig
 from pipeline.loading.sources import show_summary
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.seeds import seed_everything
 from pipeline.training.loop import train
-from pipeline.training.spec import TrainingSpec, create_student
+from pipeline.training.spec import TrainingSpec
 from pipeline.transfer_detection.evaluator import DetectionEvaluator
 
 
@@ -38,7 +39,7 @@ def train_one(config: TransferDetectionConfig, runtime: Runtime) -> dict[str, An
     if val is not None and not val.num_objects:
         raise ConfigError(f"{val.path} has no object to measure an average precision on")
     seed_everything(config.seed)
-    student = _detector(config, source)
+    student = _detector(config, source, runtime)
     views = WholeViews(
         seed=config.seed,
         size=config.img_size,
@@ -67,15 +68,21 @@ def train_one(config: TransferDetectionConfig, runtime: Runtime) -> dict[str, An
     return train(config, runtime, spec)
 
 
+def fingerprints(config: TransferDetectionConfig) -> list[str]:
+    """Return those of the images and objects of both splits. Raises as opening them."""
+    splits = [split for split in (config.train_split, config.val_split) if split != NO_SPLIT]
+    return [fingerprint(_open(config, split)) for split in splits]
+
+
 def _open(config: TransferDetectionConfig, split: str) -> CocoSource:
     source = CocoSource(find_coco(config.data_dir, split))
     show_summary(source, strict=config.strict)
     return source
 
 
-def _detector(config: TransferDetectionConfig, source: CocoSource) -> Detector:
+def _detector(config: TransferDetectionConfig, source: CocoSource, runtime: Runtime) -> Detector:
     """Return a detector with the backbone of --model and new pyramid and heads."""
-    start = create_student(with_start(config), classes=source.classes, img_size=DEFAULT_IMG_SIZE)
+    start = create_start(config, runtime.ranks, classes=source.classes, img_size=DEFAULT_IMG_SIZE)
     return Detector(
         start,
         num_classes=len(source.classes),

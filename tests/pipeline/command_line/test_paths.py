@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from coco import draw_coco
 
 import cli
 from conftest import Result
@@ -33,6 +34,12 @@ WRONG = [
     (2, "finetune --data-dir {data} --model m --output {file}/run", "cannot be created"),
     (2, "finetune --data-dir {data} --model m --output {file}", "is a file"),
     (2, "finetune --data-dir {data} --model m --device abacus", "--device abacus"),
+    (2, "transfer --data-dir {data} --model o/bse", "no run or model o/bse (in "),
+    (2, "transfer --data-dir {data} --model {data}", "--model: no checkpoint at"),
+    (2, "transfer --data-dir {data} --model a=nowhere", "--model a: no checkpoint at"),
+    (2, "transfer --data-dir {data} --model local-dir:nowhere", "nowhere (in "),
+    (2, "transfer --data-dir {data} --compare m {data}/vla --output o", "(in {data}: train, val)"),
+    (2, "transfer-detection --data-dir {coco} --model o/bse", "--model: no run or model o/bse"),
     (2, "finetune --resume nowhere", "no run at nowhere"),
     (2, "precompute --data-dir nowhere --teacher a --output o", "nowhere/train"),
     (2, "precompute --data-dir {data} --teacher a --output o --train-split x", "data/x"),
@@ -99,11 +106,12 @@ print(json.dumps(found))
 
 
 def test_a_wrong_path_is_one_line_before_torch_is_imported(
-    data_dir: Path, labels_dir: Path, tmp_path: Path
+    data_dir: Path, labels_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     (tmp_path / "file").touch()
     names = {"data": data_dir, "labels": labels_dir, "above": labels_dir.parent}
     names["file"] = tmp_path / "file"
+    names["coco"] = draw_coco(tmp_path_factory.mktemp("coco") / "set")
     commands = [shlex.split(command.format(**names)) for _, command, _ in WRONG]
     ran = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -120,7 +128,7 @@ def test_a_wrong_path_is_one_line_before_torch_is_imported(
     ):
         assert (found, message.count("\n")) == (code, 1), (command, message)
         assert message.startswith("mealv2: "), command
-        assert named in message, (command, message)
+        assert named.format(**names) in message, (command, message)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

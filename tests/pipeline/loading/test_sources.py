@@ -1,10 +1,12 @@
 """pipeline.loading.sources: the line of every split, and --strict."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from coco import draw_coco
 
 import cli
 from conftest import ROOT, Result
@@ -51,6 +53,19 @@ def test_a_command_says_it_once_for_each_split(
         f"data {data}/train",
         f"data {data}/val",
     ]
+
+
+@pytest.mark.parametrize("command", ["finetune", "transfer --mode scratch"])
+def test_training_on_one_class_is_a_warning(
+    data: Path, tmp_path: Path, done: Callable[..., Result], command: str
+) -> None:
+    shutil.rmtree(data / "train/bee")
+    shutil.rmtree(data / "val/bee")
+    flags = ["--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--lr", "0", "-b", "2"]
+    flags += ["--no-pretrained"] * (command == "finetune")
+    words = [*command.split(), *flags, "--data-dir", data, "--output", tmp_path / "run"]
+    warning = f"warning: {data}/train has one class (ant): nothing is learned"
+    assert warning in done(*words).stderr
 
 
 # Every command that opens a data set: its arguments without --data-dir, which ends in this place.
@@ -105,11 +120,29 @@ def test_strict_makes_a_left_out_file_an_error_in_every_command(
     assert result.stderr.splitlines()[-1].startswith("mealv2: --strict")
 
 
+def test_strict_makes_a_left_out_box_an_error(
+    tmp_path: Path, run_cli: Callable[..., Result]
+) -> None:
+    folder = draw_coco(tmp_path / "set")
+    path = folder / "annotations/instances_train.json"
+    found = json.loads(path.read_text())
+    found["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(found))
+    words = ["transfer-detection", "--model", "test_resnet", "--no-pretrained", "--mode"]
+    words += ["fine-tune", "--output", tmp_path / "out", "--data-dir", folder, "--strict"]
+    result = run_cli(*words)
+    assert result.code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"mealv2: --strict: {folder}")
+    assert "boxes left out: 1 " in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_other_command_opens_a_data_set() -> None:
     with_strict = {
         name for name, config in cli.COMMANDS.items() if issubclass(config, StrictConfig)
     }
-    assert "transfer-detection" in with_strict  # its images have COCO's format: test_coco.py
+    assert "transfer-detection" in with_strict  # its images have COCO's format: below
     with_strict = with_strict - {"transfer-detection"} | {"slurm precompute"}
     assert with_strict == {name.partition(" --")[0] for name in COMMANDS}
     silent = {

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def without(flags: list[str], *names: str) -> list[str]:
     return kept
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compared(
     transfer_flags: list[str], teacher_dirs: dict[str, Path], student_dir: Path
 ) -> list[str]:
@@ -42,36 +42,57 @@ def compared(
     return [*flags, *pair, "--mode", "frozen", "--seeds", "2", "--epochs", "1", "--num-views", "1"]
 
 
+class Finished(NamedTuple):
+    """A finished comparison on images and a base of its own; a test that changes them restores."""
+
+    flags: list[str]
+    result: Result
+    out: Path
+    data: Path
+    base: Path
+
+
+@pytest.fixture(scope="module")
+def finished(
+    done: Run,
+    compared: list[str],
+    data_dir: Path,
+    student_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    data = shutil.copytree(data_dir, folder / "data")
+    base = shutil.copytree(student_dir, folder / "base")
+    own = {str(data_dir): str(data), str(student_dir): str(base)}
+    flags = [own.get(flag, flag) for flag in compared]
+    result = done(*flags, "--output", folder / "out")
+    return Finished([*flags, "--output", str(folder / "out")], result, folder / "out", data, base)
+
+
 def test_base_and_distilled_are_trained_with_every_seed_and_compared(
-    done: Run, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Run, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = done(*compared, "--output", tmp_path / "out")
-    folders = sorted(
-        p.parent.relative_to(tmp_path / "out").as_posix()
-        for p in (tmp_path / "out").glob("**/report.json")
-    )
+    result, out = finished.result, finished.out
+    folders = sorted(p.parent.relative_to(out).as_posix() for p in out.glob("**/report.json"))
     assert folders == [f"frozen-{m}/seed-{s}" for m in ("base", "distilled") for s in (0, 1)]
     report = result.report
     base, distilled = report["results"]
     for row, name in ((base, "base"), (distilled, "distilled")):
-        paths = [tmp_path / "out" / f"frozen-{name}" / f"seed-{seed}" for seed in (0, 1)]
+        paths = [out / f"frozen-{name}" / f"seed-{seed}" for seed in (0, 1)]
         values = [json.loads((path / "report.json").read_text())["top1"] for path in paths]
         assert list(row["values"].values()) == values
         assert row["mean"] == pytest.approx(np.mean(values))
     (difference,) = report["differences"]
     assert difference["mean"] == pytest.approx(distilled["mean"] - base["mean"])
-    table = (tmp_path / "out" / "transfer.md").read_text()
+    table = (out / "transfer.md").read_text()
     for words in ("Freeze backbone: Base model", "Freeze backbone: Distilled", "difference", "±"):
         assert words in table
         assert words in result.stdout
-    assert json.loads((tmp_path / "out" / "transfer.json").read_text())["results"] == [
-        base,
-        distilled,
-    ]
+    assert json.loads((out / "transfer.json").read_text())["results"] == [base, distilled]
 
     # the same command again trains nothing
     monkeypatch.setattr(transfer, "train_one", None)
-    assert done(*compared, "--output", tmp_path / "out").report == report
+    assert done(*finished.flags).report == report
 
 
 @pytest.mark.parametrize(
@@ -90,9 +111,12 @@ def test_a_mistyped_second_backbone_is_found_before_the_first_run(
 
 
 def test_a_stopped_comparison_continues_with_the_same_command(
-    done: Run, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Run,
+    compared: list[str],
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = done(*compared, "--output", tmp_path / "whole").report
     train_one, calls = transfer.train_one, []
 
     def stops(config: Any, runtime: Any) -> Any:
@@ -105,7 +129,7 @@ def test_a_stopped_comparison_continues_with_the_same_command(
     with pytest.raises(AssertionError, match="same command"):
         done(*compared, "--output", tmp_path / "parts")
     again = done(*compared, "--output", tmp_path / "parts").report
-    assert again["results"] == whole["results"]
+    assert again["results"] == finished.result.report["results"]
 
 
 def test_all_modes_have_rows_as_in_table_6(done: Run, compared: list[str], tmp_path: Path) -> None:
@@ -160,40 +184,61 @@ def test_a_set_that_is_missing_is_found_before_the_first_run(
 
 
 def test_another_command_does_not_continue_the_runs_of_a_folder(
-    run_cli: Run, done: Run, compared: list[str], tmp_path: Path
+    run_cli: Run, finished: Finished
 ) -> None:
-    done(*compared, "--output", tmp_path / "out")
-    result = run_cli(*compared, "--lr", "0.2", "--output", tmp_path / "out")
+    result = run_cli(*finished.flags, "--lr", "0.2")
     assert result.code == 2
     assert "lr: 0.1 in the run, 0.2 in this command" in result.stderr.splitlines()[-1]
 
 
 def test_runs_from_weights_that_changed_since_are_not_those_of_the_comparison(
-    run_cli: Run, done: Run, compared: list[str], student_dir: Path, tmp_path: Path
+    run_cli: Run, finished: Finished
 ) -> None:
-    backbone = shutil.copytree(student_dir, tmp_path / "backbone")
-    flags = [str(backbone) if flag == str(student_dir) else flag for flag in compared]
-    finished = done(*flags, "--output", tmp_path / "out").report
-    assert done(*flags, "--output", tmp_path / "out").report["results"] == finished["results"]
-    weights = find_checkpoint(backbone)
+    weights = find_checkpoint(finished.base)
+    before = weights.read_bytes()
     with safe_open(weights, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = file.metadata()
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, about)
-    result = run_cli(*flags, "--output", tmp_path / "out")
+    result = run_cli(*finished.flags)
+    weights.write_bytes(before)
     assert result.code == 2
-    assert f"the weights of {backbone} are not those that" in result.stderr.splitlines()[-1]
+    assert f"the weights of {finished.base} are not those that" in result.stderr.splitlines()[-1]
 
 
-def test_a_run_folder_can_be_the_model(
-    done: Run, transfer_flags: list[str], teacher_dirs: dict[str, Path], run: Path
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_that_changed_since_are_not_those_of_the_comparison(
+    run_cli: Run, finished: Finished, split: str
 ) -> None:
-    flags = without(transfer_flags, "--model")
-    folder = teacher_dirs["test_resnet"]
-    done(*flags, "--model", folder, "--mode", "frozen", "--epochs", 1, "--output", run)
-    kept = json.loads((run / "config.json").read_text())
-    assert (kept["model"], kept["initial_checkpoint"]) == (str(folder), None)
-    done("transfer", "--resume", run, "--epochs", 2)
+    image = next((finished.data / split).glob("*/*.png"))
+    before = image.read_bytes()
+    image.write_bytes(before + b" ")
+    result = run_cli(*finished.flags)
+    image.write_bytes(before)
+    assert result.code == 2
+    assert f"the images of {finished.data} are not those that" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("start", ["base", "./base", "local-dir:base"])
+def test_a_folder_can_be_the_model_and_its_run_is_continued_from_anywhere(
+    done: Run,
+    transfer_flags: list[str],
+    teacher_dirs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+) -> None:
+    folder = shutil.copytree(teacher_dirs["test_resnet"], tmp_path / "base")
+    words = [*without(transfer_flags, "--model"), "--model", start, "--mode", "frozen"]
+    words += ["--epochs", 1, "--num-views", 1, "--output", tmp_path / "run"]
+    monkeypatch.chdir(tmp_path)
+    done(*words)
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    scheme = "local-dir:" * start.startswith("local-dir:")
+    assert (kept["model"], kept["initial_checkpoint"]) == (f"{scheme}{folder}", None)
+    done(*words)  # the same command has nothing to do
+    monkeypatch.chdir("/")
+    done("transfer", "--resume", tmp_path / "run", "--epochs", 2)
 
 
 @pytest.mark.parametrize(

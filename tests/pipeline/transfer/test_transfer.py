@@ -1,5 +1,6 @@
 """pipeline.transfer: the three modes of the paper's Table 6 through the one loop."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from conftest import Result
 Run = Callable[..., Result]
 Events = Callable[[Path, str], list[dict[str, Any]]]
 Weights = Callable[[Path], dict[str, bytes]]
+
+THREE_EPOCHS = ["--sched", "constant", "--epochs", 3]
 
 
 def flags_of(mode: str, start: list[str]) -> list[str]:
@@ -88,40 +91,57 @@ def test_scratch_uses_no_weights(
     assert found == weights(tmp_path / "finetune")
 
 
+@pytest.fixture(scope="module")
+def whole(
+    done: Run, transfer_flags: list[str], start: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function: the run of a mode that trained three epochs without a stop. Not to be changed."""
+
+    @functools.cache
+    def trained(mode: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / mode
+        done(*transfer_flags, "--mode", mode, *start, *THREE_EPOCHS, "--output", folder)
+        return folder
+
+    return trained
+
+
 @pytest.mark.parametrize("mode", ["fine-tune", "frozen"])
 def test_a_resumed_run_ends_with_the_same_bits(
     done: Run,
     transfer_flags: list[str],
     start: list[str],
-    tmp_path: Path,
+    whole: Callable[[str], Path],
+    run: Path,
     weights: Weights,
     mode: str,
 ) -> None:
-    words = [*flags_of(mode, start), "--epochs", 3, "--sched", "constant"]
-    done(*transfer_flags, *words, "--output", tmp_path / "whole")
-    done(*transfer_flags, *words, "--epochs", 1, "--output", tmp_path / "parts")
-    done("transfer", "--resume", tmp_path / "parts", "--epochs", 3)
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    words = ["--mode", mode, *start, *THREE_EPOCHS, "--epochs", 1]
+    done(*transfer_flags, *words, "--output", run)
+    done("transfer", "--resume", run, "--epochs", 3)
+    assert weights(run) == weights(whole(mode))
 
 
-def test_a_resumed_frozen_run_keeps_its_backbone_where_the_model_has_other_weights(
+def test_a_resumed_run_needs_not_what_it_started_from(
     done: Run,
     transfer_flags: list[str],
     teacher_dirs: dict[str, Path],
     student_dir: Path,
+    whole: Callable[[str], Path],
     tmp_path: Path,
     weights: Weights,
 ) -> None:
-    model = tmp_path / "model"
+    model, run = tmp_path / "model", tmp_path / "run"
     shutil.copytree(teacher_dirs["test_resnet"], model)
-    words = ["--mode", "frozen", "--initial-checkpoint", model, "--epochs", 3]
-    words += ["--sched", "constant"]
-    done(*transfer_flags, *words, "--output", tmp_path / "whole")
-    done(*transfer_flags, *words, "--epochs", 1, "--output", tmp_path / "parts")
-    shutil.rmtree(model)
-    shutil.copytree(student_dir, model)
-    done("transfer", "--resume", tmp_path / "parts", "--epochs", 3)
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    words = ["--model", model, "--mode", "frozen", *THREE_EPOCHS, "--epochs", 1]
+    done(*transfer_flags, *words, "--output", run)
+    other = shutil.copytree(run, tmp_path / "other")
+    model.rename(tmp_path / "moved")
+    done("transfer", "--resume", run, "--epochs", 3)
+    assert weights(run) == weights(whole("frozen"))
+    shutil.copytree(student_dir, model)  # other weights in its place: the backbone is the run's
+    done("transfer", "--resume", other, "--epochs", 3)
+    assert weights(other) == weights(whole("frozen"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def flags(coco_dir: Path) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def start(teacher_dirs: dict[str, Path]) -> list[object]:
+def start(teacher_dirs: dict[str, Path]) -> list[Any]:
     """``--model`` of a classifier that was trained for some steps."""
     return ["--model", teacher_dirs["test_resnet"]]
 
@@ -99,14 +99,16 @@ def test_a_run_has_its_iterations_its_report_and_its_detector(
 def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(
     done: Run,
     flags: list[object],
-    start: list[object],
+    start: list[Any],
     tmp_path: Path,
     weights: Weights,
     mode: str,
 ) -> None:
     words = ["--mode", mode, "--recovery-interval", 1, "--checkpoint-hist", "all"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done(*flags, *start, *words, "--output", whole)
+    model = shutil.copytree(start[1], tmp_path / "model")
+    done(*flags, "--model", model, *words, "--output", whole)
+    shutil.rmtree(model)  # a resumed run needs it no more
     shutil.copytree(whole, parts)
     (parts / "report.json").unlink()
     for path in checkpoint_paths(parts)[3:]:  # stopped after step 3, the first of epoch 2
