@@ -26,8 +26,8 @@ def with_absolute_starts(config: Config) -> Config:
 
     Only here, with timm's names known, is one without a slash told from a model.
     """
-    model, *compared = map(_absolute, (config.model, *(config.compare or ())))
-    return replace(config, model=model, compare=tuple(compared) or None)
+    compared = config.compare and (_absolute(config.compare[0]), _absolute(config.compare[1]))
+    return replace(config, model=_absolute(config.model), compare=compared)
 
 
 def create_start(

@@ -178,7 +178,7 @@ def build_student(
     config: TrainConfig, name: str, *, classes: list[str], img_size: int, **start: Any
 ) -> Classifier:
     """Build a model with the rates of the settings; ``start`` is the rest of create_classifier."""
-    rates = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
+    rates: dict[str, Any] = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
     return create_classifier(
         name,
         num_classes=len(classes),
