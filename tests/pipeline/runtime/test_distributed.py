@@ -93,7 +93,8 @@ def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(7, 3, generator=generator)
     labels_B = torch.tensor([0, 1, 2, 0, 1, 2, 2])
-    whole, process_group, sums = Evaluation(3), Evaluation(3), torch.zeros(12, dtype=torch.float64)
+    whole, process_group = Evaluation(3), Evaluation(3)
+    sums = torch.zeros_like(whole.sums())
     whole.add(logits_BC, labels_B)
     for rows in (slice(0, 4), slice(4, 4), slice(4, 7)):
         part = Evaluation(3)
