@@ -12,7 +12,7 @@ from written_runs import write_run
 import mealv2
 from mealv2.errors import ConfigError, MealError
 from mealv2.report.answer import gaps_of, table_rows
-from mealv2.report.curves import CURVES, levels_of
+from mealv2.report.curves import CURVES, levels_of, missing_curves
 from mealv2.report.methods import comparison_of, differing_settings, methods_of
 from mealv2.report.style import Figure, drawing, new_figure
 from mealv2.report.teachers import label_source
@@ -109,6 +109,15 @@ def test_gaps_are_to_the_teachers_that_a_run_logged(tmp_path: Path) -> None:
     gaps = {gap.teacher: gap.difference for gap in gaps_of(rows)}
     assert gaps["teacher test_vit"]["top1"] == pytest.approx(-5.0)
     assert gaps["ensemble"] == pytest.approx({"top1": -6.5, "top5": -2.0})
+
+
+def test_curves_that_an_old_run_did_not_log_are_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    assert missing_curves(methods_of([mealv2.open_run(path)])) == []
+    table = path / "summary.csv"
+    table.write_text(table.read_text().replace("train_top1", "train_other"))
+    missing = missing_curves(methods_of([mealv2.open_run(path)]))
+    assert missing == ["Top-1 accuracy in training"]
 
 
 def test_plateaus_are_those_of_the_discriminator(tmp_path: Path) -> None:
