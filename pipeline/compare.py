@@ -69,8 +69,8 @@ def _cell(row: Entry, name: str) -> str:
         return "–"
     _, digits, divisor = COLUMNS[name]
     text = f"{value / divisor:.{digits}f}"
-    if (between := row.interval(name)) is not None:
-        text += f" ± {(between[1] - between[0]) / 2 / divisor:.{digits}f}"
+    if (half := row.half_width(name)) is not None:
+        text += f" ± {half / divisor:.{digits}f}"
     return text
 
 

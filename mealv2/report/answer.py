@@ -47,9 +47,23 @@ class Entry:
         return mean(self.values[name]) if self.values.get(name) else None
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Return the 95 % interval of the mean; None for one run, and for what is equal in all."""
+        """Return the 95 % interval of the mean; None for one run, and for what is equal in all.
+
+        That of a percentage ends at 0 and 100.
+        """
         values = self.values.get(name, [])
-        return interval(values) if len(set(values)) > 1 else None
+        if len(set(values)) < 2:
+            return None
+        low, high = interval(values)
+        return (max(0.0, low), min(100.0, high)) if COLUMNS[name][0].endswith("%") else (low, high)
+
+    def half_width(self, name: str) -> float | None:
+        """Return half the width of the 95 % interval, for ±, also beyond 0 and 100 percent."""
+        values = self.values.get(name, [])
+        if len(set(values)) < 2:
+            return None
+        low, high = interval(values)
+        return (high - low) / 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from written_runs import write_run
 
 import mealv2
 from mealv2.errors import ConfigError, MealError
-from mealv2.report.answer import gaps_of, table_rows
+from mealv2.report.answer import Entry, gaps_of, table_rows
 from mealv2.report.curves import CURVES, levels_of, missing_curves
 from mealv2.report.methods import comparison_of, differing_settings, methods_of
 from mealv2.report.style import Figure, drawing, new_figure
@@ -95,6 +95,18 @@ def test_a_method_of_runs_beside_each_other_is_named_by_what_they_share(tmp_path
     paths = [write_run(tmp_path / f"resnet-seed{seed}", seed=seed) for seed in (1, 2)]
     (method,) = methods_of([mealv2.open_run(path) for path in paths])
     assert method.name == "resnet"
+
+
+def test_an_interval_of_percentages_ends_at_0_and_100() -> None:
+    row = Entry("x", "last", "x", {"top5": [99.0, 100.0], "ece": [0.5, 1.5], "kl": [0.1, 0.3]})
+    top5, ece, kl = (row.interval(name) for name in ("top5", "ece", "kl"))
+    assert top5 is not None
+    assert (round(top5[0]), top5[1]) == (93, 100.0)
+    assert row.half_width("top5") == pytest.approx(12.706 / 2, abs=1e-3)
+    assert ece is not None
+    assert (ece[0], round(ece[1], 1)) == (0.0, 7.4)
+    assert kl is not None
+    assert kl[0] < 0 < kl[1] < 2, "nats are no percentage"
 
 
 def test_gaps_are_to_the_teachers_that_a_run_logged(tmp_path: Path) -> None:
