@@ -9,6 +9,7 @@ from mealv2.report.methods import Comparison, Method, differing_settings, method
 from mealv2.report.teachers import label_source
 from pipeline.report.cells import number
 from pipeline.report.sections import Inputs, Section
+from pipeline.report.to_ensemble import with_closeness
 
 TITLE = "The answer"
 _MAX_SETTINGS = 40  # rows of the table of differing settings
@@ -16,11 +17,14 @@ _MAX_SETTINGS = 40  # rows of the table of differing settings
 
 def section(inputs: Inputs) -> Section:
     """Return the section; raises LabelSetError for a damaged label set."""
-    methods, control = methods_of(inputs.runs), methods_of(inputs.control)
+    all_runs, not_compared = with_closeness(inputs, [*inputs.runs, *inputs.control])
+    methods = methods_of(all_runs[: len(inputs.runs)])
+    control = methods_of(all_runs[len(inputs.runs) :])
     source = with_measured(label_source(inputs.labels, inputs.runs), inputs.labels)
     rows = answer.table_rows(methods, control=control, source=source)
     columns = answer.columns_of(rows)
     missing = _missing(rows, columns, has_control=bool(control), has_source=source is not None)
+    missing = " ".join(filter(None, [missing, *not_compared])) or None
     compared = answer.comparisons(methods, control)
     differing = differing_settings([*methods, *control])
     gain = answer.gain_figure(methods, control=control)
