@@ -6,11 +6,12 @@ from statistics import mean
 from typing import Any
 
 from mealv2.intervals import interval
-from mealv2.models.cost import Cost, model_cost
+from mealv2.models.cost import Cost, model_cost, stored_parameters
 from mealv2.report.methods import Comparison, Method, average, comparison_of
 from mealv2.report.run import Row, Run
 from mealv2.report.style import INK, MUTED, SERIES, Figure, drawing, new_figure, short_name
 from mealv2.report.teachers import LabelSource, Teacher
+from mealv2.storage.weight_files import EXPORT_FOLDER, WEIGHTS_NAME
 
 START, CONTROL, LAST, BEST = "start", "control", "last", "best"
 TEACHER, ENSEMBLE = "teacher", "ensemble"
@@ -238,7 +239,12 @@ def _teacher_cost(teacher: Teacher, source: LabelSource) -> Cost | None:
 
 
 def _cost(method: Method) -> dict[str, list[float]]:
-    return _of_cost(costs_of(method.runs[0]))
+    """Return the cost of the student; of one without a known architecture only its parameters."""
+    run = method.runs[0]
+    if (cost := costs_of(run)) is not None:
+        return _of_cost(cost)
+    parameters = stored_parameters(run.path / EXPORT_FOLDER / WEIGHTS_NAME)
+    return {} if parameters is None else {"parameters": [parameters]}
 
 
 def _of_cost(cost: Cost | None) -> dict[str, list[float]]:
