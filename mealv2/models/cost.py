@@ -38,7 +38,8 @@ def stored_parameters(weights: Path) -> int | None:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
-    return sum(math.prod(s) for n, s in shapes.items() if not n.endswith(_STATISTICS))
+    kept = [shape for name, shape in shapes.items() if not name.endswith(_STATISTICS)]
+    return sum(int(math.prod(shape)) for shape in kept)
 
 
 def count_macs(call: Callable[[], Any]) -> int:

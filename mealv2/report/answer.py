@@ -52,19 +52,19 @@ class Entry:
 
         That of a percentage ends at 0 and 100.
         """
-        values = self.values.get(name, [])
-        if len(set(values)) < 2:
+        if (found := self._interval(name)) is None:
             return None
-        low, high = interval(values)
+        low, high = found
         return (max(0.0, low), min(100.0, high)) if COLUMNS[name][0].endswith("%") else (low, high)
 
     def half_width(self, name: str) -> float | None:
         """Return half the width of the 95 % interval, for ±, also beyond 0 and 100 percent."""
+        found = self._interval(name)
+        return None if found is None else (found[1] - found[0]) / 2
+
+    def _interval(self, name: str) -> tuple[float, float] | None:
         values = self.values.get(name, [])
-        if len(set(values)) < 2:
-            return None
-        low, high = interval(values)
-        return (high - low) / 2
+        return interval(values) if len(set(values)) > 1 else None
 
 
 @dataclass(frozen=True)

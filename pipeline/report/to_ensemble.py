@@ -12,7 +12,7 @@ from pipeline.report import per_class
 from pipeline.report.sections import Inputs
 from pipeline.training.evaluator import Evaluator
 
-MAX_RUNS = 8
+MAX_RUNS = 4
 _FIGURES = ("agreement", "kl", "ece")
 _MAX_DIFFERENCE = 0.5  # points of top-1 between the log and the weights
 
