@@ -31,7 +31,7 @@ def with_closeness(inputs: Inputs, runs: Sequence[Run]) -> tuple[list[Run], list
         return list(runs), []  # the ensemble has no labels to compare with
     if inputs.data_dir is None:
         return list(runs), [
-            "Agreement and KL of runs without soft labels are measured with --data-dir."
+            "Agreement, KL and ECE that a run did not log are measured with --data-dir."
         ]
     found, notes = {run.path: run for run in runs}, []
     for run in lacking[:MAX_RUNS]:

@@ -66,7 +66,7 @@ def test_what_cannot_be_measured_is_named(
 ) -> None:
     run = open_run(old)
     section = answer.section(Inputs((run,), (), labels_dir, None, tmp_path))
-    assert "Agreement and KL of runs without soft labels are measured with --data-dir." in str(
+    assert "Agreement, KL and ECE that a run did not log are measured with --data-dir." in str(
         section.missing
     )
     run.validations[1]["top1"] += 10

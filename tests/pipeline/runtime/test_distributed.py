@@ -3,6 +3,7 @@
 Real processes that meet over loopback; those that torchrun starts are in test_torchrun.py.
 """
 
+import csv
 import functools
 import json
 import re
@@ -262,6 +263,11 @@ def test_only_the_first_rank_says_and_writes(
     assert ended.said[0].count("epoch 2/2") == 1
     assert json.loads((run / "report.json").read_text()) == ended.report
     assert ended.report["steps"] == 6
+    with (run / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    correct = [36 * float(row["train_top1"]) / 100 for row in rows]  # of all ranks together
+    assert correct == pytest.approx([round(number) for number in correct], abs=1e-3)
+    assert all(0 <= float(row["val_ece"]) <= 100 for row in rows)
 
 
 @pytest.mark.slow
