@@ -12,7 +12,8 @@ no path: two runs of the same code print the same lines. Equal lines mean equal 
     columns      every column of the shards but NEW_COLUMNS: a change of the format that adds one
                  changes the two lines above and leaves this one equal
     weights      the student: names, shapes and bits of its tensors
-    figures      the cells of summary.csv (losses, accuracies), whatever the columns are called
+    figures      the cells of summary.csv (losses, accuracies), whatever the columns are called, but
+                 those of NEW_FIGURES
     checkpoint   the floating-point tensors of the last checkpoint (student, discriminator,
                  momentum, moving average), whatever they are called
 
@@ -52,6 +53,7 @@ IMAGES = {"train": 6, "val": 2}  # of a class
 IMG_SIZE = 48
 IMAGES_PER_TAR = 20
 NEW_COLUMNS = {"content_hashes"}  # since 2026-11-29
+NEW_FIGURES = {"train_top1", "train_top5", "val_ece"}  # since 2026-11-30
 Digests = dict[str, str]
 
 # --- the flags, all of them -----------------------------------------------------------------------
@@ -234,8 +236,12 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def figures_digest(text: str) -> str:
-    """Return the SHA-256 of the cells of a CSV file, in no order within a row, without its head."""
-    rows = list(csv.reader(io.StringIO(text)))[1:]
+    """Return the SHA-256 of the cells of a CSV file, in no order within a row, without its head.
+
+    Cells of NEW_FIGURES are left out.
+    """
+    table = csv.DictReader(io.StringIO(text))
+    rows = [[cell for name, cell in row.items() if name not in NEW_FIGURES] for row in table]
     return hashlib.sha256(repr([sorted(filter(None, row)) for row in rows]).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from mealv2.report import answer
 from mealv2.report.answer import COLUMNS, Entry
+from mealv2.report.measured import with_measured
 from mealv2.report.methods import Comparison, methods_of
 from mealv2.report.run import open_run
 from mealv2.report.teachers import find_labels, label_source
@@ -18,7 +19,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
     """
     runs, control_runs = [open_run(path) for path in config.run], map(open_run, config.control)
     methods, control = methods_of(runs), methods_of(list(control_runs))
-    source = label_source(config.labels or find_labels(runs), runs)
+    folder = config.labels or find_labels(runs)
+    source = with_measured(label_source(folder, runs), folder)
     rows = answer.table_rows(methods, control=control, source=source)
     gaps, compared = answer.gaps_of(rows), answer.comparisons(methods, control)
     if not config.json:
@@ -67,8 +69,8 @@ def _cell(row: Entry, name: str) -> str:
         return "–"
     _, digits, divisor = COLUMNS[name]
     text = f"{value / divisor:.{digits}f}"
-    if (between := row.interval(name)) is not None:
-        text += f" ± {(between[1] - between[0]) / 2 / divisor:.{digits}f}"
+    if (half := row.half_width(name)) is not None:
+        text += f" ± {half / divisor:.{digits}f}"
     return text
 
 

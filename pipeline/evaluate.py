@@ -56,19 +56,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     evaluator = Evaluator(source, runtime, config, img_size=found.img_size, resize=config.resize)
     predictions = Predictions(model.num_classes)
     figures = evaluator(model, num_classes=model.num_classes, predictions=predictions)
-    calibration = predictions.calibration()
     report = {
         "model": model.tag,
         "img_size": found.img_size,
         **figures.summary(),
-        "ece": 100 * calibration.ece,
     }
     rows = _class_rows(source.classes, figures)
     if config.results_file is not None:
         load_model.write_results(config.results_file, {**report, "per_class": rows}, rows)
     confusion = predictions.confusion()
     if config.output is not None:
-        details = {"per_class": rows, "confusion": confusion, "calibration": vars(calibration)}
+        bins = vars(figures.calibration())
+        details = {"per_class": rows, "confusion": confusion, "calibration": bins}
         _write_folder(config.output, report | details, rows, confusion, source.classes)
     if not config.json:
         console.result(_shown(report, source, rows, confusion))

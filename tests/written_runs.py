@@ -43,7 +43,7 @@ def write_run(
             writer.writerows(rows)
     versions = {"mealv2": "0.1", "torch": "2.0"}
     session = {"step": 0, "ranks": 1, "device": "cpu", "precision": "float32", "versions": versions}
-    start = {"top1": top1 - 10, "top5": 90.0, "cross_entropy": 1.5, "num_images": 30}
+    start = {"top1": top1 - 10, "top5": 90.0, "cross_entropy": 1.5, "ece": 8.0, "num_images": 30}
     if is_soft:
         start |= {"agreement": 60.0, "kl": 0.5}
     events = [{"event": "session", "time": 1e9, **session}]
@@ -69,6 +69,7 @@ def _row(epoch: int, epochs: int, seed: int, top1: float, *, is_soft: bool) -> d
     left = 1 - epoch / epochs
     noise = 0.3 * math.sin(7.0 * epoch + seed)
     row = {"epoch": epoch, "lr": 0.01 * (0.1 if left < 0.4 else 1.0), "train_loss": 1 + left}
+    row |= {"train_top1": top1 - 12 * left, "train_top5": 94 - 3 * left}
     if is_soft:
         row |= {
             "train_similarity_loss": 0.6 + left,
@@ -82,5 +83,6 @@ def _row(epoch: int, epochs: int, seed: int, top1: float, *, is_soft: bool) -> d
         "val_top1": top1 - 8 * left + noise * left + seed / 10,
         "val_top5": 95 - 2 * left,
         "val_cross_entropy": 1 + 0.5 * left,
+        "val_ece": 3 + 4 * left,
     }
     return row | ({"val_agreement": 80 - 9 * left, "val_kl": 0.2 + 0.2 * left} if is_soft else {})

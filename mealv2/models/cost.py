@@ -1,11 +1,14 @@
 """Parameters and multiply-accumulates of a model, from its name: no weights, no computation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +17,8 @@ from mealv2.models.classifier import create_classifier
 from mealv2.models.factory import is_factory
 from mealv2.models.timm_models import SOURCES
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -21,6 +26,20 @@ class Cost:
 
     parameters: int
     macs: int
+
+
+def stored_parameters(weights: Path) -> int | None:
+    """Return the parameters of a model by its safetensors file; None if it cannot be read.
+
+    The statistics of batch normalisation are left out; other buffers of own code are counted.
+    """
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+    kept = [shape for name, shape in shapes.items() if not name.endswith(_STATISTICS)]
+    return sum(int(math.prod(shape)) for shape in kept)
 
 
 def count_macs(call: Callable[[], Any]) -> int:

@@ -6,11 +6,12 @@ from statistics import mean
 from typing import Any
 
 from mealv2.intervals import interval
-from mealv2.models.cost import Cost, model_cost
+from mealv2.models.cost import Cost, model_cost, stored_parameters
 from mealv2.report.methods import Comparison, Method, average, comparison_of
 from mealv2.report.run import Row, Run
 from mealv2.report.style import INK, MUTED, SERIES, Figure, drawing, new_figure, short_name
 from mealv2.report.teachers import LabelSource, Teacher
+from mealv2.storage.weight_files import EXPORT_FOLDER, WEIGHTS_NAME
 
 START, CONTROL, LAST, BEST = "start", "control", "last", "best"
 TEACHER, ENSEMBLE = "teacher", "ensemble"
@@ -47,7 +48,21 @@ class Entry:
         return mean(self.values[name]) if self.values.get(name) else None
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Return the 95 % interval of the mean; None for one run, and for what is equal in all."""
+        """Return the 95 % interval of the mean; None for one run, and for what is equal in all.
+
+        That of a percentage ends at 0 and 100.
+        """
+        if (found := self._interval(name)) is None:
+            return None
+        low, high = found
+        return (max(0.0, low), min(100.0, high)) if COLUMNS[name][0].endswith("%") else (low, high)
+
+    def half_width(self, name: str) -> float | None:
+        """Return half the width of the 95 % interval, for ±, also beyond 0 and 100 percent."""
+        found = self._interval(name)
+        return None if found is None else (found[1] - found[0]) / 2
+
+    def _interval(self, name: str) -> tuple[float, float] | None:
         values = self.values.get(name, [])
         return interval(values) if len(set(values)) > 1 else None
 
@@ -224,7 +239,12 @@ def _teacher_cost(teacher: Teacher, source: LabelSource) -> Cost | None:
 
 
 def _cost(method: Method) -> dict[str, list[float]]:
-    return _of_cost(costs_of(method.runs[0]))
+    """Return the cost of the student; of one without a known architecture only its parameters."""
+    run = method.runs[0]
+    if (cost := costs_of(run)) is not None:
+        return _of_cost(cost)
+    parameters = stored_parameters(run.path / EXPORT_FOLDER / WEIGHTS_NAME)
+    return {} if parameters is None else {"parameters": [parameters]}
 
 
 def _of_cost(cost: Cost | None) -> dict[str, list[float]]:

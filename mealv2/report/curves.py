@@ -64,8 +64,8 @@ CURVES = (
         "cross-entropy, nats",
     ),
     Curve("training-top1", "train_top1", "Top-1 accuracy in training", "top-1, %"),
-    Curve("training-top5", "train_top5", "Top-5 accuracy in training", "top-5, %"),
     Curve("top1", "val_top1", "Top-1 accuracy, validation", "top-1, %"),
+    Curve("training-top5", "train_top5", "Top-5 accuracy in training", "top-5, %"),
     Curve("top5", "val_top5", "Top-5 accuracy, validation", "top-5, %"),
     Curve("map", "val_map", "Mean average precision, validation", "mAP, %"),
     Curve(

@@ -15,6 +15,7 @@ from mealv2.errors import ConfigError
 Location = Path | str  # a str is a URL
 
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+_URL_START = re.compile(r"(?<![A-Za-z0-9+.-])(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 # a URL in a command: user and password, host and path, query and fragment
 _IN_COMMAND = re.compile(r"://([^\s'\"/@]*@)?([^\s'\"?#|;<>()]*)([?#][^\s'\"|;<>()]*)?")
 # options and headers of a command with a secret; a variable of the shell is none
@@ -93,6 +94,14 @@ def without_secrets(location: str) -> str:
     query = "" if _has_secret(parts.query) else parts.query
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, query, parts.fragment))
+
+
+def word_without_secrets(word: str) -> str:
+    """Return a word of a command line, such as ``NAME=URL`` or a list of URLs, without secrets."""
+    before, pipe, command = word.partition(PIPE)
+    parts = [before] if pipe else _URL_START.split(word)
+    cleaned = "".join(without_secrets(part) if is_url(part) else part for part in parts)
+    return cleaned + (without_secrets(pipe + command) if pipe else "")
 
 
 def _public_part(found: re.Match[str]) -> str:

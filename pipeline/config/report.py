@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mealv2.storage.urls import Location
-from pipeline.config.base import DATA_DIR, Settings
+from pipeline.config.base import DATA_DIR, ExtraDataConfig, Settings
 from pipeline.config.fields import (
     REQUIRED,
     argument,
@@ -12,6 +12,7 @@ from pipeline.config.fields import (
     in_labels,
     in_results,
     in_run,
+    without_effect,
 )
 
 _RUN = "Run folders of `mealv2 distill`, `finetune` or `transfer`, finished or not."
@@ -31,7 +32,7 @@ class RunsConfig(Settings):
 
 
 @frozen
-class ReportConfig(RunsConfig):
+class ReportConfig(RunsConfig, ExtraDataConfig):
     """Write a page of figures and tables on runs, their labels and their classes.
 
     Runs that differ in nothing but the seed are one method, with intervals over its seeds. The
@@ -47,6 +48,11 @@ class ReportConfig(RunsConfig):
     output: Path = in_results(
         REQUIRED, "Folder of the page; an earlier report there is replaced.", path="new report"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_dir is None:
+            without_effect(self, "without --data-dir", "extra_data", "class_map", "strict")
 
 
 @frozen

@@ -43,6 +43,7 @@ _FIGURES = {
     "map": ("mean average precision", "%"),
     "map_11point": ("mean average precision, 11 points", "%"),
     "cross_entropy": ("cross-entropy", "nats"),
+    "ece": ("expected calibration error", "%"),
     "agreement": ("agreement with the ensemble", "%"),
     "kl": ("KL(ensemble ‖ student)", "nats"),
 }

@@ -33,7 +33,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     made_at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     about = {"made_at": made_at, "version": __version__}
     with new_report(config.output, about) as output:
-        inputs = Inputs(runs, control, folder, config.data_dir, output)
+        inputs = Inputs(runs, control, folder, config.data_dir, output, config)
         found = []
         for module in console.progress(
             _SECTIONS, total=len(_SECTIONS), what="writing the report", unit="sections"

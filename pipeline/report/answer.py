@@ -4,10 +4,12 @@ from typing import Any
 
 from mealv2.report import answer
 from mealv2.report.answer import COLUMNS, Entry, Gap
+from mealv2.report.measured import with_measured
 from mealv2.report.methods import Comparison, Method, differing_settings, methods_of
 from mealv2.report.teachers import label_source
 from pipeline.report.cells import number
 from pipeline.report.sections import Inputs, Section
+from pipeline.report.to_ensemble import with_closeness
 
 TITLE = "The answer"
 _MAX_SETTINGS = 40  # rows of the table of differing settings
@@ -15,11 +17,14 @@ _MAX_SETTINGS = 40  # rows of the table of differing settings
 
 def section(inputs: Inputs) -> Section:
     """Return the section; raises LabelSetError for a damaged label set."""
-    methods, control = methods_of(inputs.runs), methods_of(inputs.control)
-    source = label_source(inputs.labels, inputs.runs)
+    all_runs, not_compared = with_closeness(inputs, [*inputs.runs, *inputs.control])
+    methods = methods_of(all_runs[: len(inputs.runs)])
+    control = methods_of(all_runs[len(inputs.runs) :])
+    source = with_measured(label_source(inputs.labels, inputs.runs), inputs.labels)
     rows = answer.table_rows(methods, control=control, source=source)
     columns = answer.columns_of(rows)
     missing = _missing(rows, columns, has_control=bool(control), has_source=source is not None)
+    missing = " ".join(filter(None, [missing, *not_compared])) or None
     compared = answer.comparisons(methods, control)
     differing = differing_settings([*methods, *control])
     gain = answer.gain_figure(methods, control=control)
@@ -100,6 +105,20 @@ def _setting(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def _not_measured(rows: list[Entry]) -> list[str]:
+    """Return what is not known of the teachers, and what it needs."""
+    ensemble = [row for row in rows if row.kind == answer.ENSEMBLE]
+    teachers = [row for row in rows if row.kind == answer.TEACHER]
+    if (ensemble or teachers) and not any(row.values.get("ece") for row in (*ensemble, *teachers)):
+        return ["ECE of the ensemble needs a label set with labels of the validation images."]
+    if len(teachers) > 1 and not any(row.values.get("agreement") for row in teachers):
+        return [
+            "Agreement, KL and ECE of single teachers need their labels stored apart: "
+            "mealv2 precompute --store per-teacher."
+        ]
+    return []
+
+
 def _missing(
     rows: list[Entry], columns: list[str], *, has_control: bool, has_source: bool
 ) -> str | None:
@@ -109,6 +128,8 @@ def _missing(
         notes.append("No control: give runs with hard labels with --control.")
     if not has_source:
         notes.append("No teachers: no label set was found; give it with --labels.")
+    if "ece" in columns:
+        notes += _not_measured(rows)
     unknown = [name for name in columns if not any(row.values.get(name) for row in rows)]
     if unknown:
         names = ", ".join(COLUMNS[name][0] for name in unknown)

@@ -143,7 +143,7 @@ def _compare(
         raise MealError("no run has weights of a student yet")
     if inputs.data_dir is None:
         raise MealError("give the data set of the run with --data-dir")
-    validation = per_class.open_validation(run, inputs.data_dir)
+    validation = per_class.open_validation(run, inputs.data_dir, inputs.data)
     before, model, img_size = _before(inputs, validation, run)
     names = validation.source.classes
     chosen: list[int] = []

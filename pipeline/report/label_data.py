@@ -39,16 +39,16 @@ def label_data(inputs: Inputs) -> LabelData | None:
     """Return what the sections on labels need, read once; None without a label set."""
     if inputs.labels is None:
         return None
-    return _label_data(inputs.labels, inputs.data_dir)
+    return _label_data(inputs.labels, inputs.data_dir, inputs.data)
 
 
 @lru_cache(maxsize=1)
-def _label_data(folder: Path, data_dir: Location | None) -> LabelData:
+def _label_data(folder: Path, data_dir: Location | None, config: ExtraDataConfig) -> LabelData:
     labels = open_labels(folder)
     source, no_images = None, "The images are not shown: give their data set with --data-dir."
     if data_dir is not None:
         try:
-            source = open_labelled(ExtraDataConfig(), data_dir, labels.manifest["plan"], "train")
+            source = open_labelled(config, data_dir, labels.manifest["plan"], "train")
             no_images = ""
         except (MealError, OSError) as error:
             no_images = f"The images of {shown(data_dir)} are not shown: {error}."

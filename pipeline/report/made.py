@@ -1,6 +1,5 @@
 """How the runs were made: commands, settings, hardware, versions, times, label set."""
 
-import dataclasses
 import json
 import os
 import shlex
@@ -13,17 +12,18 @@ from mealv2.report.run import Run
 from mealv2.report.teachers import LabelSource, label_source
 from mealv2.storage.run_files import CONFIG_NAME
 from pipeline import console
-from pipeline.config import DistillConfig, FinetuneConfig, Settings, TransferConfig, flag
+from pipeline.report.commands import (
+    command_of,
+    given_settings,
+    labelling_command,
+    recipe_differences,
+    text_of,
+    typed_commands,
+    words_of,
+)
 from pipeline.report.sections import Inputs, Section
 
 TITLE = "How it was made"
-_COMMANDS: dict[str, type[Settings]] = {
-    "distill": DistillConfig,
-    "finetune": FinetuneConfig,
-    "transfer": TransferConfig,
-}
-# settings of the run folder, not of the training
-_NOT_SHOWN = {"output", "resume", "auto_resume", "dry_run"}
 
 
 def section(inputs: Inputs) -> Section:
@@ -33,61 +33,29 @@ def section(inputs: Inputs) -> Section:
     context = {
         "runs": [_described(run) for run in runs],
         "labels": None if source is None else _label_facts(inputs.labels, source),
+        "labelling": None if source is None else labelling_command(source),
     }
     return Section("made", TITLE, "made.html", context)
 
 
-def command_of(run: Run) -> str | None:
-    """Return which command trained a run, by the names of its settings; None for another."""
-    names = run.config.keys()
-    known = {name: {f.name for f in dataclasses.fields(c)} for name, c in _COMMANDS.items()}
-    fitting = [name for name, fields in known.items() if names <= fields]
-    # finetune knows fewer settings than transfer: the fewest that fit
-    return min(fitting, key=lambda name: len(known[name]), default=None)
-
-
 def _described(run: Run) -> dict[str, Any]:
     command = command_of(run)
-    given = _given_settings(run, command)
+    given = given_settings(run, command)
+    differences = recipe_differences(run)
     name = command or "COMMAND"
     config_file = os.path.abspath(run.path / CONFIG_NAME)  # noqa: PTH100  # links stay
     return {
         "path": str(run.path),
         "state": run.state,
-        "command": shlex.join(["mealv2", name, *_words(given)]),
+        "typed": typed_commands(run),
+        "differences": differences,
+        "command": shlex.join(["mealv2", name, *words_of(given)]),
         "repeat": shlex.join(["mealv2", name, "--config", config_file, "--output", "NEW_FOLDER"]),
         "facts": _facts(run),
-        "given": [[key, _text(value)] for key, value in given.items()],
+        "given": [[key, text_of(value)] for key, value in given.items()],
         "all": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True),
         "notes": run.notes,
     }
-
-
-def _given_settings(run: Run, command: str | None) -> dict[str, Any]:
-    """Return the settings that are not the defaults of the command."""
-    fields = {f.name: f for f in dataclasses.fields(_COMMANDS[command])} if command else {}
-    found = {}
-    for name, value in sorted(run.config.items()):
-        field = fields.get(name)
-        default = None if field is None or field.default is dataclasses.MISSING else field.default
-        if isinstance(default, tuple):
-            default = list(default)
-        if name not in _NOT_SHOWN and value != default:
-            found[name] = value
-    return found
-
-
-def _words(settings: dict[str, Any]) -> list[str]:
-    """Return settings as words of a command line."""
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
-        elif isinstance(value, list):
-            words += [word for item in value for word in (flag(name), _text(item))]
-        elif value is not None:
-            words += [flag(name), _text(value)]
-    return words
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -159,9 +127,3 @@ def _date(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError, OSError):
         return "unknown"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)

@@ -21,7 +21,7 @@ from mealv2.report.classes import ClassResults
 from mealv2.report.run import Run
 from mealv2.storage.urls import Location
 from pipeline import load_model
-from pipeline.config import NO_SPLIT, EvaluateConfig
+from pipeline.config import NO_SPLIT, EvaluateConfig, SourceConfig
 from pipeline.loading.sources import held_out_of, open_images
 from pipeline.runtime.device import Runtime, create_runtime
 
@@ -34,6 +34,7 @@ _FROM_RUN = (
     "interpolation",
     "on_bad_image",
 )
+_DATA_FLAGS = ("class_map", "cache_dir", "cache_size", "download", "strict")
 _SEED = 0
 
 
@@ -72,8 +73,11 @@ class Measured:
     hard_M: np.ndarray
 
 
-def open_validation(run: Run, data_dir: Location) -> Validation:
-    """Open the images that a run was validated on; raises ConfigError, DataError and OSError."""
+def open_validation(run: Run, data_dir: Location, data: SourceConfig) -> Validation:
+    """Open the images that a run was validated on, read as ``data`` says.
+
+    Raises ConfigError, DataError and OSError.
+    """
     if run.config.get("val_split") == NO_SPLIT:
         raise ConfigError("the run has no validation images")
     known = {name: run.config[name] for name in _FROM_RUN if run.config.get(name) is not None}
@@ -83,6 +87,8 @@ def open_validation(run: Run, data_dir: Location) -> Validation:
         known["train_split"] = run.config["train_split"]
     if run.config.get("class_map"):
         known["class_map"] = run.config["class_map"]
+    flags = {name: value for name, value in data.as_json().items() if name in _DATA_FLAGS}
+    known |= {name: value for name, value in flags.items() if value is not None}
     values = {**known, "data_dir": str(data_dir), "checkpoint": str(run.path)}
     config = EvaluateConfig.from_json(values)
     held_out = held_out_of(config, train_split=config.train_split or "train")

@@ -9,6 +9,7 @@ from typing import Any
 from mealv2.report.run import Run
 from mealv2.report.style import Figure
 from mealv2.storage.urls import Location
+from pipeline.config import ExtraDataConfig
 
 DATA_FOLDER = "data"
 # what ends a script element or a line of JavaScript, but not a string of JSON
@@ -21,7 +22,7 @@ class Inputs:
 
     ``output`` is the folder that is being made: a section may write files below it. ``labels`` is
     None where neither ``--labels`` nor a run names a label set that can be read. ``data_dir`` is
-    what ``--data-dir`` names.
+    what ``--data-dir`` names, ``data`` how it is read.
     """
 
     runs: tuple[Run, ...]
@@ -29,6 +30,7 @@ class Inputs:
     labels: Path | None
     data_dir: Location | None
     output: Path
+    data: ExtraDataConfig = field(default_factory=ExtraDataConfig)
 
 
 @dataclass

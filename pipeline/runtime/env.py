@@ -4,6 +4,7 @@ The only module that reads os.environ. It imports nothing slow, because the comm
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.storage.atomic import write_atomic
-from mealv2.storage.urls import CREDENTIALS_VARIABLE
+from mealv2.storage.urls import CREDENTIALS_VARIABLE, word_without_secrets
 
 _BY_TORCHRUN = "start it with torchrun"
 _GIVE_BOTH = "give --job-index and --num-jobs"
@@ -71,6 +72,15 @@ def has_torchrun_store() -> bool:
     with suppress(ConfigError):
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank().size > 1
     return False
+
+
+def typed_command(name: str) -> str | None:
+    """Return the command line of this process as a shell reads it, without secrets of URLs.
+
+    None where the process runs another command than ``name``, such as a script of the user.
+    """
+    words = [word_without_secrets(word) for word in sys.argv[1:]]
+    return shlex.join(["mealv2", *words]) if words[:1] == [name] else None
 
 
 def saved_exit_code() -> int | None:

@@ -7,6 +7,7 @@ from mealv2.runtime import library_versions
 from mealv2.task import GRADIENT_RATIO
 from pipeline import console
 from pipeline.config import TrainConfig
+from pipeline.runtime import env
 from pipeline.runtime.device import Runtime
 from pipeline.training.result import early_stop_message
 from pipeline.training.run_folder import SESSION, RunFolder
@@ -66,10 +67,12 @@ class RunLog:
             )
 
     def log_session(self, runtime: Runtime) -> None:
-        """Log that this process trains from here on: ranks, device, precision, versions."""
+        """Log that this process trains from here on: command, ranks, device, versions."""
+        command = env.typed_command(self._spec.command)
         self._folder.log(
             SESSION,
             step=self._state.progress.total_steps,
+            **({} if command is None else {"command": command}),
             ranks=runtime.ranks.size,
             device=runtime.device_name,
             precision=runtime.precision,

@@ -1,11 +1,13 @@
 """One training step: targets, forward, backward, optimizer, moving average."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from mealv2.batches import rank_rows, split_evenly
+from mealv2.codec import to_device
 from mealv2.data.requests import Batch, BatchRequest, num_views_of
+from mealv2.data.source import UNLABELLED
 from mealv2.errors import DataError
 from mealv2.targets import BatchTargets
 from mealv2.task import Mixture
@@ -61,6 +65,7 @@ class TrainStep:
         # batch normalisation cannot learn from one view
         self._min_views = 2 if has_batch_norm(spec.student) else 1
         runtime.to_device(spec.task)
+        self._has_accuracy = _has_accuracy(spec)
         self._model: nn.Module = spec.task
         if self._num_ranks > 1:
             self._model = in_parallel(spec.task, is_synced=config.sync_bn)
@@ -112,6 +117,7 @@ class TrainStep:
                 self._prepare(images_BCHW, targets)
             with self.phase("forward and loss"):
                 result = self._forward(images_BCHW, targets, mixture)
+        accuracy = self._accuracy(result["output"], batch.positions)
 
         with self.phase("backward"):
             # DDP takes the mean over the ranks: sum_r (n_r / N) L_r = mean_r (R n_r / N) L_r
@@ -119,8 +125,19 @@ class TrainStep:
             loss = result["loss"] if weight == 1.0 else result["loss"] * weight
             self.state.scaler.scale(loss).backward()
 
-        parts = {"loss": result["loss"].detach(), **result["parts"]}
+        parts = {"loss": result["loss"].detach(), **result["parts"], **accuracy}
         return StepOutput(len(batch.positions), parts, targets.label_counts)
+
+    @torch.no_grad()
+    def _accuracy(self, logits_BC: Tensor, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Return top-1 and top-5 on the hard labels in percent, still on the device."""
+        if not self._has_accuracy:
+            return {}
+        classes_B = torch.tensor([self.spec.source.labels[p] for p in positions])
+        top_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+        hits_BK = top_BK == to_device(classes_B, logits_BC.device)[:, None]
+        percent = 100.0 / len(positions)
+        return {"top1": hits_BK[:, 0].sum() * percent, "top5": hits_BK.sum() * percent}
 
     def _targets(
         self, batch: Batch, number: int
@@ -236,6 +253,13 @@ class TrainStep:
         self.warning = task.prepare(images_BCHW, targets, gather_rows=ranks.gather_rows)
         # each rank redraws from its own generator
         ranks.broadcast(list(task.parameters()))
+
+
+def _has_accuracy(spec: TrainingSpec) -> bool:
+    """Return whether every view has one hard label: not where views are mixed."""
+    if spec.mixing is not None or spec.metric != "top1" or not spec.source.labels:
+        return False
+    return all(spec.source.labels[p] != UNLABELLED for p in spec.positions)
 
 
 def _take(batch: Batch, cut: range) -> Batch:

@@ -80,6 +80,9 @@ def test_figures_and_checkpoints_depend_on_values_and_on_no_name() -> None:
         table.replace("0.25", "0.2500001")
     )
 
+    newer = "epoch,train_loss,val_top1,val_ece\n1,0.5,,\n2,0.25,50.0,3.5\n"
+    assert same_numbers.figures_digest(table) == same_numbers.figures_digest(newer)
+
     state = {"student": {"w": torch.ones(2)}, "momentum": [torch.zeros(3)], "step": 4}
     other = {"optimizer": [{"m": torch.zeros(3)}], "model": (torch.ones(2),)}
     assert same_numbers.nameless_digest(state) == same_numbers.nameless_digest(other)

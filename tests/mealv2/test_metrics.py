@@ -32,8 +32,10 @@ def expected_figures(logits: Tensor, labels: Tensor, soft_labels: SoftLabels) ->
         soft_labels.num_classes,
     )
     ratio = np.log(np.where(probs > 0, probs, 1.0)) - np.where(probs > 0, log_probs, 0.0)
+    ece, _ = reference.calibration_error(np.exp(log_probs), labels.numpy())
     return {
         "num_images": len(labels),
+        "ece": 100 * ece,
         "top1": 100 * (order[:, :1] == truth).any(1).mean(),
         "top5": 100 * (order[:, :5] == truth).any(1).mean(),
         "cross_entropy": -np.take_along_axis(log_probs, truth, 1).mean(),
@@ -121,7 +123,7 @@ def test_without_soft_labels_there_is_no_agreement_and_no_kl():
     evaluation.add(logits, labels)
     assert evaluation.agreement is None
     assert evaluation.kl is None
-    assert set(evaluation.summary()) == {"num_images", "top1", "top5", "cross_entropy"}
+    assert set(evaluation.summary()) == {"num_images", "top1", "top5", "cross_entropy", "ece"}
 
 
 def test_soft_labels_of_some_batches_count_for_those_images_only():
@@ -140,6 +142,7 @@ def test_an_evaluation_of_nothing_has_figures():
         "top1": 0.0,
         "top5": 0.0,
         "cross_entropy": 0.0,
+        "ece": 0.0,
     }
 
 
@@ -157,15 +160,17 @@ def test_num_correct_counts_labels_among_the_k_highest(k):
 @given(st.integers(1, 60), st.integers(2, 30), st.integers(1, 20), st.integers(0, 999))
 def test_calibration_error_and_confusion_agree_with_numpy(rows, classes, num_bins, seed):
     logits, labels, _ = random_batch(rows, classes, seed)
-    predictions = Predictions(classes)
+    evaluation, predictions = Evaluation(classes, num_bins=num_bins), Predictions(classes)
     for start in range(0, rows, 7):
+        evaluation.add(logits[start : start + 7], labels[start : start + 7])
         predictions.add(logits[start : start + 7], labels[start : start + 7])
     probs = np.exp(reference.log_softmax(logits.numpy()))
 
-    found = predictions.calibration(num_bins)
+    found = evaluation.calibration()
     error, sizes = reference.calibration_error(probs, labels.numpy(), num_bins)
     assert found.num_images == sizes
     assert found.ece == pytest.approx(error, rel=1e-12, abs=1e-15)
+    assert evaluation.ece == 100 * found.ece
 
     matrix = np.zeros((classes, classes), dtype=int)
     np.add.at(matrix, (labels.numpy(), probs.argmax(1)), 1)
@@ -176,20 +181,37 @@ def test_calibration_error_and_confusion_agree_with_numpy(rows, classes, num_bin
     }
 
 
+def test_calibration_of_parts_adds_up_to_that_of_the_whole():
+    logits, labels, _ = random_batch(50, 10, 2)
+    whole, added = Evaluation(10), Evaluation(10)
+    whole.add(logits, labels)
+    sums = torch.zeros_like(added.sums())
+    for rows in (slice(0, 13), slice(13, 13), slice(13, 50)):
+        part = Evaluation(10)
+        part.add(logits[rows], labels[rows])
+        sums += part.sums()
+    added.load_sums(sums)
+    assert added.calibration().num_images == whole.calibration().num_images
+    assert added.ece == pytest.approx(whole.ece, rel=1e-12)
+    added.add(logits, labels)  # the sums that were loaded are not shared
+    assert float(sums[0]) == float(sums[6:21].sum()) == 50
+    assert added.ece == pytest.approx(whole.ece, rel=1e-12)
+
+
 def test_calibration_of_known_confidences():
     """Two images of 2 classes at 0.75, one of them right; two at 1.0, both right."""
-    predictions = Predictions(2)
+    evaluation = Evaluation(2)
     sure, certain = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[100.0, 0.0]])
     logits = torch.cat([sure, sure, certain, certain])
-    predictions.add(logits, torch.tensor([0, 1, 0, 0]))
-    found = predictions.calibration()
+    evaluation.add(logits, torch.tensor([0, 1, 0, 0]))
+    found = evaluation.calibration()
     assert len(found.num_images) == 15
     assert {b: n for b, n in enumerate(found.num_images) if n} == {11: 2, 14: 2}
     assert (found.confidence[11], found.accuracy[11]) == (pytest.approx(0.75), 0.5)
-    assert found.ece == pytest.approx((2 * 0.25 + 2 * 0.0) / 4)
+    assert evaluation.ece == pytest.approx(100 * (2 * 0.25 + 2 * 0.0) / 4)
 
 
 def test_a_confidence_at_an_edge_is_in_the_lower_bin():
-    predictions = Predictions(2)
-    predictions.add(torch.zeros(1, 2), torch.tensor([0]))
-    assert predictions.calibration(2).num_images == [1, 0]
+    evaluation = Evaluation(2, num_bins=2)
+    evaluation.add(torch.zeros(1, 2), torch.tensor([0]))
+    assert evaluation.calibration().num_images == [1, 0]

@@ -53,6 +53,7 @@ def test_a_run_is_reproduced_from_its_folder_model_or_file(
     for name in ("num_images", "top1", "top5"):
         assert found[name] == report[name]
     assert found["cross_entropy"] == pytest.approx(report["cross_entropy"], rel=1e-6)
+    assert found["ece"] == pytest.approx(report["ece"], rel=1e-5)
     assert (found["model"], found["img_size"]) == ("test_resnet", 32)
 
 

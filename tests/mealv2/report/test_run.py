@@ -11,8 +11,8 @@ from written_runs import write_run
 
 import mealv2
 from mealv2.errors import ConfigError, MealError
-from mealv2.report.answer import gaps_of, table_rows
-from mealv2.report.curves import CURVES, levels_of
+from mealv2.report.answer import Entry, gaps_of, table_rows
+from mealv2.report.curves import CURVES, levels_of, missing_curves
 from mealv2.report.methods import comparison_of, differing_settings, methods_of
 from mealv2.report.style import Figure, drawing, new_figure
 from mealv2.report.teachers import label_source
@@ -97,6 +97,18 @@ def test_a_method_of_runs_beside_each_other_is_named_by_what_they_share(tmp_path
     assert method.name == "resnet"
 
 
+def test_an_interval_of_percentages_ends_at_0_and_100() -> None:
+    row = Entry("x", "last", "x", {"top5": [99.0, 100.0], "ece": [0.5, 1.5], "kl": [0.1, 0.3]})
+    top5, ece, kl = (row.interval(name) for name in ("top5", "ece", "kl"))
+    assert top5 is not None
+    assert (round(top5[0]), top5[1]) == (93, 100.0)
+    assert row.half_width("top5") == pytest.approx(12.706 / 2, abs=1e-3)
+    assert ece is not None
+    assert (ece[0], round(ece[1], 1)) == (0.0, 7.4)
+    assert kl is not None
+    assert kl[0] < 0 < kl[1] < 2, "nats are no percentage"
+
+
 def test_gaps_are_to_the_teachers_that_a_run_logged(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", top1=70.0)
     of_teacher, of_ensemble = {"top1": 75.0, "top5": 96.0}, {"top1": 76.5, "top5": 97.0}
@@ -109,6 +121,15 @@ def test_gaps_are_to_the_teachers_that_a_run_logged(tmp_path: Path) -> None:
     gaps = {gap.teacher: gap.difference for gap in gaps_of(rows)}
     assert gaps["teacher test_vit"]["top1"] == pytest.approx(-5.0)
     assert gaps["ensemble"] == pytest.approx({"top1": -6.5, "top5": -2.0})
+
+
+def test_curves_that_an_old_run_did_not_log_are_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    assert missing_curves(methods_of([mealv2.open_run(path)])) == []
+    table = path / "summary.csv"
+    table.write_text(table.read_text().replace("train_top1", "train_other"))
+    missing = missing_curves(methods_of([mealv2.open_run(path)]))
+    assert missing == ["Top-1 accuracy in training"]
 
 
 def test_plateaus_are_those_of_the_discriminator(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Real processes that meet over loopback; those that torchrun starts are in test_torchrun.py.
 """
 
+import csv
 import functools
 import json
 import re
@@ -93,7 +94,8 @@ def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(7, 3, generator=generator)
     labels_B = torch.tensor([0, 1, 2, 0, 1, 2, 2])
-    whole, process_group, sums = Evaluation(3), Evaluation(3), torch.zeros(12, dtype=torch.float64)
+    whole, process_group = Evaluation(3), Evaluation(3)
+    sums = torch.zeros_like(whole.sums())
     whole.add(logits_BC, labels_B)
     for rows in (slice(0, 4), slice(4, 4), slice(4, 7)):
         part = Evaluation(3)
@@ -261,6 +263,11 @@ def test_only_the_first_rank_says_and_writes(
     assert ended.said[0].count("epoch 2/2") == 1
     assert json.loads((run / "report.json").read_text()) == ended.report
     assert ended.report["steps"] == 6
+    with (run / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    correct = [36 * float(row["train_top1"]) / 100 for row in rows]  # of all ranks together
+    assert correct == pytest.approx([round(number) for number in correct], abs=1e-3)
+    assert all(0 <= float(row["val_ece"]) <= 100 for row in rows)
 
 
 @pytest.mark.slow
