@@ -142,7 +142,7 @@ def histogram_figure(name: str, title: str, drawn: Sequence[tuple[Line, np.ndarr
     data = [
         {"model": line.name, "low": float(low), "high": float(high), "percent": float(value)}
         for (line, _), height in zip(drawn, heights, strict=True)
-        for low, high, value in zip(edges, edges[1:], height, strict=True)
+        for low, high, value in zip(edges[:-1], edges[1:], height, strict=True)
     ]
     texts = [
         f"{line.name}: standard deviation {values.std():.4g}, a tenth of the weights below "
