@@ -13,7 +13,7 @@ from written_runs import write_run
 
 from mealv2.report.run import open_run
 from pipeline.report.page import write_page
-from pipeline.report.sections import Inputs
+from pipeline.report.sections import Inputs, Section
 from pipeline.report.weights import section
 
 SHAPES = {
@@ -48,13 +48,15 @@ def rows_of(page: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def draw(output: Path, *runs: Path, control: Sequence[Path] = ()) -> Path:
-    """Write a page with this section alone."""
-    opened = tuple(map(open_run, runs)), tuple(map(open_run, control))
-    output.mkdir()
-    found = section(Inputs(*opened, None, None, output))
-    write_page(output, [found], title="t", notes=[], made_at="now", version="0")
-    return output
+def found_in(*runs: Path, control: Sequence[Path] = (), output: Path = Path()) -> Section:
+    return section(
+        Inputs(tuple(map(open_run, runs)), tuple(map(open_run, control)), None, None, output)
+    )
+
+
+def models_of(found: Section) -> dict[str, list[str]]:
+    """Return whose weights each figure shows."""
+    return {f.name: list(dict.fromkeys(row["model"] for row in f.data)) for f in found.figures}
 
 
 def section_of(page: Path) -> str:
@@ -80,8 +82,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("page") / "report"
-    return draw(output, folder / "soft", control=[folder / "hard"])
+    output = tmp_path_factory.mktemp("page")
+    found = found_in(folder / "soft", control=[folder / "hard"], output=output)
+    write_page(output, [found], title="t", notes=[], made_at="now", version="0")
+    return output
 
 
 @pytest.mark.parametrize(
@@ -141,10 +145,11 @@ def test_percentiles_over_epochs_are_those_that_both_runs_logged(page: Path) -> 
 
 
 def test_runs_without_weights_have_a_sentence(tmp_path: Path) -> None:
-    text = section_of(draw(tmp_path / "report", write_run(tmp_path / "run")))
-    assert "These runs have no saved weights: a training writes student/model.safetensors" in text
-    assert "Weights over training were not logged: train with --log-weights auto." in text
-    assert "<figure" not in text
+    found = found_in(write_run(tmp_path / "run"))
+    assert found.missing is not None
+    assert "no saved weights: a training writes student/model.safetensors" in found.missing
+    assert "not logged: train with --log-weights auto." in found.missing
+    assert not found.figures
 
 
 def test_of_many_runs_a_handful_is_drawn_and_named(tmp_path: Path) -> None:
@@ -154,14 +159,12 @@ def test_of_many_runs_a_handful_is_drawn_and_named(tmp_path: Path) -> None:
         settings = {"lr": 0.1 * (number // 2), "pretrained": False}
         paths.append(write_run(tmp_path / name, seed=number % 2, settings=settings))
         save_weights(paths[-1] / "student", seed=number)
-    draw(tmp_path / "report", *paths)
-    text = section_of(tmp_path / "report")
-    assert "Drawn are 3 of 4 methods." in " ".join(text.split())
-    assert "lr-3" not in text
-    names = list(dict.fromkeys(r["model"] for r in rows_of(tmp_path / "report", "weights-first")))
-    assert names == ["lr-0", "lr-1", "lr-2"]
-    assert "not drawn: it started from random weights" in text
-    assert "The weights of the start are not on this machine." in text
+    found = found_in(*paths)
+    assert (len(found.context["runs"]), found.context["left_out"]) == (3, 1)
+    assert models_of(found)["weights-first"] == ["lr-0", "lr-1", "lr-2"]
+    starts = [row[-1] for row in found.context["runs"]]
+    assert starts == ["not drawn: it started from random weights"] * 3
+    assert "The weights of the start are not on this machine." in (found.missing or "")
 
 
 def test_models_of_other_layers_and_a_start_of_another_head_are_drawn_apart(tmp_path: Path) -> None:
@@ -185,17 +188,13 @@ def test_models_of_other_layers_and_a_start_of_another_head_are_drawn_apart(tmp_
     safetensors.numpy.save_file(state, first / "student/model.safetensors")
     second = write_run(tmp_path / "resnet", settings={"initial_checkpoint": "/gone"})
     save_weights(second / "student", seed=1)
-    draw(tmp_path / "report", first, second)
-    text = " ".join(section_of(tmp_path / "report").split())
-    assert "Middle layer of test_vit: blocks.0.mlp.fc1" in text
-    assert "Last layer of test_resnet: layer2.0.conv1" in text
-    assert "not drawn: no checkpoint at /gone" in text
-    drawn = {
-        name: list(dict.fromkeys(r["model"] for r in rows_of(tmp_path / "report", name)))
-        for name in ("weights-first", "weights-last", "weights-first-2")
-    }
-    assert drawn == {
-        "weights-first": ["start", "vit"],
+    found = found_in(first, second)
+    titles = [figure.title for figure in found.figures]
+    assert "Middle layer of test_vit: blocks.0.mlp.fc1" in titles
+    assert "Last layer of test_resnet: layer2.0.conv1" in titles
+    assert found.context["runs"][1][-1].startswith("not drawn: no checkpoint at /gone")
+    assert models_of(found) == {
+        **{f"weights-{place}": ["start", "vit"] for place in ("first", "middle")},
         "weights-last": ["vit"],
-        "weights-first-2": ["resnet"],
+        **{f"weights-{place}-2": ["resnet"] for place in ("first", "middle", "last")},
     }
