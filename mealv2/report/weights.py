@@ -31,7 +31,7 @@ from mealv2.storage.weight_files import find_checkpoint
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NUM_BINS = 80
+NUM_BINS = (15, 80)  # at least and at most; about the square root of the weights
 DRAWN = (10, 25, 50, 75, 90)  # percentiles in a figure (paper figure 8)
 _CUT = 0.1  # percent of the weights beyond each end of a histogram's axis
 _NEAR_ZERO = 0.1  # of a standard deviation
@@ -109,13 +109,14 @@ def logged_percentiles(run: Run) -> dict[str, Evolution]:
 # --- figures from arrays ------------------------------------------------------------------------
 
 
-def bin_edges(values: Sequence[np.ndarray], num_bins: int = NUM_BINS) -> np.ndarray:
+def bin_edges(values: Sequence[np.ndarray]) -> np.ndarray:
     """Return the edges of bins for several histograms; 0.1 % of all values lie beyond each end."""
     joint = np.concatenate([value.ravel() for value in values])
     low, high = np.percentile(joint, [_CUT, 100 - _CUT])
     if low == high:
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, num_bins + 1)
+    num_bins = np.clip(round(min(value.size for value in values) ** 0.5), *NUM_BINS)
+    return np.linspace(low, high, int(num_bins) + 1)
 
 
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -199,6 +200,8 @@ def _draw_evolution(axes: "Axes", line: Line, evolution: Evolution) -> Any:
     median: Any = None
     for percent in DRAWN:
         points = [(e, values[percent]) for e, values in evolution.items() if percent in values]
+        if not points:
+            continue
         width = 2.2 if percent == 50 else 1.2
         marker = {"marker": "o", "markersize": 3.0} if len(points) < 3 else {}
         (drawn,) = axes.plot(
@@ -213,6 +216,7 @@ def _evolution_text(line: Line, evolution: Evolution) -> str:
     ends = (
         f"{p}th from {evolution[first][p]:.4g} to {evolution[last][p]:.4g}"
         for p in (DRAWN[0], 50, DRAWN[-1])
+        if p in evolution[first] and p in evolution[last]
     )
     return f"{line.name}, epoch {first} to {last}: percentiles {', '.join(ends)}"
 
