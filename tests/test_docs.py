@@ -344,12 +344,17 @@ def test_loops_of_the_guide_train_from_a_label_set(
 
 
 def test_report_doc_runs_on_run_folders(
+    data_dir: Path,
+    labels_dir: Path,
     run_cli: Callable[..., Any],
+    hub_cache: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    (tmp_path / "labels").symlink_to(labels_dir)
     for seed in (0, 1):
         write_run(Path(f"runs/soft-{seed}"), seed=seed)
         write_run(Path(f"runs/hard-{seed}"), seed=seed, top1=66.0, is_soft=False)
@@ -357,6 +362,9 @@ def test_report_doc_runs_on_run_folders(
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     assert (tmp_path / "report/index.html").is_file()
+    figures = tmp_path / "weights-report/figures"
+    assert "\nstart,-" in (figures / "weights-first.csv").read_text()  # of the hub's cache
+    assert "\nweights,0," in (figures / "weight-percentiles-1.csv").read_text()
     capsys.readouterr()
     for code in blocks("docs/how-to/report.md", "python"):
         exec(compile(code, "docs/how-to/report.md", "exec"), {})
