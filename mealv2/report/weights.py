@@ -119,17 +119,17 @@ def bin_edges(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.linspace(low, high, int(num_bins) + 1)
 
 
-def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def percent_in_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return the percent of the values in each bin, of all values: also those outside."""
     counts, _ = np.histogram(values, edges)
-    share: np.ndarray = 100.0 * counts / max(1, values.size)
-    return share
+    percent: np.ndarray = 100.0 * counts / max(1, values.size)
+    return percent
 
 
 def histogram_figure(name: str, title: str, drawn: Sequence[tuple[Line, np.ndarray]]) -> Figure:
     """Return histograms of the weights of one layer in several models, on one axis."""
     edges = bin_edges([values for _, values in drawn])
-    heights = [shares(values, edges) for _, values in drawn]
+    heights = [percent_in_bins(values, edges) for _, values in drawn]
     canvas, (axes,) = new_figure(size=SMALL)
     with drawing():
         lines = [

@@ -20,7 +20,7 @@ from pipeline.report.sections import Inputs, Section
 TITLE = "Weights"
 MAX_RUNS, MAX_CONTROL = 3, 2  # methods that are drawn
 MAX_LAYERS = 6  # that have percentiles
-_PLACES = {1: ("Only",), 2: ("First", "Last"), 3: ("First", "Middle", "Last")}
+_WHICH = {1: ("Only",), 2: ("First", "Last"), 3: ("First", "Middle", "Last")}
 
 Values = dict[str, np.ndarray]
 
@@ -151,13 +151,13 @@ def _layer_figures(
     ]
     figures: list[Figure] = []
     rows: list[list[Any]] = []
-    for place, layer in zip(_PLACES[len(layers)], layers, strict=True):
+    for which, layer in zip(_WHICH[len(layers)], layers, strict=True):
         shape = layers[layer].shape
         lines = [(line, found[layer]) for line, found in of_group if layer in found]
         lines = [(line, values) for line, values in lines if values.shape == shape]
         lines += [(one.line, one.layers[layer]) for one in members]
-        name = f"weights-{place.lower()}" + (f"-{at + 1}" if at else "")
-        title = f"{place} layer of {model}: {short_name(layer)}"
+        name = f"weights-{which.lower()}" + (f"-{at + 1}" if at else "")
+        title = f"{which} layer of {model}: {short_name(layer)}"
         figures.append(weights.histogram_figure(name, title, lines))
         rows += [_spread_row(layer, row) for row in weights.spread_rows(lines)]
     context = {

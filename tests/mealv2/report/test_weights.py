@@ -18,9 +18,9 @@ from mealv2.report.weights import (
     bin_edges,
     histogram_figure,
     logged_percentiles,
+    percent_in_bins,
     percentile_figure,
     read_layers,
-    shares,
     start_file,
 )
 
@@ -84,7 +84,7 @@ def test_weights_outside_of_the_bins_count_in_the_whole() -> None:
     edges = bin_edges([values])
     assert edges[-1] < 1.1
     outside = int(((values < edges[0]) | (values > edges[-1])).sum())
-    assert shares(values, edges).sum() == pytest.approx(100 * (1 - outside / values.size))
+    assert percent_in_bins(values, edges).sum() == pytest.approx(100 * (1 - outside / values.size))
     assert 0 < outside < 30
 
 
