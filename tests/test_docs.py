@@ -25,8 +25,11 @@ from written_runs import write_run
 import cli
 from benchmarks.speed import document
 from mealv2.label_set import LabelSet
+from mealv2.report.run import open_run
 from pipeline.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, flag
 from pipeline.config.bench import LINES
+from pipeline.report import weights
+from pipeline.report.sections import Inputs
 from pipeline.training import run_lock
 from stores import Store, s3_server
 from tars import tar_tree
@@ -344,12 +347,17 @@ def test_loops_of_the_guide_train_from_a_label_set(
 
 
 def test_report_doc_runs_on_run_folders(
+    data_dir: Path,
+    labels_dir: Path,
     run_cli: Callable[..., Any],
+    hub_cache: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(data_dir)
+    (tmp_path / "labels").symlink_to(labels_dir)
     for seed in (0, 1):
         write_run(Path(f"runs/soft-{seed}"), seed=seed)
         write_run(Path(f"runs/hard-{seed}"), seed=seed, top1=66.0, is_soft=False)
@@ -357,6 +365,10 @@ def test_report_doc_runs_on_run_folders(
         result = run_cli(*words)
         assert result.code == 0, (words, result.stderr)
     assert (tmp_path / "report/index.html").is_file()
+    found = weights.section(Inputs((open_run("runs/weights"),), (), None, None, tmp_path))
+    lines = {figure.name: {row["model"] for row in figure.data} for figure in found.figures}
+    assert lines["weights-first"] == {"start", "weights"}  # the start is in the hub's cache
+    assert lines["weight-percentiles-1"] == {"weights"}
     capsys.readouterr()
     for code in blocks("docs/how-to/report.md", "python"):
         exec(compile(code, "docs/how-to/report.md", "exec"), {})

@@ -17,7 +17,14 @@ from mealv2.report.run import Row, Run
 _FREE = {
     *("seed", "output", "resume", "auto_resume", "workers", "device", "cache_dir", "cache_size"),
     *("cache_images", "check_images", "log_interval", "log_tensorboard", "log_trackio"),
-    *("log_wandb", "wandb_project", "checkpoint_hist", "recovery_interval", "dry_run"),
+    *(
+        "log_wandb",
+        "log_weights",
+        "wandb_project",
+        "checkpoint_hist",
+        "recovery_interval",
+        "dry_run",
+    ),
 }
 _PER_SEED = ("initial_checkpoint", "model")  # a seed can have a start of its own
 

@@ -10,6 +10,7 @@ REPORT_NAME = "report.json"
 LABELS_NAME = "labels.json"
 LOCK_NAME = "run.lock"
 SESSION = "session"  # the event of a process that starts or resumes the run
+WEIGHTS = "weights"  # percentiles of the weights of a layer
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

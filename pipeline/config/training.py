@@ -32,6 +32,7 @@ from pipeline.config.fields import (
     in_run,
     in_views,
     require,
+    split_commas,
     without_effect,
 )
 from pipeline.config.mixing import MixingConfig
@@ -42,7 +43,7 @@ from pipeline.config.views import ViewsConfig
 # settings of the machine, the log and the folder, which no checkpoint is compared with;
 FREE_ON_RESUME = frozenset(
     {"resume", "output", "auto_resume", "dry_run", "workers", "device", "log_interval"}
-    | {"log_tensorboard", "log_wandb", "log_trackio", "wandb_project"}
+    | {"log_weights", "log_tensorboard", "log_wandb", "log_trackio", "wandb_project"}
     | {"recovery_interval", "checkpoint_hist", "cache_dir", "cache_size", "strict", "check_images"}
     | {"download", "cache_images", "cache_features", "feature_dir"}
 )
@@ -124,6 +125,14 @@ class TrainConfig(MixingConfig, HeldOutConfig, NormalisationConfig, RuntimeConfi
         low=1,
     )
     log_interval: int = in_run(50, "Steps between log lines.", low=1)
+    log_weights: tuple[str, ...] = in_run(
+        (),
+        "Log percentiles of the weights of this layer of the student every epoch, for `mealv2 "
+        "report`: a name such as layer2.3.conv3, or auto for the middle layer; repeat it for "
+        "several.",
+        shown="none",
+        convert=split_commas,
+    )
     log_tensorboard: bool = in_run(False, "Log to TensorBoard: event files in RUN/tensorboard.")
     log_wandb: bool = in_run(False, "Log to Weights & Biases.")
     log_trackio: bool = in_run(False, "Log to trackio, on this machine by default.")

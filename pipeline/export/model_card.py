@@ -34,7 +34,7 @@ SHOWN_CLASSES = 20
 _OMITTED = {
     *("model", "data_dir", "labels", "split", "val_split", "teacher", "recipe", "output", "resume"),
     *("workers", "device", "log_interval", "checkpoint_hist", "recovery_interval"),
-    "download",
+    *("download", "log_weights"),
 }
 # Figures of report.json, with name and unit.
 _FIGURES = {

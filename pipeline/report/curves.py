@@ -1,27 +1,22 @@
 """Curves of the runs over epochs, with one list of names for all figures."""
 
-from typing import Any
-
 from mealv2.report.curves import curve_figures, missing_curves
 from mealv2.report.methods import methods_of
-from mealv2.report.style import SERIES, series_style
+from mealv2.report.style import series_style
+from pipeline.report.cells import key_line
 from pipeline.report.sections import Inputs, Section
 
 TITLE = "Curves"
-# dashes of matplotlib's line styles, in the list of names
-_DASHES = {"-": "none", "--": "6 3", "-.": "6 2 1 2", ":": "1 2"}
 
 
 def section(inputs: Inputs) -> Section:
     """Return the section."""
     methods = methods_of([*inputs.runs, *inputs.control])
     figures = curve_figures(methods)
-    lines: list[dict[str, Any]] = []
-    for at, method in enumerate(methods):
-        style = series_style(at)
-        dashes, series = _DASHES[style["linestyle"]], at % len(SERIES)
-        runs = len(method.runs)
-        lines.append({"name": method.name, "series": series, "dashes": dashes, "runs": runs})
+    lines = [
+        key_line(method.name, series_style(at), runs=len(method.runs))
+        for at, method in enumerate(methods)
+    ]
     missing = None
     if absent := missing_curves(methods):
         missing = f"Not logged by any of these runs: {'; '.join(absent)}."

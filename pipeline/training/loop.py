@@ -13,6 +13,7 @@ from mealv2.data.loader import WaitTimer, on_device
 from mealv2.data.requests import Batch, check_failures, num_views_of
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.models import Classifier
+from mealv2.models.layers import find_parameters
 from mealv2.targets import ONLINE, SKIPPED
 from pipeline.config import TrainConfig
 from pipeline.loading.cache import image_cache
@@ -58,6 +59,7 @@ class _Trainer:
         if not spec.positions:
             raise DataError(f"{spec.source.name} has no image to train on")
         require_same_inputs(config, self.ranks, spec)
+        find_parameters(spec.student.backbone, config.log_weights)  # before anything is written
         self.sampler = BatchSampler(config, spec.source, spec.positions, spec.targets)
         self.step = TrainStep(config, runtime, spec)
         self.state = self.step.state
@@ -99,6 +101,8 @@ class _Trainer:
         if (progress.total_steps == 0 and self.spec.validates_start) or self._is_over():
             metrics = self._validate(progress.epoch)
             self.log.print_accuracies(metrics)
+        if progress.total_steps == 0 and self.ranks.is_main_process:
+            self.log.log_weights()
         batches = WaitTimer(self._read())
         while not self._is_over():
             train_metrics, images_per_second = self._train_pass(batches)

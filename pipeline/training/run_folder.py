@@ -24,6 +24,7 @@ from mealv2.storage.run_files import LOCK_NAME, SUMMARY_NAME
 from mealv2.storage.run_files import METRICS_NAME as METRICS_NAME
 from mealv2.storage.run_files import REPORT_NAME as REPORT_NAME
 from mealv2.storage.run_files import SESSION as SESSION
+from mealv2.storage.run_files import WEIGHTS as WEIGHTS
 from mealv2.storage.run_files import parse_event as parse_event
 from mealv2.storage.weight_files import EXPORT_FOLDER
 from pipeline.training.run_lock import RunLock

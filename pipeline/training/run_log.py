@@ -3,6 +3,7 @@
 import time
 
 from mealv2.batches import num_steps, updates_per_epoch
+from mealv2.models.layers import PERCENTILES, find_parameters, percentiles_of
 from mealv2.runtime import library_versions
 from mealv2.task import GRADIENT_RATIO
 from pipeline import console
@@ -10,7 +11,7 @@ from pipeline.config import TrainConfig
 from pipeline.runtime import env
 from pipeline.runtime.device import Runtime
 from pipeline.training.result import early_stop_message
-from pipeline.training.run_folder import SESSION, RunFolder
+from pipeline.training.run_folder import SESSION, WEIGHTS, RunFolder
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.state import TrainingState
 from pipeline.training.trackers import Trackers
@@ -168,6 +169,7 @@ class RunLog:
             **{f"val_{name}": value for name, value in metrics.items() if name != "num_images"},
         }
         self._folder.log_epoch(row)
+        self.log_weights()
         # not "step": a checkpoint of the same step may be from before the end of the epoch
         speed = {"images_per_second": images_per_second}
         self._folder.log("epoch", steps=progress.total_steps, **row, **speed)
@@ -202,6 +204,19 @@ class RunLog:
         )
         console.info(text)
         self._folder.log("discriminator", epoch=self._state.progress.epoch, text=text)
+
+    def log_weights(self) -> None:
+        """Log percentiles of the weights of the --log-weights layers, of the result so far."""
+        epoch = self._state.progress.epoch
+        # the start of a run that stopped before its first step may have been logged
+        if epoch == 0 and WEIGHTS in self._folder.logged:
+            return
+        layers = find_parameters(self._state.result.backbone, self._config.log_weights)
+        for layer, weights in layers.items():
+            values = percentiles_of(weights)
+            self._folder.log(
+                WEIGHTS, epoch=epoch, layer=layer, percentiles=PERCENTILES, values=values
+            )
 
     def log_validation(self, epoch: int, metrics: dict[str, float]) -> None:
         """Log the metrics after ``epoch`` epochs."""
