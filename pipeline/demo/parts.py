@@ -156,7 +156,8 @@ def _names(seed: int, arm: str) -> tuple[str, str]:
 
 def _student(config: DemoConfig, seed: int, arm: str) -> dict[str, Any]:
     common = {"model": STUDENT, "seed": seed, "batch_size": BATCH_SIZE}
-    return _training(config, run_name(seed, arm)) | common
+    # for the report: percentiles of a layer after each epoch, a few milliseconds
+    return _training(config, run_name(seed, arm)) | common | {"log_weights": ("auto",)}
 
 
 def _training(config: DemoConfig, name: str) -> dict[str, Any]:
