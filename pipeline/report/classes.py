@@ -144,15 +144,15 @@ def _compare(
     if inputs.data_dir is None:
         raise MealError("give the data set of the run with --data-dir")
     validation = per_class.open_validation(run, inputs.data_dir)
-    before, model, img_size = _before(inputs, validation, run)
+    student, student_size = per_class.load_student(validation, run.path)
+    before, model, img_size = _before(inputs, validation, run, student_size)
     names = validation.source.classes
     chosen: list[int] = []
     if similarity_CC is not None and names == classes:
         chosen = _tsne_classes(similarity_CC, np.asarray(validation.source.labels))
     positions = validation.of_classes(chosen, _MAX_POINTS)
     first = per_class.measure(validation, model, img_size, positions)
-    student, img_size = per_class.load_student(validation, run.path)
-    last = per_class.measure(validation, student, img_size, positions)
+    last = per_class.measure(validation, student, student_size, positions)
     after = f"{run.path.name or run.path}, student"
     tsne: list[Figure] = []
     if first.features_MD is not None and last.features_MD is not None:
@@ -167,11 +167,12 @@ def _compare(
 
 
 def _before(
-    inputs: Inputs, validation: per_class.Validation, run: Run
+    inputs: Inputs, validation: per_class.Validation, run: Run, student_size: int
 ) -> tuple[str, Classifier, int]:
     """Return the name, model and image size to compare a student with; raises MealError."""
     try:
-        return "start", *per_class.load_start(validation, run)
+        start = per_class.load_start(validation, run, img_size=student_size)
+        return "start", start, student_size
     except MealError as error:
         for control in inputs.control:
             if control.student is not None:
