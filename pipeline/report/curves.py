@@ -5,7 +5,8 @@ from typing import Any
 from mealv2.report.curves import curve_figures, missing_curves
 from mealv2.report.methods import methods_of
 from mealv2.report.style import SERIES, series_style
-from pipeline.report.sections import Inputs, Section
+from pipeline.report.sections import Inputs, Section, write_data
+from pipeline.report.zoom import SCRIPTS, zoom_data
 
 TITLE = "Curves"
 # dashes of matplotlib's line styles, in the list of names
@@ -28,4 +29,6 @@ def section(inputs: Inputs) -> Section:
     if not figures:
         missing = "No epoch is complete yet, so there are no curves."
     context = {"lines": lines, "has_bands": any(line["runs"] > 1 for line in lines)}
-    return Section("curves", TITLE, "curves.html", context, figures, missing)
+    data = write_data(inputs.output, "curves", zoom_data(figures, methods))
+    scripts = (data, *SCRIPTS) if figures else ()
+    return Section("curves", TITLE, "curves.html", context, figures, missing, scripts)

@@ -45,7 +45,9 @@ def write_page(output: Path, sections: Sequence[Section], **about: Any) -> None:
     bodies = [(section, _body(environment, output, section)) for section in sections]
     scripts = dict.fromkeys(script for section in sections for script in section.scripts)
     page = environment.get_template("page.html")
-    styles = [f"{ASSET_FOLDER}/{path.name}" for path in sorted((_HERE / "assets").glob("*.css"))]
+    # of others first: the page's own come later and win
+    found = sorted((output / ASSET_FOLDER).rglob("*.css"), key=lambda path: -len(path.parts))
+    styles = [path.relative_to(output).as_posix() for path in found]
     text = page.render(bodies=bodies, scripts=list(scripts), styles=styles, **about)
     (output / PAGE_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
 
