@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mealv2.report.curves import curve_figures, missing_curves
+from mealv2.report.curves import curve_figures, missing_curves, step_figures
 from mealv2.report.methods import methods_of
 from mealv2.report.style import SERIES, series_style
 from pipeline.report.sections import Inputs, Section, write_data
@@ -16,7 +16,7 @@ _DASHES = {"-": "none", "--": "6 3", "-.": "6 2 1 2", ":": "1 2"}
 def section(inputs: Inputs) -> Section:
     """Return the section."""
     methods = methods_of([*inputs.runs, *inputs.control])
-    figures = curve_figures(methods)
+    figures, steps = curve_figures(methods), step_figures(methods)
     lines: list[dict[str, Any]] = []
     for at, method in enumerate(methods):
         style = series_style(at)
@@ -27,8 +27,13 @@ def section(inputs: Inputs) -> Section:
     if absent := missing_curves(methods):
         missing = f"Not logged by any of these runs: {'; '.join(absent)}."
     if not figures:
-        missing = "No epoch is complete yet, so there are no curves."
-    context = {"lines": lines, "has_bands": any(line["runs"] > 1 for line in lines)}
+        missing = "No epoch is complete yet, so there are no curves over epochs."
+    context = {
+        "lines": lines,
+        "has_bands": any(line["runs"] > 1 for line in lines),
+        "over_epochs": [figure.name for figure in figures],
+        "over_steps": [figure.name for figure in steps],
+    }
     data = write_data(inputs.output, "curves", zoom_data(figures, methods))
     scripts = (data, *SCRIPTS) if figures else ()
-    return Section("curves", TITLE, "curves.html", context, figures, missing, scripts)
+    return Section("curves", TITLE, "curves.html", context, [*figures, *steps], missing, scripts)
