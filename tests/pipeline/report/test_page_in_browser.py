@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import screenshots
+from PIL import Image
 from written_runs import write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -57,6 +59,14 @@ def tab(report_dir: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     assert errors == []
     assert urls
     assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+
+
+def test_a_screenshot_of_every_section_is_taken(report_dir: Path, tmp_path: Path) -> None:
+    taken = screenshots.take(report_dir, tmp_path)
+    assert len(taken) == len(SECTIONS) * len(screenshots.SIZES) * len(screenshots.SCHEMES)
+    for path in taken:
+        with Image.open(path) as image:
+            assert len(image.convert("L").getcolors() or []) > 5
 
 
 def serious_findings(tab: Any) -> list[Any]:
