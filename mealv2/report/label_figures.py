@@ -20,7 +20,6 @@ from mealv2.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TALL = 5.2  # inches, the width of a figure with names at its left
 MAX_NAMED = 16  # classes with their names in one figure
 _BINS = 40
 # the ends of the colours of a heat map: the page shows through 0
@@ -119,7 +118,7 @@ def class_figure(statistics: LabelStatistics) -> Figure | None:
     contradicting = [row["contradicting_percent"] / 100 for row in rows]
     title = "Hard label and soft label, by class"
     is_named = len(rows) <= MAX_NAMED
-    canvas, (axes,) = new_figure(size=(TALL, 1.1 + 0.32 * len(rows)) if is_named else SMALL)
+    canvas, (axes,) = new_figure(size=(SMALL[0], 1.1 + 0.32 * len(rows)) if is_named else SMALL)
     with drawing():
         if is_named:
             at = np.arange(len(rows))
