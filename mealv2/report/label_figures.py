@@ -96,7 +96,7 @@ def _mass(statistics: LabelStatistics) -> Figure:
     ks, masses = list(statistics.mass), list(statistics.mass.values())
     canvas, (axes,) = new_figure(size=SMALL)
     with drawing():
-        axes.plot(ks, masses, marker="o", color=SERIES[0])
+        axes.plot(ks, masses, marker="o", color=SERIES[0], clip_on=False)
         axes.set_xscale("log")
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
