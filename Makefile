@@ -17,14 +17,16 @@ SEEDS ?= 3
 IMAGES ?= $(DATA)/val
 TO ?= timm
 REPO ?= hf://USER/NAME
+REPORT ?= demo/report
+SHOTS ?= screenshots
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pack precompute distill finetune transfer evaluate predict export push bench info verify docs test test-slow test-cluster test-browser check format clean
+.PHONY: help setup demo pack precompute distill finetune transfer evaluate predict export push bench info verify docs test test-slow test-cluster test-browser screenshots check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO REPO ARGS (more flags for the command)"
+	@echo "variables: DATA PACKED TEACHERS STUDENT LABELS VIEWS OUT SEEDS IMAGES TO REPO REPORT SHOTS ARGS (more flags for the command)"
 
 setup: $(VENV)/.done  ## make the virtual environment (the other targets do it by themselves)
 
@@ -85,6 +87,9 @@ test-cluster: $(VENV)/.done  ## the tests on a Slurm of virtual nodes (Linux, ro
 
 test-browser: $(VENV)/.done  ## the report page in a headless Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+screenshots: $(VENV)/.done  ## every section of the report REPORT as images in SHOTS: wide, narrow, light, dark
+	$(BIN)/python tests/screenshots.py '$(REPORT)' '$(SHOTS)'
 
 docs: $(VENV)/.done  ## the site of docs/ into docs/_build/html; a warning is an error
 	rm -rf docs/_build docs/reference/api docs/reference/cli

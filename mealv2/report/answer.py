@@ -150,7 +150,7 @@ def gain_figure(methods: Sequence[Method], *, control: Sequence[Method] = ()) ->
     if not bars:
         return None
     bars = bars[:_MAX_BARS]
-    canvas, (axes,) = new_figure(size=(5.6, 0.8 + 0.42 * len(bars)))
+    canvas, (axes,) = new_figure(size=(5.0, 0.8 + 0.42 * len(bars)))
     lowest = min(min(bar["start"], bar["last"]) for bar in bars)
     floor = max(0.0, 5.0 * ((lowest - 5.0) // 5.0))
     with drawing():

@@ -18,7 +18,6 @@ from mealv2.report.style import (
 )
 
 MAX_SHOWN = 24  # classes with their names in one figure
-TALL = 5.2  # inches, the width of a figure with names at its left
 MARKERS = "osD^"  # of classes in a t-SNE, in the order of their colours
 _MIN_POINTS = 5  # of a t-SNE
 
@@ -36,7 +35,7 @@ def change_figure(rows: list[dict[str, Any]], *, before: str, after: str) -> Fig
         shown = [*rows[: MAX_SHOWN // 2], *rows[-MAX_SHOWN // 2 :]]
         title += f", the {MAX_SHOWN // 2} biggest gains and losses"
     at = np.arange(len(shown))[::-1]
-    canvas, (axes,) = new_figure(size=(TALL, 1.1 + 0.27 * len(shown)))
+    canvas, (axes,) = new_figure(size=(SMALL[0], 1.1 + 0.27 * len(shown)))
     first, last = ([row[which] for row in shown] for which in ("before", "after"))
     with drawing():
         axes.hlines(at, first, last, color=MUTED, linewidth=1.5)

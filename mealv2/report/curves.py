@@ -35,8 +35,14 @@ class Curve:
     title: str
     unit: str
 
-    def points(self, run: Run) -> Points:
-        """Return the epochs that have the figure, with 0 for the start, and its values."""
+    def points(self, run: Run, over: str = "epoch") -> Points:
+        """Return the epochs that have the figure, with 0 for the start, and its values.
+
+        ``over="step"``: the steps of a run that is in its first epoch.
+        """
+        if over == "step":
+            name = self.column.removeprefix("train_")
+            return [(row["step"], row[name]) for row in run.first_steps if name in row]
         if self.column.startswith("val_"):
             metric = self.column.removeprefix("val_")
             return [(e, row[metric]) for e, row in run.validations.items() if metric in row]
@@ -111,6 +117,13 @@ def curve_figures(methods: Sequence[Method]) -> list[Figure]:
     return [figure for curve in CURVES if (figure := curve_figure(curve, methods)) is not None]
 
 
+def step_figures(methods: Sequence[Method]) -> list[Figure]:
+    """Return a figure over steps of each curve in training, of the runs in their first epoch."""
+    curves = [curve for curve in CURVES if not curve.column.startswith("val_")]
+    figures = (curve_figure(curve, methods, over="step") for curve in curves)
+    return [figure for figure in figures if figure is not None]
+
+
 def missing_curves(methods: Sequence[Method]) -> list[str]:
     """Return the titles of the usual curves that no run has."""
     runs = [run for method in methods for run in method.runs]
@@ -118,10 +131,10 @@ def missing_curves(methods: Sequence[Method]) -> list[str]:
     return [curve.title for curve in curves if not any(map(curve.points, runs))]
 
 
-def curve_figure(curve: Curve, methods: Sequence[Method]) -> Figure | None:
+def curve_figure(curve: Curve, methods: Sequence[Method], *, over: str = "epoch") -> Figure | None:
     """Return the figure of one curve; None where no run has it. Raises ConfigError."""
     found = {
-        number: [points for run in method.runs if (points := _finite(curve.points(run)))]
+        number: [points for run in method.runs if (points := _finite(curve.points(run, over)))]
         for number, method in enumerate(methods)
     }
     found = {number: lines for number, lines in found.items() if lines}
@@ -133,14 +146,16 @@ def curve_figure(curve: Curve, methods: Sequence[Method]) -> Figure | None:
     with drawing():
         drawn = [_draw(axes, lines, number) for number, lines in found.items()]
         _add_levels(axes, curve, [methods[number] for number in found])
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(over)
         axes.set_ylabel(curve.unit)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if curve.name in _FROM_ZERO:
             axes.set_ylim(bottom=0)
     add_names(canvas, drawn, [short_name(methods[number].name) for number in found])
-    return Figure(curve.name, curve.title, _alt(curve, methods), canvas, _rows(curve, methods))
+    name = curve.name if over == "epoch" else f"{curve.name}-{over}s"
+    alt, rows = _alt(curve, methods, over), _rows(curve, methods, over)
+    return Figure(name, curve.title, alt, canvas, rows)
 
 
 def _draw(axes: "Axes", lines: Sequence[Points], number: int) -> Any:
@@ -200,27 +215,27 @@ def _finite(points: Points) -> Points:
     return [(x, y) for x, y in points if math.isfinite(y)]
 
 
-def _rows(curve: Curve, methods: Sequence[Method]) -> list[dict[str, Any]]:
+def _rows(curve: Curve, methods: Sequence[Method], over: str) -> list[dict[str, Any]]:
     return [
-        {"method": m.name, "run": str(run.path), "seed": run.seed, "epoch": x, curve.column: y}
+        {"method": m.name, "run": str(run.path), "seed": run.seed, over: x, curve.column: y}
         for m in methods
         for run in m.runs
-        for x, y in curve.points(run)
+        for x, y in curve.points(run, over)
     ]
 
 
-def _alt(curve: Curve, methods: Sequence[Method]) -> str:
+def _alt(curve: Curve, methods: Sequence[Method], over: str) -> str:
     """Return what a figure shows, in words."""
     texts = []
     for method in methods:
-        lines = [points for run in method.runs if (points := _finite(curve.points(run)))]
+        lines = [points for run in method.runs if (points := _finite(curve.points(run, over)))]
         if not lines:
             continue
         xs, means, _, _ = _bands(lines)
         seeds = f", mean of {len(lines)} runs" if len(lines) > 1 else ""
         texts.append(
-            f"{method.name}{seeds}: {means[0]:.4g} at epoch {xs[0]:g}, {means[-1]:.4g} at "
-            f"epoch {xs[-1]:g}, lowest {min(means):.4g}, highest {max(means):.4g}"
+            f"{method.name}{seeds}: {means[0]:.4g} at {over} {xs[0]:g}, {means[-1]:.4g} at "
+            f"{over} {xs[-1]:g}, lowest {min(means):.4g}, highest {max(means):.4g}"
         )
     rest = f"; and {len(texts) - _MAX_IN_WORDS} more" if len(texts) > _MAX_IN_WORDS else ""
-    return f"{curve.title} over epochs. {'; '.join(texts[:_MAX_IN_WORDS])}{rest}."
+    return f"{curve.title} over {over}s. {'; '.join(texts[:_MAX_IN_WORDS])}{rest}."

@@ -8,6 +8,7 @@ from mealv2.report.labels import LabelStatistics, TeacherComparison
 from mealv2.report.sample import LabelSample
 from mealv2.report.style import (
     GRID,
+    INK,
     SERIES,
     SMALL,
     Figure,
@@ -19,10 +20,11 @@ from mealv2.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TALL = 5.2  # inches, the width of a figure with names at its left
 MAX_NAMED = 16  # classes with their names in one figure
 _BINS = 40
-_LIGHT, _DARK = "#f4f6f8", "#08519c"  # the ends of the colours of a heat map
+# the ends of the colours of a heat map: the page shows through 0
+_NONE, _MOST = "#08519c00", "#08519cff"
+_FROM_WHITE = 0.72  # of the highest value: from here white is readable on the colour, ink is not
 
 
 def certainty_figures(sample: LabelSample, statistics: LabelStatistics) -> list[Figure]:
@@ -94,7 +96,7 @@ def _mass(statistics: LabelStatistics) -> Figure:
     ks, masses = list(statistics.mass), list(statistics.mass.values())
     canvas, (axes,) = new_figure(size=SMALL)
     with drawing():
-        axes.plot(ks, masses, marker="o", color=SERIES[0])
+        axes.plot(ks, masses, marker="o", color=SERIES[0], clip_on=False)
         axes.set_xscale("log")
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
@@ -116,7 +118,7 @@ def class_figure(statistics: LabelStatistics) -> Figure | None:
     contradicting = [row["contradicting_percent"] / 100 for row in rows]
     title = "Hard label and soft label, by class"
     is_named = len(rows) <= MAX_NAMED
-    canvas, (axes,) = new_figure(size=(TALL, 1.1 + 0.32 * len(rows)) if is_named else SMALL)
+    canvas, (axes,) = new_figure(size=(SMALL[0], 1.1 + 0.32 * len(rows)) if is_named else SMALL)
     with drawing():
         if is_named:
             at = np.arange(len(rows))
@@ -191,7 +193,7 @@ def heat_map(
     number = len(names)
     side = 1.6 + 0.52 * number
     canvas, (axes,) = new_figure(size=(max(4.6, side + 1.4), max(2.6, side)))
-    colours = LinearSegmentedColormap.from_list("mealv2", [_LIGHT, _DARK])
+    colours = LinearSegmentedColormap.from_list("mealv2", [_NONE, _MOST])
     with drawing():
         axes.pcolormesh(values, cmap=colours, vmin=0, vmax=most, edgecolors=GRID, linewidth=0.5)
         short = [short_name(each, most=22) for each in names]
@@ -210,12 +212,11 @@ def heat_map(
 
 
 def _add_values(axes: "Axes", values: np.ndarray, text: str, most: float) -> None:
-    """Write the values that are not nearly 0 into their cells, dark on light and light on dark."""
+    """Write the values that are not nearly 0 into their cells."""
     size = 8.0 if len(values) > 8 else 9.0
     for (row, column), value in np.ndenumerate(values):
         if value >= most / 200 or row == column:
-            # the cells keep their colours on a dark page, so their text does too
-            colour = "#fefefe" if value > most * 0.5 else "#1a1b1f"
+            colour = "#fefefe" if value > most * _FROM_WHITE else INK
             middle = column + 0.5, row + 0.5
             axes.text(
                 *middle, text.format(value), ha="center", va="center", color=colour, fontsize=size

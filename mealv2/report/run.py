@@ -36,14 +36,16 @@ _SHOWN = ("top1", "top5", "map", "agreement", "kl", "ece")
 class Run:
     """What a run folder has, as of when it was read.
 
-    ``epochs`` are the rows of summary.csv with the figures that they have, ``validations`` the
-    metrics by epoch, 0 for the start. ``report``, ``labels`` and ``student`` are report.json,
+    ``epochs`` are the rows of summary.csv with the figures that they have, ``first_steps`` the
+    logged steps of a run whose first epoch is not complete, ``validations`` the metrics by epoch, 0
+    for the start. ``report``, ``labels`` and ``student`` are report.json,
     labels.json and student/config.json, None where there is no such file yet.
     """
 
     path: Path
     config: dict[str, Any]
     epochs: list[Row]
+    first_steps: list[Row]
     validations: dict[int, Row]
     sessions: list[dict[str, Any]]
     notes: list[str]
@@ -137,10 +139,12 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise ConfigError(f"no run in {folder}: it has no {missing[0]}; give a run folder")
     events = _events(folder / METRICS_NAME)
     texts = [e["text"] for e in events if isinstance(e.get("text"), str)]
+    epochs = _epochs(folder / SUMMARY_NAME)
     return Run(
         path=folder,
         config=_json(folder / CONFIG_NAME) or {},
-        epochs=_epochs(folder / SUMMARY_NAME),
+        epochs=epochs,
+        first_steps=[] if epochs else _steps(events),
         validations=_validations(folder / SUMMARY_NAME, events),
         sessions=_sessions(events),
         notes=texts,
@@ -197,6 +201,16 @@ def _validations(path: Path, events: list[dict[str, Any]]) -> dict[int, Row]:
             epoch = int(row["epoch"])
             found[epoch] = {**found.get(epoch, {}), **metrics}
     return dict(sorted(found.items()))
+
+
+def _steps(events: list[dict[str, Any]]) -> list[Row]:
+    """Return the logged steps of training; of one that was trained again the last."""
+    found = {
+        event["step"]: {name: value for name, value in event.items() if _is_figure(name, value)}
+        for event in events
+        if event.get("event") == "train" and type(event.get("step")) is int
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def _is_figure(name: str, value: Any) -> bool:

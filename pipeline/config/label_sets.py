@@ -64,8 +64,9 @@ class LabelsShowConfig(ExtraDataConfig):
 
     example = "mealv2 labels show labels n01440764/n01440764_10026.JPEG"
 
-    labels: Path = argument(
-        "Label set, or a folder with one of each teacher.", path="label set or sets"
+    labels: Location = argument(
+        "Label set: a folder or URL, or a folder with a set of each teacher.",
+        path="label set or sets",
     )
     key: str = argument("Key of the image: CLASS/NAME in a folder of classes.")
     split: Literal["train", "val"] = in_labels("train", "Split of the label set.")

@@ -1,5 +1,6 @@
 """`mealv2 labels show`: the views of one image and their labels, as text and as a drawing."""
 
+from pathlib import Path
 from typing import Any
 
 from mealv2.data.pixels import decode
@@ -14,10 +15,12 @@ from mealv2.report.label_errors import find_label_errors
 from mealv2.report.sample import LabelSample, sample_image
 from mealv2.report.view_figure import figure_bytes, view_figure
 from mealv2.storage.atomic import write_atomic
+from mealv2.storage.urls import is_url, shown
 from mealv2.text import printable
 from pipeline import console
 from pipeline.config import LabelsShowConfig
 from pipeline.labelling.compatibility import choose_resize, image_check
+from pipeline.labelling.store import local_folder
 from pipeline.loading.sources import open_labelled
 
 _BAR = 24  # characters
@@ -26,7 +29,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 def run(config: LabelsShowConfig) -> dict[str, Any]:
     """Show an image's labels as text without --json; return the report. Raises MealError."""
-    labels = open_labels(config.labels, split=config.split)
+    location = config.labels
+    folder = local_folder(config, location) if is_url(location) else Path(location)
+    labels = open_labels(folder, split=config.split)
     sample = sample_image(labels, config.key)
     (record,) = browser.image_records(
         labels,
@@ -37,7 +42,7 @@ def run(config: LabelsShowConfig) -> dict[str, Any]:
         topk=config.topk,
     )
     del record["reasons"], record["suggested"]  # one image has no threshold to compare with
-    report = {"labels": str(config.labels), "split": config.split, **_named(record, labels)}
+    report = {"labels": shown(location), "split": config.split, **_named(record, labels)}
     if not config.json:
         console.result(_shown(record, labels, sample))
     if config.pictures is not None:

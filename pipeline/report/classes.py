@@ -20,6 +20,7 @@ from mealv2.report.classes import (
     similar_pairs,
 )
 from mealv2.report.labels import mean_labels
+from mealv2.report.methods import methods_of
 from mealv2.report.run import Run
 from mealv2.report.sample import sample_labels
 from mealv2.report.style import Figure
@@ -32,16 +33,23 @@ TITLE = "Classes"
 _NUM_SHOWN = 10  # classes and pairs in each table
 _NUM_DISSIMILAR = 2
 _MAX_POINTS = 60  # of a class in a t-SNE
+_MAX_OTHERS = 3  # methods beside the first: each runs on up to 2,000 images without a GPU
+START = "start"
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """Two models on the same images: what they are called, their results, features."""
+    """Models on the same images: what they are called, their results, features.
+
+    ``after`` is the student of the first method, ``others`` are those of the other methods.
+    """
 
     before: str
     after: str
     classes: list[str]
     results: tuple[ClassResults, ClassResults]
+    others: dict[str, ClassResults]
+    notes: list[str]
     size_text: str
     tsne: list[Figure]
     tsne_classes: list[str]
@@ -92,14 +100,19 @@ def _compared_context(
     """Add the tables of two models to the context of the template; return their figures."""
     before, after = compared.results
     rows = class_changes(compared.classes, before, after)
+    more = dict(compared.others)
     if ensemble is not None:
-        rows = [{**row, "ensemble": ensemble.top1_of(row["class_id"])} for row in rows]
+        more["ensemble"] = ensemble
+    rows = [
+        {**row, **{_key(name): results.top1_of(row["class_id"]) for name, results in more.items()}}
+        for row in rows
+    ]
     gains, losses = extremes(rows, _NUM_SHOWN)
-    columns = ["class", "images", compared.before, compared.after, "gain"]
     context |= {
         "compared": compared,
         "top1": (f"{before.top1:.2f}", f"{after.top1:.2f}"),
-        "columns": [*columns, "ensemble"] if ensemble is not None else columns,
+        "columns": ["class", "images", compared.before, compared.after, "gain", *more],
+        "methods": _method_table(compared) if compared.others else None,
         "gains": [_change_row(row) for row in gains],
         "losses": [_change_row(row) for row in losses],
         "num_classes": len(rows),
@@ -138,22 +151,22 @@ def _compare(
     """
     if not inputs.runs:
         return None
-    run = next((run for run in inputs.runs if run.student is not None), None)
-    if run is None:
+    if not any(run.student is not None for run in inputs.runs):
         raise MealError("no run has weights of a student yet")
+    (after, run), *others = _first_runs(inputs)
     if inputs.data_dir is None:
         raise MealError("give the data set of the run with --data-dir")
     validation = per_class.open_validation(run, inputs.data_dir, inputs.data)
-    before, model, img_size = _before(inputs, validation, run)
+    student, student_size = per_class.load_student(validation, run.path)
+    before, model, img_size = _before(inputs, validation, run, student_size)
     names = validation.source.classes
     chosen: list[int] = []
     if similarity_CC is not None and names == classes:
         chosen = _tsne_classes(similarity_CC, np.asarray(validation.source.labels))
     positions = validation.of_classes(chosen, _MAX_POINTS)
     first = per_class.measure(validation, model, img_size, positions)
-    student, img_size = per_class.load_student(validation, run.path)
-    last = per_class.measure(validation, student, img_size, positions)
-    after = f"{run.path.name or run.path}, student"
+    last = per_class.measure(validation, student, student_size, positions)
+    results, notes = _others(validation, others, control=None if before == START else before)
     tsne: list[Figure] = []
     if first.features_MD is not None and last.features_MD is not None:
         tsne = class_figures.tsne_figures(
@@ -161,21 +174,68 @@ def _compare(
             last.hard_M,
             {c: names[c] for c in chosen},
         )
-    results = first.results, last.results
     shown = [names[c] for c in chosen]
-    return _Compared(before, after, names, results, validation.size_text, tsne, shown)
+    pair = first.results, last.results
+    size_text = validation.size_text
+    return _Compared(before, after, names, pair, results, notes, size_text, tsne, shown)
+
+
+def _first_runs(inputs: Inputs) -> list[tuple[str, Run]]:
+    """Return the name and the first run with weights of each method, the controls last."""
+    first = [
+        (method.name, next((run for run in method.runs if run.student is not None), None))
+        for method in methods_of([*inputs.runs, *inputs.control])
+    ]
+    return [(name, run) for name, run in first if run is not None]
+
+
+def _others(
+    validation: per_class.Validation, others: list[tuple[str, Run]], *, control: str | None
+) -> tuple[dict[str, ClassResults], list[str]]:
+    """Measure the students of other methods; return their results, and notes on those left out.
+
+    ``control`` is the method that is measured already, if one is.
+    """
+    found: dict[str, ClassResults] = {}
+    notes: list[str] = []
+    others = [(name, run) for name, run in others if name != control]
+    for name, run in others[:_MAX_OTHERS]:
+        try:
+            student, img_size = per_class.load_student(validation, run.path)
+            found[name] = per_class.measure(validation, student, img_size, []).results
+        except (MealError, OSError) as error:
+            notes.append(f"{name} is left out: {error}.")
+    if len(others) > _MAX_OTHERS:
+        left_out = ", ".join(name for name, _ in others[_MAX_OTHERS:])
+        notes.append(f"{_MAX_OTHERS + 1} methods are measured; left out: {left_out}.")
+    return found, notes
+
+
+def _method_table(compared: _Compared) -> list[list[Any]]:
+    """Return a row per method: top-1, how many classes gain and lose, and the extremes."""
+    before, after = compared.results
+    table = []
+    for name, results in {compared.after: after, **compared.others}.items():
+        rows = class_changes(compared.classes, before, results)
+        if not rows:
+            continue
+        counts = [sum(sign * row["gain"] > 0 for row in rows) for sign in (1, -1)]
+        ends = [f"{row['class']} ({row['gain']:+.2f})" for row in (rows[0], rows[-1])]
+        table.append([name, number(results.top1, 2), *map(number, counts), *ends])
+    return table
 
 
 def _before(
-    inputs: Inputs, validation: per_class.Validation, run: Run
+    inputs: Inputs, validation: per_class.Validation, run: Run, student_size: int
 ) -> tuple[str, Classifier, int]:
     """Return the name, model and image size to compare a student with; raises MealError."""
     try:
-        return "start", *per_class.load_start(validation, run)
+        start = per_class.load_start(validation, run, img_size=student_size)
+        return START, start, student_size
     except MealError as error:
-        for control in inputs.control:
-            if control.student is not None:
-                return "hard-label control", *per_class.load_student(validation, control.path)
+        for name, control in _first_runs(inputs):
+            if control in inputs.control:
+                return name, *per_class.load_student(validation, control.path)
         raise MealError(f"{error}, and there is no hard-label control with weights") from None
 
 
@@ -233,6 +293,10 @@ def _change_row(row: dict[str, Any]) -> list[Any]:
     cells: list[Any] = [row["class"], number(row["images"])]
     cells += [number(row["before"], 2), number(row["after"], 2)]
     cells.append(number(row["gain"], 2, signed=True))
-    if "ensemble" in row:
-        cells.append(None if row["ensemble"] is None else number(row["ensemble"], 2))
-    return cells
+    more = (value for key, value in row.items() if key.startswith(_key("")))
+    return cells + [None if value is None else number(value, 2) for value in more]
+
+
+def _key(name: str) -> str:
+    """Return the column of another model's accuracy, in the rows of the classes."""
+    return f"top-1, {name}"

@@ -22,8 +22,8 @@ TITLE = "Label statistics"
 _NUM_CLASSES = 10  # in each table
 _MAX_SMALL = 6  # rows of a heat map of half the width
 _NO_TEACHERS = (
-    "Teachers are compared where their labels are stored apart: "
-    "`mealv2 precompute --store per-teacher`."
+    "Teachers are compared where their labels are stored apart, by mealv2 precompute "
+    "--store per-teacher."
 )
 
 

@@ -21,11 +21,15 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class ShownFigure:
-    """A figure as the templates see it: ``svg`` is markup, ``files`` are paths by format."""
+    """A figure as the templates see it: ``svg`` is markup, ``files`` are paths by format.
+
+    ``aspect`` is its shape for a style sheet: a figure that is not in sight is not laid out.
+    """
 
     name: str
     title: str
     svg: Any
+    aspect: str
     files: dict[str, str]
 
 
@@ -45,7 +49,9 @@ def write_page(output: Path, sections: Sequence[Section], **about: Any) -> None:
     bodies = [(section, _body(environment, output, section)) for section in sections]
     scripts = dict.fromkeys(script for section in sections for script in section.scripts)
     page = environment.get_template("page.html")
-    styles = [f"{ASSET_FOLDER}/{path.name}" for path in sorted((_HERE / "assets").glob("*.css"))]
+    # of others first: the page's own come later and win
+    found = sorted((output / ASSET_FOLDER).rglob("*.css"), key=lambda path: -len(path.parts))
+    styles = [path.relative_to(output).as_posix() for path in found]
     text = page.render(bodies=bodies, scripts=list(scripts), styles=styles, **about)
     (output / PAGE_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -77,7 +83,8 @@ def _shown(output: Path, figure: Figure) -> ShownFigure:
     (output / files["PDF"]).write_bytes(figure.pdf())
     (output / files["CSV"]).write_text(figure.csv(), encoding="utf-8", errors="replace")
     svg = Markup(figure.inline_svg())  # matplotlib escapes text
-    return ShownFigure(figure.name, figure.title, svg, files)
+    width, height = figure.figure.get_size_inches()
+    return ShownFigure(figure.name, figure.title, svg, f"{width:g} / {height:g}", files)
 
 
 def load_environment() -> "Environment":

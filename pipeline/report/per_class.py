@@ -116,8 +116,10 @@ def load_student(validation: Validation, checkpoint: Path) -> tuple[Classifier, 
     return found.model, found.img_size
 
 
-def load_start(validation: Validation, run: Run) -> tuple[Classifier, int]:
+def load_start(validation: Validation, run: Run, *, img_size: int) -> Classifier:
     """Return the model that a run started from; raises MealError where there is none to load.
+
+    ``img_size`` is the side of the images that its student is evaluated on.
 
     A start from random weights, or with a new head, has no accuracy to compare with.
     """
@@ -127,7 +129,6 @@ def load_start(validation: Validation, run: Run) -> tuple[Classifier, int]:
         raise ConfigError("the model is one of your own code")
     if checkpoint is None and run.config.get("pretrained") is False:
         raise ConfigError("the run started from random weights")
-    img_size = int((run.student or {}).get("img_size") or run.config.get("img_size") or 224)
     model = create_classifier(
         name,
         num_classes=len(classes) if checkpoint else None,
@@ -138,7 +139,7 @@ def load_start(validation: Validation, run: Run) -> tuple[Classifier, int]:
     )
     if model.num_classes != len(classes):
         raise ConfigError("the start has a head of other classes")
-    return model, img_size
+    return model
 
 
 def measure(

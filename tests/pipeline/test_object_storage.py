@@ -155,6 +155,17 @@ def test_labels_made_in_a_bucket_are_those_made_in_a_folder(
     assert {name: store.data(f"labels/{name}") for name in local} == local
 
 
+def test_an_image_of_a_set_in_a_bucket_is_shown(
+    store: Store, labels_dir: Path, cache: list[Any], done: Run
+) -> None:
+    url = store.upload(labels_dir, "labels")
+    here, there = (
+        done("labels", "show", labels, "bees/01.jpg", "--json", *flags).report
+        for labels, flags in ((labels_dir, []), (url, cache))
+    )
+    assert there == {**here, "labels": url}
+
+
 def test_a_bucket_is_listed_no_more_than_is_needed(
     store: Store, here: Path, cache: list[Any], done: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@
   const isolated = (text) => element("bdi", {}, text);
   const nameOf = (id) => (id === null ? "none" : data.classes[id]);
   const percent = (prob) => `${(100 * prob).toFixed(prob < 0.0995 ? 1 : 0)}\u00a0%`;
-  const plural = (number, unit) => `${number} ${unit}${number === 1 ? "" : number && unit === "class" ? "es" : "s"}`;
+  const plural = (number, unit) => `${number} ${unit}${number === 1 ? "" : unit.endsWith("s") ? "es" : "s"}`;
   const colourOf = (number) => `var(--series-${number % NUM_COLOURS})`;
   const dashOf = (number) => DASHES[Math.floor(number / NUM_COLOURS) % DASHES.length];
 

@@ -12,7 +12,7 @@ from written_runs import write_run
 import mealv2
 from mealv2.errors import ConfigError, MealError
 from mealv2.report.answer import Entry, gaps_of, table_rows
-from mealv2.report.curves import CURVES, levels_of, missing_curves
+from mealv2.report.curves import CURVES, levels_of, missing_curves, step_figures
 from mealv2.report.methods import comparison_of, differing_settings, methods_of
 from mealv2.report.style import Figure, drawing, new_figure
 from mealv2.report.teachers import label_source
@@ -53,6 +53,21 @@ def test_a_run_that_trains_can_be_read(tmp_path: Path) -> None:
     old = time.time() - 1000
     os.utime(path / "run.lock", (old, old))
     assert mealv2.open_run(path).state == "not finished: 0 of 9 epochs are done"
+
+
+def test_a_run_in_its_first_epoch_has_curves_over_steps(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "new", epochs=0, planned=9)
+    for step, loss in ((50, 2.0), (100, 1.5), (100, 1.25)):  # trained again after a resume
+        log(path, event="train", epoch=1, step=step, loss=loss, lr=0.01)
+    methods = methods_of([mealv2.open_run(path), mealv2.open_run(write_run(tmp_path / "old"))])
+    figures = {figure.name: figure for figure in step_figures(methods)}
+    assert list(figures) == ["loss-steps", "lr-steps"]
+    rows = figures["loss-steps"].data
+    assert [(row["method"], row["step"], row["train_loss"]) for row in rows] == [
+        ("new", 50, 2.0),
+        ("new", 100, 1.25),
+    ]
+    assert "2 at step 50, 1.25 at step 100" in figures["loss-steps"].alt
 
 
 def test_a_folder_without_a_run_and_a_damaged_one_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The section on classes: its numbers are those of `mealv2 evaluate`; what is missing is named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ def finished_run(
 ) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     done(*distill_flags, "--output", run)
+    config = json.loads((run / "config.json").read_text())
+    # as of a run without --img-size: the student says the size
+    (run / "config.json").write_text(json.dumps({**config, "img_size": None}))
     return run
 
 
@@ -55,6 +59,28 @@ def test_the_numbers_are_those_of_evaluate(
     manifest = json.loads((labels_dir / "manifest.json").read_text())
     ensemble = manifest["roles"]["val"]["accuracy"]["ensemble"]["top1"]
     assert float(found.context["ensemble_top1"]) == pytest.approx(ensemble, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_first_run_of_every_method_is_measured(
+    finished_run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    paths = [finished_run, tmp_path / "other", tmp_path / "unfinished"]
+    for path in paths[1:]:
+        shutil.copytree(finished_run, path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "note": path.name}))
+    (tmp_path / "unfinished/student/model.safetensors").unlink()
+    runs = tuple(map(open_run, paths))
+    found = classes.section(Inputs(runs, (), None, data_dir, tmp_path))
+    rows = {row[0]: row[1:] for row in found.context["methods"]}
+    first, other = rows
+    assert (first.split("/")[-1], other.split("/")[-1]) == ("run", "other")
+    assert rows[other] == rows[first]
+    assert found.context["columns"] == ["class", "images", "start", first, "gain", other]
+    assert all(row[f"top-1, {other}"] == row["after"] for row in found.figures[0].data)
+    (note,) = found.context["compared"].notes
+    assert "unfinished is left out: " in note
 
 
 @pytest.mark.slow
