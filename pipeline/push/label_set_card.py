@@ -45,12 +45,12 @@ def card(folder: Path, manifest: dict[str, Any], repo: str, licence: str | None)
 
 def _facts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows on teachers, views, encoding and size."""
-    plan, roles = manifest["plan"], manifest["roles"]
+    plan, splits = manifest["plan"], manifest["roles"]
     teachers = [str(teacher["model"]) for teacher in plan.get("teachers", [])]
     rows = [("teachers", ", ".join(map(escaped, teachers))), ("image size", _size(plan))]
-    for name, role in roles.items():
-        views = max((block["views"][1] for block in role["blocks"]), default=0)
-        shards = listed_shards({name: role})
+    for name, split in splits.items():
+        views = max((block["views"][1] for block in split["blocks"]), default=0)
+        shards = listed_shards({name: split})
         headers = [read_header(folder / shard["name"]) for shard in shards]
         num_labels = sum(h["num_views"] * h["columns"]["key_ends"]["shape"][0] for h in headers)
         num_bytes = sum(header["columns"]["labels"]["shape"][0] for header in headers)

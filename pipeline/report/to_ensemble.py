@@ -22,8 +22,8 @@ def with_closeness(inputs: Inputs, runs: Sequence[Run]) -> tuple[list[Run], list
 
     The results that have none are run on the validation images of ``--data-dir``.
     """
-    lacking = [run for run in runs if _lacks(run)]
-    if inputs.labels is None or not lacking:
+    unmeasured = [run for run in runs if _is_unmeasured(run)]
+    if inputs.labels is None or not unmeasured:
         return list(runs), []
     try:
         labels = open_labels(inputs.labels, split="val")
@@ -34,17 +34,17 @@ def with_closeness(inputs: Inputs, runs: Sequence[Run]) -> tuple[list[Run], list
             "Agreement, KL and ECE that a run did not log are measured with --data-dir."
         ]
     found, notes = {run.path: run for run in runs}, []
-    for run in lacking[:MAX_RUNS]:
+    for run in unmeasured[:MAX_RUNS]:
         try:
             found[run.path] = _measured(inputs, inputs.data_dir, labels, run)
         except (MealError, OSError) as error:
             notes.append(f"Agreement and KL of {run.path} are not known: {error}.")
-    if len(lacking) > MAX_RUNS:
-        notes.append(f"Agreement and KL were measured for {MAX_RUNS} runs of {len(lacking)}.")
+    if len(unmeasured) > MAX_RUNS:
+        notes.append(f"Agreement and KL were measured for {MAX_RUNS} runs of {len(unmeasured)}.")
     return [found[run.path] for run in runs], notes
 
 
-def _lacks(run: Run) -> bool:
+def _is_unmeasured(run: Run) -> bool:
     """Return whether the figures of the epoch that is the result are not all known."""
     row = run.validations.get(_result_epoch(run))
     return row is not None and "top1" in row and any(name not in row for name in _FIGURES)
