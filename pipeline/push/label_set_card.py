@@ -56,7 +56,7 @@ def _facts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
         num_bytes = sum(header["columns"]["labels"]["shape"][0] for header in headers)
         each = f"{num_bytes / max(1, num_labels):.1f} bytes a label"
         size = console.size_of(sum(shard["bytes"] for shard in shards))
-        rows.append((f"{name} images", f"{role['num_images']} x {views} views, {size}, {each}"))
+        rows.append((f"{name} images", f"{split['num_images']} x {views} views, {size}, {each}"))
     rows += [
         ("views", _views(plan)),
         ("encoding", escaped(Encoding.of_plan(plan))),

@@ -38,7 +38,7 @@ def _lines(
 ) -> dict[str, list[Any]]:
     """Return the epochs, and a line per run, of the rows of a figure."""
     xs = sorted({row["epoch"] for row in rows})
-    digits = {x: digit for digit, x in enumerate(xs)}
+    index_of = {x: index for index, x in enumerate(xs)}
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
         empty = {
@@ -47,7 +47,7 @@ def _lines(
             "values": [None] * len(xs),
         }
         values = lines.setdefault(row["run"], empty)["values"]
-        values[digits[row["epoch"]]] = _rounded(row[column])
+        values[index_of[row["epoch"]]] = _rounded(row[column])
     return {"x": xs, "lines": list(lines.values())}
 
 
