@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a model, from its name: no weights, no computation."""
+"""Parameters and multiply-accumulates of a model from its name: no weights, no computation."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mealv2.errors import MealError
-from mealv2.models.classifier import create_classifier
+from mealv2.models.classifier import Classifier, create_classifier
 from mealv2.models.factory import is_factory
 from mealv2.models.timm_models import SOURCES
 
+_CANNOT_BUILD = (MealError, RuntimeError, NotImplementedError, TypeError, ValueError)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -64,13 +65,29 @@ def model_cost(name: str, *, num_classes: int, img_size: int) -> Cost | None:
     None for one that this version of timm cannot build from its name, and for files, repositories
     and the user's own code: nothing is downloaded or imported.
     """
-    if is_factory(name) or name.startswith(SOURCES) or name.lower().endswith(".onnx"):
-        return None
     try:
-        with torch.device("meta"):
-            model = create_classifier(name, num_classes=num_classes, img_size=img_size)
-        model.to("meta")
+        if (model := _on_meta(name, num_classes=num_classes, img_size=img_size)) is None:
+            return None
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return Cost(parameters, forward_macs(model, img_size))
-    except (MealError, RuntimeError, NotImplementedError, TypeError, ValueError):
+    except _CANNOT_BUILD:
         return None
+
+
+@lru_cache(maxsize=256)
+def parameter_names(name: str, *, num_classes: int, img_size: int) -> tuple[str, ...] | None:
+    """Return the names of a model's parameters in its own order; None as ``model_cost``."""
+    try:
+        model = _on_meta(name, num_classes=num_classes, img_size=img_size)
+    except _CANNOT_BUILD:
+        return None
+    return None if model is None else tuple(n for n, _ in model.backbone.named_parameters())
+
+
+def _on_meta(name: str, *, num_classes: int, img_size: int) -> Classifier | None:
+    """Build a model without weights; None for a name that nothing is built from."""
+    if is_factory(name) or name.startswith(SOURCES) or name.lower().endswith(".onnx"):
+        return None
+    with torch.device("meta"):
+        model = create_classifier(name, num_classes=num_classes, img_size=img_size)
+    return model.to("meta")

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from mealv2.errors import ConfigError
+from mealv2.models.classifier import read_metadata
+from mealv2.models.cost import parameter_names
 from mealv2.models.layers import first_middle_last, tensor_of
 from mealv2.models.pretrained import cached_file
 from mealv2.models.weights import read_state
@@ -64,15 +66,32 @@ class Line:
 def read_layers(path: Path, layers: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Return weights in a file or in the folder of a run or model, by layer, in float64.
 
-    Of the layers that it has; by default the first, the middle and the last one. Raises ConfigError
-    for a path without weights that can be read.
+    Of the layers that it has; by default the first, the middle and the last one, in the order of
+    the architecture that the file names. Without one that can be built, such as of own code, in the
+    file's order, which in safetensors is that of the names. Raises ConfigError for a path without
+    weights that can be read.
     """
     values = read_state(find_checkpoint(path))
     state = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if layers is None:
-        layers = first_middle_last({name: value.shape for name, value in state.items()})
+        names = [name for name in _model_order(path) or state if name in state]
+        layers = first_middle_last({name: state[name].shape for name in names})
     found = {layer: tensor_of(state, layer) for layer in layers}
     return {layer: value.double().numpy() for layer, value in found.items() if value is not None}
+
+
+def _model_order(path: Path) -> tuple[str, ...] | None:
+    """Return the names of parameters in their model's order; None where it is not known."""
+    about = read_metadata(find_checkpoint(path))
+    try:
+        name, num_classes, img_size = (
+            about["architecture"],
+            len(about["classes"]),
+            about["img_size"],
+        )
+    except (KeyError, TypeError):
+        return None
+    return parameter_names(str(name), num_classes=num_classes, img_size=int(img_size))
 
 
 def start_file(run: Run) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,11 @@ def test_layers_that_a_file_does_not_have_are_left_out(tmp_path: Path) -> None:
     found = read_layers(path, ["a", "b"])
     assert list(found) == ["a"]
     assert found["a"].dtype == np.float64
+
+
+def test_layers_are_in_the_order_of_the_model_not_of_their_names(
+    make_model: Callable[..., Path],
+) -> None:
+    # by name, conv_stem is the last convolution
+    found = list(read_layers(make_model("test_efficientnet")))
+    assert found == ["conv_stem", "blocks.3.0.conv_pw", "conv_head"]
