@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from screenshots import CHROMIUM
 
 from conftest import ROOT, Result, Spawned
 from mealv2.errors import MealError, StoppedError
@@ -92,6 +93,28 @@ def test_demo_ends_with_one_table(finished: tuple[Path, Result]) -> None:
     assert f"report {out}/report/index.html (" in result.stderr
     for row in ("ensemble of the teachers", "hard labels: the control", "(a) ", "(b) "):
         assert row in result.stderr
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="Debian's chromium is not installed")
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_the_page_has_all_sections_and_its_browser_is_filtered(
+    finished: tuple[Path, Result], size: tuple[int, int]
+) -> None:
+    pages = pytest.importorskip("pages", reason="Playwright is not installed")
+    out, result = finished
+    assert result.code == 0, result.stderr
+    with pages.opened(out / "report", size=size) as tab:
+        assert pages.sections_of(tab) == pages.SECTIONS
+        assert tab.locator("#weights figure svg").count() == 4  # histograms, and percentiles
+        assert pages.serious_findings(tab) == []
+        titles = tab.locator("#browser-images h4")
+        key = titles.first.text_content()
+        tab.locator("[name=text]").fill(key)
+        assert titles.all_text_contents() == [key]
+        tab.locator("[name=text]").fill("no image has this name")
+        assert titles.count() == 0
 
 
 @pytest.mark.slow

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import in_browser, opened, serious_findings
 
 from mealv2.label_set import LabelSet
 from pipeline.report import browser, classes, labels, page
 from pipeline.report.sections import Inputs
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
-]
+pytestmark = in_browser
 
 CLASSES = ("<img src=x onerror=alert(1)>", "bees & \"wasps\" 'x'", "قطة \u202egnp.tac $x^2")
 HOSTILE_FILE = "quote\" '\n</script><script>alert(2)<|script> \u202egpj.jpg"
@@ -63,20 +58,8 @@ def report_dir(
 @pytest.fixture
 def shown(report_dir: Path) -> Iterator[Any]:
     """The page in a browser; its errors and requests are checked at the end."""
-    errors: list[str] = []
-    requests: list[str] = []
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        tab = chromium.new_page(viewport={"width": 1280, "height": 900})
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        tab.on("dialog", lambda dialog: errors.append(f"dialog {dialog.message}"))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto((report_dir / "index.html").as_uri())
+    with opened(report_dir) as tab:
         yield tab
-        chromium.close()
-    assert errors == []
-    assert [url for url in requests if not url.startswith(("file://", "data:"))] == []
 
 
 def titles(tab: Any) -> list[str]:
@@ -150,13 +133,10 @@ CLASSES_IN_ORDER = sorted(CLASSES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_axe_has_no_serious_finding(shown: Any, width: int, scheme: str) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
     shown.set_viewport_size({"width": width, "height": 800})
     shown.emulate_media(color_scheme=scheme)
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
-    found = axe.Axe().run(shown, options={"preload": False})
-    serious = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
-    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in serious] == []
+    assert serious_findings(shown) == []
 
 
 def test_the_page_works_with_the_keyboard(shown: Any) -> None:

@@ -7,18 +7,11 @@ from typing import Any
 
 import pytest
 import screenshots
+from pages import SECTIONS, in_browser, opened, sections_of, serious_findings
 from PIL import Image
 from written_runs import write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
-]
-SECTIONS = ["answer", "curves", "browser", "labels", "classes", "weights", "made"]
+pytestmark = in_browser
 HOSTILE = ("<script>alert(1)<|script>", "quote\" ' $x^2$\nline", "_שלום \u202egnp")
 SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
 
@@ -39,26 +32,8 @@ def report_dir(done: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
 def tab(report_dir: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page at a size and in a colour scheme; console and requests are checked at the end."""
     size, scheme = request.param
-    errors: list[str] = []
-    urls: list[str] = []
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        width, height = SIZES[size]
-        page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on(
-            "console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None
-        )
-        page.on(
-            "dialog", lambda dialog: (errors.append(f"dialog {dialog.message}"), dialog.dismiss())
-        )
-        page.on("request", lambda sent: urls.append(sent.url))
-        page.goto((report_dir / "index.html").as_uri())
+    with opened(report_dir, size=SIZES[size], scheme=scheme) as page:
         yield page
-        chromium.close()
-    assert errors == []
-    assert urls
-    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
 
 
 def test_a_screenshot_of_every_section_is_taken(report_dir: Path, tmp_path: Path) -> None:
@@ -69,18 +44,8 @@ def test_a_screenshot_of_every_section_is_taken(report_dir: Path, tmp_path: Path
             assert len(image.convert("L").getcolors() or []) > 5
 
 
-def serious_findings(tab: Any) -> list[Any]:
-    results = axe.Axe().run(tab, options={"preload": False})  # it would fetch the style sheets
-    return [
-        (rule["id"], [node["html"][:200] for node in rule["nodes"][:3]])
-        for rule in results.response["violations"]
-        if rule["impact"] in ("serious", "critical")
-    ]
-
-
 def test_sections_are_there_and_nothing_is_wrong_for_a_screen_reader(tab: Any) -> None:
-    found = tab.eval_on_selector_all("main > section", "all => all.map(one => one.id)")
-    assert found == SECTIONS
+    assert sections_of(tab) == SECTIONS
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert serious_findings(tab) == []
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import CHROMIUM, in_browser, playwright
 from written_runs import write_run
 
 import label_sets
@@ -14,14 +15,7 @@ from mealv2.label_set import Encoding, Images
 from mealv2.views import RECIPE
 from pipeline.bench.synthetic_images import draw_jpeg
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.timing,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
-]
+pytestmark = [*in_browser, pytest.mark.timing]
 TIMES = "[performance.getEntriesByType('navigation')[0].loadEventEnd, window.cardsDrawn]"
 # notes when the label browser has its first images, from the start of the navigation
 WHEN_DRAWN = """
@@ -84,7 +78,7 @@ def test_twenty_runs_of_a_thousand_classes_with_images(
     num_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     assert len(list(output.glob("images/*-view-*.jpg"))) >= 200
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = chromium.new_page()
         tab.add_init_script(WHEN_DRAWN)
         tries = []
