@@ -105,8 +105,9 @@ def start_file(run: Run) -> Path:
         return find_checkpoint(Path(checkpoint or path))
     if run.config.get("pretrained") is False or run.config.get("mode") == "scratch":
         raise ConfigError("it started from random weights")
-    if os.path.isdir(name):  # noqa: PTH112  # a name may be too long
-        return find_checkpoint(Path(name))
+    folder = name.removeprefix("local-dir:")
+    if os.path.isdir(folder):  # noqa: PTH112  # a name may be too long
+        return find_checkpoint(Path(folder))
     found = cached_file(name)
     if found is None:
         raise ConfigError(f"its weights, {name}, are not in a cache of this machine")

@@ -15,7 +15,9 @@ from mealv2.errors import ConfigError
 Location = Path | str  # a str is a URL
 
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
-_URL_START = re.compile(r"(?<![A-Za-z0-9+.-])(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+# the next URL of a list, NAME=URL,NAME=URL, and a parameter of a query with its value
+_NEXT_URL = re.compile(r"(,(?=(?:[^,=:/?]*=)?[A-Za-z][A-Za-z0-9+.-]*://))")
+_PARAMETER = re.compile(r"([?&;#]([^=&;?#]*)=)([^&;,#\s]+)")
 # a URL in a command: user and password, host and path, query and fragment
 _IN_COMMAND = re.compile(r"://([^\s'\"/@]*@)?([^\s'\"?#|;<>()]*)([?#][^\s'\"|;<>()]*)?")
 # options and headers of a command with a secret; a variable of the shell is none
@@ -99,9 +101,22 @@ def without_secrets(location: str) -> str:
 def word_without_secrets(word: str) -> str:
     """Return a word of a command line, such as ``NAME=URL`` or a list of URLs, without secrets."""
     before, pipe, command = word.partition(PIPE)
-    parts = [before] if pipe else _URL_START.split(word)
-    cleaned = "".join(without_secrets(part) if is_url(part) else part for part in parts)
+    cleaned = "".join(map(_item_without_secrets, _NEXT_URL.split(before)))
+    # what the list did not show as a query, such as after a comma within one
+    cleaned = _PARAMETER.sub(_without_value, cleaned)
     return cleaned + (without_secrets(pipe + command) if pipe else "")
+
+
+def _item_without_secrets(item: str) -> str:
+    """Return NAME=URL or a URL without its secrets; other text as it is."""
+    if is_url(item):
+        return without_secrets(item)
+    name, equals, url = item.partition("=")
+    return f"{name}={without_secrets(url)}" if equals and is_url(url) else item
+
+
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found[1]}…" if _has_secret(f"{found[2]}={found[3]}") else found[0]
 
 
 def _public_part(found: re.Match[str]) -> str:

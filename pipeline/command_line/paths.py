@@ -182,6 +182,16 @@ def _check_weights_or_set(config: Settings, name: str, path: Path) -> None:
         raise ConfigError(message)
     if not _has_set(path):
         _check_weights(config, name, path)
+    elif _has_weights(path):
+        raise ConfigError(f"{name}: {path} has a model and a label set; give a folder of one")
+
+
+def _has_weights(path: Path) -> bool:
+    try:
+        find_checkpoint(path)
+    except ConfigError:
+        return False
+    return True
 
 
 def _has_set(folder: Path) -> bool:

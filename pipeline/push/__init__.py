@@ -51,7 +51,8 @@ def run(config: PushConfig) -> dict[str, Any]:
 
 def _default_out(config: PushConfig) -> Path:
     if is_label_set(config.run):
-        return config.run.with_name(f"{config.run.name}-push")
+        labels = config.run.resolve()
+        return labels.with_name(f"{labels.name}-push")
     folder = config.run if config.run.is_dir() else config.run.parent
     return folder / "export" / "push"
 

@@ -126,7 +126,8 @@ def rebuild_student(
     assert config.resume is not None, "the caller has seen the checkpoint"
     path, kept = _load_newest(config.resume, ranks)
     try:
-        tag, model_args, (mean, std) = kept["arch"], kept["model_args"], kept["preprocessing"]
+        tag, (mean, std) = kept["arch"], kept["preprocessing"]
+        model_args = kept.get("model_args", {})  # absent from older checkpoints
     except (KeyError, ValueError) as error:
         raise MealError(f"checkpoint {path} is of another run: {error}") from None
     if is_factory(tag) and tag != name:

@@ -209,7 +209,7 @@ class RunLog:
         """Log percentiles of the weights of the --log-weights layers, of the result so far."""
         epoch = self._state.progress.epoch
         # the start of a run that stopped before its first step may have been logged
-        if epoch == 0 and WEIGHTS in self._folder.logged:
+        if not self._config.log_weights or (epoch == 0 and WEIGHTS in self._folder.logged):
             return
         layers = find_parameters(self._state.result.backbone, self._config.log_weights)
         for layer, weights in layers.items():

@@ -278,6 +278,26 @@ def test_a_damaged_or_unfinished_label_set_is_not_pushed(
     assert "the label set is not finished; run the same `mealv2 precompute` again" in result.stderr
 
 
+def test_a_folder_of_a_model_and_a_label_set_is_refused(
+    run_cli: Run, hub: Hub, labels_dir: Path, model: Path, tmp_path: Path
+) -> None:
+    both = Path(shutil.copytree(labels_dir, tmp_path / "both"))
+    shutil.copytree(model, both, dirs_exist_ok=True)
+    result = run_cli("push", both, f"hf://{REPO}")
+    assert (result.code, hub.repos) == (2, {})
+    assert result.stderr.strip() == (
+        f"mealv2: RUN: {both} has a model and a label set; give a folder of one"
+    )
+
+
+def test_a_dry_run_from_within_a_label_set_writes_beside_it(
+    done: Run, hub: Hub, labels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(labels_dir, tmp_path / "copy"))
+    monkeypatch.chdir(copy)
+    assert done("push", ".", f"hf://{REPO}", "--dry-run").report["path"] == f"{copy}-push"
+
+
 def test_a_dry_run_of_a_label_set_writes_its_card_only(
     done: Run, run_cli: Run, hub: Hub, labels_dir: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ def test_the_longest_line_fits_100_columns(
 ) -> None:
     progress = _Fixed(epoch=epoch - 1, step=0, total_steps=10**9)
     state = _Fixed(progress=progress, lr=1.2345e-05)
-    log: Any = RunLog(_Fixed(epochs=1000), _Fixed(), state, _Fixed(logged={}), None)  # type: ignore[arg-type]
+    log: Any = RunLog(_Fixed(epochs=1000, log_weights=()), _Fixed(), state, _Fixed(logged={}), None)  # type: ignore[arg-type]
     clock = iter([0.0, 0.0, seconds])
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     log.bar(1, last_epoch=epoch, epochs_of_step=1.0)
@@ -101,7 +101,7 @@ def test_a_resumed_run_warns_of_the_discriminator_once(
 ) -> None:
     progress = _Fixed(epoch=0, step=0, total_steps=0)
     state = _Fixed(progress=progress, lr=0.1)
-    config, spec = _Fixed(epochs=9), _Fixed(extra={"discriminator": (None, 0.1)})
+    config, spec = _Fixed(epochs=9, log_weights=()), _Fixed(extra={"discriminator": (None, 0.1)})
     trained = {"loss": 1.0, "discriminator_accuracy": 0.99, run_log.GRADIENT_RATIO: 0.9}
 
     def epochs(log: Any, *, last: int) -> int:
