@@ -15,7 +15,8 @@ from mealv2.models.fitting import State
 from mealv2.models.pretrained import weights_in_reach
 from mealv2.own_code import reason_of
 
-SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm: parse_model_name
+LOCAL_DIR = "local-dir:"
+SOURCES = (LOCAL_DIR, "hf-hub:", "hf_hub:")  # timm: parse_model_name
 
 
 def create_backbone(name: str, weights: Mapping[str, Any] | None, **extra: Any) -> nn.Module:
@@ -67,7 +68,7 @@ def rebuild(name: str, extra: dict[str, Any], state: State) -> nn.Module:
 
 def config_of_source(name: str) -> dict[str, Any]:
     """Return the config of a model folder, local or on the hub, which timm reads."""
-    is_local = name.startswith("local-dir:")
+    is_local = name.startswith(LOCAL_DIR)
     try:
         in_reach = nullcontext() if is_local else weights_in_reach({"hf_hub_id": name})
         with in_reach, torch.device("meta"):

@@ -14,6 +14,7 @@ from mealv2.models.classifier import read_metadata
 from mealv2.models.cost import parameter_names
 from mealv2.models.layers import first_middle_last, tensor_of
 from mealv2.models.pretrained import cached_file
+from mealv2.models.timm_models import LOCAL_DIR
 from mealv2.models.weights import read_state
 from mealv2.report.run import Run
 from mealv2.report.style import (
@@ -105,7 +106,7 @@ def start_file(run: Run) -> Path:
         return find_checkpoint(Path(checkpoint or path))
     if run.config.get("pretrained") is False or run.config.get("mode") == "scratch":
         raise ConfigError("it started from random weights")
-    folder = name.removeprefix("local-dir:")
+    folder = name.removeprefix(LOCAL_DIR)
     if os.path.isdir(folder):  # noqa: PTH112  # a name may be too long
         return find_checkpoint(Path(folder))
     found = cached_file(name)

@@ -8,6 +8,7 @@ from mealv2 import label_set
 from mealv2.errors import LabelSetError
 from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, Encoding, creating_command
 from mealv2.label_set.shard import APPENDED_PREFIX
+from mealv2.label_set.split_size import num_rows, split_size
 from mealv2.storage.urls import shown
 from pipeline import console
 from pipeline.config import LabelsInfoConfig
@@ -79,18 +80,17 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     shards = label_set.listed_shards({name: entry})
     headers = [_header(folder / shard["name"], manifest) for shard in shards]
     appended = sorted(folder.glob(f"{name}-{APPENDED_PREFIX}*.h5"))
-    num_labels = sum(header["num_views"] * _rows(header) for header in headers)
-    label_bytes = sum(header["columns"]["labels"]["shape"][0] for header in headers)
+    size = split_size(entry, headers)
     split = {
-        "images": sum(map(_rows, headers[: len(entry["blocks"][0]["shards"])])),
-        "views": max((block["views"][1] for block in entry["blocks"]), default=0),
-        "shards": len(shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "label_bytes": label_bytes,
-        "bytes_per_view": round(label_bytes / max(1, num_labels), 2),
+        "images": size.images,
+        "views": size.views,
+        "shards": size.shards,
+        "bytes": size.bytes,
+        "label_bytes": size.label_bytes,
+        "bytes_per_view": round(size.bytes_per_view, 2),
         "skipped": len(entry["skipped"]),
         "content_hashes": entry.get("content", {}).get("images", 0),
-        "appended_rows": sum(_rows(_header(path, manifest)) for path in appended),
+        "appended_rows": sum(num_rows(_header(path, manifest)) for path in appended),
         **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
     }
     images, views, shards_ = (console.count(split[f"{u}s"], u) for u in ("image", "view", "shard"))
@@ -106,10 +106,6 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     if "accuracy" in split:
         _log("", f"ensemble top-1 {split['accuracy']['ensemble']['top1']:.2f}")
     return split
-
-
-def _rows(header: dict[str, Any]) -> int:
-    return int(header["columns"]["key_ends"]["shape"][0])
 
 
 def _header(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:

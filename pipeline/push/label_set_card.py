@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mealv2.label_set import Encoding, listed_shards, read_header
+from mealv2.label_set.split_size import split_size
 from pipeline import console
 from pipeline.export.model_card import escaped, table
 
@@ -49,14 +50,10 @@ def _facts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     teachers = [str(teacher["model"]) for teacher in plan.get("teachers", [])]
     rows = [("teachers", ", ".join(map(escaped, teachers))), ("image size", _size(plan))]
     for name, split in splits.items():
-        views = max((block["views"][1] for block in split["blocks"]), default=0)
         shards = listed_shards({name: split})
-        headers = [read_header(folder / shard["name"]) for shard in shards]
-        num_labels = sum(h["num_views"] * h["columns"]["key_ends"]["shape"][0] for h in headers)
-        num_bytes = sum(header["columns"]["labels"]["shape"][0] for header in headers)
-        each = f"{num_bytes / max(1, num_labels):.1f} bytes a label"
-        size = console.size_of(sum(shard["bytes"] for shard in shards))
-        rows.append((f"{name} images", f"{split['num_images']} x {views} views, {size}, {each}"))
+        size = split_size(split, [read_header(folder / shard["name"]) for shard in shards])
+        sizes = f"{console.size_of(size.bytes)}, {size.bytes_per_view:.1f} bytes a label"
+        rows.append((f"{name} images", f"{size.images} x {size.views} views, {sizes}"))
     rows += [
         ("views", _views(plan)),
         ("encoding", escaped(Encoding.of_plan(plan))),
