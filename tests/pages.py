@@ -38,7 +38,7 @@ def opened(
             "dialog", lambda dialog: (errors.append(f"dialog {dialog.message}"), dialog.dismiss())
         )
         tab.on("request", lambda sent: urls.append(sent.url))
-        tab.goto((report / "index.html").as_uri())
+        tab.goto((report.resolve() / "index.html").as_uri())
         yield tab
         chromium.close()
     assert errors == []

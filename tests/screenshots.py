@@ -36,7 +36,7 @@ def take(report: Path, output: Path) -> list[Path]:
 def _sections(browser: Any, report: Path, output: Path, size: str, scheme: str) -> list[Path]:
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-    page.goto((report / "index.html").as_uri())
+    page.goto((report.resolve() / "index.html").as_uri())
     page.evaluate(_ALL_IN_SIGHT)
     page.wait_for_function("Array.from(document.images).every(image => image.complete)")
     found = []
