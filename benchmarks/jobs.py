@@ -108,7 +108,7 @@ def measure_status(folder: Path, *, num_shards: int, repetitions: int) -> None:
     plan = plan_of(encoding, STATUS_VIEWS) | {"shard_size": STATUS_IMAGES, "teachers": []}
     plan["roles"]["train"]["num_images"] = num_images
     claim(folder, plan)
-    one = encoding.blocks(simulated_rows(encoding, 64 * STATUS_VIEWS), STATUS_VIEWS)
+    one = encoding.blocks(simulated_rows(encoding, 64, STATUS_VIEWS), STATUS_VIEWS)
     blocks = one * (STATUS_IMAGES // len(one))
     for shard in planned_shards(plan):
         keys = [key_of(n) for n in shard.images or ()]

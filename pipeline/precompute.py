@@ -12,16 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mealv2 import label_set
 from mealv2.data.loader import WaitTimer, on_device, read_views
 from mealv2.data.source import ImageSource
 from mealv2.labelling import manifest
-from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.annotator import Annotator, whole_images
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
 from mealv2.labelling.shards import CompleteCheck, check_complete
 from mealv2.labelling.store import Store
+from mealv2.models.ensemble import EnsembleOutput
 from mealv2.teacher_sets import claim_sets
 from pipeline import console, timing
 from pipeline.config import PrecomputeConfig, split_teachers
@@ -201,7 +204,9 @@ def _measure(
             pin_memory=annotator.runtime.should_pin_memory,
         )
         timer, start_s = WaitTimer(batches), time.perf_counter()
-        annotations = annotator.annotate(split.source, timer, count_correct=False)
+        annotations = annotator.annotate(
+            split.source, timer, num_views=num_views, count_correct=False
+        )
         seconds = time.perf_counter() - start_s
         blocks = annotator.encoding.blocks(annotations.rows, num_views)
         label_bytes = sum(map(len, blocks)) / max(1, len(annotations.positions))
@@ -214,26 +219,33 @@ def _measure(
 def _encoding_loss(
     config: PrecomputeConfig, annotator: Annotator, split: LabelSplit
 ) -> tuple[float | None, int]:
-    """Return the mean KL(p || recovered) of a batch of views of evenly spaced images, in nats.
+    """Return the mean KL(p || recovered) of all views of some evenly spaced images, in nats.
 
-    Also returns the number of views; None and 0 if none of them can be read.
+    Also returns the number of views, about a batch; None and 0 if none of them can be read.
     """
-    num_images = min(len(split.source), -(-annotator.batch_size // len(split.views)))
-    positions = [n * len(split.source) // num_images for n in range(num_images)]
-    runtime, total, num_views = annotator.runtime, 0.0, 0
+    num_views = len(split.views)
+    num_images = min(len(split.source), -(-annotator.batch_size // num_views))
+    chosen = [n * len(split.source) // num_images for n in range(num_images)]
     batches = read_views(
         split.reader,
-        batch_requests(positions, split.views, annotator.batch_size)[:1],
+        batch_requests(chosen, split.views, annotator.batch_size),
         workers=config.workers,
-        pin_memory=runtime.should_pin_memory,
+        pin_memory=annotator.runtime.should_pin_memory,
     )
-    for batch in on_device(batches, runtime.device):
+    positions: list[int] = []
+    outputs: list[EnsembleOutput] = []
+    for batch in on_device(batches, annotator.runtime.device):
         if batch.positions:
-            _, output = annotator.predict(batch.images_BCHW, batch.other_sizes)
-            labels = annotator.encoding.encode(*output).labels
-            total += kl_sum(output.probs_BC, labels.to_dense())
-            num_views += len(batch.positions)
-    return (total / num_views if num_views else None), num_views
+            positions += batch.positions
+            outputs.append(annotator.predict(batch.images_BCHW, batch.other_sizes)[1])
+    rows = whole_images(positions, num_views)
+    if not len(rows):
+        return None, 0
+    probs_NC, logits_NC = (
+        torch.cat(column)[rows.to(column[0].device)] for column in zip(*outputs, strict=True)
+    )
+    labels = annotator.encoding.encode(probs_NC, logits_NC, num_views=num_views).labels
+    return kl_sum(probs_NC, labels.to_dense()) / len(rows), len(rows)
 
 
 def _bytes_beside_labels(split: LabelSplit) -> int:

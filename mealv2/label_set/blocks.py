@@ -1,15 +1,15 @@
 """The bytes of a block: all labels of one image, as a shard stores them.
 
-A block holds the number of classes that each view keeps (only where it varies), the record of each
-view, and the mean logits of each view (only if the set stores them).
+A block holds the labels, in the codec's form or as plain values, and the mean logits of each view,
+only if the set stores them.
 docs/reference/label-set-format.md describes every byte.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mealv2.codec import EncodedLabels
-from mealv2.codec.record import id_bits, num_bytes
+from mealv2.codec.labels import spans
+from mealv2.codec.record import id_bits
 from mealv2.errors import LabelSetError
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 
@@ -95,17 +96,22 @@ class BlockFormat:
         return 1 if self.topk is None or self.topk <= _RATE_MAX_KEPT else 2
 
     def blocks(self, rows: Rows, num_views: int) -> list[bytes]:
-        """Return the block of each image; ``rows``, on the CPU, has its views in order."""
-        counts_N, records = self._records(rows.labels)
-        counts = counts_N.astype(f"<u{self.count_size}").tobytes() if self.count_size else b""
-        logits = b"" if rows.logits is None else _logit_bytes(rows.logits, *self._masks(counts_N))
-        ends_N = np.arange(1, len(counts_N) + 1) * self.count_size
-        pieces = [
-            _split(counts, ends_N[num_views - 1 :: num_views]),
-            _split(records, np.cumsum(self._sizes(counts_N))[num_views - 1 :: num_views]),
-            _split(logits, np.cumsum(self._logit_sizes(counts_N))[num_views - 1 :: num_views]),
-        ]
-        return [b"".join(block) for block in zip(*pieces, strict=True)]
+        """Return the block of each image; ``rows``, on the CPU, has its views in order.
+
+        Raises ValueError for rows of a curve that are not all views of their blocks.
+        """
+        if isinstance(rows.labels, EncodedLabels):
+            blocks = rows.labels.blocks(num_views)
+        else:
+            size = num_views * self._value_record_size
+            blocks = _split(self._value_records(rows.labels), len(rows.labels) // num_views, size)
+        if rows.logits is None:
+            return blocks
+        counts_N = self._counts(rows.labels)
+        logits = _logit_bytes(rows.logits, *self._masks(counts_N))
+        ends = np.cumsum(self._logit_sizes(counts_N))[num_views - 1 :: num_views].tolist()
+        places = zip([0, *ends], ends, blocks, strict=False)
+        return [block + logits[begin:end] for begin, end, block in places]
 
     def rows_of(
         self, data: np.ndarray, ends_N: np.ndarray, num_views: int, views_N: np.ndarray
@@ -114,76 +120,84 @@ class BlockFormat:
 
         Raises LabelSetError for a block that this encoding cannot have written.
         """
-        layout = self._layout(data, ends_N, num_views)
-        return self._gather(data, layout, (np.arange(len(ends_N)), views_N))
+        rows = self._rows(data, ends_N, num_views, np.arange(len(ends_N)), views_N)
+        rows.labels.kept()  # decodes them now: an error belongs to the set that is read
+        return rows
 
     def all_rows_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
-        """Return all views of N blocks, image by image; raises as ``rows_of``."""
-        layout = self._layout(data, ends_N, num_views)
-        if self.logits:
-            return self._gather(data, layout, (slice(None), slice(None)))
-        # the records of a block are contiguous: copy one piece per block
-        begins, ends = layout.record_at_NV[:, 0].tolist(), layout.logit_at_NV[:, 0].tolist()
-        flat = np.ascontiguousarray(data).data
-        records = bytearray().join([flat[a:b] for a, b in zip(begins, ends, strict=True)])
-        return Rows(self._labels(layout.counts_NV.reshape(-1), np.frombuffer(records, np.uint8)))
+        """Return all views of N blocks, image by image; a curve is checked when it is decoded."""
+        images, views = np.arange(len(ends_N)), np.arange(num_views if len(ends_N) else 0)
+        return self._rows(
+            data, ends_N, num_views, np.repeat(images, len(views)), np.tile(views, len(images))
+        )
 
-    def _layout(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> "_Layout":
-        """Locate every record and logit; checks that they fill the blocks exactly."""
+    def _rows(
+        self,
+        data: np.ndarray,
+        ends_N: np.ndarray,
+        num_views: int,
+        image_R: np.ndarray,
+        view_R: np.ndarray,
+    ) -> Rows:
+        """Return views of blocks: row r is view ``view_R[r]`` of block ``image_R[r]``."""
         ends_N = ends_N.astype(np.int64)
         starts_N = np.concatenate([[0], ends_N[:-1]]) if len(ends_N) else ends_N
-        num_views = num_views if len(ends_N) else 1  # without images, a huge number is harmless
-        head = num_views * self.count_size
-        if (ends_N - starts_N < head).any():
-            raise LabelSetError("a block is shorter than its counts")
-        if self.count_size:
-            counts_NV = _heads(data, starts_N, head).view(f"<u{self.count_size}").astype(np.int64)
-            if len(ends_N) and not 1 <= counts_NV.min() <= counts_NV.max() <= self.num_classes:
-                raise LabelSetError(f"a view must keep 1 to {self.num_classes} classes")
-        else:
-            counts_NV = np.full((len(ends_N), num_views), self.topk, dtype=np.int64)
-        sizes_NV, logit_sizes_NV = self._sizes(counts_NV), self._logit_sizes(counts_NV)
-        record_ends_NV = starts_N[:, None] + head + np.cumsum(sizes_NV, axis=1)
-        logit_ends_NV = record_ends_NV[:, -1:] + np.cumsum(logit_sizes_NV, axis=1)
-        if (logit_ends_NV[:, -1] != ends_N).any():
-            raise LabelSetError("a block does not match its counts")
-        return _Layout(
-            counts_NV,
-            record_ends_NV - sizes_NV,
-            sizes_NV,
-            logit_ends_NV - logit_sizes_NV,
-            logit_sizes_NV,
+        if self.form != "curve":
+            return self._value_rows(data, starts_N, ends_N, num_views, image_R, view_R)
+        views_N = np.full(len(ends_N), num_views, np.int64)
+        labels = EncodedLabels(
+            data, starts_N, ends_N, views_N, image_R, view_R, self.num_classes, self.count_size
         )
+        if not self.logits or not len(ends_N):
+            return Rows(labels, None if not self.logits else _no_logits())
+        counts_NV, label_ends_N = labels.counts_of_blocks(num_views)
+        logits = self._logits_of(data, label_ends_N, ends_N, counts_NV, image_R, view_R)
+        return Rows(replace(labels, ends_B=label_ends_N), logits)
 
-    def _gather(self, data: np.ndarray, layout: "_Layout", which: Any) -> Rows:
-        """Return the rows at these positions of a layout."""
-        counts_N, record_at_N, sizes_N, logit_at_N, logit_sizes_N = (
-            part[which].reshape(-1) for part in layout
-        )
-        labels = self._labels(counts_N, _pick(data, record_at_N, sizes_N))
+    def _value_rows(
+        self,
+        data: np.ndarray,
+        starts_N: np.ndarray,
+        ends_N: np.ndarray,
+        num_views: int,
+        image_R: np.ndarray,
+        view_R: np.ndarray,
+    ) -> Rows:
+        assert self.topk is not None
+        size = self._value_record_size
+        label_ends_N = starts_N + size * num_views if len(starts_N) else starts_N
+        if (label_ends_N > ends_N).any() or (not self.logits and (label_ends_N < ends_N).any()):
+            raise LabelSetError("a block does not match its counts")
+        sizes_R = np.full(len(image_R), size, np.int64)
+        labels = self._values(len(image_R), data[spans(starts_N[image_R] + size * view_R, sizes_R)])
         if not self.logits:
             return Rows(labels)
-        values = _pick(data, logit_at_N, logit_sizes_N).view("<f2")
-        return Rows(labels, _logits(values, *self._masks(counts_N)))
+        counts_NV = np.full((len(starts_N), num_views if len(starts_N) else 1), self.topk)
+        return Rows(labels, self._logits_of(data, label_ends_N, ends_N, counts_NV, image_R, view_R))
 
-    @cached_property
-    def _record_sizes(self) -> np.ndarray:
-        """The bytes of a record by the number of classes that it keeps, int64."""
-        num_counts = min(1 << (8 * self.count_size), self.num_classes + 1)
-        return num_bytes(np.maximum(1, np.arange(num_counts)), self.num_classes)
+    def _logits_of(
+        self,
+        data: np.ndarray,
+        at_N: np.ndarray,
+        ends_N: np.ndarray,
+        counts_NV: np.ndarray,
+        image_R: np.ndarray,
+        view_R: np.ndarray,
+    ) -> KeptLogits:
+        """Return the logits of rows; those of a block fill it from ``at_N`` to ``ends_N``."""
+        sizes_NV = self._logit_sizes(counts_NV)
+        logit_ends_NV = at_N[:, None] + np.cumsum(sizes_NV, axis=1)
+        if (logit_ends_NV[:, -1] != ends_N).any():
+            raise LabelSetError("a block does not match its counts")
+        sizes_R = sizes_NV[image_R, view_R]
+        values = data[spans(logit_ends_NV[image_R, view_R] - sizes_R, sizes_R)].view("<f2")
+        return _logits(values, *self._masks(counts_NV[image_R, view_R]))
 
     @cached_property
     def _id_size(self) -> int:
         """The bytes of the class ids in a record of plain values."""
         assert self.topk is not None
         return 0 if self.is_dense else (self.topk * id_bits(self.num_classes) + 7) // 8
-
-    def _sizes(self, counts: np.ndarray) -> np.ndarray:
-        """Return the bytes of records that keep these numbers of classes, int64."""
-        if self.form == "curve":
-            curve_sizes: np.ndarray = self._record_sizes[counts]
-            return curve_sizes
-        return np.full(counts.shape, self._value_record_size, dtype=np.int64)
 
     @cached_property
     def _value_record_size(self) -> int:
@@ -193,38 +207,31 @@ class BlockFormat:
 
     def _logit_sizes(self, counts: np.ndarray) -> np.ndarray:
         """Return the bytes of the logits of views that keep these numbers of classes, int64."""
-        if not self.logits:
-            return np.zeros(counts.shape, dtype=np.int64)
         sizes: np.ndarray = 2 * (counts + (counts < self.num_classes)).astype(np.int64)
         return sizes
 
-    def _records(self, labels: Labels) -> tuple[np.ndarray, bytes]:
-        """Return the number of classes that each view keeps, int64 N, and all records in order."""
+    def _counts(self, labels: Labels) -> np.ndarray:
+        """Return the number of classes that each row keeps, int64 N."""
         if isinstance(labels, EncodedLabels):
-            return labels.counts_N.numpy().astype(np.int64), labels.payload_P.numpy().tobytes()
-        assert self.topk is not None
-        counts_N = np.full(len(labels), self.topk, dtype=np.int64)
+            return labels.records().counts_N
+        return np.full(len(labels), self.topk, dtype=np.int64)
+
+    def _value_records(self, labels: SoftLabels) -> bytes:
+        """Return all records of plain values in order."""
         value = np.dtype(self.form).newbyteorder("<")
         probs_NK = labels.probs_NK.numpy().astype(value, order="C")
         if self.is_dense:
-            return counts_N, probs_NK.tobytes()
+            return probs_NK.tobytes()
         ids = _packed_ids(labels.indices_NK.numpy(), id_bits(self.num_classes))
         rest_N1 = labels.rest_N.numpy().astype(value)[:, None]
         parts = [ids, probs_NK.view(np.uint8), rest_N1.view(np.uint8)]
-        return counts_N, np.concatenate(parts, axis=1).tobytes()
+        return np.concatenate(parts, axis=1).tobytes()
 
-    def _labels(self, counts_N: np.ndarray, records: np.ndarray) -> Labels:
-        """Return the labels of contiguous records."""
-        if self.form == "curve":
-            return EncodedLabels(
-                torch.from_numpy(counts_N.astype(np.int32)),
-                torch.from_numpy(records),
-                self.num_classes,
-                self.count_size,
-            )
+    def _values(self, num_rows: int, records: np.ndarray) -> SoftLabels:
+        """Return the labels of contiguous records of plain values."""
         assert self.topk is not None
         value = np.dtype(self.form).newbyteorder("<")
-        by_row = records.reshape(len(counts_N), self._value_record_size)  # -1 fails for no rows
+        by_row = records.reshape(num_rows, self._value_record_size)  # -1 fails for no rows
         if self.is_dense:
             return SoftLabels.from_dense(torch.from_numpy(by_row.view(value)))
         indices_NK = _unpacked_ids(by_row[:, : self._id_size], self.topk, id_bits(self.num_classes))
@@ -242,16 +249,6 @@ class BlockFormat:
         slot_K1 = np.arange(int(counts_N.max(initial=0)) + 1)
         is_rest_NK1 = (slot_K1 == counts_N[:, None]) & has_rest_N[:, None]
         return slot_K1 < (counts_N + has_rest_N)[:, None], is_rest_NK1
-
-
-class _Layout(NamedTuple):
-    """For N blocks x V views: classes kept; offset and bytes of the record and of the logits."""
-
-    counts_NV: np.ndarray
-    record_at_NV: np.ndarray
-    sizes_NV: np.ndarray
-    logit_at_NV: np.ndarray
-    logit_sizes_NV: np.ndarray
 
 
 def _logit_bytes(logits: KeptLogits, is_stored_NK1: np.ndarray, is_rest_NK1: np.ndarray) -> bytes:
@@ -272,25 +269,13 @@ def _logits(values: np.ndarray, is_stored_NK1: np.ndarray, is_rest_NK1: np.ndarr
     return KeptLogits(values_NK, torch.from_numpy(rest_N))
 
 
-def _split(data: bytes, ends: np.ndarray) -> list[bytes]:
-    """Return the pieces of some bytes that end at these offsets."""
-    return [data[a:b] for a, b in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
+def _no_logits() -> KeptLogits:
+    return KeptLogits(torch.zeros((0, 0), dtype=torch.float16), torch.zeros(0, dtype=torch.float16))
 
 
-def _heads(data: np.ndarray, at_N: np.ndarray, size: int) -> np.ndarray:
-    """Return ``size`` bytes from each offset, N x size."""
-    view = np.ascontiguousarray(data).data
-    heads = b"".join([view[at : at + size] for at in at_N.tolist()])
-    return np.frombuffer(heads, np.uint8).reshape(len(at_N), size)
-
-
-def _pick(data: np.ndarray, at_N: np.ndarray, sizes_N: np.ndarray) -> np.ndarray:
-    """Return the pieces at these offsets, concatenated."""
-    shift_N = at_N - (np.cumsum(sizes_N) - sizes_N)
-    source = np.repeat(shift_N, sizes_N)
-    source += np.arange(len(source))
-    picked: np.ndarray = data[source]
-    return picked
+def _split(data: bytes, number: int, size: int) -> list[bytes]:
+    """Return pieces of equal size."""
+    return [data[size * n : size * (n + 1)] for n in range(number)]
 
 
 def _packed_ids(indices_NK: np.ndarray, width: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mealv2.codec import encode
-from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES, check_rows
+from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import BlockFormat, Rows
 from mealv2.soft_labels import Labels, SoftLabels, keep_logits, top_k
@@ -21,11 +21,11 @@ _TAIL_RULE = "even over the classes not kept"
 class Encoding(BlockFormat):
     """How a set stores its labels.
 
-    ``form`` ``curve``: records of the codec (docs/reference/label-codec.md) that keep ``topk``
-    classes, or as many as ``rate`` selects for each view. ``float16`` and ``float32``: ids and
-    values of ``topk`` classes and the mass of all others; with ``topk`` equal to ``num_classes``,
-    all values in class order. ``logits``: also the mean logits of the classes kept, and the mean
-    over all others, in float16.
+    ``form`` ``curve``: blocks of the codec (docs/reference/label-codec.md): records that keep
+    ``topk`` classes, or, with ``rate``, what is smallest for its fidelity. ``float16`` and
+    ``float32``: ids and values of ``topk`` classes and the mass of all others; with ``topk`` equal
+    to ``num_classes``, all values in class order. ``logits``: also the mean logits of the classes
+    kept, and the mean over all others, in float16.
     """
 
     rate: float | None = None
@@ -78,11 +78,16 @@ class Encoding(BlockFormat):
             text = f"top-{self.topk}, {self.form}"
         return text + (", with logits" if self.logits else "")
 
-    def encode(self, probs_NC: Tensor, mean_logits_NC: Tensor | None = None) -> Rows:
-        """Encode an ensemble's output, on its device."""
+    def encode(
+        self, probs_NC: Tensor, mean_logits_NC: Tensor | None = None, *, num_views: int = 1
+    ) -> Rows:
+        """Encode an ensemble's output, on its device; all views of an image follow each other."""
         labels: Labels
         if self.form == "curve":
-            labels = encode(probs_NC, rate=self.rate, topk=self.topk)
+            together = not self.logits  # logits are stored for the classes of a record
+            labels = encode(
+                probs_NC, rate=self.rate, topk=self.topk, num_views=num_views, together=together
+            )
         else:
             assert self.topk is not None
             labels = top_k(probs_NC, self.topk).rounded(getattr(torch, self.form))
@@ -105,8 +110,8 @@ class Encoding(BlockFormat):
         if isinstance(labels, SoftLabels):
             _check_values(labels)
             return
-        check_rows(labels.counts_N.numpy(), labels.payload_P.numpy(), labels.num_classes)
-        if self.topk is not None and bool((labels.counts_N != self.topk).any()):
+        labels.check()
+        if self.topk is not None and (labels.records().counts_N != self.topk).any():
             raise LabelSetError(f"a label does not keep {self.topk} classes")
 
 

@@ -182,7 +182,7 @@ class LabelSet:
         """
         labels = self.soft_labels(keys, views)
         if isinstance(labels, EncodedLabels):
-            kept = labels.kept()
+            kept = labels.kept().by_probability()
             indices_NK = torch.where(kept.is_kept_NK, kept.indices_NK, -1)
             return Lookup(indices_NK.numpy(), kept.probs_NK.numpy())
         indices_NK = labels.indices_NK.contiguous()  # dense labels share one row

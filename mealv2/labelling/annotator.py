@@ -1,6 +1,7 @@
 """Run the ensemble on a stream of batches and encode its outputs as rows of a label set."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,7 +49,7 @@ class Annotations:
     hashes: dict[int, int] = field(default_factory=dict)
 
     def without_failed(self) -> "Annotations":
-        """Return the annotations without the views of images that failed.
+        """Return the annotations without the views of images that failed, which have no rows.
 
         ``correct`` stays: it is counted for images with one view, which has no row if it failed.
         """
@@ -58,7 +59,6 @@ class Annotations:
         return replace(
             self,
             positions=[p for p in self.positions if p not in self.failed],
-            rows=self.rows.rows(torch.from_numpy(np.flatnonzero(is_kept_N))),
             sizes_N2=self.sizes_N2[is_kept_N],
             boxes_N5=self.boxes_N5[is_kept_N],
         )
@@ -75,18 +75,18 @@ class Annotator:
     on_bad_image: OnBadImage
 
     def annotate(
-        self, source: ImageSource, batches: Iterable[Batch], *, count_correct: bool
+        self, source: ImageSource, batches: Iterable[Batch], *, num_views: int, count_correct: bool
     ) -> Annotations:
         """Label every view of a stream of batches; an image with an unreadable view has no labels.
 
-        ``count_correct`` compares the predictions with the classes of the source. Raises DataError
-        for an unreadable image, unless ``on_bad_image`` is skip, or for an output of the teachers
-        that is not finite.
+        The ``num_views`` views of an image follow each other. ``count_correct`` compares the
+        predictions with the classes of the source. Raises DataError for an unreadable image, unless
+        ``on_bad_image`` is skip, or for an output of the teachers that is not finite.
         """
         failed: dict[int, str] = {}
         hashes: dict[int, int] = {}
         positions: list[int] = []
-        encoder = _RowEncoder(self.encoding)
+        encoder = _RowEncoder(self.encoding, source, num_views)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
         device = self.runtime.device
         shape = (2, len(self.ensemble.teachers) + 1)
@@ -108,7 +108,7 @@ class Annotator:
                 scores = (*logits_TBC, output.probs_BC)
                 counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
                 correct += torch.stack(counts).view(shape)
-            encoder.add(output, first_key=source.keys[batch.positions[0]])
+            encoder.add(output, batch.positions)
         return Annotations(
             positions,
             encoder.rows(),
@@ -134,54 +134,67 @@ class Annotator:
 
 
 class _RowEncoder:
-    """Collects the outputs of batches and encodes some thousand rows at once.
+    """Collects the outputs of batches and encodes the images of some thousand rows at once.
 
-    A call of the encoder takes milliseconds, however few the rows, and rows do not depend on each
-    other. The host waits for the device only here.
+    A call of the encoder takes milliseconds, however few the rows, and images do not depend on each
+    other. An image of which views are missing has no rows. The host waits for the device only here.
     """
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Encoding, source: ImageSource, num_views: int) -> None:
         self._encoding = encoding
+        self._source = source
+        self._num_views = num_views
         self._outputs: list[EnsembleOutput] = []
-        self._finite: list[tuple[str, torch.Tensor]] = []
-        self._num_pending = 0
+        self._positions: list[int] = []  # of the pending rows
         none = torch.zeros(0, encoding.num_classes)
-        self._parts = [encoding.encode(none, none)]
+        self._parts = [encoding.encode(none, none, num_views=num_views)]
 
-    def add(self, output: EnsembleOutput, *, first_key: str) -> None:
-        """Add the output of a batch; ``first_key`` is the key of its first image.
+    def add(self, output: EnsembleOutput, positions: Sequence[int]) -> None:
+        """Add the output of a batch, for the images at these positions of the source.
 
         Raises DataError, now or at a later call, if the output is not finite.
         """
         self._outputs.append(output)
-        self._finite.append((first_key, torch.isfinite(output.probs_BC).all()))
-        self._num_pending += len(output.probs_BC)
-        if self._num_pending >= min(_MAX_VIEWS, _MAX_PROBABILITIES // self._encoding.num_classes):
-            self._encode()
+        self._positions += positions
+        limit = min(_MAX_VIEWS, _MAX_PROBABILITIES // self._encoding.num_classes)
+        if len(self._positions) >= max(limit, 2 * self._num_views):
+            self._encode(all_images=False)
 
     def rows(self) -> Rows:
         """Return all rows, on the CPU; raises as ``add``."""
-        self._encode()
+        self._encode(all_images=True)
         return Rows.concat(self._parts)
 
-    def _encode(self) -> None:
+    def _encode(self, *, all_images: bool) -> None:
+        """Encode the pending rows, without those of the last image unless ``all_images``."""
         if not self._outputs:
             return
-        keys, flags = zip(*self._finite, strict=True)
-        is_finite_M = torch.stack(flags)
-        if not bool(is_finite_M.all()):
-            key = keys[is_finite_M.tolist().index(False)]
+        columns = zip(*self._outputs, strict=True)
+        outputs = EnsembleOutput(*(torch.cat(column) for column in columns))
+        is_finite_N = torch.isfinite(outputs.probs_BC).all(dim=1)
+        if not bool(is_finite_N.all()):
+            key = self._source.keys[self._positions[is_finite_N.tolist().index(False)]]
             raise DataError(
                 f"the outputs of the teachers near {key} are not finite; "
                 "check their weights, or leave out --amp"
             )
-        columns = zip(*self._outputs, strict=True)
-        probs_NC, mean_logits_NC = (torch.cat(column) for column in columns)
-        rows = self._encoding.encode(probs_NC, mean_logits_NC)
-        self._parts.append(rows.to(torch.device("cpu")))
-        self._outputs.clear()
-        self._finite.clear()
-        self._num_pending = 0
+        last = None if all_images else self._positions[-1]
+        first_pending = len(self._positions) if last is None else self._positions.index(last)
+        rows = whole_images(self._positions[:first_pending], self._num_views)
+        encoded = self._encoding.encode(
+            *(column[rows.to(column.device)] for column in outputs), num_views=self._num_views
+        )
+        self._parts.append(encoded.to(torch.device("cpu")))
+        self._positions = self._positions[first_pending:]
+        pending = EnsembleOutput(*(column[first_pending:] for column in outputs))
+        self._outputs = [pending] if self._positions else []
+
+
+def whole_images(positions: Sequence[int], num_views: int) -> torch.Tensor:
+    """Return the rows, int64, of the images that have all their views."""
+    counts = Counter(positions)
+    whole = [row for row, position in enumerate(positions) if counts[position] == num_views]
+    return torch.tensor(whole, dtype=torch.int64)
 
 
 def choose_encoding(

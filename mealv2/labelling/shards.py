@@ -148,7 +148,10 @@ def label_shards(
             of_shard = islice(batches, len(requests.pop(number)))
             try:
                 annotations = annotator.annotate(
-                    split.source, of_shard, count_correct=split.name == "val"
+                    split.source,
+                    of_shard,
+                    num_views=len(split.views),
+                    count_correct=split.name == "val",
                 )
             except _SHARD_ERRORS as error:
                 _record_failure(failed, names[number], error)

@@ -145,7 +145,7 @@ def view_records(
     without one.
     """
     found = labels.soft_labels([key] * len(views), list(views))
-    kept, num_classes = found.kept(), labels.num_classes
+    kept, num_classes = found.kept().by_probability(), labels.num_classes
     hard_M = np.full(len(views), hard)
     best_M, _, hard_prob_M, entropy_M, _ = view_values(kept, num_classes, hard_M, (1,))
     num_kept_M = kept.is_kept_NK.sum(dim=1).tolist()

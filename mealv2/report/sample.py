@@ -186,7 +186,7 @@ class _PerView:
         image_M += rows.start
         names = [self._keys[row] for row in image_M.tolist()]
         found = self._labels.soft_labels(names, self._views_V[column_M].tolist())
-        kept, num_classes = found.kept(), self._labels.num_classes
+        kept, num_classes = found.kept().by_probability(), self._labels.num_classes
         at = image_M, column_M
         values = view_values(kept, num_classes, self._hard_N[image_M], self.mass_k)
         for array, of_views in zip(

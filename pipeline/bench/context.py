@@ -1,5 +1,6 @@
 """What several lines share: images, networks with random weights, simulated labels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,7 +130,7 @@ class BenchContext:
     def labels(self) -> LabelSet:
         """A label set of the images."""
         folder, keys = self.folder / "labels", self.images.source.keys
-        rows = simulated_rows(self.encoding, len(keys) * NUM_VIEWS)
+        rows = simulated_rows(self.encoding, len(keys), NUM_VIEWS)
         write_labels(folder, self.encoding, keys, rows)
         return LabelSet.open(folder)
 
@@ -167,16 +168,29 @@ def calibrate(model: nn.Module, img_size: int) -> None:
         norm.momentum = momentum
 
 
-def simulated_rows(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
-    """Return labels with random probabilities: one likely class, some rivals, a long tail."""
+def simulated_rows(encoding: Encoding, num_images: int, num_views: int, *, seed: int = 0) -> Rows:
+    """Return labels with random probabilities: one likely class, some rivals, a long tail.
+
+    The views of an image have its likely class, its rivals in part, and a peak of their own.
+    """
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for start in range(0, num_rows, 4096):
-        num = min(4096, num_rows - start)
-        logits_NC = _LOGIT_STD * torch.randn(num, encoding.num_classes, generator=generator)
-        classes_N = torch.randint(0, encoding.num_classes, (num,), generator=generator)
-        logits_NC[torch.arange(num), classes_N] += _MAX_PEAK * torch.rand(num, generator=generator)
-        parts.append(encoding.encode(torch.softmax(logits_NC, dim=1), logits_NC))
+    images = max(1, 4096 // num_views)
+    for start in range(0, num_images, images):
+        num = min(images, num_images - start)
+        shape = (num, num_views, encoding.num_classes)
+        logits_IVC = _LOGIT_STD * math.sqrt(0.5) * torch.randn(shape, generator=generator)
+        logits_IVC += (
+            _LOGIT_STD
+            * math.sqrt(0.5)
+            * torch.randn((num, 1, encoding.num_classes), generator=generator)
+        )
+        classes_I = torch.randint(0, encoding.num_classes, (num,), generator=generator)
+        peaks_IV = _MAX_PEAK * torch.rand(shape[:2], generator=generator)
+        logits_IVC[torch.arange(num), :, classes_I] += peaks_IV
+        logits_NC = logits_IVC.flatten(0, 1)
+        probs_NC = torch.softmax(logits_NC, dim=1)
+        parts.append(encoding.encode(probs_NC, logits_NC, num_views=num_views))
     return Rows.concat(parts)
 
 

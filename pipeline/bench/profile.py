@@ -118,7 +118,9 @@ def stage_one(bench: BenchContext) -> dict[str, Any]:
         with phases("teachers"):
             _, output = annotator.predict(batch.images_BCHW)
         with phases("encoding"):
-            rows_of_batch = bench.encoding.encode(output.probs_BC, output.mean_logits_BC)
+            rows_of_batch = bench.encoding.encode(
+                output.probs_BC, output.mean_logits_BC, num_views=num_views
+            )
             encoded.append(rows_of_batch.to(torch.device("cpu")))
     with phases("writing"):
         keys = [f"{number:08d}" for number in range(num_steps * num_images)]

@@ -31,5 +31,5 @@ def run(config: LabelsConvertConfig) -> dict[str, Any]:
 
 
 def _converted(file: ShardFile, old: Encoding, new: Encoding) -> Shard:
-    rows = writing.encoded(writing.all_rows(file, old), old, new)
+    rows = writing.encoded(writing.all_rows(file, old), old, new, file.num_views)
     return replace(file.shard(), blocks=new.blocks(rows, file.num_views))

@@ -14,14 +14,14 @@ from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
-from mealv2.soft_labels import top_k
+from mealv2.soft_labels import EncodedLabels, top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
 from mealv2.views import BOX_UNIT, DrawnViews, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
-from pipeline.label_sets.writing import all_rows, require_outside
+from pipeline.label_sets.writing import all_rows, averaged, require_outside
 from pipeline.labelling.compatibility import image_check
 from pipeline.loading.sources import open_labelled
 
@@ -123,6 +123,14 @@ def _rows_of(labels: LabelSet, number: int) -> Rows:
         first_row += len(parts[-1].labels)
     order_N = torch.from_numpy(np.concatenate(addresses, axis=1).reshape(-1))
     return parts[0] if len(parts) == 1 else Rows.concat(parts).rows(order_N)
+
+
+def _blocks_of(labels: LabelSet, number: int) -> list[bytes]:
+    """Return a block of all views of each image; views added later are encoded with the others."""
+    rows, encoding, num_views = _rows_of(labels, number), labels.encoding, labels.num_views
+    if len(labels.blocks) > 1 and isinstance(rows.labels, EncodedLabels):
+        rows = averaged([rows], [1], encoding, num_views)
+    return encoding.blocks(rows, num_views)
 
 
 def _has_plain_boxes(labels: LabelSet) -> bool:
@@ -230,7 +238,7 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
 
     def write(number: int, file: ShardFile, path: Path) -> None:
         keys = file.keys()
-        blocks = labels.encoding.blocks(_rows_of(labels, number), labels.num_views)
+        blocks = _blocks_of(labels, number)
         with path.open("xb") as stream, tar_writer(stream) as writer:
             for key, name, block in zip(keys, sample_names(keys), blocks, strict=True):
                 position = position_of[key]
@@ -271,7 +279,7 @@ def _parquet(config: LabelsExportConfig, labels: LabelSet) -> Export:
 
 def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dict[str, Any]:
     """Return the columns of a shard's table by name."""
-    kept = rows.labels.kept()
+    kept = rows.labels.kept().by_probability()
     counts = kept.is_kept_NK.sum(dim=1)
     ends = np.concatenate([[0], np.cumsum(counts.numpy())]).astype(np.int32)
 

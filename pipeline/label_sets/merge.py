@@ -282,7 +282,8 @@ def _mean_shard(
     rows = [writing.all_rows(file, its) for file, its in zip(files, encodings, strict=True)]
     # images without a hash in one set may have it in another
     shard = max(files, key=lambda file: len(file.content_hashes())).shard()
-    blocks = encoding.blocks(writing.averaged(rows, counts, encoding), shard.num_views)
+    averaged = writing.averaged(rows, counts, encoding, shard.num_views)
+    blocks = encoding.blocks(averaged, shard.num_views)
     if not shard.counts or shard.images is None:
         return replace(shard, blocks=blocks, counts={})
     truth_N = torch.from_numpy(shard.images.classes_N.astype(np.int64))

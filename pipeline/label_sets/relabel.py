@@ -1,6 +1,8 @@
 """Label some views of a label set again with its teachers, to compare."""
 
 import math
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,13 @@ import numpy as np
 import torch
 
 from mealv2.data.loader import on_device, read_views
-from mealv2.data.requests import BatchRequest, check_failures
+from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
-from mealv2.errors import DataError, LabelSetError
+from mealv2.errors import DataError, LabelSetError, OnBadImage
 from mealv2.label_set import LabelSet, Rows
-from mealv2.labelling.annotator import Annotator
+from mealv2.labelling.annotator import Annotator, whole_images
 from mealv2.labelling.encoding_loss import kl_sum
+from mealv2.labelling.plan import batch_requests
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
@@ -28,7 +31,7 @@ MAX_EXTRA_KL = 0.02  # nats, mean, beyond the loss of the encoding
 
 
 def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[str, Any]:
-    """Label random views again; return how the stored labels differ.
+    """Label all views of random images again; return how the stored labels differ.
 
     ``kl`` is the mean KL(new || stored) in nats, ``kl_of_encoding`` the mean KL(new || encoded
     new). ``top1_agreement`` is in percent, ``identical`` a fraction. Raises MealError.
@@ -46,26 +49,34 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
     )
     source = open_labelled(config, config.data_dir, plan, "train")
     reader = view_reader(labels, source)
-    requests = _requests(
-        labels, source, config.relabel, seed=config.seed, batch_size=config.batch_size
-    )
+    chosen = _chosen(labels, source, config.relabel, seed=config.seed)
+    requests = {
+        views: batch_requests(positions, views, config.batch_size)
+        for views, positions in chosen.items()
+    }
+    in_order = [request for of_block in requests.values() for request in of_block]
     batches = console.progress(
-        read_views(reader, requests, workers=config.workers, pin_memory=runtime.should_pin_memory),
-        total=sum(map(len, requests)),
+        read_views(reader, in_order, workers=config.workers, pin_memory=runtime.should_pin_memory),
+        total=sum(len(views) * len(positions) for views, positions in chosen.items()),
         what="labelling again",
         unit="views",
         size=lambda batch: len(batch.positions) + len(batch.failed),
     )
+    stream = on_device(batches, runtime.device)
     total, num_views = np.zeros(4), 0
-    for batch in on_device(batches, runtime.device):
-        check_failures(source, batch.failed, config.on_bad_image)
-        if not batch.positions:
+    for views, of_block in requests.items():
+        positions, outputs = _labelled(
+            islice(stream, len(of_block)), annotator, source, config.on_bad_image
+        )
+        rows = whole_images(positions, len(views))
+        if not len(rows):
             continue
-        num_views += len(batch.positions)
-        _, annotations = annotator.predict(batch.images_BCHW, batch.other_sizes)
-        stored = labels.rows([source.keys[p] for p in batch.positions], batch.views)
-        fresh = labels.encoding.encode(*annotations).to(torch.device("cpu"))
-        total += _compared(annotations, stored, fresh)
+        num_views += len(rows)
+        again = EnsembleOutput(*(column[rows.to(column.device)] for column in outputs))
+        keys = [source.keys[positions[row]] for row in rows.tolist()]
+        stored = labels.rows(keys, list(views) * (len(rows) // len(views)))
+        fresh = labels.encoding.encode(*again, num_views=len(views)).to(torch.device("cpu"))
+        total += _compared(again, stored, fresh)
     if not num_views:
         raise DataError(f"none of the views of {source.name} to label again could be read")
     kl, kl_of_encoding, agreement, identical = (total / num_views).tolist()
@@ -100,21 +111,40 @@ def check_verdict(found: dict[str, Any], labels: LabelSet) -> None:
     )
 
 
-def _requests(
-    labels: LabelSet, source: ImageSource, number: int, *, seed: int, batch_size: int
-) -> list[BatchRequest]:
-    """Return requests for random labelled views, in the order of the set."""
-    keys, num_views = list(labels.keys()), labels.num_views
+def _chosen(
+    labels: LabelSet, source: ImageSource, number: int, *, seed: int
+) -> dict[range, list[int]]:
+    """Return the positions of random images for each block, whose views are encoded together.
+
+    They have at least ``number`` views, or are all; in the order of the set.
+    """
+    keys, blocks = list(labels.keys()), [views for views, _ in labels.blocks]
     position_of = {key: position for position, key in enumerate(source.keys)}
-    num_labels = len(keys) * num_views
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(num_labels, min(number, num_labels), replace=False)).tolist()
-    addresses = [(keys[n // num_views], n % num_views) for n in chosen]
-    # an image that could not be read later has no added views
-    views: BatchRequest = [
-        (position_of[key], (view,)) for key, view in addresses if labels.holds(key, view)
-    ]
-    return [views[start : start + batch_size] for start in range(0, len(views), batch_size)]
+    order = np.random.default_rng(seed).permutation(len(keys) * len(blocks)).tolist()
+    chosen: dict[range, list[int]] = {views: [] for views in blocks}
+    num_views = 0
+    for image, block in (divmod(n, len(blocks)) for n in order):
+        # an image that could not be read later has no added views
+        if num_views < number and labels.holds(keys[image], blocks[block].start):
+            chosen[blocks[block]].append(position_of[keys[image]])
+            num_views += len(blocks[block])
+    return {views: sorted(positions) for views, positions in chosen.items()}
+
+
+def _labelled(
+    batches: Iterable[Batch], annotator: Annotator, source: ImageSource, on_bad_image: OnBadImage
+) -> tuple[list[int], EnsembleOutput]:
+    """Return the position of each row, and all outputs of the ensemble."""
+    none = torch.zeros(0, annotator.encoding.num_classes)
+    positions: list[int] = []
+    outputs: list[EnsembleOutput] = []
+    for batch in batches:
+        check_failures(source, batch.failed, on_bad_image)
+        if batch.positions:
+            positions += batch.positions
+            outputs.append(annotator.predict(batch.images_BCHW, batch.other_sizes)[1])
+    columns = zip(*outputs, strict=True) if outputs else ((none,), (none,))
+    return positions, EnsembleOutput(*(torch.cat(column) for column in columns))
 
 
 def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:

@@ -100,7 +100,7 @@ class Writer:
                     shard,
                     plan_sha256=self._plan_sha256,
                     keys=[keys[row] for row in chosen],
-                    blocks=encoding.blocks(encoded(rows, labels.encoding, encoding), 1),
+                    blocks=encoding.blocks(encoded(rows, labels.encoding, encoding, 1), 1),
                     views_N=file.column("views")[chosen],
                     hashes_N=None if hashes_N is None else hashes_N[chosen],
                 )
@@ -148,18 +148,20 @@ def all_rows(file: ShardFile, encoding: Encoding) -> Rows:
     return encoding.all_rows_of(file.column("labels"), ends, file.num_views)
 
 
-def encoded(rows: Rows, of: Encoding, to: Encoding) -> Rows:
+def encoded(rows: Rows, of: Encoding, to: Encoding, num_views: int) -> Rows:
     """Return rows in another encoding, through their distributions."""
-    return rows if to == of else averaged([rows], [1], to)
+    return rows if to == of else averaged([rows], [1], to, num_views)
 
 
-def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding) -> Rows:
+def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding, num_views: int) -> Rows:
     """Return the weighted means of the same rows of several sets, in an encoding.
 
-    A few rows at a time: dense rows can be a hundred times as large as their shard.
+    The ``num_views`` views of an image follow each other. A few rows at a time: dense rows can be a
+    hundred times as large as their shard.
     """
     done = []
-    for some in torch.split(torch.arange(len(parts[0].labels)), _SLICE):
+    images = max(1, _SLICE // num_views)
+    for some in torch.split(torch.arange(len(parts[0].labels)), images * num_views):
         rows = [part.rows(some) for part in parts]
         mean_logits_NC = None
         if to.logits:
@@ -169,7 +171,7 @@ def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding) -> Row
                 if part.logits is not None
             ]
             mean_logits_NC = _mean(logits, weights)
-        done.append(to.encode(mean_probs(rows, weights), mean_logits_NC))
+        done.append(to.encode(mean_probs(rows, weights), mean_logits_NC, num_views=num_views))
     return Rows.concat(done)
 
 

@@ -130,7 +130,7 @@ def _label_validation(
         unit="images",
         size=lambda item: len(item.positions) + len(item.failed),
     )
-    found = annotator.annotate(val, batches, count_correct=True)
+    found = annotator.annotate(val, batches, num_views=1, count_correct=True)
     num_images = int(ranks.all_reduce(torch.tensor(len(found.positions))))
     percent = ranks.all_reduce(torch.from_numpy(found.correct)).numpy() * 100.0 / max(1, num_images)
     metrics = [{"top1": float(a), "top5": float(b)} for a, b in percent.T]

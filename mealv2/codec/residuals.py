@@ -1,0 +1,152 @@
+"""Residuals: what a view adds to the levels that its image's components give, and their bits.
+
+Levels are integers in 1/256 nat: -256 ln p plus a constant. The probability that the components
+give an entry, in half nats, is its context. A context has a step, and two prefix codes: of the
+number of entries without a residual before the next one with, and of that residual in steps. All
+of it is integer arithmetic, so that every reader finds the same contexts.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mealv2.codec.residual_codes import RUN_LENGTHS, VALUE_LENGTHS
+
+LEVELS_PER_NAT = 256
+CONTEXTS = 19  # of half a nat each: -ln p from 0, the last also for all below
+OTHERS = CONTEXTS  # the context of the entry of all classes not listed
+LONGEST_RUN = 31  # a run of so many is followed by another run
+LARGEST = 8  # steps of a residual
+MAX_CODE = 11  # bits of the longest code
+# steps in levels: finer where a class is likely, so that all are equally harmful
+STEPS = np.array([26, 34, 43, 55, 71, 91, 117, 150, *[166] * 11, 102], np.int64)
+# exp(-i / 16) and exp(i / 16) in units of 2^-24
+EXP = np.floor((1 << 24) * np.exp(-np.arange(273) / 16.0) + 0.5).astype(np.int64)
+EXP[-1] = 0  # and all beyond
+LOG = np.floor((1 << 24) * np.exp(np.arange(240) / 16.0) + 0.5).astype(np.int64)
+
+_Array = np.ndarray[Any, Any]
+
+
+def contexts(levels_NK: _Array, sizes_NK: _Array, is_others_NK: _Array) -> _Array:
+    """Return the context of each entry, int64; ``sizes_NK`` is 0 for padding, after the entries."""
+    is_entry_NK = sizes_NK > 0
+    lowest_N1 = np.where(is_entry_NK, levels_NK, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
+    coarse_NK = (levels_NK - lowest_N1) >> 4
+    weights_NK = EXP[np.minimum(coarse_NK, len(EXP) - 1) * is_entry_NK]
+    total_N1 = (weights_NK * sizes_NK).sum(axis=1, keepdims=True)
+    coarse_NK += np.searchsorted(LOG, total_N1, side="right") - 1
+    contexts_NK = np.minimum(coarse_NK >> 3, CONTEXTS - 1)
+    contexts_NK[is_others_NK] = OTHERS
+    return contexts_NK
+
+
+def contexts_of(levels: Tensor, sizes: Tensor, is_others: Tensor) -> Tensor:
+    """Return ``contexts`` of tensors ... x K of int64, on their device."""
+    exp, log = _table("exp", levels.device), _table("log", levels.device)
+    is_entry = sizes > 0
+    lowest = torch.where(is_entry, levels, 1 << 40).amin(-1, keepdim=True)
+    coarse = (levels - lowest) >> 4
+    weights = exp[coarse.clamp_max(len(EXP) - 1) * is_entry]
+    total = (weights * sizes).sum(-1, keepdim=True)
+    found = ((coarse + torch.bucketize(total, log, right=True) - 1) >> 3).clamp_max(CONTEXTS - 1)
+    return torch.where(is_others, OTHERS, found)
+
+
+@lru_cache
+def _table(name: str, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        if name == "steps":
+            return torch.from_numpy(STEPS).to(device).double() / LEVELS_PER_NAT
+        if name == "bits":
+            return torch.from_numpy(expected_bits()).to(device)
+        return torch.from_numpy({"exp": EXP, "log": LOG}[name]).to(device)
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """A prefix code for each context: ``words_XS`` (lowest bit first) and ``lengths_XS``.
+
+    ``symbols_XW`` and ``sizes_XW``: the symbol and the length of the code that the next MAX_CODE
+    bits begin with.
+    """
+
+    words_XS: _Array
+    lengths_XS: _Array
+    symbols_XW: _Array
+    sizes_XW: _Array
+
+
+def canonical(lengths_XS: _Array) -> Codes:
+    """Return the canonical codes of lengths, contexts x symbols.
+
+    Shorter codes come first, equal ones by symbol; the first bit of a code is its highest. A
+    record stores the first bit first.
+    """
+    words_XS = np.zeros_like(lengths_XS)
+    shape = (len(lengths_XS), 1 << MAX_CODE)
+    symbols_XW, sizes_XW = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for context, row in enumerate(lengths_XS):
+        word = 0
+        for size in range(1, MAX_CODE + 1):
+            word <<= 1
+            for symbol in np.flatnonzero(row == size):
+                code = int(f"{word:0{size}b}"[::-1], 2)
+                words_XS[context, symbol] = code
+                symbols_XW[context, code :: 1 << size] = symbol
+                sizes_XW[context, code :: 1 << size] = size
+                word += 1
+    return Codes(words_XS, lengths_XS, symbols_XW, sizes_XW)
+
+
+RUNS, VALUES = (
+    canonical(np.array([[int(digit, 16) for digit in row] for row in rows]))
+    for rows in (RUN_LENGTHS, VALUE_LENGTHS)
+)
+# symbols of values: 1, -1, 2, -2, …
+VALUE_OF = np.array([sign * size for size in range(1, LARGEST + 1) for sign in (1, -1)])
+
+
+def expected_bits() -> _Array:
+    """Return about how many bits a residual of -LARGEST … LARGEST adds, contexts x values."""
+    share_X = 2.0 ** -RUNS.lengths_XS[:, 0].astype(np.float64)  # of entries that have a residual
+    bits = np.empty((CONTEXTS + 1, 2 * LARGEST + 1))
+    bits[:, VALUE_OF + LARGEST] = RUNS.lengths_XS[:, :1] + VALUES.lengths_XS
+    bits[:, LARGEST] = -np.log2(1.0 - np.minimum(share_X, 0.9))
+    return bits
+
+
+def choose(
+    probs: Tensor, model: Tensor, contexts: Tensor, slope: float, bits: Tensor | None = None
+) -> Tensor:
+    """Return residuals of about the least KL + slope * bits, int64, for tensors ... x K.
+
+    ``model`` is the distribution that the components give. KL is the sum over entries of
+    p ln(p / q) - p + q while q sums to 1, so entries are chosen one by one; then again, because
+    the residuals change the sum.
+    """
+    device = probs.device
+    bits = _table("bits", device) if bits is None else bits
+    steps = _table("steps", device)[contexts]
+    total = torch.ones_like(probs[..., :1])
+    chosen = torch.zeros_like(contexts)
+    for _ in range(3):
+        scaled = model / total
+        nearest = ((probs.clamp_min(1e-30) / scaled.clamp_min(1e-30)).log() / steps).round()
+        nearest = nearest.clamp(-LARGEST, LARGEST)
+        best = scaled + slope * bits[contexts, LARGEST]
+        chosen = torch.zeros_like(contexts)
+        for smaller in (0, 1, 2):  # the nearest value, and those closer to 0
+            value = nearest.sign() * (nearest.abs() - smaller).clamp_min(0.0)
+            cost = scaled * (steps * value).exp() - probs * steps * value
+            cost = cost + slope * bits[contexts, value.long() + LARGEST]
+            is_better = cost < best
+            best = torch.where(is_better, cost, best)
+            chosen = torch.where(is_better, value.long(), chosen)
+        total = (model * (steps * chosen).exp()).sum(-1, keepdim=True)
+    return chosen
