@@ -102,7 +102,7 @@ def fit_weights(
         model_IVK = entries.model(weights_IVR @ components_IRK)
         slope_IVR = (model_IVK - entries.probs_IVK) @ components_IRK.mT
         mean_IVR = model_IVK @ components_IRK.mT
-        curvature = (model_IVK @ pairs_IXK.mT).unflatten(-1, (num_components, num_components))
+        curvature = (model_IVK @ pairs_IXK.mT).view(*mean_IVR.shape, num_components)
         curvature = curvature - mean_IVR[..., :, None] * mean_IVR[..., None, :]
         step_IVR = _solve(curvature, slope_IVR, ridge=1e-6)
         weights_IVR = weights_IVR + step_IVR.clamp(-_LARGEST_STEP / 2, _LARGEST_STEP / 2)
@@ -115,7 +115,7 @@ def _component_step(entries: Entries, weights_IVR: Tensor, components_IRK: Tenso
     slope_IRK = weights_IVR.mT @ (model_IVK - entries.probs_IVK)
     num_components = weights_IVR.shape[2]
     pairs_IVX = (weights_IVR[..., :, None] * weights_IVR[..., None, :]).flatten(2)
-    curvature = (model_IVK.mT @ pairs_IVX).unflatten(-1, (num_components, num_components))
+    curvature = (model_IVK.mT @ pairs_IVX).view(*slope_IRK.mT.shape, num_components)
     # relative to the mean over entries: an entry that no view has moves little
     mean_I1 = curvature.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None]
     step_IKR = _solve(curvature, slope_IRK.mT, ridge=_RIDGE, floor=mean_I1)
@@ -132,4 +132,5 @@ def _solve(
     added = (ridge * floor + _LEAST)[..., None, None]
     identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
     solved, _ = torch.linalg.solve_ex(matrices + added * identity, vectors[..., None])
-    return solved[..., 0]
+    solution: Tensor = solved[..., 0]
+    return solution

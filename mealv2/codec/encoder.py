@@ -48,7 +48,7 @@ def encode(
     count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
     parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]
-    for chunk_NC in probs_NC.detach().split(images * num_views):
+    for chunk_NC in torch.split(probs_NC.detach(), images * num_views):
         if len(chunk_NC):
             records = encode_records(chunk_NC, rate, topk)
             labels = _of_records(records, num_views, num_classes, count_size)
@@ -62,11 +62,11 @@ def _shared_if_less(
     probs_NC: Tensor, labels: EncodedLabels, slope: float, num_views: int
 ) -> EncodedLabels:
     """Return blocks with a shared model for the images where it has less KL + slope * bits."""
-    probs_IVC = probs_NC.double().unflatten(0, (-1, num_views))
+    probs_IVC = probs_NC.double().view(-1, num_views, probs_NC.shape[1])
     probs_IVC = probs_IVC / probs_IVC.sum(2, keepdim=True)
     sizes_I = torch.from_numpy(labels.ends_B - labels.at_B).to(probs_NC.device)
     costs_I = divergence(probs_IVC.flatten(0, 1), labels.to(probs_NC.device))
-    costs_I = costs_I.unflatten(0, (-1, num_views)).mean(1) + slope * 8.0 * sizes_I / num_views
+    costs_I = costs_I.view(-1, num_views).mean(1) + slope * 8.0 * sizes_I / num_views
     blocks = labels.blocks(num_views)
     for found in encode_shared(probs_IVC, slope):
         is_less = (found.cost_I < costs_I[found.images_I]).tolist()

@@ -56,7 +56,8 @@ class Kept(NamedTuple):
         """Return the classes of each row from the likeliest on, equal ones in their order."""
         keys_NK = torch.where(self.is_kept_NK, self.probs_NK, -1.0)
         order_NK = keys_NK.sort(dim=1, descending=True, stable=True).indices
-        return Kept(*(each.gather(1, order_NK) for each in self[:3]), self.tail_N)
+        indices_NK, probs_NK, is_kept_NK = (each.gather(1, order_NK) for each in self[:3])
+        return Kept(indices_NK, probs_NK, is_kept_NK, self.tail_N)
 
     def spread(self, values_NK: Tensor, others_N: Tensor, num_classes: int) -> Tensor:
         """Return N x C: ``values_NK`` at the kept classes, ``others_N`` at all other classes."""
@@ -357,8 +358,9 @@ def _kept(parts: Sequence[SharedRows], rows_N: _Array) -> Kept:
     probs_NK = np.concatenate([np.pad(p.probs_NM, w) for p, w in zip(parts, padded, strict=True)])
     counts_N = np.concatenate([part.counts_N for part in parts])
     is_kept_NK = np.arange(width) < counts_N[:, None]
-    columns = (ids_NK, probs_NK, is_kept_NK, np.concatenate([part.tail_N for part in parts]))
+    columns: list[_Array] = [ids_NK, probs_NK, is_kept_NK]
+    columns.append(np.concatenate([part.tail_N for part in parts]))
     if len(parts) > 1:
         order_N = np.argsort(rows_N)
-        columns = tuple(column[order_N] for column in columns)
+        columns = [column[order_N] for column in columns]
     return Kept(*map(torch.from_numpy, columns))

@@ -39,7 +39,7 @@ def contexts(levels_NK: _Array, sizes_NK: _Array, is_others_NK: _Array) -> _Arra
     weights_NK = EXP[np.minimum(coarse_NK, len(EXP) - 1) * is_entry_NK]
     total_N1 = (weights_NK * sizes_NK).sum(axis=1, keepdims=True)
     coarse_NK += np.searchsorted(LOG, total_N1, side="right") - 1
-    contexts_NK = np.minimum(coarse_NK >> 3, CONTEXTS - 1)
+    contexts_NK: _Array = np.minimum(coarse_NK >> 3, CONTEXTS - 1)
     contexts_NK[is_others_NK] = OTHERS
     return contexts_NK
 

@@ -63,10 +63,10 @@ def models(probs_IVC: Tensor, slope: float) -> Iterator[Modelled]:
     order_IC = torch.sort(mean_IC, dim=1, descending=True, stable=True).indices
     counts_I = num_listed(mean_IC.gather(1, order_IC), slope / num_views)
     width_I = (counts_I + _PADDED_TO - 1) // _PADDED_TO
-    for width in width_I.unique().tolist():
+    for width in sorted(set(width_I.tolist())):
         (group,) = (width_I == width).nonzero(as_tuple=True)
         rows = max(1, _CHUNK // (num_views * width * _PADDED_TO))
-        for images in group.split(rows):
+        for images in torch.split(group, rows):
             counts_G = counts_I[images]
             ids_GM = order_IC[images, : int(counts_G.max())]
             entries, ids_GM = _entries(probs_IVC[images], ids_GM, counts_G)
@@ -198,19 +198,21 @@ def _write(modelled: Modelled, found: Quantised, slope: float, num_classes: int)
     steps = torch.from_numpy(STEPS).to(found.levels_IVK)
     levels_IVK = found.levels_IVK - steps[found.contexts_IVK] * found.residuals_IVK
     divergence_I = entries.divergence(levels_IVK / LEVELS_PER_NAT).mean(1)
-    parts = (*found[:4], found.contexts_IVK, found.residuals_IVK, ids_IM, counts_I)
-    codes_IRK, lows_IR, steps_IR, nibbles_IVR, contexts_IVK, residuals_IVK, ids_IM, counts_I = (
-        part.cpu().numpy().astype(np.int64) for part in parts
+    codes_IRK, lows_IR, steps_IR, nibbles_IVR, ids, counts = (
+        part.cpu().numpy().astype(np.int64) for part in (*found[:4], ids_IM, counts_I)
     )
-    sizes_IK = entries.sizes_IK.cpu().numpy().astype(np.int64)
-    rows = residuals_IVK.reshape(num_images * num_views, -1)
-    streams = coded(rows, contexts_IVK.reshape(rows.shape), np.repeat(sizes_IK, num_views, axis=0))
+    contexts_NK, residuals_NK, sizes_NK = (
+        part.expand_as(levels_IVK).flatten(0, 1).cpu().numpy().astype(np.int64)
+        for part in (found.contexts_IVK, found.residuals_IVK, entries.sizes_IK[:, None])
+    )
+    streams = coded(residuals_NK, contexts_NK, sizes_NK)
     lengths_IV = streams.lengths_N.reshape(num_images, num_views)
     blocks = []
     for image, stream in enumerate(packed(streams, num_views)):
-        num_listed, num_entries = counts_I[image], int((sizes_IK[image] > 0).sum())
+        num_listed = int(counts[image])
+        num_entries = num_listed + (num_listed < num_classes)
         model = Model(
-            ids_IM[image, :num_listed],
+            ids[image, :num_listed],
             codes_IRK[image, :, :num_entries],
             lows_IR[image],
             steps_IR[image],
