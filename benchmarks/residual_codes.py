@@ -56,7 +56,7 @@ def count(row_files: Sequence[_Array], bits: torch.Tensor) -> tuple[_Array, _Arr
         rows = torch.from_numpy(probs_IVC).double()
         rows = rows / rows.sum(-1, keepdim=True)
         for slope in SLOPES:
-            for modelled in models(rows, slope):
+            for modelled in models(rows, torch.xlogy(rows, rows).sum(2), slope):
                 found = quantise(modelled, slope, bits)
                 sizes_IK = modelled.entries.sizes_IK.long()
                 sizes_IVK = sizes_IK[:, None].expand(found.residuals_IVK.shape)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ROUNDS = 4  # of both half steps, for each component added
+_ROUNDS = 2  # of both half steps, for each component added
 _POWER_STEPS = 6
 _LARGEST_STEP = 1.0  # nats
 _RIDGE = 1e-3

@@ -65,10 +65,12 @@ def _shared_if_less(
     probs_IVC = probs_NC.double().view(-1, num_views, probs_NC.shape[1])
     probs_IVC = probs_IVC / probs_IVC.sum(2, keepdim=True)
     sizes_I = torch.from_numpy(labels.ends_B - labels.at_B).to(probs_NC.device)
-    costs_I = divergence(probs_IVC.flatten(0, 1), labels.to(probs_NC.device))
+    negentropy_N = negentropy(probs_IVC.flatten(0, 1))
+    on_device = labels.to(probs_NC.device)
+    costs_I = divergence(probs_IVC.flatten(0, 1), on_device, negentropy_N)
     costs_I = costs_I.view(-1, num_views).mean(1) + slope * 8.0 * sizes_I / num_views
     blocks = labels.blocks(num_views)
-    for found in encode_shared(probs_IVC, slope):
+    for found in encode_shared(probs_IVC, negentropy_N.view(-1, num_views), slope):
         is_less = (found.cost_I < costs_I[found.images_I]).tolist()
         for image, block, is_chosen in zip(
             found.images_I.tolist(), found.blocks, is_less, strict=True
@@ -77,14 +79,18 @@ def _shared_if_less(
     return EncodedLabels.of_blocks(blocks, num_views, probs_NC.shape[1])
 
 
-def divergence(probs_NC: Tensor, labels: EncodedLabels) -> Tensor:
+def negentropy(probs_NC: Tensor) -> Tensor:
+    """Return the sum of p ln p of each row, in nats."""
+    return torch.xlogy(probs_NC, probs_NC).sum(1)
+
+
+def divergence(probs_NC: Tensor, labels: EncodedLabels, negentropy_N: Tensor) -> Tensor:
     """Return KL(p || recovered) of rows that sum to 1, in nats, float64 N."""
     kept = labels.kept()
     tail_N = kept.tail_N.double()
     log_tail_N = tail_N.clamp_min(1e-300).log()
     probs_NK = probs_NC.gather(1, kept.indices_NK) * kept.is_kept_NK
     log_NK = torch.where(kept.is_kept_NK, kept.probs_NK.double(), 1.0).log()
-    negentropy_N = torch.xlogy(probs_NC, probs_NC).sum(1)
     rest_N = (1.0 - probs_NK.sum(1)).clamp_min(0.0) * (tail_N > 0)
     return negentropy_N - (probs_NK * log_NK).sum(1) - rest_N * log_tail_N
 

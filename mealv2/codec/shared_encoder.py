@@ -23,8 +23,9 @@ from mealv2.codec.residuals import LEVELS_PER_NAT, STEPS, choose, contexts_of
 
 _LIST_BITS = 5.0  # about what the id of a listed class takes
 _CODE_BITS = _WEIGHT_BITS = 4
-_USED = 0.08  # the part of a component's gain that residuals would not reach as cheaply
-_PADDED_TO = 16  # entries: images of about equal lists are fitted together
+_USED = 0.1  # the part of a component's gain that residuals would not reach as cheaply
+# listed classes: images with about equal lists are fitted together, padded to the longest
+_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384)
 _CHUNK = 1 << 21  # probabilities fitted at once
 
 
@@ -46,30 +47,31 @@ class Modelled(NamedTuple):
     fit: Fit
 
 
-def encode_shared(probs_IVC: Tensor, slope: float) -> Iterator[Encoded]:
+def encode_shared(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[Encoded]:
     """Yield groups of images, I x V x C float64 rows that sum to 1, with KL + slope * bits.
 
-    ``cost_I`` is the mean over the views, in nats.
+    ``negentropy_IV`` is the sum of p ln p; ``cost_I`` is the mean over the views, in nats.
     """
-    for modelled in models(probs_IVC, slope):
+    for modelled in models(probs_IVC, negentropy_IV, slope):
         found = quantise(modelled, slope)
         yield _write(modelled, found, slope, probs_IVC.shape[2])
 
 
-def models(probs_IVC: Tensor, slope: float) -> Iterator[Modelled]:
+def models(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[Modelled]:
     """Yield groups of images with their listed classes and models; the rows sum to 1."""
     num_views = probs_IVC.shape[1]
     mean_IC = probs_IVC.mean(1)
     order_IC = torch.sort(mean_IC, dim=1, descending=True, stable=True).indices
     counts_I = num_listed(mean_IC.gather(1, order_IC), slope / num_views)
-    width_I = (counts_I + _PADDED_TO - 1) // _PADDED_TO
-    for width in sorted(set(width_I.tolist())):
-        (group,) = (width_I == width).nonzero(as_tuple=True)
-        rows = max(1, _CHUNK // (num_views * width * _PADDED_TO))
-        for images in torch.split(group, rows):
+    group_I = torch.bucketize(counts_I, torch.tensor(_GROUPS, device=counts_I.device))
+    for number in sorted(set(group_I.tolist())):
+        (group,) = (group_I == number).nonzero(as_tuple=True)
+        width = int(counts_I[group].max())
+        for images in torch.split(group, max(1, _CHUNK // (num_views * width))):
             counts_G = counts_I[images]
             ids_GM = order_IC[images, : int(counts_G.max())]
-            entries, ids_GM = _entries(probs_IVC[images], ids_GM, counts_G)
+            probs_GVC, negentropy_GV = probs_IVC[images], negentropy_IV[images]
+            entries, ids_GM = _entries(probs_GVC, negentropy_GV, ids_GM, counts_G)
             for part, fit in _grow(entries, slope):
                 yield Modelled(images[part], entries.rows(part), ids_GM[part], counts_G[part], fit)
 
@@ -91,7 +93,9 @@ def num_listed(sorted_IC: Tensor, slope: float) -> Tensor:
     return (score_IK + slope * per_class * k_K).argmin(1) + 1
 
 
-def _entries(probs_IVC: Tensor, ids_IM: Tensor, counts_I: Tensor) -> tuple[Entries, Tensor]:
+def _entries(
+    probs_IVC: Tensor, negentropy_IV: Tensor, ids_IM: Tensor, counts_I: Tensor
+) -> tuple[Entries, Tensor]:
     """Return the views over the entries, and the ids of classes, ascending, padded with C."""
     num_views, num_classes = probs_IVC.shape[1:]
     slot_M = torch.arange(ids_IM.shape[1], device=ids_IM.device)
@@ -109,7 +113,6 @@ def _entries(probs_IVC: Tensor, ids_IM: Tensor, counts_I: Tensor) -> tuple[Entri
     has_others_I = (others_I > 0).to(kept_IVM.dtype)
     probs_IVK = probs_IVK.scatter(2, at_IV1, (rest_IV * has_others_I[:, None])[..., None])
     probs_IVK = probs_IVK / probs_IVK.sum(2, keepdim=True)
-    negentropy_IV = torch.xlogy(probs_IVC, probs_IVC).sum(2)
     return Entries(probs_IVK, sizes_IK, negentropy_IV), ids_IM
 
 
