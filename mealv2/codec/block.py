@@ -1,4 +1,4 @@
-"""The bytes of a block whose views share a model of components, and their decoder in NumPy.
+"""The bytes of a block whose views share a model of components, and how they are written.
 
 docs/reference/label-codec.md describes every byte. V views, M listed classes of C, K entries: the
 listed classes in ascending order and, if M is below C, one entry of all others.
@@ -21,16 +21,10 @@ import numpy as np
 from mealv2.codec.residuals import (
     LEVELS_PER_NAT,
     LONGEST_RUN,
-    MAX_CODE,
     OTHERS,
     RUNS,
-    STEPS,
-    VALUE_OF,
     VALUES,
-    Codes,
-    contexts,
 )
-from mealv2.errors import LabelSetError
 
 MAX_COMPONENTS = 8
 MAX_LISTED = 512
@@ -60,19 +54,6 @@ class Model(NamedTuple):
     lows_R: _Array
     steps_R: _Array
     nibbles_VR: _Array
-
-
-class SharedRows(NamedTuple):
-    """Decoded rows: listed classes, padded; ``counts_N`` of them; the probability of all others.
-
-    ``ids_NM`` int64 and ``probs_NM`` float32 are 0 beyond the count; ``tail_N`` float32 is the
-    probability of each class not listed, 0 where all are.
-    """
-
-    ids_NM: _Array
-    probs_NM: _Array
-    counts_N: _Array
-    tail_N: _Array
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -184,189 +165,3 @@ def _order(contexts_NK: _Array, sizes_NK: _Array) -> _Array:
     keys_NK.sort(axis=1)
     order_NK: _Array = keys_NK % _POSITIONS
     return order_NK
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def decode_shared(
-    data_P: _Array,
-    at_N: _Array,
-    ends_N: _Array,
-    num_views_N: _Array,
-    views_N: _Array,
-    num_classes: int,
-    *,
-    strict: bool = False,
-) -> SharedRows:
-    """Decode one view of each of N blocks, which lie at these offsets.
-
-    Raises LabelSetError for bytes that no writer leaves; for the residuals only if ``strict``,
-    else every label is some distribution.
-    """
-    data_P = np.concatenate([data_P, np.zeros(8, np.uint8)])
-    if (ends_N - at_N < HEAD_SIZE).any():
-        raise LabelSetError("a block is shorter than its head")
-    num_components_N = data_P[at_N].astype(np.int64)
-    counts_N = data_P[at_N + 1] | data_P[at_N + 2].astype(np.int64) << 8
-    length_sizes_N = data_P[at_N + 3].astype(np.int64)
-    if len(at_N) and not (
-        num_components_N.min() >= 1
-        and num_components_N.max() <= MAX_COMPONENTS
-        and counts_N.min() >= 1
-        and counts_N.max() <= min(num_classes, MAX_LISTED)
-        and length_sizes_N.min() >= 1
-        and length_sizes_N.max() <= 2
-    ):
-        raise LabelSetError("a block has a head that is not valid")
-    entries_N = counts_N + (counts_N < num_classes)
-    lengths_at_N = at_N + HEAD_SIZE + 2 * num_components_N
-    nibbles_at_N = 2 * (lengths_at_N + length_sizes_N * num_views_N)
-    codes_at_N = nibbles_at_N + num_components_N * num_views_N
-    gaps_at_N = codes_at_N + num_components_N * entries_N
-    if ((gaps_at_N + 1) // 2 > ends_N).any():
-        raise LabelSetError("a block is shorter than its parts")
-    starts_N, lengths_N, bits_N = _lengths(
-        data_P, lengths_at_N, length_sizes_N, num_views_N, views_N
-    )
-    streams_at_N = ends_N - (bits_N + 7) // 8
-    if (streams_at_N * 2 < gaps_at_N).any():
-        raise LabelSetError("a block is shorter than its residuals")
-    ids_NM = _ids(data_P, gaps_at_N, 2 * streams_at_N, counts_N, num_classes)
-
-    slots_K = np.arange(int(entries_N.max(initial=1)))
-    levels_NK = np.zeros((len(at_N), len(slots_K)), np.int64)
-    for r in range(int(num_components_N.max(initial=0))):
-        has_N = r < num_components_N
-        low_at_N = at_N + HEAD_SIZE + 2 * np.where(has_N, r, 0)
-        low_N, step_N = data_P[low_at_N].view(np.int8).astype(np.int64), data_P[low_at_N + 1]
-        nibble_N = _nibbles(data_P, nibbles_at_N + views_N * num_components_N + r * has_N)
-        weight_N = (_WEIGHT_OF_LOW * low_N + step_N * nibble_N) * has_N
-        codes_NK = _nibbles(
-            data_P, np.where(has_N, codes_at_N + r * entries_N, 0)[:, None] + slots_K
-        )
-        levels_NK += weight_N[:, None] * (codes_NK - _SIGN * (r > 0))
-    is_entry_NK = slots_K < entries_N[:, None]
-    is_others_NK = (slots_K == counts_N[:, None]) & is_entry_NK
-    sizes_NK = np.where(is_others_NK, (num_classes - counts_N)[:, None], is_entry_NK)
-    levels_NK += _residuals(
-        data_P, 8 * streams_at_N + starts_N, lengths_N, levels_NK, sizes_NK, is_others_NK, strict
-    )
-    weights_NK = np.where(is_entry_NK, levels_NK, np.iinfo(np.int64).max)
-    weights_NK = (levels_NK - weights_NK.min(axis=1, keepdims=True)).astype(np.float32)
-    weights_NK = np.exp(weights_NK / np.float32(-LEVELS_PER_NAT)) * is_entry_NK
-    weights_NK /= (weights_NK * sizes_NK).sum(axis=1, keepdims=True, dtype=np.float32)
-    tail_N = (weights_NK * is_others_NK).sum(axis=1)
-    probs_NM = (weights_NK * ~is_others_NK)[:, : ids_NM.shape[1]]
-    return SharedRows(ids_NM, np.ascontiguousarray(probs_NM), counts_N, tail_N)
-
-
-def _nibbles(data_P: _Array, at: _Array) -> _Array:
-    """Return the nibbles at these offsets, int64; 0 beyond the end."""
-    at = np.minimum(at, 2 * len(data_P) - 2)
-    found: _Array = (data_P[at >> 1] >> (4 * (at & 1)).astype(np.uint8)) & np.uint8(NIBBLE)
-    return found.astype(np.int64)
-
-
-def _lengths(
-    data_P: _Array, at_N: _Array, sizes_N: _Array, num_views_N: _Array, views_N: _Array
-) -> tuple[_Array, _Array, _Array]:
-    """Return where the residuals of the views begin, how many bits they have, and all views'."""
-    slots_V = np.arange(int(num_views_N.max(initial=1)))
-    place_NV = np.minimum(at_N[:, None] + sizes_N[:, None] * slots_V, len(data_P) - 2)
-    lengths_NV = data_P[place_NV].astype(np.int64)
-    lengths_NV += (data_P[place_NV + 1].astype(np.int64) << 8) * (sizes_N == 2)[:, None]
-    lengths_NV *= slots_V < num_views_N[:, None]
-    ends_NV = lengths_NV.cumsum(axis=1)
-    row_N = np.arange(len(at_N))
-    lengths_N = lengths_NV[row_N, views_N]
-    return ends_NV[row_N, views_N] - lengths_N, lengths_N, ends_NV[:, -1]
-
-
-def _ids(
-    data_P: _Array, at_N: _Array, ends_N: _Array, counts_N: _Array, num_classes: int
-) -> _Array:
-    """Return the listed classes, N x M, 0 beyond their number."""
-    slots_M = np.arange(int(counts_N.max(initial=1)))
-    is_listed_NM = slots_M < counts_N[:, None]
-    ids_NM = np.where(is_listed_NM, slots_M, 0)
-    (some,) = np.nonzero(counts_N < num_classes)
-    if not len(some):
-        return ids_NM
-    num_low_N = low_nibbles(counts_N[some], num_classes)
-    listed_N = counts_N[some]
-    high_at_N = at_N[some] + num_low_N * listed_N
-    spans_N = ends_N[some] - high_at_N
-    if (spans_N < listed_N).any():
-        raise LabelSetError("a block is shorter than its list of classes")
-    slots_G = np.arange(int(spans_N.max()))
-    pieces_NG = _nibbles(data_P, high_at_N[:, None] + slots_G)
-    pieces_NG *= slots_G < spans_N[:, None]
-    is_end_NG = (pieces_NG != NIBBLE) & (slots_G < spans_N[:, None])
-    if (is_end_NG.sum(axis=1) != listed_N).any():
-        raise LabelSetError("a block does not list as many classes as it says")
-    is_listed_SM = is_listed_NM[some]
-    ends_SM = np.zeros(is_listed_SM.shape, np.int64)
-    ends_SM[is_listed_SM] = pieces_NG.cumsum(axis=1)[is_end_NG]
-    gaps_SM = np.diff(ends_SM, axis=1, prepend=0) * is_listed_SM
-    gaps_SM <<= 4 * num_low_N[:, None]
-    for n in range(int(num_low_N.max())):
-        low_SM = _nibbles(data_P, (at_N[some] + n)[:, None] + num_low_N[:, None] * slots_M)
-        gaps_SM += np.where((n < num_low_N)[:, None] & is_listed_SM, low_SM << 4 * n, 0)
-    found_SM = ((gaps_SM + 1) * is_listed_SM).cumsum(axis=1) - 1
-    if (found_SM.max(axis=1) >= num_classes).any():
-        raise LabelSetError(f"a block names a class above {num_classes - 1}")
-    ids_NM[some] = found_SM * is_listed_SM
-    return ids_NM
-
-
-def _residuals(
-    data_P: _Array,
-    begin_N: _Array,
-    lengths_N: _Array,
-    levels_NK: _Array,
-    sizes_NK: _Array,
-    is_others_NK: _Array,
-    strict: bool,
-) -> _Array:
-    """Return what residuals subtract from the levels, N x K, negated."""
-    contexts_NK = contexts(levels_NK, sizes_NK, is_others_NK)
-    order_NK = _order(contexts_NK, sizes_NK)
-    sorted_NK = np.take_along_axis(contexts_NK, order_NK, 1)
-    num_entries_N = (sizes_NK > 0).sum(axis=1)
-    added_NK = np.zeros_like(levels_NK)
-    ends_N = begin_N + lengths_N
-    (rows_A,) = np.nonzero(lengths_N)
-    bit_A, place_A = begin_N[rows_A], np.zeros(len(rows_A), np.int64)
-    while len(rows_A):
-        symbol_A, bit_A = _next(RUNS, data_P, bit_A, sorted_NK[rows_A, place_A])
-        place_A = place_A + symbol_A
-        is_beyond_A = place_A >= num_entries_N[rows_A]
-        if strict and is_beyond_A.any():
-            raise LabelSetError("residuals of a label go beyond its entries")
-        place_A = np.minimum(place_A, num_entries_N[rows_A] - 1)
-        (value_B,) = np.nonzero((symbol_A < LONGEST_RUN) & ~is_beyond_A)
-        row_B, place_B = rows_A[value_B], place_A[value_B]
-        context_B = sorted_NK[row_B, place_B]
-        symbol_B, bit_A[value_B] = _next(VALUES, data_P, bit_A[value_B], context_B)
-        added_NK[row_B, order_NK[row_B, place_B]] = -VALUE_OF[symbol_B] * STEPS[context_B]
-        place_A[value_B] += 1
-        is_left_A = bit_A < ends_N[rows_A]
-        if (
-            strict
-            and ((bit_A > ends_N[rows_A]) | (is_left_A & (place_A >= num_entries_N[rows_A]))).any()
-        ):
-            raise LabelSetError("residuals of a label do not end where its length says")
-        is_left_A &= place_A < num_entries_N[rows_A]
-        rows_A, bit_A, place_A = rows_A[is_left_A], bit_A[is_left_A], place_A[is_left_A]
-    return added_NK
-
-
-def _next(codes: Codes, data_P: _Array, bit_A: _Array, context_A: _Array) -> tuple[_Array, _Array]:
-    """Return the symbols at these bits, and the bits after them."""
-    at_A = np.minimum(bit_A >> 3, len(data_P) - 4)
-    words_A = data_P[at_A].astype(np.int64)
-    words_A |= data_P[at_A + 1].astype(np.int64) << 8
-    words_A |= data_P[at_A + 2].astype(np.int64) << 16
-    words_A = (words_A >> (bit_A & 7)) & ((1 << MAX_CODE) - 1)
-    return codes.symbols_XW[context_A, words_A], bit_A + codes.sizes_XW[context_A, words_A]

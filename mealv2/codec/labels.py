@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec.block import SharedRows, decode_shared
+from mealv2.codec.block_decoder import SharedRows, decode_shared
 from mealv2.codec.record import check_rows, decode_rows, num_bytes
 from mealv2.errors import LabelSetError
 
