@@ -34,17 +34,21 @@ _PADDING = np.float32(1 << 30)  # the level of no entry: its probability is 0
 _COMPACT = 8  # symbols after which rows without any left are dropped
 _WINDOW = (1 << MAX_CODE) - 1
 _KEYS = np.array([OTHERS, *range(CONTEXTS)])  # contexts in the order of entries
-_SHIFT = np.uint16(MAX_CODE)  # of a key, to the row of a table
-_SIZE = 8  # bits below the size of a code in an entry of a table
+_END = len(_KEYS)  # the key of what follows the entries: nothing is read there
+# entries of tables: 4 bits for the size of a code, then 8 for its symbol, then whether it is a
+# run that no value follows, as an index beyond the table of values
+_SIZE, _SYMBOL, _NO_VALUE = 15, 4, 1 << 16
 
 
 def _table(codes: Codes) -> _Array:
-    """Return the symbols and sizes of the next MAX_CODE bits, for keys one after another."""
-    table: _Array = (codes.symbols_XW | codes.sizes_XW << _SIZE)[_KEYS].reshape(-1)
+    """Return the entries for the next MAX_CODE bits, for keys one after another."""
+    entries_KW = (codes.sizes_XW | codes.symbols_XW << _SYMBOL)[_KEYS]
+    table: _Array = np.concatenate([entries_KW.reshape(-1), np.zeros(_WINDOW + 1, np.int64)])
     return table
 
 
 _RUNS, _VALUES, _STEPS = _table(RUNS), _table(VALUES), STEPS[_KEYS]
+_RUNS[_RUNS >> _SYMBOL == LONGEST_RUN] |= _NO_VALUE
 
 
 class SharedRows(NamedTuple):
@@ -81,7 +85,7 @@ class _Entries(NamedTuple):
     """Entries of N rows, one row after another: row n has those from ``base_N[n]`` on.
 
     ``levels_E`` float32; ``order_E``, entries by context, counted from the row's first;
-    ``keys_E`` uint16, the contexts in that order, as rows of a table.
+    ``keys_E`` uint16, the keys of contexts in that order, where their tables begin.
     """
 
     base_N: _Array
@@ -117,9 +121,9 @@ def decode_shared(
         groups = [slice(n, n + _GROUP) for n in range(0, len(rows), _GROUP)]
         parts = []
         for group in groups:
-            part, ids_GM = _model(data_P, chosen.rows(group), num_classes)
-            ids_NM[rows[group], : ids_GM.shape[1]] = ids_GM
-            parts.append(part)
+            nibbles_X, shift_G = _nibbles(data_P, chosen.rows(group), num_classes)
+            parts.append(_model(nibbles_X, shift_G, chosen.rows(group), num_classes))
+            _put_ids(ids_NM, rows[group], nibbles_X, shift_G, chosen.rows(group), num_classes)
         entries = _joined(parts)
         _subtract_residuals(data_P, chosen, entries, strict=strict)
         ends = np.cumsum([len(part.levels_E) for part in parts])
@@ -220,97 +224,115 @@ def _windows(flat_P: _Array, at: _Array, size: int) -> _Array:
 # --- listed classes and the model -----------------------------------------------------------------
 
 
-def _model(data_P: _Array, places: _Places, num_classes: int) -> tuple[_Entries, _Array]:
-    """Return the entries of a group of rows by their components alone, and the listed classes."""
-    num_rows, width = len(places.counts_N), _padded(int(places.entries_N.max()))
+def _nibbles(data_P: _Array, places: _Places, num_classes: int) -> tuple[_Array, _Array]:
+    """Return codes and lists of rows as nibbles, and what is added to their offsets in the data."""
     first_N = places.codes_at_N >> 1
     has_list_N = places.counts_N < num_classes
     last_N = np.where(has_list_N, places.streams_at_N, (places.gaps_at_N + 1) >> 1)
     bytes_NS = _windows(data_P, first_N, int((last_N - first_N).max()))
-    nibbles_X = np.zeros(2 * bytes_NS.size + width, np.uint8)
+    # zeros follow the last row: others are read up to the longest
+    nibbles_X = np.zeros(2 * bytes_NS.size + 2 * bytes_NS.shape[1] + _LANES, np.uint8)
     np.bitwise_and(bytes_NS.reshape(-1), NIBBLE, out=nibbles_X[: 2 * bytes_NS.size : 2])
     np.right_shift(bytes_NS.reshape(-1), 4, out=nibbles_X[1 : 2 * bytes_NS.size : 2])
-    # where byte 0 of the data would be
-    shift_N = 2 * (np.arange(num_rows) * bytes_NS.shape[1] - first_N)
+    return nibbles_X, 2 * (np.arange(len(first_N)) * bytes_NS.shape[1] - first_N)
+
+
+def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int) -> _Entries:
+    """Return the entries of a group of rows by their components alone."""
+    num_rows, entries_N = len(places.counts_N), places.entries_N
+    width = -(-(int(entries_N.max()) + 1) // _LANES) * _LANES
     r_R = np.arange(int(places.components_N.max()))
-    codes_at_NR = np.where(r_R < places.components_N[:, None], r_R * places.entries_N[:, None], 0)
+    codes_at_NR = np.where(r_R < places.components_N[:, None], r_R * entries_N[:, None], 0)
     codes_at_NR += (shift_N + places.codes_at_N)[:, None]
-    codes_NRK = _windows(nibbles_X, codes_at_NR, width).astype(np.float32)
+    codes_NRK = _windows_within(nibbles_X, codes_at_NR, width).astype(np.float32)
     # signed codes are stored with 8 added: that adds a constant to all levels of a row
     weights_N1R = places.weights_NR[:, None, : len(r_R)]
     levels_NK = np.matmul(weights_N1R, codes_NRK)[:, 0]
-    slots_K = np.arange(width)
-    np.copyto(levels_NK, _PADDING, where=slots_K >= places.entries_N[:, None])
-    order_NK, keys_NK = _by_context(levels_NK, places.counts_N, num_classes)
+    # only the last columns have padding
+    shortest = int(entries_N.min())
+    is_padding_NK = np.arange(shortest, width) >= entries_N[:, None]
+    np.copyto(levels_NK[:, shortest:], _PADDING, where=is_padding_NK)
+    keys_NK = _keys(levels_NK, places.counts_N, num_classes)
+    np.copyto(keys_NK[:, shortest:], _END, where=is_padding_NK)
+    order_NK = keys_NK.argsort(axis=1, kind="stable")
+    keys_NK.sort(axis=1, kind="stable")
+    keys_NK = keys_NK.astype(np.uint16) << np.uint16(MAX_CODE)
     base_N = width * np.arange(num_rows)
-    entries = _Entries(base_N, levels_NK.reshape(-1), order_NK.reshape(-1), keys_NK.reshape(-1))
-    return entries, _ids(nibbles_X, shift_N, places, num_classes)
+    return _Entries(base_N, levels_NK.reshape(-1), order_NK.reshape(-1), keys_NK.reshape(-1))
 
 
-def _padded(size: int) -> int:
-    return -(-size // _LANES) * _LANES
-
-
-def _by_context(levels_NK: _Array, counts_N: _Array, num_classes: int) -> tuple[_Array, _Array]:
-    """Return entries by context, all others first, and these contexts as rows of a table.
+def _keys(levels_NK: _Array, counts_N: _Array, num_classes: int) -> _Array:
+    """Return the keys of the entries' contexts, uint8.
 
     mealv2.codec.residuals.contexts has the arithmetic.
     """
     beyond = len(EXP) - 1  # in 1/16 nat: all from here on are in the last context
     fine_NK = levels_NK - levels_NK.min(axis=1, keepdims=True)
-    coarse_NK = np.minimum(fine_NK, np.float32(16 * beyond), out=fine_NK).astype(np.int16) >> 4
+    coarse_NK = np.minimum(fine_NK, np.float32(16 * beyond), out=fine_NK).astype(np.int16)
+    coarse_NK >>= 4
     (some,) = np.nonzero(counts_N < num_classes)
     others_at = some, counts_N[some]
-    total_N = EXP.take(coarse_NK).sum(axis=1)
+    total_N = EXP.take(coarse_NK.astype(np.intp)).sum(axis=1)
     total_N[some] += EXP[coarse_NK[others_at]] * (num_classes - counts_N[some] - 1)
     coarse_NK += (np.searchsorted(LOG, total_N, side="right") - 1).astype(np.int16)[:, None]
     coarse_NK >>= 3
-    keys_NK = np.minimum(coarse_NK, CONTEXTS - 1).astype(np.uint8)
+    keys_NK = np.minimum(coarse_NK, CONTEXTS - 1, out=coarse_NK).astype(np.uint8)
     keys_NK += np.uint8(1)
     keys_NK[others_at] = 0
-    # stable: padding, in the last context, stays after the entries
-    order_NK = keys_NK.argsort(axis=1, kind="stable")
-    keys_NK.sort(axis=1, kind="stable")
-    return order_NK, keys_NK.astype(np.uint16) << _SHIFT
+    return keys_NK
 
 
-def _ids(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int) -> _Array:
-    """Return the listed classes, N x M, 0 beyond their number."""
-    slots_M = np.arange(int(places.counts_N.max()))
-    is_listed_NM = slots_M < places.counts_N[:, None]
-    ids_NM = np.where(is_listed_NM, slots_M, 0)
-    num_low_N = np.where(
-        places.counts_N < num_classes, low_nibbles(places.counts_N, num_classes), -1
-    )
-    for num_low in np.unique(num_low_N[num_low_N >= 0]).tolist():
-        (rows,) = np.nonzero(num_low_N == num_low)
-        at_R, counts_R = places.gaps_at_N[rows], places.counts_N[rows]
-        high_at_R = at_R + num_low * counts_R
-        spans_R = 2 * places.streams_at_N[rows] - high_at_R
-        if (spans_R < counts_R).any():
-            raise LabelSetError("a block is shorter than its list of classes")
-        if (spans_R > counts_R + num_classes // NIBBLE + 2).any():
-            raise LabelSetError("a block has a longer list of classes than it says")
-        is_listed_RM = is_listed_NM[rows]
-        pieces_RG = _windows_within(nibbles_X, shift_N[rows] + high_at_R, int(spans_R.max()))
-        np.copyto(pieces_RG, NIBBLE, where=np.arange(pieces_RG.shape[1]) >= spans_R[:, None])
-        is_end_RG = pieces_RG != NIBBLE
-        if (is_end_RG.sum(axis=1) != counts_R).any():
-            raise LabelSetError("a block does not list as many classes as it says")
-        found_RM = np.zeros(is_listed_RM.shape, np.int64)
-        found_RM[is_listed_RM] = pieces_RG.cumsum(axis=1, dtype=np.int64)[is_end_RG]
-        found_RM <<= 4 * num_low
-        if num_low:
-            size = num_low * len(slots_M)
-            low_RML = _windows_within(nibbles_X, shift_N[rows] + at_R, size)
-            low_RML = low_RML.reshape(len(rows), -1, num_low)
-            low_RM = (low_RML.astype(np.int64) << 4 * np.arange(num_low)).sum(axis=2)
-            found_RM += low_RM.cumsum(axis=1)
-        found_RM += slots_M
-        found_RM *= is_listed_RM
-        if (found_RM.max(axis=1) >= num_classes).any():
-            raise LabelSetError(f"a block names a class above {num_classes - 1}")
-        ids_NM[rows] = found_RM
+def _put_ids(
+    ids_NM: _Array,
+    rows_G: _Array,
+    nibbles_X: _Array,
+    shift_G: _Array,
+    places: _Places,
+    num_classes: int,
+) -> None:
+    """Put the listed classes of a group into the rows of all."""
+    has_list_G = places.counts_N < num_classes
+    if not has_list_G.all():
+        ids_NM[rows_G[~has_list_G], :num_classes] = np.arange(num_classes)
+    num_low_G = np.where(has_list_G, low_nibbles(places.counts_N, num_classes), -1)
+    for num_low in np.unique(num_low_G[has_list_G]).tolist():
+        (some,) = np.nonzero(num_low_G == num_low)
+        found_RM = _ids(nibbles_X, shift_G[some], places.rows(some), num_low, num_classes)
+        ids_NM[rows_G[some], : found_RM.shape[1]] = found_RM
+
+
+def _ids(
+    nibbles_X: _Array, shift_N: _Array, places: _Places, num_low: int, num_classes: int
+) -> _Array:
+    """Return the listed classes of rows with so many low nibbles, N x M, 0 beyond their number."""
+    counts_N, at_N = places.counts_N, shift_N + places.gaps_at_N
+    spans_N = 2 * places.streams_at_N - places.gaps_at_N - num_low * counts_N
+    if (spans_N < counts_N).any():
+        raise LabelSetError("a block is shorter than its list of classes")
+    if (spans_N > counts_N + num_classes // NIBBLE + 2).any():
+        raise LabelSetError("a block has a longer list of classes than it says")
+    pieces_NG = _windows_within(nibbles_X, at_N + num_low * counts_N, int(spans_N.max()))
+    shortest = int(spans_N.min())
+    is_beyond_NG = np.arange(shortest, pieces_NG.shape[1]) >= spans_N[:, None]
+    np.copyto(pieces_NG[:, shortest:], NIBBLE, where=is_beyond_NG)
+    (end_E,) = np.nonzero(pieces_NG.reshape(-1) != NIBBLE)
+    starts_N1 = np.searchsorted(end_E, pieces_NG.shape[1] * np.arange(len(at_N) + 1))
+    if (np.diff(starts_N1) != counts_N).any():
+        raise LabelSetError("a block does not list as many classes as it says")
+    dtype = np.int64 if num_low else np.int32
+    sums_E = pieces_NG.cumsum(axis=1, dtype=dtype).reshape(-1).take(end_E)
+    slots_M = np.arange(int(counts_N.max()), dtype=dtype)
+    ids_NM = _windows_within(sums_E, starts_N1[:-1], len(slots_M))
+    ids_NM <<= 4 * num_low
+    if num_low:
+        low_NML = _windows_within(nibbles_X, at_N, num_low * len(slots_M))
+        low_NML = low_NML.reshape(len(at_N), -1, num_low)
+        ids_NM += (low_NML.astype(np.int64) << 4 * np.arange(num_low)).sum(axis=2).cumsum(axis=1)
+    ids_NM += slots_M
+    if (ids_NM[np.arange(len(at_N)), counts_N - 1] >= num_classes).any():
+        raise LabelSetError(f"a block names a class above {num_classes - 1}")
+    fewest = int(counts_N.min())
+    ids_NM[:, fewest:] *= slots_M[fewest:] < counts_N[:, None]
     return ids_NM
 
 
@@ -352,41 +374,41 @@ def _subtract_residuals(
     end_A = bit_A + places.lengths_N[rows_A]
     base_A = entries.base_N[rows_A]
     at_A, last_A = base_A.copy(), base_A + places.entries_N[rows_A]
-    is_active_A = np.ones(len(rows_A), bool)
-    found: list[tuple[_Array, _Array, _Array]] = []
+    found = []
     for step in range(1, len(words_Y) * 8):
-        # a run of entries without a residual, then a value; reads beyond the end are not used
+        # a run of entries without a residual, then a value; what is read beyond the end is not used
+        is_active_A = bit_A < end_A
         words_A = words_Y.take(bit_A >> 3, mode="clip") >> (bit_A & 7)
-        run_A = _RUNS.take(entries.keys_E.take(at_A, mode="clip") | (words_A & _WINDOW))
-        size_A, run_A = run_A >> _SIZE, run_A & 255
-        at_A = at_A + run_A
-        is_within_A = at_A < last_A
-        np.minimum(at_A, last_A - 1, out=at_A)
-        has_value_A = is_within_A & (run_A < LONGEST_RUN)
-        words_A = words_A >> size_A & _WINDOW
-        value_A = _VALUES.take(entries.keys_E.take(at_A) | words_A) * has_value_A
-        bit_A = bit_A + size_A + (value_A >> _SIZE)
-        (value_V,) = np.nonzero(has_value_A & is_active_A)
-        found.append((base_A[value_V], at_A[value_V], value_A[value_V]))
-        at_A = at_A + has_value_A
-        is_left_A, has_entries_A = bit_A < end_A, at_A < last_A
+        run_A = _RUNS.take(entries.keys_E.take(at_A) | (words_A & _WINDOW))
+        place_A = np.minimum(at_A + (run_A >> _SYMBOL & 255), last_A)
+        bit_A = bit_A + (run_A & _SIZE)
+        index_A = entries.keys_E.take(place_A) | (words_A >> (run_A & _SIZE) & _WINDOW)
+        index_A |= run_A & _NO_VALUE
+        value_A = _VALUES.take(index_A, mode="clip")
+        bit_A = bit_A + (value_A & _SIZE)
+        found.append((base_A, place_A, value_A, is_active_A))
+        at_A = place_A + (value_A > 0)
         if strict:
-            if (~is_within_A & is_active_A).any():
+            is_left_A, has_entries_A = bit_A < end_A, at_A < last_A
+            if (is_active_A & (place_A == last_A)).any():
                 raise LabelSetError("residuals of a label go beyond its entries")
             is_wrong_A = (bit_A > end_A) | (is_left_A & ~has_entries_A)
             if (is_wrong_A & is_active_A).any():
                 raise LabelSetError("residuals of a label do not end where its length says")
-        is_active_A &= is_left_A & has_entries_A
         if step % _COMPACT == 0:
-            (keep,) = np.nonzero(is_active_A)
+            (keep,) = np.nonzero((bit_A < end_A) & (at_A < last_A))
             if not len(keep):
                 break
-            bit_A, end_A, base_A, at_A, last_A, is_active_A = (
-                column[keep] for column in (bit_A, end_A, base_A, at_A, last_A, is_active_A)
+            bit_A, end_A, base_A, at_A, last_A = (
+                column[keep] for column in (bit_A, end_A, base_A, at_A, last_A)
             )
-    base_F, at_F, value_F = (np.concatenate(column) for column in zip(*found, strict=True))
-    value_F = VALUE_OF[value_F & 255] * _STEPS[entries.keys_E[at_F] >> _SHIFT]
-    entries.levels_E[base_F + entries.order_E[at_F]] -= value_F.astype(np.float32)
+    base_F, at_F, value_F, is_active_F = (
+        np.concatenate(column) for column in zip(*found, strict=True)
+    )
+    (real,) = np.nonzero(is_active_F & (value_F > 0))
+    at_F, value_F = at_F[real], VALUE_OF[value_F[real] >> _SYMBOL]
+    value_F *= _STEPS[entries.keys_E[at_F] >> MAX_CODE]
+    entries.levels_E[base_F[real] + entries.order_E[at_F]] -= value_F.astype(np.float32)
 
 
 def _probabilities(levels_NK: _Array, counts_N: _Array, num_classes: int) -> tuple[_Array, _Array]:
