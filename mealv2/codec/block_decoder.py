@@ -31,7 +31,7 @@ _Array = np.ndarray[Any, Any]
 _ROWS, _GROUP = 4096, 128  # rows whose residuals are read together; padded together: fit in a cache
 _LANES = 64  # rows are padded to a multiple of this, and summed in so many parts
 _PADDING = np.float32(1 << 30)  # the level of no entry: its probability is 0
-_COMPACT = 8  # symbols after which rows without any left are dropped
+_STEPS_AT_ONCE, _FEW = 6, 24  # values after which finished rows are dropped; then one by one
 _WINDOW = (1 << MAX_CODE) - 1
 _KEYS = np.array([OTHERS, *range(CONTEXTS)])  # contexts in the order of entries
 _END = len(_KEYS)  # the key of what follows the entries: nothing is read there
@@ -42,6 +42,7 @@ _SIZE, _SYMBOL, _NO_VALUE = 15, 4, 1 << 16
 
 def _table(codes: Codes) -> _Array:
     """Return the entries for the next MAX_CODE bits, for keys one after another."""
+    assert (codes.sizes_XW > 0).all(), "a code is not complete: reading would not end"
     entries_KW = (codes.sizes_XW | codes.symbols_XW << _SYMBOL)[_KEYS]
     table: _Array = np.concatenate([entries_KW.reshape(-1), np.zeros(_WINDOW + 1, np.int64)])
     return table
@@ -81,17 +82,16 @@ class _Places(NamedTuple):
         return _Places(*(column[order] for column in self))
 
 
-class _Entries(NamedTuple):
-    """Entries of N rows, one row after another: row n has those from ``base_N[n]`` on.
+class _Model(NamedTuple):
+    """Entries of a group of rows by their components alone, padded.
 
-    ``levels_E`` float32; ``order_E``, entries by context, counted from the row's first;
-    ``keys_E`` uint16, the keys of contexts in that order, where their tables begin.
+    ``levels_NK`` float32; ``order_NK``, indices of entries by context, counted from the first row
+    on; ``keys_NK`` uint16, the keys of contexts in that order, where their tables begin.
     """
 
-    base_N: _Array
-    levels_E: _Array
-    order_E: _Array
-    keys_E: _Array
+    levels_NK: _Array
+    order_NK: _Array
+    keys_NK: _Array
 
 
 def decode_shared(
@@ -119,18 +119,17 @@ def decode_shared(
     for rows in (order_N[n : n + _ROWS] for n in range(0, len(order_N), _ROWS)):
         chosen = places.rows(rows)
         groups = [slice(n, n + _GROUP) for n in range(0, len(rows), _GROUP)]
-        parts = []
+        models = []
         for group in groups:
-            nibbles_X, shift_G = _nibbles(data_P, chosen.rows(group), num_classes)
-            parts.append(_model(nibbles_X, shift_G, chosen.rows(group), num_classes))
-            _put_ids(ids_NM, rows[group], nibbles_X, shift_G, chosen.rows(group), num_classes)
-        entries = _joined(parts)
-        _subtract_residuals(data_P, chosen, entries, strict=strict)
-        ends = np.cumsum([len(part.levels_E) for part in parts])
-        for group, levels_E in zip(groups, np.split(entries.levels_E, ends), strict=False):
-            counts_G = chosen.counts_N[group]
-            levels_GK = levels_E.reshape(len(counts_G), -1)
-            probs_GM, tail_N[rows[group]] = _probabilities(levels_GK, counts_G, num_classes)
+            of_group = chosen.rows(group)
+            nibbles_X, shift_G = _nibbles(data_P, of_group, num_classes)
+            models.append(_model(nibbles_X, shift_G, of_group, num_classes))
+            _put_ids(ids_NM, rows[group], nibbles_X, shift_G, of_group, num_classes)
+        _subtract_residuals(data_P, chosen, models, strict=strict)
+        for group, model in zip(groups, models, strict=True):
+            probs_GM, tail_N[rows[group]] = _probabilities(
+                model.levels_NK, chosen.counts_N[group], num_classes
+            )
             probs_NM[rows[group], : probs_GM.shape[1]] = probs_GM
     return SharedRows(ids_NM, probs_NM, places.counts_N, tail_N)
 
@@ -230,17 +229,19 @@ def _nibbles(data_P: _Array, places: _Places, num_classes: int) -> tuple[_Array,
     has_list_N = places.counts_N < num_classes
     last_N = np.where(has_list_N, places.streams_at_N, (places.gaps_at_N + 1) >> 1)
     bytes_NS = _windows(data_P, first_N, int((last_N - first_N).max()))
+    pairs_NS = bytes_NS.astype("<u2")
+    pairs_NS |= pairs_NS << np.uint16(4)
+    pairs_NS &= np.uint16(NIBBLE << 8 | NIBBLE)
     # zeros follow the last row: others are read up to the longest
-    nibbles_X = np.zeros(2 * bytes_NS.size + 2 * bytes_NS.shape[1] + _LANES, np.uint8)
-    np.bitwise_and(bytes_NS.reshape(-1), NIBBLE, out=nibbles_X[: 2 * bytes_NS.size : 2])
-    np.right_shift(bytes_NS.reshape(-1), 4, out=nibbles_X[1 : 2 * bytes_NS.size : 2])
+    zeros = np.zeros(2 * bytes_NS.shape[1] + 2 * _LANES, np.uint8)
+    nibbles_X = np.concatenate([pairs_NS.reshape(-1).view(np.uint8), zeros])
     return nibbles_X, 2 * (np.arange(len(first_N)) * bytes_NS.shape[1] - first_N)
 
 
-def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int) -> _Entries:
-    """Return the entries of a group of rows by their components alone."""
-    num_rows, entries_N = len(places.counts_N), places.entries_N
-    width = -(-(int(entries_N.max()) + 1) // _LANES) * _LANES
+def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int) -> _Model:
+    entries_N = places.entries_N
+    # no run from an entry leads beyond the padding
+    width = -(-(int(entries_N.max()) + LONGEST_RUN) // _LANES) * _LANES
     r_R = np.arange(int(places.components_N.max()))
     codes_at_NR = np.where(r_R < places.components_N[:, None], r_R * entries_N[:, None], 0)
     codes_at_NR += (shift_N + places.codes_at_N)[:, None]
@@ -255,10 +256,9 @@ def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int
     keys_NK = _keys(levels_NK, places.counts_N, num_classes)
     np.copyto(keys_NK[:, shortest:], _END, where=is_padding_NK)
     order_NK = keys_NK.argsort(axis=1, kind="stable")
-    keys_NK.sort(axis=1, kind="stable")
-    keys_NK = keys_NK.astype(np.uint16) << np.uint16(MAX_CODE)
-    base_N = width * np.arange(num_rows)
-    return _Entries(base_N, levels_NK.reshape(-1), order_NK.reshape(-1), keys_NK.reshape(-1))
+    order_NK += width * np.arange(len(entries_N))[:, None]
+    keys_NK = keys_NK.reshape(-1).take(order_NK).astype(np.uint16) << np.uint16(MAX_CODE)
+    return _Model(levels_NK, order_NK, keys_NK)
 
 
 def _keys(levels_NK: _Array, counts_N: _Array, num_classes: int) -> _Array:
@@ -294,11 +294,12 @@ def _put_ids(
     has_list_G = places.counts_N < num_classes
     if not has_list_G.all():
         ids_NM[rows_G[~has_list_G], :num_classes] = np.arange(num_classes)
-    num_low_G = np.where(has_list_G, low_nibbles(places.counts_N, num_classes), -1)
-    for num_low in np.unique(num_low_G[has_list_G]).tolist():
-        (some,) = np.nonzero(num_low_G == num_low)
-        found_RM = _ids(nibbles_X, shift_G[some], places.rows(some), num_low, num_classes)
-        ids_NM[rows_G[some], : found_RM.shape[1]] = found_RM
+    num_low_G = low_nibbles(places.counts_N, num_classes)
+    for num_low in range(int(num_low_G.max()) + 1):  # rows are sorted: mostly one
+        (some,) = np.nonzero(has_list_G & (num_low_G == num_low))
+        if len(some):
+            found_RM = _ids(nibbles_X, shift_G[some], places.rows(some), num_low, num_classes)
+            ids_NM[rows_G[some], : found_RM.shape[1]] = found_RM
 
 
 def _ids(
@@ -347,68 +348,106 @@ def _windows_within(flat_X: _Array, at_N: _Array, size: int) -> _Array:
 # --- residuals ------------------------------------------------------------------------------------
 
 
-def _joined(parts: list[_Entries]) -> _Entries:
-    if len(parts) == 1:
-        return parts[0]
-    shifts = np.cumsum([0, *(len(part.levels_E) for part in parts)])
-    base_N = np.concatenate([p.base_N + s for p, s in zip(parts, shifts, strict=False)])
-    levels_E, order_E, keys_E = (np.concatenate([p[i] for p in parts]) for i in (1, 2, 3))
-    return _Entries(base_N, levels_E, order_E, keys_E)
+class _Symbols(NamedTuple):
+    """Runs and values in order: rows, indices of the keys after the run, entries of the tables."""
+
+    row_F: _Array
+    at_F: _Array
+    run_F: _Array
+    value_F: _Array
 
 
 def _subtract_residuals(
-    data_P: _Array, places: _Places, entries: _Entries, *, strict: bool
+    data_P: _Array, places: _Places, models: list[_Model], *, strict: bool
 ) -> None:
     """Subtract the residuals of rows from the levels of their entries."""
     (rows_A,) = np.nonzero(places.lengths_N)
     if not len(rows_A):
         return
-    begin_A = places.begin_N[rows_A]
-    num_bytes = (int(places.lengths_N.max()) + 7 + 2 * MAX_CODE) // 8 + 1
+    keys_E = np.concatenate([model.keys_NK.reshape(-1) for model in models])
+    sizes = [model.keys_NK.size for model in models]
+    firsts = np.cumsum([0, *sizes])[:-1]
+    base_N = np.concatenate(
+        [
+            first + model.keys_NK.shape[1] * np.arange(len(model.keys_NK))
+            for first, model in zip(firsts, models, strict=True)
+        ]
+    )
+    begin_A, lengths_A = places.begin_N[rows_A], places.lengths_N[rows_A]
+    num_bytes = (int(lengths_A.max()) + 7 + 2 * MAX_CODE) // 8 + 1
     bytes_AS = _windows_within(data_P, begin_A >> 3, num_bytes + 3)
     # the 32 bits from each byte on: two codes, from any of its bits
-    strides = bytes_AS.strides
-    words_AS = np.ndarray((len(rows_A), num_bytes), "<u4", bytes_AS, strides=strides)
-    words_Y = words_AS.astype(np.int64).reshape(-1)
+    shape, strides = (len(rows_A), num_bytes), bytes_AS.strides
+    words_Y = np.ndarray(shape, "<u4", bytes_AS, strides=strides).astype(np.int64).reshape(-1)
     bit_A = 8 * num_bytes * np.arange(len(rows_A)) + (begin_A & 7)
-    end_A = bit_A + places.lengths_N[rows_A]
-    base_A = entries.base_N[rows_A]
-    at_A, last_A = base_A.copy(), base_A + places.entries_N[rows_A]
+    symbols = _read(words_Y, keys_E, bit_A, bit_A + lengths_A, base_N[rows_A])
+    if strict:
+        _check_symbols(symbols, keys_E, lengths_A)
+    (real,) = np.nonzero(symbols.value_F)
+    at_F = symbols.at_F[real]
+    value_F = VALUE_OF[symbols.value_F[real] >> _SYMBOL & 255] * _STEPS[keys_E[at_F] >> MAX_CODE]
+    for first, size, model in zip(firsts, sizes, models, strict=True):
+        (here,) = np.nonzero((at_F >= first) & (at_F < first + size))
+        places_F = model.order_NK.reshape(-1)[at_F[here] - first]
+        model.levels_NK.reshape(-1)[places_F] -= value_F[here].astype(np.float32)
+
+
+def _read(words_Y: _Array, keys_E: _Array, bit_A: _Array, end_A: _Array, at_A: _Array) -> _Symbols:
+    """Return the symbols of rows: bits from ``bit_A`` to ``end_A``, keys from ``at_A`` on."""
+    row_A = np.arange(len(bit_A))
     found = []
-    for step in range(1, len(words_Y) * 8):
-        # a run of entries without a residual, then a value; what is read beyond the end is not used
-        is_active_A = bit_A < end_A
-        words_A = words_Y.take(bit_A >> 3, mode="clip") >> (bit_A & 7)
-        run_A = _RUNS.take(entries.keys_E.take(at_A) | (words_A & _WINDOW))
-        place_A = np.minimum(at_A + (run_A >> _SYMBOL & 255), last_A)
-        bit_A = bit_A + (run_A & _SIZE)
-        index_A = entries.keys_E.take(place_A) | (words_A >> (run_A & _SIZE) & _WINDOW)
-        index_A |= run_A & _NO_VALUE
-        value_A = _VALUES.take(index_A, mode="clip")
-        bit_A = bit_A + (value_A & _SIZE)
-        found.append((base_A, place_A, value_A, is_active_A))
-        at_A = place_A + (value_A > 0)
-        if strict:
-            is_left_A, has_entries_A = bit_A < end_A, at_A < last_A
-            if (is_active_A & (place_A == last_A)).any():
-                raise LabelSetError("residuals of a label go beyond its entries")
-            is_wrong_A = (bit_A > end_A) | (is_left_A & ~has_entries_A)
-            if (is_wrong_A & is_active_A).any():
-                raise LabelSetError("residuals of a label do not end where its length says")
-        if step % _COMPACT == 0:
-            (keep,) = np.nonzero((bit_A < end_A) & (at_A < last_A))
-            if not len(keep):
-                break
-            bit_A, end_A, base_A, at_A, last_A = (
-                column[keep] for column in (bit_A, end_A, base_A, at_A, last_A)
-            )
-    base_F, at_F, value_F, is_active_F = (
-        np.concatenate(column) for column in zip(*found, strict=True)
-    )
-    (real,) = np.nonzero(is_active_F & (value_F > 0))
-    at_F, value_F = at_F[real], VALUE_OF[value_F[real] >> _SYMBOL]
-    value_F *= _STEPS[entries.keys_E[at_F] >> MAX_CODE]
-    entries.levels_E[base_F[real] + entries.order_E[at_F]] -= value_F.astype(np.float32)
+    while len(row_A) > _FEW:
+        for _ in range(_STEPS_AT_ONCE):
+            # a run of entries without a residual, then a value
+            is_active_A = bit_A < end_A  # what follows is not used
+            words_A = words_Y.take(bit_A >> 3, mode="clip") >> (bit_A & 7)
+            run_A = _RUNS.take(keys_E.take(at_A) | (words_A & _WINDOW))
+            size_A = run_A & _SIZE
+            at_A = at_A + (run_A >> _SYMBOL & 255)
+            index_A = keys_E.take(at_A) | (words_A >> size_A & _WINDOW) | (run_A & _NO_VALUE)
+            value_A = _VALUES.take(index_A, mode="clip")
+            found.append((is_active_A, row_A, at_A, run_A, value_A))
+            bit_A = bit_A + size_A + (value_A & _SIZE)
+            at_A = at_A + (value_A > 0)
+        (left,) = np.nonzero((bit_A < end_A) & (keys_E.take(at_A) < _END << MAX_CODE))
+        row_A, bit_A, end_A, at_A = row_A[left], bit_A[left], end_A[left], at_A[left]
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    read = _Symbols(*(column[columns[0]] for column in columns[1:])) if found else None
+    rest = _read_one_by_one(words_Y, keys_E, row_A, bit_A, end_A, at_A)
+    if read is None:
+        return rest
+    return _Symbols(*(np.concatenate(pair) for pair in zip(read, rest, strict=True)))
+
+
+def _read_one_by_one(
+    words_Y: _Array, keys_E: _Array, row_A: _Array, bit_A: _Array, end_A: _Array, at_A: _Array
+) -> _Symbols:
+    """Return the symbols of a few rows: Python is faster than calls for so few."""
+    words, keys, runs, values = words_Y.data, keys_E.data, _RUNS.data, _VALUES.data
+    found = []
+    columns = (column.tolist() for column in (row_A, bit_A, end_A, at_A))
+    for row, bit, end, at in zip(*columns, strict=True):
+        while bit < end and keys[at] < _END << MAX_CODE:
+            word = words[bit >> 3] >> (bit & 7)
+            run = runs[keys[at] | word & _WINDOW]
+            size = run & _SIZE
+            at += run >> _SYMBOL & 255
+            value = 0
+            if not run & _NO_VALUE:
+                value = values[keys[at] | word >> size & _WINDOW]
+            found.append((row, at, run, value))
+            bit += size + (value & _SIZE)
+            at += value > 0
+    return _Symbols(*np.array(found, np.int64).reshape(-1, 4).T)
+
+
+def _check_symbols(symbols: _Symbols, keys_E: _Array, lengths_A: _Array) -> None:
+    """Raise LabelSetError unless the symbols have so many bits and stay within the entries."""
+    if (keys_E[symbols.at_F] >= _END << MAX_CODE).any():
+        raise LabelSetError("residuals of a label go beyond its entries")
+    bits_F = (symbols.run_F & _SIZE) + (symbols.value_F & _SIZE)
+    if (np.bincount(symbols.row_F, bits_F, len(lengths_A)) != lengths_A).any():
+        raise LabelSetError("residuals of a label do not end where its length says")
 
 
 def _probabilities(levels_NK: _Array, counts_N: _Array, num_classes: int) -> tuple[_Array, _Array]:
