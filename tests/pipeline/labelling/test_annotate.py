@@ -20,6 +20,7 @@ from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.plan import LabelSplit, batch_requests
 from mealv2.labelling.shards import BackgroundWriter, view_counter
 from mealv2.models.ensemble import TeacherEnsemble, combine
+from mealv2.soft_labels import EncodedLabels
 from mealv2.views import DrawnViews
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopRequested
@@ -128,6 +129,22 @@ def test_an_image_that_fails_in_one_of_its_batches_has_labels_in_none(split: Lab
     torch.testing.assert_close(
         annotations.rows.labels.to_dense(), complete.rows.labels.to_dense()[rows], rtol=0, atol=1e-6
     )
+
+
+def test_images_are_encoded_as_wholes_however_many_rows_at_once(
+    split: LabelSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocks() -> list[bytes]:
+        annotator = replace(_annotator(Teacher(0)), encoding=Encoding(3, rate=0.01))
+        found = annotator.annotate(
+            split.source, _pixels(split, 5), num_views=3, count_correct=False
+        )
+        assert isinstance(found.rows.labels, EncodedLabels)
+        return found.rows.labels.blocks(3)
+
+    at_once = blocks()
+    monkeypatch.setattr("mealv2.labelling.annotator._MAX_VIEWS", 7)
+    assert blocks() == at_once
 
 
 def test_an_image_that_fails_in_several_batches_counts_once() -> None:
