@@ -56,6 +56,19 @@ class Model(NamedTuple):
     nibbles_VR: _Array
 
 
+class SharedRows(NamedTuple):
+    """Decoded rows: listed classes, padded; ``counts_N`` of them; the probability of all others.
+
+    ``ids_NM`` int64 and ``probs_NM`` float32 are 0 beyond the count; ``tail_N`` float32 is the
+    probability of each class not listed, 0 where all are.
+    """
+
+    ids_NM: _Array
+    probs_NM: _Array
+    counts_N: _Array
+    tail_N: _Array
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 

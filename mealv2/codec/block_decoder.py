@@ -9,21 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mealv2.codec.block import HEAD_SIZE, LOW_UNIT, MAX_COMPONENTS, MAX_LISTED, NIBBLE, low_nibbles
-from mealv2.codec.residuals import (
-    CONTEXTS,
-    EXP,
-    LEVELS_PER_NAT,
-    LOG,
-    LONGEST_RUN,
-    MAX_CODE,
-    OTHERS,
-    RUNS,
-    STEPS,
-    VALUE_OF,
-    VALUES,
-    Codes,
+from mealv2.codec.block import (
+    HEAD_SIZE,
+    LOW_UNIT,
+    MAX_COMPONENTS,
+    MAX_LISTED,
+    NIBBLE,
+    SharedRows,
+    low_nibbles,
 )
+from mealv2.codec.residual_reader import END, read_residuals
+from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
 from mealv2.errors import LabelSetError
 
 _Array = np.ndarray[Any, Any]
@@ -31,38 +27,6 @@ _Array = np.ndarray[Any, Any]
 _ROWS, _GROUP = 4096, 128  # rows whose residuals are read together; padded together: fit in a cache
 _LANES = 64  # rows are padded to a multiple of this, and summed in so many parts
 _PADDING = np.float32(1 << 30)  # the level of no entry: its probability is 0
-_STEPS_AT_ONCE, _FEW = 6, 24  # values after which finished rows are dropped; then one by one
-_WINDOW = (1 << MAX_CODE) - 1
-_KEYS = np.array([OTHERS, *range(CONTEXTS)])  # contexts in the order of entries
-_END = len(_KEYS)  # the key of what follows the entries: nothing is read there
-# entries of tables: 4 bits for the size of a code, then 8 for its symbol, then whether it is a
-# run that no value follows, as an index beyond the table of values
-_SIZE, _SYMBOL, _NO_VALUE = 15, 4, 1 << 16
-
-
-def _table(codes: Codes) -> _Array:
-    """Return the entries for the next MAX_CODE bits, for keys one after another."""
-    assert (codes.sizes_XW > 0).all(), "a code is not complete: reading would not end"
-    entries_KW = (codes.sizes_XW | codes.symbols_XW << _SYMBOL)[_KEYS]
-    table: _Array = np.concatenate([entries_KW.reshape(-1), np.zeros(_WINDOW + 1, np.int64)])
-    return table
-
-
-_RUNS, _VALUES, _STEPS = _table(RUNS), _table(VALUES), STEPS[_KEYS]
-_RUNS[_RUNS >> _SYMBOL == LONGEST_RUN] |= _NO_VALUE
-
-
-class SharedRows(NamedTuple):
-    """Decoded rows: listed classes, padded; ``counts_N`` of them; the probability of all others.
-
-    ``ids_NM`` int64 and ``probs_NM`` float32 are 0 beyond the count; ``tail_N`` float32 is the
-    probability of each class not listed, 0 where all are.
-    """
-
-    ids_NM: _Array
-    probs_NM: _Array
-    counts_N: _Array
-    tail_N: _Array
 
 
 class _Places(NamedTuple):
@@ -109,8 +73,9 @@ def decode_shared(
     Raises LabelSetError for bytes that no writer leaves; for the residuals only if ``strict``,
     else every label is some distribution.
     """
-    # all reads end at most a block's size beyond the data
-    data_P = np.concatenate([data_P, np.zeros(int((ends_N - at_N).max(initial=0)) + 16, np.uint8)])
+    # most reads end at most a block's size beyond the data
+    longest = int((ends_N - at_N).max(initial=0))
+    data_P = np.concatenate([data_P, np.zeros(longest + 16, np.uint8)])
     places = _places(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
     shape = len(at_N), int(places.counts_N.max(initial=1))
     ids_NM, probs_NM = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
@@ -195,8 +160,8 @@ def _places(
 
 def _lengths(
     data_P: _Array, at_N: _Array, sizes_N: _Array, num_views_N: _Array, views_N: _Array
-) -> tuple[_Array, _Array, _Array]:
-    """Return where the residuals of the views begin, how many bits they have, and all views'."""
+) -> _Array:
+    """Return where the residuals of the views begin, their bits, and all views' bits, 3 x N."""
     found_3N = np.zeros((3, len(at_N)), np.int64)
     for size in (1, 2):
         (rows_R,) = np.nonzero(sizes_N == size)
@@ -209,11 +174,17 @@ def _lengths(
         begin_R = np.where(views_R > 0, ends_RV[row_R, views_R - 1], 0)
         lengths_R = ends_RV[row_R, views_R] - begin_R
         found_3N[:, rows_R] = begin_R, lengths_R, ends_RV[row_R, num_views_R - 1]
-    return found_3N[0], found_3N[1], found_3N[2]
+    return found_3N
 
 
 def _windows(flat_P: _Array, at: _Array, size: int) -> _Array:
-    """Return ``size`` entries from each offset, ... x size: one copy of memory each."""
+    """Return ``size`` entries from each offset, ... x size: one copy of memory each.
+
+    Zeros beyond the end.
+    """
+    missing = int(at.max()) + size - len(flat_P)
+    if missing > 0:
+        flat_P = np.concatenate([flat_P, np.zeros(missing, flat_P.dtype)])
     shape = (len(flat_P) - size + 1,)
     runs = np.ndarray(shape, f"V{size * flat_P.itemsize}", flat_P, strides=flat_P.strides)
     copied: _Array = runs[at][..., None].view(flat_P.dtype)
@@ -245,7 +216,7 @@ def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int
     r_R = np.arange(int(places.components_N.max()))
     codes_at_NR = np.where(r_R < places.components_N[:, None], r_R * entries_N[:, None], 0)
     codes_at_NR += (shift_N + places.codes_at_N)[:, None]
-    codes_NRK = _windows_within(nibbles_X, codes_at_NR, width).astype(np.float32)
+    codes_NRK = _windows(nibbles_X, codes_at_NR, width).astype(np.float32)
     # signed codes are stored with 8 added: that adds a constant to all levels of a row
     weights_N1R = places.weights_NR[:, None, : len(r_R)]
     levels_NK = np.matmul(weights_N1R, codes_NRK)[:, 0]
@@ -254,7 +225,7 @@ def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int
     is_padding_NK = np.arange(shortest, width) >= entries_N[:, None]
     np.copyto(levels_NK[:, shortest:], _PADDING, where=is_padding_NK)
     keys_NK = _keys(levels_NK, places.counts_N, num_classes)
-    np.copyto(keys_NK[:, shortest:], _END, where=is_padding_NK)
+    np.copyto(keys_NK[:, shortest:], END, where=is_padding_NK)
     order_NK = keys_NK.argsort(axis=1, kind="stable")
     order_NK += width * np.arange(len(entries_N))[:, None]
     keys_NK = keys_NK.reshape(-1).take(order_NK).astype(np.uint16) << np.uint16(MAX_CODE)
@@ -276,7 +247,7 @@ def _keys(levels_NK: _Array, counts_N: _Array, num_classes: int) -> _Array:
     total_N[some] += EXP[coarse_NK[others_at]] * (num_classes - counts_N[some] - 1)
     coarse_NK += (np.searchsorted(LOG, total_N, side="right") - 1).astype(np.int16)[:, None]
     coarse_NK >>= 3
-    keys_NK = np.minimum(coarse_NK, CONTEXTS - 1, out=coarse_NK).astype(np.uint8)
+    keys_NK: _Array = np.minimum(coarse_NK, CONTEXTS - 1, out=coarse_NK).astype(np.uint8)
     keys_NK += np.uint8(1)
     keys_NK[others_at] = 0
     return keys_NK
@@ -312,7 +283,7 @@ def _ids(
         raise LabelSetError("a block is shorter than its list of classes")
     if (spans_N > counts_N + num_classes // NIBBLE + 2).any():
         raise LabelSetError("a block has a longer list of classes than it says")
-    pieces_NG = _windows_within(nibbles_X, at_N + num_low * counts_N, int(spans_N.max()))
+    pieces_NG = _windows(nibbles_X, at_N + num_low * counts_N, int(spans_N.max()))
     shortest = int(spans_N.min())
     is_beyond_NG = np.arange(shortest, pieces_NG.shape[1]) >= spans_N[:, None]
     np.copyto(pieces_NG[:, shortest:], NIBBLE, where=is_beyond_NG)
@@ -323,10 +294,10 @@ def _ids(
     dtype = np.int64 if num_low else np.int32
     sums_E = pieces_NG.cumsum(axis=1, dtype=dtype).reshape(-1).take(end_E)
     slots_M = np.arange(int(counts_N.max()), dtype=dtype)
-    ids_NM = _windows_within(sums_E, starts_N1[:-1], len(slots_M))
+    ids_NM: _Array = _windows(sums_E, starts_N1[:-1], len(slots_M))
     ids_NM <<= 4 * num_low
     if num_low:
-        low_NML = _windows_within(nibbles_X, at_N, num_low * len(slots_M))
+        low_NML = _windows(nibbles_X, at_N, num_low * len(slots_M))
         low_NML = low_NML.reshape(len(at_N), -1, num_low)
         ids_NM += (low_NML.astype(np.int64) << 4 * np.arange(num_low)).sum(axis=2).cumsum(axis=1)
     ids_NM += slots_M
@@ -337,24 +308,7 @@ def _ids(
     return ids_NM
 
 
-def _windows_within(flat_X: _Array, at_N: _Array, size: int) -> _Array:
-    """Return ``_windows``; zeros beyond the end."""
-    missing = int(at_N.max()) + size - len(flat_X)
-    if missing > 0:
-        flat_X = np.concatenate([flat_X, np.zeros(missing, flat_X.dtype)])
-    return _windows(flat_X, at_N, size)
-
-
 # --- residuals ------------------------------------------------------------------------------------
-
-
-class _Symbols(NamedTuple):
-    """Runs and values in order: rows, indices of the keys after the run, entries of the tables."""
-
-    row_F: _Array
-    at_F: _Array
-    run_F: _Array
-    value_F: _Array
 
 
 def _subtract_residuals(
@@ -367,87 +321,21 @@ def _subtract_residuals(
     keys_E = np.concatenate([model.keys_NK.reshape(-1) for model in models])
     sizes = [model.keys_NK.size for model in models]
     firsts = np.cumsum([0, *sizes])[:-1]
-    base_N = np.concatenate(
-        [
-            first + model.keys_NK.shape[1] * np.arange(len(model.keys_NK))
-            for first, model in zip(firsts, models, strict=True)
-        ]
-    )
+    bases = [
+        first + np.arange(0, size, model.keys_NK.shape[1])
+        for first, size, model in zip(firsts, sizes, models, strict=True)
+    ]
+    base_N = np.concatenate(bases)
     begin_A, lengths_A = places.begin_N[rows_A], places.lengths_N[rows_A]
-    num_bytes = (int(lengths_A.max()) + 7 + 2 * MAX_CODE) // 8 + 1
-    bytes_AS = _windows_within(data_P, begin_A >> 3, num_bytes + 3)
-    # the 32 bits from each byte on: two codes, from any of its bits
-    shape, strides = (len(rows_A), num_bytes), bytes_AS.strides
-    words_Y = np.ndarray(shape, "<u4", bytes_AS, strides=strides).astype(np.int64).reshape(-1)
-    bit_A = 8 * num_bytes * np.arange(len(rows_A)) + (begin_A & 7)
-    symbols = _read(words_Y, keys_E, bit_A, bit_A + lengths_A, base_N[rows_A])
-    if strict:
-        _check_symbols(symbols, keys_E, lengths_A)
-    (real,) = np.nonzero(symbols.value_F)
-    at_F = symbols.at_F[real]
-    value_F = VALUE_OF[symbols.value_F[real] >> _SYMBOL & 255] * _STEPS[keys_E[at_F] >> MAX_CODE]
+    num_bytes = (int(lengths_A.max()) + 7 + 2 * MAX_CODE) // 8 + 4
+    bytes_AS = _windows(data_P, begin_A >> 3, num_bytes)
+    at_F, value_F = read_residuals(
+        bytes_AS, begin_A & 7, lengths_A, keys_E, base_N[rows_A], strict=strict
+    )
     for first, size, model in zip(firsts, sizes, models, strict=True):
         (here,) = np.nonzero((at_F >= first) & (at_F < first + size))
         places_F = model.order_NK.reshape(-1)[at_F[here] - first]
         model.levels_NK.reshape(-1)[places_F] -= value_F[here].astype(np.float32)
-
-
-def _read(words_Y: _Array, keys_E: _Array, bit_A: _Array, end_A: _Array, at_A: _Array) -> _Symbols:
-    """Return the symbols of rows: bits from ``bit_A`` to ``end_A``, keys from ``at_A`` on."""
-    row_A = np.arange(len(bit_A))
-    found = []
-    while len(row_A) > _FEW:
-        for _ in range(_STEPS_AT_ONCE):
-            # a run of entries without a residual, then a value
-            is_active_A = bit_A < end_A  # what follows is not used
-            words_A = words_Y.take(bit_A >> 3, mode="clip") >> (bit_A & 7)
-            run_A = _RUNS.take(keys_E.take(at_A) | (words_A & _WINDOW))
-            size_A = run_A & _SIZE
-            at_A = at_A + (run_A >> _SYMBOL & 255)
-            index_A = keys_E.take(at_A) | (words_A >> size_A & _WINDOW) | (run_A & _NO_VALUE)
-            value_A = _VALUES.take(index_A, mode="clip")
-            found.append((is_active_A, row_A, at_A, run_A, value_A))
-            bit_A = bit_A + size_A + (value_A & _SIZE)
-            at_A = at_A + (value_A > 0)
-        (left,) = np.nonzero((bit_A < end_A) & (keys_E.take(at_A) < _END << MAX_CODE))
-        row_A, bit_A, end_A, at_A = row_A[left], bit_A[left], end_A[left], at_A[left]
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    read = _Symbols(*(column[columns[0]] for column in columns[1:])) if found else None
-    rest = _read_one_by_one(words_Y, keys_E, row_A, bit_A, end_A, at_A)
-    if read is None:
-        return rest
-    return _Symbols(*(np.concatenate(pair) for pair in zip(read, rest, strict=True)))
-
-
-def _read_one_by_one(
-    words_Y: _Array, keys_E: _Array, row_A: _Array, bit_A: _Array, end_A: _Array, at_A: _Array
-) -> _Symbols:
-    """Return the symbols of a few rows: Python is faster than calls for so few."""
-    words, keys, runs, values = words_Y.data, keys_E.data, _RUNS.data, _VALUES.data
-    found = []
-    columns = (column.tolist() for column in (row_A, bit_A, end_A, at_A))
-    for row, bit, end, at in zip(*columns, strict=True):
-        while bit < end and keys[at] < _END << MAX_CODE:
-            word = words[bit >> 3] >> (bit & 7)
-            run = runs[keys[at] | word & _WINDOW]
-            size = run & _SIZE
-            at += run >> _SYMBOL & 255
-            value = 0
-            if not run & _NO_VALUE:
-                value = values[keys[at] | word >> size & _WINDOW]
-            found.append((row, at, run, value))
-            bit += size + (value & _SIZE)
-            at += value > 0
-    return _Symbols(*np.array(found, np.int64).reshape(-1, 4).T)
-
-
-def _check_symbols(symbols: _Symbols, keys_E: _Array, lengths_A: _Array) -> None:
-    """Raise LabelSetError unless the symbols have so many bits and stay within the entries."""
-    if (keys_E[symbols.at_F] >= _END << MAX_CODE).any():
-        raise LabelSetError("residuals of a label go beyond its entries")
-    bits_F = (symbols.run_F & _SIZE) + (symbols.value_F & _SIZE)
-    if (np.bincount(symbols.row_F, bits_F, len(lengths_A)) != lengths_A).any():
-        raise LabelSetError("residuals of a label do not end where its length says")
 
 
 def _probabilities(levels_NK: _Array, counts_N: _Array, num_classes: int) -> tuple[_Array, _Array]:

@@ -1,14 +1,16 @@
 """Encode soft labels: the views of each image together, or each view by itself if that is less."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec.labels import EncodedLabels, spans
-from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES, num_bytes
-from mealv2.codec.record_encoder import RATE_MAX_KEPT, EncodedRecords, encode_records
+from mealv2.codec.labels import EncodedLabels
+from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
+from mealv2.codec.record_blocks import blocks_of_records
+from mealv2.codec.record_encoder import RATE_MAX_KEPT, encode_records
 from mealv2.codec.shared_encoder import encode_shared
 
 BITS_OF_CLASS = 12  # about what a class takes in a record of 1000 classes: a rate is KL for so many
@@ -47,11 +49,18 @@ def encode(
         raise ValueError(f"{num_rows} rows are not images of {num_views} views")
     count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
-    parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]
+    parts = [_labels([], num_views, num_classes, count_size)]
     for chunk_NC in torch.split(probs_NC.detach(), images * num_views):
         if len(chunk_NC):
             records = encode_records(chunk_NC, rate, topk)
-            labels = _of_records(records, num_views, num_classes, count_size)
+            counts_N = records.counts_N.cpu().numpy().astype(np.int64)
+            payload_P = records.payload_P.cpu().numpy()
+            data_P, ends_B = blocks_of_records(
+                counts_N, payload_P, num_views, num_classes, count_size
+            )
+            labels = EncodedLabels.of_blocks(
+                data_P, ends_B, num_views, num_classes, count_size=count_size
+            )
             if rate is not None and num_views > 1 and together:
                 labels = _shared_if_less(chunk_NC, labels, rate / BITS_OF_CLASS, num_views)
             parts.append(labels)
@@ -76,7 +85,16 @@ def _shared_if_less(
             found.images_I.tolist(), found.blocks, is_less, strict=True
         ):
             blocks[image] = block if is_chosen else blocks[image]
-    return EncodedLabels.of_blocks(blocks, num_views, probs_NC.shape[1])
+    return _labels(blocks, num_views, probs_NC.shape[1])
+
+
+def _labels(
+    blocks: Sequence[bytes], num_views: int, num_classes: int, count_size: int = 1
+) -> EncodedLabels:
+    """Return all views of blocks."""
+    ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+    data_P = np.frombuffer(b"".join(blocks), np.uint8)
+    return EncodedLabels.of_blocks(data_P, ends_B, num_views, num_classes, count_size=count_size)
 
 
 def negentropy(probs_NC: Tensor) -> Tensor:
@@ -93,32 +111,3 @@ def divergence(probs_NC: Tensor, labels: EncodedLabels, negentropy_N: Tensor) ->
     log_NK = torch.where(kept.is_kept_NK, kept.probs_NK.double(), 1.0).log()
     rest_N = (1.0 - probs_NK.sum(1)).clamp_min(0.0) * (tail_N > 0)
     return negentropy_N - (probs_NK * log_NK).sum(1) - rest_N * log_tail_N
-
-
-def _of_records(
-    encoded: EncodedRecords, num_views: int, num_classes: int, count_size: int
-) -> EncodedLabels:
-    """Return blocks of counts and records; of several views, after a byte 0."""
-    counts_N = encoded.counts_N.cpu().numpy().astype(np.int64)
-    sizes_N = num_bytes(counts_N, num_classes)
-    head = (num_views > 1) + count_size * num_views
-    ends_B = (sizes_N.reshape(-1, num_views).sum(axis=1) + head).cumsum()
-    at_B = np.concatenate([[0], ends_B[:-1]])
-    counts_at_BV = at_B[:, None] + (num_views > 1) + count_size * np.arange(num_views)
-    sizes_BV = sizes_N.reshape(-1, num_views)
-    records_at_BV = (at_B + head)[:, None] + sizes_BV.cumsum(axis=1) - sizes_BV
-    data_P = np.zeros(int(ends_B[-1]), np.uint8)
-    for i in range(count_size):
-        data_P[counts_at_BV.reshape(-1) + i] = counts_N >> 8 * i & 255
-    data_P[spans(records_at_BV.reshape(-1), sizes_N)] = encoded.payload_P.cpu().numpy()
-    num_blocks = len(ends_B)
-    return EncodedLabels(
-        data_P,
-        at_B,
-        ends_B,
-        np.full(num_blocks, num_views, np.int64),
-        np.repeat(np.arange(num_blocks), num_views),
-        np.tile(np.arange(num_views), num_blocks),
-        num_classes,
-        count_size,
-    )

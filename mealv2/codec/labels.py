@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec.block_decoder import SharedRows, decode_shared
-from mealv2.codec.record import check_rows, decode_rows, num_bytes
+from mealv2.codec import record_blocks
+from mealv2.codec.block import SharedRows
+from mealv2.codec.block_decoder import decode_shared
+from mealv2.codec.record_blocks import Places, Records
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
@@ -72,14 +74,6 @@ class Kept(NamedTuple):
         return self.spread(self.is_kept_NK.to(zeros_N.dtype), zeros_N, num_classes) > 0
 
 
-class Records(NamedTuple):
-    """Where the record of each row lies: ``counts_N`` classes kept, its offset and bytes."""
-
-    counts_N: _Array
-    at_N: _Array
-    sizes_N: _Array
-
-
 @dataclass(frozen=True, eq=False)
 class EncodedLabels:
     """Soft labels: N views of blocks. A block has all views of an image, as a shard stores them.
@@ -103,32 +97,35 @@ class EncodedLabels:
     @classmethod
     def of_blocks(
         cls,
-        blocks: Sequence[bytes],
+        data_P: _Array,
+        ends_B: _Array,
         num_views: int,
         num_classes: int,
         *,
         count_size: int = 1,
-        device: torch.device | None = None,
     ) -> "EncodedLabels":
-        """Return all views of blocks with the same number of views."""
-        ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+        """Return all views of contiguous blocks with the same number of views."""
+        ends_B = ends_B.astype(np.int64)
+        blocks = np.arange(len(ends_B))
         return cls(
-            np.frombuffer(b"".join(blocks), np.uint8),
+            data_P,
             np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64),
             ends_B,
             np.full(len(blocks), num_views, np.int64),
-            np.repeat(np.arange(len(blocks)), num_views),
-            np.tile(np.arange(num_views), len(blocks)),
+            np.repeat(blocks, num_views),
+            np.tile(np.arange(num_views if len(blocks) else 0), len(blocks)),
             num_classes,
             count_size,
-            device or torch.device("cpu"),
         )
 
     def __len__(self) -> int:
         return len(self.block_N)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "EncodedLabels":
-        """Return rows by index, slice, or indices in any order; an int gives one row."""
+        """Return rows by index, slice, or indices in any order; an int gives one row.
+
+        Blocks of which no row is left are dropped.
+        """
         order: Any
         if isinstance(rows, int | np.integer):
             order = np.arange(len(self))[int(rows)][None]
@@ -137,7 +134,22 @@ class EncodedLabels:
         else:
             order = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
             order = order if len(order) else order.astype(np.int64)
-        return replace(self, block_N=self.block_N[order], view_N=self.view_N[order])
+        used_U, block_R = np.unique(self.block_N[order], return_inverse=True)
+        view_R = self.view_N[order]
+        if len(used_U) == len(self.at_B):
+            return replace(self, block_N=block_R, view_N=view_R)
+        sizes_U = (self.ends_B - self.at_B)[used_U]
+        return EncodedLabels(
+            self.data_P[record_blocks.spans(self.at_B[used_U], sizes_U)],
+            np.cumsum(sizes_U) - sizes_U,
+            np.cumsum(sizes_U),
+            self.views_B[used_U],
+            block_R,
+            view_R,
+            self.num_classes,
+            self.count_size,
+            self.device,
+        )
 
     def rows(self, order_N: Tensor) -> "EncodedLabels":
         """Return rows by index, in that order."""
@@ -146,29 +158,34 @@ class EncodedLabels:
     @property
     def nbytes(self) -> int:
         """The bytes on disk of the blocks that the rows are views of."""
-        used_U = np.unique(self.block_N)
-        return int((self.ends_B - self.at_B)[used_U].sum())
+        return int((self.ends_B - self.at_B).sum())
 
     def blocks(self, num_views: int) -> list[bytes]:
-        """Return the blocks of images; raises ValueError unless the rows are all their views.
+        """Return the blocks of images, whose views are the rows in order.
 
-        Views of an image that lie in several blocks cannot be joined without encoding them again.
+        Raises ValueError for rows that are not all views of their blocks, where these share a
+        model: other blocks would need encoding again.
         """
         if len(self) % num_views:
             raise ValueError(f"{len(self)} labels are not images of {num_views} views")
         block_IV = self.block_N.reshape(-1, num_views)
         is_whole = (block_IV == block_IV[:, :1]).all()
         is_whole &= (self.view_N.reshape(-1, num_views) == np.arange(num_views)).all()
-        if not is_whole or (self.views_B[block_IV[:, 0]] != num_views).any():
+        if is_whole and (self.views_B[block_IV[:, 0]] == num_views).all():
+            return _cut(self.data_P, self.at_B[block_IV[:, 0]], self.ends_B[block_IV[:, 0]])
+        if self._is_shared().any():
             raise ValueError(f"these labels are not blocks of {num_views} views")
-        view = np.ascontiguousarray(self.data_P).data
-        at_I, ends_I = self.at_B[block_IV[:, 0]].tolist(), self.ends_B[block_IV[:, 0]].tolist()
-        return [bytes(view[at:end]) for at, end in zip(at_I, ends_I, strict=True)]
+        counts_N, at_N, sizes_N = self.records()
+        payload_P = self.data_P[record_blocks.spans(at_N, sizes_N)]
+        data_P, ends_B = record_blocks.blocks_of_records(
+            counts_N, payload_P, num_views, self.num_classes, self.count_size
+        )
+        return _cut(data_P, np.concatenate([[0], ends_B])[: len(ends_B)], ends_B)
 
-    def _all_blocks(self) -> list[bytes]:
-        view = np.ascontiguousarray(self.data_P).data
-        places = zip(self.at_B.tolist(), self.ends_B.tolist(), strict=True)
-        return [bytes(view[at:end]) for at, end in places]
+    @property
+    def shares_models(self) -> bool:
+        """Whether the views of a block share a model."""
+        return bool(self._is_shared().any())
 
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels with their decoded form on a device."""
@@ -229,27 +246,38 @@ class EncodedLabels:
         blocks = np.arange(len(self.at_B))
         views = np.tile(np.arange(num_views), len(blocks))
         every = replace(self, block_N=np.repeat(blocks, num_views), view_N=views)
-        if every._is_shared().any():
+        if every.shares_models:
             raise LabelSetError("a block shares a model, and has no records")
-        found = _records(every, np.arange(len(every)), fills_block=False)
-        ends_N = (found.at_N + found.sizes_N).reshape(-1, num_views)[:, -1]
-        return found.counts_N.reshape(-1, num_views), ends_N
+        found = every._locate(fills_block=False)
+        ends_N = (found.at_R + found.sizes_R).reshape(-1, num_views)[:, -1]
+        return found.counts_R.reshape(-1, num_views), ends_N
 
     def records(self) -> Records:
         """Locate the records of rows whose blocks have one for each view; raises LabelSetError."""
-        return _records(self, np.arange(len(self)))
+        return self._locate(fills_block=True)
+
+    def _locate(self, *, fills_block: bool) -> Records:
+        places = self._places(np.arange(len(self)))
+        return record_blocks.locate(
+            self.data_P, places, self.num_classes, self.count_size, fills_block=fills_block
+        )
+
+    def _places(self, rows_R: _Array) -> Places:
+        block_R = self.block_N[rows_R]
+        blocks = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
+        return Places(*blocks, self.view_N[rows_R])
 
     def _decode(self, *, strict: bool) -> Kept:
         is_shared_N = self._is_shared()
         (own_R,), (shared_R,) = (~is_shared_N).nonzero(), is_shared_N.nonzero()
         parts = []
         if len(own_R) or not len(self):
-            parts.append(_decode_records(self, own_R, strict=strict))
+            sizes = self.num_classes, self.count_size
+            own = self._places(own_R)
+            parts.append(record_blocks.decode(self.data_P, own, *sizes, strict=strict))
         if len(shared_R):
-            block_R = self.block_N[shared_R]
-            places = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
-            rows = (self.data_P, *places, self.view_N[shared_R], self.num_classes)
-            parts.append(decode_shared(*rows, strict=strict))
+            shared = self._places(shared_R)
+            parts.append(decode_shared(self.data_P, *shared, self.num_classes, strict=strict))
         return _kept(parts, np.concatenate([own_R, shared_R]))
 
     def _is_shared(self) -> _Array:
@@ -262,7 +290,7 @@ class EncodedLabels:
 
     def to_bytes(self) -> bytes:
         """Return a header of 32 bytes, ends and numbers of views of blocks, rows, the blocks."""
-        blocks = self._all_blocks()
+        blocks = _cut(self.data_P, self.at_B, self.ends_B)
         header = _HEADER.pack(_MAGIC, self.num_classes, self.count_size, len(blocks), len(self))
         ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
         parts = (ends_B, self.views_B, self.block_N, self.view_N)
@@ -302,52 +330,10 @@ class EncodedLabels:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def _records(labels: EncodedLabels, rows_R: _Array, *, fills_block: bool = True) -> Records:
-    """Locate the records of some rows, by the counts of all views of their blocks."""
-    block_R, view_R, size = labels.block_N[rows_R], labels.view_N[rows_R], labels.count_size
-    num_views_R = labels.views_B[block_R]
-    counts_at_R = labels.at_B[block_R] + (num_views_R > 1)
-    records_at_R = counts_at_R + size * num_views_R
-    if (records_at_R > labels.ends_B[block_R]).any():
-        raise LabelSetError("a block is shorter than its counts")
-    slots_V = np.arange(int(num_views_R.max(initial=1)))
-    is_view_RV = slots_V < num_views_R[:, None]
-    place_RV = np.where(is_view_RV, counts_at_R[:, None] + size * slots_V, 0)
-    counts_RV = labels.data_P[place_RV].astype(np.int64)
-    if size == 2:
-        counts_RV += labels.data_P[place_RV + is_view_RV].astype(np.int64) << 8
-    is_valid_RV = (counts_RV >= 1) & (counts_RV <= labels.num_classes)
-    if not (is_valid_RV | ~is_view_RV).all():
-        raise LabelSetError(f"a view must keep 1 to {labels.num_classes} classes")
-    sizes_RV = num_bytes(counts_RV, labels.num_classes) * is_view_RV
-    ends_RV = records_at_R[:, None] + sizes_RV.cumsum(axis=1)
-    left_R = labels.ends_B[block_R] - ends_RV[:, -1]
-    if (left_R < 0).any() or (fills_block and (left_R > 0).any()):
-        raise LabelSetError("a block does not match its counts")
-    row_R = np.arange(len(rows_R))
-    sizes_R = sizes_RV[row_R, view_R]
-    return Records(counts_RV[row_R, view_R], ends_RV[row_R, view_R] - sizes_R, sizes_R)
-
-
-def _decode_records(labels: EncodedLabels, rows_R: _Array, *, strict: bool) -> SharedRows:
-    """Decode rows whose blocks have a record for each view."""
-    counts_R, at_R, sizes_R = _records(labels, rows_R)
-    payload_P = labels.data_P[spans(at_R, sizes_R)]
-    if strict:
-        check_rows(counts_R, payload_P, labels.num_classes)
-    found = decode_rows(counts_R, payload_P, labels.num_classes)
-    is_kept_RK = np.arange(int(counts_R.max(initial=1))) < counts_R[:, None]
-    ids_RK = np.zeros(is_kept_RK.shape, np.int64)
-    probs_RK = np.zeros(is_kept_RK.shape, np.float32)
-    ids_RK[is_kept_RK], probs_RK[is_kept_RK] = found.indices_E, found.probs_E
-    return SharedRows(ids_RK, probs_RK, counts_R, found.tail_N)
-
-
-def spans(at_N: _Array, sizes_N: _Array) -> _Array:
-    """Return the indices of spans that begin at these offsets, concatenated."""
-    source: _Array = np.repeat(at_N - (np.cumsum(sizes_N) - sizes_N), sizes_N)
-    source += np.arange(len(source))
-    return source
+def _cut(data_P: _Array, at_B: _Array, ends_B: _Array) -> list[bytes]:
+    """Return the bytes from each offset to each end."""
+    view = np.ascontiguousarray(data_P).data
+    return [bytes(view[at:end]) for at, end in zip(at_B.tolist(), ends_B.tolist(), strict=True)]
 
 
 def _kept(parts: Sequence[SharedRows], rows_N: _Array) -> Kept:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mealv2.codec import EncodedLabels
-from mealv2.codec.labels import spans
 from mealv2.codec.record import id_bits
+from mealv2.codec.record_blocks import spans
 from mealv2.errors import LabelSetError
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 
@@ -213,7 +213,7 @@ class BlockFormat:
     def _counts(self, labels: Labels) -> np.ndarray:
         """Return the number of classes that each row keeps, int64 N."""
         if isinstance(labels, EncodedLabels):
-            return labels.records().counts_N
+            return labels.records().counts_R
         return np.full(len(labels), self.topk, dtype=np.int64)
 
     def _value_records(self, labels: SoftLabels) -> bytes:

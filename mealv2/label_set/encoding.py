@@ -111,7 +111,7 @@ class Encoding(BlockFormat):
             _check_values(labels)
             return
         labels.check()
-        if self.topk is not None and (labels.records().counts_N != self.topk).any():
+        if self.topk is not None and (labels.records().counts_R != self.topk).any():
             raise LabelSetError(f"a label does not keep {self.topk} classes")
 
 

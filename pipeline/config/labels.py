@@ -36,7 +36,7 @@ from pipeline.config.fields import (
 )
 from pipeline.config.views import ViewsConfig
 
-RATE = "Classes kept per view: the number that minimises KL + RATE * classes."
+RATE = "Loss of the labels (KL, nats) that 12 more bits must save; less keeps more."
 
 
 @frozen

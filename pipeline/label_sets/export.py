@@ -128,7 +128,8 @@ def _rows_of(labels: LabelSet, number: int) -> Rows:
 def _blocks_of(labels: LabelSet, number: int) -> list[bytes]:
     """Return a block of all views of each image; views added later are encoded with the others."""
     rows, encoding, num_views = _rows_of(labels, number), labels.encoding, labels.num_views
-    if len(labels.blocks) > 1 and isinstance(rows.labels, EncodedLabels):
+    is_added = len(labels.blocks) > 1
+    if is_added and isinstance(rows.labels, EncodedLabels) and rows.labels.shares_models:
         rows = averaged([rows], [1], encoding, num_views)
     return encoding.blocks(rows, num_views)
 

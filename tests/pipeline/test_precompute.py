@@ -169,19 +169,19 @@ def _places(labels: LabelSet) -> tuple[list[str], list[int]]:
     return [k for k in keys for _ in range(num_views)], list(range(num_views)) * len(keys)
 
 
-def _kept_by_hand(form: str, probs_NC: torch.Tensor) -> Labels:
+def _kept_by_hand(form: str, probs_NC: torch.Tensor, num_views: int, *, together: bool) -> Labels:
     if form == "rate":
-        return encode(probs_NC, rate=0.02)
+        return encode(probs_NC, rate=0.02, num_views=num_views, together=together)
     if form == "curve":
-        return encode(probs_NC, topk=2)
+        return encode(probs_NC, topk=2, num_views=num_views)
     dtype = torch.float32 if form.endswith("float32") else torch.float16
     return top_k(probs_NC, 3 if form.startswith("all") else 2).rounded(dtype)
 
 
-def _bits(labels: Labels) -> list[list[object]]:
+def _bits(labels: Labels, num_views: int) -> list[list[object]]:
     """Return all numbers of labels."""
     if isinstance(labels, EncodedLabels):
-        return [labels.counts_N.tolist(), labels.payload_P.tolist()]
+        return [[*labels.blocks(num_views)]]
     parts = (labels.indices_NK, labels.probs_NK, labels.rest_N)
     return [[str(part.dtype), *part.tolist()] for part in parts]
 
@@ -215,7 +215,9 @@ def test_rows_are_what_each_form_makes_of_the_teachers_answers(
 
     labels = LabelSet.open(labels_of(form, logits=logits), split=split)
     rows = labels.rows(keys, views)
-    assert _bits(rows.labels) == _bits(_kept_by_hand(form, annotations.probs_NK))
+    num_views = labels.num_views
+    by_hand_too = _kept_by_hand(form, annotations.probs_NK, num_views, together=not logits)
+    assert _bits(rows.labels, num_views) == _bits(by_hand_too, num_views)
     assert (rows.logits is not None) == logits
     if form == "rate" and split == "train":
         assert len(set(rows.labels.kept().is_kept_NK.sum(dim=1).tolist())) > 1, "or it varies not"

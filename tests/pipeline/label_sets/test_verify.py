@@ -257,7 +257,7 @@ def test_labels_that_are_not_the_teachers_are_noticed(
     )
     monkeypatch.setattr("pipeline.label_sets.relabel.check_verdict", lambda *_: None)
     found = relabel(config, folder, Runtime(torch.device("cpu"), None))
-    assert found["identical"] < 0.2
+    assert found["identical"] < 0.3
     assert found["kl"] > 5 * found["kl_of_encoding"]
     print(found)
 

@@ -20,6 +20,7 @@ from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.plan import LabelSplit, batch_requests
 from mealv2.labelling.shards import BackgroundWriter, view_counter
 from mealv2.models.ensemble import TeacherEnsemble, combine
+from mealv2.soft_labels import EncodedLabels
 from mealv2.views import DrawnViews
 from pipeline.runtime.device import Runtime
 from pipeline.runtime.signals import StopRequested
@@ -84,7 +85,9 @@ def test_there_is_no_request_for_no_image() -> None:
 
 def test_teachers_are_asked_in_these_batches(split: LabelSplit) -> None:
     teacher = Teacher(0)
-    annotations = _annotator(teacher).annotate(split.source, _pixels(split, 5), count_correct=False)
+    annotations = _annotator(teacher).annotate(
+        split.source, _pixels(split, 5), num_views=3, count_correct=False
+    )
     assert teacher.batches == [5] * 21 + [3]
     assert annotations.positions == [p for p in range(36) for _ in range(3)]
     assert (
@@ -96,7 +99,9 @@ def test_teachers_are_asked_in_these_batches(split: LabelSplit) -> None:
 
 
 def test_an_image_that_fails_in_one_of_its_batches_has_labels_in_none(split: LabelSplit) -> None:
-    complete = _annotator(Teacher(0)).annotate(split.source, _pixels(split, 5), count_correct=False)
+    complete = _annotator(Teacher(0)).annotate(
+        split.source, _pixels(split, 5), num_views=3, count_correct=False
+    )
 
     def once() -> Iterator[Batch]:
         for number, item in enumerate(_pixels(split, 5)):
@@ -113,7 +118,9 @@ def test_an_image_that_fails_in_one_of_its_batches_has_labels_in_none(split: Lab
                 )
             yield item
 
-    annotations = _annotator(Teacher(0)).annotate(split.source, once(), count_correct=False)
+    annotations = _annotator(Teacher(0)).annotate(
+        split.source, once(), num_views=3, count_correct=False
+    )
     assert annotations.failed == {1: "torn"}
     rows = [n for n, p in enumerate(complete.positions) if p != 1]
     assert annotations.positions == [complete.positions[n] for n in rows]
@@ -122,6 +129,22 @@ def test_an_image_that_fails_in_one_of_its_batches_has_labels_in_none(split: Lab
     torch.testing.assert_close(
         annotations.rows.labels.to_dense(), complete.rows.labels.to_dense()[rows], rtol=0, atol=1e-6
     )
+
+
+def test_images_are_encoded_as_wholes_however_many_rows_at_once(
+    split: LabelSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocks() -> list[bytes]:
+        annotator = replace(_annotator(Teacher(0)), encoding=Encoding(3, rate=0.01))
+        found = annotator.annotate(
+            split.source, _pixels(split, 5), num_views=3, count_correct=False
+        )
+        assert isinstance(found.rows.labels, EncodedLabels)
+        return found.rows.labels.blocks(3)
+
+    at_once = blocks()
+    monkeypatch.setattr("mealv2.labelling.annotator._MAX_VIEWS", 7)
+    assert blocks() == at_once
 
 
 def test_an_image_that_fails_in_several_batches_counts_once() -> None:
@@ -142,7 +165,7 @@ def test_the_host_waits_where_rows_are_encoded_and_nowhere_else(split: LabelSpli
     stream = list(_pixels(split, 5))
     annotator = _annotator(Teacher(0), Teacher(1))
     with recorded_syncs() as syncs:
-        annotations = annotator.annotate(split.source, stream, count_correct=True)
+        annotations = annotator.annotate(split.source, stream, num_views=3, count_correct=True)
     assert annotations.correct.shape == (2, 3)
     assert syncs, "the end waits"
     for sync in syncs:
@@ -157,13 +180,13 @@ def test_answers_that_are_not_finite_are_refused_near_an_image(
     annotator = _annotator(Teacher(0), Teacher(1, spoilt=spoilt))
     near = split.source.keys[5 * spoilt // 3]
     with pytest.raises(DataError, match=f"near {near} are not finite"):
-        annotator.annotate(split.source, _pixels(split, 5), count_correct=False)
+        annotator.annotate(split.source, _pixels(split, 5), num_views=3, count_correct=False)
 
 
 def test_correct_answers_are_counted_teacher_by_teacher(split: LabelSplit) -> None:
     teachers = [Teacher(0), Teacher(1)]
     annotations = _annotator(*teachers).annotate(
-        split.source, _pixels(split, 5), count_correct=True
+        split.source, _pixels(split, 5), num_views=3, count_correct=True
     )
     images_NCHW = torch.cat([item.images_BCHW for item in _pixels(split, 5)])
     truth_N = np.repeat(split.source.labels, 3)
