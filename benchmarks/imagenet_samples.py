@@ -315,13 +315,13 @@ def dense(commands: Commands) -> Report:
 def codec(commands: Commands) -> list[str]:
     """Return two tables: what the rows are like, and bytes and KL of their encodings."""
     described, encoded = [], []
-    for name, probs_NC, truth_N in populations(commands):
+    for name, probs_NC, truth_N, num_views in populations(commands):
         labels_N = torch.zeros(len(probs_NC), dtype=torch.long) if truth_N is None else truth_N
         cells = label_codec.describe(probs_NC, labels_N)
         if truth_N is None:
             cells[_TRUTH] = ["", ""]
         described.append([name, str(len(probs_NC)), *cells])
-        encoded += [[name, *cells] for cells in encodings(probs_NC)]
+        encoded += [[name, *cells] for cells in encodings(probs_NC, num_views)]
     masses = ["top-1", "median top-1", "top-5", "top-10", "top-50", "top-100"]
     masses += ["true class", "right", "entropy", "p at rank 100"]
     stored = stored_bytes(commands)
@@ -332,8 +332,8 @@ def codec(commands: Commands) -> list[str]:
     ]
 
 
-def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield name, probabilities N x C and true classes N, of files None.
+def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
+    """Yield name, probabilities N x C, true classes N, of files None, and the views of an image.
 
     These labels come first, then files, then simulated populations.
     """
@@ -343,27 +343,33 @@ def populations(commands: Commands) -> Iterator[tuple[str, Tensor, Tensor | None
     keys = [key for key in labels.keys() for _ in range(labels.num_views)]  # noqa: SIM118
     views = list(range(labels.num_views)) * len(labels)
     truth_N = torch.tensor([class_of[key.partition("/")[0]] for key in keys])
-    yield "**these pictures**", labels.soft_labels(keys, views).to_dense(), truth_N
+    yield (
+        "**these pictures**",
+        labels.soft_labels(keys, views).to_dense(),
+        truth_N,
+        len(views) // len(labels),
+    )
     for path in commands.settings.rows:
         with np.load(path) as arrays:
             probs_NVC = torch.from_numpy(arrays["probs"])
-        yield path.stem, probs_NVC.flatten(0, 1), None
+        yield path.stem, probs_NVC.flatten(0, 1), None, probs_NVC.shape[1]
     for name in label_codec.POPULATIONS:
         probs_NC, truth_N = label_codec.population(name, SIMULATED_IMAGES, SIMULATED_VIEWS)
-        yield f"simulated {name}", probs_NC, truth_N
+        yield f"simulated {name}", probs_NC, truth_N, SIMULATED_VIEWS
 
 
-def encodings(probs_NC: Tensor) -> Iterator[list[str]]:
-    """Yield rate, classes kept, bytes a view, mean KL and its 99th percentile."""
+def encodings(probs_NC: Tensor, num_views: int) -> Iterator[list[str]]:
+    """Yield rate, classes with a value, bytes a view, mean KL and its 99th percentile."""
     for rate in RATES:
-        labels = encode(probs_NC, rate=rate)
+        labels = encode(probs_NC, rate=rate, num_views=num_views)
 
         def recovered(part: Tensor, first: int, labels: Any = labels) -> Tensor:
             dense_NC: Tensor = labels[first : first + len(part)].to_dense()
             return dense_NC
 
         lost_N = label_codec.divergence(probs_NC, recovered)
-        kept, size = float(labels.counts_N.float().mean()), labels.nbytes / len(labels)
+        kept = float(labels.kept().is_kept_NK.sum(1).float().mean())
+        size = labels.nbytes / len(labels)
         title = f"**{rate:g}**" if rate == RATE else f"{rate:g}"
         yield [title, f"{kept:.1f}", f"{size:.1f}", *label_codec.losses(lost_N)]
 

@@ -3,6 +3,7 @@
     python benchmarks/label_codec.py
 
 Simulated 1,000-class ensembles of two teachers, four populations; prints Markdown tables.
+benchmarks/views_together.py has real rows.
 """
 
 import argparse
@@ -10,21 +11,12 @@ import datetime
 import os
 import platform
 from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec import EncodedLabels, encode
-from mealv2.codec.record import (
-    ANCHORS,
-    CURVE_BITS,
-    FIRST_BITS,
-    TAIL_BITS,
-    anchors_of,
-    id_bits,
-    num_bits,
-)
+from mealv2.codec import encode
 
 NUM_CLASSES, NUM_DOMAINS, NUM_GROUPS, WIDTH = 1000, 12, 90, 96
 RATES = (0.005, 0.002, 0.001, 0.0009, 0.0003, 0.0001)
@@ -120,133 +112,76 @@ def divergence(probs_NC: Tensor, recovered: Callable[[Tensor, int], Tensor]) -> 
     return torch.cat(found)
 
 
-def fixed(probs_NC: Tensor, k: int, dtype: torch.dtype, *, own_rest: bool) -> Tensor:
-    """Return what top-k recovers; the rest stored too, or 1 - sum(stored) as the peers have it."""
-    kept_NK, indices_NK = probs_NC.topk(k, dim=1)
-    rest_N = probs_NC.scatter(1, indices_NK, 0.0).sum(1).to(dtype).float()
-    kept_NK = kept_NK.to(dtype).float()
-    if not own_rest:
-        rest_N = 1.0 - kept_NK.sum(1)
-    dense_NC = (rest_N / (probs_NC.shape[1] - k))[:, None].repeat(1, probs_NC.shape[1])
-    dense_NC.scatter_(1, indices_NK, kept_NK)
-    return dense_NC / dense_NC.sum(1, keepdim=True) if own_rest else dense_NC
+class Layout(NamedTuple):
+    """A layout of k classes a view: its bytes, its type, and what it has for all other classes.
+
+    ``rest``: their probability is ``stored``; or it is the ``sum`` that is missing to 1; or there
+    is ``none``, and the k are divided by their sum.
+    """
+
+    k: int
+    size: int
+    dtype: torch.dtype
+    rest: str
 
 
-LAYOUTS: list[tuple[str, int, int, torch.dtype, bool]] = [
-    *[(f"top-{k}, uint16 + float16", k, 4 * k + 2, torch.float16, True) for k in (5, 10, 20, 100)],
-    ("FKD k5, float32", 5, 40, torch.float32, False),
-    ("FKD k5, float16", 5, 20, torch.float16, False),
-    ("FKD k10, float32", 10, 80, torch.float32, False),
-    ("FKD k10, float16", 10, 40, torch.float16, False),
-    ("TinyViT K=100", 100, 404, torch.float16, False),
-]
+LAYOUTS = {
+    **{
+        f"top-{k}, uint16 + float16": Layout(k, 4 * k + 2, torch.float16, "stored")
+        for k in (5, 10, 20, 100)
+    },
+    "FKD k5, float32": Layout(5, 40, torch.float32, "sum"),
+    "FKD k5, float16": Layout(5, 20, torch.float16, "sum"),
+    "FKD k10, float32": Layout(10, 80, torch.float32, "sum"),
+    "FKD k10, float16": Layout(10, 40, torch.float16, "sum"),
+    "TinyViT K=100": Layout(100, 404, torch.float16, "sum"),
+    "top-10 pruned, uint16 + float16, others 0": Layout(10, 40, torch.float16, "none"),
+}
+
+
+def recovered_by(layout: Layout) -> Callable[[Tensor, int], Tensor]:
+    """Return a function for ``divergence``: what a layout recovers of rows."""
+
+    def recovered(probs_NC: Tensor, _: int) -> Tensor:
+        num_classes = probs_NC.shape[1]
+        kept_NK, indices_NK = probs_NC.topk(layout.k, dim=1)
+        rest_N = probs_NC.scatter(1, indices_NK, 0.0).sum(1).to(layout.dtype).float()
+        kept_NK = kept_NK.to(layout.dtype).float()
+        if layout.rest == "sum":  # as the peers have it: may be a little below 0
+            rest_N = 1.0 - kept_NK.sum(1)
+        if layout.rest == "none":
+            rest_N = torch.zeros_like(rest_N)
+        dense_NC = (rest_N / (num_classes - layout.k))[:, None].repeat(1, num_classes)
+        dense_NC.scatter_(1, indices_NK, kept_NK)
+        return dense_NC if layout.rest == "sum" else dense_NC / dense_NC.sum(1, keepdim=True)
+
+    return recovered
 
 
 def layout_rows(name: str, probs_NC: Tensor) -> list[list[str]]:
     rows = []
-    for title, k, num_bytes, dtype, own_rest in LAYOUTS:
-
-        def recovered(
-            part: Tensor, _: int, k: int = k, dtype: torch.dtype = dtype, own: bool = own_rest
-        ) -> Tensor:
-            return fixed(part, k, dtype, own_rest=own)
-
-        lost = divergence(probs_NC, recovered)
-        rows.append([name, title, str(k), f"{num_bytes:.1f}", *losses(lost), "", "", "", ""])
+    for title, layout in LAYOUTS.items():
+        lost = divergence(probs_NC, recovered_by(layout))
+        rows.append([name, title, f"{layout.size:.1f}", *losses(lost)])
     return rows
 
 
 def codec_rows(name: str, probs_NC: Tensor, num_views: int) -> list[list[str]]:
     rows = []
-    for rate in RATES:
-        labels = encode(probs_NC, rate=rate)
-        lost = divergence(
-            probs_NC, lambda part, n, labels=labels: labels[n : n + len(part)].to_dense()
-        )
-        size = labels.nbytes / len(labels)
-        counts = labels.counts_N.float()
-        shannon = [uniform_ids(labels), ids_by_likeliest(labels, num_views)]
-        ratios = [cell for s in shannon for cell in (f"{s:.1f}", f"{size / s:.2f}")]
-        cells = [name, f"**codec, rate {rate:g}**", f"{float(counts.mean()):.1f}", f"{size:.1f}"]
-        rows.append([*cells, *losses(lost), *ratios])
+    for title, views in (("codec", num_views), ("each view by itself", 1)):
+        for rate in RATES:
+            labels = encode(probs_NC, rate=rate, num_views=views)
+            lost = divergence(
+                probs_NC, lambda part, n, labels=labels: labels[n : n + len(part)].to_dense()
+            )
+            size = f"{labels.nbytes / len(labels):.1f}"
+            rows.append([name, f"**{title}, rate {rate:g}**", size, *losses(lost)])
     return rows
 
 
 def losses(lost_N: Tensor) -> list[str]:
+    """Return cells: the mean and the 99th percentile."""
     return [f"{float(lost_N.mean()):.4f}", f"{float(lost_N.quantile(0.99)):.3f}"]
-
-
-# --- the Shannon estimate -------------------------------------------------------------------------
-
-
-def entropy_bits(*columns: np.ndarray) -> float:
-    """Return the empirical entropy of the last column given the others, in bits per row."""
-    bits = []
-    for known in (columns, columns[:-1]):
-        if known:
-            count = np.unique(np.stack(known, 1), axis=0, return_counts=True)[1]
-            bits.append(-(count / count.sum() * np.log2(count / count.sum())).sum())
-    return float(bits[0] - sum(bits[1:]))
-
-
-def side_bits(labels: EncodedLabels) -> float:
-    """Return the bits per view of k, the tail and the curve by their entropies over the views.
-
-    k by itself, every code given the octave of k, each anchor for itself.
-    """
-    counts_N = labels.counts_N.numpy().astype(np.int64)
-    octave_N = np.log2(counts_N).astype(int)
-    bits_N = num_bits(counts_N, labels.num_classes)
-    sizes_N = (bits_N + 7) >> 3
-    begin_N = 8 * (np.cumsum(sizes_N) - sizes_N)
-    bit_P = np.unpackbits(labels.payload_P.numpy(), bitorder="little")
-
-    def codes(at: np.ndarray, width: int) -> np.ndarray:
-        return sum(bit_P[at + i].astype(np.int64) << i for i in range(width))
-
-    bits = entropy_bits(counts_N) + entropy_bits(octave_N, codes(begin_N, TAIL_BITS))
-    at_N = begin_N + TAIL_BITS
-    for slot in range(int(anchors_of(counts_N).max())):
-        has_N = anchors_of(counts_N) > slot
-        width = CURVE_BITS if slot else FIRST_BITS
-        last_N = counts_N[has_N] <= ANCHORS[slot]  # an anchor at k has another spacing
-        bits += has_N.mean() * entropy_bits(octave_N[has_N], last_N, codes(at_N[has_N], width))
-        at_N = at_N + width
-    return bits
-
-
-def uniform_ids(labels: EncodedLabels) -> float:
-    """Return the bytes per view of an ideal coder: side information, ordered ids, all as likely."""
-    position = np.arange(labels.num_classes)
-    left = np.cumsum(np.log2(labels.num_classes - position))  # log2 C (C - 1) ... (C - k + 1)
-    return (side_bits(labels) + float(left[labels.counts_N.numpy() - 1].mean())) / 8.0
-
-
-def ids_by_likeliest(labels: EncodedLabels, num_views: int) -> float:
-    """Return the same with ids by how often views with the same likeliest class keep them.
-
-    Counted on one half of the images, measured on the other, and the other way round; mixed with a
-    uniform share that suits best.
-    """
-    kept = labels.kept()
-    row_E, rank_E = kept.is_kept_NK.nonzero(as_tuple=True)
-    ids_E = kept.indices_NK[row_E, rank_E]
-    likeliest_E = kept.indices_NK[row_E, 0]
-    half_E = (row_E // num_views) % 2
-    later_E = rank_E > 0
-    best = np.inf
-    for prior in (0.03, 0.1, 0.3, 1.0, 3.0):
-        bits = 0.0
-        for half in (0, 1):
-            counts_CC = torch.full((labels.num_classes,) * 2, prior)
-            seen = later_E & (half_E != half)
-            counts_CC.index_put_((likeliest_E[seen], ids_E[seen]), torch.ones(()), accumulate=True)
-            counts_CC /= counts_CC.sum(1, keepdim=True)
-            told = later_E & (half_E == half)
-            bits -= float(counts_CC[likeliest_E[told], ids_E[told]].double().log2().sum())
-        best = min(best, bits / len(labels))
-    first = float(np.log2(labels.num_classes))
-    return (side_bits(labels) + first + best) / 8.0
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -268,10 +203,9 @@ def main() -> None:
         rows += codec_rows(name, probs_NC, options.views) + layout_rows(name, probs_NC)
     masses = ["top-1", "median top-1", "top-5", "top-10", "top-50", "top-100", "true class"]
     print(table(["population", *masses, "right", "entropy", "p at rank 100"], described))
-    estimates = ["Shannon, ids uniform", "ratio", "Shannon, ids by likeliest", "ratio"]
-    print(table(["population", "labels", "k", "bytes a view", "KL", "p99", *estimates], rows))
+    print(table(["population", "labels", "bytes a view", "KL", "p99"], rows))
     print(
-        f"{options.images} images x {options.views} views, ids of {id_bits(NUM_CLASSES)} bits; "
+        f"{options.images} images x {options.views} views; "
         f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "
         f"torch {torch.__version__}"
     )

@@ -1,20 +1,23 @@
 """Views a second: the label codec beside TinyViT's layout, on one thread.
 
-    python benchmarks/label_codec_speed.py
+    python benchmarks/label_codec_speed.py --rows real_rows_32views.npz
 
-The base population of label_codec.py, rate 0.001; prints a Markdown table. TinyViT's layout is
+Real softmax rows (an array ``probs``, images x views x classes), or the base population of
+label_codec.py, 16 views; rate 0.001. Prints a Markdown table. TinyViT's layout is
 rebuilt here from its description: an int32 seed, 100 int16 ids and 100 float16 probabilities a
 view, one view after another as its Python code has it, and a line of text with each view's key.
 Files are in memory on both sides.
 """
 
+import argparse
 import datetime
 import io
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -22,8 +25,7 @@ import torch
 from label_codec import population, table
 from torch import Tensor
 
-from mealv2.codec import EncodedLabels, dense_rows, encode
-from mealv2.codec.record import check_rows, decode_rows
+from mealv2.codec import EncodedLabels, encode
 from mealv2.losses import similarity_loss
 
 K, RECORD_SIZE = 100, 4 + 4 * 100
@@ -64,41 +66,32 @@ def read_tinyvit(records: bytes, keys: list[str]) -> int:
     return total
 
 
-def many(labels: EncodedLabels, copies: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts and records of so many copies of the labels: a shard's size."""
-    return np.tile(labels.counts_N.numpy(), copies), np.tile(labels.payload_P.numpy(), copies)
-
-
-def speed_rows(probs_NC: Tensor) -> list[list[str]]:
+def speed_rows(probs_NC: Tensor, num_views: int) -> list[list[str]]:
     """Return views per second, median and range, all tasks in turn in each repetition."""
-    labels = encode(probs_NC, rate=0.001)
-    counts, payload = labels.counts_N.numpy(), labels.payload_P.numpy()
-    many_counts, many_payload = many(labels, 16)
+
+    def encoded(views: int) -> EncodedLabels:
+        return encode(probs_NC, rate=0.001, num_views=views)
+
+    labels, alone = encoded(num_views), encoded(1)
     keys = [f"n{n // 1300:08d}_{n:08d}.JPEG" for n in range(len(labels))]
     records, _ = write_tinyvit(probs_NC, keys)
-    batch = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512]]
+    random_B = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512]
+    batch = labels[random_B]
     logits = torch.randn(len(batch), labels.num_classes)
     dense = batch.to_dense()
     # replace() gives labels that were not decoded yet
     tasks: dict[str, tuple[int, Callable[[], object]]] = {
         "write, TinyViT K=100": (len(labels), lambda: write_tinyvit(probs_NC, keys)),
-        "write, codec": (len(labels), lambda: encode(probs_NC, rate=0.001).to_bytes()),
+        "write, codec": (len(labels), lambda: encoded(num_views).to_bytes()),
+        "write, codec, each view by itself": (len(labels), lambda: encoded(1).to_bytes()),
         "read all, TinyViT K=100": (len(labels), lambda: read_tinyvit(records, keys)),
-        "read all, codec, NumPy": (
-            len(many_counts),
-            lambda: decode_rows(many_counts, many_payload, labels.num_classes),
-        ),
-        "check, codec": (
-            len(many_counts),
-            lambda: check_rows(many_counts, many_payload, labels.num_classes),
-        ),
-        "records to dense rows, NumPy": (
-            len(labels),
-            lambda: dense_rows(counts, payload, labels.num_classes),
-        ),
-        "records to dense rows, torch": (len(labels), lambda: replace(labels).to_dense()),
-        "512 records decoded, torch": (512, lambda: replace(batch).kept()),
-        "512 records to the loss": (512, lambda: similarity_loss(logits, replace(batch))),
+        "read all, codec": (len(labels), lambda: replace(labels).kept()),
+        "read all, codec, each view by itself": (len(labels), lambda: replace(alone).kept()),
+        "check, codec": (len(labels), lambda: replace(labels).check()),
+        "all to dense rows": (len(labels), lambda: replace(labels).to_dense()),
+        "512 random labels decoded": (512, lambda: replace(batch).kept()),
+        "512 of views by themselves decoded": (512, lambda: alone[random_B].kept()),
+        "512 random labels to the loss": (512, lambda: similarity_loss(logits, replace(batch))),
         "512 dense rows to the loss": (512, lambda: similarity_loss(logits, dense)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
@@ -116,13 +109,23 @@ def speed_rows(probs_NC: Tensor) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, help=".npz with probs, images x views x C")
+    parser.add_argument("--images", type=int, default=512, help="simulated, without --rows")
+    given = parser.parse_args(words)
     torch.set_num_threads(1)
-    probs_NC, _ = population("base", 512, 16)
-    print(table(["one thread", "views/s", "range", "ms"], speed_rows(probs_NC)))
+    if given.rows:
+        probs_IVC = torch.from_numpy(np.load(given.rows, allow_pickle=False)["probs"])
+        probs_NC, num_views = probs_IVC.flatten(0, 1), probs_IVC.shape[1]
+    else:
+        num_views = 16
+        probs_NC, _ = population("base", given.images, num_views)
+    print(table(["one thread", "views/s", "range", "ms"], speed_rows(probs_NC, num_views)))
     print(
-        f"{len(probs_NC)} views, {datetime.date.today()}, {os.cpu_count()} cores, "
-        f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
+        f"{len(probs_NC)} views, {num_views} an image, {datetime.date.today()}, "
+        f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+        f"numpy {np.__version__}"
     )
 
 

@@ -29,7 +29,6 @@ from label_codec import NUM_CLASSES, population, table
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mealv2.codec.record import decode_rows
 from mealv2.data.pixels import decode
 from mealv2.label_set import (
     FORMAT,
@@ -49,6 +48,7 @@ from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 
 BATCH_SIZE = 512  # of a training step
+READ_SIZE = 4096  # labels decoded at once where all are read
 NUM_PICTURES = 32  # different ones of the JPEGs decoded
 _STOP = None  # ends TinyViT's writer
 
@@ -227,9 +227,10 @@ class Ours:
         plan = plan_of(self.encoding, sample.num_views)
         claim(folder, plan)
         probs_NC = sample.probs_NVC.flatten(0, 1)
+        step = max(1, self.encode_size // sample.num_views) * sample.num_views
         rows = [
-            self.encoding.encode(probs_NC[n : n + self.encode_size])
-            for n in range(0, len(probs_NC), self.encode_size)
+            self.encoding.encode(probs_NC[n : n + step], num_views=sample.num_views)
+            for n in range(0, len(probs_NC), step)
         ]
         blocks = self.encoding.blocks(Rows.concat(rows), sample.num_views)
         shards = [put_shard(folder, plan, 0, sample.keys, blocks)]
@@ -255,8 +256,8 @@ class Ours:
                         raise SystemExit(f"{key.decode()} is damaged")
                 data = np.frombuffer(file.labels, np.uint8)
                 rows = labels.encoding.all_rows_of(data, file.column("label_ends"), len(views))
-                counts_N, payload_P = rows.labels.counts_N.numpy(), rows.labels.payload_P.numpy()
-                num_read += len(decode_rows(counts_N, payload_P, NUM_CLASSES).starts_N)
+                for n in range(0, len(rows.labels), READ_SIZE):
+                    num_read += len(rows.labels[n : n + READ_SIZE].kept().tail_N)
         return num_read
 
 
@@ -387,7 +388,8 @@ def check(look_up: Callable[[list[str], list[int]], Any], sample: Sample) -> Non
         view = n % sample.num_views
         ids_K, probs_K = look_up([sample.keys[n]], [view])
         row_C = sample.probs_NVC[n, view]
-        if ids_K[0] != int(row_C.argmax()) or abs(probs_K[0] - float(row_C.max())) > 0.05:
+        first = int(np.argmax(probs_K))
+        if ids_K[first] != int(row_C.argmax()) or abs(probs_K[first] - float(row_C.max())) > 0.1:
             raise SystemExit(f"view {view} of {sample.keys[n]} is not what was written")
 
 

@@ -48,14 +48,21 @@ def code_lengths(counts_S: _Array) -> _Array:
     return lengths_S
 
 
-def count(row_files: Sequence[_Array], bits: torch.Tensor) -> tuple[_Array, _Array]:
-    """Return how often each run and each value occurs, contexts x symbols."""
-    runs_XS = np.full((CONTEXTS + 1, LONGEST_RUN + 1), SMOOTHING)
-    values_XS = np.full((CONTEXTS + 1, len(VALUE_OF)), SMOOTHING)
+def count(
+    row_files: Sequence[_Array],
+    bits: torch.Tensor | None = None,
+    slopes: Sequence[float] = SLOPES,
+) -> tuple[_Array, _Array]:
+    """Return how often each run and each value occurs, contexts x symbols.
+
+    ``bits``: what each residual costs where they are chosen; by default of the codes in use.
+    """
+    runs_XS = np.zeros((CONTEXTS + 1, LONGEST_RUN + 1))
+    values_XS = np.zeros((CONTEXTS + 1, len(VALUE_OF)))
     for probs_IVC in row_files:
         rows = torch.from_numpy(probs_IVC).double()
         rows = rows / rows.sum(-1, keepdim=True)
-        for slope in SLOPES:
+        for slope in slopes:
             for modelled in models(rows, torch.xlogy(rows, rows).sum(2), slope):
                 found = quantise(modelled, slope, bits)
                 sizes_IK = modelled.entries.sizes_IK.long()
@@ -82,8 +89,8 @@ def main(words: Sequence[str] | None = None) -> None:
         residuals.RUNS, residuals.VALUES = canonical(run_lengths), canonical(value_lengths)
         bits = torch.from_numpy(residuals.expected_bits())
         runs_XS, values_XS = count(row_files, bits)
-        run_lengths = np.stack([code_lengths(counts_S) for counts_S in runs_XS])
-        value_lengths = np.stack([code_lengths(counts_S) for counts_S in values_XS])
+        run_lengths = np.stack([code_lengths(counts_S) for counts_S in runs_XS + SMOOTHING])
+        value_lengths = np.stack([code_lengths(counts_S) for counts_S in values_XS + SMOOTHING])
     print(HEADER, end="")
     for name, lengths_XS in (("RUN_LENGTHS", run_lengths), ("VALUE_LENGTHS", value_lengths)):
         lines = ["".join(f"{length:x}" for length in row) for row in lengths_XS]
