@@ -39,6 +39,7 @@ NIBBLE = 15
 HEAD_SIZE = 4
 _WEIGHT_OF_LOW = LEVELS_PER_NAT // LOW_UNIT
 _SIGN = 8  # of the codes of all components but the first
+_LOWEST = 64 * LEVELS_PER_NAT  # below the likeliest: above 0 in float32 with 10^6 classes
 _POSITIONS = 1 << 20  # above all positions of entries, in a sort key
 
 _Array = np.ndarray[Any, Any]
@@ -232,7 +233,9 @@ def decode_shared(
     streams_at_N = ends_N - (bits_N + 7) // 8
     if (streams_at_N * 2 < gaps_at_N).any():
         raise LabelSetError("a block is shorter than its residuals")
-    ids_NM = _ids(data_P, gaps_at_N, 2 * streams_at_N, counts_N, num_classes)
+    ids_NM, left_N = _ids(data_P, gaps_at_N, 2 * streams_at_N, counts_N, num_classes)
+    if strict:
+        _check_padding(data_P, 2 * streams_at_N, left_N, ends_N, bits_N)
 
     slots_K = np.arange(int(entries_N.max(initial=1)))
     levels_NK = np.zeros((len(at_N), len(slots_K)), np.int64)
@@ -252,9 +255,9 @@ def decode_shared(
     levels_NK += _residuals(
         data_P, 8 * streams_at_N + starts_N, lengths_N, levels_NK, sizes_NK, is_others_NK, strict
     )
-    weights_NK = np.where(is_entry_NK, levels_NK, np.iinfo(np.int64).max)
-    weights_NK = (levels_NK - weights_NK.min(axis=1, keepdims=True)).astype(np.float32)
-    weights_NK = np.exp(weights_NK / np.float32(-LEVELS_PER_NAT)) * is_entry_NK
+    weights_NK = np.where(is_entry_NK, levels_NK, 1 << 40)
+    weights_NK = np.minimum(weights_NK - weights_NK.min(axis=1, keepdims=True), _LOWEST)
+    weights_NK = np.exp(weights_NK.astype(np.float32) / np.float32(-LEVELS_PER_NAT)) * is_entry_NK
     weights_NK /= (weights_NK * sizes_NK).sum(axis=1, keepdims=True, dtype=np.float32)
     tail_N = (weights_NK * is_others_NK).sum(axis=1)
     probs_NM = (weights_NK * ~is_others_NK)[:, : ids_NM.shape[1]]
@@ -285,14 +288,15 @@ def _lengths(
 
 def _ids(
     data_P: _Array, at_N: _Array, ends_N: _Array, counts_N: _Array, num_classes: int
-) -> _Array:
-    """Return the listed classes, N x M, 0 beyond their number."""
+) -> tuple[_Array, _Array]:
+    """Return the listed classes, N x M, 0 beyond their number, and how many nibbles are left."""
     slots_M = np.arange(int(counts_N.max(initial=1)))
     is_listed_NM = slots_M < counts_N[:, None]
     ids_NM = np.where(is_listed_NM, slots_M, 0)
+    left_N = ends_N - at_N
     (some,) = np.nonzero(counts_N < num_classes)
     if not len(some):
-        return ids_NM
+        return ids_NM, left_N
     num_low_N = low_nibbles(counts_N[some], num_classes)
     listed_N = counts_N[some]
     high_at_N = at_N[some] + num_low_N * listed_N
@@ -317,7 +321,19 @@ def _ids(
     if (found_SM.max(axis=1) >= num_classes).any():
         raise LabelSetError(f"a block names a class above {num_classes - 1}")
     ids_NM[some] = found_SM * is_listed_SM
-    return ids_NM
+    left_N[some] = is_end_NG[:, ::-1].argmax(axis=1) - (is_end_NG.shape[1] - spans_N)
+    return ids_NM, left_N
+
+
+def _check_padding(
+    data_P: _Array, nibble_ends_N: _Array, left_N: _Array, ends_N: _Array, bits_N: _Array
+) -> None:
+    """Raise LabelSetError unless at most one nibble of 15, and zeros, pad the parts of blocks."""
+    is_padded_N = left_N > 0
+    last_N = _nibbles(data_P, nibble_ends_N - 1)
+    unused_N = data_P[ends_N - 1] >> ((bits_N - 1) % 8 + 1)
+    if (left_N > 1).any() or (last_N[is_padded_N] != NIBBLE).any() or (unused_N[bits_N > 0]).any():
+        raise LabelSetError("a block has bits after the end of a part")
 
 
 def _residuals(
