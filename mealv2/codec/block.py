@@ -31,7 +31,7 @@ MAX_LISTED = 512
 LOW_UNIT = 32  # lows of weights in a nat
 NIBBLE = 15
 HEAD_SIZE = 4
-_WEIGHT_OF_LOW = LEVELS_PER_NAT // LOW_UNIT
+LOWEST = 64 * LEVELS_PER_NAT  # below the likeliest: above 0 in float32 with 10^6 classes
 _SIGN = 8  # of the codes of all components but the first
 _POSITIONS = 1 << 20  # above all positions of entries, in a sort key
 

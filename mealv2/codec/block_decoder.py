@@ -9,15 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mealv2.codec.block import (
-    HEAD_SIZE,
-    LOW_UNIT,
-    MAX_COMPONENTS,
-    MAX_LISTED,
-    NIBBLE,
-    SharedRows,
-    low_nibbles,
-)
+from mealv2.codec.block import LOWEST, NIBBLE, SharedRows, low_nibbles
+from mealv2.codec.block_places import Places, find_places, windows
 from mealv2.codec.residual_reader import END, read_residuals
 from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
 from mealv2.errors import LabelSetError
@@ -27,23 +20,6 @@ _Array = np.ndarray[Any, Any]
 _ROWS, _GROUP = 4096, 128  # rows whose residuals are read together; padded together: fit in a cache
 _LANES = 64  # rows are padded to a multiple of this, and summed in so many parts
 _PADDING = np.float32(1 << 30)  # the level of no entry: its probability is 0
-
-
-class _Places(NamedTuple):
-    """Where the parts of N rows lie: nibbles, bytes and, for residuals, bits of the data."""
-
-    counts_N: _Array
-    entries_N: _Array
-    weights_NR: _Array
-    components_N: _Array
-    codes_at_N: _Array
-    gaps_at_N: _Array
-    streams_at_N: _Array
-    begin_N: _Array
-    lengths_N: _Array
-
-    def rows(self, order: _Array | slice) -> "_Places":
-        return _Places(*(column[order] for column in self))
 
 
 class _Model(NamedTuple):
@@ -76,7 +52,7 @@ def decode_shared(
     # most reads end at most a block's size beyond the data
     longest = int((ends_N - at_N).max(initial=0))
     data_P = np.concatenate([data_P, np.zeros(longest + 16, np.uint8)])
-    places = _places(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
+    places = find_places(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
     shape = len(at_N), int(places.counts_N.max(initial=1))
     ids_NM, probs_NM = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     tail_N = np.zeros(len(at_N), np.float32)
@@ -89,117 +65,26 @@ def decode_shared(
             of_group = chosen.rows(group)
             nibbles_X, shift_G = _nibbles(data_P, of_group, num_classes)
             models.append(_model(nibbles_X, shift_G, of_group, num_classes))
-            _put_ids(ids_NM, rows[group], nibbles_X, shift_G, of_group, num_classes)
+            left_G = _put_ids(ids_NM, rows[group], nibbles_X, shift_G, of_group, num_classes)
+            if strict:
+                _check_padding(data_P, of_group, left_G)
         _subtract_residuals(data_P, chosen, models, strict=strict)
         for group, model in zip(groups, models, strict=True):
-            probs_GM, tail_N[rows[group]] = _probabilities(
-                model.levels_NK, chosen.counts_N[group], num_classes
-            )
+            of_group = chosen.rows(group)
+            probs_GM, tail_N[rows[group]] = _probabilities(model.levels_NK, of_group, num_classes)
             probs_NM[rows[group], : probs_GM.shape[1]] = probs_GM
     return SharedRows(ids_NM, probs_NM, places.counts_N, tail_N)
-
-
-# --- where everything lies ------------------------------------------------------------------------
-
-
-def _places(
-    data_P: _Array,
-    at_N: _Array,
-    ends_N: _Array,
-    num_views_N: _Array,
-    views_N: _Array,
-    num_classes: int,
-) -> _Places:
-    if (ends_N - at_N < HEAD_SIZE).any():
-        raise LabelSetError("a block is shorter than its head")
-    components_N = data_P[at_N].astype(np.int64)
-    counts_N = data_P[at_N + 1] | data_P[at_N + 2].astype(np.int64) << 8
-    length_sizes_N = data_P[at_N + 3].astype(np.int64)
-    if len(at_N) and not (
-        components_N.min() >= 1
-        and components_N.max() <= MAX_COMPONENTS
-        and counts_N.min() >= 1
-        and counts_N.max() <= min(num_classes, MAX_LISTED)
-        and length_sizes_N.min() >= 1
-        and length_sizes_N.max() <= 2
-    ):
-        raise LabelSetError("a block has a head that is not valid")
-    entries_N = counts_N + (counts_N < num_classes)
-    lengths_at_N = at_N + HEAD_SIZE + 2 * components_N
-    nibbles_at_N = 2 * (lengths_at_N + length_sizes_N * num_views_N)
-    codes_at_N = nibbles_at_N + components_N * num_views_N
-    gaps_at_N = codes_at_N + components_N * entries_N
-    if ((gaps_at_N + 1) // 2 > ends_N).any():
-        raise LabelSetError("a block is shorter than its parts")
-    starts_N, lengths_N, bits_N = _lengths(
-        data_P, lengths_at_N, length_sizes_N, num_views_N, views_N
-    )
-    streams_at_N = ends_N - (bits_N + 7) // 8
-    if (streams_at_N * 2 < gaps_at_N).any():
-        raise LabelSetError("a block is shorter than its residuals")
-    # low and step of a component, and the nibble of the view
-    r_R = np.arange(int(components_N.max(initial=0)))
-    has_NR = r_R < components_N[:, None]
-    low_at_NR = (at_N + HEAD_SIZE)[:, None] + 2 * r_R * has_NR
-    nibble_at_NR = (nibbles_at_N + views_N * components_N)[:, None] + r_R * has_NR
-    nibble_NR = data_P[nibble_at_NR >> 1] >> (4 * (nibble_at_NR & 1)).astype(np.uint8) & NIBBLE
-    weights_NR = data_P[low_at_NR].view(np.int8) * np.float32(LEVELS_PER_NAT // LOW_UNIT)
-    weights_NR += data_P[low_at_NR + 1] * nibble_NR.astype(np.float32)
-    return _Places(
-        counts_N,
-        entries_N,
-        weights_NR * has_NR,
-        components_N,
-        codes_at_N,
-        gaps_at_N,
-        streams_at_N,
-        8 * streams_at_N + starts_N,
-        lengths_N,
-    )
-
-
-def _lengths(
-    data_P: _Array, at_N: _Array, sizes_N: _Array, num_views_N: _Array, views_N: _Array
-) -> _Array:
-    """Return where the residuals of the views begin, their bits, and all views' bits, 3 x N."""
-    found_3N = np.zeros((3, len(at_N)), np.int64)
-    for size in (1, 2):
-        (rows_R,) = np.nonzero(sizes_N == size)
-        if not len(rows_R):
-            continue
-        num_views_R, views_R = num_views_N[rows_R], views_N[rows_R]
-        bytes_RS = _windows(data_P, at_N[rows_R], size * int(num_views_R.max()))
-        ends_RV = bytes_RS.view(f"<u{size}").cumsum(axis=1, dtype=np.int64)
-        row_R = np.arange(len(rows_R))
-        begin_R = np.where(views_R > 0, ends_RV[row_R, views_R - 1], 0)
-        lengths_R = ends_RV[row_R, views_R] - begin_R
-        found_3N[:, rows_R] = begin_R, lengths_R, ends_RV[row_R, num_views_R - 1]
-    return found_3N
-
-
-def _windows(flat_P: _Array, at: _Array, size: int) -> _Array:
-    """Return ``size`` entries from each offset, ... x size: one copy of memory each.
-
-    Zeros beyond the end.
-    """
-    missing = int(at.max()) + size - len(flat_P)
-    if missing > 0:
-        flat_P = np.concatenate([flat_P, np.zeros(missing, flat_P.dtype)])
-    shape = (len(flat_P) - size + 1,)
-    runs = np.ndarray(shape, f"V{size * flat_P.itemsize}", flat_P, strides=flat_P.strides)
-    copied: _Array = runs[at][..., None].view(flat_P.dtype)
-    return copied
 
 
 # --- listed classes and the model -----------------------------------------------------------------
 
 
-def _nibbles(data_P: _Array, places: _Places, num_classes: int) -> tuple[_Array, _Array]:
+def _nibbles(data_P: _Array, places: Places, num_classes: int) -> tuple[_Array, _Array]:
     """Return codes and lists of rows as nibbles, and what is added to their offsets in the data."""
     first_N = places.codes_at_N >> 1
     has_list_N = places.counts_N < num_classes
     last_N = np.where(has_list_N, places.streams_at_N, (places.gaps_at_N + 1) >> 1)
-    bytes_NS = _windows(data_P, first_N, int((last_N - first_N).max()))
+    bytes_NS = windows(data_P, first_N, int((last_N - first_N).max()))
     pairs_NS = bytes_NS.astype("<u2")
     pairs_NS |= pairs_NS << np.uint16(4)
     pairs_NS &= np.uint16(NIBBLE << 8 | NIBBLE)
@@ -209,14 +94,14 @@ def _nibbles(data_P: _Array, places: _Places, num_classes: int) -> tuple[_Array,
     return nibbles_X, 2 * (np.arange(len(first_N)) * bytes_NS.shape[1] - first_N)
 
 
-def _model(nibbles_X: _Array, shift_N: _Array, places: _Places, num_classes: int) -> _Model:
+def _model(nibbles_X: _Array, shift_N: _Array, places: Places, num_classes: int) -> _Model:
     entries_N = places.entries_N
     # no run from an entry leads beyond the padding
     width = -(-(int(entries_N.max()) + LONGEST_RUN) // _LANES) * _LANES
     r_R = np.arange(int(places.components_N.max()))
     codes_at_NR = np.where(r_R < places.components_N[:, None], r_R * entries_N[:, None], 0)
     codes_at_NR += (shift_N + places.codes_at_N)[:, None]
-    codes_NRK = _windows(nibbles_X, codes_at_NR, width).astype(np.float32)
+    codes_NRK = windows(nibbles_X, codes_at_NR, width).astype(np.float32)
     # signed codes are stored with 8 added: that adds a constant to all levels of a row
     weights_N1R = places.weights_NR[:, None, : len(r_R)]
     levels_NK = np.matmul(weights_N1R, codes_NRK)[:, 0]
@@ -258,32 +143,38 @@ def _put_ids(
     rows_G: _Array,
     nibbles_X: _Array,
     shift_G: _Array,
-    places: _Places,
+    places: Places,
     num_classes: int,
-) -> None:
-    """Put the listed classes of a group into the rows of all."""
+) -> _Array:
+    """Put the listed classes of a group into the rows of all; return how many nibbles are left."""
     has_list_G = places.counts_N < num_classes
+    left_G = 2 * places.streams_at_N - places.gaps_at_N
     if not has_list_G.all():
         ids_NM[rows_G[~has_list_G], :num_classes] = np.arange(num_classes)
     num_low_G = low_nibbles(places.counts_N, num_classes)
     for num_low in range(int(num_low_G.max()) + 1):  # rows are sorted: mostly one
         (some,) = np.nonzero(has_list_G & (num_low_G == num_low))
         if len(some):
-            found_RM = _ids(nibbles_X, shift_G[some], places.rows(some), num_low, num_classes)
+            of_some = places.rows(some)
+            found_RM, left_G[some] = _ids(nibbles_X, shift_G[some], of_some, num_low, num_classes)
             ids_NM[rows_G[some], : found_RM.shape[1]] = found_RM
+    return left_G
 
 
 def _ids(
-    nibbles_X: _Array, shift_N: _Array, places: _Places, num_low: int, num_classes: int
-) -> _Array:
-    """Return the listed classes of rows with so many low nibbles, N x M, 0 beyond their number."""
+    nibbles_X: _Array, shift_N: _Array, places: Places, num_low: int, num_classes: int
+) -> tuple[_Array, _Array]:
+    """Return the listed classes of rows with so many low nibbles, N x M, 0 beyond their number.
+
+    And how many nibbles are left after them.
+    """
     counts_N, at_N = places.counts_N, shift_N + places.gaps_at_N
     spans_N = 2 * places.streams_at_N - places.gaps_at_N - num_low * counts_N
     if (spans_N < counts_N).any():
         raise LabelSetError("a block is shorter than its list of classes")
     if (spans_N > counts_N + num_classes // NIBBLE + 2).any():
         raise LabelSetError("a block has a longer list of classes than it says")
-    pieces_NG = _windows(nibbles_X, at_N + num_low * counts_N, int(spans_N.max()))
+    pieces_NG = windows(nibbles_X, at_N + num_low * counts_N, int(spans_N.max()))
     shortest = int(spans_N.min())
     is_beyond_NG = np.arange(shortest, pieces_NG.shape[1]) >= spans_N[:, None]
     np.copyto(pieces_NG[:, shortest:], NIBBLE, where=is_beyond_NG)
@@ -294,10 +185,10 @@ def _ids(
     dtype = np.int64 if num_low else np.int32
     sums_E = pieces_NG.cumsum(axis=1, dtype=dtype).reshape(-1).take(end_E)
     slots_M = np.arange(int(counts_N.max()), dtype=dtype)
-    ids_NM: _Array = _windows(sums_E, starts_N1[:-1], len(slots_M))
+    ids_NM: _Array = windows(sums_E, starts_N1[:-1], len(slots_M))
     ids_NM <<= 4 * num_low
     if num_low:
-        low_NML = _windows(nibbles_X, at_N, num_low * len(slots_M))
+        low_NML = windows(nibbles_X, at_N, num_low * len(slots_M))
         low_NML = low_NML.reshape(len(at_N), -1, num_low)
         ids_NM += (low_NML.astype(np.int64) << 4 * np.arange(num_low)).sum(axis=2).cumsum(axis=1)
     ids_NM += slots_M
@@ -305,14 +196,24 @@ def _ids(
         raise LabelSetError(f"a block names a class above {num_classes - 1}")
     fewest = int(counts_N.min())
     ids_NM[:, fewest:] *= slots_M[fewest:] < counts_N[:, None]
-    return ids_NM
+    used_N = end_E[starts_N1[1:] - 1] % pieces_NG.shape[1] + 1
+    return ids_NM, spans_N - used_N
+
+
+def _check_padding(data_P: _Array, places: Places, left_N: _Array) -> None:
+    """Raise LabelSetError unless at most one nibble of 15, and zeros, pad the parts of blocks."""
+    last_N = data_P[places.streams_at_N - 1] >> 4
+    unused_N = data_P[places.ends_N - 1] >> ((places.bits_N - 1) % 8 + 1).astype(np.uint8)
+    is_wrong_N = (left_N > 1) | (left_N > 0) & (last_N != NIBBLE)
+    if (is_wrong_N | (unused_N > 0) & (places.bits_N > 0)).any():
+        raise LabelSetError("a block has bits after the end of a part")
 
 
 # --- residuals ------------------------------------------------------------------------------------
 
 
 def _subtract_residuals(
-    data_P: _Array, places: _Places, models: list[_Model], *, strict: bool
+    data_P: _Array, places: Places, models: list[_Model], *, strict: bool
 ) -> None:
     """Subtract the residuals of rows from the levels of their entries."""
     (rows_A,) = np.nonzero(places.lengths_N)
@@ -328,7 +229,7 @@ def _subtract_residuals(
     base_N = np.concatenate(bases)
     begin_A, lengths_A = places.begin_N[rows_A], places.lengths_N[rows_A]
     num_bytes = (int(lengths_A.max()) + 7 + 2 * MAX_CODE) // 8 + 4
-    bytes_AS = _windows(data_P, begin_A >> 3, num_bytes)
+    bytes_AS = windows(data_P, begin_A >> 3, num_bytes)
     at_F, value_F = read_residuals(
         bytes_AS, begin_A & 7, lengths_A, keys_E, base_N[rows_A], strict=strict
     )
@@ -338,16 +239,19 @@ def _subtract_residuals(
         model.levels_NK.reshape(-1)[places_F] -= value_F[here].astype(np.float32)
 
 
-def _probabilities(levels_NK: _Array, counts_N: _Array, num_classes: int) -> tuple[_Array, _Array]:
+def _probabilities(levels_NK: _Array, places: Places, num_classes: int) -> tuple[_Array, _Array]:
     """Return the probabilities of listed classes, N x M, and of each other class."""
+    counts_N = places.counts_N
     weights_NK = levels_NK - levels_NK.min(axis=1, keepdims=True)
+    np.minimum(weights_NK, np.float32(LOWEST), out=weights_NK)
     weights_NK *= np.float32(-1.0 / LEVELS_PER_NAT)
     np.exp(weights_NK, out=weights_NK)
     (some,) = np.nonzero(counts_N < num_classes)
     others_at = some, counts_N[some]
     others_N = np.zeros(len(counts_N), np.float32)
     others_N[some] = weights_NK[others_at]
-    weights_NK[others_at] = 0.0
+    fewest = int(counts_N.min())
+    weights_NK[:, fewest:] *= np.arange(fewest, weights_NK.shape[1]) < counts_N[:, None]
     # in parts: more padding changes no sum
     total_N = weights_NK.reshape(len(counts_N), -1, _LANES).sum(axis=1).sum(axis=1)
     total_N += others_N * (num_classes - counts_N).astype(np.float32)

@@ -117,7 +117,8 @@ def _component_step(entries: Entries, weights_IVR: Tensor, components_IRK: Tenso
     pairs_IVX = (weights_IVR[..., :, None] * weights_IVR[..., None, :]).flatten(2)
     curvature = (model_IVK.mT @ pairs_IVX).view(*slope_IRK.mT.shape, num_components)
     # relative to the mean over entries: an entry that no view has moves little
-    mean_I1 = curvature.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None]
+    num_I = num_components * (entries.sizes_IK > 0).sum(1)  # padding depends on the batch
+    mean_I1 = (curvature.diagonal(dim1=-2, dim2=-1).sum((1, 2)) / num_I)[:, None]
     step_IKR = _solve(curvature, slope_IRK.mT, ridge=_RIDGE, floor=mean_I1)
     return step_IKR.mT.clamp(-_LARGEST_STEP, _LARGEST_STEP)
 
