@@ -73,7 +73,7 @@ def _encoding(config: LabelsImportConfig, source: ImageSource, num_classes: int)
 def _encoded(logits_NVC: np.ndarray, encoding: Encoding) -> Rows:
     """Return the labels of N images, image by image: q = softmax(logits)."""
     parts = []
-    for logits_BC in torch.from_numpy(logits_NVC).flatten(0, 1).split(SLICE):
+    for logits_BC in torch.split(torch.from_numpy(logits_NVC).flatten(0, 1), SLICE):
         probs_BC = torch.softmax(logits_BC.double(), dim=1).float()
         parts.append(encoding.encode(probs_BC, logits_BC.float() if encoding.logits else None))
     return Rows.concat(parts)

@@ -51,7 +51,11 @@ def boxes_of(
     images, views = file.images, range(labels.num_views) if views is None else views
     if (stored := file.stored_views) is not None:
         some = slice(views.start, views.stop)
-        return stored.boxes_NV4[:, some] / BOX_UNIT, stored.flips_NV[:, some].astype(bool)
+        boxes_NV4 = stored.boxes_NV4[:, some].astype(np.int64)
+        # rounded up, a half and a half are more than the image
+        sizes = np.minimum(boxes_NV4[..., 2:], BOX_UNIT - boxes_NV4[..., :2])
+        parts = np.concatenate([boxes_NV4[..., :2], sizes], axis=-1)
+        return parts / BOX_UNIT, stored.flips_NV[:, some].astype(bool)
     if images is None:
         raise LabelSetError(f"{file.path} has no image sizes; its boxes cannot be computed")
     recipe = labels.views()
