@@ -141,18 +141,19 @@ def test_pruned_labels_are_read_by_lplds_list_and_repeated(
     done: Run, words: Callable[..., list[object]], data_dir: Path, soft: Path, imported: Path
 ) -> None:
     """LPLD: without the incomplete batch of each epoch, and less than all epochs."""
-    theirs = sre2l.relabel(data_dir / "train", soft, epochs=4, kept=0.6)  # 9 of 16 batches
-    assert len(theirs) == 9 * SIZE
-    assert len(list(soft.glob("epoch_2/*.tar"))) == 1
+    theirs = sre2l.relabel(data_dir / "train", soft, epochs=6, kept=0.6)  # 14 of 24 batches
+    assert len(theirs) == 14 * SIZE
+    assert len(list(soft.glob("epoch_3/*.tar"))) == 2
     result = done(*words())
     dense, views = stored.dense_of(imported), views_in(imported, ImageFolder(data_dir, "train"))
     by_image: dict[str, list[sre2l.View]] = {}
     for (key, _), view in sorted(theirs.items(), key=lambda item: item[0][1]):
         by_image.setdefault(key, []).append(view)
     num_views = max(map(len, by_image.values()))
-    assert result.report["num_views"] == num_views == 3
+    assert result.report["num_views"] == num_views == 4
+    assert {len(views) for views in by_image.values()} == {2, 3, 4}
     assert result.report["images"] == len(by_image)
-    num_repeated = 3 * len(by_image) - len(theirs)
+    num_repeated = 4 * len(by_image) - len(theirs)
     assert f"repeated: {num_repeated} labels of images in fewer epochs" in result.stderr
     for (key, number), row in dense.items():
         view = by_image[key][number % len(by_image[key])]
@@ -165,9 +166,9 @@ def test_images_are_numbered_as_in_torchvision(
 ) -> None:
     """Tiny-ImageNet has folders in its class folders; torchvision lists these after the images."""
     ants = own_data / "train" / "ants"
-    (ants / "a-folder").mkdir()
+    (ants / "0-folder").mkdir()
     for path in sorted(ants.glob("*.*"))[:6:5]:
-        path.rename(ants / "a-folder" / path.name)
+        path.rename(ants / "0-folder" / path.name)
     theirs = sre2l.relabel(own_data / "train", soft)
     done(*words("--data-dir", own_data))
     for address, row in stored.dense_of(imported).items():
