@@ -82,10 +82,8 @@ def read_batch(path: Path) -> BatchFile:
     Raises OSError, and LabelSetError for a damaged or unknown file, and for labels of images that
     MixUp, CutMix or Cutout changed: they are no labels of a view.
     """
-    values = read_list(path)
+    values = read_list(path, 6)
     try:
-        if len(values) != 6:
-            raise ValueError(f"it has {len(values)} items, not 6 (boxes, flips, three, logits)")
         boxes, flips, logits = _checked(values[0], values[1], values[5])
         if mixing := _mixing(*values[2:5], num_images=len(logits)):
             raise ValueError(

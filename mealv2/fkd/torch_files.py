@@ -78,7 +78,7 @@ def read_arrays(path: Path) -> list[np.ndarray]:
     return _read(path, arrays)
 
 
-def read_list(path: Path) -> list[Any]:
+def read_list(path: Path, num_items: int) -> list[Any]:
     """Return a list that torch.save wrote: its arrays and tensors as NumPy arrays.
 
     Other items may be None, numbers, or lists of numbers. Reads only zips, which have checksums;
@@ -91,6 +91,8 @@ def read_list(path: Path) -> list[Any]:
         value, stored = _from_zip(data)
         if not isinstance(value, list):
             raise ValueError("it is not a list")
+        if len(value) != num_items:  # before the copies: items may share a tensor
+            raise ValueError(f"it has {len(value)} items, not {num_items}")
         return [_item(item, stored) for item in value]
 
     return _read(path, items)

@@ -1,6 +1,8 @@
 """mealv2.fkd's batch files: as SRe2L writes them, damaged and hostile ones, the order of images."""
 
+import os
 import random
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +124,42 @@ def rezipped(data: bytes, edit: Callable[[bytes], bytes], path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, edit(content) if name.endswith("data.pkl") else content)
+
+
+def test_many_items_that_share_a_tensor_are_not_copied(tmp_path: Path) -> None:
+    path = tmp_path / "batch_0.tar"
+    torch.save([torch.zeros(1 << 20, dtype=torch.uint8)] * 100_000, path)
+    tracemalloc.start()
+    with pytest.raises(LabelSetError, match="it has 100000 items, not 6"):
+        read_batch(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+class Calls:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, *reduced: object) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.reduced[0], self.reduced[1:]
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("function", [os.system, eval, open])
+def test_a_malicious_pickle_does_nothing(tmp_path: Path, place: int, function: Any) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "batch_0.tar"
+    arguments = {
+        os.system: [f"touch {marker}"],
+        eval: [f"open({str(marker)!r}, 'w').close()"],
+        open: [str(marker), "w"],
+    }[function]
+    for content in (replaced(place, Calls(function, *arguments)), Calls(function, *arguments)):
+        torch.save(content, path)
+        with pytest.raises(LabelSetError, match="which no label file does"):
+            read_batch(path)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("claimed", [b"\x03", b"\x7f", b"\xff"])
