@@ -116,7 +116,6 @@ def _checked(boxes: Any, flips: Any, logits: Any) -> tuple[np.ndarray, np.ndarra
     check_boxes(boxes)
     if not np.isfinite(logits).all():
         raise ValueError("a logit is not finite")
-    logits = logits.astype(logits.dtype.newbyteorder("="), copy=False)
     return boxes, flips, logits
 
 
