@@ -423,6 +423,9 @@ def test_label_sets_doc_runs_on_a_small_set(
     done(*precompute_flags, "--topk", "all", "--output", "before")
     flags = ["--to", "fkd", "--label-type", "marginal_smoothing_k2", "--output", "soft_labels"]
     done("labels", "export", "before", *flags)
+    flags = ["--to", "sre2l", "--data-dir", "pictures", "--batch-size", 8]
+    done("labels", "export", "before", *flags, "--output", "before-sre2l")
+    Path("fkd_labels").symlink_to("before-sre2l/labels")
 
     reports = {}
     for words in commands("docs/how-to/label-sets.md"):
@@ -645,6 +648,7 @@ def test_pack_doc_runs_on_a_small_set(
         "docs/reference/label-set-format.md",
         "docs/reference/label-codec.md",
         "docs/reference/fkd-files.md",
+        "docs/reference/sre2l-files.md",
         "docs/reference/cifar-networks.md",  # its commands: tests/pipeline/test_cifar_networks.py
         "docs/how-to/time-and-disk.md",
         "docs/how-to/reproduce.md",

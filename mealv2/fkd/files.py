@@ -75,14 +75,15 @@ def _checked(
     num_labels = labels.shape[0] if labels.ndim else 0
     if not 1 <= num_labels <= num_boxes:
         raise ValueError(f"{num_labels} labels for {num_boxes} boxes")
-    _check_boxes(boxes)
+    check_boxes(boxes)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise ValueError("a label is not finite")
     labels = labels.astype(labels.dtype.newbyteorder("="), copy=False)
     return boxes[:num_labels].astype(np.float32), flips[:num_labels].astype(np.bool_), labels
 
 
-def _check_boxes(boxes: np.ndarray) -> None:
+def check_boxes(boxes: np.ndarray) -> None:
+    """Raise ValueError for a box, (top, left, height, width), that is not inside the image."""
     # rounding moves a number below 1 by at most eps / 4, so top + height can exceed 1
     allowed = 1.0 + float(np.finfo(boxes.dtype).eps)
     top, left, height, width = boxes.astype(np.float64).T

@@ -10,6 +10,7 @@ import io
 import math
 import pickletools
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ _NUMPY_TYPES = ("f2", "f4", "f8", "b1", "u1", "i1", "i2", "i4", "i8")
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _NDARRAYS = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _DTYPE = "numpy dtype"
+_SCALARS = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
 _ENCODE = "_codecs encode"  # protocol 2 stores bytes as text, encoded as latin1
-_NAMES = {_TENSOR, *_NDARRAYS, _DTYPE, _ENCODE, "numpy ndarray", "collections OrderedDict"}
+_NAMES = {_TENSOR, *_NDARRAYS, *_SCALARS, _DTYPE, _ENCODE}
+_NAMES |= {"numpy ndarray", "collections OrderedDict"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch: before 1.6, files were not zips
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -65,12 +68,40 @@ def read_arrays(path: Path) -> list[np.ndarray]:
     Reads protocol 2, torch's default, from a zip (and compares its checksums) or in the format
     before torch 1.6. Raises OSError, and LabelSetError for any other file.
     """
-    data = read_regular(path)
-    try:
+
+    def arrays(data: bytes) -> list[np.ndarray]:
         value, stored = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
         if not isinstance(value, list | tuple) or len(value) != 3:
             raise ValueError("it is not a list of boxes, flips and labels")
         return [_array(item, stored) for item in value]
+
+    return _read(path, arrays)
+
+
+def read_list(path: Path, num_items: int) -> list[Any]:
+    """Return a list that torch.save wrote: its arrays and tensors as NumPy arrays.
+
+    Other items may be None, numbers, or lists of numbers. Reads only zips, which have checksums;
+    raises as ``read_arrays``.
+    """
+
+    def items(data: bytes) -> list[Any]:
+        if data[:2] != b"PK":
+            raise ValueError("it is not a file of torch.save of torch 1.6 or later")
+        value, stored = _from_zip(data)
+        if not isinstance(value, list):
+            raise ValueError("it is not a list")
+        if len(value) != num_items:  # before the copies: items may share a tensor
+            raise ValueError(f"it has {len(value)} items, not {num_items}")
+        return [_item(item, stored) for item in value]
+
+    return _read(path, items)
+
+
+def _read(path: Path, parse: Callable[[bytes], list[Any]]) -> list[Any]:
+    data = read_regular(path)
+    try:
+        return parse(data)
     except (ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         why = " ".join(str(error).split())[:200]
     except (LookupError, TypeError, AttributeError, EOFError, OverflowError, RuntimeError, Warning):
@@ -133,7 +164,7 @@ def _description(stream: io.BytesIO, types: dict[str, str] | None = None) -> obj
                 pass
             case "MARK":
                 marks.append(len(stack))
-            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(arg)
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
                 stack.append(_CONSTANTS[opcode.name])
@@ -189,6 +220,25 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("its pickle is not that of a label file")
     return value
+
+
+def _item(value: object, stored: dict[str, bytes]) -> Any:
+    """Return an array, a number or None, or a list of numbers."""
+    if isinstance(value, list | tuple):
+        return [_number(item) for item in value]
+    if isinstance(value, _Call) and value.function not in _SCALARS:
+        return _array(value, stored)
+    return None if value is None else _number(value)
+
+
+def _number(value: object) -> int | float:
+    match value:
+        case bool() | int() | float():
+            return value
+        case _Call(function=function, args=(dtype, data)) if function in _SCALARS:
+            (number,) = np.frombuffer(_bytes(data), _dtype(dtype)).tolist()
+            return number  # type: ignore[no-any-return]
+    raise ValueError("it does not hold numbers")
 
 
 def _array(value: object, stored: dict[str, bytes]) -> np.ndarray:

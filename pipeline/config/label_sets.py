@@ -242,13 +242,15 @@ class LabelsSplitConfig(Settings):
 
 
 @frozen
-class LabelsImportConfig(SourceConfig):
+class LabelsImportConfig(SourceConfig, EncodingConfig):
     """Make a label set from labels that other software wrote."""
 
     example = "mealv2 labels import soft_labels --from fkd --data-dir imagenet --output labels"
 
     folder: Path = argument("Folder of the labels.", path="folder")
-    from_: Literal["fkd"] = in_labels("fkd", "Format: fkd, the soft labels of FKD and MEAL V2.")
+    from_: Literal["fkd", "sre2l"] = in_labels(
+        "fkd", "Format: fkd, the soft labels of FKD and MEAL V2; sre2l, those of SRe2L and LPLD."
+    )
     data_dir: Location = in_data(REQUIRED, DATA_DIR, path="data set")
     output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
     train_split: str = in_data("train", "Labelled split of --data-dir.", alias="split")
@@ -257,9 +259,27 @@ class LabelsImportConfig(SourceConfig):
         "FKD's kind of label, e.g. marginal_smoothing_k5 or marginal_renorm.",
         shown="as found in the files; smoothing, not renorm",
     )
+    rate: float | None = in_labels(
+        None,
+        "With --from sre2l: the classes kept per view minimise KL + RATE * classes.",
+        shown="without --topk: all classes in float32",
+        above=0,
+    )
+    topk: str | None = in_labels(
+        None, "With --from sre2l: classes kept per view, this number, or all.", shown="as --rate"
+    )
+    store_logits: bool = in_labels(False, "With --from sre2l: also keep the logits, in float16.")
     teacher_name: str = in_labels("unknown", "Name of the teacher in the manifest.")
     img_size: int = in_img_size(DEFAULT_IMG_SIZE, "Side of a view in pixels to train at.")
     shard_size: int = in_labels(DEFAULT_SHARD_SIZE, "Images per label shard.", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_ == "sre2l":
+            without_effect(self, "with --from sre2l", "label_type")
+        else:
+            names = ("rate", "topk", "label_dtype", "store_logits")
+            without_effect(self, "without --from sre2l", *names)
 
 
 @frozen
@@ -269,13 +289,14 @@ class LabelsExportConfig(SourceConfig):
     example = "mealv2 labels export labels --to parquet --output tables"
 
     labels: Path = argument("Label set.", path="label set")
-    to: Literal["fkd", "webdataset", "parquet"] = in_labels(
-        "parquet", "FKD's files, tar shards of images and labels, or tables."
+    to: Literal["fkd", "sre2l", "webdataset", "parquet"] = in_labels(
+        "parquet", "FKD's files, SRe2L's files, tar shards of images and labels, or tables."
     )
     output: Path = in_labels(REQUIRED, NEW_FOLDER, alias="out", path="new folder")
     data_dir: Location | None = in_data(
         None,
-        "With --to webdataset: data set of the images; with --layout mealv2: its name is used.",
+        "With --to webdataset and sre2l: data set of the images; with --layout mealv2: its name is "
+        "used.",
         shown="none",
         path="data set",
     )
@@ -285,17 +306,23 @@ class LabelsExportConfig(SourceConfig):
         "With --to fkd: files in train/… as FKD's training looks for them, or in DATASET/train/… "
         "as MEAL V2's does.",
     )
+    batch_size: int = in_labels(
+        1024, "With --to sre2l: images per file, the --batch-size of SRe2L's training.", low=1
+    )
     split: Literal["train", "val"] = in_labels("train", "Split to export.", alias="role")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs_images = self.to == "webdataset" or self.layout == "mealv2"
-        kinds = "--to webdataset and with --layout mealv2"
+        needs_images = self.to in ("webdataset", "sre2l") or self.layout == "mealv2"
+        kinds = "--to webdataset, --to sre2l and with --layout mealv2"
         message = f"--data-dir is required with {kinds}, and has no effect without them"
         require(needs_images == (self.data_dir is not None), message)
         if not needs_images:
-            without_effect(self, "without --to webdataset", "strict")
+            without_effect(self, "without --to webdataset or sre2l", "strict")
         if self.to != "fkd":
             without_effect(self, "without --to fkd", "label_type", "layout")
-        else:
-            require(self.split == "train", "--to fkd exports views with boxes: use --split train")
+        if self.to != "sre2l":
+            without_effect(self, "without --to sre2l", "batch_size")
+        if self.to in ("fkd", "sre2l"):
+            exports = f"--to {self.to} exports views with boxes: use --split train"
+            require(self.split == "train", exports)

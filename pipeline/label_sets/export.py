@@ -1,7 +1,7 @@
-"""`mealv2 labels export`: labels as FKD's files, as members of tar shards, or as tables."""
+"""`mealv2 labels export`: labels as files of FKD or SRe2L, in tar shards, or as tables."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
-from mealv2.soft_labels import EncodedLabels, top_k
+from mealv2.soft_labels import top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
-from mealv2.views import BOX_UNIT, DrawnViews, fractions
 from pipeline import console
 from pipeline.config import LabelsExportConfig, plain, require
-from pipeline.label_sets.writing import all_rows, averaged, require_outside
+from pipeline.label_sets.export_sre2l import write_batches
+from pipeline.label_sets.reading import blocks_of, boxes_of, has_plain_boxes, rows_of, shards
+from pipeline.label_sets.writing import require_outside
 from pipeline.labelling.compatibility import image_check
 from pipeline.loading.sources import open_labelled
 
@@ -43,7 +44,12 @@ def run(config: LabelsExportConfig) -> dict[str, Any]:
     if labels.num_appended:
         console.info(f"left out: {console.count(labels.num_appended, 'appended label')}")
     labels = LabelSet.open(config.labels, split=config.split, appended=[])
-    exporters = {"fkd": _fkd, "webdataset": _webdataset, "parquet": _parquet}
+    exporters = {
+        "fkd": _fkd,
+        "sre2l": write_batches,
+        "webdataset": _webdataset,
+        "parquet": _parquet,
+    }
     export = exporters[config.to](config, labels)
     _claim(config, labels)
     files = export()
@@ -68,6 +74,7 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
         "num_views": labels.num_views,
         "label_set": labels.manifest["plan"],
         **(_fkd_plan(config) if config.to == "fkd" else {}),
+        **({"batch_size": config.batch_size} if config.to == "sre2l" else {}),
     }
     path = config.output / _PLAN_NAME
     config.output.mkdir(parents=True, exist_ok=True)
@@ -82,12 +89,6 @@ def _claim(config: LabelsExportConfig, labels: LabelSet) -> None:
     write_atomic(path, canonical_json(plan).encode())
 
 
-def _shards(labels: LabelSet) -> Iterator[tuple[int, ShardFile]]:
-    """Yield the shards of the first block of views with their numbers, with a progress bar."""
-    _, files = labels.blocks[0]
-    return console.progress(enumerate(files), total=len(files), what="exporting", unit="shards")
-
-
 def _write_shards(
     config: LabelsExportConfig,
     labels: LabelSet,
@@ -99,69 +100,13 @@ def _write_shards(
     ``name`` has the field ``number``. ``write`` receives the number, the shard and the path.
     """
     paths = []
-    for number, file in _shards(labels):
+    for number, file in shards(labels):
         path = config.output / f"{labels.split}-{name.format(number=number)}"
         paths.append(path)
         if not path.exists():
             with atomic_file(path) as temporary:
                 write(number, file, temporary)
     return paths
-
-
-def _rows_of(labels: LabelSet, number: int) -> Rows:
-    """Return the labels of all views of the images of a shard, image by image."""
-    parts, addresses, first_row = [], [], 0
-    keys = labels.blocks[0][1][number].keys()
-    for views, files in labels.blocks:
-        file = files[number]
-        row_of = {key: row for row, key in enumerate(file.keys())}
-        if missing := [key for key in keys if key not in row_of]:
-            labels.rows(missing[:1], [views.start])  # raises the error that explains it
-        images_N1 = np.array([row_of[key] for key in keys], dtype=np.int64)[:, None]
-        addresses.append(first_row + images_N1 * len(views) + np.arange(len(views)))
-        parts.append(all_rows(file, labels.encoding))
-        first_row += len(parts[-1].labels)
-    order_N = torch.from_numpy(np.concatenate(addresses, axis=1).reshape(-1))
-    return parts[0] if len(parts) == 1 else Rows.concat(parts).rows(order_N)
-
-
-def _blocks_of(labels: LabelSet, number: int) -> list[bytes]:
-    """Return a block of all views of each image; views added later are encoded with the others."""
-    rows, encoding, num_views = _rows_of(labels, number), labels.encoding, labels.num_views
-    is_added = len(labels.blocks) > 1
-    if is_added and isinstance(rows.labels, EncodedLabels) and rows.labels.shares_models:
-        rows = averaged([rows], [1], encoding, num_views)
-    return encoding.blocks(rows, num_views)
-
-
-def _has_plain_boxes(labels: LabelSet) -> bool:
-    """Return whether each view is a box inside its image and a left-right flip."""
-    views = labels.views()
-    return not isinstance(views, DrawnViews) or views.recipe.has_plain_boxes
-
-
-def _boxes_of(labels: LabelSet, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes N x V x 4 as fractions of the image, float64, and flips N x V, bool."""
-    images, num_views = file.images, labels.num_views
-    if file.stored_views is not None:
-        return file.stored_views.boxes_NV4 / BOX_UNIT, file.stored_views.flips_NV.astype(bool)
-    if images is None:
-        raise LabelSetError(f"{file.path} has no image sizes; its boxes cannot be computed")
-    recipe = labels.views()
-    if not _has_plain_boxes(labels):
-        raise LabelSetError(
-            f"{labels.folder} has views that are more than a box and a left-right flip "
-            f"({labels.manifest['plan']['roles']['train']['views']['name']}), which FKD's files "
-            "cannot describe; use --to parquet or --to webdataset"
-        )
-    boxes, flips = [], []
-    for key, (width, height) in zip(file.keys(), images.sizes_N2.tolist(), strict=True):
-        for index in range(num_views):
-            view = recipe.view(key, index, width=width, height=height)
-            boxes.append(fractions(view, width=width, height=height))
-            flips.append(view.flip)
-    shape = (file.num_images, num_views)
-    return np.array(boxes).reshape(*shape, 4), np.array(flips, dtype=bool).reshape(shape)
 
 
 # --- FKD ------------------------------------------------------------------------------------------
@@ -175,17 +120,17 @@ def _fkd(config: LabelsExportConfig, labels: LabelSet) -> Export:
     except LabelSetError as error:
         raise ConfigError(f"--label-type {config.label_type}: {error}") from None
     names = fkd.label_names(labels.keys())
-    _boxes_of(labels, labels.blocks[0][1][0])  # raises without image sizes
+    boxes_of(labels, labels.blocks[0][1][0])  # raises without image sizes
     split = labels.manifest["plan"]["roles"]["train"]["split"]
     folder = config.output / _data_set_name(config) / split
 
     def export() -> list[Path]:
-        for number, file in _shards(labels):
+        for number, file in shards(labels):
             paths = [folder / name for name in map(names.__getitem__, file.keys())]
             if all(path.exists() for path in paths):
                 continue
-            boxes, flips = _boxes_of(labels, file)
-            exact = top_k(_rows_of(labels, number).labels.to_dense(), kept)
+            boxes, flips = boxes_of(labels, file)
+            exact = top_k(rows_of(labels, number).labels.to_dense(), kept)
             packed = fkd.pack(exact, label_type)
             by_image = packed.reshape(file.num_images, labels.num_views, *packed.shape[1:])
             for row, path in enumerate(paths):
@@ -239,7 +184,7 @@ def _webdataset(config: LabelsExportConfig, labels: LabelSet) -> Export:
 
     def write(number: int, file: ShardFile, path: Path) -> None:
         keys = file.keys()
-        blocks = _blocks_of(labels, number)
+        blocks = blocks_of(labels, number)
         with path.open("xb") as stream, tar_writer(stream) as writer:
             for key, name, block in zip(keys, sample_names(keys), blocks, strict=True):
                 position = position_of[key]
@@ -272,7 +217,7 @@ def _parquet(config: LabelsExportConfig, labels: LabelSet) -> Export:
     import pyarrow.parquet
 
     def write(number: int, file: ShardFile, path: Path) -> None:
-        table = pyarrow.table(_columns(labels, file, _rows_of(labels, number), pyarrow))
+        table = pyarrow.table(_columns(labels, file, rows_of(labels, number), pyarrow))
         pyarrow.parquet.write_table(table, path, compression="zstd")
 
     return partial(_write_shards, config, labels, "{number:05d}.parquet", write)
@@ -303,8 +248,8 @@ def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dic
     if file.images is not None:
         columns["true_class"] = np.repeat(file.images.classes_N.astype(np.int32), labels.num_views)
     has_sizes = file.images is not None or file.stored_views is not None
-    if labels.split == "train" and has_sizes and _has_plain_boxes(labels):
-        boxes, flips = _boxes_of(labels, file)
+    if labels.split == "train" and has_sizes and has_plain_boxes(labels):
+        boxes, flips = boxes_of(labels, file)
         for position, name in enumerate(("top", "left", "height", "width")):
             columns[f"box_{name}"] = boxes[..., position].reshape(-1)
         columns["flip"] = flips.reshape(-1)

@@ -3,10 +3,11 @@
 import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mealv2 import label_set
@@ -29,7 +30,23 @@ from pipeline import console
 from pipeline.config import DEFAULT_RATE, EncodingConfig
 from pipeline.labelling.annotate import encoding_of
 
-_SLICE = 4096  # rows that are averaged at once
+SLICE = 4096  # dense rows that are averaged or encoded at once
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Labels of others' files, for the images of a source.
+
+    ``positions`` are those of the labelled images. ``read`` returns, of a range of these, the
+    labels image by image, boxes N x V x 4 in fractions and flips N x V. ``how`` is for the plan.
+    """
+
+    positions: list[int]
+    encoding: Encoding
+    num_views: int
+    how: str
+    read: Callable[[range], tuple[Rows, np.ndarray, np.ndarray]]
+    report: dict[str, Any]
 
 
 class Writer:
@@ -160,7 +177,7 @@ def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding, num_vi
     hundred times as large as their shard.
     """
     done = []
-    images = max(1, _SLICE // num_views)
+    images = max(1, SLICE // num_views)
     for some in torch.split(torch.arange(len(parts[0].labels)), images * num_views):
         rows = [part.rows(some) for part in parts]
         mean_logits_NC = None
