@@ -4,7 +4,8 @@ mealv2.codec.record describes the record byte by byte.
 """
 
 from mealv2.codec.encoder import encode
-from mealv2.codec.labels import EncodedLabels, Kept, to_device
+from mealv2.codec.kept import Kept, to_device
+from mealv2.codec.labels import EncodedLabels
 from mealv2.codec.record import dense_rows
 
 __all__ = ["EncodedLabels", "Kept", "dense_rows", "encode", "to_device"]

@@ -7,71 +7,25 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mealv2.codec import record_blocks
-from mealv2.codec.block import SharedRows
 from mealv2.codec.block_decoder import decode_shared
+from mealv2.codec.block_places import find_places
+from mealv2.codec.kept import Kept, joined
 from mealv2.codec.record_blocks import Places, Records
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
 _MAGIC = b"MEALBLK2"
+_CHECKED_AT_ONCE = 4096
 _BY_ITSELF = 0  # first byte of a block of several views: a record for each
 
 _Array = np.ndarray[Any, Any]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; a copy to the CPU is complete on return.
-
-    A copy to a GPU uses page-locked memory: any other copy waits for the device's pending work.
-    """
-    if device.type == "cpu":  # an asynchronous copy to the CPU is read too early
-        return tensor.to(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # torch keeps the memory until the copy is done
-    return tensor.to(device, non_blocking=True)
-
-
-class Kept(NamedTuple):
-    """Decoded labels: the classes with a value of their own, padded to the longest row; the tail.
-
-    ``indices_NK`` int64 and ``probs_NK`` float32 are 0 where ``is_kept_NK`` is false; ``tail_N``
-    float32 is the probability of each class not kept.
-    """
-
-    indices_NK: Tensor
-    probs_NK: Tensor
-    is_kept_NK: Tensor
-    tail_N: Tensor
-
-    def to(self, device: torch.device) -> "Kept":
-        """Return the same labels on a device."""
-        return Kept(*(to_device(each, device) for each in self))
-
-    def by_probability(self) -> "Kept":
-        """Return the classes of each row from the likeliest on, equal ones in their order."""
-        keys_NK = torch.where(self.is_kept_NK, self.probs_NK, -1.0)
-        order_NK = keys_NK.sort(dim=1, descending=True, stable=True).indices
-        indices_NK, probs_NK, is_kept_NK = (each.gather(1, order_NK) for each in self[:3])
-        return Kept(indices_NK, probs_NK, is_kept_NK, self.tail_N)
-
-    def spread(self, values_NK: Tensor, others_N: Tensor, num_classes: int) -> Tensor:
-        """Return N x C: ``values_NK`` at the kept classes, ``others_N`` at all other classes."""
-        # the padding goes to an extra last column: a boolean mask would wait for the device
-        spread_NC = others_N[:, None].repeat(1, num_classes + 1)
-        indices_NK = torch.where(self.is_kept_NK, self.indices_NK, num_classes)
-        return spread_NC.scatter_(1, indices_NK, values_NK)[:, :num_classes]
-
-    def mask(self, num_classes: int) -> Tensor:
-        """Return whether each class is kept, bool N x C."""
-        zeros_N = torch.zeros_like(self.tail_N)
-        return self.spread(self.is_kept_NK.to(zeros_N.dtype), zeros_N, num_classes) > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +187,23 @@ class EncodedLabels:
         kept = self.kept()
         return kept.spread(kept.probs_NK, kept.tail_N, self.num_classes)
 
-    def check(self) -> None:
-        """Raise LabelSetError for rows that no encoder writes."""
-        self._decode(strict=True)
+    def check(self, *, most: int | None = None) -> None:
+        """Raise LabelSetError for rows that no encoder writes.
+
+        ``most``: of views that share a model decode at most so many, evenly spread; of all others
+        only the places of their blocks' parts are checked.
+        """
+        (shared_R,) = self._is_shared().nonzero()
+        order_N = np.arange(len(self))
+        if most is not None and len(shared_R) > most:
+            blocks = np.unique(self.block_N[shared_R])
+            at_B, ends_B, views_B = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
+            find_places(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
+            chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
+            order_N = np.concatenate([np.setdiff1d(order_N, shared_R), chosen])
+        for n in range(0, len(order_N), _CHECKED_AT_ONCE):
+            rows = torch.from_numpy(order_N[n : n + _CHECKED_AT_ONCE])
+            self[rows]._decode(strict=True)
 
     def counts_of_blocks(self, num_views: int) -> tuple[_Array, _Array]:
         """Return the classes that each view keeps, blocks x views, and the ends of the records.
@@ -278,7 +246,7 @@ class EncodedLabels:
         if len(shared_R):
             shared = self._places(shared_R)
             parts.append(decode_shared(self.data_P, *shared, self.num_classes, strict=strict))
-        return _kept(parts, np.concatenate([own_R, shared_R]))
+        return joined(parts, np.concatenate([own_R, shared_R]))
 
     def _is_shared(self) -> _Array:
         """Return whether the block of each row has a model that its views share."""
@@ -334,19 +302,3 @@ def _cut(data_P: _Array, at_B: _Array, ends_B: _Array) -> list[bytes]:
     """Return the bytes from each offset to each end."""
     view = np.ascontiguousarray(data_P).data
     return [bytes(view[at:end]) for at, end in zip(at_B.tolist(), ends_B.tolist(), strict=True)]
-
-
-def _kept(parts: Sequence[SharedRows], rows_N: _Array) -> Kept:
-    """Join decoded rows, which go to these places."""
-    width = max(part.ids_NM.shape[1] for part in parts)
-    padded = [((0, 0), (0, width - part.ids_NM.shape[1])) for part in parts]
-    ids_NK = np.concatenate([np.pad(p.ids_NM, w) for p, w in zip(parts, padded, strict=True)])
-    probs_NK = np.concatenate([np.pad(p.probs_NM, w) for p, w in zip(parts, padded, strict=True)])
-    counts_N = np.concatenate([part.counts_N for part in parts])
-    is_kept_NK = np.arange(width) < counts_N[:, None]
-    columns: list[_Array] = [ids_NK, probs_NK, is_kept_NK]
-    columns.append(np.concatenate([part.tail_N for part in parts]))
-    if len(parts) > 1:
-        order_N = np.argsort(rows_N)
-        columns = [column[order_N] for column in columns]
-    return Kept(*map(torch.from_numpy, columns))

@@ -100,8 +100,11 @@ class Encoding(BlockFormat):
         logits = keep_logits(mean_logits_NC.float().clamp(-limit, limit), labels.kept())
         return Rows(labels, logits.rounded(torch.float16))
 
-    def check(self, rows: Rows) -> None:
-        """Raise LabelSetError for rows, as read, that ``encode`` cannot have written."""
+    def check(self, rows: Rows, *, most: int | None = None) -> None:
+        """Raise LabelSetError for rows, as read, that ``encode`` cannot have written.
+
+        ``most``: decode at most so many of the views that share a model.
+        """
         labels = rows.labels
         if rows.logits is not None:
             values_NK, rest_N = rows.logits.values_NK, rows.logits.rest_N
@@ -110,7 +113,7 @@ class Encoding(BlockFormat):
         if isinstance(labels, SoftLabels):
             _check_values(labels)
             return
-        labels.check()
+        labels.check(most=most)
         if self.topk is not None and (labels.records().counts_R != self.topk).any():
             raise LabelSetError(f"a label does not keep {self.topk} classes")
 
