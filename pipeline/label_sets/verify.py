@@ -36,7 +36,7 @@ from pipeline.labelling.store import local_folder
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 
-_DECODED = 64  # views of a shard that share a model: its bytes have two checksums anyway
+_DECODED = 32  # views of a shard that share a model: its bytes have two checksums anyway
 
 
 @dataclass
