@@ -141,6 +141,11 @@ class EncodedLabels:
         """Whether the views of a block share a model."""
         return bool(self._is_shared().any())
 
+    @property
+    def all_share_models(self) -> bool:
+        """Whether the views of every block share a model."""
+        return bool(self._is_shared().all())
+
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels with their decoded form on a device."""
         moved = replace(self, device=device)
