@@ -482,7 +482,11 @@ def read_block(
         return block[position - num_bytes : position]
 
     counts = [topk] * num_views
+    if form == "curve" and num_views > 1 and block[0]:
+        rows = decode_shared_block(block, num_views, num_classes)
+        return [BlockView(row, None) for row in rows]
     if form == "curve":  # a count takes a byte, or two where topk exceeds 255
+        take(num_views > 1)  # a zero: the views have records
         size = 1 if topk is None or topk < 256 else 2
         counts = [int.from_bytes(take(size), "little") for _ in range(num_views)]
 

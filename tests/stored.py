@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from label_sets import forms_of
 from mealv2.label_set import (
     LabelSet,
     ShardFile,
@@ -33,11 +34,11 @@ def addresses_of(labels: LabelSet, *, appended: bool = False) -> list[Address]:
 
 
 def rows_of(folder: Path, split: str = "train", *, appended: bool = True) -> dict[Address, bytes]:
-    """Return every label of a set as the bytes that it is kept in."""
+    """Return what is stored of every label of a set."""
     labels = LabelSet.open(folder, split=split, appended=None if appended else [])
     addresses = addresses_of(labels, appended=appended)
     rows = labels.rows([key for key, _ in addresses], [view for _, view in addresses])
-    return dict(zip(addresses, labels.encoding.blocks(rows, 1), strict=True))
+    return dict(zip(addresses, forms_of(rows), strict=True))
 
 
 def dense_of(folder: Path, split: str = "train") -> dict[Address, np.ndarray]:
