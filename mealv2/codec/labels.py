@@ -19,6 +19,7 @@ from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
 _MAGIC = b"MEALBLK2"
+_NO_CLASS = 1 << 40  # above all ids
 _BY_ITSELF = 0  # first byte of a block of several views: a record for each
 
 _Array = np.ndarray[Any, Any]
@@ -57,6 +58,20 @@ class Kept(NamedTuple):
         keys_NK = torch.where(self.is_kept_NK, self.probs_NK, -1.0)
         order_NK = keys_NK.sort(dim=1, descending=True, stable=True).indices
         return Kept(*(each.gather(1, order_NK) for each in self[:3]), self.tail_N)
+
+    def likeliest(self) -> Tensor:
+        """Return the likeliest class of each row, int64 N: the first of several equal ones.
+
+        Views of a shared model may have more on each class not listed than on any listed one.
+        """
+        best_N1 = self.probs_NK.argmax(dim=1, keepdim=True)
+        of_kept_N = self.indices_NK.gather(1, best_N1)[:, 0]
+        # the first class not kept: where the sorted ids and their positions part
+        slots_K = torch.arange(self.indices_NK.shape[1], device=self.indices_NK.device)
+        sorted_NK = self.indices_NK.masked_fill(~self.is_kept_NK, _NO_CLASS).sort(dim=1).values
+        first_N = (sorted_NK == slots_K).sum(dim=1)
+        is_tail_N = self.tail_N > self.probs_NK.gather(1, best_N1)[:, 0]
+        return torch.where(is_tail_N, first_N, of_kept_N)
 
     def spread(self, values_NK: Tensor, others_N: Tensor, num_classes: int) -> Tensor:
         """Return N x C: ``values_NK`` at the kept classes, ``others_N`` at all other classes."""
@@ -195,8 +210,7 @@ class EncodedLabels:
 
     def argmax(self) -> Tensor:
         """Return the likeliest class of each row, int64 N; the first of several equal ones."""
-        kept = self.kept()
-        return kept.indices_NK.gather(1, kept.probs_NK.argmax(dim=1, keepdim=True))[:, 0]
+        return self.kept().likeliest()
 
     def kept(self) -> Kept:
         """Decode, once: the classes kept and their probabilities, on the labels' device."""
@@ -287,6 +301,7 @@ class EncodedLabels:
         at_B = np.concatenate([[0], ends_B])[:num_blocks].astype(np.int64)
         last = int(ends_B[-1]) if num_blocks else 0
         is_valid = (ends_B > at_B).all() and last == len(data) - begin and (views_B > 0).all()
+        is_valid = is_valid and (views_B <= ends_B - at_B).all()  # a view takes at least a byte
         is_valid = is_valid and (block_N >= 0).all() and (block_N < num_blocks).all()
         if not is_valid or (view_N < 0).any() or (view_N >= views_B[block_N]).any():
             raise LabelSetError("encoded labels have rows or blocks that do not fit their bytes")
