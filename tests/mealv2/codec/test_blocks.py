@@ -189,6 +189,19 @@ def test_blocks_of_any_model_and_residuals_are_read_as_described(num_classes, nu
         assert dense.min() > 0.0
 
 
+def test_the_likeliest_class_may_be_one_that_is_not_listed():
+    random = np.random.default_rng(6)
+    is_listed = []
+    for num_classes, num_listed in [(10, 9), (10, 3), (50, 5), (2, 1), (5, 5)] * 4:
+        block = random_block(random, num_classes, 4, num_listed)
+        labels = EncodedLabels.of_blocks([block], 4, num_classes)
+        dense, best = labels.to_dense(), labels.argmax()
+        assert torch.equal(dense.gather(1, best[:, None])[:, 0], dense.amax(1))
+        kept = labels.kept()
+        is_listed += ((kept.indices_NK == best[:, None]) & kept.is_kept_NK).any(1).tolist()
+    assert {*is_listed} == {False, True}
+
+
 def test_many_random_blocks_are_decoded_together_as_each_alone():
     random = np.random.default_rng(5)
     blocks = [random_block(random, 1000, 3, int(random.integers(1, 200))) for _ in range(30)]
