@@ -24,7 +24,7 @@ from mealv2.label_set import (
 )
 from mealv2.label_set.content import content_of
 from mealv2.models.ensemble import combine
-from mealv2.soft_labels import SoftLabels
+from mealv2.soft_labels import EncodedLabels, SoftLabels
 from mealv2.storage.json_format import json_sha256
 from mealv2.views import RECIPE
 
@@ -66,17 +66,31 @@ class Made(NamedTuple):
         return [(key, view) for key in self.keys for view in range(self.num_views)]
 
 
-def ensemble_outputs(num_rows: int, num_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return (probabilities, mean logits) of two teachers, sure of some rows and not of others."""
+def ensemble_outputs(
+    num_rows: int, num_classes: int, *, num_views: int = 1, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return (probabilities, mean logits) of two teachers, sure of some images and not of others.
+
+    The views of an image differ little, and mostly in one direction.
+    """
     generator = torch.Generator().manual_seed(seed)
-    scale_N1 = torch.rand(num_rows, 1, generator=generator) * 6
-    logits_TNC = scale_N1 * torch.randn(2, num_rows, num_classes, generator=generator)
-    return tuple(combine(logits_TNC))
+    if num_views == 1:
+        scale_N1 = torch.rand(num_rows, 1, generator=generator) * 6
+        logits_TNC = scale_N1 * torch.randn(2, num_rows, num_classes, generator=generator)
+        return tuple(combine(logits_TNC))
+    num_images = num_rows // num_views
+    scale_I11 = torch.rand(num_images, 1, 1, generator=generator) * 6
+    of_image, direction = torch.randn(2, 2, num_images, 1, num_classes, generator=generator)
+    weight_IV1 = torch.randn(num_images, num_views, 1, generator=generator) * 0.5
+    noise = torch.randn(2, num_images, num_views, num_classes, generator=generator) * 0.05
+    logits = scale_I11 * (of_image + noise) + weight_IV1 * direction
+    return tuple(combine(logits.flatten(1, 2)))
 
 
-def encoded(encoding: Encoding, num_rows: int, *, seed: int = 0) -> Rows:
-    """Return random answers as a set of this encoding keeps them."""
-    return encoding.encode(*ensemble_outputs(num_rows, encoding.num_classes, seed=seed))
+def encoded(encoding: Encoding, num_rows: int, *, num_views: int = 1, seed: int = 0) -> Rows:
+    """Return random answers as a set of this encoding keeps them; views of an image in a block."""
+    outputs = ensemble_outputs(num_rows, encoding.num_classes, num_views=num_views, seed=seed)
+    return encoding.encode(*outputs, num_views=num_views)
 
 
 def plan_of(
@@ -120,11 +134,14 @@ def make_set(
     first_stop = block_ends[0] if block_ends else num_views
     plan = plan_of(encoding, first_stop, **plan_changes)
     claim(folder, plan)
-    num_rows = len(keys) * num_views
     if outputs_N is None:
-        rows = encoded(encoding, num_rows, seed=seed)
-    else:
-        rows = encoding.encode(*outputs_N)
+        num_rows = len(keys) * num_views
+        outputs_N = ensemble_outputs(num_rows, encoding.num_classes, num_views=num_views, seed=seed)
+    ranges = list(zip([0, *block_ends[:-1]], block_ends or [num_views], strict=True))
+    order_KV = torch.arange(len(keys) * num_views).reshape(len(keys), num_views)
+    parts_B = [_encoded(encoding, outputs_N, order_KV[:, slice(*views)]) for views in ranges]
+    order_N = torch.cat([order_KV[:, slice(*views)].flatten() for views in ranges]).argsort()
+    rows = Rows.concat(parts_B).rows(order_N)
     made = Made(
         folder,
         rows.labels.to_dense().numpy().reshape(len(keys), num_views, encoding.num_classes),
@@ -133,7 +150,7 @@ def make_set(
         num_views,
     )
     blocks = []
-    for start, stop in zip([0, *block_ends[:-1]], block_ends or [num_views], strict=True):
+    for (start, stop), of_block in zip(ranges, parts_B, strict=True):
         left_out = first_block_only if start else ()
         in_block = [key for key in keys if key not in left_out]
         parts = [in_block[i : i + shard_size] for i in range(0, len(in_block), shard_size)]
@@ -142,7 +159,8 @@ def make_set(
         listed = []
         for number, part in enumerate(parts):
             path = folder / shard_name("train", number, range(start, stop) if start else None)
-            wanted = [(key, view) for key in part for view in range(start, stop)]
+            images_P = torch.tensor([made.keys.index(key) for key in part], dtype=torch.int64)
+            views_PV = images_P[:, None] * (stop - start) + torch.arange(stop - start)
             reasons = (skipped or {}) if not part else {}
             shard = Shard(
                 plan_sha256=json_sha256(plan),
@@ -151,7 +169,7 @@ def make_set(
                 first_view=start,
                 num_views=stop - start,
                 keys=part,
-                blocks=encoding.blocks(made.of(wanted), stop - start),
+                blocks=encoding.blocks(of_block.rows(views_PV.flatten()), stop - start),
                 images=None if images is None else images.rows([made.keys.index(k) for k in part]),
                 skipped={
                     key: {"position": n, "reason": reason, "bytes": 0, "class": 0}
@@ -173,35 +191,69 @@ def look_up(labels: LabelSet, addresses: Sequence[tuple[str, int]]) -> Rows:
     return labels.rows([key for key, _ in addresses], [view for _, view in addresses])
 
 
-def tensors_of(rows: Rows) -> list[Tensor]:
-    """Return all that rows are made of."""
+def _encoded(encoding: Encoding, outputs_N: tuple[Tensor, Tensor | None], order_KV: Tensor) -> Rows:
+    """Encode some views of all images."""
+    probs_NC, logits_NC = outputs_N
+    order_N = order_KV.flatten()
+    logits_NC = None if logits_NC is None else logits_NC[order_N]
+    return encoding.encode(probs_NC[order_N], logits_NC, num_views=order_KV.shape[1])
+
+
+def forms_of(rows: Rows) -> list[bytes]:
+    """Return what is stored of each row.
+
+    Its record, or the block that it shares with other views, and which of them it is; its values.
+    """
     if isinstance(rows.labels, SoftLabels):
-        parts = [rows.labels.indices_NK, rows.labels.probs_NK, rows.labels.rest_N]
+        labels = rows.labels
+        parts = (labels.indices_NK, labels.probs_NK, labels.rest_N[:, None])
+        forms = [b"".join(row) for row in zip(*(map(_bytes, part) for part in parts), strict=True)]
     else:
-        parts = [rows.labels.counts_N, rows.labels.payload_P]
+        forms = _forms_of_encoded(rows.labels)
     if rows.logits is None:
-        return parts
+        return forms
     # how far logits are padded says nothing
-    kept = rows.labels.kept()
-    width = kept.indices_NK.shape[1]
-    values_NK = torch.nn.functional.pad(
-        rows.logits.values_NK, (0, width - rows.logits.values_NK.shape[1])
-    )
-    return [*parts, values_NK, rows.logits.rest_N]
+    counts = rows.labels.kept().is_kept_NK.sum(dim=1).tolist()
+    logits = zip(rows.logits.values_NK, rows.logits.rest_N, counts, strict=True)
+    values = [_bytes(row[:count]) + _bytes(rest) for row, rest, count in logits]
+    return [form + value for form, value in zip(forms, values, strict=True)]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+def _forms_of_encoded(labels: EncodedLabels) -> list[bytes]:
+    forms = []
+    data = labels.data_P.tobytes()
+    for n, (block, view) in enumerate(zip(labels.block_N, labels.view_N, strict=True)):
+        at, end = int(labels.at_B[block]), int(labels.ends_B[block])
+        if labels.views_B[block] > 1 and data[at]:
+            forms.append(bytes([1, view % 256, view // 256]) + data[at:end])
+        else:
+            record = labels[n].records()
+            at, count = int(record.at_N[0]), int(record.counts_N[0])
+            forms.append(count.to_bytes(3, "little") + data[at : at + int(record.sizes_N[0])])
+    return forms
 
 
 def same(a: Rows, b: Rows) -> bool:
     """Whether rows are equal to the bit, types included."""
-    pairs = list(zip(tensors_of(a), tensors_of(b), strict=True))
     return (
         type(a.labels) is type(b.labels)
-        and len(a.labels) == len(b.labels)
         and a.labels.num_classes == b.labels.num_classes
-        and all(
-            x.dtype == y.dtype and x.shape == y.shape and x.numpy().tobytes() == y.numpy().tobytes()
-            for x, y in pairs
-        )
+        and types_of(a) == types_of(b)
+        and forms_of(a) == forms_of(b)
     )
+
+
+def types_of(rows: Rows) -> list[object]:
+    """Return the types that rows are stored in."""
+    labels, logits = rows.labels, rows.logits
+    types: list[object] = [] if logits is None else [logits.values_NK.dtype, logits.rest_N.dtype]
+    if isinstance(labels, SoftLabels):
+        return [*types, labels.indices_NK.dtype, labels.probs_NK.dtype, labels.rest_N.dtype]
+    return [*types, labels.count_size]
 
 
 def flip(path: Path, data: bytes, bit: int) -> None:

@@ -4,9 +4,12 @@ Every gradient is derived by hand: nothing here differentiates anything.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+
+from mealv2.codec.residual_codes import RUN_LENGTHS, VALUE_LENGTHS  # numbers of the format
 
 Layers = list[tuple[np.ndarray, np.ndarray]]  # (weight out x in, bias) of each linear layer
 
@@ -283,6 +286,8 @@ _FIRST = (
     "177 192"
 )
 _CURVE = "0 1 3 5 8 11 14 18 23 29 36 44 54 66 84 112"
+_POWERS = {i: round(2**24 * np.exp(i / 16)) for i in range(-271, 240)}
+_RESIDUAL_STEPS = [26, 34, 43, 55, 71, 91, 117, 150, *[166] * 11, 102]
 
 
 def decode_record(record: bytes, k: int, num_classes: int) -> np.ndarray:
@@ -310,6 +315,120 @@ def decode_record(record: bytes, k: int, num_classes: int) -> np.ndarray:
     row = np.full(num_classes, np.exp(-min(levels[-1] + tail_step, 1024) / 16))
     row[ids] = np.exp(-np.interp(np.log(np.arange(1, k + 1)), np.log(ranks), levels) / 16)
     return row / row.sum()
+
+
+def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.ndarray:
+    """Return the distributions of a block whose views share a model, float64 V x C.
+
+    Written from docs/reference/label-codec.md: nibble after nibble, bit after bit.
+    """
+    num_components, num_listed, length_size = block[0], block[1] + 256 * block[2], block[3]
+    assert 1 <= num_components <= 8
+    assert 1 <= num_listed <= min(num_classes, 512)
+    assert length_size in (1, 2)
+    at = 4
+    lows_steps = []
+    for _ in range(num_components):
+        low, step = block[at], block[at + 1]
+        lows_steps.append((low - 256 if low > 127 else low, step))
+        at += 2
+    lengths = []
+    for _ in range(num_views):
+        lengths.append(int.from_bytes(block[at : at + length_size], "little"))
+        at += length_size
+    stream_at = len(block) - -(-sum(lengths) // 8)
+    nibbles = [part for byte in block[at:stream_at] for part in (byte & 15, byte >> 4)]
+    nibbles.reverse()  # the next one is popped
+
+    num_entries = num_listed + (num_listed < num_classes)
+    weights = [
+        [8 * low + step * nibbles.pop() for low, step in lows_steps] for _ in range(num_views)
+    ]
+    components = [
+        [nibbles.pop() - (8 if r else 0) for _ in range(num_entries)] for r in range(num_components)
+    ]
+    ids = list(range(num_listed))
+    if num_listed < num_classes:
+        ids = _listed_ids(nibbles, num_listed, num_classes)
+    assert nibbles in ([], [15])
+
+    num_others = num_classes - num_listed
+    bits = "".join(f"{byte:08b}"[::-1] for byte in block[stream_at:])
+    assert "1" not in bits[sum(lengths) :]
+    rows = []
+    for view_weights, length in zip(weights, lengths, strict=True):
+        levels = [
+            sum(w * codes[k] for w, codes in zip(view_weights, components, strict=True))
+            for k in range(num_entries)
+        ]
+        _subtract_residuals(levels, num_others, bits[:length])
+        bits = bits[length:]
+        lowest = min(levels)
+        masses = np.exp([-min(level - lowest, 16384) / 256.0 for level in levels])
+        row = np.full(num_classes, masses[-1])
+        row[ids] = masses[:num_listed]
+        rows.append(row / row.sum())
+    return np.array(rows)
+
+
+def _listed_ids(nibbles: list[int], num_listed: int, num_classes: int) -> list[int]:
+    """Return classes from the gaps between them; low nibbles of all, then the rest of each."""
+    num_low = ((num_classes // num_listed).bit_length() - 1) // 4
+    low = [sum(nibbles.pop() << 4 * n for n in range(num_low)) for _ in range(num_listed)]
+    ids, last = [], -1
+    for part in low:
+        high = 0
+        while (piece := nibbles.pop()) == 15:
+            high += 15
+        last += 1 + part + ((high + piece) << 4 * num_low)
+        ids.append(last)
+    assert last < num_classes
+    return ids
+
+
+def entry_contexts(levels: list[int], num_others: int) -> list[int]:
+    """Return -ln p of each entry in half nats, whole-number arithmetic; 19 for all others."""
+    sizes = [*[1] * (len(levels) - 1), num_others or 1]
+    coarse = [(level - min(levels)) // 16 for level in levels]
+    total = sum(n * _POWERS[-c] for c, n in zip(coarse, sizes, strict=True) if c < 272)
+    log_total = max(i for i in range(240) if _POWERS[i] <= total)
+    contexts = [min((c + log_total) // 8, 18) for c in coarse]
+    return [*contexts[:-1], 19] if num_others else contexts
+
+
+@cache
+def prefix_codes(lengths: str) -> dict[str, int]:
+    """Return the canonical code of each symbol, first bit first, by the hex digits of lengths."""
+    codes, word, before = {}, 0, 0
+    for size, symbol in sorted((int(digit, 16), symbol) for symbol, digit in enumerate(lengths)):
+        word <<= size - before
+        codes[f"{word:0{size}b}"] = symbol
+        word, before = word + 1, size
+    return codes
+
+
+def _subtract_residuals(levels: list[int], num_others: int, bits: str) -> None:
+    """Subtract the residuals of a view, which these bits hold, from its levels."""
+    contexts = entry_contexts(levels, num_others)
+    order = sorted(range(len(levels)), key=lambda k: (contexts[k] != 19, contexts[k], k))
+
+    def symbol(tables: list[str], context: int) -> int:
+        nonlocal bits
+        codes = prefix_codes(tables[context])
+        size = next(n for n in range(1, 12) if bits[:n] in codes)
+        found, bits = codes[bits[:size]], bits[size:]
+        return found
+
+    place = 0
+    while bits:
+        run = symbol(RUN_LENGTHS, contexts[order[place]])
+        place += run
+        if run < 31:
+            entry = order[place]
+            value = symbol(VALUE_LENGTHS, contexts[entry])
+            steps = (value // 2 + 1) * (-1 if value % 2 else 1)
+            levels[entry] -= steps * _RESIDUAL_STEPS[contexts[entry]]
+            place += 1
 
 
 def best_count(probs_C: np.ndarray, rate: float) -> tuple[int, np.ndarray]:
@@ -363,7 +482,11 @@ def read_block(
         return block[position - num_bytes : position]
 
     counts = [topk] * num_views
+    if form == "curve" and num_views > 1 and block[0]:
+        rows = decode_shared_block(block, num_views, num_classes)
+        return [BlockView(row, None) for row in rows]
     if form == "curve":  # a count takes a byte, or two where topk exceeds 255
+        take(num_views > 1)  # a zero: the views have records
         size = 1 if topk is None or topk < 256 else 2
         counts = [int.from_bytes(take(size), "little") for _ in range(num_views)]
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from label_sets import forms_of
 from mealv2.label_set import (
     LabelSet,
-    Rows,
     ShardFile,
     describe_file,
     read_manifest,
@@ -35,19 +34,11 @@ def addresses_of(labels: LabelSet, *, appended: bool = False) -> list[Address]:
 
 
 def rows_of(folder: Path, split: str = "train", *, appended: bool = True) -> dict[Address, bytes]:
-    """Return every label of a set, and its logits, as the bytes of their values."""
+    """Return what is stored of every label of a set."""
     labels = LabelSet.open(folder, split=split, appended=None if appended else [])
     addresses = addresses_of(labels, appended=appended)
     rows = labels.rows([key for key, _ in addresses], [view for _, view in addresses])
-    return dict(zip(addresses, values_of(rows), strict=True))
-
-
-def values_of(rows: Rows) -> list[bytes]:
-    """Return the probabilities and the logits of all classes, row by row."""
-    parts = [rows.labels.to_dense()]
-    if rows.logits is not None:
-        parts.append(rows.logits.to_dense(rows.labels.kept(), rows.labels.num_classes))
-    return [row.numpy().tobytes() for row in torch.cat(parts, dim=1)]
+    return dict(zip(addresses, forms_of(rows), strict=True))
 
 
 def dense_of(folder: Path, split: str = "train") -> dict[Address, np.ndarray]:

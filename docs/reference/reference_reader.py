@@ -1,23 +1,70 @@
-import json, struct, zlib  # a reader of label sets of format version 2: see label-set-format.md
+import json, pathlib, struct, zlib  # a reader of label sets of format version 2, the page beside it
 from hashlib import sha256
 import numpy as np
 STEPS = [0, 2, 4, 6, 8, 10, 13, 15, 18, 21, 25, 28, 32, 36, 41, 45, 51, 56, 62, 68, 75, 82, 90, 99,
  108, 117, 128, 139, 151, 163, 177, 192, 0, 1, 3, 5, 8, 11, 14, 18, 23, 29, 36, 44, 54, 66, 84, 112]
+LENGTHS = pathlib.Path(__file__).with_name("code_lengths.txt").read_text().split()
+RESIDUAL_STEPS = [26, 34, 43, 55, 71, 91, 117, 150, *[166] * 11, 102]
+POWERS = np.array([0] + [int(2**24 * np.exp(i / 16) + 0.5) for i in range(-271, 240)])
 
-def label(data, form, k, c):  # probabilities of a view that keeps k of c classes; what comes after
-    knots = [rank for rank in range(1, k + 2) if rank >= k or rank // (rank & -rank) in (1, 3)]
-    widths = [6] * (k < c) + [5, *[4] * k][:len(knots) - 2] if form == "curve" else []
-    widths += [(c - 1).bit_length()] * (k if widths or k < c else 0)
-    bits, size = int.from_bytes(data, "little"), (sum(widths) + 7) // 8
-    codes = [bits >> sum(widths[:n]) & (1 << width) - 1 for n, width in enumerate(widths)]
-    if form == "curve":
-        steps = [STEPS[i + 32 * (n > 0)] for n, i in enumerate(codes[k < c:][:len(knots) - 2])]
-        levels = np.minimum(np.cumsum([0, *steps, 6 * codes[0]]), 1024)  # the last is the tail's
-        values = np.exp(np.interp(np.log(np.arange(k + 1) + 1), np.log(knots), levels) / -16)
-    else:  # the classes kept, and the mass of all others
-        values = np.frombuffer(data, form, k + (k < c), size) / ([1.0] * k + [c - k] * (k < c))
-    np.put(row := np.full(c, values[-1]), codes[-k:] or range(c), values[:k])
-    return row / row.sum(), data[size + len(values) * int(form[5:] or 0) // 8:]
+def symbol(lengths, bits):  # the symbol whose code these bits begin with, and the bits after it
+    sizes = sorted((int(digit, 16), number) for number, digit in enumerate(lengths))
+    ends = np.cumsum([2 ** (11 - size) for size, _ in sizes])
+    size, number = sizes[np.searchsorted(ends, int(bits[:11].ljust(11, "0"), 2), "right")]
+    return number, bits[size:]
+
+def residuals(levels, others, bits):  # what the bits of a view subtract from its levels
+    coarse, place, found = (levels - levels.min()) // 16, 0, np.zeros(len(levels))
+    masses = POWERS[272 - np.minimum(coarse, 272)] * ([1] * (len(levels) - 1) + [others or 1])
+    context = np.minimum((coarse + np.searchsorted(POWERS, sum(masses), "right") - 273) // 8, 18)
+    context[-1] = 19 if others else context[-1]
+    order = np.argsort((context + 1) % 20, kind="stable")
+    while bits:
+        run, bits = symbol(LENGTHS[context[order[place]]], bits)
+        if (place := place + run + (run < 31)) and run < 31:
+            value, bits = symbol(LENGTHS[20 + (of := context[order[place - 1]])], bits)
+            found[order[place - 1]] = (value // 2 + 1) * (-1) ** value * RESIDUAL_STEPS[of]
+    return found
+
+def shared(data, form, views, k, c):  # probabilities of views that share a model
+    parts, listed, size = struct.unpack_from("<BHB", data)
+    lengths = np.frombuffer(data, f"<u{size}", views, 4 + 2 * parts).tolist()
+    data, stream = np.split(np.frombuffer(data, "u1"), [len(data) - (sum(lengths) + 7) // 8])
+    bits = "".join(map(str, np.unpackbits(stream, bitorder="little")))
+    nibbles = np.stack([data & 15, data >> 4], 1)[4 + 2 * parts + size * views:].ravel().astype(int)
+    nibbles, codes, gaps = np.split(nibbles, np.cumsum([views, listed + (listed < c)]) * parts)
+    low, step = data[4:4 + 2 * parts:2].view("b").astype(int), data[5:5 + 2 * parts:2]
+    codes = codes.reshape(parts, -1) - 8 * (np.arange(parts) > 0)[:, None]
+    levels = (8 * low + nibbles.reshape(views, parts) * step) @ codes
+    digits = ((c // listed).bit_length() - 1) // 4
+    small, gaps = np.split(gaps, [digits * listed]) if listed < c else ([], np.zeros(listed, int))
+    ids = np.diff(np.cumsum(gaps)[gaps < 15], prepend=0) * 16**digits + 1
+    ids += np.reshape(small, (listed, digits)).astype(int) @ 16 ** np.arange(digits)
+    for row, length in zip(levels, lengths):
+        row, bits = row - residuals(row, c - listed, bits[:length]), bits[length:]
+        values = np.exp(-np.minimum(row - row.min(), 16384) / 256)
+        np.put(row := np.full(c, values[-1]), np.cumsum(ids) - 1, values[:listed])
+        yield row / row.sum()
+
+def records(data, form, views, k, c):  # probabilities of views by themselves, which keep k classes
+    size = (form == "curve") * (1 + (k > 255))
+    counts, data = np.split(np.frombuffer(data, "u1")[views > 1 and size > 0:], [views * size])
+    for k in counts.view(f"<u{size or 1}").tolist() or [k] * views:
+        knots = [rank for rank in range(1, k + 2) if rank >= k or rank // (rank & -rank) in (1, 3)]
+        widths = [6] * (k < c) + [5, *[4] * k][:len(knots) - 2] if form == "curve" else []
+        widths += [(c - 1).bit_length()] * (k if widths or k < c else 0)
+        ends, bits = np.cumsum([0, *widths]).tolist(), int.from_bytes(data, "little")
+        codes = [bits >> end & (1 << width) - 1 for end, width in zip(ends, widths)]
+        size = (ends[-1] + 7) // 8
+        if form == "curve":
+            steps = [STEPS[i + 32 * (n > 0)] for n, i in enumerate(codes[k < c:][:len(knots) - 2])]
+            levels = np.minimum(np.cumsum([0, *steps, 6 * codes[0]]), 1024)  # the last: the tail's
+            values = np.exp(np.interp(np.log(np.arange(k + 1) + 1), np.log(knots), levels) / -16)
+        else:  # the classes kept, and the mass of all others
+            values = np.frombuffer(data, form, k + (k < c), size) / ([1.0] * k + [c - k] * (k < c))
+        np.put(row := np.full(c, values[-1]), codes[-k:] or range(c), values[:k])
+        data = data[size + len(values) * int(form[5:] or 0) // 8:]
+        yield row / row.sum()
 
 def label_set(folder, role="train"):  # yields (key, view), probabilities
     plan, of = (m := json.loads((folder / "manifest.json").read_bytes()))["plan"], m["roles"][role]
@@ -33,8 +80,7 @@ def label_set(folder, role="train"):  # yields (key, view), probabilities
         keys, blocks = (np.split(x[f"{s}s"], x[f"{s}_ends"])[:-1] for s in ("key", "label"))
         for key, rest, crc in zip(keys, blocks, x["crc32"], strict=True):
             assert zlib.crc32(rest, zlib.crc32(key)) == crc, key.tobytes()
-            counts, rest = np.split(rest, [head["num_views"] * (form == "curve") * (1 + (k > 255))])
-            counts = counts.view("<u2" if k > 255 else "u1").tolist() or [k] * head["num_views"]
-            for view, count in enumerate(counts, head["first_view"]):
-                row, rest = label(rest, form, count, c)
+            views, first = head["num_views"], head["first_view"]
+            kind = shared if form == "curve" and views > 1 and rest[0] else records
+            for view, row in enumerate(kind(rest.tobytes(), form, views, k, c), first):
                 yield (key.tobytes().decode(), view), row

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mealv2.codec.block import SharedRows
 
+_NO_CLASS = 1 << 40  # above all ids
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; a copy to the CPU is complete on return.
@@ -44,6 +46,20 @@ class Kept(NamedTuple):
         order_NK = keys_NK.sort(dim=1, descending=True, stable=True).indices
         indices_NK, probs_NK, is_kept_NK = (each.gather(1, order_NK) for each in self[:3])
         return Kept(indices_NK, probs_NK, is_kept_NK, self.tail_N)
+
+    def likeliest(self) -> Tensor:
+        """Return the likeliest class of each row, int64 N: the first of several equal ones.
+
+        Views of a shared model may have more on each class not listed than on any listed one.
+        """
+        best_N1 = self.probs_NK.argmax(dim=1, keepdim=True)
+        of_kept_N = self.indices_NK.gather(1, best_N1)[:, 0]
+        # the first class not kept: where the sorted ids and their positions part
+        slots_K = torch.arange(self.indices_NK.shape[1], device=self.indices_NK.device)
+        sorted_NK = self.indices_NK.masked_fill(~self.is_kept_NK, _NO_CLASS).sort(dim=1).values
+        first_N = (sorted_NK == slots_K).sum(dim=1)
+        is_tail_N = self.tail_N > self.probs_NK.gather(1, best_N1)[:, 0]
+        return torch.where(is_tail_N, first_N, of_kept_N)
 
     def spread(self, values_NK: Tensor, others_N: Tensor, num_classes: int) -> Tensor:
         """Return N x C: ``values_NK`` at the kept classes, ``others_N`` at all other classes."""

@@ -172,8 +172,7 @@ class EncodedLabels:
 
     def argmax(self) -> Tensor:
         """Return the likeliest class of each row, int64 N; the first of several equal ones."""
-        kept = self.kept()
-        return kept.indices_NK.gather(1, kept.probs_NK.argmax(dim=1, keepdim=True))[:, 0]
+        return self.kept().likeliest()
 
     def kept(self) -> Kept:
         """Decode, once: the classes kept and their probabilities, on the labels' device."""
@@ -290,6 +289,7 @@ class EncodedLabels:
         at_B = np.concatenate([[0], ends_B])[:num_blocks].astype(np.int64)
         last = int(ends_B[-1]) if num_blocks else 0
         is_valid = (ends_B > at_B).all() and last == len(data) - begin and (views_B > 0).all()
+        is_valid = is_valid and (views_B <= ends_B - at_B).all()  # a view takes at least a byte
         is_valid = is_valid and (block_N >= 0).all() and (block_N < num_blocks).all()
         if not is_valid or (view_N < 0).any() or (view_N >= views_B[block_N]).any():
             raise LabelSetError("encoded labels have rows or blocks that do not fit their bytes")

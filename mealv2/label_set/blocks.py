@@ -120,12 +120,14 @@ class BlockFormat:
 
         Raises LabelSetError for a block that this encoding cannot have written.
         """
+        _check_sizes(ends_N, num_views)
         rows = self._rows(data, ends_N, num_views, np.arange(len(ends_N)), views_N)
         rows.labels.kept()  # decodes them now: an error belongs to the set that is read
         return rows
 
     def all_rows_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
         """Return all views of N blocks, image by image; a curve is checked when it is decoded."""
+        _check_sizes(ends_N, num_views)
         images, views = np.arange(len(ends_N)), np.arange(num_views if len(ends_N) else 0)
         return self._rows(
             data, ends_N, num_views, np.repeat(images, len(views)), np.tile(views, len(images))
@@ -249,6 +251,12 @@ class BlockFormat:
         slot_K1 = np.arange(int(counts_N.max(initial=0)) + 1)
         is_rest_NK1 = (slot_K1 == counts_N[:, None]) & has_rest_N[:, None]
         return slot_K1 < (counts_N + has_rest_N)[:, None], is_rest_NK1
+
+
+def _check_sizes(ends_N: np.ndarray, num_views: int) -> None:
+    """Raise LabelSetError where not every view can have a byte: a header may say any number."""
+    if len(ends_N) and int(np.diff(ends_N.astype(np.int64), prepend=0).min()) < num_views:
+        raise LabelSetError("a block is shorter than its number of views")
 
 
 def _logit_bytes(logits: KeptLogits, is_stored_NK1: np.ndarray, is_rest_NK1: np.ndarray) -> bytes:

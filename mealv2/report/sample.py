@@ -211,20 +211,28 @@ def view_values(
     probs_MK = np.where(kept.is_kept_NK.numpy(), kept.probs_NK.numpy(), 0).astype(np.float64)
     indices_MK, is_kept_MK = kept.indices_NK.numpy(), kept.is_kept_NK.numpy()
     tail_M, num_kept_M = kept.tail_N.numpy().astype(np.float64), is_kept_MK.sum(axis=1)
-    rows_M, first_M = np.arange(len(probs_MK)), probs_MK.argmax(axis=1)
-    best_M = indices_MK[rows_M, first_M]
+    best_M, top1_M = kept.likeliest().numpy(), np.maximum(probs_MK.max(axis=1), tail_M)
     is_hard_MK = is_kept_MK & (indices_MK == hard_M[:, None])
     hard_prob_M = np.where(is_hard_MK.any(axis=1), (probs_MK * is_hard_MK).sum(axis=1), tail_M)
     hard_prob_M[hard_M == UNLABELLED] = np.nan
     # 0 log 0 = 0
     entropy_M = -(probs_MK * np.log(np.maximum(probs_MK, 1e-300))).sum(axis=1)
     entropy_M -= (num_classes - num_kept_M) * tail_M * np.log(np.maximum(tail_M, 1e-300))
+    mass = [_mass(probs_MK, num_kept_M, tail_M, num_classes, k) for k in mass_k]
+    return best_M, top1_M, hard_prob_M, entropy_M, np.stack(mass, axis=1)
+
+
+def _mass(
+    probs_MK: np.ndarray, num_kept_M: np.ndarray, tail_M: np.ndarray, num_classes: int, k: int
+) -> np.ndarray:
+    """Return the mass of the k likeliest classes; a class not kept may exceed one that is."""
     cumulative_MK = np.cumsum(-np.sort(-probs_MK, axis=1), axis=1)
-    mass = [
-        cumulative_MK[:, min(k, probs_MK.shape[1]) - 1] + tail_M * np.maximum(0, k - num_kept_M)
-        for k in mass_k
-    ]
-    return best_M, probs_MK[rows_M, first_M], hard_prob_M, entropy_M, np.stack(mass, axis=1)
+    cumulative_MK = np.pad(cumulative_MK, ((0, 0), (1, 0)))
+    above_M = (probs_MK > tail_M[:, None]).sum(axis=1)
+    of_tail_M = np.clip(k - above_M, 0, num_classes - num_kept_M)
+    of_kept_M = np.minimum(k - of_tail_M, num_kept_M)
+    mass_M: np.ndarray = cumulative_MK[np.arange(len(probs_MK)), of_kept_M] + of_tail_M * tail_M
+    return mass_M
 
 
 def _has_views(labels: LabelSet, keys: list[str], views_V: np.ndarray) -> np.ndarray:

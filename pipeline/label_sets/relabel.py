@@ -1,7 +1,7 @@
 """Label some views of a label set again with its teachers, to compare."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mealv2.data.loader import on_device, read_views
 from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError, OnBadImage
-from mealv2.label_set import LabelSet, Rows
+from mealv2.label_set import LabelSet
 from mealv2.labelling.annotator import Annotator, whole_images
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.plan import batch_requests
@@ -65,18 +65,9 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
     stream = on_device(batches, runtime.device)
     total, num_views = np.zeros(4), 0
     for views, of_block in requests.items():
-        positions, outputs = _labelled(
-            islice(stream, len(of_block)), annotator, source, config.on_bad_image
-        )
-        rows = whole_images(positions, len(views))
-        if not len(rows):
-            continue
-        num_views += len(rows)
-        again = EnsembleOutput(*(column[rows.to(column.device)] for column in outputs))
-        keys = [source.keys[positions[row]] for row in rows.tolist()]
-        stored = labels.rows(keys, list(views) * (len(rows) // len(views)))
-        fresh = labels.encoding.encode(*again, num_views=len(views)).to(torch.device("cpu"))
-        total += _compared(again, stored, fresh)
+        labelled = _labelled(islice(stream, len(of_block)), annotator, source, config.on_bad_image)
+        total += _compared(labels, source, views, *labelled)
+        num_views += len(whole_images(labelled[0], len(views)))
     if not num_views:
         raise DataError(f"none of the views of {source.name} to label again could be read")
     kl, kl_of_encoding, agreement, identical = (total / num_views).tolist()
@@ -147,11 +138,27 @@ def _labelled(
     return positions, EnsembleOutput(*(torch.cat(column) for column in columns))
 
 
-def _compared(annotations: EnsembleOutput, stored: Rows, fresh: Rows) -> np.ndarray:
-    """Return the sums over rows of the two KL, and the counts of agreeing and identical rows."""
-    probs_NC = annotations.probs_BC.cpu().double()
-    then_NC, now_NC = stored.labels.to_dense(), fresh.labels.to_dense()
-    agrees_N = probs_NC.argmax(dim=1) == stored.labels.argmax()
+def _compared(
+    labels: LabelSet,
+    source: ImageSource,
+    views: range,
+    positions: Sequence[int],
+    outputs: EnsembleOutput,
+) -> np.ndarray:
+    """Return sums over views: the two KL, and how many agree and are identical.
+
+    Compares images that have all views of their block.
+    """
+    rows = whole_images(positions, len(views))
+    if not len(rows):
+        return np.zeros(4)
+    again = EnsembleOutput(*(column[rows.to(column.device)] for column in outputs))
+    keys = [source.keys[positions[row]] for row in rows.tolist()]
+    stored = labels.soft_labels(keys, list(views) * (len(rows) // len(views)))
+    fresh = labels.encoding.encode(*again, num_views=len(views)).to(torch.device("cpu")).labels
+    probs_NC = again.probs_BC.cpu().double()
+    then_NC, now_NC = stored.to_dense(), fresh.to_dense()
+    agrees_N = probs_NC.argmax(dim=1) == stored.argmax()
     is_same_N = (then_NC == now_NC).all(dim=1)
     return np.array(
         [

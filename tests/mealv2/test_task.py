@@ -326,7 +326,7 @@ def test_the_discriminator_is_shown_the_logits_that_a_set_keeps(
     dense = made.rows.logits.to_dense(made.rows.labels.kept(), NUM_CLASSES).numpy()
     order = [2, 1, 8, 5, 7, 3]  # positions and views in the order of the set
     np.testing.assert_array_equal(of_teachers, dense[order])
-    _, mean_logits = ensemble_outputs(10, NUM_CLASSES)
+    _, mean_logits = ensemble_outputs(10, NUM_CLASSES, num_views=2)
     expected = reference.compress_logits(mean_logits.numpy()[order], ids_of(targets))
     np.testing.assert_allclose(of_teachers, expected, rtol=2e-3, atol=2e-3)
 

@@ -73,7 +73,7 @@ def write_labels(folder: Path, source: ImageSource) -> None:
         keys = list(source.keys[first : first + PER_SHARD])
         likely = [class_of(number_of(key), view) for key in keys for view in range(NUM_VIEWS)]
         logits_NC = 5.0 * torch.nn.functional.one_hot(torch.tensor(likely), CLASSES)
-        rows = encoding.encode(torch.softmax(logits_NC, dim=1))
+        rows = encoding.encode(torch.softmax(logits_NC, dim=1), num_views=NUM_VIEWS)
         blocks = encoding.blocks(rows, NUM_VIEWS)
         path = folder / shard_name("train", number)
         write_shard(path, Shard(json_sha256(plan), "train", number, 0, NUM_VIEWS, keys, blocks))

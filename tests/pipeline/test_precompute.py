@@ -20,17 +20,12 @@ from torchvision.transforms.v2 import functional as v2
 
 from cases import mostly_slow
 from conftest import FORMS, Result, Spawned
+from label_sets import same
 from mealv2.data.content_hash import content_hash, hash_text
 from mealv2.data.folder import ImageFolder
-from mealv2.label_set import LabelSet, ShardFile, read_manifest, read_shard
+from mealv2.label_set import LabelSet, Rows, ShardFile, read_manifest, read_shard
 from mealv2.losses import compress_logits
-from mealv2.soft_labels import (
-    EncodedLabels,
-    Labels,
-    SoftLabels,
-    encode,
-    top_k,
-)
+from mealv2.soft_labels import Labels, SoftLabels, encode, top_k
 from mealv2.views import view_of
 
 Run = Callable[..., Result]
@@ -169,21 +164,13 @@ def _places(labels: LabelSet) -> tuple[list[str], list[int]]:
     return [k for k in keys for _ in range(num_views)], list(range(num_views)) * len(keys)
 
 
-def _kept_by_hand(form: str, probs_NC: torch.Tensor, num_views: int, *, together: bool) -> Labels:
+def _kept_by_hand(form: str, probs_NC: torch.Tensor, num_views: int, *, logits: bool) -> Labels:
     if form == "rate":
-        return encode(probs_NC, rate=0.02, num_views=num_views, together=together)
+        return encode(probs_NC, rate=0.02, num_views=num_views, together=not logits)
     if form == "curve":
-        return encode(probs_NC, topk=2, num_views=num_views)
+        return encode(probs_NC, topk=2)
     dtype = torch.float32 if form.endswith("float32") else torch.float16
     return top_k(probs_NC, 3 if form.startswith("all") else 2).rounded(dtype)
-
-
-def _bits(labels: Labels, num_views: int) -> list[list[object]]:
-    """Return all numbers of labels."""
-    if isinstance(labels, EncodedLabels):
-        return [[*labels.blocks(num_views)]]
-    parts = (labels.indices_NK, labels.probs_NK, labels.rest_N)
-    return [[str(part.dtype), *part.tolist()] for part in parts]
 
 
 def _pixels(data_dir: Path, split: str, keys: list[str], views: list[int]) -> np.ndarray:
@@ -215,9 +202,8 @@ def test_rows_are_what_each_form_makes_of_the_teachers_answers(
 
     labels = LabelSet.open(labels_of(form, logits=logits), split=split)
     rows = labels.rows(keys, views)
-    num_views = labels.num_views
-    by_hand_too = _kept_by_hand(form, annotations.probs_NK, num_views, together=not logits)
-    assert _bits(rows.labels, num_views) == _bits(by_hand_too, num_views)
+    expected = _kept_by_hand(form, annotations.probs_NK, labels.num_views, logits=logits)
+    assert same(Rows(rows.labels), Rows(expected))
     assert (rows.logits is not None) == logits
     if form == "rate" and split == "train":
         assert len(set(rows.labels.kept().is_kept_NK.sum(dim=1).tolist())) > 1, "or it varies not"

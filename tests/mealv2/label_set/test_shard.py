@@ -53,7 +53,7 @@ def shard_of(
     **parts: Any,
 ) -> Shard:
     """Return a shard of random labels."""
-    rows = encoded(encoding, len(keys) * num_views, seed=seed)
+    rows = encoded(encoding, len(keys) * num_views, num_views=num_views, seed=seed)
     named = {"split": "train", "number": 0, "first_view": 0, "plan_sha256": "ab" * 32, **parts}
     return Shard(
         keys=list(keys), blocks=encoding.blocks(rows, num_views), num_views=num_views, **named

@@ -18,6 +18,7 @@ import webdataset
 import reference
 import stored
 from conftest import ROOT, Result
+from label_sets import forms_of
 from mealv2 import fkd
 from mealv2.data.folder import ImageFolder
 from mealv2.data.open import open_source
@@ -234,7 +235,7 @@ def test_webdataset_reads_images_classes_and_the_rows(
         assert int(sample["cls"]) == source.labels[position]
         block = np.frombuffer(block_of_member(key, sample["mealv2"]), np.uint8)
         rows = encoding.all_rows_of(block, np.array([len(block)]), num_views)
-        for view, row in enumerate(stored.values_of(rows)):
+        for view, row in enumerate(forms_of(rows)):
             found[key, view] = row
     assert found == stored.rows_of(folder, split)
 
