@@ -13,7 +13,7 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
+from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, WebSet, is_web, read_manifest
 from mealv2.labelling.store import Store
 from mealv2.storage import object_store
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
@@ -40,17 +40,33 @@ def open_store(config: CacheConfig, location: Location) -> Store:
     location = _HUB_NAME.sub("hf://datasets/", str(location))
     if re.match("pipe:|https?:", str(location)):
         raise ConfigError(
-            f"{shown(location)}: a label set is a folder of files, and neither a program nor a web "
-            "server lists its files; give a folder or a bucket"
+            f"{shown(location)}: a label set is a folder of files, and a web server and a program "
+            "take no files; give a folder or a bucket"
         )
     return RemoteStore(str(location), cache_of(config))
 
 
-def local_folder(config: CacheConfig, labels: Location, *, require_complete: bool = True) -> Path:
+def local_folder(
+    config: CacheConfig,
+    labels: Location,
+    *,
+    require_complete: bool = True,
+    whole_files: bool = False,
+) -> Path:
     """Return the folder to read a label set from: its own, or a copy of the files at a URL.
 
-    Raises RemoteError, ConfigError, and LabelSetError as ``Store.fetch_all``.
+    From a web server, the copy has the index, and LabelSet reads the blocks that it needs;
+    ``whole_files`` fetches them all. Raises RemoteError, ConfigError, and LabelSetError as
+    ``Store.fetch_all``.
     """
+    if is_web(labels):
+        web_set = WebSet(str(labels), cache_of(config))
+        if web_set.num_fetched:
+            shards = console.count(web_set.num_fetched, "shard")
+            console.info(f"fetched the index of {shards} from {shown(labels)}")
+        if whole_files:
+            web_set.fetch_all()
+        return web_set.folder
     store = open_store(config, labels)
     store.fetch_all(require_complete=require_complete)
     return store.folder
