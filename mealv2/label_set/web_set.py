@@ -30,6 +30,7 @@ _NUM_THREADS = 8  # that fetch indexes
 _FIRST = 4096  # bytes at the start of a shard: head, and HDF5's own before the labels
 _INDEX_OF_IMAGE = 128  # bytes at the end of a shard that are read for each image; more if needed
 _PAGE = 4096
+_NUM_WRITERS = 16  # processes that may add blocks to the cache at the same time
 _BUDGET = 64 << 20  # bytes of new blocks between two looks at the size of the cache
 _opened: dict[Path, "WebSet"] = {}  # by folder
 
@@ -84,9 +85,7 @@ class WebSet:
             write_atomic(self.folder / PLAN_NAME, self._read(PLAN_NAME))
             self.num_fetched = self._each(self._fetch_index)
             if self._cache.trim(0) > self._cache.limit:
-                raise ConfigError(
-                    f"--cache-size {self._cache.limit} bytes: the index of {shown(url)} needs more"
-                )
+                self._drop_blocks()
         _opened[self.folder] = self
 
     def __fspath__(self) -> str:
@@ -134,6 +133,16 @@ class WebSet:
         with self._errors():
             self._cache.trim(total)
             self._each(self._fetch_whole)
+
+    def _drop_blocks(self) -> None:
+        """Fetch all indexes to new copies; raises ConfigError if they do not fit the cache."""
+        for name in self._sizes:
+            (self.folder / name).unlink()
+        self.num_fetched = self._each(self._fetch_index)
+        if self._cache.trim(0) > self._cache.limit:
+            raise ConfigError(
+                f"--cache-size {self._cache.limit} bytes: the index of {shown(self.url)} needs more"
+            )
 
     def _each(self, fetch: Callable[[dict[str, Any]], bool]) -> int:
         """Call a function for each shard, in threads; return how many it fetched."""
@@ -199,8 +208,9 @@ class WebSet:
         """Write blocks to the copies while the cache has room."""
         self._budget -= sum(len(block) + _PAGE for block in found.values())
         if self._budget < 0:
-            self._budget = min(_BUDGET, self._cache.limit // 16)
-            self._has_room = self._cache.trim(self._budget) <= self._cache.limit
+            self._budget = min(_BUDGET, self._cache.limit // (4 * _NUM_WRITERS))
+            reserve = _NUM_WRITERS * self._budget
+            self._has_room = self._cache.trim(reserve) <= self._cache.limit
         if not self._has_room:
             return
         by_file: dict[Path, list[tuple[int, bytes]]] = defaultdict(list)
