@@ -96,7 +96,8 @@ class LabelSet:
         to the first ones, so that a resumed run sees the same labels; None takes all. Raises
         LabelSetError when the set is unfinished or damaged, or does not have the split.
         """
-        folder = Path(WebSet(str(path)) if is_web(path) else path)
+        place = WebSet(str(path)) if is_web(path) else path
+        folder = Path(place)
         manifest = read_manifest(folder)
         if split not in manifest["roles"] or split not in manifest["plan"]["roles"]:
             raise LabelSetError(
@@ -310,12 +311,11 @@ class Table:
         columns = (order_N, *(c[order_N] for c in (numbers_N, sizes_N, at_N, self._crcs[rows_N])))
         for row, number, size, at, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
-            block = os.pread(file.fd, size, at)
+            blocks[row] = block = os.pread(file.fd, size, at)
             if block_crc(keys[row], block) != crc or (self._web and not any(block)):  # a hole
                 if not self._web:
                     raise damaged_rows(self.files[number], keys[row].decode())
                 missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
-            blocks[row] = block
         if missing and self._web:
             self._web.fill(blocks, missing)
         data = np.frombuffer(b"".join(blocks), np.uint8)

@@ -6,6 +6,7 @@ list says which those are: a block whose CRC is right is there. Each manifest ha
 
 import contextlib
 import os
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ _INDEX_OF_IMAGE = 128  # bytes at the end of a shard that are read for each imag
 _PAGE = 4096
 _NUM_WRITERS = 16  # processes that may add blocks to the cache at the same time
 _BUDGET = 64 << 20  # bytes of new blocks between two looks at the size of the cache
-_opened: dict[Path, "WebSet"] = {}  # by folder
+_opened: "weakref.WeakValueDictionary[Path, WebSet]" = weakref.WeakValueDictionary()  # by folder
 
 
 class Missing(NamedTuple):
@@ -60,7 +61,7 @@ class WebSet:
     """A finished label set below a URL, as the path of ``folder``, which has its index.
 
     It reads the blocks of images when they are needed, and keeps them within the cache's limit; the
-    folder stays as long as a process uses it. ``num_fetched`` counts the shards whose index was not
+    cache keeps the folder as long as the object or a LabelSet of it exists. ``num_fetched`` counts the shards whose index was not
     in the cache. Rows that jobs appended are not in the manifest, so they are not read.
     """
 
@@ -77,7 +78,7 @@ class WebSet:
         version = sha256(manifest).hexdigest()
         self.folder = self._cache.path_of(url.rstrip("/"), version=version)
         set_display_name(self.folder, shown(url).rstrip("/"))
-        self._held = hold(self.folder)
+        weakref.finalize(self, os.close, hold(self.folder))
         with self._errors(), locked(self.folder.with_name(f"changes-of-{self.folder.name}")):
             write_atomic(self.folder / MANIFEST_NAME, manifest)
             self._shards = listed_shards(read_manifest(self.folder)["roles"])

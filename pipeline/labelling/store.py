@@ -31,6 +31,7 @@ _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5"
 _HUB_NAME = re.compile(r"hf://(?!(?:datasets|models|spaces|buckets)/)")
 _NUM_FETCHERS = 8  # threads that fetch files
 _open_copies: list[int] = []  # locks: copies that this process reads are kept until it ends
+_open_web_sets: list[WebSet] = []  # for the same reason
 
 
 def open_store(config: CacheConfig, location: Location) -> Store:
@@ -61,6 +62,7 @@ def local_folder(
     """
     if is_web(labels):
         web_set = WebSet(str(labels), cache_of(config))
+        _open_web_sets.append(web_set)
         if web_set.num_fetched:
             shards = console.count(web_set.num_fetched, "shard")
             console.info(f"fetched the index of {shards} from {shown(labels)}")

@@ -1,0 +1,112 @@
+"""Commands with a label set on a web server: the results of the folder, without a full copy."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from range_server import RangeServer, range_server
+
+from conftest import Result
+from mealv2.label_set import web_set
+from mealv2.label_set.shard import HEAD_SIZE
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def server(labels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    # the shards are so small that their labels would come with the index
+    monkeypatch.setattr(web_set, "_FIRST", HEAD_SIZE)
+    monkeypatch.setattr(web_set, "_INDEX_OF_IMAGE", 0)
+    with range_server(labels_dir) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> list[Any]:
+    return ["--cache-dir", tmp_path / "cache"]
+
+
+def test_training_on_the_labels_of_a_web_server_is_training_on_those_of_a_folder(
+    server: RangeServer,
+    distill_flags: list[str],
+    cache: list[Any],
+    tmp_path: Path,
+    done: Run,
+    weights: Callable[[Path], dict[str, bytes]],
+) -> None:
+    done(*distill_flags, "--output", tmp_path / "folder")
+    place = distill_flags.index("--labels") + 1
+    flags = [*distill_flags[:place], server.url, *distill_flags[place + 1 :]]
+
+    result = done(*flags, *cache, "--output", tmp_path / "web")
+
+    assert "fetched the index of 6 shards from http://127.0.0.1:" in result.stderr
+    assert all(wanted for _, wanted in server.ranges_of())  # no request for a whole shard
+    runs = [tmp_path / name for name in ("web", "folder")]
+    losses, again = ((run / "summary.csv").read_text().splitlines() for run in runs)
+    columns = [n for n, name in enumerate(losses[0].split(",")) if "loss" in name]
+    assert columns
+    for line, other in zip(losses, again, strict=True):
+        a, b = line.split(","), other.split(",")
+        assert [a[n] for n in columns] == [b[n] for n in columns]
+    assert weights(runs[0]) == weights(runs[1])
+    assert json.loads((runs[0] / "labels.json").read_text())["path"] == server.url
+
+    done("distill", "--resume", runs[0], "--epochs", 3)
+    assert server.ranges_of() == []  # all blocks are in the cache
+
+
+def test_commands_that_read_a_label_set(
+    server: RangeServer, labels_dir: Path, data_dir: Path, cache: list[Any], run_cli: Run, done: Run
+) -> None:
+    info = done("labels", "info", server.url, *cache).report
+    assert info == done("labels", "info", labels_dir).report | {"labels": server.url}
+    key = next(path for path in (data_dir / "train").rglob("*") if path.is_file())
+    shown = ["labels", "show", server.url, key.relative_to(data_dir / "train"), "--json"]
+    of_folder = ["labels", "show", labels_dir, *shown[3:]]
+    assert done(*shown, *cache).report == done(*of_folder).report | {"labels": server.url}
+    # these read every byte
+    for command in ("verify", "status"):
+        report = done("labels", command, server.url, *cache).report
+        assert report == done("labels", command, labels_dir).report | {"labels": server.url}
+
+
+def test_verify_finds_damage_at_the_server(
+    server: RangeServer, cache: list[Any], run_cli: Run
+) -> None:
+    server.change = lambda name, data: (
+        data[:-3000] + b"?" + data[-2999:] if len(data) > 6000 else data
+    )
+    result = run_cli("labels", "verify", server.url, *cache)
+    assert result.code == 3
+    assert f"{server.url}/" in result.stderr
+
+
+def test_commands_that_write_refuse_a_web_server(
+    server: RangeServer,
+    distill_flags: list[str],
+    precompute_flags: list[str],
+    teacher_flags: list[str],
+    data_dir: Path,
+    tmp_path: Path,
+    run_cli: Run,
+) -> None:
+    place = distill_flags.index("--labels") + 1
+    flags = [*distill_flags[:place], server.url, *distill_flags[place + 1 :]]
+    flags += ["--missing", "teach", "--write-back", *teacher_flags]
+    commands = {
+        "--write-back needs a local label set, not a URL": [*flags, "--output", tmp_path / "run"],
+        "a web server and a program take no files": [*precompute_flags, "--output", server.url],
+        "LABELS must be a local path, not a URL": [
+            *("labels", "add-views", server.url, "--num-views", 9, "--data-dir", data_dir)
+        ],
+    }
+    for message, words in commands.items():
+        result = run_cli(*words)
+        assert result.code == 2
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert server.requests == []
