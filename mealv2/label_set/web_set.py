@@ -61,8 +61,9 @@ class WebSet:
     """A finished label set below a URL, as the path of ``folder``, which has its index.
 
     It reads the blocks of images when they are needed, and keeps them within the cache's limit; the
-    cache keeps the folder as long as the object or a LabelSet of it exists. ``num_fetched`` counts the shards whose index was not
-    in the cache. Rows that jobs appended are not in the manifest, so they are not read.
+    cache keeps the folder while this object or a LabelSet of it exists. ``num_fetched`` counts the
+    shards whose index was not in the cache. Rows that jobs appended are not in the manifest, so
+    they are not read.
     """
 
     def __init__(self, url: str, cache: Cache | None = None) -> None:
