@@ -53,19 +53,20 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
             if status is not None or not (state.folder / name).is_file():
                 self.send_error(status or 404)
                 return
-            data, found = (state.folder / name).read_bytes(), None
-            size = len(data)
-            if state.ranges:
-                found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+            size = (state.folder / name).stat().st_size
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted) if state.ranges else None
             if found and int(found[1]) >= size:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{size}")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
+            first, last = 0, size - 1
             if found:
-                first, last = int(found[1]), min(int(found[2]), size - 1)
-                data = data[first : last + 1]
+                first, last = int(found[1]), min(int(found[2]), last)
+            with (state.folder / name).open("rb") as file:
+                file.seek(first)
+                data = file.read(last + 1 - first)
             self.send_response(206 if found else 200)
             if found:
                 text = state.content_range(f"bytes {first}-{last}/{size}")
