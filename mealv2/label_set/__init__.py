@@ -42,7 +42,7 @@ from mealv2.label_set.shard import (
 )
 from mealv2.label_set.shard_file import ShardFile, read_shard
 from mealv2.label_set.shard_head import read_header
-from mealv2.label_set.web_set import WebSet, is_web
+from mealv2.label_set.web_set import WebSet, is_web, web_set_at
 
 __all__ = [
     "FORMAT",
@@ -89,6 +89,7 @@ __all__ = [
     "shard_name",
     "shard_ranges",
     "stored_class",
+    "web_set_at",
     "write_manifest",
     "write_rows",
     "write_shard",

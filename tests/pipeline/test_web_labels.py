@@ -12,6 +12,7 @@ from range_server import RangeServer, range_server
 from conftest import Result
 from mealv2.label_set import ShardFile, web_set
 from mealv2.label_set.shard import HEAD_SIZE
+from mealv2.targets import StoredLabels
 
 Run = Callable[..., Result]
 
@@ -37,14 +38,25 @@ def test_training_on_the_labels_of_a_web_server_is_training_on_those_of_a_folder
     tmp_path: Path,
     done: Run,
     weights: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    read_ahead, rows_ahead = StoredLabels.read_ahead, list[int]()
+
+    def counted(self: StoredLabels, positions: list[int], views: list[int]) -> None:
+        rows_ahead.append(len(positions))
+        read_ahead(self, positions, views)
+
+    monkeypatch.setattr(StoredLabels, "read_ahead", counted)
     done(*distill_flags, "--output", tmp_path / "folder")
+    rows_ahead.clear()
     place = distill_flags.index("--labels") + 1
     flags = [*distill_flags[:place], server.url, *distill_flags[place + 1 :]]
 
     result = done(*flags, *cache, "--output", tmp_path / "web")
 
     assert "fetched the index of 6 shards from http://127.0.0.1:" in result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert sum(rows_ahead) == 2 * report["images"] if "images" in report else rows_ahead
     assert all(wanted for _, wanted in server.ranges_of())  # no request for a whole shard
     runs = [tmp_path / name for name in ("web", "folder")]
     losses, again = ((run / "summary.csv").read_text().splitlines() for run in runs)

@@ -14,6 +14,7 @@ from mealv2.errors import ConfigError, LabelSetError, MealError, RemoteError
 from mealv2.label_set import LabelSet, ShardFile, WebSet
 from mealv2.storage import transfer
 from mealv2.storage.cache import Cache
+from mealv2.targets import StoredLabels
 
 NUM_IMAGES, NUM_VIEWS = 40, 200  # a block is larger than what is read with the index
 DENSE = ENCODINGS["dense float32, logits"]
@@ -87,6 +88,18 @@ def test_a_block_is_one_request_and_none_the_second_time(
     again = open_set(server, cache)
     assert server.ranges_of() == []  # neither blocks nor the index
     assert same(again.rows(keys, [2] * len(keys)), made.of([(key, 2) for key in keys]))
+    assert server.ranges_of() == []
+
+
+def test_labels_of_a_batch_are_read_ahead(made: Made, server: RangeServer, cache: Cache) -> None:
+    labels = open_set(server, cache)
+    server.requests.clear()
+    targets = StoredLabels(labels, made.keys, seed=0)
+
+    targets.read_ahead([1, 5, 9], [0, 7, NUM_VIEWS - 1])
+
+    assert len(server.ranges_of()) == 3
+    labels.rows([made.keys[n] for n in (1, 5, 9)], [0, 7, NUM_VIEWS - 1])
     assert server.ranges_of() == []
 
 
