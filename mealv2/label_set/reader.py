@@ -96,8 +96,8 @@ class LabelSet:
         to the first ones, so that a resumed run sees the same labels; None takes all. Raises
         LabelSetError when the set is unfinished or damaged, or does not have the split.
         """
-        place = WebSet(str(path)) if is_web(path) else path
-        folder = Path(place)
+        given = WebSet(str(path)) if is_web(path) else path
+        folder = Path(given)
         manifest = read_manifest(folder)
         if split not in manifest["roles"] or split not in manifest["plan"]["roles"]:
             raise LabelSetError(

@@ -141,7 +141,7 @@ def _look_up(labels: LabelSet, made: Made) -> None:
     assert same(look_up(labels, made.addresses()), made.of(made.addresses()))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_processes_read_an_open_set(
     method: str, made: Made, server: RangeServer, cache: Cache
 ) -> None:
