@@ -27,7 +27,7 @@ from mealv2.storage.urls import shown, within
 from mealv2.storage.web_ranges import Part
 from mealv2.text import set_display_name
 
-_NUM_THREADS = 8  # that fetch indexes
+_NUM_THREADS = 16  # that fetch indexes
 _FIRST = 4096  # bytes at the start of a shard: head, and HDF5's own before the labels
 _INDEX_OF_IMAGE = 128  # bytes at the end of a shard that are read for each image; more if needed
 _PAGE = 4096
@@ -164,6 +164,7 @@ class WebSet:
         path, head_sha256 = self.folder / shard["name"], shard.get("head_sha256")
         with contextlib.suppress(LabelSetError, OSError):  # a missing or damaged one is fetched
             if read_head(path).sha256 == head_sha256:
+                os.utime(path)  # the cache removes the files that were used longest ago
                 return False
         where = shown(self._url_of(shard["name"]))
         with atomic_file(path) as temporary:
