@@ -20,7 +20,7 @@ from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.transfer import File
-from mealv2.storage.urls import Location, is_url, shown, within
+from mealv2.storage.urls import PIPE, Location, is_url, shown, within
 from mealv2.text import set_display_name
 from pipeline import console
 from pipeline.config import CacheConfig
@@ -39,10 +39,15 @@ def open_store(config: CacheConfig, location: Location) -> Store:
     if not is_url(location):
         return Store(Path(location))
     location = _HUB_NAME.sub("hf://datasets/", str(location))
-    if re.match("pipe:|https?:", str(location)):
+    if is_web(location):
         raise ConfigError(
-            f"{shown(location)}: a label set is a folder of files, and a web server and a program "
-            "take no files; give a folder or a bucket"
+            f"{shown(location)}: a web server takes no files, a label set there is only read; give "
+            "a folder or a bucket"
+        )
+    if location.startswith(PIPE):
+        raise ConfigError(
+            f"{shown(location)}: a program has no label set; give a folder, a bucket or the URL of "
+            "a web server"
         )
     return RemoteStore(str(location), cache_of(config))
 

@@ -11,8 +11,9 @@ from range_server import RangeServer, range_server
 
 from label_sets import ENCODINGS, Made, look_up, make_set, same
 from mealv2.errors import ConfigError, LabelSetError, MealError, RemoteError
-from mealv2.label_set import LabelSet, ShardFile, WebSet
-from mealv2.storage import transfer
+from mealv2.label_set import LabelSet, ShardFile, WebSet, reader
+from mealv2.label_set.blocks import block_crc
+from mealv2.storage import transfer, web_ranges
 from mealv2.storage.cache import Cache
 from mealv2.targets import StoredLabels
 
@@ -197,6 +198,20 @@ def test_a_damaged_block_of_the_copy_is_fetched_again_once(
     assert len(server.ranges_of()) == 1
 
 
+def test_a_hole_is_no_block_even_if_its_crc_is_right(
+    made: Made, server: RangeServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = open_set(server, cache)
+    _, (first, *_) = labels.blocks[0]
+    crcs = dict(zip(first.keys(), first.column("crc32").tolist(), strict=True))
+
+    def chance(key: bytes, block: bytes) -> int:
+        return block_crc(key, block) if any(block) else crcs[key.decode()]
+
+    monkeypatch.setattr(reader, "block_crc", chance)
+    assert same(labels.rows(made.keys[5:6], [3]), made.of([(made.keys[5], 3)]))
+
+
 def test_a_damaged_index_of_the_copy_is_fetched_again(
     made: Made, server: RangeServer, cache: Cache
 ) -> None:
@@ -209,7 +224,9 @@ def test_a_damaged_index_of_the_copy_is_fetched_again(
     server.requests.clear()
 
     assert same(look_up(open_set(server, cache), made.addresses()), made.of(made.addresses()))
+    os.utime(path, (1, 1))
     assert WebSet(server.url, cache).num_fetched == 0
+    assert path.stat().st_mtime > 1  # it was used
 
 
 def test_damage_at_the_server_is_an_error_and_no_label(
@@ -259,6 +276,17 @@ def test_a_server_that_dies_is_an_error_and_the_next_run_continues(
     server.requests.clear()
     assert same(open_set(server, cache).rows(keys, views), made.of([(key, 0) for key in keys]))
     assert len(server.ranges_of()) == len(keys) - 5
+
+
+def test_a_server_that_is_gone_gets_no_request_for_each_block(
+    made: Made, server: RangeServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_ranges, "MAX_REQUESTS", 1)
+    labels = open_set(server, cache)
+    server.requests.clear()
+    server.status = lambda number, name: 503
+    failure(lambda: labels.rows(made.keys[::2], [0] * 20), RemoteError)
+    assert len(server.requests) == transfer.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize(("status", "repeats"), [(503, 3), (0, 3), (429, 3)])
