@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from range_server import RangeServer, range_server
 
 from conftest import Result
+from mealv2.dataset import SoftLabelDataset
 from mealv2.label_set import LabelSet, ShardFile, web_set
 from mealv2.label_set.shard import HEAD_SIZE
 from mealv2.targets import StoredLabels
@@ -136,3 +138,18 @@ def test_commands_that_write_refuse_a_web_server(
         assert result.code == 2
         assert message in result.stderr
     assert server.requests == []
+
+
+def test_a_dataset_takes_the_url(
+    server: RangeServer,
+    labels_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    found, expected = (
+        SoftLabelDataset(labels, data_dir, label="probs")[5, 2]
+        for labels in (server.url, labels_dir)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
