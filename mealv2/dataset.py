@@ -29,8 +29,10 @@ from mealv2.data.source import ImageSource
 from mealv2.data.view_reader import ViewReader
 from mealv2.label_set import (
     LabelSet,
+    WebSet,
     check_boxes,
     check_same_data,
+    is_web,
     labelled_hashes,
     read_manifest,
 )
@@ -46,10 +48,10 @@ Index = int | tuple[int, int]
 class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
     """The views of the images of a label set, each with its soft label.
 
-    ``labels`` is the folder of a finished label set, ``source`` the data that it labels: a folder
-    as for ``--data-dir``, of which the set's split is taken, also one that was held out, or an
-    ImageSource; ``extra_data`` are the folders of unlabelled pictures that the set was made with.
-    With ``split`` val it has the centre crops of the validation split.
+    ``labels`` is the folder of a finished label set or its ``https://`` URL, ``source`` the data
+    that it labels: a folder as for ``--data-dir``, of which the set's split is taken, also one that
+    was held out, or an ImageSource; ``extra_data`` are the folders of unlabelled pictures that the
+    set was made with. With ``split`` val it has the centre crops of the validation split.
 
     Item i is a view of the i-th image that has labels: in epoch e (``set_epoch``) the view that
     `mealv2 distill --seed` shows. Item (i, v) is its view v. An item is a pair: the pixels, uint8
@@ -79,6 +81,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         check_images: bool = True,
         extra_data: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
+        if is_web(labels):
+            labels = WebSet(str(labels))
         if isinstance(source, str | os.PathLike):
             source = _open(Path(source), Path(labels), split)
         source = as_source(source, f"{type(source).__name__} ({split})", split=split)

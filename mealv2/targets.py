@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mealv2.codec import to_device
 from mealv2.errors import DataError
-from mealv2.label_set import Appender, LabelSet, Rows
+from mealv2.label_set import Appender, LabelSet, Rows, web_set_at
 from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
 from mealv2.objects import ImageObjects
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
@@ -114,6 +114,10 @@ class Targets(Protocol):
         in each of ``other_sizes``. ``step`` is the number of the training step, counted from 1: the
         same for all rows of its batch, on all ranks.
         """
+
+    def read_ahead(self, positions: Sequence[int], views: Sequence[int]) -> None:
+        """Read what ``batch`` will need; called in the thread that starts to read a batch."""
+        return
 
     def flush(self) -> None:
         """Write new labels, if any; called before every checkpoint."""
@@ -268,6 +272,14 @@ class StoredLabels(Targets):
             kept_logits=rows.logits,
             label_counts=label_counts,
         )
+
+    def read_ahead(self, positions: Sequence[int], views: Sequence[int]) -> None:
+        """Read the stored labels of a batch from a web server; raises as LabelSet.rows."""
+        if web_set_at(self.label_set.folder) is None:
+            return
+        addresses = zip((self._keys[p] for p in positions), views, strict=True)
+        stored = [address for address in addresses if self.label_set.holds(*address)]
+        self.label_set.rows([key for key, _ in stored], [view for _, view in stored])
 
     def flush(self) -> None:
         """Append the new labels of the teachers to the label set, if there is an appender."""

@@ -20,6 +20,7 @@ import timm
 import torch
 from coco import draw_coco
 from layouts import draw_birdsnap, draw_cub, draw_lists, draw_voc
+from range_server import range_server
 from written_runs import write_run
 
 import cli
@@ -525,8 +526,9 @@ def test_tar_shards_doc_runs_on_its_own_shards(
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == index.keys()
 
 
-def test_object_storage_doc_runs_on_a_bucket(
+def test_object_storage_doc_runs_on_a_bucket_and_a_web_server(
     data_dir: Path,
+    labels_dir: Path,
     teacher_dirs: dict[str, Path],
     make_model: Callable[..., Path],
     done: Callable[..., Any],
@@ -539,12 +541,22 @@ def test_object_storage_doc_runs_on_a_bucket(
     make_runs(tmp_path, teacher_1=teacher_dirs["test_resnet"], start=start)
     shards = tar_tree(data_dir, tmp_path / "shards")
     last = {s: sorted(shards.glob(f"{s}-*.tar"))[-1].stem[-6:] for s in ("train", "val")}
-    with s3_server() as port:
+    (tmp_path / "imagenet").symlink_to(data_dir)
+    path, host = "docs/how-to/object-storage.md", "https://labels.example.org/imagenet"
+    with s3_server() as port, range_server(labels_dir) as server:
         Store(port, "bucket", monkeypatch).upload(shards, "shards")
 
-        for words in commands("docs/how-to/object-storage.md"):
-            words = [w.replace("000146", last["train"]) for w in words]
+        for words in commands(path):
+            words = [w.replace("000146", last["train"]).replace(host, server.url) for w in words]
             done(*(w.replace("val-{000000..000006", f"val-{{000000..{last['val']}") for w in words))
+
+        monkeypatch.setenv("HOME", str(tmp_path))
+        names: dict[str, Any] = {}
+        for code in blocks(path, "python"):
+            exec(compile(code.replace(host, server.url), path, "exec"), names)
+    assert names["probs_NC"].sum(dim=1).tolist() == pytest.approx([1.0] * len(names["keys"]))
+    assert list((tmp_path / ".cache" / "mealv2").rglob("train-00000.h5"))
+    assert names["labels"].folder.is_relative_to("scratch")
 
 
 def test_resume_doc_runs_and_names_the_settings_that_may_change(

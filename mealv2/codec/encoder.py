@@ -1,7 +1,6 @@
 """Encode soft labels: the views of each image together, or each view by itself if that is less."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ def encode(
         raise ValueError(f"{num_rows} rows are not images of {num_views} views")
     count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
-    parts = [_labels([], num_views, num_classes, count_size)]
+    parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]
     for chunk_NC in torch.split(probs_NC.detach(), images * num_views):
         if len(chunk_NC):
             records = encode_records(chunk_NC, rate, topk)
@@ -58,7 +57,7 @@ def encode(
             data_P, ends_B = blocks_of_records(
                 counts_N, payload_P, num_views, num_classes, count_size
             )
-            labels = EncodedLabels.of_blocks(
+            labels = EncodedLabels.of_data(
                 data_P, ends_B, num_views, num_classes, count_size=count_size
             )
             if rate is not None and num_views > 1 and together:
@@ -85,16 +84,7 @@ def _shared_if_less(
             found.images_I.tolist(), found.blocks, is_less, strict=True
         ):
             blocks[image] = block if is_chosen else blocks[image]
-    return _labels(blocks, num_views, probs_NC.shape[1])
-
-
-def _labels(
-    blocks: Sequence[bytes], num_views: int, num_classes: int, count_size: int = 1
-) -> EncodedLabels:
-    """Return all views of blocks."""
-    ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
-    data_P = np.frombuffer(b"".join(blocks), np.uint8)
-    return EncodedLabels.of_blocks(data_P, ends_B, num_views, num_classes, count_size=count_size)
+    return EncodedLabels.of_blocks(blocks, num_views, probs_NC.shape[1])
 
 
 def negentropy(probs_NC: Tensor) -> Tensor:

@@ -50,6 +50,15 @@ class EncodedLabels:
 
     @classmethod
     def of_blocks(
+        cls, blocks: Sequence[bytes], num_views: int, num_classes: int, *, count_size: int = 1
+    ) -> "EncodedLabels":
+        """Return all views of blocks with the same number of views."""
+        ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+        data_P = np.frombuffer(b"".join(blocks), np.uint8)
+        return cls.of_data(data_P, ends_B, num_views, num_classes, count_size=count_size)
+
+    @classmethod
+    def of_data(
         cls,
         data_P: _Array,
         ends_B: _Array,
@@ -58,7 +67,7 @@ class EncodedLabels:
         *,
         count_size: int = 1,
     ) -> "EncodedLabels":
-        """Return all views of contiguous blocks with the same number of views."""
+        """Return all views of blocks that lie one after the other."""
         ends_B = ends_B.astype(np.int64)
         blocks = np.arange(len(ends_B))
         return cls(

@@ -42,6 +42,7 @@ from mealv2.label_set.shard import (
 )
 from mealv2.label_set.shard_file import ShardFile, read_shard
 from mealv2.label_set.shard_head import read_header
+from mealv2.label_set.web_set import WebSet, is_web, web_set_at
 
 __all__ = [
     "FORMAT",
@@ -59,6 +60,7 @@ __all__ = [
     "Shard",
     "ShardFile",
     "StoredViews",
+    "WebSet",
     "block_of_member",
     "boxes_of",
     "boxes_sha256",
@@ -73,6 +75,7 @@ __all__ = [
     "creating_command",
     "describe_file",
     "is_label_set",
+    "is_web",
     "labelled_hashes",
     "listed_sha256",
     "listed_shards",
@@ -86,6 +89,7 @@ __all__ = [
     "shard_name",
     "shard_ranges",
     "stored_class",
+    "web_set_at",
     "write_manifest",
     "write_rows",
     "write_shard",

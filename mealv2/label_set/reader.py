@@ -25,6 +25,7 @@ from mealv2.label_set.opening import (
 )
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
+from mealv2.label_set.web_set import Missing, WebSet, is_web, web_set_at
 from mealv2.soft_labels import Labels
 from mealv2.storage.atomic import OpenFiles
 from mealv2.views import STORED_BOXES, DrawnViews, View, Views, unpacked_view
@@ -88,14 +89,15 @@ class LabelSet:
         num_views: int | None = None,
         num_sets: int = 1,
     ) -> "LabelSet":
-        """Open the finished label set in a folder.
+        """Open the finished label set in a folder, or at an ``https://`` URL (a ``WebSet``).
 
         Checks the manifest, the size of every shard and the index; the labels are checked when they
         are read. ``appended`` limits the appended files to those named, and ``num_views`` the views
         to the first ones, so that a resumed run sees the same labels; None takes all. Raises
         LabelSetError when the set is unfinished or damaged, or does not have the split.
         """
-        folder = Path(path)
+        given = WebSet(str(path)) if is_web(path) else path
+        folder = Path(given)
         manifest = read_manifest(folder)
         if split not in manifest["roles"] or split not in manifest["plan"]["roles"]:
             raise LabelSetError(
@@ -107,7 +109,8 @@ class LabelSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         opened = partial(LabelSet.open, split=self.split, appended=self.appended)
-        return partial(opened, num_views=self.num_views, num_sets=self._num_sets), (self.folder,)
+        opened = partial(opened, num_views=self.num_views, num_sets=self._num_sets)
+        return opened, (web_set_at(self.folder) or self.folder,)
 
     def __len__(self) -> int:
         return self._tables[0].num_rows
@@ -250,6 +253,7 @@ class Table:
         # not mapped: the pages of a mapped file count as the process's memory, and random reads
         # touch all of them in the end
         self._descriptor = OpenFiles(files, most=max_open_files).descriptor
+        self._web = web_set_at(files[0].path.parent) if files else None
         self._labels_at = np.array([file.labels_at for file in files], np.int64)
         self._first_rows = np.cumsum([0, *(file.num_images for file in files)])
         self.num_rows = int(self._first_rows[-1])
@@ -302,15 +306,18 @@ class Table:
         first_N = self._ends[self._first_rows[numbers_N]]
         sizes_N = self._ends[rows_N + 1] - self._ends[rows_N]
         at_N = self._labels_at[numbers_N] + self._ends[rows_N] - first_N
-        blocks = [b""] * len(keys)
+        blocks, missing = [b""] * len(keys), list[Missing]()
         order_N = np.argsort(numbers_N, kind="stable")  # file by file
         columns = (order_N, *(c[order_N] for c in (numbers_N, sizes_N, at_N, self._crcs[rows_N])))
         for row, number, size, at, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
-            block = os.pread(file.fd, size, at)
-            if block_crc(keys[row], block) != crc:
-                raise damaged_rows(self.files[number], keys[row].decode())
-            blocks[row] = block
+            blocks[row] = block = os.pread(file.fd, size, at)
+            if block_crc(keys[row], block) != crc or (self._web and not any(block)):  # a hole
+                if not self._web:
+                    raise damaged_rows(self.files[number], keys[row].decode())
+                missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
+        if missing and self._web:
+            self._web.fill(blocks, missing)
         data = np.frombuffer(b"".join(blocks), np.uint8)
         try:
             return encoding.rows_of(data, np.cumsum(sizes_N), len(self.views), views_N)

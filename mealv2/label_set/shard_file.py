@@ -131,8 +131,8 @@ class ShardFile:
                 raise damaged_rows(self, key.decode())
             yield block
 
-    def shard(self) -> Shard:
-        """Return the content, every block checked; raises as ``intact_blocks``."""
+    def shard(self, *, with_blocks: bool = True) -> Shard:
+        """Return the content, every block checked, or without blocks; raises as intact_blocks."""
         header = self.header
         is_appended, has_hashes = map(self.has_column, ("views", "content_hashes"))
         return Shard(
@@ -142,7 +142,7 @@ class ShardFile:
             first_view=header["first_view"],
             num_views=header["num_views"],
             keys=self.keys(),
-            blocks=[bytes(block) for block in self.intact_blocks()],
+            blocks=[bytes(block) for block in self.intact_blocks()] if with_blocks else [],
             images=self.images,
             stored_views=self.stored_views,
             views_N=self.column("views") if is_appended else None,

@@ -14,6 +14,7 @@ from mealv2.errors import ConfigError
 from mealv2.storage.atomic import TEMPORARY_PREFIX, atomic_file
 from mealv2.storage.urls import PIPE, shown, without_secrets
 
+DEFAULT_LIMIT = 100 * 10**9  # bytes
 _LOCK_PREFIX = ".lock-"
 STAMPS_PREFIX = ".notes-"  # of files with the stamps of the remote files that were copied
 _OLD_NS = 86_400 * 10**9  # older temporary files are left over from processes that were killed
@@ -81,8 +82,11 @@ class Cache:
                     fetch(temporary)
         self.trim(0, keep=path)
 
-    def trim(self, needed: int, *, keep: Path | None = None) -> None:
-        """Remove the files used longest ago until ``needed`` more bytes fit."""
+    def trim(self, needed: int, *, keep: Path | None = None) -> int:
+        """Remove the files used longest ago until ``needed`` more bytes fit.
+
+        Returns the bytes of the files that are left, with ``needed``: holes in files have none.
+        """
         files = []
         for where, _, names in os.walk(self.folder):
             for name in names:
@@ -91,17 +95,24 @@ class Cache:
                 path = Path(where, name)
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
-                    files.append((found.st_mtime_ns, found.st_size, path))
+                    num_bytes = min(found.st_size, 512 * found.st_blocks)
+                    files.append((found.st_mtime_ns, num_bytes, path))
         total = needed + sum(size for _, size, _ in files)
         written_since_ns = time.time_ns() - _OLD_NS
         for time_ns, size, path in sorted(files):
             if total <= self.limit:
-                return
+                break
             is_written = path.name.startswith(TEMPORARY_PREFIX) and time_ns > written_since_ns
             if path == keep or is_written or in_use(path.parent):
                 continue
             path.unlink(missing_ok=True)
             total -= size
+        return total
+
+
+def default_cache() -> Cache:
+    """Return the user's cache, of the default size of the command line."""
+    return Cache(Path.home() / ".cache" / "mealv2", DEFAULT_LIMIT)
 
 
 def hold(folder: Path) -> int:

@@ -9,7 +9,7 @@ import itertools
 import posixpath
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from fsspec.core import url_to_fs
 
 from mealv2.errors import ConfigError, RemoteError
-from mealv2.storage import transfer, web
+from mealv2.storage import transfer, web, web_ranges
 from mealv2.storage.transfer import (
     File,
     TransferInterruptedError,
@@ -66,6 +66,18 @@ def fetch(url: str, path: Path) -> None:
         return
     write = _run if url.startswith(PIPE) else _download
     retry(url, lambda: write(url, path))
+
+
+def read_parts(parts: Sequence[web_ranges.Part], found: dict[web_ranges.Part, bytes]) -> None:
+    """Read parts of files on a web server into ``found``, several at a time.
+
+    What ``found`` has is not read again, also after an error: it keeps what was received. Raises
+    RemoteError, also for a file of another size and a server without range requests, ConfigError
+    for a missing file.
+    """
+    if parts:
+        url = parts[0].url
+        retry(url, web_ranges.Reading(_system(url)[0], parts, found))
 
 
 def info(url: str) -> File:

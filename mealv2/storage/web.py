@@ -73,7 +73,7 @@ class Download:
         headers = {"Range": f"bytes={start}-", "If-Range": self._version} if start else {}
         got = start
         try:
-            async with _response(self._system, self._url, "GET", headers) as response:
+            async with request(self._system, self._url, "GET", headers) as response:
                 if start and not self._continues(response, start):
                     self._version = ""
                     raise TransferInterruptedError("the file has changed")
@@ -98,7 +98,7 @@ class Download:
 
 
 async def _read(system: Any, url: str) -> bytes | None:
-    async with _response(system, url, "GET", allowed=(404, 410, *_DENIED)) as response:
+    async with request(system, url, "GET", allowed=(404, 410, *_DENIED)) as response:
         if not response.ok:
             return None
         data, total = bytearray(), _size(response.headers)
@@ -114,15 +114,15 @@ async def _read(system: Any, url: str) -> bytes | None:
 
 
 async def _info(system: Any, url: str) -> File:
-    async with _response(system, url, "HEAD", allowed=_NO_HEAD) as response:
+    async with request(system, url, "HEAD", allowed=_NO_HEAD) as response:
         if response.ok and _size(response.headers):
             return _file(response.headers)
-    async with _response(system, url, "GET", {"Range": "bytes=0-0"}, (416,)) as response:
+    async with request(system, url, "GET", {"Range": "bytes=0-0"}, (416,)) as response:
         return _file(response.headers)  # the body is not read
 
 
 @contextlib.asynccontextmanager
-async def _response(
+async def request(
     system: Any,
     url: str,
     method: str,
@@ -146,8 +146,8 @@ async def _response(
     sent = {"Accept-Encoding": "identity", **(headers or {})}  # a size is that of the file
     try:
         session = await system.set_session()
-        request = session.request(method, system.encode_url(url), headers=sent, **settings)
-        async with request as response:
+        sending = session.request(method, system.encode_url(url), headers=sent, **settings)
+        async with sending as response:
             _RESPONDED.add(server)
             if not response.ok and response.status not in allowed:
                 raise status_error(url, response.status)

@@ -69,7 +69,7 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     """
     if config.list_ is not None:
         _check_list_path(config.list_)
-    folder = local_folder(config, config.labels, require_complete=False)
+    folder = local_folder(config, config.labels, require_complete=False, whole_files=True)
     plan = _plan(folder)
     plan_sha256 = json_sha256(plan)
     blocks = [

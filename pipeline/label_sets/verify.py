@@ -52,7 +52,7 @@ class Found:
 
 def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     """Verify a set; return the report. Raises LabelSetError naming the damaged files."""
-    folder = local_folder(config, config.labels, require_complete=False)
+    folder = local_folder(config, config.labels, require_complete=False, whole_files=True)
     manifest = label_set.read_manifest(folder)
     found = Found()
     listed = label_set.listed_shards(manifest["roles"])

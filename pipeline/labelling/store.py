@@ -13,14 +13,14 @@ from typing import Any
 
 from mealv2 import label_set
 from mealv2.errors import ConfigError, LabelSetError
-from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, read_manifest
+from mealv2.label_set import MANIFEST_NAME, PLAN_NAME, WebSet, is_web, read_manifest
 from mealv2.labelling.store import Store
 from mealv2.storage import object_store
 from mealv2.storage.atomic import atomic_file, file_sha256, write_atomic
 from mealv2.storage.cache import STAMPS_PREFIX, Cache, hold, locked
 from mealv2.storage.json_format import canonical_json, read_json
 from mealv2.storage.transfer import File
-from mealv2.storage.urls import Location, is_url, shown, within
+from mealv2.storage.urls import PIPE, Location, is_url, shown, within
 from mealv2.text import set_display_name
 from pipeline import console
 from pipeline.config import CacheConfig
@@ -31,6 +31,7 @@ _FILES_OF_A_SET = re.compile(r"(plan|manifest)\.json|(train|val)-[a-z0-9-]+\.h5"
 _HUB_NAME = re.compile(r"hf://(?!(?:datasets|models|spaces|buckets)/)")
 _NUM_FETCHERS = 8  # threads that fetch files
 _open_copies: list[int] = []  # locks: copies that this process reads are kept until it ends
+_open_web_sets: list[WebSet] = []  # for the same reason
 
 
 def open_store(config: CacheConfig, location: Location) -> Store:
@@ -38,19 +39,41 @@ def open_store(config: CacheConfig, location: Location) -> Store:
     if not is_url(location):
         return Store(Path(location))
     location = _HUB_NAME.sub("hf://datasets/", str(location))
-    if re.match("pipe:|https?:", str(location)):
+    if is_web(location):
         raise ConfigError(
-            f"{shown(location)}: a label set is a folder of files, and neither a program nor a web "
-            "server lists its files; give a folder or a bucket"
+            f"{shown(location)}: a web server takes no files, a label set there is only read; give "
+            "a folder or a bucket"
+        )
+    if location.startswith(PIPE):
+        raise ConfigError(
+            f"{shown(location)}: a program has no label set; give a folder, a bucket or the URL of "
+            "a web server"
         )
     return RemoteStore(str(location), cache_of(config))
 
 
-def local_folder(config: CacheConfig, labels: Location, *, require_complete: bool = True) -> Path:
+def local_folder(
+    config: CacheConfig,
+    labels: Location,
+    *,
+    require_complete: bool = True,
+    whole_files: bool = False,
+) -> Path:
     """Return the folder to read a label set from: its own, or a copy of the files at a URL.
 
-    Raises RemoteError, ConfigError, and LabelSetError as ``Store.fetch_all``.
+    From a web server, the copy has the index, and LabelSet reads the blocks that it needs;
+    ``whole_files`` fetches them all. Raises RemoteError, ConfigError, and LabelSetError as
+    ``Store.fetch_all``.
     """
+    if is_web(labels):
+        web_set = WebSet(str(labels), cache_of(config))
+        _open_web_sets.append(web_set)
+        if web_set.num_fetched:
+            shards = console.count(web_set.num_fetched, "shard")
+            console.info(f"fetched the index of {shards} from {shown(labels)}")
+        if whole_files:
+            web_set.fetch_all()
+        return web_set.folder
     store = open_store(config, labels)
     store.fetch_all(require_complete=require_complete)
     return store.folder

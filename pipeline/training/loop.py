@@ -10,7 +10,7 @@ from typing import Any
 
 from mealv2.batches import BatchSampler
 from mealv2.data.loader import WaitTimer, on_device
-from mealv2.data.requests import Batch, check_failures, num_views_of
+from mealv2.data.requests import Batch, BatchRequest, check_failures, num_views_of
 from mealv2.errors import DataError, LabelSetError, StoppedError
 from mealv2.models import Classifier
 from mealv2.models.layers import find_parameters
@@ -133,12 +133,18 @@ class _Trainer:
             self.progress.epoch, self.progress.step, local=self.step.local_rows
         )
         loader = self.spec.load(
-            itertools.islice(requests, self._steps_left()),
+            map(self._with_labels, itertools.islice(requests, self._steps_left())),
             cache=image_cache(self.config, self.spec.source),
             workers=self.config.workers,
             pin_memory=self.runtime.should_pin_memory,
         )
         return on_device(loader, self.runtime.device)
+
+    def _with_labels(self, request: BatchRequest) -> BatchRequest:
+        """Return a request whose labels a thread of the loader has read, if they are remote."""
+        rows = [(position, view) for position, views in request for view in views]
+        self.spec.targets.read_ahead([p for p, _ in rows], [view for _, view in rows])
+        return request
 
     def _train_pass(self, batches: WaitTimer[Batch]) -> tuple[dict[str, float], float]:
         """Train on the rest of the pass; return the mean of every part of the loss, and the speed

@@ -67,7 +67,8 @@ def shared_blocks(probs_NC: Tensor, num_views: int, rate: float) -> list[bytes]:
     probs_IVC = probs_NC.double().unflatten(0, (-1, num_views))
     probs_IVC = probs_IVC / probs_IVC.sum(2, keepdim=True)
     blocks: dict[int, bytes] = {}
-    for found in encode_shared(probs_IVC, rate / BITS_OF_CLASS):
+    negentropy_IV = torch.xlogy(probs_IVC, probs_IVC).sum(2)
+    for found in encode_shared(probs_IVC, negentropy_IV, rate / BITS_OF_CLASS):
         blocks |= dict(zip(found.images_I.tolist(), found.blocks, strict=True))
     return [blocks[image] for image in range(len(probs_IVC))]
 

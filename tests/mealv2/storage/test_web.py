@@ -214,15 +214,15 @@ def test_a_file_that_is_replaced_between_two_parts_is_not_mixed(
     server: Server, tmp_path: Path
 ) -> None:
     server.cut_after = [5000]
-    response = web._response
+    request = web.request
 
     def replaced(*args: Any, **more: Any) -> Any:
         if server.requests:
             server.data, server.tag = DATA[::-1], '"2"'
-        return response(*args, **more)
+        return request(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "_response", replaced)
+        patch.setattr(web, "request", replaced)
         object_store.fetch(server.url, tmp_path / "a")
 
     assert (tmp_path / "a").read_bytes() == DATA[::-1]
