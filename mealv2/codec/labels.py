@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mealv2.codec import record_blocks
 from mealv2.codec.block_decoder import decode_shared
-from mealv2.codec.block_places import find_places
+from mealv2.codec.block_parts import find_parts
 from mealv2.codec.kept import Kept, joined
 from mealv2.codec.record_blocks import Places, Records
 from mealv2.errors import LabelSetError
@@ -212,7 +212,7 @@ class EncodedLabels:
         if most is not None and len(shared_R) > most:
             blocks = _distinct(self.block_N[shared_R], len(self.at_B))
             at_B, ends_B, views_B = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
-            find_places(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
+            find_parts(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
             chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
             order_N = np.concatenate([order_N[~is_shared_N], chosen])
         for n in range(0, len(order_N), _CHECKED_AT_ONCE):
