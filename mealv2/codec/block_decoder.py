@@ -234,9 +234,9 @@ def _subtract_residuals(
         bytes_AS, begin_A & 7, lengths_A, keys_E, base_N[rows_A], strict=strict
     )
     for first, size, model in zip(firsts, sizes, models, strict=True):
-        (here,) = np.nonzero((at_F >= first) & (at_F < first + size))
-        places_F = model.order_NK.reshape(-1)[at_F[here] - first]
-        model.levels_NK.reshape(-1)[places_F] -= value_F[here].astype(np.float32)
+        (some,) = np.nonzero((at_F >= first) & (at_F < first + size))
+        places_F = model.order_NK.reshape(-1)[at_F[some] - first]
+        model.levels_NK.reshape(-1)[places_F] -= value_F[some].astype(np.float32)
 
 
 def _probabilities(levels_NK: _Array, parts: Parts, num_classes: int) -> tuple[_Array, _Array]:

@@ -17,7 +17,7 @@ from mealv2.codec import record_blocks
 from mealv2.codec.block_decoder import decode_shared
 from mealv2.codec.block_parts import find_parts
 from mealv2.codec.kept import Kept, joined
-from mealv2.codec.record_blocks import Places, Records
+from mealv2.codec.record_blocks import BlockViews, Records
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
@@ -239,15 +239,15 @@ class EncodedLabels:
         return self._locate(fills_block=True)
 
     def _locate(self, *, fills_block: bool) -> Records:
-        places = self._places(np.arange(len(self)))
+        views = self._places(np.arange(len(self)))
         return record_blocks.locate(
-            self.data_P, places, self.num_classes, self.count_size, fills_block=fills_block
+            self.data_P, views, self.num_classes, self.count_size, fills_block=fills_block
         )
 
-    def _places(self, rows_R: _Array) -> Places:
+    def _places(self, rows_R: _Array) -> BlockViews:
         block_R = self.block_N[rows_R]
         blocks = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
-        return Places(*blocks, self.view_N[rows_R])
+        return BlockViews(*blocks, self.view_N[rows_R])
 
     def _decode(self, *, strict: bool) -> Kept:
         is_shared_N = self._is_shared()
