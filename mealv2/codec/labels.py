@@ -181,8 +181,8 @@ class EncodedLabels:
 
     def _all_blocks(self) -> list[bytes]:
         view = np.ascontiguousarray(self.data_P).data
-        places = zip(self.at_B.tolist(), self.ends_B.tolist(), strict=True)
-        return [bytes(view[at:end]) for at, end in places]
+        spans_B = zip(self.at_B.tolist(), self.ends_B.tolist(), strict=True)
+        return [bytes(view[at:end]) for at, end in spans_B]
 
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels with their decoded form on a device."""
@@ -260,8 +260,8 @@ class EncodedLabels:
             parts.append(_decode_records(self, own_R, strict=strict))
         if len(shared_R):
             block_R = self.block_N[shared_R]
-            places = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
-            rows = (self.data_P, *places, self.view_N[shared_R], self.num_classes)
+            of_blocks = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
+            rows = (self.data_P, *of_blocks, self.view_N[shared_R], self.num_classes)
             parts.append(decode_shared(*rows, strict=strict))
         return _kept(parts, np.concatenate([own_R, shared_R]))
 
