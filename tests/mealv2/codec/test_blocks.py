@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from image_views import views_of_images
 from torch import Tensor
 
 import reference
 from cases import mostly_slow
+from image_views import views_of_images
 from mealv2.codec.block import MAX_LISTED, Model, block_bytes, coded, low_nibbles, packed
 from mealv2.codec.encoder import BITS_OF_CLASS, divergence
 from mealv2.codec.residual_codes import RUN_LENGTHS, VALUE_LENGTHS

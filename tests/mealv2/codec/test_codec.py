@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from image_views import views_of_images
 from torch import Tensor
 
 import reference
+from image_views import views_of_images
 from mealv2.codec.record import anchors_of, check_rows, decode_rows, dense_rows, id_bits, num_bytes
 from mealv2.codec.record_encoder import _keys, _largest
 from mealv2.errors import LabelSetError
