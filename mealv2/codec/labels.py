@@ -150,6 +150,11 @@ class EncodedLabels:
         """Whether the views of a block share a model."""
         return bool(self._is_shared().any())
 
+    @property
+    def all_share_models(self) -> bool:
+        """Whether the views of every block share a model."""
+        return bool(self._is_shared().all())
+
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels with their decoded form on a device."""
         moved = replace(self, device=device)
@@ -201,14 +206,15 @@ class EncodedLabels:
         ``most``: of views that share a model decode at most so many, evenly spread; of all others
         only the places of their blocks' parts are checked.
         """
-        (shared_R,) = self._is_shared().nonzero()
+        is_shared_N = self._is_shared()
+        (shared_R,) = is_shared_N.nonzero()
         order_N = np.arange(len(self))
         if most is not None and len(shared_R) > most:
-            blocks = np.unique(self.block_N[shared_R])
+            blocks = _distinct(self.block_N[shared_R], len(self.at_B))
             at_B, ends_B, views_B = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
             find_places(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
             chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
-            order_N = np.concatenate([np.setdiff1d(order_N, shared_R), chosen])
+            order_N = np.concatenate([order_N[~is_shared_N], chosen])
         for n in range(0, len(order_N), _CHECKED_AT_ONCE):
             rows = torch.from_numpy(order_N[n : n + _CHECKED_AT_ONCE])
             self[rows]._decode(strict=True)
@@ -311,3 +317,10 @@ def _cut(data_P: _Array, at_B: _Array, ends_B: _Array) -> list[bytes]:
     """Return the bytes from each offset to each end."""
     view = np.ascontiguousarray(data_P).data
     return [bytes(view[at:end]) for at, end in zip(at_B.tolist(), ends_B.tolist(), strict=True)]
+
+
+def _distinct(numbers_N: _Array, num_numbers: int) -> _Array:
+    """Return the numbers that occur, ascending; np.unique is slow where most occur often."""
+    occurs_X = np.zeros(num_numbers, bool)
+    occurs_X[numbers_N] = True
+    return occurs_X.nonzero()[0]

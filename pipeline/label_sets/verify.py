@@ -36,7 +36,7 @@ from pipeline.labelling.store import local_folder
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
 
-_DECODED = 64  # views of a shard that share a model: its bytes have two checksums anyway
+_DECODED = 32  # views of a shard that share a model: its bytes have two checksums anyway
 
 
 @dataclass
@@ -186,10 +186,8 @@ def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
     if not file.has_column("views") and len(set(keys)) < len(keys):
         yield "contains an image twice"
     try:
-        rows = labels.encoding.all_rows_of(
-            file.column("labels"), file.column("label_ends"), file.num_views
-        )
-        labels.encoding.check(rows, most=_DECODED)
+        columns = file.column("labels"), file.column("label_ends")
+        labels.encoding.check_blocks(*columns, file.num_views, most=_DECODED)
     except LabelSetError as error:
         yield str(error)
     if labels.split == "train" and not file.has_column("views"):

@@ -1,4 +1,4 @@
-"""Estimates of coding views together: divergence, code lengths, the gain on known rows."""
+"""benchmarks/views_together.py: bytes and KL of the label codec, the entropy bound, the tables."""
 
 import math
 from pathlib import Path
@@ -9,68 +9,81 @@ import torch
 from torch import Tensor
 
 from benchmarks import views_together
+from benchmarks.label_codec import LAYOUTS, recovered_by
+from mealv2.codec import encode
 
 
-def _powers(num_images: int = 4, num_views: int = 8, num_classes: int = 60) -> Tensor:
+def _powers(num_images: int = 4, num_views: int = 8, num_classes: int = 200) -> Tensor:
     """Return views that are powers of one distribution of their image."""
     generator = torch.Generator().manual_seed(0)
-    logits = 2.0 * torch.randn(num_images, 1, num_classes, generator=generator, dtype=torch.float64)
-    power = 0.5 + torch.rand(num_images, num_views, 1, generator=generator, dtype=torch.float64)
+    logits = 2.0 * torch.randn(num_images, 1, num_classes, generator=generator)
+    power = 0.5 + torch.rand(num_images, num_views, 1, generator=generator)
     return torch.softmax(logits * power, -1)
 
 
-def test_divergence_is_that_of_the_recovered_distribution() -> None:
-    probs = _powers(2, 3, 10)
-    views = views_together.listed(probs, 4)
-    base = torch.linspace(-3.0, 0.0, 2 * 3 * 5, dtype=torch.float64).view(2, 3, 5)
-
-    ids = probs.mean(1).numpy().argsort(1)[:, ::-1]
-    for image in range(2):
-        for view in range(3):
-            recovered = np.full(10, math.exp(base[image, view, 4]))
-            recovered[ids[image, :4]] = np.exp(base[image, view, :4].numpy())
-            recovered /= recovered.sum()
-            p = probs[image, view].numpy()
-            expected = (p * np.log(p / recovered)).sum()
-            found = views_together.divergence(views, base)[image, view]
-            assert float(found) == pytest.approx(expected, abs=1e-12)
-
-
-def test_code_lengths_are_those_of_the_counts() -> None:
-    values = torch.tensor([[0, 1], [0, 1], [0, 0], [1, 1]])
-    lengths = views_together.code_lengths(values, torch.tensor([0, 1]), 2)
-    assert lengths[0, 0] == pytest.approx(-math.log2(3.02 / 4.04))
-    assert lengths[1, 1] == pytest.approx(-math.log2(3.02 / 4.04))
-
-
-def test_residuals_reach_any_row_where_bits_cost_little() -> None:
-    probs = _powers(1, 4, 12)
-    views = views_together.listed(probs, 11)
-    bits = torch.ones(int(views_together.places(12).max()) + 1, 17, dtype=torch.float64)
-    flat = torch.zeros(1, 4, 12, dtype=torch.float64)
-    _, kl, _ = views_together.residuals(views, flat, bits, 1e-9)
-    # a residual is off by at most half its step: KL is at most about its variance / 2
-    assert float(kl.max()) < views_together.RESIDUAL_STEP**2 / 8
-    assert float(views_together.divergence(views, flat).min()) > 10 * float(kl.max())
-
-
-def test_views_that_are_powers_of_one_distribution_need_no_residuals() -> None:
+def test_bytes_and_kl_are_those_of_the_labels() -> None:
     probs = _powers()
-    kl, bits = views_together.model(probs, 40, 1, 0.0002)
-    own_kl, own_bits = views_together.today(probs, 0.001)
-    assert float(kl.mean()) < float(own_kl.mean())
-    assert float(bits.mean()) < 0.5 * float(own_bits.mean())
+    points = views_together.measure(probs, [0.001])
+    (found,) = points[views_together.TOGETHER]
+    labels = encode(probs.flatten(0, 1), rate=0.001, num_views=8)
+
+    exact, recovered = probs.flatten(0, 1).double().numpy(), labels.to_dense().double().numpy()
+    kl = (exact * np.log(exact / recovered)).sum(axis=1).mean()
+    assert found == (0.001, labels.nbytes / 32, pytest.approx(kl, abs=1e-9))
+
+
+def test_views_of_one_distribution_take_fewer_bytes_together() -> None:
+    points = views_together.measure(_powers(), [0.0005, 0.001, 0.003])
+    together, alone, bound = (
+        points[name]
+        for name in (views_together.TOGETHER, views_together.ALONE, views_together.BOUND)
+    )
+    sizes = [views_together.bytes_at(curve, 0.02) for curve in (together, alone)]
+    assert sizes[0] < 0.5 * sizes[1]
+    assert all(b[1] <= t[1] and b[2] == t[2] for b, t in zip(bound, together, strict=True))
+
+
+def test_an_ideal_code_of_symbols_that_fit_the_codes_saves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As often as a code of length n says, 2^-n."""
+    counts = [
+        2.0 ** (12 - codes.lengths_XS) for codes in (views_together.RUNS, views_together.VALUES)
+    ]
+    monkeypatch.setattr(views_together.residual_codes, "count", lambda *_, **__: counts)
+    probs = _powers()
+    every = torch.ones(4, dtype=torch.bool)
+    assert views_together.saved_bytes(probs, 0.001, every) == pytest.approx(0.0, abs=1e-9)
+    counts[1] = counts[1] + 1000.0
+    assert views_together.saved_bytes(probs, 0.001, every) > 0.1
+    assert views_together.saved_bytes(probs, 0.001, ~every) == 0.0
+
+
+@pytest.mark.parametrize("title", LAYOUTS)
+def test_layouts_recover_the_classes_they_keep(title: str) -> None:
+    layout = LAYOUTS[title]
+    probs = _powers(1, 3)[0]
+    recovered = recovered_by(layout)(probs, 0)
+    ids = probs.topk(layout.k, dim=1).indices
+    kept, expected = recovered.gather(1, ids), probs.gather(1, ids)
+    if layout.rest == "none":
+        expected = expected / expected.sum(1, keepdim=True)
+        assert float(recovered.scatter(1, ids, 0.0).max()) == 0.0
+    assert torch.allclose(kept, expected, rtol=2e-3)
+    assert torch.allclose(recovered.sum(1), torch.ones(3), atol=1e-3)
 
 
 def test_the_table_compares_bytes_at_one_divergence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(views_together, "LISTS", (20,))
-    monkeypatch.setattr(views_together, "FIT_STEPS", 20)
-    np.savez(tmp_path / "rows.npz", probs=_powers(4, 4).float().numpy())
-    views_together.main([str(tmp_path / "rows.npz"), "--views", "1", "4"])
+    np.savez(tmp_path / "rows.npz", probs=_powers(3, 4, 120).numpy())
+    one = str(tmp_path / "rows.npz")
+    views_together.main([f"{one},{one}", "--views", "1", "4", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
-    assert "| rows, 1 views | label codec, rate 0.001 |" in printed
-    assert "| rows, 4 views | **up to 3 components** |" in printed
-    assert "| rows, 1 views | **up to 2 components** |" not in printed
-    assert views_together.bytes_at([(10.0, 0.04), (40.0, 0.01)], 0.02) == pytest.approx(20.0)
+    assert "| rows + rows, 6 images x 1 views | codec, views together, rate 0.001 |" in printed
+    assert "| rows + rows, 6 images x 4 views | entropy bound, rate 0.001 |" in printed
+    assert "| top-10 pruned, uint16 + float16, others 0 | 40.0 | infinite |" in printed
+    assert (tmp_path / "out.json").exists()
+    curve = [(0.1, 10.0, 0.04), (0.01, 40.0, 0.01)]
+    assert views_together.bytes_at(curve, 0.02) == pytest.approx(20.0)
+    assert math.isnan(views_together.bytes_at(curve, 0.05))
