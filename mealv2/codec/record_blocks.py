@@ -16,7 +16,7 @@ from mealv2.errors import LabelSetError
 _Array = np.ndarray[Any, Any]
 
 
-class Places(NamedTuple):
+class BlockViews(NamedTuple):
     """Views of blocks: row r is view ``view_R[r]`` of a block.
 
     The block lies at ``at_R[r]`` to ``ends_R[r]`` and has ``views_R[r]`` views.
@@ -38,7 +38,7 @@ class Records(NamedTuple):
 
 def locate(
     data_P: _Array,
-    places: Places,
+    views: BlockViews,
     num_classes: int,
     count_size: int,
     *,
@@ -48,7 +48,7 @@ def locate(
 
     Raises LabelSetError for counts out of range or that do not fit (fill) their block.
     """
-    at_R, block_ends_R, views_R, view_R = places
+    at_R, block_ends_R, views_R, view_R = views
     counts_at_R = at_R + (views_R > 1)
     records_at_R = counts_at_R + count_size * views_R
     if (records_at_R > block_ends_R).any():
@@ -73,10 +73,10 @@ def locate(
 
 
 def decode(
-    data_P: _Array, places: Places, num_classes: int, count_size: int, *, strict: bool
+    data_P: _Array, views: BlockViews, num_classes: int, count_size: int, *, strict: bool
 ) -> SharedRows:
     """Decode rows; raises LabelSetError as ``locate`` and, if ``strict``, as ``check_rows``."""
-    counts_R, at_R, sizes_R = locate(data_P, places, num_classes, count_size)
+    counts_R, at_R, sizes_R = locate(data_P, views, num_classes, count_size)
     payload_P = data_P[spans(at_R, sizes_R)]
     if strict:
         check_rows(counts_R, payload_P, num_classes)

@@ -73,7 +73,7 @@ def encoded(draw: st.DrawFn, most: int = 5000) -> tuple[Tensor, EncodedLabels]:
 
 def counts_of(labels: EncodedLabels) -> np.ndarray:
     """Return the number of classes that each view keeps."""
-    return labels.records().counts_N
+    return labels.records().counts_R
 
 
 def bytes_of(labels: EncodedLabels) -> list[bytes]:
