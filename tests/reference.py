@@ -344,9 +344,7 @@ def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.nd
     weights = [
         [8 * low + step * nibbles.pop() for low, step in lows_steps] for _ in range(num_views)
     ]
-    components = [
-        [nibbles.pop() - (8 if r else 0) for _ in range(num_entries)] for r in range(num_components)
-    ]
+    components = [[nibbles.pop() for _ in range(num_entries)] for _ in range(num_components)]
     ids = list(range(num_listed))
     if num_listed < num_classes:
         ids = _listed_ids(nibbles, num_listed, num_classes)

@@ -1,4 +1,4 @@
-"""docs/reference/reference_reader.py reads every set in less than 90 lines, without this library."""
+"""docs/reference/reference_reader.py reads every set in 80 lines, without this library."""
 
 import functools
 import importlib.util
@@ -207,7 +207,7 @@ def test_lengths_of_codes_beside_the_reader_are_those_of_the_library() -> None:
 
 def test_reader_is_short_and_stands_in_the_document() -> None:
     code = PATH.read_text(encoding="utf-8")
-    assert code.count("\n") < 90
+    assert sum(map(bool, code.splitlines())) <= 80
     assert "mealv2." not in code
     assert f"```py\n{code}```" in (ROOT / "docs" / "reference" / "label-set-format.md").read_text(
         "utf-8"

@@ -34,27 +34,26 @@ def shared(data, form, views, k, c):  # probabilities of views that share a mode
     nibbles = np.stack([data & 15, data >> 4], 1)[4 + 2 * parts + size * views:].ravel().astype(int)
     nibbles, codes, gaps = np.split(nibbles, np.cumsum([views, listed + (listed < c)]) * parts)
     low, step = data[4:4 + 2 * parts:2].view("b").astype(int), data[5:5 + 2 * parts:2]
-    codes = codes.reshape(parts, -1) - 8 * (np.arange(parts) > 0)[:, None]
-    levels = (8 * low + nibbles.reshape(views, parts) * step) @ codes
+    levels = (8 * low + nibbles.reshape(views, parts) * step) @ codes.reshape(parts, -1)
     digits = ((c // listed).bit_length() - 1) // 4
     small, gaps = np.split(gaps, [digits * listed]) if listed < c else ([], np.zeros(listed, int))
     ids = np.diff(np.cumsum(gaps)[gaps < 15], prepend=0) * 16**digits + 1
     ids += np.reshape(small, (listed, digits)).astype(int) @ 16 ** np.arange(digits)
-    for row, length in zip(levels, lengths):
+    for row, length in zip(levels, lengths, strict=True):
         row, bits = row - residuals(row, c - listed, bits[:length]), bits[length:]
         values = np.exp(-np.minimum(row - row.min(), 16384) / 256)
         np.put(row := np.full(c, values[-1]), np.cumsum(ids) - 1, values[:listed])
         yield row / row.sum()
 
-def records(data, form, views, k, c):  # probabilities of views by themselves, which keep k classes
-    size = (form == "curve") * (1 + (k > 255))
+def records(data, form, views, topk, c):  # probabilities of views by themselves, which keep k classes
+    size = (form == "curve") * (1 + (topk > 255))
     counts, data = np.split(np.frombuffer(data, "u1")[views > 1 and size > 0:], [views * size])
-    for k in counts.view(f"<u{size or 1}").tolist() or [k] * views:
+    for k in counts.view(f"<u{size or 1}").tolist() or [topk] * views:
         knots = [rank for rank in range(1, k + 2) if rank >= k or rank // (rank & -rank) in (1, 3)]
         widths = [6] * (k < c) + [5, *[4] * k][:len(knots) - 2] if form == "curve" else []
         widths += [(c - 1).bit_length()] * (k if widths or k < c else 0)
         ends, bits = np.cumsum([0, *widths]).tolist(), int.from_bytes(data, "little")
-        codes = [bits >> end & (1 << width) - 1 for end, width in zip(ends, widths)]
+        codes = [bits >> ends[n] & (1 << width) - 1 for n, width in enumerate(widths)]
         size = (ends[-1] + 7) // 8
         if form == "curve":
             steps = [STEPS[i + 32 * (n > 0)] for n, i in enumerate(codes[k < c:][:len(knots) - 2])]

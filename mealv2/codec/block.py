@@ -8,8 +8,8 @@ bytes      1: R, the number of components; 2: M; 1: bytes of a length, 1 or 2
            2 for each component: low (signed) and step, which give a weight of nibble n as
            8 low + step n, in 1/256
            V lengths of residuals, in bits
-nibbles    R for each view: weights; R rows of K: codes of components in nats, the first 0 to 15,
-           others -8 to 7; M gaps between ids, in pieces; 15 pads the last byte
+nibbles    R for each view: weights; R rows of K: codes of components in nats, up to a constant
+           of each component; M gaps between ids, in pieces; 15 pads the last byte
 bits       the residuals of the views, each without padding; zeros pad the last byte
 =========  ========================================================================================
 """
@@ -32,7 +32,6 @@ LOW_UNIT = 32  # lows of weights in a nat
 NIBBLE = 15
 HEAD_SIZE = 4
 LOWEST = 64 * LEVELS_PER_NAT  # below the likeliest: above 0 in float32 with 10^6 classes
-_SIGN = 8  # of the codes of all components but the first
 _POSITIONS = 1 << 20  # above all positions of entries, in a sort key
 
 _Array = np.ndarray[Any, Any]
@@ -135,9 +134,7 @@ def block_bytes(model: Model, lengths_V: _Array, stream: bytes, num_classes: int
     length_size = 1 if lengths_V.max(initial=0) < 256 else 2
     head = np.array([num_components, num_listed & 255, num_listed >> 8, length_size], np.uint8)
     of_weights = np.stack([model.lows_R.astype(np.int8).view(np.uint8), model.steps_R], 1)
-    codes_RK = model.codes_RK.copy()
-    codes_RK[1:] += _SIGN
-    nibbles = [model.nibbles_VR.reshape(-1), codes_RK.reshape(-1)]
+    nibbles = [model.nibbles_VR.reshape(-1), model.codes_RK.reshape(-1)]
     if num_listed < num_classes:
         nibbles.append(_gap_nibbles(model.ids_M, num_classes))
     flat = np.concatenate(nibbles)

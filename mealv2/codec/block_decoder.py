@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.codec.block import LOWEST, NIBBLE, SharedRows, low_nibbles
-from mealv2.codec.block_parts import Parts, find_parts, windows
+from mealv2.codec.block_layout import Layout, find_layout, windows
 from mealv2.codec.residual_reader import END, read_residuals
 from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
 from mealv2.errors import LabelSetError
@@ -52,13 +52,13 @@ def decode_shared(
     # most reads end at most a block's size beyond the data
     longest = int((ends_N - at_N).max(initial=0))
     data_P = np.concatenate([data_P, np.zeros(longest + 16, np.uint8)])
-    parts = find_parts(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
-    shape = len(at_N), int(parts.counts_N.max(initial=1))
+    layout = find_layout(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
+    shape = len(at_N), int(layout.counts_N.max(initial=1))
     ids_NM, probs_NM = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     tail_N = np.zeros(len(at_N), np.float32)
-    order_N = np.argsort(parts.entries_N, kind="stable")
+    order_N = np.argsort(layout.entries_N, kind="stable")
     for rows in (order_N[n : n + _ROWS] for n in range(0, len(order_N), _ROWS)):
-        chosen = parts.rows(rows)
+        chosen = layout.rows(rows)
         groups = [slice(n, n + _GROUP) for n in range(0, len(rows), _GROUP)]
         models = []
         for group in groups:
@@ -73,17 +73,17 @@ def decode_shared(
             of_group = chosen.rows(group)
             probs_GM, tail_N[rows[group]] = _probabilities(model.levels_NK, of_group, num_classes)
             probs_NM[rows[group], : probs_GM.shape[1]] = probs_GM
-    return SharedRows(ids_NM, probs_NM, parts.counts_N, tail_N)
+    return SharedRows(ids_NM, probs_NM, layout.counts_N, tail_N)
 
 
 # --- listed classes and the model -----------------------------------------------------------------
 
 
-def _nibbles(data_P: _Array, parts: Parts, num_classes: int) -> tuple[_Array, _Array]:
+def _nibbles(data_P: _Array, layout: Layout, num_classes: int) -> tuple[_Array, _Array]:
     """Return codes and lists of rows as nibbles, and what is added to their offsets in the data."""
-    first_N = parts.codes_at_N >> 1
-    has_list_N = parts.counts_N < num_classes
-    last_N = np.where(has_list_N, parts.streams_at_N, (parts.gaps_at_N + 1) >> 1)
+    first_N = layout.codes_at_N >> 1
+    has_list_N = layout.counts_N < num_classes
+    last_N = np.where(has_list_N, layout.streams_at_N, (layout.gaps_at_N + 1) >> 1)
     bytes_NS = windows(data_P, first_N, int((last_N - first_N).max()))
     pairs_NS = bytes_NS.astype("<u2")
     pairs_NS |= pairs_NS << np.uint16(4)
@@ -94,22 +94,22 @@ def _nibbles(data_P: _Array, parts: Parts, num_classes: int) -> tuple[_Array, _A
     return nibbles_X, 2 * (np.arange(len(first_N)) * bytes_NS.shape[1] - first_N)
 
 
-def _model(nibbles_X: _Array, shift_N: _Array, parts: Parts, num_classes: int) -> _Model:
-    entries_N = parts.entries_N
+def _model(nibbles_X: _Array, shift_N: _Array, layout: Layout, num_classes: int) -> _Model:
+    entries_N = layout.entries_N
     # no run from an entry leads beyond the padding
     width = -(-(int(entries_N.max()) + LONGEST_RUN) // _LANES) * _LANES
-    r_R = np.arange(int(parts.components_N.max()))
-    codes_at_NR = np.where(r_R < parts.components_N[:, None], r_R * entries_N[:, None], 0)
-    codes_at_NR += (shift_N + parts.codes_at_N)[:, None]
+    r_R = np.arange(int(layout.components_N.max()))
+    codes_at_NR = np.where(r_R < layout.components_N[:, None], r_R * entries_N[:, None], 0)
+    codes_at_NR += (shift_N + layout.codes_at_N)[:, None]
     codes_NRK = windows(nibbles_X, codes_at_NR, width).astype(np.float32)
     # signed codes are stored with 8 added: that adds a constant to all levels of a row
-    weights_N1R = parts.weights_NR[:, None, : len(r_R)]
+    weights_N1R = layout.weights_NR[:, None, : len(r_R)]
     levels_NK = np.matmul(weights_N1R, codes_NRK)[:, 0]
     # only the last columns have padding
     shortest = int(entries_N.min())
     is_padding_NK = np.arange(shortest, width) >= entries_N[:, None]
     np.copyto(levels_NK[:, shortest:], _PADDING, where=is_padding_NK)
-    keys_NK = _keys(levels_NK, parts.counts_N, num_classes)
+    keys_NK = _keys(levels_NK, layout.counts_N, num_classes)
     np.copyto(keys_NK[:, shortest:], END, where=is_padding_NK)
     order_NK = keys_NK.argsort(axis=1, kind="stable")
     order_NK += width * np.arange(len(entries_N))[:, None]
@@ -143,33 +143,33 @@ def _put_ids(
     rows_G: _Array,
     nibbles_X: _Array,
     shift_G: _Array,
-    parts: Parts,
+    layout: Layout,
     num_classes: int,
 ) -> _Array:
     """Put the listed classes of a group into the rows of all; return how many nibbles are left."""
-    has_list_G = parts.counts_N < num_classes
-    left_G = 2 * parts.streams_at_N - parts.gaps_at_N
+    has_list_G = layout.counts_N < num_classes
+    left_G = 2 * layout.streams_at_N - layout.gaps_at_N
     if not has_list_G.all():
         ids_NM[rows_G[~has_list_G], :num_classes] = np.arange(num_classes)
-    num_low_G = low_nibbles(parts.counts_N, num_classes)
+    num_low_G = low_nibbles(layout.counts_N, num_classes)
     for num_low in range(int(num_low_G.max()) + 1):  # rows are sorted: mostly one
         (some,) = np.nonzero(has_list_G & (num_low_G == num_low))
         if len(some):
-            of_some = parts.rows(some)
+            of_some = layout.rows(some)
             found_RM, left_G[some] = _ids(nibbles_X, shift_G[some], of_some, num_low, num_classes)
             ids_NM[rows_G[some], : found_RM.shape[1]] = found_RM
     return left_G
 
 
 def _ids(
-    nibbles_X: _Array, shift_N: _Array, parts: Parts, num_low: int, num_classes: int
+    nibbles_X: _Array, shift_N: _Array, layout: Layout, num_low: int, num_classes: int
 ) -> tuple[_Array, _Array]:
     """Return the listed classes of rows with so many low nibbles, N x M, 0 beyond their number.
 
     And how many nibbles are left after them.
     """
-    counts_N, at_N = parts.counts_N, shift_N + parts.gaps_at_N
-    spans_N = 2 * parts.streams_at_N - parts.gaps_at_N - num_low * counts_N
+    counts_N, at_N = layout.counts_N, shift_N + layout.gaps_at_N
+    spans_N = 2 * layout.streams_at_N - layout.gaps_at_N - num_low * counts_N
     if (spans_N < counts_N).any():
         raise LabelSetError("a block is shorter than its list of classes")
     if (spans_N > counts_N + num_classes // NIBBLE + 2).any():
@@ -200,12 +200,12 @@ def _ids(
     return ids_NM, spans_N - used_N
 
 
-def _check_padding(data_P: _Array, parts: Parts, left_N: _Array) -> None:
+def _check_padding(data_P: _Array, layout: Layout, left_N: _Array) -> None:
     """Raise LabelSetError unless at most one nibble of 15, and zeros, pad the parts of blocks."""
-    last_N = data_P[parts.streams_at_N - 1] >> 4
-    unused_N = data_P[parts.ends_N - 1] >> ((parts.bits_N - 1) % 8 + 1).astype(np.uint8)
+    last_N = data_P[layout.streams_at_N - 1] >> 4
+    unused_N = data_P[layout.ends_N - 1] >> ((layout.bits_N - 1) % 8 + 1).astype(np.uint8)
     is_wrong_N = (left_N > 1) | (left_N > 0) & (last_N != NIBBLE)
-    if (is_wrong_N | (unused_N > 0) & (parts.bits_N > 0)).any():
+    if (is_wrong_N | (unused_N > 0) & (layout.bits_N > 0)).any():
         raise LabelSetError("a block has bits after the end of a part")
 
 
@@ -213,10 +213,10 @@ def _check_padding(data_P: _Array, parts: Parts, left_N: _Array) -> None:
 
 
 def _subtract_residuals(
-    data_P: _Array, parts: Parts, models: list[_Model], *, strict: bool
+    data_P: _Array, layout: Layout, models: list[_Model], *, strict: bool
 ) -> None:
     """Subtract the residuals of rows from the levels of their entries."""
-    (rows_A,) = np.nonzero(parts.lengths_N)
+    (rows_A,) = np.nonzero(layout.lengths_N)
     if not len(rows_A):
         return
     keys_E = np.concatenate([model.keys_NK.reshape(-1) for model in models])
@@ -227,21 +227,21 @@ def _subtract_residuals(
         for first, size, model in zip(firsts, sizes, models, strict=True)
     ]
     base_N = np.concatenate(bases)
-    begin_A, lengths_A = parts.begin_N[rows_A], parts.lengths_N[rows_A]
+    begin_A, lengths_A = layout.begin_N[rows_A], layout.lengths_N[rows_A]
     num_bytes = (int(lengths_A.max()) + 7 + 2 * MAX_CODE) // 8 + 4
     bytes_AS = windows(data_P, begin_A >> 3, num_bytes)
     at_F, value_F = read_residuals(
         bytes_AS, begin_A & 7, lengths_A, keys_E, base_N[rows_A], strict=strict
     )
     for first, size, model in zip(firsts, sizes, models, strict=True):
-        (some,) = np.nonzero((at_F >= first) & (at_F < first + size))
-        places_F = model.order_NK.reshape(-1)[at_F[some] - first]
-        model.levels_NK.reshape(-1)[places_F] -= value_F[some].astype(np.float32)
+        (own,) = np.nonzero((at_F >= first) & (at_F < first + size))
+        entries_F = model.order_NK.reshape(-1)[at_F[own] - first]
+        model.levels_NK.reshape(-1)[entries_F] -= value_F[own].astype(np.float32)
 
 
-def _probabilities(levels_NK: _Array, parts: Parts, num_classes: int) -> tuple[_Array, _Array]:
+def _probabilities(levels_NK: _Array, layout: Layout, num_classes: int) -> tuple[_Array, _Array]:
     """Return the probabilities of listed classes, N x M, and of each other class."""
-    counts_N = parts.counts_N
+    counts_N = layout.counts_N
     weights_NK = levels_NK - levels_NK.min(axis=1, keepdims=True)
     np.minimum(weights_NK, np.float32(LOWEST), out=weights_NK)
     weights_NK *= np.float32(-1.0 / LEVELS_PER_NAT)

@@ -92,8 +92,11 @@ def negentropy(probs_NC: Tensor) -> Tensor:
     return torch.xlogy(probs_NC, probs_NC).sum(1)
 
 
-def divergence(probs_NC: Tensor, labels: EncodedLabels, negentropy_N: Tensor) -> Tensor:
+def divergence(
+    probs_NC: Tensor, labels: EncodedLabels, negentropy_N: Tensor | None = None
+) -> Tensor:
     """Return KL(p || recovered) of rows that sum to 1, in nats, float64 N."""
+    negentropy_N = negentropy(probs_NC) if negentropy_N is None else negentropy_N
     kept = labels.kept()
     tail_N = kept.tail_N.double()
     log_tail_N = tail_N.clamp_min(1e-300).log()

@@ -75,7 +75,7 @@ class Kept(NamedTuple):
 
 
 def joined(parts: Sequence[SharedRows], rows_N: np.ndarray) -> Kept:
-    """Join decoded rows, which go to these places."""
+    """Join decoded rows, in this order of rows."""
     width = max(part.ids_NM.shape[1] for part in parts)
     columns: list[np.ndarray] = list(parts[0])
     if len(parts) > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mealv2.codec import record_blocks
 from mealv2.codec.block_decoder import decode_shared
-from mealv2.codec.block_parts import find_parts
+from mealv2.codec.block_layout import find_layout
 from mealv2.codec.kept import Kept, joined
 from mealv2.codec.record_blocks import BlockViews, Records
 from mealv2.errors import LabelSetError
@@ -204,7 +204,7 @@ class EncodedLabels:
         """Raise LabelSetError for rows that no encoder writes.
 
         ``most``: of views that share a model decode at most so many, evenly spread; of all others
-        only the places of their blocks' parts are checked.
+        only the layout of their blocks is checked.
         """
         is_shared_N = self._is_shared()
         (shared_R,) = is_shared_N.nonzero()
@@ -212,7 +212,7 @@ class EncodedLabels:
         if most is not None and len(shared_R) > most:
             blocks = _distinct(self.block_N[shared_R], len(self.at_B))
             at_B, ends_B, views_B = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
-            find_parts(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
+            find_layout(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
             chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
             order_N = np.concatenate([order_N[~is_shared_N], chosen])
         for n in range(0, len(order_N), _CHECKED_AT_ONCE):
@@ -239,12 +239,12 @@ class EncodedLabels:
         return self._locate(fills_block=True)
 
     def _locate(self, *, fills_block: bool) -> Records:
-        views = self._places(np.arange(len(self)))
+        views = self._block_views(np.arange(len(self)))
         return record_blocks.locate(
             self.data_P, views, self.num_classes, self.count_size, fills_block=fills_block
         )
 
-    def _places(self, rows_R: _Array) -> BlockViews:
+    def _block_views(self, rows_R: _Array) -> BlockViews:
         block_R = self.block_N[rows_R]
         blocks = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
         return BlockViews(*blocks, self.view_N[rows_R])
@@ -255,10 +255,10 @@ class EncodedLabels:
         parts = []
         if len(own_R) or not len(self):
             sizes = self.num_classes, self.count_size
-            own = self._places(own_R)
+            own = self._block_views(own_R)
             parts.append(record_blocks.decode(self.data_P, own, *sizes, strict=strict))
         if len(shared_R):
-            shared = self._places(shared_R)
+            shared = self._block_views(shared_R)
             parts.append(decode_shared(self.data_P, *shared, self.num_classes, strict=strict))
         return joined(parts, np.concatenate([own_R, shared_R]))
 

@@ -21,6 +21,7 @@ from mealv2.codec.block import (
 from mealv2.codec.components import Entries, Fit
 from mealv2.codec.residuals import LEVELS_PER_NAT, STEPS, choose, contexts_of
 
+_ZERO = 8  # the code of 0 in all components but the first, which has no negative values
 _LIST_BITS = 5.0  # about what the id of a listed class takes
 _CODE_BITS = _WEIGHT_BITS = 4
 _USED = 0.1  # the part of a component's gain that residuals would not reach as cheaply
@@ -190,7 +191,7 @@ def _codes(entries: Entries, fit: Fit) -> tuple[Tensor, Tensor]:
     is_entry_I1K = (entries.sizes_IK > 0)[:, None]
     lowest_I1 = components_IRK[:, 0].masked_fill(~is_entry_I1K[:, 0], torch.inf).amin(1, True)
     first_I1K = (components_IRK[:, 0] - lowest_I1)[:, None].round().clamp(0, NIBBLE)
-    others_IRK = components_IRK[:, 1:].round().clamp(-8, 7)
+    others_IRK = (components_IRK[:, 1:].round() + _ZERO).clamp(0, NIBBLE)
     codes_IRK = torch.cat([first_I1K, others_IRK], 1) * is_entry_I1K
     return codes_IRK, fit.weights_IVR / largest_IR[:, None]
 

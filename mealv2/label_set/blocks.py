@@ -110,8 +110,8 @@ class BlockFormat:
         counts_N = self._counts(rows.labels)
         logits = _logit_bytes(rows.logits, *self._masks(counts_N))
         ends = np.cumsum(self._logit_sizes(counts_N))[num_views - 1 :: num_views].tolist()
-        cuts = zip([0, *ends], ends, blocks, strict=False)
-        return [block + logits[begin:end] for begin, end, block in cuts]
+        spans_I = zip([0, *ends], ends, blocks, strict=False)
+        return [block + logits[begin:end] for begin, end, block in spans_I]
 
     def rows_of(
         self, data: np.ndarray, ends_N: np.ndarray, num_views: int, views_N: np.ndarray

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_views import views_of_images
 from torch import Tensor, nn
 
 import reference
+from image_views import views_of_images
 from mealv2.losses import compress_log_probs, compress_logits, discriminator_loss
 from mealv2.models.discriminator import Discriminator
 from mealv2.soft_labels import (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from image_views import views_of_images
 from torch import Tensor
 
 import reference
+from image_views import views_of_images
 from mealv2.codec.record import anchors_of, check_rows, decode_rows, dense_rows, id_bits, num_bytes
 from mealv2.codec.record_encoder import _keys, _largest
 from mealv2.errors import LabelSetError
@@ -73,7 +73,7 @@ def encoded(draw: st.DrawFn, most: int = 5000) -> tuple[Tensor, EncodedLabels]:
 
 def counts_of(labels: EncodedLabels) -> np.ndarray:
     """Return the number of classes that each view keeps."""
-    return labels.records().counts_N
+    return labels.records().counts_R
 
 
 def bytes_of(labels: EncodedLabels) -> list[bytes]:

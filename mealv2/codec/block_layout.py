@@ -11,7 +11,7 @@ from mealv2.errors import LabelSetError
 _Array = np.ndarray[Any, Any]
 
 
-class Parts(NamedTuple):
+class Layout(NamedTuple):
     """Where the parts of N rows lie: nibbles, bytes and, for residuals, bits of the data.
 
     ``bits_N``: of the residuals of all views of a block.
@@ -29,18 +29,18 @@ class Parts(NamedTuple):
     lengths_N: _Array
     bits_N: _Array
 
-    def rows(self, order: _Array | slice) -> "Parts":
-        return Parts(*(column[order] for column in self))
+    def rows(self, order: _Array | slice) -> "Layout":
+        return Layout(*(column[order] for column in self))
 
 
-def find_parts(
+def find_layout(
     data_P: _Array,
     at_N: _Array,
     ends_N: _Array,
     num_views_N: _Array,
     views_N: _Array,
     num_classes: int,
-) -> Parts:
+) -> Layout:
     """Locate one view of each of N blocks; raises LabelSetError for parts that do not fit."""
     if (ends_N - at_N < HEAD_SIZE).any():
         raise LabelSetError("a block is shorter than its head")
@@ -77,7 +77,7 @@ def find_parts(
     nibble_NR = data_P[nibble_at_NR >> 1] >> (4 * (nibble_at_NR & 1)).astype(np.uint8) & NIBBLE
     weights_NR = data_P[low_at_NR].view(np.int8) * np.float32(LEVELS_PER_NAT // LOW_UNIT)
     weights_NR += data_P[low_at_NR + 1] * nibble_NR.astype(np.float32)
-    return Parts(
+    return Layout(
         counts_N,
         entries_N,
         weights_NR * has_NR,
