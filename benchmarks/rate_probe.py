@@ -4,10 +4,11 @@ r"""What a rate of the label codec costs a linear probe on real features with 1,
         --cache probe.npz
 
 ``--labels`` is a label set of exact values (`--topk all --label-dtype float32`). A linear layer on
-256 principal components of the backbone's pooled features learns the labels of the views of four
-fifths of the images, encoded at each rate with the codec, and is compared with the exact labels of
-the others. Seeds draw the images; the arms of a seed have the same images, start and batches.
-Prints a Markdown table with differences to exact labels, paired by seed, and 95 % intervals.
+256 principal components of the backbone's pooled features learns the labels of every second view of
+four fifths of the images, encoded at each rate with the codec (all views together), and is compared
+with the exact labels of their other views, and of the other images. Seeds draw the images; the arms
+of a seed have the same images, start and batches. Prints a Markdown table with differences to exact
+labels, paired by seed, and 95 % intervals.
 """
 
 import argparse
@@ -109,29 +110,46 @@ def measure(features_IVF: Tensor, probs_IVC: Tensor, seeds: int) -> list[list[st
     scaled_NF = left_NF[:, :FEATURES] * spread_F[:FEATURES] / spread_F[0] * len(left_NF) ** 0.5
     features_IVF = scaled_NF.view(*features_IVF.shape[:2], -1)
     kinds = arms(probs_IVC)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in kinds}
     for seed in range(seeds):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(probs_IVC)))
         held, kept = order.tensor_split([round(HELD_OUT * len(order))])
         for name, (_, labels_IVC) in kinds.items():
-            layer = fit(features_IVF[kept].flatten(0, 1), labels_IVC[kept].flatten(0, 1), seed)
-            others = features_IVF[held].flatten(0, 1), probs_IVC[held].flatten(0, 1)
-            found[name].append(compare(layer, *others))
+            learned = features_IVF[kept, ::2], labels_IVC[kept, ::2]
+            layer = fit(*(part.flatten(0, 1) for part in learned), seed)
+            views = features_IVF[kept, 1::2], probs_IVC[kept, 1::2]
+            images = features_IVF[held], probs_IVC[held]
+            figures = [
+                compare(layer, *(part.flatten(0, 1) for part in others))
+                for others in (views, images)
+            ]
+            found[name].append((*figures[0], *figures[1]))
             print(f"seed {seed}: {name} {found[name][-1]}", file=sys.stderr, flush=True)
-    rows = []
-    for name, (size, labels_IVC) in kinds.items():
-        kl_IV = torch.xlogy(probs_IVC, probs_IVC) - torch.xlogy(
-            probs_IVC, labels_IVC.clamp_min(1e-30)
-        )
-        cells = [name, f"{size:.1f}", f"{float(kl_IV.sum(2).mean()):.4f}"]
-        for figure, digits in ((0, 4), (1, 2)):
-            values = [each[figure] for each in found[name]]
-            cells.append(f"{np.mean(values):.{digits}f}")
-            paired = [a - b[figure] for a, b in zip(values, found["exact"], strict=True)]
-            low, high = interval(paired) if name != "exact" else (0.0, 0.0)
-            cells.append(f"{np.mean(paired):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
-        rows.append(cells)
-    return rows
+    return [row_of(name, kinds[name], probs_IVC, found[name], found["exact"]) for name in kinds]
+
+
+def row_of(
+    name: str,
+    kind: tuple[float, Tensor],
+    probs_IVC: Tensor,
+    found: Sequence[tuple[float, ...]],
+    exact: Sequence[tuple[float, ...]],
+) -> list[str]:
+    """Return the cells of an arm: bytes, KL of its labels, figures less those of exact labels."""
+    size, labels_IVC = kind
+    log_IVC = labels_IVC.clamp_min(1e-30)
+    kl_IVC = torch.xlogy(probs_IVC, probs_IVC) - torch.xlogy(probs_IVC, log_IVC)
+    cells = [name, f"{size:.1f}", f"{float(kl_IVC.sum(2).mean()):.4f}"]
+    for figure, digits in ((0, 4), (1, 2), (2, 4), (3, 2)):
+        values = [each[figure] for each in found]
+        paired = [a - each[figure] for a, each in zip(values, exact, strict=True)]
+        limits = interval(paired)
+        cell = f"{np.mean(values):.{digits}f}"
+        if name != "exact" and limits is not None:
+            low, high = limits
+            cell += f", {np.mean(paired):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+        cells.append(cell)
+    return cells
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -151,8 +169,8 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         parts = features_and_probs(given.labels, given.data_dir, given.backbone, given.batch_size)
         np.savez(given.cache, features=parts[0].numpy(), probs=parts[1].numpy())
-    heads = ["labels", "bytes a view", "KL of the labels", "KL(exact to probe)", "more than exact"]
-    heads += ["agreement %", "more than exact"]
+    heads = ["labels", "bytes a view", "KL of the labels", "other views: KL(exact to probe)"]
+    heads += ["agreement %", "other images: KL(exact to probe)", "agreement %"]
     print(table(heads, measure(*parts, given.seeds)))
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
 

@@ -232,8 +232,8 @@ def _forms_of_encoded(labels: EncodedLabels) -> list[bytes]:
             forms.append(bytes([1, view % 256, view // 256]) + data[at:end])
         else:
             record = labels[n].records()
-            at, count = int(record.at_N[0]), int(record.counts_N[0])
-            forms.append(count.to_bytes(3, "little") + data[at : at + int(record.sizes_N[0])])
+            at, count = int(record.at_R[0]), int(record.counts_R[0])
+            forms.append(count.to_bytes(3, "little") + data[at : at + int(record.sizes_R[0])])
     return forms
 
 

@@ -45,7 +45,7 @@ def shared(data, form, views, k, c):  # probabilities of views that share a mode
         np.put(row := np.full(c, values[-1]), np.cumsum(ids) - 1, values[:listed])
         yield row / row.sum()
 
-def records(data, form, views, topk, c):  # probabilities of views by themselves, which keep k classes
+def records(data, form, views, topk, c):  # probabilities of views by themselves, of k classes
     size = (form == "curve") * (1 + (topk > 255))
     counts, data = np.split(np.frombuffer(data, "u1")[views > 1 and size > 0:], [views * size])
     for k in counts.view(f"<u{size or 1}").tolist() or [topk] * views:

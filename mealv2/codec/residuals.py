@@ -52,7 +52,8 @@ def contexts_of(levels: Tensor, sizes: Tensor, is_others: Tensor) -> Tensor:
     coarse = (levels - lowest) >> 4
     weights = exp[coarse.clamp_max(len(EXP) - 1) * is_entry]
     total = (weights * sizes).sum(-1, keepdim=True)
-    found = ((coarse + torch.bucketize(total, log, right=True) - 1) >> 3).clamp_max(CONTEXTS - 1)
+    found = (coarse + torch.bucketize(total, log, right=True) - 1) >> 3
+    found = found.clamp(0, CONTEXTS - 1)  # below 0 only padding
     return torch.where(is_others, OTHERS, found)
 
 

@@ -426,7 +426,7 @@ def test_with_topk_or_by_themselves_views_have_records(how):
     assert {block[0] for block in labels.blocks(16)} == {0}
     records = labels.records()
     alone = encode(case.probs(), **{name: how[name] for name in how if name != "together"})
-    assert records.counts_N.tolist() == alone.records().counts_R.tolist()
+    assert records.counts_R.tolist() == alone.records().counts_R.tolist()
 
 
 @pytest.mark.parametrize("num_views", [0, -1, 5])

@@ -79,7 +79,7 @@ def counts_of(labels: EncodedLabels) -> np.ndarray:
 def bytes_of(labels: EncodedLabels) -> list[bytes]:
     """Return the record of each view."""
     found, data = labels.records(), labels.data_P.tobytes()
-    places = zip(found.at_N.tolist(), found.sizes_N.tolist(), strict=True)
+    places = zip(found.at_R.tolist(), found.sizes_R.tolist(), strict=True)
     return [data[at : at + size] for at, size in places]
 
 
@@ -192,7 +192,7 @@ def test_a_million_classes_and_more_than_255_kept():
 )
 def test_sizes_are_what_the_record_says(k, num_classes, size):
     labels = encode(distributions(7, num_classes), topk=k)
-    assert labels.records().sizes_N.tolist() == [size] * 7
+    assert labels.records().sizes_R.tolist() == [size] * 7
     assert labels.nbytes == 7 * (size + 1)
     assert [len(block) for block in labels.blocks(1)] == [size + 1] * 7
 
