@@ -231,9 +231,9 @@ def _forms_of_encoded(labels: EncodedLabels) -> list[bytes]:
         if labels.views_B[block] > 1 and data[at]:
             forms.append(bytes([1, view % 256, view // 256]) + data[at:end])
         else:
-            record = labels[n].records()
-            at, count = int(record.at_R[0]), int(record.counts_R[0])
-            forms.append(count.to_bytes(3, "little") + data[at : at + int(record.sizes_R[0])])
+            counts_R, at_R, sizes_R = (one := labels[n]).records()
+            stored = one.data_P[int(at_R[0]) : int(at_R[0] + sizes_R[0])].tobytes()
+            forms.append(int(counts_R[0]).to_bytes(3, "little") + stored)
     return forms
 
 
