@@ -646,7 +646,8 @@ def test_a_set_of_many_shards_needs_no_descriptor_for_each(tmp_path):
     made = make_set(tmp_path, FLOAT16, keys, 2, shard_size=1)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 8, before[1]))
+    # a quarter of the limit is left, whatever other tests keep open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use * 4 // 3 + 8, before[1]))
     try:
         labels = LabelSet.open(tmp_path)
         assert same(look_up(labels, made.addresses()), made.rows)
