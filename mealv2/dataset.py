@@ -144,14 +144,16 @@ class SoftLabelDataset(Dataset[tuple[Tensor, ItemLabel]]):
         images: list[Any] = list(batch.images_BCHW)
         if self._transform is not None:
             images = [self._transform(image_CHW) for image_CHW in images]
-        labels = [self._item_label(targets.rows(torch.tensor([row]))) for row in range(len(images))]
-        return list(zip(images, labels, strict=True))
+        return list(zip(images, self._item_labels(targets, len(images)), strict=True))
 
-    def _item_label(self, targets: BatchTargets) -> ItemLabel:
+    def _item_labels(self, targets: BatchTargets, number: int) -> Sequence[ItemLabel]:
+        if self._label == "probs":
+            assert targets.soft_labels is not None
+            return list(targets.soft_labels.to_dense())
+        rows = [targets.rows(torch.tensor([row])) for row in range(number)]
         if self._label == "targets":
-            return targets
-        assert targets.soft_labels is not None
-        return targets.soft_labels.to_dense()[0] if self._label == "probs" else targets.soft_labels
+            return rows
+        return [row.soft_labels for row in rows if row.soft_labels is not None]
 
     @cached_property
     def targets(self) -> StoredLabels:

@@ -202,7 +202,7 @@ class StoredLabels(Targets):
     With ``reuse`` an epoch uses one stored view of each image, all views before any repeats.
     Without, it uses the stored views once and then view e in epoch e, which is missing unless
     another job appended it. ``ensemble`` computes the missing labels, in the encoding of the set,
-    so that a stored and an online label are equal. ``appender`` stores them for later jobs.
+    each view by itself. ``appender`` stores them for later jobs, which read equal labels.
     """
 
     def __init__(

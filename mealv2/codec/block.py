@@ -55,7 +55,7 @@ class Model(NamedTuple):
     nibbles_VR: _Array
 
 
-class SharedRows(NamedTuple):
+class DecodedRows(NamedTuple):
     """Decoded rows: listed classes, padded; ``counts_N`` of them; the probability of all others.
 
     ``ids_NM`` int64 and ``probs_NM`` float32 are 0 beyond the count; ``tail_N`` float32 is the

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mealv2.codec.block import LOWEST, NIBBLE, SharedRows, low_nibbles
+from mealv2.codec.block import LOWEST, NIBBLE, DecodedRows, low_nibbles
 from mealv2.codec.block_layout import Layout, find_layout, windows
 from mealv2.codec.residual_reader import END, read_residuals
 from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
@@ -43,7 +43,7 @@ def decode_shared(
     num_classes: int,
     *,
     strict: bool = False,
-) -> SharedRows:
+) -> DecodedRows:
     """Decode one view of each of N blocks, which lie at these offsets.
 
     Raises LabelSetError for bytes that no writer leaves; for the residuals only if ``strict``,
@@ -73,7 +73,7 @@ def decode_shared(
             of_group = chosen.rows(group)
             probs_GM, tail_N[rows[group]] = _probabilities(model.levels_NK, of_group, num_classes)
             probs_NM[rows[group], : probs_GM.shape[1]] = probs_GM
-    return SharedRows(ids_NM, probs_NM, layout.counts_N, tail_N)
+    return DecodedRows(ids_NM, probs_NM, layout.counts_N, tail_N)
 
 
 # --- listed classes and the model -----------------------------------------------------------------

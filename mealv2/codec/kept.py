@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec.block import SharedRows
+from mealv2.codec.block import DecodedRows
 
 _NO_CLASS = 1 << 40  # above all ids
 
@@ -74,7 +74,7 @@ class Kept(NamedTuple):
         return self.spread(self.is_kept_NK.to(zeros_N.dtype), zeros_N, num_classes) > 0
 
 
-def joined(parts: Sequence[SharedRows], rows_N: np.ndarray) -> Kept:
+def joined(parts: Sequence[DecodedRows], rows_N: np.ndarray) -> Kept:
     """Join decoded rows, in this order of rows."""
     width = max(part.ids_NM.shape[1] for part in parts)
     columns: list[np.ndarray] = list(parts[0])
@@ -87,6 +87,6 @@ def joined(parts: Sequence[SharedRows], rows_N: np.ndarray) -> Kept:
     return Kept(*map(torch.from_numpy, (ids_NK, probs_NK, is_kept_NK, tail_N)))
 
 
-def _padded(rows: SharedRows, width: int) -> SharedRows:
+def _padded(rows: DecodedRows, width: int) -> DecodedRows:
     added = ((0, 0), (0, width - rows.ids_NM.shape[1]))
     return rows._replace(ids_NM=np.pad(rows.ids_NM, added), probs_NM=np.pad(rows.probs_NM, added))

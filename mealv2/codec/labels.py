@@ -17,7 +17,7 @@ from mealv2.codec import record_blocks
 from mealv2.codec.block_decoder import decode_shared
 from mealv2.codec.block_layout import find_layout
 from mealv2.codec.kept import Kept, joined
-from mealv2.codec.record_blocks import BlockViews, Records
+from mealv2.codec.record_blocks import Records
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
@@ -150,11 +150,6 @@ class EncodedLabels:
         """Whether the views of a block share a model."""
         return bool(self._is_shared().any())
 
-    @property
-    def all_share_models(self) -> bool:
-        """Whether the views of every block share a model."""
-        return bool(self._is_shared().all())
-
     def to(self, device: torch.device) -> "EncodedLabels":
         """Return the same labels with their decoded form on a device."""
         moved = replace(self, device=device)
@@ -165,6 +160,8 @@ class EncodedLabels:
     @staticmethod
     def concat(parts: "Sequence[EncodedLabels]") -> "EncodedLabels":
         """Return the rows of several labels of the same classes, in order."""
+        if not parts:
+            raise ValueError("there are no labels to concatenate")
         if len({(part.num_classes, part.count_size) for part in parts}) != 1:
             raise ValueError("cannot concatenate labels of different classes or count sizes")
         shifts = np.cumsum([0, *(len(part.data_P) for part in parts)])[:-1]
@@ -219,56 +216,56 @@ class EncodedLabels:
             rows = torch.from_numpy(order_N[n : n + _CHECKED_AT_ONCE])
             self[rows]._decode(strict=True)
 
-    def counts_of_blocks(self, num_views: int) -> tuple[_Array, _Array]:
+    def counts_of_blocks(self) -> tuple[_Array, _Array]:
         """Return the classes that each view keeps, blocks x views, and the ends of the records.
 
         For blocks of equally many views that have a record for each. Their ends may be beyond the
         records. Raises LabelSetError for blocks that are shorter, or share a model.
         """
-        blocks = np.arange(len(self.at_B))
-        views = np.tile(np.arange(num_views), len(blocks))
-        every = replace(self, block_N=np.repeat(blocks, num_views), view_N=views)
-        if every.shares_models:
+        if self._shared_blocks().any():
             raise LabelSetError("a block shares a model, and has no records")
-        found = every._locate(fills_block=False)
-        ends_N = (found.at_R + found.sizes_R).reshape(-1, num_views)[:, -1]
-        return found.counts_R.reshape(-1, num_views), ends_N
+        sizes = self.num_classes, self.count_size
+        found = record_blocks.locate(
+            self.data_P, self.at_B, self.ends_B, self.views_B, *sizes, fills_block=False
+        )
+        return found.counts_BV, found.ends_BV[:, -1]
 
     def records(self) -> Records:
         """Locate the records of rows whose blocks have one for each view; raises LabelSetError."""
-        return self._locate(fills_block=True)
+        return self._records(np.arange(len(self)))
 
-    def _locate(self, *, fills_block: bool) -> Records:
-        views = self._block_views(np.arange(len(self)))
-        return record_blocks.locate(
-            self.data_P, views, self.num_classes, self.count_size, fills_block=fills_block
-        )
-
-    def _block_views(self, rows_R: _Array) -> BlockViews:
-        block_R = self.block_N[rows_R]
-        blocks = (self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R])
-        return BlockViews(*blocks, self.view_N[rows_R])
+    def _records(self, rows_R: _Array) -> Records:
+        blocks = _distinct(self.block_N[rows_R], len(self.at_B))
+        of_blocks = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
+        table = record_blocks.locate(self.data_P, *of_blocks, self.num_classes, self.count_size)
+        number_B = np.zeros(len(self.at_B), np.int64)
+        number_B[blocks] = np.arange(len(blocks))
+        return table.rows(number_B[self.block_N[rows_R]], self.view_N[rows_R])
 
     def _decode(self, *, strict: bool) -> Kept:
         is_shared_N = self._is_shared()
         (own_R,), (shared_R,) = (~is_shared_N).nonzero(), is_shared_N.nonzero()
         parts = []
         if len(own_R) or not len(self):
-            sizes = self.num_classes, self.count_size
-            own = self._block_views(own_R)
-            parts.append(record_blocks.decode(self.data_P, own, *sizes, strict=strict))
+            records, classes = self._records(own_R), self.num_classes
+            parts.append(record_blocks.decode(self.data_P, records, classes, strict=strict))
         if len(shared_R):
-            shared = self._block_views(shared_R)
-            parts.append(decode_shared(self.data_P, *shared, self.num_classes, strict=strict))
+            block_R = self.block_N[shared_R]
+            of_blocks = self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R]
+            rows = (*of_blocks, self.view_N[shared_R], self.num_classes)
+            parts.append(decode_shared(self.data_P, *rows, strict=strict))
         return joined(parts, np.concatenate([own_R, shared_R]))
 
     def _is_shared(self) -> _Array:
         """Return whether the block of each row has a model that its views share."""
+        is_shared_N: _Array = self._shared_blocks()[self.block_N]
+        return is_shared_N
+
+    def _shared_blocks(self) -> _Array:
         if (self.ends_B <= self.at_B).any():
             raise LabelSetError("a block is empty")
-        is_shared_B = (self.views_B > 1) & (self.data_P[self.at_B] != _BY_ITSELF)
-        is_shared_N: _Array = is_shared_B[self.block_N]
-        return is_shared_N
+        is_shared_B: _Array = (self.views_B > 1) & (self.data_P[self.at_B] != _BY_ITSELF)
+        return is_shared_B
 
     def to_bytes(self) -> bytes:
         """Return a header of 32 bytes, ends and numbers of views of blocks, rows, the blocks."""

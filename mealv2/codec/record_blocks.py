@@ -9,23 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mealv2.codec.block import SharedRows
+from mealv2.codec.block import DecodedRows
 from mealv2.codec.record import check_rows, decode_rows, num_bytes
 from mealv2.errors import LabelSetError
 
 _Array = np.ndarray[Any, Any]
-
-
-class BlockViews(NamedTuple):
-    """Views of blocks: row r is view ``view_R[r]`` of a block.
-
-    The block lies at ``at_R[r]`` to ``ends_R[r]`` and has ``views_R[r]`` views.
-    """
-
-    at_R: _Array
-    ends_R: _Array
-    views_R: _Array
-    view_R: _Array
 
 
 class Records(NamedTuple):
@@ -36,47 +24,60 @@ class Records(NamedTuple):
     sizes_R: _Array
 
 
+class RecordTable(NamedTuple):
+    """Where all records of blocks lie, blocks x views; what exceeds a block's views means nothing.
+
+    Classes kept, ends and bytes of the records.
+    """
+
+    counts_BV: _Array
+    ends_BV: _Array
+    sizes_BV: _Array
+
+    def rows(self, block_R: _Array, view_R: _Array) -> Records:
+        """Return the records of views of blocks."""
+        counts_R, ends_R, sizes_R = (column[block_R, view_R] for column in self)
+        return Records(counts_R, ends_R - sizes_R, sizes_R)
+
+
 def locate(
     data_P: _Array,
-    views: BlockViews,
+    at_B: _Array,
+    ends_B: _Array,
+    views_B: _Array,
     num_classes: int,
     count_size: int,
     *,
     fills_block: bool = True,
-) -> Records:
-    """Locate the records of rows, by the counts of all views of their blocks.
+) -> RecordTable:
+    """Locate the records of blocks, which lie at these offsets and have so many views.
 
     Raises LabelSetError for counts out of range or that do not fit (fill) their block.
     """
-    at_R, block_ends_R, views_R, view_R = views
-    counts_at_R = at_R + (views_R > 1)
-    records_at_R = counts_at_R + count_size * views_R
-    if (records_at_R > block_ends_R).any():
+    counts_at_B = at_B + (views_B > 1)
+    records_at_B = counts_at_B + count_size * views_B
+    if (records_at_B > ends_B).any():
         raise LabelSetError("a block is shorter than its counts")
-    slots_V = np.arange(int(views_R.max(initial=1)))
-    is_view_RV = slots_V < views_R[:, None]
-    place_RV = np.where(is_view_RV, counts_at_R[:, None] + count_size * slots_V, 0)
-    counts_RV = data_P[place_RV].astype(np.int64)
+    slots_V = np.arange(int(views_B.max(initial=1)))
+    is_view_BV = slots_V < views_B[:, None]
+    counts_at_BV = np.where(is_view_BV, counts_at_B[:, None] + count_size * slots_V, 0)
+    counts_BV = data_P[counts_at_BV].astype(np.int64)
     if count_size == 2:
-        counts_RV += data_P[place_RV + is_view_RV].astype(np.int64) << 8
-    is_valid_RV = (counts_RV >= 1) & (counts_RV <= num_classes)
-    if not (is_valid_RV | ~is_view_RV).all():
+        counts_BV += data_P[counts_at_BV + is_view_BV].astype(np.int64) << 8
+    is_valid_BV = (counts_BV >= 1) & (counts_BV <= num_classes)
+    if not (is_valid_BV | ~is_view_BV).all():
         raise LabelSetError(f"a view must keep 1 to {num_classes} classes")
-    sizes_RV = num_bytes(counts_RV, num_classes) * is_view_RV
-    ends_RV = records_at_R[:, None] + sizes_RV.cumsum(axis=1)
-    left_R = block_ends_R - ends_RV[:, -1]
-    if (left_R < 0).any() or (fills_block and (left_R > 0).any()):
+    sizes_BV = num_bytes(counts_BV, num_classes) * is_view_BV
+    ends_BV = records_at_B[:, None] + sizes_BV.cumsum(axis=1)
+    left_B = ends_B - ends_BV[:, -1]
+    if (left_B < 0).any() or (fills_block and (left_B > 0).any()):
         raise LabelSetError("a block does not match its counts")
-    row_R = np.arange(len(view_R))
-    sizes_R = sizes_RV[row_R, view_R]
-    return Records(counts_RV[row_R, view_R], ends_RV[row_R, view_R] - sizes_R, sizes_R)
+    return RecordTable(counts_BV, ends_BV, sizes_BV)
 
 
-def decode(
-    data_P: _Array, views: BlockViews, num_classes: int, count_size: int, *, strict: bool
-) -> SharedRows:
-    """Decode rows; raises LabelSetError as ``locate`` and, if ``strict``, as ``check_rows``."""
-    counts_R, at_R, sizes_R = locate(data_P, views, num_classes, count_size)
+def decode(data_P: _Array, records: Records, num_classes: int, *, strict: bool) -> DecodedRows:
+    """Decode rows; raises LabelSetError, if ``strict``, as ``check_rows``."""
+    counts_R, at_R, sizes_R = records
     payload_P = data_P[spans(at_R, sizes_R)]
     if strict:
         check_rows(counts_R, payload_P, num_classes)
@@ -85,7 +86,7 @@ def decode(
     ids_RK = np.zeros(is_kept_RK.shape, np.int64)
     probs_RK = np.zeros(is_kept_RK.shape, np.float32)
     ids_RK[is_kept_RK], probs_RK[is_kept_RK] = found.indices_E, found.probs_E
-    return SharedRows(ids_RK, probs_RK, counts_R, found.tail_N)
+    return DecodedRows(ids_RK, probs_RK, counts_R, found.tail_N)
 
 
 def blocks_of_records(

@@ -152,7 +152,7 @@ class BlockFormat:
         )
         if not self.logits or not len(ends_N):
             return Rows(labels, None if not self.logits else _no_logits())
-        counts_NV, label_ends_N = labels.counts_of_blocks(num_views)
+        counts_NV, label_ends_N = labels.counts_of_blocks()
         logits = self._logits_of(data, label_ends_N, ends_N, counts_NV, image_R, view_R)
         return Rows(replace(labels, ends_B=label_ends_N), logits)
 

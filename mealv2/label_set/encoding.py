@@ -5,11 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec import EncodedLabels, encode
+from mealv2.codec import encode
 from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import BlockFormat, Rows
@@ -101,24 +100,11 @@ class Encoding(BlockFormat):
         logits = keep_logits(mean_logits_NC.float().clamp(-limit, limit), labels.kept())
         return Rows(labels, logits.rounded(torch.float16))
 
-    def check_blocks(
-        self, data: np.ndarray, ends_N: np.ndarray, num_views: int, *, most: int
-    ) -> None:
-        """Raise LabelSetError for blocks that ``encode`` cannot have written.
+    def check(self, rows: Rows, *, most: int | None = None) -> None:
+        """Raise LabelSetError for rows, as read, that ``encode`` cannot have written.
 
-        Of blocks whose views share a model, check where the parts lie, and decode one view of at
-        most so many. Check all rows of others.
+        ``most``: of views that share a model decode at most so many (``EncodedLabels.check``).
         """
-        if self.form == "curve" and not self.logits:
-            images = np.arange(len(ends_N))
-            labels = self._rows(data, ends_N, num_views, images, images % num_views).labels
-            if isinstance(labels, EncodedLabels) and labels.all_share_models:
-                labels.check(most=most)
-                return
-        self.check(self.all_rows_of(data, ends_N, num_views))
-
-    def check(self, rows: Rows) -> None:
-        """Raise LabelSetError for rows, as read, that ``encode`` cannot have written."""
         labels = rows.labels
         if rows.logits is not None:
             values_NK, rest_N = rows.logits.values_NK, rows.logits.rest_N
@@ -127,7 +113,7 @@ class Encoding(BlockFormat):
         if isinstance(labels, SoftLabels):
             _check_values(labels)
             return
-        labels.check()
+        labels.check(most=most)
         if self.topk is not None and (labels.records().counts_R != self.topk).any():
             raise LabelSetError(f"a label does not keep {self.topk} classes")
 

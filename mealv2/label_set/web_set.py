@@ -33,7 +33,7 @@ _INDEX_OF_IMAGE = 128  # bytes at the end of a shard that are read for each imag
 _PAGE = 4096
 _NUM_WRITERS = 16  # processes that may add blocks to the cache at the same time
 _BUDGET = 64 << 20  # bytes of new blocks between two looks at the size of the cache
-_opened: "weakref.WeakValueDictionary[str, WebSet]" = weakref.WeakValueDictionary()  # by folder
+_opened: "defaultdict[str, weakref.WeakSet[WebSet]]" = defaultdict(weakref.WeakSet)  # by folder
 
 
 class Missing(NamedTuple):
@@ -54,7 +54,7 @@ def is_web(location: object) -> bool:
 
 def web_set_at(folder: Path) -> "WebSet | None":
     """Return the open web set whose copy is in a folder, if it is one."""
-    return _opened.get(str(folder))
+    return next(iter(_opened[str(folder)]), None) if str(folder) in _opened else None
 
 
 class WebSet:
@@ -88,7 +88,7 @@ class WebSet:
             self.num_fetched = self._each(self._fetch_index)
             if self._cache.trim(0) > self._cache.limit:
                 self._drop_blocks()
-        _opened[str(self.folder)] = self
+        _opened[str(self.folder)].add(self)
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -220,7 +220,11 @@ class WebSet:
         for missing, block in found.items():
             by_file[missing.path].append((missing.offset, block))
         for path, spans in by_file.items():
-            handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another process makes room: the blocks are not kept
+                self._has_room = False
+                return
             try:
                 for offset, block in spans:
                     os.pwrite(handle, block, offset)

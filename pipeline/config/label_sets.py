@@ -150,12 +150,12 @@ class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
     )
     relabel: int = in_labels(
         0,
-        "Label this many random views again; needs --data-dir. Labels that differ by more than "
-        "another machine explains are an error.",
+        "Label all views of random images again, at least this many; needs --data-dir. Labels "
+        "that differ by more than another machine explains are an error.",
         low=0,
     )
     teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
-    seed: int = in_labels(0, "Seed of the choice of views for --relabel.", low=0, high=MAX_SEED)
+    seed: int = in_labels(0, "Seed of the choice of images for --relabel.", low=0, high=MAX_SEED)
     batch_size: int = in_hardware(256, "Views per forward pass of --relabel.", low=1)
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ class LabelsMergeConfig(EncodingConfig):
     output: Path = in_labels(REQUIRED, _NEW_SET, alias="out", path="new label set")
     rate: float | None = in_labels(
         None,
-        "For averages: the classes kept per view minimise KL + RATE * classes.",
+        "For averages: loss of the labels (KL, nats) that 12 more bits must save.",
         shown=f"{DEFAULT_RATE}, without --topk",
         above=0,
     )
@@ -261,7 +261,7 @@ class LabelsImportConfig(SourceConfig, EncodingConfig):
     )
     rate: float | None = in_labels(
         None,
-        "With --from sre2l: the classes kept per view minimise KL + RATE * classes.",
+        "With --from sre2l: loss of the labels (KL, nats) that 12 more bits must save.",
         shown="without --topk: all classes in float32",
         above=0,
     )

@@ -14,7 +14,7 @@ from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
-from mealv2.soft_labels import top_k
+from mealv2.soft_labels import EncodedLabels, top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
 from mealv2.storage.regular_files import read_regular
@@ -225,7 +225,9 @@ def _parquet(config: LabelsExportConfig, labels: LabelSet) -> Export:
 
 def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dict[str, Any]:
     """Return the columns of a shard's table by name."""
-    kept = rows.labels.kept().by_probability()
+    kept = rows.labels.kept()
+    if isinstance(rows.labels, EncodedLabels) and rows.labels.shares_models:
+        kept = kept.by_probability()  # records are in this order, with their logits
     counts = kept.is_kept_NK.sum(dim=1)
     ends = np.concatenate([[0], np.cumsum(counts.numpy())]).astype(np.int32)
 

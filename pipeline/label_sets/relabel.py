@@ -63,20 +63,23 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
         size=lambda batch: len(batch.positions) + len(batch.failed),
     )
     stream = on_device(batches, runtime.device)
-    total, num_views = np.zeros(4), 0
+    total, num_views, num_images = np.zeros(4), 0, 0
     for views, of_block in requests.items():
         labelled = _labelled(islice(stream, len(of_block)), annotator, source, config.on_bad_image)
         total += _compared(labels, source, views, *labelled)
-        num_views += len(whole_images(labelled[0], len(views)))
+        num_rows = len(whole_images(labelled[0], len(views)))
+        num_views, num_images = num_views + num_rows, num_images + num_rows // len(views)
     if not num_views:
         raise DataError(f"none of the views of {source.name} to label again could be read")
     kl, kl_of_encoding, agreement, identical = (total / num_views).tolist()
     console.info(
-        f"labelled {num_views} views again: KL {kl:.3g} nats, {kl_of_encoding:.3g} of it from the "
-        f"encoding; the same top-1 class for {agreement:.2%}, identical labels for {identical:.2%}"
+        f"labelled {num_views} views of {num_images} images again: KL {kl:.3g} nats, "
+        f"{kl_of_encoding:.3g} of it from the encoding; the same top-1 class for {agreement:.2%}, "
+        f"identical labels for {identical:.2%}"
     )
     found = {
         "views": num_views,
+        "images": num_images,
         "top1_agreement": 100.0 * agreement,
         "kl": kl,
         "kl_of_encoding": kl_of_encoding,
@@ -89,8 +92,8 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
 def check_verdict(found: dict[str, Any], labels: LabelSet) -> None:
     """Raise LabelSetError if labels differ by more than another machine explains."""
     extra_kl, agreement = found["kl"] - found["kl_of_encoding"], found["top1_agreement"]
-    # a few views more may differ by chance: two standard deviations
-    chance = 200.0 * math.sqrt(0.05 * 0.95 / found["views"])
+    # a few images more may differ by chance: two standard deviations; views of one depend on it
+    chance = 200.0 * math.sqrt(0.05 * 0.95 / found["images"])
     if extra_kl <= MAX_EXTRA_KL and agreement >= MIN_TOP1_AGREEMENT - chance:
         return
     raise LabelSetError(

@@ -187,7 +187,8 @@ def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
         yield "contains an image twice"
     try:
         columns = file.column("labels"), file.column("label_ends")
-        labels.encoding.check_blocks(*columns, file.num_views, most=_DECODED)
+        rows = labels.encoding.all_rows_of(*columns, file.num_views)
+        labels.encoding.check(rows, most=_DECODED)
     except LabelSetError as error:
         yield str(error)
     if labels.split == "train" and not file.has_column("views"):

@@ -446,7 +446,7 @@ def test_rows_that_are_not_all_views_of_their_blocks_are_not_blocks():
     with pytest.raises(ValueError, match="not images of 2 views"):
         labels.blocks(2)
     with pytest.raises(LabelSetError):
-        labels.counts_of_blocks(3)
+        labels.counts_of_blocks()
 
 
 # --- the loss -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Label sets on a web server: the same labels, each block requested once, nothing mixed."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -406,6 +407,17 @@ def test_a_url_opens_in_the_cache_of_the_user(
     monkeypatch.setenv("HOME", str(tmp_path))
     labels = LabelSet.open(server.url)
     assert labels.folder.is_relative_to(tmp_path / ".cache" / "mealv2" / "http")
+    copy = pickle.loads(pickle.dumps(labels))  # noqa: S301
+    assert same(look_up(copy, made.addresses()), made.rows)
+
+
+def test_a_set_stays_usable_when_another_opening_of_it_has_gone(
+    made: Made, server: RangeServer, cache: Cache
+) -> None:
+    labels = LabelSet.open(WebSet(server.url, cache))
+    another = LabelSet.open(WebSet(server.url, cache))
+    del another
+    gc.collect()
     copy = pickle.loads(pickle.dumps(labels))  # noqa: S301
     assert same(look_up(copy, made.addresses()), made.rows)
 

@@ -210,7 +210,10 @@ def test_added_views_of_a_curve_are_in_the_order_of_the_views(
 @pytest.mark.filterwarnings("ignore:.*train-0|unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset's files
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("flags", [("--topk", 2), ("--rate", 0.05, "--store-logits"), DENSE])
+@pytest.mark.parametrize(
+    "flags",
+    [("--topk", 2), ("--rate", 0.05, "--store-logits"), DENSE, (*DENSE, "--store-logits")],
+)
 def test_webdataset_reads_images_classes_and_the_rows(
     done: Run, make_set: Make, data_dir: Path, out: Path, flags: tuple[object, ...], split: str
 ) -> None:
@@ -293,7 +296,10 @@ def test_other_images_are_not_put_beside_the_labels(
 # --- Parquet --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [("--topk", 2), ("--rate", 0.05, "--store-logits"), DENSE])
+@pytest.mark.parametrize(
+    "flags",
+    [("--topk", 2), ("--rate", 0.05, "--store-logits"), DENSE, (*DENSE, "--store-logits")],
+)
 def test_tables_hold_the_labels_and_where_they_were_cut(
     done: Run, make_set: Make, data_dir: Path, out: Path, flags: tuple[object, ...]
 ) -> None:
@@ -320,7 +326,10 @@ def test_tables_hold_the_labels_and_where_they_were_cut(
         assert row["flip"] is box.flip
         assert ("mean_logits" in row) == ("--store-logits" in flags)
         if "mean_logits" in row:
-            assert len(row["mean_logits"]) == len(row["classes"])
+            stored_logits = labels.rows([key], [view])
+            assert stored_logits.logits is not None
+            all_logits = stored_logits.logits.to_dense(stored_logits.labels.kept(), 3)[0]
+            assert row["mean_logits"] == all_logits[row["classes"]].tolist()
     assert not dense
 
 

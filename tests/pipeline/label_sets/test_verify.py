@@ -280,10 +280,10 @@ def test_other_labels_than_the_bounds_allow_are_an_error(
     found = {"kl": 0.1 + extra_kl, "kl_of_encoding": 0.1, "top1_agreement": agreement}
     labels = LabelSet.open(make_set("--topk", 2))
     if is_right:
-        check_verdict({**found, "views": 10_000}, labels)
+        check_verdict({**found, "images": 10_000}, labels)
         return
     with pytest.raises(LabelSetError, match="these teachers give other labels"):
-        check_verdict({**found, "views": 10_000}, labels)
+        check_verdict({**found, "images": 10_000}, labels)
 
 
 def test_the_choice_of_views_is_the_seeds(
