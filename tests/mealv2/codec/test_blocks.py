@@ -467,6 +467,31 @@ def test_the_loss_and_its_gradient_equal_those_of_the_dense_rows(name, scale):
     torch.testing.assert_close(compressed.grad, dense.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_twenty_steps_from_blocks_are_those_from_dense_rows() -> None:
+    case = CASES["1000 classes, 16 views"]
+    labels = shared(case)
+    images_NF = torch.randn(len(labels), 16, generator=torch.Generator().manual_seed(3))
+
+    def losses(*, dense: bool) -> list[float]:
+        torch.manual_seed(4)
+        student = torch.nn.Linear(16, case.num_classes)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
+        found = []
+        for step in range(20):
+            rows_B = torch.arange(step, len(labels), 3)
+            targets = labels[rows_B].to_dense() if dense else labels[rows_B]
+            loss = similarity_loss(student(images_NF[rows_B]), targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            found.append(float(loss.detach()))
+        return found
+
+    compressed = losses(dense=False)
+    assert compressed == pytest.approx(losses(dense=True), rel=1e-6)
+    assert compressed[-1] < 0.9 * compressed[0], "or nothing is learned"
+
+
 # --- contexts and codes ---------------------------------------------------------------------------
 
 
