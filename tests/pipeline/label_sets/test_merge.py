@@ -349,11 +349,12 @@ def test_one_shard_at_a_time_is_read(
     sizes = []
     real = writing.Encoding.encode
 
-    def watched(self: Any, probs_NC: Any, *rest: Any) -> Any:
+    def watched(self: Any, probs_NC: Any, *rest: Any, num_views: int) -> Any:
         sizes.append(len(probs_NC))
-        return real(self, probs_NC, *rest)
+        assert len(probs_NC) % num_views == 0, "images are encoded as wholes"
+        return real(self, probs_NC, *rest, num_views=num_views)
 
-    monkeypatch.setattr(writing, "_SLICE", 7)
+    monkeypatch.setattr(writing, "SLICE", 7)
     monkeypatch.setattr(writing.Encoding, "encode", watched)
     done("labels", "merge", *dense_sets, *DENSE, "--output", out)
     assert max(sizes) == 7
