@@ -423,7 +423,9 @@ def make_sets(folder: Path) -> list[Set]:
         if number % 3 == 0:
             keys = KEYS[:2]
             appender = Appender(labels)
-            appender.add(keys, [7, 7], labels.rows(keys, [1, 1]))
+            probs = labels.soft_labels(keys, [1, 1]).to_dense()
+            logits = torch.log(probs) if labels.encoding.logits else None
+            appender.add(keys, [7, 7], labels.encoding.encode(probs, logits))
             appender.flush()
             where += [(key, 7) for key in keys]
         sets.append(_read_whole(name, place, where))
