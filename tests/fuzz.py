@@ -424,8 +424,7 @@ def make_sets(folder: Path) -> list[Set]:
             keys = KEYS[:2]
             appender = Appender(labels)
             probs = labels.soft_labels(keys, [1, 1]).to_dense()
-            logits = torch.log(probs) if labels.encoding.logits else None
-            appender.add(keys, [7, 7], labels.encoding.encode(probs, logits))
+            appender.add(keys, [7, 7], labels.encoding.encode(probs))
             appender.flush()
             where += [(key, 7) for key in keys]
         sets.append(_read_whole(name, place, where))
