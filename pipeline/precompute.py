@@ -18,7 +18,7 @@ from mealv2 import label_set
 from mealv2.data.loader import WaitTimer, on_device, read_views
 from mealv2.data.source import ImageSource
 from mealv2.labelling import manifest
-from mealv2.labelling.annotator import Annotator, whole_images
+from mealv2.labelling.annotator import Annotator, complete_images
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
@@ -238,7 +238,7 @@ def _encoding_loss(
         if batch.positions:
             positions += batch.positions
             outputs.append(annotator.predict(batch.images_BCHW, batch.other_sizes)[1])
-    rows = whole_images(positions, num_views)
+    rows = complete_images(positions, num_views)
     if not len(rows):
         return None, 0
     probs_NC, logits_NC = (

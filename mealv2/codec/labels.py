@@ -72,7 +72,7 @@ class EncodedLabels:
         blocks = np.arange(len(ends_B))
         return cls(
             data_P,
-            np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64),
+            _starts(ends_B),
             ends_B,
             np.full(len(blocks), num_views, np.int64),
             np.repeat(blocks, num_views),
@@ -143,7 +143,7 @@ class EncodedLabels:
         data_P, ends_B = record_blocks.blocks_of_records(
             counts_N, payload_P, num_views, self.num_classes, self.count_size
         )
-        return _cut(data_P, np.concatenate([[0], ends_B])[: len(ends_B)], ends_B)
+        return _cut(data_P, _starts(ends_B), ends_B)
 
     @property
     def shares_models(self) -> bool:
@@ -292,7 +292,7 @@ class EncodedLabels:
         ends_B, views_B, block_N, view_N = np.split(
             numbers, np.cumsum([num_blocks, num_blocks, num_rows])
         )
-        at_B = np.concatenate([[0], ends_B])[:num_blocks].astype(np.int64)
+        at_B = _starts(ends_B)
         last = int(ends_B[-1]) if num_blocks else 0
         is_valid = (ends_B > at_B).all() and last == len(data) - begin and (views_B > 0).all()
         is_valid = is_valid and (views_B <= ends_B - at_B).all()  # a view takes at least a byte
@@ -308,6 +308,11 @@ class EncodedLabels:
 
 
 # --- decoding -------------------------------------------------------------------------------------
+
+
+def _starts(ends_B: _Array) -> _Array:
+    """Return where blocks begin that lie one after the other."""
+    return np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64)
 
 
 def _cut(data_P: _Array, at_B: _Array, ends_B: _Array) -> list[bytes]:

@@ -134,7 +134,7 @@ class WebSet:
             )
         with self._errors():
             self._cache.trim(total)
-            self._each(self._fetch_whole)
+            self._each(self._fetch_complete)
 
     def _drop_blocks(self) -> None:
         """Fetch all indexes to new copies; raises ConfigError if they do not fit the cache."""
@@ -151,7 +151,7 @@ class WebSet:
         with ThreadPoolExecutor(_NUM_THREADS, "mealv2-labels") as threads:
             return sum(threads.map(fetch, self._shards))
 
-    def _fetch_whole(self, shard: dict[str, Any]) -> bool:
+    def _fetch_complete(self, shard: dict[str, Any]) -> bool:
         path = self.folder / shard["name"]
         if file_sha256(path) == shard["sha256"]:
             return False

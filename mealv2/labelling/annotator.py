@@ -180,7 +180,7 @@ class _RowEncoder:
             )
         last = None if all_images else self._positions[-1]
         first_pending = len(self._positions) if last is None else self._positions.index(last)
-        rows = whole_images(self._positions[:first_pending], self._num_views)
+        rows = complete_images(self._positions[:first_pending], self._num_views)
         encoded = self._encoding.encode(
             *(column[rows.to(column.device)] for column in outputs), num_views=self._num_views
         )
@@ -190,7 +190,7 @@ class _RowEncoder:
         self._outputs = [pending] if self._positions else []
 
 
-def whole_images(positions: Sequence[int], num_views: int) -> torch.Tensor:
+def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:
     """Return the rows, int64, of the images that have all their views."""
     counts = Counter(positions)
     whole = [row for row, position in enumerate(positions) if counts[position] == num_views]

@@ -14,7 +14,7 @@ from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError, OnBadImage
 from mealv2.label_set import LabelSet
-from mealv2.labelling.annotator import Annotator, whole_images
+from mealv2.labelling.annotator import Annotator, complete_images
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.plan import batch_requests
 from mealv2.models.ensemble import EnsembleOutput
@@ -67,7 +67,7 @@ def relabel(config: LabelsVerifyConfig, folder: Path, runtime: Runtime) -> dict[
     for views, of_block in requests.items():
         labelled = _labelled(islice(stream, len(of_block)), annotator, source, config.on_bad_image)
         total += _compared(labels, source, views, *labelled)
-        num_rows = len(whole_images(labelled[0], len(views)))
+        num_rows = len(complete_images(labelled[0], len(views)))
         num_views, num_images = num_views + num_rows, num_images + num_rows // len(views)
     if not num_views:
         raise DataError(f"none of the views of {source.name} to label again could be read")
@@ -152,7 +152,7 @@ def _compared(
 
     Compares images that have all views of their block.
     """
-    rows = whole_images(positions, len(views))
+    rows = complete_images(positions, len(views))
     if not len(rows):
         return np.zeros(4)
     again = EnsembleOutput(*(column[rows.to(column.device)] for column in outputs))

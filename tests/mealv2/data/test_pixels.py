@@ -314,7 +314,7 @@ def test_views_of_a_part_are_those_of_the_whole(resize, num_views):
     assert num_parts > 5
 
 
-def test_files_without_restart_markers_and_whole_images_are_decoded_whole():
+def test_files_without_restart_markers_and_complete_images_are_decoded_whole():
     plain = encoded(photo(160, 120), "JPEG")
     view = View(top=50, left=60, height=20, width=20, flip=False)
     assert decode_for(plain, lambda *_: [view]).pixels_HWC.shape == (120, 160, 3)
