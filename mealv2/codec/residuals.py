@@ -31,21 +31,11 @@ LOG = np.floor((1 << 24) * np.exp(np.arange(240) / 16.0) + 0.5).astype(np.int64)
 _Array = np.ndarray[Any, Any]
 
 
-def contexts(levels_NK: _Array, sizes_NK: _Array, is_others_NK: _Array) -> _Array:
-    """Return the context of each entry, int64; ``sizes_NK`` is 0 for padding, after the entries."""
-    is_entry_NK = sizes_NK > 0
-    lowest_N1 = np.where(is_entry_NK, levels_NK, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
-    coarse_NK = (levels_NK - lowest_N1) >> 4
-    weights_NK = EXP[np.minimum(coarse_NK, len(EXP) - 1) * is_entry_NK]
-    total_N1 = (weights_NK * sizes_NK).sum(axis=1, keepdims=True)
-    coarse_NK += np.searchsorted(LOG, total_N1, side="right") - 1
-    contexts_NK: _Array = np.minimum(coarse_NK >> 3, CONTEXTS - 1)
-    contexts_NK[is_others_NK] = OTHERS
-    return contexts_NK
-
-
 def contexts_of(levels: Tensor, sizes: Tensor, is_others: Tensor) -> Tensor:
-    """Return ``contexts`` of tensors ... x K of int64, on their device."""
+    """Return the context of each entry, tensors ... x K of int64, on their device.
+
+    ``sizes`` is 0 for padding, after the entries.
+    """
     exp, log = _table("exp", levels.device), _table("log", levels.device)
     is_entry = sizes > 0
     lowest = torch.where(is_entry, levels, 1 << 40).amin(-1, keepdim=True)

@@ -22,7 +22,6 @@ from mealv2.codec.residuals import (
     OTHERS,
     RUNS,
     VALUES,
-    contexts,
     contexts_of,
 )
 from mealv2.codec.shared_encoder import encode_shared
@@ -137,6 +136,19 @@ def test_a_block_written_by_hand():
     expected /= expected.sum(1, keepdims=True)
     np.testing.assert_allclose(labels.to_dense().numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(reference_dense([block], 2, 10), expected, rtol=1e-12)
+
+
+def contexts(levels_NK: np.ndarray, sizes_NK: np.ndarray, is_others_NK: np.ndarray) -> np.ndarray:
+    """Return the context of each entry, int64; ``sizes_NK`` is 0 for padding, after the entries."""
+    is_entry_NK = sizes_NK > 0
+    lowest_N1 = np.where(is_entry_NK, levels_NK, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
+    coarse_NK = (levels_NK - lowest_N1) >> 4
+    weights_NK = EXP[np.minimum(coarse_NK, len(EXP) - 1) * is_entry_NK]
+    total_N1 = (weights_NK * sizes_NK).sum(axis=1, keepdims=True)
+    coarse_NK += np.searchsorted(LOG, total_N1, side="right") - 1
+    contexts_NK: np.ndarray = np.minimum(coarse_NK >> 3, CONTEXTS - 1)
+    contexts_NK[is_others_NK] = OTHERS
+    return contexts_NK
 
 
 def random_block(
