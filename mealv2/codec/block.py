@@ -32,7 +32,7 @@ LOW_UNIT = 32  # lows of weights in a nat
 NIBBLE = 15
 HEAD_SIZE = 4
 LOWEST = 64 * LEVELS_PER_NAT  # below the likeliest: above 0 in float32 with 10^6 classes
-_POSITIONS = 1 << 20  # above all positions of entries, in a sort key
+_POSITIONS = np.int32(1 << 20)  # above all positions of entries, in a sort key
 
 _Array = np.ndarray[Any, Any]
 
@@ -78,10 +78,8 @@ def symbols(
 
     For each residual: runs of LONGEST_RUN entries without one, a shorter run, the value.
     """
-    order_NK = _order(contexts_NK, sizes_NK)
-    residuals_NK = np.take_along_axis(residuals_NK, order_NK, 1)
-    contexts_NK = np.take_along_axis(contexts_NK, order_NK, 1)
-    row_E, at_E = np.nonzero(residuals_NK)
+    order_NK, has_NK = _order(residuals_NK, contexts_NK, sizes_NK)
+    row_E, at_E = np.nonzero(has_NK)
     is_first_E = np.diff(row_E, prepend=-1) != 0
     start_E = np.where(is_first_E, 0, np.roll(at_E, 1) + 1)
     long_E, short_E = np.divmod(at_E - start_E, LONGEST_RUN)
@@ -89,11 +87,12 @@ def symbols(
     step_F = np.arange(len(item_F)) - np.repeat(np.cumsum(long_E + 2) - long_E - 2, long_E + 2)
     is_value_F = step_F > long_E[item_F]
     place_F = np.where(is_value_F, at_E[item_F], start_E[item_F] + LONGEST_RUN * step_F)
-    values_E = residuals_NK[row_E, at_E]
+    values_E = residuals_NK[row_E, order_NK[row_E, at_E]]
     value_F = (2 * np.abs(values_E) - 2 + (values_E < 0))[item_F]
     run_F = np.where(step_F < long_E[item_F], LONGEST_RUN, short_E[item_F])
     row_F = row_E[item_F]
-    return is_value_F, contexts_NK[row_F, place_F], np.where(is_value_F, value_F, run_F), row_F
+    contexts_F = contexts_NK[row_F, order_NK[row_F, place_F]]
+    return is_value_F, contexts_F, np.where(is_value_F, value_F, run_F), row_F
 
 
 def coded(residuals_NK: _Array, contexts_NK: _Array, sizes_NK: _Array) -> Residuals:
@@ -167,11 +166,16 @@ def _gap_nibbles(ids_M: _Array, num_classes: int) -> _Array:
     return np.concatenate([np.stack(low, 1).reshape(-1), high]) if low else high
 
 
-def _order(contexts_NK: _Array, sizes_NK: _Array) -> _Array:
-    """Return entries by context, equal ones in ascending order; all others first, padding last."""
+def _order(
+    residuals_NK: _Array, contexts_NK: _Array, sizes_NK: _Array
+) -> tuple[_Array, _Array]:
+    """Return entries by context, and whether each has a residual.
+
+    Equal contexts are in ascending order; all others come first, padding last.
+    """
     keys_NK = np.where(contexts_NK == OTHERS, 0, contexts_NK + 1)
-    keys_NK = np.where(sizes_NK > 0, keys_NK, OTHERS + 2) * _POSITIONS
-    keys_NK += np.arange(contexts_NK.shape[1])
+    keys_NK = np.where(sizes_NK > 0, keys_NK, OTHERS + 2).astype(np.int32) * (2 * _POSITIONS)
+    keys_NK += np.arange(contexts_NK.shape[1], dtype=np.int32) << 1
+    keys_NK += residuals_NK != 0
     keys_NK.sort(axis=1)
-    order_NK: _Array = keys_NK % _POSITIONS
-    return order_NK
+    return keys_NK >> 1 & (_POSITIONS - 1), keys_NK & 1

@@ -123,21 +123,39 @@ def choose(
     """
     device = probs.device
     bits = _table("bits", device) if bits is None else bits
-    steps = _table("steps", device)[contexts]
+    cheapest = torch.cat([bits[:, :LARGEST], bits[:, LARGEST + 1 :]], 1).amin(1)
+    least_gains = (slope * (cheapest - bits[:, LARGEST])).take(contexts)
+    ratios = (probs.clamp_min(1e-30) / model.clamp_min(1e-30)).log()
     total = torch.ones_like(probs[..., :1])
     chosen = torch.zeros_like(contexts)
     for _ in range(3):
         scaled = model / total
-        nearest = ((probs.clamp_min(1e-30) / scaled.clamp_min(1e-30)).log() / steps).round()
-        nearest = nearest.clamp(-LARGEST, LARGEST)
-        best = scaled + slope * bits[contexts, LARGEST]
-        chosen = torch.zeros_like(contexts)
-        for smaller in (0, 1, 2):  # the nearest value, and those closer to 0
-            value = nearest.sign() * (nearest.abs() - smaller).clamp_min(0.0)
-            cost = scaled * (steps * value).exp() - probs * steps * value
-            cost = cost + slope * bits[contexts, value.long() + LARGEST]
-            is_better = cost < best
-            best = torch.where(is_better, cost, best)
-            chosen = torch.where(is_better, value.long(), chosen)
-        total = (model * (steps * chosen).exp()).sum(-1, keepdim=True)
+        # no residual gains more than the exact probability
+        gains = scaled - probs + probs * (ratios + total.log())
+        some = (gains > least_gains).nonzero(as_tuple=True)
+        step_E = _table("steps", device)[contexts[some]]
+        found = probs[some], scaled[some], contexts[some], step_E
+        values_E = _cheapest(*found, slope, bits)
+        chosen = torch.zeros_like(contexts).index_put_(some, values_E)
+        added_E = model[some] * ((step_E * values_E).exp() - 1.0)
+        total = torch.zeros_like(model).index_put_(some, added_E).sum(-1, keepdim=True)
+        total += model.sum(-1, keepdim=True)
     return chosen
+
+
+def _cheapest(
+    probs_E: Tensor, model_E: Tensor, contexts_E: Tensor, step_E: Tensor, slope: float, bits: Tensor
+) -> Tensor:
+    """Return the residual of each entry with the least KL + slope * bits."""
+    ratios_E = (probs_E.clamp_min(1e-30) / model_E.clamp_min(1e-30)).log()
+    nearest_E = (ratios_E / step_E).round().clamp(-LARGEST, LARGEST)
+    best_E = model_E + slope * bits[contexts_E, LARGEST]
+    chosen_E = torch.zeros_like(contexts_E)
+    for smaller in (0, 1, 2):  # the nearest value, and those closer to 0
+        value_E = nearest_E.sign() * (nearest_E.abs() - smaller).clamp_min(0.0)
+        cost_E = model_E * (step_E * value_E).exp() - probs_E * step_E * value_E
+        cost_E = cost_E + slope * bits[contexts_E, value_E.long() + LARGEST]
+        is_better_E = cost_E < best_E
+        best_E = torch.where(is_better_E, cost_E, best_E)
+        chosen_E = torch.where(is_better_E, value_E.long(), chosen_E)
+    return chosen_E

@@ -27,7 +27,8 @@ _CODE_BITS = _WEIGHT_BITS = 4
 _USED = 0.1  # the part of a component's gain that residuals would not reach as cheaply
 # listed classes: images with about equal lists are fitted together, padded to the longest
 _GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384)
-_CHUNK = 1 << 21  # probabilities fitted at once
+# probabilities fitted at once: what a CPU's cache has, and enough work for a GPU
+_CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
 
 
 class Encoded(NamedTuple):
@@ -61,6 +62,7 @@ def encode_shared(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Ite
 def models(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[Modelled]:
     """Yield groups of images with their listed classes and models; the rows sum to 1."""
     num_views = probs_IVC.shape[1]
+    chunk = _CPU_CHUNK if probs_IVC.device.type == "cpu" else _CHUNK
     mean_IC = probs_IVC.mean(1)
     order_IC = torch.sort(mean_IC, dim=1, descending=True, stable=True).indices
     counts_I = num_listed(mean_IC.gather(1, order_IC), slope / num_views)
@@ -68,7 +70,7 @@ def models(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[M
     for number in sorted(set(group_I.tolist())):
         (group,) = (group_I == number).nonzero(as_tuple=True)
         width = int(counts_I[group].max())
-        for images in torch.split(group, max(1, _CHUNK // (num_views * width))):
+        for images in torch.split(group, max(1, chunk // (num_views * width))):
             counts_G = counts_I[images]
             ids_GM = order_IC[images, : int(counts_G.max())]
             probs_GVC, negentropy_GV = probs_IVC[images], negentropy_IV[images]
