@@ -19,14 +19,16 @@ _Array = np.ndarray[Any, Any]
 
 _ROWS, _GROUP = 4096, 128  # rows whose residuals are read together; padded together: fit in a cache
 _LANES = 64  # rows are padded to a multiple of this, and summed in so many parts
+_INDEX_BITS = 10  # of the index of an entry, or of padding, in a row
+_INDEX = (1 << _INDEX_BITS) - 1
 _PADDING = np.float32(1 << 30)  # the level of no entry: its probability is 0
 
 
 class _Model(NamedTuple):
     """Entries of a group of rows by their components alone, padded.
 
-    ``levels_NK`` float32; ``order_NK``, indices of entries by context, counted from the first row
-    on; ``keys_NK`` uint16, the keys of contexts in that order, where their tables begin.
+    ``levels_NK`` float32; ``order_NK`` int32, entries by context, whose low bits are their indices
+    in the row; ``keys_NK`` uint16, the keys of contexts in that order, where their tables begin.
     """
 
     levels_NK: _Array
@@ -111,9 +113,10 @@ def _model(nibbles_X: _Array, shift_N: _Array, layout: Layout, num_classes: int)
     np.copyto(levels_NK[:, shortest:], _PADDING, where=is_padding_NK)
     keys_NK = _keys(levels_NK, layout.counts_N, num_classes)
     np.copyto(keys_NK[:, shortest:], END, where=is_padding_NK)
-    order_NK = keys_NK.argsort(axis=1, kind="stable")
-    order_NK += width * np.arange(len(entries_N))[:, None]
-    keys_NK = keys_NK.reshape(-1).take(order_NK).astype(np.uint16) << np.uint16(MAX_CODE)
+    order_NK = keys_NK.astype(np.int32) << _INDEX_BITS
+    order_NK += np.arange(width, dtype=np.int32)
+    order_NK.sort(axis=1)
+    keys_NK = (order_NK >> _INDEX_BITS).astype(np.uint16) << np.uint16(MAX_CODE)
     return _Model(levels_NK, order_NK, keys_NK)
 
 
@@ -128,7 +131,7 @@ def _keys(levels_NK: _Array, counts_N: _Array, num_classes: int) -> _Array:
     coarse_NK >>= 4
     (some,) = np.nonzero(counts_N < num_classes)
     others_at = some, counts_N[some]
-    total_N = EXP.take(coarse_NK.astype(np.intp)).sum(axis=1)
+    total_N = EXP.take(coarse_NK, mode="clip").sum(axis=1)
     total_N[some] += EXP[coarse_NK[others_at]] * (num_classes - counts_N[some] - 1)
     coarse_NK += (np.searchsorted(LOG, total_N, side="right") - 1).astype(np.int16)[:, None]
     coarse_NK >>= 3
@@ -235,8 +238,10 @@ def _subtract_residuals(
     )
     for first, size, model in zip(firsts, sizes, models, strict=True):
         (own,) = np.nonzero((at_F >= first) & (at_F < first + size))
-        entries_F = model.order_NK.reshape(-1)[at_F[own] - first]
-        model.levels_NK.reshape(-1)[entries_F] -= value_F[own].astype(np.float32)
+        sorted_F = at_F[own] - first
+        row_F = sorted_F // model.order_NK.shape[1]
+        entry_F = model.order_NK.reshape(-1)[sorted_F] & _INDEX
+        model.levels_NK[row_F, entry_F] -= value_F[own].astype(np.float32)
 
 
 def _probabilities(levels_NK: _Array, layout: Layout, num_classes: int) -> tuple[_Array, _Array]:
