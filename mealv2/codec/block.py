@@ -166,9 +166,7 @@ def _gap_nibbles(ids_M: _Array, num_classes: int) -> _Array:
     return np.concatenate([np.stack(low, 1).reshape(-1), high]) if low else high
 
 
-def _order(
-    residuals_NK: _Array, contexts_NK: _Array, sizes_NK: _Array
-) -> tuple[_Array, _Array]:
+def _order(residuals_NK: _Array, contexts_NK: _Array, sizes_NK: _Array) -> tuple[_Array, _Array]:
     """Return entries by context, and whether each has a residual.
 
     Equal contexts are in ascending order; all others come first, padding last.

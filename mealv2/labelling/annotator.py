@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -137,7 +138,8 @@ class _RowEncoder:
     """Collects the outputs of batches and encodes the images of some thousand rows at once.
 
     A call of the encoder takes milliseconds, however few the rows, and images do not depend on each
-    other. An image of which views are missing has no rows. The host waits for the device only here.
+    other. It runs in a thread, on the device's same stream, while the caller goes on with the next
+    batches: only the thread waits for the device. An image of which views are missing has no rows.
     """
 
     def __init__(self, encoding: Encoding, source: ImageSource, num_views: int) -> None:
@@ -148,6 +150,8 @@ class _RowEncoder:
         self._positions: list[int] = []  # of the pending rows
         none = torch.zeros(0, encoding.num_classes)
         self._parts = [encoding.encode(none, none, num_views=num_views)]
+        self._executor = ThreadPoolExecutor(1, "encode")
+        self._running: Future[Rows] | None = None
 
     def add(self, output: EnsembleOutput, positions: Sequence[int]) -> None:
         """Add the output of a batch, for the images at these positions of the source.
@@ -158,36 +162,47 @@ class _RowEncoder:
         self._positions += positions
         limit = min(_MAX_VIEWS, _MAX_PROBABILITIES // self._encoding.num_classes)
         if len(self._positions) >= max(limit, 2 * self._num_views):
-            self._encode(all_images=False)
+            self._start(self._positions.index(self._positions[-1]))
 
     def rows(self) -> Rows:
         """Return all rows, on the CPU; raises as ``add``."""
-        self._encode(all_images=True)
+        self._start(len(self._positions))
+        self._finish()
+        self._executor.shutdown()
         return Rows.concat(self._parts)
 
-    def _encode(self, *, all_images: bool) -> None:
-        """Encode the pending rows, without those of the last image unless ``all_images``."""
-        if not self._outputs:
+    def _start(self, num_rows: int) -> None:
+        """Encode the first of the pending rows, which are of complete images or of missing ones."""
+        self._finish()  # no more than one group of rows at a time
+        if not num_rows:
             return
         columns = zip(*self._outputs, strict=True)
         outputs = EnsembleOutput(*(torch.cat(column) for column in columns))
+        of_rows = EnsembleOutput(*(column[:num_rows] for column in outputs))
+        self._running = self._executor.submit(self._encoded, of_rows, self._positions[:num_rows])
+        self._positions = self._positions[num_rows:]
+        pending = EnsembleOutput(*(column[num_rows:] for column in outputs))
+        self._outputs = [pending] if self._positions else []
+
+    def _finish(self) -> None:
+        """Wait for the rows that are being encoded."""
+        if self._running is not None:
+            self._parts.append(self._running.result())
+            self._running = None
+
+    def _encoded(self, outputs: EnsembleOutput, positions: Sequence[int]) -> Rows:
         is_finite_N = torch.isfinite(outputs.probs_BC).all(dim=1)
         if not bool(is_finite_N.all()):
-            key = self._source.keys[self._positions[is_finite_N.tolist().index(False)]]
+            key = self._source.keys[positions[is_finite_N.tolist().index(False)]]
             raise DataError(
                 f"the outputs of the teachers near {key} are not finite; "
                 "check their weights, or leave out --amp"
             )
-        last = None if all_images else self._positions[-1]
-        first_pending = len(self._positions) if last is None else self._positions.index(last)
-        rows = complete_images(self._positions[:first_pending], self._num_views)
+        rows = complete_images(positions, self._num_views)
         encoded = self._encoding.encode(
             *(column[rows.to(column.device)] for column in outputs), num_views=self._num_views
         )
-        self._parts.append(encoded.to(torch.device("cpu")))
-        self._positions = self._positions[first_pending:]
-        pending = EnsembleOutput(*(column[first_pending:] for column in outputs))
-        self._outputs = [pending] if self._positions else []
+        return encoded.to(torch.device("cpu"))
 
 
 def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mealv2 import messages
 from mealv2.data.folder import ImageFolder
 from mealv2.data.memory import ImageSequence
 from mealv2.errors import ConfigError, DataError, LabelSetError
-from mealv2.label_set import UNKNOWN, LabelSet
+from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Rows
+from mealv2.labelling import annotator
 
 SETTINGS = {"img_size": 32, "num_views": 4, "view_seed": 7, "shard_size": 10, "batch_size": 16}
 TOP2: dict[str, Any] = {"topk": 2, "label_dtype": "float16", "workers": 0, "device": "cpu"}
@@ -96,6 +98,30 @@ def test_any_module_and_any_function_are_teachers(data_dir: Path, tmp_path: Path
     assert len(module["weights_sha256"]) == 64
     assert function["model"].endswith("reds")
     assert function["weights_sha256"] == UNKNOWN
+
+
+def test_the_teachers_go_on_while_labels_are_encoded(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encodes, goes_on, encode = threading.Event(), threading.Event(), Encoding.encode
+
+    def teacher(images_BCHW: Tensor) -> Tensor:
+        if encodes.is_set():
+            goes_on.set()
+        return Shades()(images_BCHW).detach()
+
+    def waiting(self: Encoding, probs_NC: Tensor, *args: Any, **kwargs: Any) -> Rows:
+        if len(probs_NC):
+            encodes.set()
+            assert goes_on.wait(60), "the next batch waits for the labels of the first"
+        return encode(self, probs_NC, *args, **kwargs)
+
+    settings = SETTINGS | {"img_size": 16, "val_split": None, "topk": 2, "workers": 0}
+    expected = mealv2.annotate(data_dir, [teacher], tmp_path / "expected", **settings)
+    monkeypatch.setattr(annotator, "_MAX_VIEWS", 8)
+    monkeypatch.setattr(Encoding, "encode", waiting)
+    labels = mealv2.annotate(data_dir, [teacher], tmp_path / "labels", **settings)
+    assert shards(labels.folder) == shards(expected.folder)
 
 
 class Pictures(Dataset[Any]):
