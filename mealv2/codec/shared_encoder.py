@@ -25,10 +25,10 @@ _ZERO = 8  # the code of 0 in all components but the first, which has no negativ
 _LIST_BITS = 5.0  # about what the id of a listed class takes
 _CODE_BITS = _WEIGHT_BITS = 4
 _USED = 0.1  # the part of a component's gain that residuals would not reach as cheaply
-# listed classes: images with about equal lists are fitted together, padded to the longest
-_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384)
-# probabilities fitted at once: what a CPU's cache has, and enough work for a GPU
-_CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
+# Images with about equal lists are fitted together, padded to the longest: up to these listed
+# classes, and so many probabilities. A CPU's cache has them; for a GPU, few operations count.
+_CPU_GROUPS, _CPU_CHUNK = (16, 32, 48, 64, 96, 128, 192, 256, 384), 1 << 18
+_GROUPS, _CHUNK = (128,), 1 << 21
 
 
 class Encoded(NamedTuple):
@@ -62,11 +62,12 @@ def encode_shared(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Ite
 def models(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[Modelled]:
     """Yield groups of images with their listed classes and models; the rows sum to 1."""
     num_views = probs_IVC.shape[1]
-    chunk = _CPU_CHUNK if probs_IVC.device.type == "cpu" else _CHUNK
+    is_cpu = probs_IVC.device.type == "cpu"
+    groups, chunk = (_CPU_GROUPS, _CPU_CHUNK) if is_cpu else (_GROUPS, _CHUNK)
     mean_IC = probs_IVC.mean(1)
     order_IC = torch.sort(mean_IC, dim=1, descending=True, stable=True).indices
     counts_I = num_listed(mean_IC.gather(1, order_IC), slope / num_views)
-    group_I = torch.bucketize(counts_I, torch.tensor(_GROUPS, device=counts_I.device))
+    group_I = torch.bucketize(counts_I, torch.tensor(groups, device=counts_I.device))
     for number in sorted(set(group_I.tolist())):
         (group,) = (group_I == number).nonzero(as_tuple=True)
         width = int(counts_I[group].max())
