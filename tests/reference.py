@@ -369,6 +369,36 @@ def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.nd
     return np.array(rows)
 
 
+def with_own_model(
+    block: bytes, num_views: int, first: bytes, first_views: int, num_classes: int
+) -> bytes:
+    """Return a block that uses the model of ``first`` as one that has this model itself."""
+    num_components, first_size = first[0], first[3]
+    assert first_views > 1
+    size = 2 if num_views == 1 else block[0] - 8
+    assert block[0] == (0 if num_views == 1 else 8 + size)
+    assert size in (1, 2)
+
+    def parts(data: bytes, at: int, size: int, views: int) -> tuple[bytes, list[int], bytes]:
+        """Return lengths, nibbles, residuals."""
+        ends = range(at, at + size * views, size)
+        num_bits = sum(int.from_bytes(data[n : n + size], "little") for n in ends)
+        stream_at = len(data) - -(-num_bits // 8)
+        pairs = data[at + size * views : stream_at]
+        nibbles = [part for byte in pairs for part in (byte & 15, byte >> 4)]
+        return data[at : at + size * views], nibbles, data[stream_at:]
+
+    head = 4 + 2 * num_components
+    _, of_first, _ = parts(first, head, first_size, first_views)
+    lengths, nibbles, stream = parts(block, 1, size, num_views)
+    assert nibbles[num_components * num_views :] in ([], [15])
+    nibbles = nibbles[: num_components * num_views] + of_first[num_components * first_views :]
+    if len(nibbles) % 2:  # the padding moves
+        nibbles = nibbles[:-1] if nibbles[-1] == 15 else [*nibbles, 15]
+    pairs = bytes(a | b << 4 for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))
+    return first[:3] + bytes([size]) + first[4:head] + lengths + pairs + stream
+
+
 def _listed_ids(nibbles: list[int], num_listed: int, num_classes: int) -> list[int]:
     """Return classes from the gaps between them; low nibbles of all, then the rest of each."""
     num_low = ((num_classes // num_listed).bit_length() - 1) // 4
