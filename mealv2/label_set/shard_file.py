@@ -1,5 +1,6 @@
 """Reading a shard: every byte is checked before use, without an HDF5 library."""
 
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,30 @@ class ShardFile:
         """Return a column as a view of the mapped file; raises KeyError if the file has none."""
         offset, kind, shape = self._columns[name]
         return np.ndarray(shape, kind, buffer=self._mapped, offset=offset)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a column; raises KeyError if the file has none."""
+        return self._columns[name].shape
+
+    def read_columns(self, **into: np.ndarray) -> None:
+        """Read columns into contiguous arrays of their types, without mapping the file.
+
+        Raises LabelSetError.
+        """
+        handle = self.open() if self._data is None else None
+        try:
+            for name, array in into.items():
+                offset, kind, shape = self._columns[name]
+                assert (array.dtype, array.shape) == (kind, shape)
+                if handle is None:
+                    array[:] = self.column(name)
+                elif os.preadv(handle, [array.data], offset) != array.nbytes:
+                    raise LabelSetError(f"shard {self.path} is damaged: it became shorter")
+        except OSError as error:
+            raise LabelSetError(f"cannot read shard {self.path}: {error.strerror}") from None
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def has_column(self, name: str) -> bool:
         """Return whether the file has a column."""
