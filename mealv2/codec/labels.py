@@ -222,7 +222,7 @@ class EncodedLabels:
         For blocks of equally many views that have a record for each. Their ends may be beyond the
         records. Raises LabelSetError for blocks that are shorter, or share a model.
         """
-        if self._shared_blocks().any():
+        if self.shared_blocks().any():
             raise LabelSetError("a block shares a model, and has no records")
         sizes = self.num_classes, self.count_size
         found = record_blocks.locate(
@@ -258,10 +258,11 @@ class EncodedLabels:
 
     def _is_shared(self) -> _Array:
         """Return whether the block of each row has a model that its views share."""
-        is_shared_N: _Array = self._shared_blocks()[self.block_N]
+        is_shared_N: _Array = self.shared_blocks()[self.block_N]
         return is_shared_N
 
-    def _shared_blocks(self) -> _Array:
+    def shared_blocks(self) -> _Array:
+        """Return whether the views of each block share a model; raises LabelSetError."""
         if (self.ends_B <= self.at_B).any():
             raise LabelSetError("a block is empty")
         is_shared_B: _Array = (self.views_B > 1) & (self.data_P[self.at_B] != _BY_ITSELF)

@@ -30,7 +30,8 @@ class Index:
             for name in ("keys", LABELS)
         )
         hashes, self._crcs = np.empty(self.num_rows, "<u8"), np.empty(self.num_rows, "<u4")
-        keys = np.empty(int(key_ats[-1]), np.uint8)
+        self._keys = bytearray(int(key_ats[-1]))
+        keys = np.frombuffer(self._keys, np.uint8)
         # ends in the concatenated files, with a 0 first
         self._key_ends, self._ends = np.zeros((2, self.num_rows + 1), "<i8")
         for n, file in enumerate(files):
@@ -47,7 +48,6 @@ class Index:
             )
             key_ends += key_ats[n]
             ends += label_ats[n]
-        self._keys = keys.data
         # from the end of a block in the concatenated files to the same in its file
         self._shifts = np.array([file.labels_at for file in files], np.int64) - label_ats[:-1]
         self._order = np.argsort(hashes).astype(np.uint32)
