@@ -254,7 +254,7 @@ class EncodedLabels:
         For blocks of equally many views that have a record for each. Their ends may be beyond the
         records. Raises LabelSetError for blocks that are shorter, or share a model.
         """
-        if self._shared_blocks().any():
+        if self.shared_blocks().any():
             raise LabelSetError("a block shares a model, and has no records")
         sizes = self.num_classes, self.count_size
         found = record_blocks.locate(
@@ -289,10 +289,11 @@ class EncodedLabels:
 
     def _is_shared(self) -> _Array:
         """Return whether the block of each row has a model that its views share."""
-        is_shared_N: _Array = self._shared_blocks()[self.block_N]
+        is_shared_N: _Array = self.shared_blocks()[self.block_N]
         return is_shared_N
 
-    def _shared_blocks(self) -> _Array:
+    def shared_blocks(self) -> _Array:
+        """Return whether the views of each block share a model; raises LabelSetError."""
         first_B, has_no_count_B = self._first_bytes()
         is_shared_B: _Array = np.where(self.views_B == 1, has_no_count_B, first_B > 0)
         return is_shared_B
@@ -318,11 +319,9 @@ class EncodedLabels:
         """Return a header of 32 bytes, ends, views and models of blocks, rows, the blocks."""
         sizes_B = self.ends_B - self.at_B
         data_P = self.data_P[record_blocks.spans(self.at_B, sizes_B)]
-        of_blocks = data_P, sizes_B.cumsum(), self.views_B, self._models()
-        of_rows = self.block_N, self.view_N
-        return label_bytes.joined(
-            LabelParts(*of_blocks, *of_rows, self.num_classes, self.count_size)
-        )
+        of_rows = self.block_N, self.view_N, self.num_classes, self.count_size
+        parts = LabelParts(data_P, sizes_B.cumsum(), self.views_B, self._models(), *of_rows)
+        return label_bytes.joined(parts)
 
     @staticmethod
     def from_bytes(data: bytes) -> "EncodedLabels":

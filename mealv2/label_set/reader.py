@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -12,17 +13,12 @@ import torch
 from mealv2.codec import EncodedLabels
 from mealv2.errors import LabelSetError
 from mealv2.label_set.addresses import encoded_keys, views_as_int64
-from mealv2.label_set.blocks import Rows, block_crc, key_hash
+from mealv2.label_set.blocks import Rows
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.html import label_set_html
+from mealv2.label_set.index import Index
 from mealv2.label_set.manifest import read_manifest
-from mealv2.label_set.opening import (
-    concatenated,
-    ends_of,
-    max_open_files,
-    open_appended,
-    open_blocks,
-)
+from mealv2.label_set.opening import max_open_files, open_appended, open_blocks
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.label_set.web_set import Missing, WebSet, is_web, web_set_at
@@ -70,7 +66,7 @@ class LabelSet:
         blocks = open_blocks(folder, manifest, split, num_views)
         self.num_views = blocks[-1][0].stop
         self._num_sets = num_sets
-        most = max_open_files((len(blocks) + 1) * num_sets)
+        most = max_open_files((len(blocks) + bool(appended)) * num_sets)
         self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
         self.appended = list(appended)
         files = open_appended(folder, manifest, split, appended)
@@ -254,19 +250,8 @@ class Table:
         # touch all of them in the end
         self._descriptor = OpenFiles(files, most=max_open_files).descriptor
         self._web = web_set_at(files[0].path.parent) if files else None
-        self._labels_at = np.array([file.labels_at for file in files], np.int64)
-        self._first_rows = np.cumsum([0, *(file.num_images for file in files)])
-        self.num_rows = int(self._first_rows[-1])
-        hashes = concatenated([file.column("key_hashes") for file in files], "<u8")
-        self._order = np.argsort(hashes, kind="stable").astype(np.uint32)
-        self._hashes = hashes[self._order]
-        self._crcs = concatenated([file.column("crc32") for file in files], "<u4")
-        # offsets in the concatenated files, with a 0 first
-        self._ends = ends_of([file.column("label_ends") for file in files])
-        self._key_ends = ends_of([file.column("key_ends") for file in files])
-        self._keys = b"".join(file.column("keys").tobytes() for file in files)
-        for file in files:
-            file.unmap()
+        self._index = Index(files)
+        self.num_rows = self._index.num_rows
 
     def addresses(self) -> Iterator[tuple[str, int]]:
         """Iterate over (key, view) of appended rows."""
@@ -280,39 +265,21 @@ class Table:
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each image by its key in UTF-8, -1 for an unknown key."""
-        hashes_N = np.frombuffer(b"".join(map(key_hash, keys)), dtype="<u8")
-        at_N = np.searchsorted(self._hashes, hashes_N)
-        rows_N = np.full(len(keys), -1, dtype=np.int64)
-        left = np.arange(len(keys))
-        while len(left):  # repeats only for keys of equal hash
-            left = left[at_N[left] < self.num_rows]
-            left = left[self._hashes[at_N[left]] == hashes_N[left]]
-            found = self._order[at_N[left]].astype(np.int64)
-            spans = self._key_ends[found].tolist(), self._key_ends[found + 1].tolist()
-            candidates = [self._keys[begin:end] for begin, end in zip(*spans, strict=True)]
-            is_same = np.array(
-                [keys[i] == candidates[n] for n, i in enumerate(left.tolist())], bool
-            )
-            rows_N[left[is_same]] = found[is_same]
-            left = left[~is_same]
-            at_N[left] += 1
-        return rows_N
+        return self._index.rows(keys)
 
     def read(
         self, keys: Sequence[bytes], rows_N: np.ndarray, views_N: np.ndarray, encoding: Encoding
     ) -> Rows:
         """Return one view of each row; raises LabelSetError for labels that fail their CRC."""
-        numbers_N = np.searchsorted(self._first_rows, rows_N, side="right") - 1
-        first_N = self._ends[self._first_rows[numbers_N]]
-        sizes_N = self._ends[rows_N + 1] - self._ends[rows_N]
-        at_N = self._labels_at[numbers_N] + self._ends[rows_N] - first_N
+        places = self._index.places(rows_N)
         blocks, missing = [b""] * len(keys), list[Missing]()
-        order_N = np.argsort(numbers_N, kind="stable")  # file by file
-        columns = (order_N, *(c[order_N] for c in (numbers_N, sizes_N, at_N, self._crcs[rows_N])))
-        for row, number, size, at, crc in zip(*(c.tolist() for c in columns), strict=True):
+        order_N = np.argsort(rows_N)  # file by file, and in the order of the file
+        columns = (order_N, *(column[order_N] for column in places))
+        for row, number, at, size, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
             blocks[row] = block = os.pread(file.fd, size, at)
-            if block_crc(keys[row], block) != crc or (self._web and not any(block)):  # a hole
+            # not block_crc: a call for each block
+            if crc32(block, crc32(keys[row])) != crc or (self._web and not any(block)):  # a hole
                 if not self._web:
                     raise damaged_rows(self.files[number], keys[row].decode())
                 missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
@@ -320,15 +287,18 @@ class Table:
             self._web.fill(blocks, missing)
         data = np.frombuffer(b"".join(blocks), np.uint8)
         try:
-            return encoding.rows_of(data, np.cumsum(sizes_N), len(self.views), views_N)
+            return encoding.rows_of(data, np.cumsum(places.sizes_N), len(self.views), views_N)
         except LabelSetError as error:
             folder = self.files[0].path.parent
             raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
 
     def stored_view(self, row: int, view: int, *, width: int, height: int) -> View:
         """Return a view whose box the shard stores."""
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        file, at = self.files[number], (row - self._first_rows[number], view - self.views.start)
+        number = int(np.searchsorted(self._index.first_rows, row, side="right")) - 1
+        file, at = (
+            self.files[number],
+            (row - self._index.first_rows[number], view - self.views.start),
+        )
         flip = bool(file.column("flips")[at])
         return unpacked_view(file.column("boxes")[at], flip, width=width, height=height)
 
