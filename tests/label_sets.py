@@ -202,7 +202,8 @@ def _encoded(encoding: Encoding, outputs_N: tuple[Tensor, Tensor | None], order_
 def forms_of(rows: Rows) -> list[bytes]:
     """Return what is stored of each row.
 
-    Its record, or the block that it shares with other views, and which of them it is; its values.
+    Its record, or the block that it shares with other views (and the one whose model that uses),
+    and which of them it is; its values.
     """
     if isinstance(rows.labels, SoftLabels):
         labels = rows.labels
@@ -226,10 +227,15 @@ def _bytes(tensor: Tensor) -> bytes:
 def _forms_of_encoded(labels: EncodedLabels) -> list[bytes]:
     forms = []
     data = labels.data_P.tobytes()
+    is_shared_B = labels.shared_blocks()
+    model_B = np.arange(len(is_shared_B)) if labels.model_B is None else labels.model_B
     for n, (block, view) in enumerate(zip(labels.block_N, labels.view_N, strict=True)):
         at, end = int(labels.at_B[block]), int(labels.ends_B[block])
-        if labels.views_B[block] > 1 and data[at]:
-            forms.append(bytes([1, view % 256, view // 256]) + data[at:end])
+        if is_shared_B[block]:
+            form = bytes([1, view % 256, view // 256]) + data[at:end]
+            if (model := model_B[block]) != block:
+                form += data[int(labels.at_B[model]) : int(labels.ends_B[model])]
+            forms.append(form)
         else:
             counts_R, at_R, sizes_R = (one := labels[n]).records()
             stored = one.data_P[int(at_R[0]) : int(at_R[0] + sizes_R[0])].tobytes()

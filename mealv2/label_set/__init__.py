@@ -6,6 +6,7 @@ from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
 from mealv2.label_set.content import content_of, labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.first_blocks import bound_to_first, first_labels_of
 from mealv2.label_set.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -62,6 +63,7 @@ __all__ = [
     "StoredViews",
     "WebSet",
     "block_of_member",
+    "bound_to_first",
     "boxes_of",
     "boxes_sha256",
     "check_box_drift",
@@ -74,6 +76,7 @@ __all__ = [
     "content_of",
     "creating_command",
     "describe_file",
+    "first_labels_of",
     "is_label_set",
     "is_web",
     "labelled_hashes",

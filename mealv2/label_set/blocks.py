@@ -5,7 +5,7 @@ only if the set stores them.
 docs/reference/label-set-format.md describes every byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -23,6 +23,9 @@ from mealv2.errors import LabelSetError
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 
 Form = Literal["curve", "float16", "float32"]
+
+# returns a row of the first block of the images of some blocks, by index
+FirstLabels = Callable[[np.ndarray], EncodedLabels]
 
 _RATE_MAX_KEPT = 255  # a count of one byte
 _STEP = 7919  # from the view of a block that is checked to that of the next: a prime
@@ -66,6 +69,13 @@ class Rows(NamedTuple):
         """Return the same rows on a device; a copy to the CPU is complete on return."""
         return Rows(self.labels.to(device), None if self.logits is None else self.logits.to(device))
 
+    def with_models(self, firsts: FirstLabels | None) -> "Rows":
+        """Return the same rows, with the models of first blocks where their blocks use these."""
+        if firsts is None or not isinstance(self.labels, EncodedLabels):
+            return self
+        users = self.labels.uses_others().nonzero()[0]
+        return self._replace(labels=self.labels.using(firsts(users))) if len(users) else self
+
     @staticmethod
     def concat(parts: "Sequence[Rows]") -> "Rows":
         """Return the rows of several parts of one encoding, in order."""
@@ -96,6 +106,15 @@ class BlockFormat:
             return 0
         return 1 if self.topk is None or self.topk <= _RATE_MAX_KEPT else 2
 
+    @property
+    def shares_models(self) -> bool:
+        """Whether the views of a block may share a model, and added ones that of earlier views."""
+        return self.form == "curve" and self.topk is None and not self.logits
+
+    def labels_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> EncodedLabels:
+        """Return a row of each of N blocks of a curve, not decoded."""
+        return EncodedLabels.of_data(data, ends_N, num_views, self.num_classes)[::num_views]
+
     def blocks(self, rows: Rows, num_views: int) -> list[bytes]:
         """Return the block of each image; ``rows``, on the CPU, has its views in order.
 
@@ -115,15 +134,23 @@ class BlockFormat:
         return [block + logits[begin:end] for begin, end, block in spans_I]
 
     def rows_of(
-        self, data: np.ndarray, ends_N: np.ndarray, num_views: int, views_N: np.ndarray
+        self,
+        data: np.ndarray,
+        ends_N: np.ndarray,
+        num_views: int,
+        views_N: np.ndarray,
+        firsts: FirstLabels | None = None,
     ) -> Rows:
         """Return one view of each of N blocks; ``data`` uint8 has the blocks in order.
 
-        Raises LabelSetError for a block that this encoding cannot have written.
+        ``firsts`` as ``Rows.with_models``. Raises LabelSetError for a block that this encoding
+        cannot have written.
         """
         _check_sizes(ends_N, num_views)
         rows = self._rows(data, ends_N, num_views, np.arange(len(ends_N)), views_N)
-        rows.labels.kept()  # decodes them now: an error belongs to the set that is read
+        (
+            rows := rows.with_models(firsts)
+        ).labels.kept()  # decodes them now: an error belongs to the set that is read
         return rows
 
     def all_rows_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mealv2.codec import encode
+from mealv2.codec import EncodedLabels, encode
 from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import BlockFormat, Rows
@@ -79,14 +79,27 @@ class Encoding(BlockFormat):
         return text + (", with logits" if self.logits else "")
 
     def encode(
-        self, probs_NC: Tensor, mean_logits_NC: Tensor | None = None, *, num_views: int = 1
+        self,
+        probs_NC: Tensor,
+        mean_logits_NC: Tensor | None = None,
+        *,
+        num_views: int = 1,
+        first: EncodedLabels | None = None,
     ) -> Rows:
-        """Encode an ensemble's output, on its device; all views of an image follow each other."""
+        """Encode an ensemble's output, on its device; all views of an image follow each other.
+
+        ``first``, a row of the first block of each image, is for ``shares_models`` only.
+        """
         labels: Labels
         if self.form == "curve":
             together = not self.logits  # logits are stored for the classes of a record
             labels = encode(
-                probs_NC, rate=self.rate, topk=self.topk, num_views=num_views, together=together
+                probs_NC,
+                rate=self.rate,
+                topk=self.topk,
+                num_views=num_views,
+                together=together,
+                first=first if self.shares_models else None,
             )
         else:
             assert self.topk is not None

@@ -35,11 +35,19 @@ def open_blocks(
         raise LabelSetError(
             f"{folder} holds {held} views of each image, but {num_views} are needed"
         )
-    return [
+    opened = [
         (views, [_open_shard(folder, manifest, split, views, entry) for entry in block["shards"]])
         for block in blocks
         if (views := range(*block["views"])).stop <= (num_views or stops[-1])
     ]
+    for _, files in opened:
+        for file, first in zip(files, opened[0][1], strict=False):
+            if file.header.get("first_sha256", first.head_sha256) != first.head_sha256:
+                raise LabelSetError(
+                    f"shard {file.path} was made for other first views than {first.path} has; run "
+                    "the same `mealv2 labels add-views` again to replace it"
+                )
+    return opened
 
 
 def _open_shard(

@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from mealv2.codec import EncodedLabels
+from mealv2.codec import EncodedLabels, encode
 from mealv2.errors import LabelSetError
 from mealv2.label_set.addresses import encoded_keys, views_as_int64
 from mealv2.label_set.blocks import Rows
@@ -68,6 +68,8 @@ class LabelSet:
         self._num_sets = num_sets
         most = max_open_files((len(blocks) + bool(appended)) * num_sets)
         self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
+        for table in self._tables[1:]:
+            table.first = self._tables[0]
         self.appended = list(appended)
         files = open_appended(folder, manifest, split, appended)
         self._appended = Table(files, range(1), max_open_files=most)
@@ -227,6 +229,18 @@ class LabelSet:
         order_N = np.concatenate([where_N for where_N, *_ in parts]).argsort()
         return Rows.concat(found).rows(torch.from_numpy(order_N))
 
+    def first_labels(self, keys: Sequence[str]) -> EncodedLabels:
+        """Return a row of the first block of each image, not decoded, for ``Encoding.encode``.
+
+        Of an image that has no labels, one without a model. Raises as ``lookup``.
+        """
+        names = encoded_keys(keys)
+        has_labels_N = self._tables[0].rows(names) >= 0
+        labels = self._tables[0].labels_of(names, self.encoding, np.flatnonzero(has_labels_N))
+        no_model = encode(torch.ones(1, self.num_classes), topk=1)
+        order_N = np.where(has_labels_N, np.cumsum(has_labels_N) - 1, len(labels))
+        return EncodedLabels.concat([labels, no_model])[order_N]
+
     def _missing_label(self, key: str, view: int) -> LabelSetError:
         """Return the error for a label that the set does not have."""
         if key not in self:
@@ -244,6 +258,7 @@ class Table:
     """Shards of one range of views: images by key, and their labels."""
 
     def __init__(self, files: list[ShardFile], views: range, *, max_open_files: int) -> None:
+        self.first: Table | None = None  # has the first views, whose models added ones may use
         self.files = files
         self.views = views
         # not mapped: the pages of a mapped file count as the process's memory, and random reads
@@ -271,6 +286,27 @@ class Table:
         self, keys: Sequence[bytes], rows_N: np.ndarray, views_N: np.ndarray, encoding: Encoding
     ) -> Rows:
         """Return one view of each row; raises LabelSetError for labels that fail their CRC."""
+        blocks = self._blocks(keys, rows_N)
+        firsts = None if self.first is None else partial(self.first.labels_of, keys, encoding)
+        try:
+            return encoding.rows_of(*blocks, len(self.views), views_N, firsts)
+        except LabelSetError as error:
+            folder = self.files[0].path.parent
+            raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
+
+    def labels_of(
+        self, names: Sequence[bytes], encoding: Encoding, some_N: np.ndarray
+    ) -> EncodedLabels:
+        """Return a row of the block of some images, not decoded; raises LabelSetError."""
+        keys = [names[i] for i in some_N.tolist()]
+        rows_N = self.rows(keys)
+        if (rows_N < 0).any():
+            key = keys[int(np.argmin(rows_N))].decode()
+            raise LabelSetError(f"the first views of {key!r} have no labels")
+        return encoding.labels_of(*self._blocks(keys, rows_N), len(self.views))
+
+    def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of the blocks of rows, and where each ends."""
         places = self._index.places(rows_N)
         blocks, missing = [b""] * len(keys), list[Missing]()
         order_N = np.argsort(rows_N)  # file by file, and in the order of the file
@@ -285,20 +321,13 @@ class Table:
                 missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
         if missing and self._web:
             self._web.fill(blocks, missing)
-        data = np.frombuffer(b"".join(blocks), np.uint8)
-        try:
-            return encoding.rows_of(data, np.cumsum(places.sizes_N), len(self.views), views_N)
-        except LabelSetError as error:
-            folder = self.files[0].path.parent
-            raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
+        return np.frombuffer(b"".join(blocks), np.uint8), np.cumsum(places.sizes_N)
 
     def stored_view(self, row: int, view: int, *, width: int, height: int) -> View:
         """Return a view whose box the shard stores."""
         number = int(np.searchsorted(self._index.first_rows, row, side="right")) - 1
-        file, at = (
-            self.files[number],
-            (row - self._index.first_rows[number], view - self.views.start),
-        )
+        file = self.files[number]
+        at = row - self._index.first_rows[number], view - self.views.start
         flip = bool(file.column("flips")[at])
         return unpacked_view(file.column("boxes")[at], flip, width=width, height=height)
 

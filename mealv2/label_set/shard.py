@@ -103,8 +103,9 @@ class Shard:
     ``skipped`` maps the key of each image without labels to its ``position`` among all images of
     the shard, ``reason``, ``bytes``, ``class`` and, if its bytes could be read, ``content_hash``.
     ``boxes_sha256`` covers the boxes of the views; ``counts`` are integers, for example of correct
-    predictions. In appended rows V is 1, ``views_N`` has the view of each row and ``hashes_N`` the
-    content hash of its image, and a key may occur twice.
+    predictions. ``first_sha256`` is the SHA-256 of the head of the shard with the first views of
+    the same images, where blocks use its models. In appended rows V is 1, ``views_N`` has the view
+    of each row and ``hashes_N`` the content hash of its image, and a key may occur twice.
     """
 
     plan_sha256: str
@@ -121,6 +122,7 @@ class Shard:
     boxes_sha256: str | None = None
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
+    first_sha256: str | None = None
 
 
 def write_shard(
@@ -148,6 +150,7 @@ def shard_bytes(shard: Shard) -> bytes:
         "boxes_sha256": shard.boxes_sha256,
         "skipped": shard.skipped,
         "counts": shard.counts,
+        **({} if shard.first_sha256 is None else {"first_sha256": shard.first_sha256}),
         "columns": {
             name: {"offset": 0, "type": column.dtype.str, "shape": list(column.shape)}
             | ({} if name == LABELS else {"sha256": sha256(column.tobytes()).hexdigest()})

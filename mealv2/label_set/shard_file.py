@@ -178,6 +178,7 @@ class ShardFile:
             boxes_sha256=header["boxes_sha256"],
             skipped=header["skipped"],
             counts=header["counts"],
+            first_sha256=header.get("first_sha256"),
         )
 
     @cached_property

@@ -144,6 +144,8 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
         raise ValueError("its views are not valid")
     if num_images * num_views > shapes[LABELS][0]:  # a label has at least one byte
         raise ValueError("it has fewer labels than views")
+    if not isinstance(header.get("first_sha256", ""), str):
+        raise ValueError("its first_sha256 is not valid")
     if not all(map(_is_skipped, header["skipped"].values())):
         raise ValueError("its skipped images are not valid")
     for together in _TOGETHER:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from mealv2 import defaults
-from mealv2.codec import to_device
+from mealv2.codec import EncodedLabels, to_device
 from mealv2.data.loader import on_device
 from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, DataError, OnBadImage
-from mealv2.label_set import Encoding, Rows
+from mealv2.label_set import Encoding, LabelSet, Rows
 from mealv2.metrics import num_correct
 from mealv2.models.ensemble import (
     ONE_SIZE,
@@ -66,13 +66,17 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Annotator:
-    """An ensemble on its device, and the encoding of its labels."""
+    """An ensemble on its device, and the encoding of its labels.
+
+    ``first`` has the first labels of the images, whose models those of added views may use.
+    """
 
     ensemble: TeacherEnsemble
     runtime: LocalRuntime
     encoding: Encoding
     batch_size: int
     on_bad_image: OnBadImage
+    first: LabelSet | None = None
 
     def annotate(
         self, source: ImageSource, batches: Iterable[Batch], *, num_views: int, count_correct: bool
@@ -86,7 +90,7 @@ class Annotator:
         failed: dict[int, str] = {}
         hashes: dict[int, int] = {}
         positions: list[int] = []
-        encoder = _RowEncoder(self.encoding, source, num_views)
+        encoder = _RowEncoder(self.encoding, source, num_views, self.first)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
         device = self.runtime.device
         shape = (2, len(self.ensemble.teachers) + 1)
@@ -140,10 +144,13 @@ class _RowEncoder:
     other. An image of which views are missing has no rows. The host waits for the device only here.
     """
 
-    def __init__(self, encoding: Encoding, source: ImageSource, num_views: int) -> None:
+    def __init__(
+        self, encoding: Encoding, source: ImageSource, num_views: int, first: LabelSet | None
+    ) -> None:
         self._encoding = encoding
         self._source = source
         self._num_views = num_views
+        self._first = first
         self._outputs: list[EnsembleOutput] = []
         self._positions: list[int] = []  # of the pending rows
         none = torch.zeros(0, encoding.num_classes)
@@ -182,12 +189,22 @@ class _RowEncoder:
         first_pending = len(self._positions) if last is None else self._positions.index(last)
         rows = complete_images(self._positions[:first_pending], self._num_views)
         encoded = self._encoding.encode(
-            *(column[rows.to(column.device)] for column in outputs), num_views=self._num_views
+            *(column[rows.to(column.device)] for column in outputs),
+            num_views=self._num_views,
+            first=self._first_labels(rows),
         )
         self._parts.append(encoded.to(torch.device("cpu")))
         self._positions = self._positions[first_pending:]
         pending = EnsembleOutput(*(column[first_pending:] for column in outputs))
         self._outputs = [pending] if self._positions else []
+
+    def _first_labels(self, rows: torch.Tensor) -> EncodedLabels | None:
+        """Return a row of the first block of each image of pending rows."""
+        if self._first is None or not self._encoding.shares_models:
+            return None
+        of_images = rows[:: self._num_views].tolist()
+        keys = [self._source.keys[self._positions[row]] for row in of_images]
+        return self._first.first_labels(keys)
 
 
 def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:

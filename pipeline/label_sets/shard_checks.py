@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.label_set import Encoding, ShardFile
+from mealv2.label_set import Encoding, ShardFile, first_labels_of
 from mealv2.label_set.blocks import key_hash
 from mealv2.storage.regular_files import read_regular
 from pipeline import console
@@ -97,8 +97,10 @@ def _problem(file: ShardFile, encoding: Encoding) -> str | None:
     if not file.has_column("views") and len(set(keys)) < len(keys):
         return "contains an image twice"
     try:
+        firsts = first_labels_of(file, encoding)
         blocks = file.column("labels"), file.column("label_ends"), file.num_views
-        encoding.check(encoding.rows_to_check(*blocks), most=_DECODED)
+        rows = encoding.rows_to_check(*blocks).with_models(firsts)
+        encoding.check(rows, most=_DECODED)
     except LabelSetError as error:
         return str(error)
     return None

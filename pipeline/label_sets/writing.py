@@ -100,6 +100,10 @@ class Writer:
                 first_view=views.start,
                 num_views=len(views),
             )
+            if shard.first_sha256 is not None:  # blocks with the models of another shard
+                first = ShardFile(self.folder / label_set.shard_name(split, planned.number))
+                encoding = Encoding.of_plan(self.plan)
+                shard = label_set.bound_to_first(shard, encoding, first.head_sha256)
             path = self.folder / planned.name
             label_set.write_shard(path, shard, replace=os.path.lexists(path))
 
@@ -162,7 +166,9 @@ def all_rows(file: ShardFile, encoding: Encoding) -> Rows:
     """Return every label of a shard, image by image; raises LabelSetError if one is damaged."""
     deque(file.intact_blocks(), maxlen=0)  # checks them without a copy
     ends = file.column("label_ends")
-    return encoding.all_rows_of(file.column("labels"), ends, file.num_views)
+    firsts = label_set.first_labels_of(file, encoding)
+    rows = encoding.all_rows_of(file.column("labels"), ends, file.num_views)
+    return rows.with_models(firsts)
 
 
 def encoded(rows: Rows, of: Encoding, to: Encoding, num_views: int) -> Rows:
