@@ -6,6 +6,7 @@ from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
 from mealv2.label_set.content import content_of, labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.logits import FittedLogits, Logits, concat_logits
 from mealv2.label_set.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -53,8 +54,10 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
+    "FittedLogits",
     "Images",
     "LabelSet",
+    "Logits",
     "PlannedShard",
     "Rows",
     "Shard",
@@ -71,6 +74,7 @@ __all__ = [
     "check_shard",
     "claim",
     "class_of",
+    "concat_logits",
     "content_of",
     "creating_command",
     "describe_file",
