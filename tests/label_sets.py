@@ -12,6 +12,7 @@ from mealv2.label_set import (
     FORMAT,
     FORMAT_VERSION,
     Encoding,
+    FittedLogits,
     Images,
     LabelSet,
     Rows,
@@ -23,6 +24,7 @@ from mealv2.label_set import (
     write_shard,
 )
 from mealv2.label_set.content import content_of
+from mealv2.label_set.logits import LINE_SIZE
 from mealv2.models.ensemble import combine
 from mealv2.soft_labels import EncodedLabels, SoftLabels
 from mealv2.storage.json_format import json_sha256
@@ -213,6 +215,9 @@ def forms_of(rows: Rows) -> list[bytes]:
         forms = _forms_of_encoded(rows.labels)
     if rows.logits is None:
         return forms
+    if isinstance(rows.logits, FittedLogits):
+        lines, size = rows.logits.to_bytes(), LINE_SIZE
+        return [form + lines[size * n : size * (n + 1)] for n, form in enumerate(forms)]
     # how far logits are padded says nothing
     counts = rows.labels.kept().is_kept_NK.sum(dim=1).tolist()
     logits = zip(rows.logits.values_NK, rows.logits.rest_N, counts, strict=True)
@@ -256,7 +261,11 @@ def same(a: Rows, b: Rows) -> bool:
 def types_of(rows: Rows) -> list[object]:
     """Return the types that rows are stored in."""
     labels, logits = rows.labels, rows.logits
-    types: list[object] = [] if logits is None else [logits.values_NK.dtype, logits.rest_N.dtype]
+    types: list[object] = []
+    if logits is not None:
+        is_fitted = isinstance(logits, FittedLogits)
+        values = logits.offsets_N if is_fitted else logits.values_NK
+        types = [is_fitted, values.dtype, logits.rest_N.dtype]
     if isinstance(labels, SoftLabels):
         return [*types, labels.indices_NK.dtype, labels.probs_NK.dtype, labels.rest_N.dtype]
     return [*types, labels.count_size]

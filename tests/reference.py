@@ -318,7 +318,12 @@ def decode_record(record: bytes, k: int, num_classes: int) -> np.ndarray:
 
 
 def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.ndarray:
-    """Return the distributions of a block whose views share a model, float64 V x C.
+    """Return the distributions of a block whose views share a model, float64 V x C."""
+    return decode_shared(block, num_views, num_classes)[0]
+
+
+def decode_shared(block: bytes, num_views: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
+    """Return the distributions of a block whose views share a model, and its listed classes.
 
     Written from docs/reference/label-codec.md: nibble after nibble, bit after bit.
     """
@@ -366,7 +371,7 @@ def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.nd
         row = np.full(num_classes, masses[-1])
         row[ids] = masses[:num_listed]
         rows.append(row / row.sum())
-    return np.array(rows)
+    return np.array(rows), ids
 
 
 def with_own_model(
@@ -501,6 +506,8 @@ def read_block(
     logits: bool = False,
 ) -> list[BlockView]:
     """Read the views of a block, byte after byte: counts, records, logits."""
+    if logits and form == "curve" and topk is None:
+        return _with_fitted_logits(block, num_classes, num_views)
     position = 0
 
     def take(num_bytes: int) -> bytes:
@@ -540,6 +547,35 @@ def read_block(
         views.append(BlockView(row, logits_C))
     assert position == len(block)
     return views
+
+
+def _with_fitted_logits(block: bytes, num_classes: int, num_views: int) -> list[BlockView]:
+    """Read the views of a block that ends with a slope, an offset and the others' mean of each."""
+    end = len(block) - 5 * num_views
+    labels, lines = block[:end], block[end:]
+    views = read_block(labels, form="curve", num_classes=num_classes, num_views=num_views)
+    kept = kept_classes(labels, num_classes, num_views)
+    found = []
+    for view, ids, at in zip(views, kept, range(0, len(lines), 5), strict=True):
+        offset, rest = np.frombuffer(lines, "<f2", 2, at + 1).astype(np.float64)
+        logits_C = np.full(num_classes, rest)
+        logits_C[ids] = lines[at] / 64 * np.log(view.probs_C[ids]) + offset
+        found.append(BlockView(view.probs_C, logits_C))
+    return found
+
+
+def kept_classes(labels: bytes, num_classes: int, num_views: int) -> list[list[int]]:
+    """Return the classes that each view of a block of labels keeps."""
+    if num_views > 1 and labels[0]:
+        return [decode_shared(labels, num_views, num_classes)[1]] * num_views
+    at = num_views > 1
+    counts = labels[at : at + num_views]
+    ids, at = [], at + num_views
+    for k in counts:
+        size = record_size(k, num_classes)
+        ids.append(record_ids(labels[at : at + size], k, num_classes))
+        at += size
+    return ids
 
 
 def record_ids(record: bytes, k: int, num_classes: int) -> list[int]:

@@ -67,19 +67,19 @@ def records(data, form, views, topk, c):  # probabilities of views by themselves
 
 def label_set(folder, role="train"):  # yields (key, view), probabilities
     plan, of = (m := json.loads((folder / "manifest.json").read_bytes()))["plan"], m["roles"][role]
-    form, k, c = plan["labels"]["form"], plan["labels"].get("topk", 0), len(plan["classes"])
+    form, k, c = (labels := plan["labels"])["form"], labels.get("topk", 0), len(plan["classes"])
     for data in ((folder / s["name"]).read_bytes() for b in of["blocks"] for s in b["shards"]):
         *about, a, n, digest = struct.unpack_from("<8sIIQQQ32s", data)
         assert sha256(data[:72]).digest() + sha256(data[a:a + n]).digest() == data[72:104] + digest
         assert about == [b"MEALV2\x1a\n", 2, 0, len(data)]
-        head, x = json.loads(data[a:a + n]), {}
-        for name, place in head["columns"].items():
-            x[name] = np.ndarray(place["shape"], place["type"], data, place["offset"])
-            assert name == "labels" or sha256(x[name]).hexdigest() == place["sha256"], name
+        places = (head := json.loads(data[a:a + n]))["columns"]
+        x = {s: np.ndarray(p["shape"], p["type"], data, p["offset"]) for s, p in places.items()}
+        assert all(sha256(x[s]).hexdigest() == places[s]["sha256"] for s in x if s != "labels")
         keys, blocks = (np.split(x[f"{s}s"], x[f"{s}_ends"])[:-1] for s in ("key", "label"))
         for key, rest, crc in zip(keys, blocks, x["crc32"], strict=True):
             assert zlib.crc32(rest, zlib.crc32(key)) == crc, key.tobytes()
-            views, first = head["num_views"], head["first_view"]
+            views, line = head["num_views"], 5 * (labels["logits"] and "rate" in labels)
             kind = shared if form == "curve" and views > 1 and rest[0] else records
-            for view, row in enumerate(kind(rest.tobytes(), form, views, k, c), first):
+            rest = rest[:len(rest) - line * views].tobytes()  # without the logits, a line a view
+            for view, row in enumerate(kind(rest, form, views, k, c), head["first_view"]):
                 yield (key.tobytes().decode(), view), row

@@ -7,6 +7,7 @@ from mealv2.label_set.claiming import claim
 from mealv2.label_set.content import content_of, labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.first_blocks import bound_to_first, first_labels_of
+from mealv2.label_set.logits import FittedLogits, Logits, concat_logits
 from mealv2.label_set.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -54,8 +55,10 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
+    "FittedLogits",
     "Images",
     "LabelSet",
+    "Logits",
     "PlannedShard",
     "Rows",
     "Shard",
@@ -73,6 +76,7 @@ __all__ = [
     "check_shard",
     "claim",
     "class_of",
+    "concat_logits",
     "content_of",
     "creating_command",
     "describe_file",
