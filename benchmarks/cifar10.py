@@ -43,7 +43,7 @@ SETTING = Setting(
     val_images=200,
     val_split="test",
 )
-RATES = (0.0003, 0.001, 0.005, 0.02)
+RATES = (0.0003, 0.001, 0.004, 0.016, 0.064)
 NUM_VIEWS = (1, 3, 6)
 # the second and third size of student beside Setting.student
 SMALLER = ("test_efficientnet", ())

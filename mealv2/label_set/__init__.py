@@ -33,6 +33,7 @@ from mealv2.label_set.planned import (
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import (
     FORMAT_VERSION,
+    EncodingLoss,
     Images,
     Shard,
     StoredViews,
@@ -53,6 +54,7 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
+    "EncodingLoss",
     "Images",
     "LabelSet",
     "PlannedShard",

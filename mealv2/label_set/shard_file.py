@@ -1,8 +1,9 @@
 """Reading a shard: every byte is checked before use, without an HDF5 library."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import block_crc
-from mealv2.label_set.shard import LABELS, Images, Shard, StoredViews
+from mealv2.label_set.shard import LABELS, EncodingLoss, Images, Shard, StoredViews
 from mealv2.label_set.shard_head import read_head
 from mealv2.storage.regular_files import open_regular
 
@@ -150,6 +151,7 @@ class ShardFile:
             boxes_sha256=header["boxes_sha256"],
             skipped=header["skipped"],
             counts=header["counts"],
+            loss=loss_in(header),
         )
 
     @cached_property
@@ -161,6 +163,11 @@ class ShardFile:
         array = mapped.numpy()
         array.flags.writeable = False
         return array
+
+
+def loss_in(header: Mapping[str, Any]) -> EncodingLoss | None:
+    """Return what a shard's labels lose, by its header; None if it does not say."""
+    return EncodingLoss(**header["encoding_loss"]) if "encoding_loss" in header else None
 
 
 def skipped_hashes(file: ShardFile) -> dict[str, int]:
