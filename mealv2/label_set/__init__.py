@@ -35,6 +35,7 @@ from mealv2.label_set.planned import (
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import (
     FORMAT_VERSION,
+    EncodingLoss,
     Images,
     Shard,
     StoredViews,
@@ -55,6 +56,7 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
+    "EncodingLoss",
     "FittedLogits",
     "Images",
     "LabelSet",

@@ -165,9 +165,8 @@ class BlockFormat:
         """
         self._check_sizes(ends_N, num_views)
         rows = self._rows(data, ends_N, num_views, np.arange(len(ends_N)), views_N)
-        (
-            rows := rows.with_models(firsts)
-        ).labels.kept()  # decodes them now: an error belongs to the set that is read
+        rows = rows.with_models(firsts)
+        rows.labels.kept()  # decodes them now: an error belongs to the set that is read
         return rows
 
     def all_rows_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
@@ -185,7 +184,7 @@ class BlockFormat:
         """
         if self.form != "curve" or self.logits or not len(ends_N):
             return self.all_rows_of(data, ends_N, num_views)
-        _check_sizes(ends_N, num_views)
+        self._check_sizes(ends_N, num_views)
         images = np.arange(len(ends_N))
         views = images * _STEP % num_views
         one = self._rows(data, ends_N, num_views, images, views).labels

@@ -1,9 +1,10 @@
 """Reading a shard: every byte is checked before use, without an HDF5 library."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
-from mealv2.label_set.shard import LABELS, Images, Shard, StoredViews
+from mealv2.label_set.shard import LABELS, EncodingLoss, Images, Shard, StoredViews
 from mealv2.label_set.shard_head import read_head
 from mealv2.storage.regular_files import open_regular
 
@@ -179,6 +180,7 @@ class ShardFile:
             skipped=header["skipped"],
             counts=header["counts"],
             first_sha256=header.get("first_sha256"),
+            loss=loss_in(header),
         )
 
     @cached_property
@@ -190,6 +192,11 @@ class ShardFile:
         array = mapped.numpy()
         array.flags.writeable = False
         return array
+
+
+def loss_in(header: Mapping[str, Any]) -> EncodingLoss | None:
+    """Return what a shard's labels lose, by its header; None if it does not say."""
+    return EncodingLoss(**header["encoding_loss"]) if "encoding_loss" in header else None
 
 
 def skipped_hashes(file: ShardFile) -> dict[str, int]:

@@ -14,7 +14,8 @@ from mealv2.data.loader import on_device
 from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import ConfigError, DataError, OnBadImage
-from mealv2.label_set import Encoding, LabelSet, Rows
+from mealv2.label_set import Encoding, EncodingLoss, LabelSet, Rows
+from mealv2.labelling.encoding_loss import encoding_loss, sample_size
 from mealv2.metrics import num_correct
 from mealv2.models.ensemble import (
     ONE_SIZE,
@@ -37,7 +38,8 @@ class Annotations:
     ``sizes_N2`` and ``boxes_N5`` are as in Batch. ``correct`` has the numbers of correct
     predictions, int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble.
     ``failed`` maps the positions of unreadable images to the reason. ``hashes`` are the content
-    hashes of all images whose bytes could be read, by position.
+    hashes of all images whose bytes could be read, by position. ``loss`` is what the first labels
+    lose by their encoding.
     """
 
     positions: list[int]
@@ -47,6 +49,7 @@ class Annotations:
     correct: np.ndarray
     failed: dict[int, str]
     hashes: dict[int, int] = field(default_factory=dict)
+    loss: EncodingLoss | None = None
 
     def without_failed(self) -> "Annotations":
         """Return the annotations without the views of images that failed, which have no rows.
@@ -113,14 +116,16 @@ class Annotator:
                 counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
                 correct += torch.stack(counts).view(shape)
             encoder.add(output, batch.positions)
+        rows, loss = encoder.finish()
         return Annotations(
             positions,
-            encoder.rows(),
+            rows,
             np.concatenate(sizes),
             np.concatenate(boxes),
             correct.cpu().numpy(),
             failed,
             hashes,
+            loss,
         ).without_failed()
 
     def predict(
@@ -150,11 +155,12 @@ class _RowEncoder:
         self._encoding = encoding
         self._source = source
         self._num_views = num_views
-        self._first = first
+        self._first_set = first
         self._outputs: list[EnsembleOutput] = []
         self._positions: list[int] = []  # of the pending rows
         none = torch.zeros(0, encoding.num_classes)
         self._parts = [encoding.encode(none, none, num_views=num_views)]
+        self._first = [none]  # exact probabilities of the first rows, whose loss is measured
 
     def add(self, output: EnsembleOutput, positions: Sequence[int]) -> None:
         """Add the output of a batch, for the images at these positions of the source.
@@ -167,10 +173,11 @@ class _RowEncoder:
         if len(self._positions) >= max(limit, 2 * self._num_views):
             self._encode(all_images=False)
 
-    def rows(self) -> Rows:
-        """Return all rows, on the CPU; raises as ``add``."""
+    def finish(self) -> tuple[Rows, EncodingLoss | None]:
+        """Return all rows, on the CPU, and what the first ones lose; raises as ``add``."""
         self._encode(all_images=True)
-        return Rows.concat(self._parts)
+        rows = Rows.concat(self._parts)
+        return rows, encoding_loss(torch.cat(self._first), rows.labels)
 
     def _encode(self, *, all_images: bool) -> None:
         """Encode the pending rows, without those of the last image unless ``all_images``."""
@@ -194,17 +201,20 @@ class _RowEncoder:
             first=self._first_labels(rows),
         )
         self._parts.append(encoded.to(torch.device("cpu")))
+        unmeasured = sample_size(self._num_views) - sum(map(len, self._first))
+        first = rows[:unmeasured].to(outputs.probs_BC.device)
+        self._first.append(outputs.probs_BC[first].cpu())
         self._positions = self._positions[first_pending:]
         pending = EnsembleOutput(*(column[first_pending:] for column in outputs))
         self._outputs = [pending] if self._positions else []
 
     def _first_labels(self, rows: torch.Tensor) -> EncodedLabels | None:
         """Return a row of the first block of each image of pending rows."""
-        if self._first is None or not self._encoding.shares_models:
+        if self._first_set is None or not self._encoding.shares_models:
             return None
         of_images = rows[:: self._num_views].tolist()
         keys = [self._source.keys[self._positions[row]] for row in of_images]
-        return self._first.first_labels(keys)
+        return self._first_set.first_labels(keys)
 
 
 def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:

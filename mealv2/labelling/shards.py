@@ -237,6 +237,7 @@ def make_shard(
             for p, reason in annotations.failed.items()
         },
         counts={} if is_train else {"top1": top1, "top5": top5},
+        loss=annotations.loss,
     )
 
 

@@ -15,6 +15,7 @@ from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Encoding,
+    EncodingLoss,
     LabelSet,
     PlannedShard,
     Rows,
@@ -23,6 +24,7 @@ from mealv2.label_set import (
     class_of,
 )
 from mealv2.labelling import manifest
+from mealv2.labelling.encoding_loss import encoding_loss, sample_size
 from mealv2.runtime import library_versions
 from mealv2.soft_labels import Labels, SoftLabels
 from mealv2.storage.json_format import json_sha256
@@ -196,6 +198,20 @@ def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding, num_vi
             mean_logits_NC = _mean(logits, weights)
         done.append(to.encode(mean_probs(rows, weights), mean_logits_NC, num_views=num_views))
     return Rows.concat(done)
+
+
+def loss_of(
+    parts: Sequence[Rows],
+    weights: Sequence[int],
+    of: Sequence[Encoding],
+    rows: Rows,
+    num_views: int,
+) -> EncodingLoss | None:
+    """Return what ``rows`` lose of the weighted means; None if the sets are not dense."""
+    if not all(encoding.is_dense for encoding in of):
+        return None
+    first = torch.arange(min(len(rows.labels), sample_size(num_views)))
+    return encoding_loss(mean_probs([part.rows(first) for part in parts], weights), rows.labels)
 
 
 def mean_probs(parts: Sequence[Rows], weights: Sequence[int]) -> torch.Tensor:
