@@ -1,6 +1,7 @@
 """Added views whose blocks use the models of the first views: made, read, derived, damaged."""
 
 import pickle
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from range_server import range_server
 
 import reference
 import stored
-from conftest import Result
+from conftest import ROOT, Result
 from mealv2.errors import LabelSetError
 from mealv2.label_set import (
     LabelSet,
@@ -111,6 +112,14 @@ def test_the_labels_are_close_to_those_of_a_set_that_had_them_from_the_start(
     theirs = stored.dense_of(make_set("--rate", 0.0005, "--num-views", LAST))
     assert ours.keys() == theirs.keys()
     assert max(np.abs(ours[place] - theirs[place]).max() for place in ours) < 0.1
+
+
+def test_the_reader_of_the_documentation_agrees(added_set: Path) -> None:
+    found = runpy.run_path(str(ROOT / "docs/reference/reference_reader.py"))["label_set"](added_set)
+    dense = stored.dense_of(added_set)
+    rows = dict(found)
+    assert rows.keys() == dense.keys()
+    np.testing.assert_allclose(list(rows.values()), [dense[a] for a in rows], atol=1e-6)
 
 
 def test_verify_and_relabel_find_nothing(
