@@ -8,7 +8,8 @@ ImageNet models instead. Students see a smaller part; within a seed all rows hav
 images, views and order. The result of a run is its last epoch. Finished runs are kept, interrupted
 ones resumed.
 
-`--quick`: eight rows. `--table` prints what is finished. Results: docs/benchmarks/cifar10.md.
+`--quick`: eight rows. `--table` prints what is finished. Results: docs/benchmarks/cifar10.md; those
+of the rows of rates, all compared with the dense labels: docs/benchmarks/rates.md.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from benchmarks.distillation import (
 )
 from benchmarks.experiment_tables import chosen, exit_with_message, parser, run_rows
 from benchmarks.experiments import Config, Row
+from benchmarks.rate_tables import RATES, Comparison
 
 # Four residual blocks each; layers of stride 8 keep a map of 4 x 4 pixels.
 NARROW = ("channels=(16,32,64,128)", "layers=(1,1,1,1)", "output_stride=8")
@@ -43,7 +45,6 @@ SETTING = Setting(
     val_images=200,
     val_split="test",
 )
-RATES = (0.0003, 0.001, 0.005, 0.02)
 NUM_VIEWS = (1, 3, 6)
 # the second and third size of student beside Setting.student
 SMALLER = ("test_efficientnet", ())
@@ -286,6 +287,10 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = chosen(rows(bench), options)
     bench.write_images(options.data_dir)
     run_rows(asked, options)
+    rates = [row for row in asked if row.name == "soft" or row.name.startswith("rate-")]
+    if len(rates) > 1:
+        compared = Comparison(rates, options.output / "labels" / "dense", bench.data)
+        print(compared.write(options.output / "rates.md", range(options.seeds)))
 
 
 if __name__ == "__main__":

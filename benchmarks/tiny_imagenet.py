@@ -16,20 +16,10 @@ from typing import Any
 from timm.data.imagenet_info import ImageNetInfo
 
 from benchmarks.distillation import Bench, Setting, add_flags, setting_of
-from benchmarks.experiment_tables import (
-    chosen,
-    compare_with_labels,
-    exit_with_message,
-    figures,
-    mean_cell,
-    parser,
-    run_rows,
-    table,
-)
-from benchmarks.experiments import Config, Report, Row, finished
-from benchmarks.rates import labels_row, of_training
+from benchmarks.experiment_tables import chosen, exit_with_message, parser, run_rows
+from benchmarks.experiments import Config, Row
+from benchmarks.rate_tables import RATES, Comparison
 from mealv2.storage.atomic import write_atomic
-from mealv2.storage.json_format import canonical_json, read_json
 
 TEACHERS = ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite1.in1k")
 SETTING = Setting(
@@ -44,17 +34,13 @@ SETTING = Setting(
 NUM_VIEWS = 4
 # label sets by name, with the settings of `mealv2 labels convert`
 SETS: dict[str, dict[str, Any]] = {
-    "rate-0.0003": {"rate": 0.0003},
-    "rate-0.001": {"rate": 0.001},
-    "rate-0.005": {"rate": 0.005},
-    "rate-0.02": {"rate": 0.02},
+    **{f"rate-{rate:g}": {"rate": rate} for rate in RATES},
     "top-10": {"topk": "10"},
     "top-5": {"topk": "5"},
     "top-5-float16": {"topk": "5", "label_dtype": "float16"},
     "top-1": {"topk": "1"},
 }
-QUICK = ("rate-0.001", "rate-0.02", "top-5", "top-1")
-FIGURES = {"top1": ("top-1 %", 2), "agreement": ("agreement %", 2), "kl": ("KL, nats", 3)}
+QUICK = ("rate-0.001", "rate-0.016", "top-5", "top-1")
 
 
 class Rates:
@@ -91,48 +77,6 @@ class Rates:
             is_quick=name in ("dense", *QUICK),
         )
 
-    def report(self, config: Config) -> Report | None:
-        """Return the figures of a finished run against the dense labels; None before."""
-        if finished(config) is None:
-            return None
-        run = Path(str(config.output))
-        kept = run.with_name(f"{run.name}-dense.json")
-        if not kept.exists():
-            bench, labels = self.bench, Path(str(self.dense[-1].output))
-            found = compare_with_labels(run, bench.data, labels, bench.class_map)
-            write_atomic(kept, canonical_json(found).encode())
-        return dict(read_json(kept))
-
-    def labels_table(self, rows: Sequence[Row]) -> str:
-        """Return the table of the label sets that are finished."""
-        of = {row.name: row.result(0).as_json().get("labels") for row in rows}
-        folders = {name: Path(str(folder)) for name, folder in of.items() if folder}
-        folders = {
-            name: each for name, each in folders.items() if (each / "manifest.json").exists()
-        }
-        if "dense" not in folders:
-            return ""
-        dense_NC = of_training(folders["dense"]).to_dense()
-        names = {row.name: row.title for row in rows}
-        head = ["labels", "encoding", "bytes a view", "mean k", "k ≥ C − 1, %"]
-        head += ["KL to dense", "p99", "KL of the cut"]
-        lines = [[names[name], *labels_row(each, dense_NC)] for name, each in folders.items()]
-        return table(head, lines)
-
-    def students_table(self, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-        """Return accuracy, agreement with and KL to the dense labels, and their differences."""
-        lines: dict[str, list[str]] = {}
-        for name, (_, digits) in FIGURES.items():
-            found = figures(rows, seeds, name, report_of=self.report)
-            for row in rows:
-                each = found[row.name]
-                if each.values:
-                    line = lines.setdefault(row.name, [row.title, str(len(each.values))])
-                    line.append(mean_cell(list(each.values.values()), digits))
-                    line.append(mean_cell(list(each.differences.values()), digits, "+"))
-        titles = [word for title, _ in FIGURES.values() for word in (title, "minus dense")]
-        return table(["labels", "seeds", *titles], lines.values())
-
 
 def write_class_map(path: Path) -> None:
     """Write ImageNet's class names by class id, a line each, as --class-map reads them."""
@@ -153,9 +97,9 @@ def main(words: Sequence[str] | None = None) -> None:
     bench.write_images(options.data_dir)
     write_class_map(class_map)
     run_rows(asked, options)
-    text = f"{rates.labels_table(asked)}\n{rates.students_table(asked, range(options.seeds))}"
-    print(text)
-    write_atomic(options.output / "rates.md", text.encode())
+    dense = Path(str(rates.dense[-1].output))
+    compared = Comparison(asked, dense, bench.data, class_map)
+    print(compared.write(options.output / "rates.md", range(options.seeds)))
 
 
 if __name__ == "__main__":

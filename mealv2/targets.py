@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mealv2.codec import to_device
 from mealv2.errors import DataError
-from mealv2.label_set import Appender, LabelSet, Rows, web_set_at
+from mealv2.label_set import Appender, LabelSet, Logits, Rows, concat_logits, web_set_at
 from mealv2.models.ensemble import ONE_SIZE, BySize, TeacherEnsemble
 from mealv2.objects import ImageObjects
-from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
+from mealv2.soft_labels import Labels, SoftLabels, concat
 from mealv2.views import scheduled_view
 
 Missing = Literal["fail", "skip", "teach"]
@@ -37,7 +37,7 @@ class BatchTargets:
     soft_labels: Labels | None = None
     classes_B: Tensor | None = None
     mean_logits_BC: Tensor | None = None
-    kept_logits: KeptLogits | None = None
+    kept_logits: Logits | None = None
     multi_labels_BC: Tensor | None = None
     blocks: tuple[tuple[Tensor, ...], ...] = ()
     stored: tuple[Rows, ...] = ()
@@ -69,7 +69,7 @@ class BatchTargets:
         return BatchTargets(
             concat(soft_labels) if soft_labels else None,
             torch.cat(classes) if classes else None,
-            kept_logits=KeptLogits.concat(logits) if logits else None,
+            kept_logits=concat_logits(logits) if logits else None,
             label_counts=dict(label_counts),
         )
 

@@ -18,10 +18,11 @@ from mealv2 import label_set
 from mealv2.data.loader import WaitTimer, on_device, read_views
 from mealv2.data.source import ImageSource
 from mealv2.labelling import manifest
-from mealv2.labelling.annotator import Annotator, complete_images
+from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.label_set import make_label_set
 from mealv2.labelling.plan import LabelSplit, batch_requests, make_plan, splits_of
+from mealv2.labelling.row_encoder import complete_images
 from mealv2.labelling.shards import CompleteCheck, check_complete
 from mealv2.labelling.store import Store
 from mealv2.models.ensemble import EnsembleOutput

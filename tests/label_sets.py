@@ -12,6 +12,7 @@ from mealv2.label_set import (
     FORMAT,
     FORMAT_VERSION,
     Encoding,
+    FittedLogits,
     Images,
     LabelSet,
     Rows,
@@ -23,6 +24,7 @@ from mealv2.label_set import (
     write_shard,
 )
 from mealv2.label_set.content import content_of
+from mealv2.label_set.logits import LINE_SIZE
 from mealv2.models.ensemble import combine
 from mealv2.soft_labels import EncodedLabels, SoftLabels
 from mealv2.storage.json_format import json_sha256
@@ -202,7 +204,8 @@ def _encoded(encoding: Encoding, outputs_N: tuple[Tensor, Tensor | None], order_
 def forms_of(rows: Rows) -> list[bytes]:
     """Return what is stored of each row.
 
-    Its record, or the block that it shares with other views, and which of them it is; its values.
+    Its record, or the block that it shares with other views (and the one whose model that uses),
+    and which of them it is; its values.
     """
     if isinstance(rows.labels, SoftLabels):
         labels = rows.labels
@@ -212,6 +215,9 @@ def forms_of(rows: Rows) -> list[bytes]:
         forms = _forms_of_encoded(rows.labels)
     if rows.logits is None:
         return forms
+    if isinstance(rows.logits, FittedLogits):
+        lines, size = rows.logits.to_bytes(), LINE_SIZE
+        return [form + lines[size * n : size * (n + 1)] for n, form in enumerate(forms)]
     # how far logits are padded says nothing
     counts = rows.labels.kept().is_kept_NK.sum(dim=1).tolist()
     logits = zip(rows.logits.values_NK, rows.logits.rest_N, counts, strict=True)
@@ -226,10 +232,15 @@ def _bytes(tensor: Tensor) -> bytes:
 def _forms_of_encoded(labels: EncodedLabels) -> list[bytes]:
     forms = []
     data = labels.data_P.tobytes()
+    is_shared_B = labels.shared_blocks()
+    model_B = np.arange(len(is_shared_B)) if labels.model_B is None else labels.model_B
     for n, (block, view) in enumerate(zip(labels.block_N, labels.view_N, strict=True)):
         at, end = int(labels.at_B[block]), int(labels.ends_B[block])
-        if labels.views_B[block] > 1 and data[at]:
-            forms.append(bytes([1, view % 256, view // 256]) + data[at:end])
+        if is_shared_B[block]:
+            form = bytes([1, view % 256, view // 256]) + data[at:end]
+            if (model := model_B[block]) != block:
+                form += data[int(labels.at_B[model]) : int(labels.ends_B[model])]
+            forms.append(form)
         else:
             counts_R, at_R, sizes_R = (one := labels[n]).records()
             stored = one.data_P[int(at_R[0]) : int(at_R[0] + sizes_R[0])].tobytes()
@@ -250,7 +261,11 @@ def same(a: Rows, b: Rows) -> bool:
 def types_of(rows: Rows) -> list[object]:
     """Return the types that rows are stored in."""
     labels, logits = rows.labels, rows.logits
-    types: list[object] = [] if logits is None else [logits.values_NK.dtype, logits.rest_N.dtype]
+    types: list[object] = []
+    if logits is not None:
+        is_fitted = isinstance(logits, FittedLogits)
+        values = logits.offsets_N if is_fitted else logits.values_NK
+        types = [is_fitted, values.dtype, logits.rest_N.dtype]
     if isinstance(labels, SoftLabels):
         return [*types, labels.indices_NK.dtype, labels.probs_NK.dtype, labels.rest_N.dtype]
     return [*types, labels.count_size]

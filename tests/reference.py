@@ -318,7 +318,12 @@ def decode_record(record: bytes, k: int, num_classes: int) -> np.ndarray:
 
 
 def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.ndarray:
-    """Return the distributions of a block whose views share a model, float64 V x C.
+    """Return the distributions of a block whose views share a model, float64 V x C."""
+    return decode_shared(block, num_views, num_classes)[0]
+
+
+def decode_shared(block: bytes, num_views: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
+    """Return the distributions of a block whose views share a model, and its listed classes.
 
     Written from docs/reference/label-codec.md: nibble after nibble, bit after bit.
     """
@@ -366,7 +371,37 @@ def decode_shared_block(block: bytes, num_views: int, num_classes: int) -> np.nd
         row = np.full(num_classes, masses[-1])
         row[ids] = masses[:num_listed]
         rows.append(row / row.sum())
-    return np.array(rows)
+    return np.array(rows), ids
+
+
+def with_own_model(
+    block: bytes, num_views: int, first: bytes, first_views: int, num_classes: int
+) -> bytes:
+    """Return a block that uses the model of ``first`` as one that has this model itself."""
+    num_components, first_size = first[0], first[3]
+    assert first_views > 1
+    size = 2 if num_views == 1 else block[0] - 8
+    assert block[0] == (0 if num_views == 1 else 8 + size)
+    assert size in (1, 2)
+
+    def parts(data: bytes, at: int, size: int, views: int) -> tuple[bytes, list[int], bytes]:
+        """Return lengths, nibbles, residuals."""
+        ends = range(at, at + size * views, size)
+        num_bits = sum(int.from_bytes(data[n : n + size], "little") for n in ends)
+        stream_at = len(data) - -(-num_bits // 8)
+        pairs = data[at + size * views : stream_at]
+        nibbles = [part for byte in pairs for part in (byte & 15, byte >> 4)]
+        return data[at : at + size * views], nibbles, data[stream_at:]
+
+    head = 4 + 2 * num_components
+    _, of_first, _ = parts(first, head, first_size, first_views)
+    lengths, nibbles, stream = parts(block, 1, size, num_views)
+    assert nibbles[num_components * num_views :] in ([], [15])
+    nibbles = nibbles[: num_components * num_views] + of_first[num_components * first_views :]
+    if len(nibbles) % 2:  # the padding moves
+        nibbles = nibbles[:-1] if nibbles[-1] == 15 else [*nibbles, 15]
+    pairs = bytes(a | b << 4 for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))
+    return first[:3] + bytes([size]) + first[4:head] + lengths + pairs + stream
 
 
 def _listed_ids(nibbles: list[int], num_listed: int, num_classes: int) -> list[int]:
@@ -471,6 +506,8 @@ def read_block(
     logits: bool = False,
 ) -> list[BlockView]:
     """Read the views of a block, byte after byte: counts, records, logits."""
+    if logits and form == "curve" and topk is None:
+        return _with_fitted_logits(block, num_classes, num_views)
     position = 0
 
     def take(num_bytes: int) -> bytes:
@@ -510,6 +547,35 @@ def read_block(
         views.append(BlockView(row, logits_C))
     assert position == len(block)
     return views
+
+
+def _with_fitted_logits(block: bytes, num_classes: int, num_views: int) -> list[BlockView]:
+    """Read the views of a block that ends with a slope, an offset and the others' mean of each."""
+    end = len(block) - 5 * num_views
+    labels, lines = block[:end], block[end:]
+    views = read_block(labels, form="curve", num_classes=num_classes, num_views=num_views)
+    kept = kept_classes(labels, num_classes, num_views)
+    found = []
+    for view, ids, at in zip(views, kept, range(0, len(lines), 5), strict=True):
+        offset, rest = np.frombuffer(lines, "<f2", 2, at + 1).astype(np.float64)
+        logits_C = np.full(num_classes, rest)
+        logits_C[ids] = lines[at] / 64 * np.log(view.probs_C[ids]) + offset
+        found.append(BlockView(view.probs_C, logits_C))
+    return found
+
+
+def kept_classes(labels: bytes, num_classes: int, num_views: int) -> list[list[int]]:
+    """Return the classes that each view of a block of labels keeps."""
+    if num_views > 1 and labels[0]:
+        return [decode_shared(labels, num_views, num_classes)[1]] * num_views
+    at = num_views > 1
+    counts = labels[at : at + num_views]
+    ids, at = [], at + num_views
+    for k in counts:
+        size = record_size(k, num_classes)
+        ids.append(record_ids(labels[at : at + size], k, num_classes))
+        at += size
+    return ids
 
 
 def record_ids(record: bytes, k: int, num_classes: int) -> list[int]:

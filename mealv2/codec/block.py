@@ -136,17 +136,32 @@ def block_bytes(model: Model, lengths_V: _Array, stream: bytes, num_classes: int
     nibbles = [model.nibbles_VR.reshape(-1), model.codes_RK.reshape(-1)]
     if num_listed < num_classes:
         nibbles.append(_gap_nibbles(model.ids_M, num_classes))
-    flat = np.concatenate(nibbles)
-    flat = np.pad(flat, (0, len(flat) % 2), constant_values=NIBBLE).astype(np.uint8)
     return b"".join(
         (
             head.tobytes(),
             of_weights.astype(np.uint8).tobytes(),
             lengths_V.astype(f"<u{length_size}").tobytes(),
-            (flat[::2] | flat[1::2] << 4).astype(np.uint8).tobytes(),
+            _bytes_of_nibbles(np.concatenate(nibbles)),
             stream,
         )
     )
+
+
+def block_with_model_of_another(nibbles_VR: _Array, lengths_V: _Array, stream: bytes) -> bytes:
+    """Return a block that uses the model of the image's first block; ``stream`` is its residuals.
+
+    The first byte says so: 0 for one view, whose count it would be, else one more than the most
+    components for lengths of one byte, and two more for lengths of two.
+    """
+    size = 2 if len(lengths_V) == 1 or lengths_V.max() > 255 else 1
+    first = 0 if len(lengths_V) == 1 else MAX_COMPONENTS + size
+    lengths = lengths_V.astype(f"<u{size}").tobytes()
+    return b"".join((bytes([first]), lengths, _bytes_of_nibbles(nibbles_VR.reshape(-1)), stream))
+
+
+def _bytes_of_nibbles(nibbles_X: _Array) -> bytes:
+    padded_X = np.pad(nibbles_X, (0, len(nibbles_X) % 2), constant_values=NIBBLE).astype(np.uint8)
+    return (padded_X[::2] | padded_X[1::2] << 4).astype(np.uint8).tobytes()
 
 
 def low_nibbles(num_listed: _Array | int, num_classes: int) -> _Array:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.codec.block import LOWEST, NIBBLE, DecodedRows, low_nibbles
-from mealv2.codec.block_layout import Layout, find_layout, windows
+from mealv2.codec.block_layout import Layout, Places, find_layout, windows
 from mealv2.codec.residual_reader import END, read_residuals
 from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
 from mealv2.errors import LabelSetError
@@ -38,26 +38,25 @@ class _Model(NamedTuple):
 
 def decode_shared(
     data_P: _Array,
-    at_N: _Array,
-    ends_N: _Array,
-    num_views_N: _Array,
+    blocks: Places,
+    with_models: Places,
     views_N: _Array,
     num_classes: int,
     *,
     strict: bool = False,
 ) -> DecodedRows:
-    """Decode one view of each of N blocks, which lie at these offsets.
+    """Decode one view of each of N blocks; ``with_models`` are those whose models they use.
 
     Raises LabelSetError for bytes that no writer leaves; for the residuals only if ``strict``,
     else every label is some distribution.
     """
     # most reads end at most a block's size beyond the data
-    longest = int((ends_N - at_N).max(initial=0))
+    longest = max(int((of.ends_N - of.at_N).max(initial=0)) for of in (blocks, with_models))
     data_P = np.concatenate([data_P, np.zeros(longest + 16, np.uint8)])
-    layout = find_layout(data_P, at_N, ends_N, num_views_N, views_N, num_classes)
-    shape = len(at_N), int(layout.counts_N.max(initial=1))
+    layout = find_layout(data_P, blocks, with_models, views_N, num_classes)
+    shape = len(views_N), int(layout.counts_N.max(initial=1))
     ids_NM, probs_NM = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    tail_N = np.zeros(len(at_N), np.float32)
+    tail_N = np.zeros(len(views_N), np.float32)
     order_N = np.argsort(layout.entries_N, kind="stable")
     for rows in (order_N[n : n + _ROWS] for n in range(0, len(order_N), _ROWS)):
         chosen = layout.rows(rows)
@@ -85,7 +84,7 @@ def _nibbles(data_P: _Array, layout: Layout, num_classes: int) -> tuple[_Array, 
     """Return codes and lists of rows as nibbles, and what is added to their offsets in the data."""
     first_N = layout.codes_at_N >> 1
     has_list_N = layout.counts_N < num_classes
-    last_N = np.where(has_list_N, layout.streams_at_N, (layout.gaps_at_N + 1) >> 1)
+    last_N = np.where(has_list_N, layout.lists_end_N, (layout.gaps_at_N + 1) >> 1)
     bytes_NS = windows(data_P, first_N, int((last_N - first_N).max()))
     pairs_NS = bytes_NS.astype("<u2")
     pairs_NS |= pairs_NS << np.uint16(4)
@@ -151,7 +150,7 @@ def _put_ids(
 ) -> _Array:
     """Put the listed classes of a group into the rows of all; return how many nibbles are left."""
     has_list_G = layout.counts_N < num_classes
-    left_G = 2 * layout.streams_at_N - layout.gaps_at_N
+    left_G = 2 * layout.lists_end_N - layout.gaps_at_N
     if not has_list_G.all():
         ids_NM[rows_G[~has_list_G], :num_classes] = np.arange(num_classes)
     num_low_G = low_nibbles(layout.counts_N, num_classes)
@@ -172,7 +171,7 @@ def _ids(
     And how many nibbles are left after them.
     """
     counts_N, at_N = layout.counts_N, shift_N + layout.gaps_at_N
-    spans_N = 2 * layout.streams_at_N - layout.gaps_at_N - num_low * counts_N
+    spans_N = 2 * layout.lists_end_N - layout.gaps_at_N - num_low * counts_N
     if (spans_N < counts_N).any():
         raise LabelSetError("a block is shorter than its list of classes")
     if (spans_N > counts_N + num_classes // NIBBLE + 2).any():
@@ -205,10 +204,15 @@ def _ids(
 
 def _check_padding(data_P: _Array, layout: Layout, left_N: _Array) -> None:
     """Raise LabelSetError unless at most one nibble of 15, and zeros, pad the parts of blocks."""
-    last_N = data_P[layout.streams_at_N - 1] >> 4
     unused_N = data_P[layout.ends_N - 1] >> ((layout.bits_N - 1) % 8 + 1).astype(np.uint8)
-    is_wrong_N = (left_N > 1) | (left_N > 0) & (last_N != NIBBLE)
-    if (is_wrong_N | (unused_N > 0) & (layout.bits_N > 0)).any():
+    is_wrong_N = (unused_N > 0) & (layout.bits_N > 0)
+    # the weights of a block that uses the model of another have padding of their own
+    is_own_N = layout.lists_end_N == layout.streams_at_N
+    left_of_weights_N = np.where(is_own_N, 0, 2 * layout.streams_at_N - layout.nibbles_end_N)
+    of_weights = layout.streams_at_N, left_of_weights_N
+    for ends_N, nibbles_N in ((layout.lists_end_N, left_N), of_weights):
+        is_wrong_N |= (nibbles_N > 1) | (nibbles_N > 0) & (data_P[ends_N - 1] >> 4 != NIBBLE)
+    if is_wrong_N.any():
         raise LabelSetError("a block has bits after the end of a part")
 
 

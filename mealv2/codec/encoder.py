@@ -1,11 +1,13 @@
 """Encode soft labels: the views of each image together, or each view by itself if that is less."""
 
+import itertools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mealv2.codec.given_models import encode_with_models
 from mealv2.codec.labels import EncodedLabels
 from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
 from mealv2.codec.record_blocks import blocks_of_records
@@ -23,15 +25,17 @@ def encode(
     topk: int | None = None,
     num_views: int = 1,
     together: bool = True,
+    first: EncodedLabels | None = None,
 ) -> EncodedLabels:
     """Encode probabilities of any float type, on their device; rows of an image follow each other.
 
     ``rate``: the nats of KL(p || recovered) that must be saved by 12 more bits, about one class in
     a record. The ``num_views`` views of each image share a model, or each has a record, whichever
     has the least KL + rate * bits / 12. ``topk``: each view has a record that keeps this number of
-    classes (up to 65,535). ``together`` false: each view has a record in any case. Rows are
-    normalised. Raises ValueError for neither or both, a value out
-    of range, views that do not divide the rows, and rows that are not distributions.
+    classes (up to 65,535). ``together`` false: each view has a record in any case. ``first``, with
+    ``rate``: a row of an earlier block of each image; with its model, a block may be smaller. Rows
+    are normalised. Raises ValueError for neither or both, a value out of range, views that do not
+    divide the rows, and rows that are not distributions.
     """
     if probs_NC.ndim != 2 or not probs_NC.is_floating_point():
         raise ValueError(f"probabilities must be float, N x C, got {tuple(probs_NC.shape)}")
@@ -49,7 +53,9 @@ def encode(
     count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
     parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]
-    for chunk_NC in torch.split(probs_NC.detach(), images * num_views):
+    if first is not None and len(first) * num_views != num_rows:
+        raise ValueError(f"{num_rows} rows are not {num_views} views of {len(first)} images")
+    for number, chunk_NC in enumerate(torch.split(probs_NC.detach(), images * num_views)):
         if len(chunk_NC):
             records = encode_records(chunk_NC, rate, topk)
             counts_N = records.counts_N.cpu().numpy().astype(np.int64)
@@ -60,16 +66,26 @@ def encode(
             labels = EncodedLabels.of_data(
                 data_P, ends_B, num_views, num_classes, count_size=count_size
             )
-            if rate is not None and num_views > 1 and together:
-                labels = _shared_if_less(chunk_NC, labels, rate / BITS_OF_CLASS, num_views)
+            if rate is not None and together and (num_views > 1 or first is not None):
+                of_chunk = slice(number * images, (number + 1) * images)
+                models = None if first is None else first[of_chunk]
+                slope = rate / BITS_OF_CLASS
+                labels = _shared_if_less(chunk_NC, labels, slope, num_views, models)
             parts.append(labels)
     return EncodedLabels.concat(parts).to(probs_NC.device)
 
 
 def _shared_if_less(
-    probs_NC: Tensor, labels: EncodedLabels, slope: float, num_views: int
+    probs_NC: Tensor,
+    labels: EncodedLabels,
+    slope: float,
+    num_views: int,
+    first: EncodedLabels | None,
 ) -> EncodedLabels:
-    """Return blocks with a shared model for the images where it has less KL + slope * bits."""
+    """Return blocks with a shared model for the images where it has less KL + slope * bits.
+
+    Their own, or that of the block of the image in ``first``.
+    """
     probs_IVC = probs_NC.double().view(-1, num_views, probs_NC.shape[1])
     probs_IVC = probs_IVC / probs_IVC.sum(2, keepdim=True)
     sizes_I = torch.from_numpy(labels.ends_B - labels.at_B).to(probs_NC.device)
@@ -78,13 +94,17 @@ def _shared_if_less(
     costs_I = divergence(probs_IVC.flatten(0, 1), on_device, negentropy_N)
     costs_I = costs_I.view(-1, num_views).mean(1) + slope * 8.0 * sizes_I / num_views
     blocks = labels.blocks(num_views)
-    for found in encode_shared(probs_IVC, negentropy_N.view(-1, num_views), slope):
-        is_less = (found.cost_I < costs_I[found.images_I]).tolist()
+    views = probs_IVC, negentropy_N.view(-1, num_views), slope
+    own = encode_shared(*views) if num_views > 1 else ()
+    for found in itertools.chain(own, () if first is None else encode_with_models(first, *views)):
+        is_less_I = found.cost_I < costs_I[found.images_I]
+        costs_I[found.images_I] = torch.minimum(found.cost_I, costs_I[found.images_I])
         for image, block, is_chosen in zip(
-            found.images_I.tolist(), found.blocks, is_less, strict=True
+            found.images_I.tolist(), found.blocks, is_less_I.tolist(), strict=True
         ):
             blocks[image] = block if is_chosen else blocks[image]
-    return EncodedLabels.of_blocks(blocks, num_views, probs_NC.shape[1])
+    labels = EncodedLabels.of_blocks(blocks, num_views, probs_NC.shape[1])
+    return labels if first is None else labels.using(first[labels.uses_others().nonzero()[0]])
 
 
 def negentropy(probs_NC: Tensor) -> Tensor:

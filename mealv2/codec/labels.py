@@ -3,7 +3,6 @@
 mealv2.codec.record and mealv2.codec.block describe the bytes.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,17 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mealv2.codec import record_blocks
+from mealv2.codec import label_bytes, record_blocks
+from mealv2.codec.block import MAX_COMPONENTS
 from mealv2.codec.block_decoder import decode_shared
-from mealv2.codec.block_layout import find_layout
+from mealv2.codec.block_layout import Places, find_layout
 from mealv2.codec.kept import Kept, joined
+from mealv2.codec.label_bytes import LabelParts
 from mealv2.codec.record_blocks import Records
 from mealv2.errors import LabelSetError
 
-_HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
-_MAGIC = b"MEALBLK2"
 _CHECKED_AT_ONCE = 4096
-_BY_ITSELF = 0  # first byte of a block of several views: a record for each
 
 _Array = np.ndarray[Any, Any]
 
@@ -35,7 +33,7 @@ class EncodedLabels:
     Block b lies at ``at_B[b]`` to ``ends_B[b]`` of ``data_P`` (uint8) and has ``views_B[b]`` views;
     row n is view ``view_N[n]`` of block ``block_N[n]``. ``count_size`` is the bytes of the number
     of classes of a record. The bytes stay on the CPU: ``device`` is where ``kept`` and ``to_dense``
-    return their tensors.
+    return their tensors. Block b uses the model of block ``model_B[b]``, None for its own.
     """
 
     data_P: _Array
@@ -47,6 +45,7 @@ class EncodedLabels:
     num_classes: int
     count_size: int = 1
     device: torch.device = field(default=torch.device("cpu"))
+    model_B: _Array | None = None
 
     @classmethod
     def of_blocks(
@@ -72,7 +71,7 @@ class EncodedLabels:
         blocks = np.arange(len(ends_B))
         return cls(
             data_P,
-            _starts(ends_B),
+            record_blocks.starts(ends_B),
             ends_B,
             np.full(len(blocks), num_views, np.int64),
             np.repeat(blocks, num_views),
@@ -84,10 +83,10 @@ class EncodedLabels:
     def __len__(self) -> int:
         return len(self.block_N)
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "EncodedLabels":
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | _Array) -> "EncodedLabels":
         """Return rows by index, slice, or indices in any order; an int gives one row.
 
-        Blocks of which no row is left are dropped.
+        Blocks are dropped of which no row is left, and that no other one uses.
         """
         order: Any
         if isinstance(rows, int | np.integer):
@@ -97,21 +96,26 @@ class EncodedLabels:
         else:
             order = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
             order = order if len(order) else order.astype(np.int64)
-        used_U, block_R = np.unique(self.block_N[order], return_inverse=True)
-        view_R = self.view_N[order]
+        block_R, view_R = self.block_N[order], self.view_N[order]
+        used_U = _distinct(block_R, len(self.at_B))
+        if self.model_B is not None:
+            used_U = _distinct(np.concatenate([used_U, self.model_B[used_U]]), len(self.at_B))
         if len(used_U) == len(self.at_B):
             return replace(self, block_N=block_R, view_N=view_R)
+        number_B = np.zeros(len(self.at_B), np.int64)
+        number_B[used_U] = np.arange(len(used_U))
         sizes_U = (self.ends_B - self.at_B)[used_U]
         return EncodedLabels(
             self.data_P[record_blocks.spans(self.at_B[used_U], sizes_U)],
             np.cumsum(sizes_U) - sizes_U,
             np.cumsum(sizes_U),
             self.views_B[used_U],
-            block_R,
+            number_B[block_R],
             view_R,
             self.num_classes,
             self.count_size,
             self.device,
+            None if self.model_B is None else number_B[self.model_B[used_U]],
         )
 
     def rows(self, order_N: Tensor) -> "EncodedLabels":
@@ -120,8 +124,32 @@ class EncodedLabels:
 
     @property
     def nbytes(self) -> int:
-        """The bytes on disk of the blocks that the rows are views of."""
-        return int((self.ends_B - self.at_B).sum())
+        """The bytes on disk of the blocks that the rows are views of, without others' models."""
+        of_rows = _distinct(self.block_N, len(self.at_B))
+        return int((self.ends_B - self.at_B)[of_rows].sum())
+
+    def using(self, models: "EncodedLabels") -> "EncodedLabels":
+        """Return the labels with the models of other blocks.
+
+        The rows of ``models`` are of the blocks whose models those of ``uses_others`` use, in
+        order. Raises LabelSetError for another number of them.
+        """
+        (users,) = self.uses_others().nonzero()
+        if len(users) != len(models):
+            raise LabelSetError(f"{len(users)} blocks use the models of {len(models)}")
+        if not len(users):
+            return self
+        both = EncodedLabels.concat([self, models])
+        model_B = both._models()
+        model_B[users] = len(self.at_B) + models.block_N
+        return replace(both, block_N=self.block_N, view_N=self.view_N, model_B=model_B)
+
+    def uses_others(self) -> _Array:
+        """Return whether each block says that it uses the model of another one, bool B."""
+        first_B, has_no_count_B = self._first_bytes()
+        of_several_B = (first_B > MAX_COMPONENTS) & (first_B <= MAX_COMPONENTS + 2)
+        uses_B: _Array = np.where(self.views_B == 1, has_no_count_B, of_several_B)
+        return uses_B
 
     def blocks(self, num_views: int) -> list[bytes]:
         """Return the blocks of images, whose views are the rows in order.
@@ -143,7 +171,7 @@ class EncodedLabels:
         data_P, ends_B = record_blocks.blocks_of_records(
             counts_N, payload_P, num_views, self.num_classes, self.count_size
         )
-        return _cut(data_P, _starts(ends_B), ends_B)
+        return _cut(data_P, record_blocks.starts(ends_B), ends_B)
 
     @property
     def shares_models(self) -> bool:
@@ -166,6 +194,8 @@ class EncodedLabels:
             raise ValueError("cannot concatenate labels of different classes or count sizes")
         shifts = np.cumsum([0, *(len(part.data_P) for part in parts)])[:-1]
         firsts = np.cumsum([0, *(len(part.at_B) for part in parts)])[:-1]
+        models = [part._models() + first for part, first in zip(parts, firsts, strict=True)]
+        has_models = any(part.model_B is not None for part in parts)
         return replace(
             parts[0],
             data_P=np.concatenate([part.data_P for part in parts]),
@@ -174,6 +204,7 @@ class EncodedLabels:
             views_B=np.concatenate([part.views_B for part in parts]),
             block_N=np.concatenate([p.block_N + f for p, f in zip(parts, firsts, strict=True)]),
             view_N=np.concatenate([part.view_N for part in parts]),
+            model_B=np.concatenate(models) if has_models else None,
         )
 
     def argmax(self) -> Tensor:
@@ -208,8 +239,9 @@ class EncodedLabels:
         order_N = np.arange(len(self))
         if most is not None and len(shared_R) > most:
             blocks = _distinct(self.block_N[shared_R], len(self.at_B))
-            at_B, ends_B, views_B = self.at_B[blocks], self.ends_B[blocks], self.views_B[blocks]
-            find_layout(self.data_P, at_B, ends_B, views_B, views_B - 1, self.num_classes)
+            places, models = self._places(blocks)
+            last_B = places.num_views_N - 1
+            find_layout(self.data_P, places, models, last_B, self.num_classes)
             chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
             order_N = np.concatenate([order_N[~is_shared_N], chosen])
         for n in range(0, len(order_N), _CHECKED_AT_ONCE):
@@ -222,7 +254,7 @@ class EncodedLabels:
         For blocks of equally many views that have a record for each. Their ends may be beyond the
         records. Raises LabelSetError for blocks that are shorter, or share a model.
         """
-        if self._shared_blocks().any():
+        if self.shared_blocks().any():
             raise LabelSetError("a block shares a model, and has no records")
         sizes = self.num_classes, self.count_size
         found = record_blocks.locate(
@@ -250,69 +282,58 @@ class EncodedLabels:
             records, classes = self._records(own_R), self.num_classes
             parts.append(record_blocks.decode(self.data_P, records, classes, strict=strict))
         if len(shared_R):
-            block_R = self.block_N[shared_R]
-            of_blocks = self.at_B[block_R], self.ends_B[block_R], self.views_B[block_R]
-            rows = (*of_blocks, self.view_N[shared_R], self.num_classes)
+            blocks, models = self._places(self.block_N[shared_R])
+            rows = (blocks, models, self.view_N[shared_R], self.num_classes)
             parts.append(decode_shared(self.data_P, *rows, strict=strict))
         return joined(parts, np.concatenate([own_R, shared_R]))
 
     def _is_shared(self) -> _Array:
         """Return whether the block of each row has a model that its views share."""
-        is_shared_N: _Array = self._shared_blocks()[self.block_N]
+        is_shared_N: _Array = self.shared_blocks()[self.block_N]
         return is_shared_N
 
-    def _shared_blocks(self) -> _Array:
-        if (self.ends_B <= self.at_B).any():
-            raise LabelSetError("a block is empty")
-        is_shared_B: _Array = (self.views_B > 1) & (self.data_P[self.at_B] != _BY_ITSELF)
+    def shared_blocks(self) -> _Array:
+        """Return whether the views of each block share a model; raises LabelSetError."""
+        first_B, has_no_count_B = self._first_bytes()
+        is_shared_B: _Array = np.where(self.views_B == 1, has_no_count_B, first_B > 0)
         return is_shared_B
 
+    def _first_bytes(self) -> tuple[_Array, _Array]:
+        """Return the first byte of blocks, and whether it is no count of a block of one view."""
+        if (self.ends_B <= self.at_B).any():
+            raise LabelSetError("a block is empty")
+        first_B = self.data_P[self.at_B]
+        return first_B, (first_B == 0) & (self.count_size == 1)
+
+    def _models(self) -> _Array:
+        """Return the block whose model each uses."""
+        return np.arange(len(self.at_B)) if self.model_B is None else self.model_B.copy()
+
+    def _places(self, blocks: _Array) -> tuple[Places, Places]:
+        """Return where blocks lie, and those whose models they use."""
+        of_all = Places(self.at_B, self.ends_B, self.views_B)
+        places = of_all.rows(blocks)
+        return places, places if self.model_B is None else of_all.rows(self.model_B[blocks])
+
     def to_bytes(self) -> bytes:
-        """Return a header of 32 bytes, ends and numbers of views of blocks, rows, the blocks."""
-        blocks = _cut(self.data_P, self.at_B, self.ends_B)
-        header = _HEADER.pack(_MAGIC, self.num_classes, self.count_size, len(blocks), len(self))
-        ends_B = np.cumsum([len(block) for block in blocks], dtype=np.int64)
-        parts = (ends_B, self.views_B, self.block_N, self.view_N)
-        return b"".join([header, *(part.astype("<u8").tobytes() for part in parts), *blocks])
+        """Return a header of 32 bytes, ends, views and models of blocks, rows, the blocks."""
+        sizes_B = self.ends_B - self.at_B
+        data_P = self.data_P[record_blocks.spans(self.at_B, sizes_B)]
+        of_rows = self.block_N, self.view_N, self.num_classes, self.count_size
+        parts = LabelParts(data_P, sizes_B.cumsum(), self.views_B, self._models(), *of_rows)
+        return label_bytes.joined(parts)
 
     @staticmethod
     def from_bytes(data: bytes) -> "EncodedLabels":
         """Return the labels that ``to_bytes`` wrote; raises LabelSetError for anything else."""
-        if len(data) < _HEADER.size:
-            raise LabelSetError(f"encoded labels are truncated: {len(data)} bytes")
-        magic, num_classes, count_size, num_blocks, num_rows = _HEADER.unpack_from(data)
-        if magic != _MAGIC or any(data[13:16]):
-            raise LabelSetError("these are not encoded labels of this version")
-        if count_size not in (1, 2):
-            raise LabelSetError(f"a count has 1 or 2 bytes, not {count_size}")
-        begin = _HEADER.size + 16 * (num_blocks + num_rows)
-        if begin > len(data):
-            raise LabelSetError(f"encoded labels are truncated: {num_rows} rows, {len(data)} bytes")
-        numbers = np.frombuffer(data[_HEADER.size : begin], "<u8").astype(np.int64)
-        ends_B, views_B, block_N, view_N = np.split(
-            numbers, np.cumsum([num_blocks, num_blocks, num_rows])
-        )
-        at_B = _starts(ends_B)
-        last = int(ends_B[-1]) if num_blocks else 0
-        is_valid = (ends_B > at_B).all() and last == len(data) - begin and (views_B > 0).all()
-        is_valid = is_valid and (views_B <= ends_B - at_B).all()  # a view takes at least a byte
-        is_valid = is_valid and (block_N >= 0).all() and (block_N < num_blocks).all()
-        if not is_valid or (view_N < 0).any() or (view_N >= views_B[block_N]).any():
-            raise LabelSetError("encoded labels have rows or blocks that do not fit their bytes")
-        payload_P = np.frombuffer(data, np.uint8, offset=begin)
-        labels = EncodedLabels(
-            payload_P, at_B, ends_B, views_B, block_N, view_N, num_classes, count_size
-        )
+        found = label_bytes.split(data)
+        places = found.data_P, record_blocks.starts(found.ends_B), found.ends_B, found.views_B
+        labels = EncodedLabels(*places, *found[4:], model_B=found.model_B)
+        is_others_B = found.model_B != np.arange(len(found.ends_B))
+        if (is_others_B != labels.uses_others()).any():
+            raise LabelSetError("encoded labels have models that do not fit their blocks")
         labels.check()
         return labels
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-
-def _starts(ends_B: _Array) -> _Array:
-    """Return where blocks begin that lie one after the other."""
-    return np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64)
 
 
 def _cut(data_P: _Array, at_B: _Array, ends_B: _Array) -> list[bytes]:

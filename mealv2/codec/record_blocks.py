@@ -97,7 +97,7 @@ def blocks_of_records(
     sizes_BV = sizes_N.reshape(-1, num_views)
     head = (num_views > 1) + count_size * num_views
     ends_B = (sizes_BV.sum(axis=1) + head).cumsum()
-    at_B = np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64)
+    at_B = starts(ends_B)
     counts_at_N = (at_B[:, None] + (num_views > 1) + count_size * np.arange(num_views)).reshape(-1)
     records_at_BV = (at_B + head)[:, None] + sizes_BV.cumsum(axis=1) - sizes_BV
     data_P = np.zeros(int(ends_B[-1]) if len(ends_B) else 0, np.uint8)
@@ -105,6 +105,11 @@ def blocks_of_records(
         data_P[counts_at_N + i] = counts_N >> 8 * i & 255
     data_P[spans(records_at_BV.reshape(-1), sizes_N)] = payload_P
     return data_P, ends_B
+
+
+def starts(ends_B: _Array) -> _Array:
+    """Return where blocks begin that lie one after the other."""
+    return np.concatenate([[0], ends_B])[: len(ends_B)].astype(np.int64)
 
 
 def spans(at_N: _Array, sizes_N: _Array) -> _Array:

@@ -62,22 +62,34 @@ def encode_shared(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Ite
 def models(probs_IVC: Tensor, negentropy_IV: Tensor, slope: float) -> Iterator[Modelled]:
     """Yield groups of images with their listed classes and models; the rows sum to 1."""
     num_views = probs_IVC.shape[1]
-    is_cpu = probs_IVC.device.type == "cpu"
-    groups, chunk = (_CPU_GROUPS, _CPU_CHUNK) if is_cpu else (_GROUPS, _CHUNK)
     mean_IC = probs_IVC.mean(1)
     order_IC = torch.sort(mean_IC, dim=1, descending=True, stable=True).indices
     counts_I = num_listed(mean_IC.gather(1, order_IC), slope / num_views)
-    group_I = torch.bucketize(counts_I, torch.tensor(groups, device=counts_I.device))
+    for images in fitted_together(counts_I, num_views):
+        counts_G = counts_I[images]
+        ids_GM = order_IC[images, : int(counts_G.max())]
+        probs_GVC, negentropy_GV = probs_IVC[images], negentropy_IV[images]
+        entries, ids_GM = entries_of(probs_GVC, negentropy_GV, ids_GM, counts_G)
+        for part, fit in _grow(entries, slope):
+            yield Modelled(images[part], entries.rows(part), ids_GM[part], counts_G[part], fit)
+
+
+def fitted_together(
+    counts_I: Tensor, num_views: int, components_I: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield indices of images with about equally many listed classes, and equally many components.
+
+    Results do not depend on the groups.
+    """
+    is_cpu = counts_I.device.type == "cpu"
+    longest, chunk = (_CPU_GROUPS, _CPU_CHUNK) if is_cpu else (_GROUPS, _CHUNK)
+    group_I = torch.bucketize(counts_I, torch.tensor(longest, device=counts_I.device))
+    if components_I is not None:
+        group_I = group_I * (MAX_COMPONENTS + 1) + components_I
     for number in sorted(set(group_I.tolist())):
         (group,) = (group_I == number).nonzero(as_tuple=True)
         width = int(counts_I[group].max())
-        for images in torch.split(group, max(1, chunk // (num_views * width))):
-            counts_G = counts_I[images]
-            ids_GM = order_IC[images, : int(counts_G.max())]
-            probs_GVC, negentropy_GV = probs_IVC[images], negentropy_IV[images]
-            entries, ids_GM = _entries(probs_GVC, negentropy_GV, ids_GM, counts_G)
-            for part, fit in _grow(entries, slope):
-                yield Modelled(images[part], entries.rows(part), ids_GM[part], counts_G[part], fit)
+        yield from torch.split(group, max(1, chunk // (num_views * width)))
 
 
 def num_listed(sorted_IC: Tensor, slope: float) -> Tensor:
@@ -97,7 +109,7 @@ def num_listed(sorted_IC: Tensor, slope: float) -> Tensor:
     return (score_IK + slope * per_class * k_K).argmin(1) + 1
 
 
-def _entries(
+def entries_of(
     probs_IVC: Tensor, negentropy_IV: Tensor, ids_IM: Tensor, counts_I: Tensor
 ) -> tuple[Entries, Tensor]:
     """Return the views over the entries, and the ids of classes, ascending, padded with C."""
@@ -168,6 +180,21 @@ def quantise(modelled: Modelled, slope: float, bits: Tensor | None = None) -> Qu
     steps_IR = (spans_IR * LEVELS_PER_NAT / NIBBLE).ceil().clamp(1, 255)
     offset_IVR = (weights_IVR - lows_IR[:, None] / LOW_UNIT) * LEVELS_PER_NAT
     nibbles_IVR = (offset_IVR / steps_IR[:, None]).round().clamp(0, NIBBLE)
+    coded = codes_IRK, lows_IR, steps_IR, nibbles_IVR
+    return with_residuals(entries, counts_I, *coded, slope, bits)
+
+
+def with_residuals(
+    entries: Entries,
+    counts_I: Tensor,
+    codes_IRK: Tensor,
+    lows_IR: Tensor,
+    steps_IR: Tensor,
+    nibbles_IVR: Tensor,
+    slope: float,
+    bits: Tensor | None = None,
+) -> Quantised:
+    """Return the residuals on top of the codes of images with so many listed classes."""
     whole_IVR = lows_IR[:, None] * (LEVELS_PER_NAT // LOW_UNIT) + steps_IR[:, None] * nibbles_IVR
     levels_IVK = whole_IVR @ codes_IRK  # exact: whole numbers in float64
     slots_K = torch.arange(levels_IVK.shape[2], device=levels_IVK.device)
@@ -199,23 +226,37 @@ def _codes(entries: Entries, fit: Fit) -> tuple[Tensor, Tensor]:
     return codes_IRK, fit.weights_IVR / largest_IR[:, None]
 
 
-def _write(modelled: Modelled, found: Quantised, slope: float, num_classes: int) -> Encoded:
-    images_I, entries, ids_IM, counts_I, _ = modelled
+class Streams(NamedTuple):
+    """The residuals of images in bytes, their bits in each view; KL, the mean over the views."""
+
+    streams: list[bytes]
+    lengths_IV: np.ndarray
+    divergence_I: Tensor
+
+
+def streams_of(entries: Entries, found: Quantised) -> Streams:
+    """Return the residuals of images in bytes."""
     num_images, num_views, _ = found.levels_IVK.shape
     steps = torch.from_numpy(STEPS).to(found.levels_IVK)
     levels_IVK = found.levels_IVK - steps[found.contexts_IVK] * found.residuals_IVK
     divergence_I = entries.divergence(levels_IVK / LEVELS_PER_NAT).mean(1)
-    codes_IRK, lows_IR, steps_IR, nibbles_IVR, ids, counts = (
-        part.cpu().numpy().astype(np.int64) for part in (*found[:4], ids_IM, counts_I)
-    )
     contexts_NK, residuals_NK, sizes_NK = (
         part.expand_as(levels_IVK).flatten(0, 1).cpu().numpy().astype(np.int64)
         for part in (found.contexts_IVK, found.residuals_IVK, entries.sizes_IK[:, None])
     )
-    streams = coded(residuals_NK, contexts_NK, sizes_NK)
-    lengths_IV = streams.lengths_N.reshape(num_images, num_views)
+    residuals = coded(residuals_NK, contexts_NK, sizes_NK)
+    lengths_IV = residuals.lengths_N.reshape(num_images, num_views)
+    return Streams(packed(residuals, num_views), lengths_IV, divergence_I)
+
+
+def _write(modelled: Modelled, found: Quantised, slope: float, num_classes: int) -> Encoded:
+    images_I, entries, ids_IM, counts_I, _ = modelled
+    streams, lengths_IV, divergence_I = streams_of(entries, found)
+    codes_IRK, lows_IR, steps_IR, nibbles_IVR, ids, counts = (
+        part.cpu().numpy().astype(np.int64) for part in (*found[:4], ids_IM, counts_I)
+    )
     blocks = []
-    for image, stream in enumerate(packed(streams, num_views)):
+    for image, stream in enumerate(streams):
         num_listed = int(counts[image])
         num_entries = num_listed + (num_listed < num_classes)
         model = Model(
@@ -226,5 +267,10 @@ def _write(modelled: Modelled, found: Quantised, slope: float, num_classes: int)
             nibbles_IVR[image],
         )
         blocks.append(block_bytes(model, lengths_IV[image], stream, num_classes))
+    return encoded(images_I, blocks, divergence_I, slope / lengths_IV.shape[1])
+
+
+def encoded(images_I: Tensor, blocks: list[bytes], divergence_I: Tensor, slope: float) -> Encoded:
+    """Return blocks with their cost; ``slope`` is the cost of a bit, of a view."""
     bytes_I = torch.tensor([len(block) for block in blocks]).to(divergence_I)
-    return Encoded(images_I, blocks, divergence_I + slope * 8.0 * bytes_I / num_views)
+    return Encoded(images_I, blocks, divergence_I + slope * 8.0 * bytes_I)

@@ -6,6 +6,8 @@ from mealv2.label_set.boxes import boxes_of, boxes_sha256, check_box_drift
 from mealv2.label_set.claiming import claim
 from mealv2.label_set.content import content_of, labelled_hashes, shard_hashes
 from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.first_blocks import bound_to_first, first_labels_of
+from mealv2.label_set.logits import FittedLogits, Logits, concat_logits
 from mealv2.label_set.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -33,6 +35,7 @@ from mealv2.label_set.planned import (
 from mealv2.label_set.reader import LabelSet
 from mealv2.label_set.shard import (
     FORMAT_VERSION,
+    EncodingLoss,
     Images,
     Shard,
     StoredViews,
@@ -53,8 +56,11 @@ __all__ = [
     "Appender",
     "CheckedShard",
     "Encoding",
+    "EncodingLoss",
+    "FittedLogits",
     "Images",
     "LabelSet",
+    "Logits",
     "PlannedShard",
     "Rows",
     "Shard",
@@ -62,6 +68,7 @@ __all__ = [
     "StoredViews",
     "WebSet",
     "block_of_member",
+    "bound_to_first",
     "boxes_of",
     "boxes_sha256",
     "check_box_drift",
@@ -71,9 +78,11 @@ __all__ = [
     "check_shard",
     "claim",
     "class_of",
+    "concat_logits",
     "content_of",
     "creating_command",
     "describe_file",
+    "first_labels_of",
     "is_label_set",
     "is_web",
     "labelled_hashes",

@@ -5,7 +5,7 @@ only if the set stores them.
 docs/reference/label-set-format.md describes every byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -20,11 +20,24 @@ from mealv2.codec import EncodedLabels
 from mealv2.codec.record import id_bits
 from mealv2.codec.record_blocks import spans
 from mealv2.errors import LabelSetError
+from mealv2.label_set.logits import (
+    LINE_SIZE,
+    FittedLogits,
+    Logits,
+    concat_logits,
+    no_values,
+    of_values,
+    value_bytes,
+)
 from mealv2.soft_labels import KeptLogits, Labels, SoftLabels, concat
 
 Form = Literal["curve", "float16", "float32"]
 
+# returns a row of the first block of the images of some blocks, by index
+FirstLabels = Callable[[np.ndarray], EncodedLabels]
+
 _RATE_MAX_KEPT = 255  # a count of one byte
+_STEP = 7919  # from the view of a block that is checked to that of the next: a prime
 
 
 def key_hash(key: bytes) -> bytes:
@@ -54,7 +67,7 @@ class Rows(NamedTuple):
     """Labels of N views, and the ensemble's mean logits if the set stores them."""
 
     labels: Labels
-    logits: KeptLogits | None = None
+    logits: Logits | None = None
 
     def rows(self, order_N: Tensor) -> "Rows":
         """Return rows by index, in that order."""
@@ -65,12 +78,19 @@ class Rows(NamedTuple):
         """Return the same rows on a device; a copy to the CPU is complete on return."""
         return Rows(self.labels.to(device), None if self.logits is None else self.logits.to(device))
 
+    def with_models(self, firsts: FirstLabels | None) -> "Rows":
+        """Return the same rows, with the models of first blocks where their blocks use these."""
+        if firsts is None or not isinstance(self.labels, EncodedLabels):
+            return self
+        users = self.labels.uses_others().nonzero()[0]
+        return self._replace(labels=self.labels.using(firsts(users))) if len(users) else self
+
     @staticmethod
     def concat(parts: "Sequence[Rows]") -> "Rows":
         """Return the rows of several parts of one encoding, in order."""
         logits = [part.logits for part in parts if part.logits is not None]
         return Rows(
-            concat([part.labels for part in parts]), KeptLogits.concat(logits) if logits else None
+            concat([part.labels for part in parts]), concat_logits(logits) if logits else None
         )
 
 
@@ -88,12 +108,26 @@ class BlockFormat:
         """Whether every class has its own value."""
         return self.form != "curve" and self.topk == self.num_classes
 
+    @property
+    def has_fitted_logits(self) -> bool:
+        """Whether logits are a line in the log-probabilities (``FittedLogits``)."""
+        return self.logits and self.form == "curve" and self.topk is None
+
     @cached_property
     def count_size(self) -> int:
         """The bytes of a view's number of classes; 0 where all views keep equally many."""
         if self.form != "curve":
             return 0
         return 1 if self.topk is None or self.topk <= _RATE_MAX_KEPT else 2
+
+    @property
+    def shares_models(self) -> bool:
+        """Whether the views of a block may share a model, and added ones that of earlier views."""
+        return self.form == "curve" and self.topk is None and not self.logits
+
+    def labels_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> EncodedLabels:
+        """Return a row of each of N blocks of a curve, not decoded."""
+        return EncodedLabels.of_data(data, ends_N, num_views, self.num_classes)[::num_views]
 
     def blocks(self, rows: Rows, num_views: int) -> list[bytes]:
         """Return the block of each image; ``rows``, on the CPU, has its views in order.
@@ -107,31 +141,59 @@ class BlockFormat:
             blocks = _split(self._value_records(rows.labels), len(rows.labels) // num_views, size)
         if rows.logits is None:
             return blocks
+        if isinstance(rows.logits, FittedLogits):
+            lines = _split(rows.logits.to_bytes(), len(blocks), LINE_SIZE * num_views)
+            return [block + line for block, line in zip(blocks, lines, strict=True)]
         counts_N = self._counts(rows.labels)
-        logits = _logit_bytes(rows.logits, *self._masks(counts_N))
+        logits = value_bytes(rows.logits, *self._masks(counts_N))
         ends = np.cumsum(self._logit_sizes(counts_N))[num_views - 1 :: num_views].tolist()
         spans_I = zip([0, *ends], ends, blocks, strict=False)
         return [block + logits[begin:end] for begin, end, block in spans_I]
 
     def rows_of(
-        self, data: np.ndarray, ends_N: np.ndarray, num_views: int, views_N: np.ndarray
+        self,
+        data: np.ndarray,
+        ends_N: np.ndarray,
+        num_views: int,
+        views_N: np.ndarray,
+        firsts: FirstLabels | None = None,
     ) -> Rows:
         """Return one view of each of N blocks; ``data`` uint8 has the blocks in order.
 
-        Raises LabelSetError for a block that this encoding cannot have written.
+        ``firsts`` as ``Rows.with_models``. Raises LabelSetError for a block that this encoding
+        cannot have written.
         """
-        _check_sizes(ends_N, num_views)
+        self._check_sizes(ends_N, num_views)
         rows = self._rows(data, ends_N, num_views, np.arange(len(ends_N)), views_N)
+        rows = rows.with_models(firsts)
         rows.labels.kept()  # decodes them now: an error belongs to the set that is read
         return rows
 
     def all_rows_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
         """Return all views of N blocks, image by image; a curve is checked when it is decoded."""
-        _check_sizes(ends_N, num_views)
+        self._check_sizes(ends_N, num_views)
         images, views = np.arange(len(ends_N)), np.arange(num_views if len(ends_N) else 0)
         return self._rows(
             data, ends_N, num_views, np.repeat(images, len(views)), np.tile(views, len(images))
         )
+
+    def rows_to_check(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
+        """Return rows of all N blocks: all views, but one view of a block that shares a model.
+
+        A check of these finds what a check of all rows finds in the layout of the blocks.
+        """
+        if self.form != "curve" or self.logits or not len(ends_N):
+            return self.all_rows_of(data, ends_N, num_views)
+        self._check_sizes(ends_N, num_views)
+        images = np.arange(len(ends_N))
+        views = images * _STEP % num_views
+        one = self._rows(data, ends_N, num_views, images, views).labels
+        assert isinstance(one, EncodedLabels)
+        is_shared_N = one.shared_blocks()
+        own = np.repeat(images[~is_shared_N], num_views)
+        image_R = np.concatenate([own, images[is_shared_N]])
+        view_R = np.concatenate([np.arange(len(own)) % num_views, views[is_shared_N]])
+        return Rows(replace(one, block_N=image_R, view_N=view_R))
 
     def _rows(
         self,
@@ -147,11 +209,15 @@ class BlockFormat:
         if self.form != "curve":
             return self._value_rows(data, starts_N, ends_N, num_views, image_R, view_R)
         views_N = np.full(len(ends_N), num_views, np.int64)
-        labels = EncodedLabels(
-            data, starts_N, ends_N, views_N, image_R, view_R, self.num_classes, self.count_size
-        )
+        labels_end_N = ends_N - LINE_SIZE * num_views * self.has_fitted_logits
+        of_blocks = data, starts_N, labels_end_N, views_N, image_R, view_R
+        labels = EncodedLabels(*of_blocks, self.num_classes, self.count_size)
+        if self.has_fitted_logits:
+            at_R = labels_end_N[image_R] + LINE_SIZE * view_R
+            lines = data[spans(at_R, np.full(len(at_R), LINE_SIZE))]
+            return Rows(labels, FittedLogits.from_bytes(lines))
         if not self.logits or not len(ends_N):
-            return Rows(labels, None if not self.logits else _no_logits())
+            return Rows(labels, None if not self.logits else no_values())
         counts_NV, label_ends_N = labels.counts_of_blocks()
         logits = self._logits_of(data, label_ends_N, ends_N, counts_NV, image_R, view_R)
         return Rows(replace(labels, ends_B=label_ends_N), logits)
@@ -193,7 +259,13 @@ class BlockFormat:
             raise LabelSetError("a block does not match its counts")
         sizes_R = sizes_NV[image_R, view_R]
         values = data[spans(logit_ends_NV[image_R, view_R] - sizes_R, sizes_R)].view("<f2")
-        return _logits(values, *self._masks(counts_NV[image_R, view_R]))
+        return of_values(values, *self._masks(counts_NV[image_R, view_R]))
+
+    def _check_sizes(self, ends_N: np.ndarray, num_views: int) -> None:
+        """Raise LabelSetError where not every view can have a byte: a header may say any number."""
+        least = num_views * (1 + LINE_SIZE * self.has_fitted_logits)
+        if len(ends_N) and int(np.diff(ends_N.astype(np.int64), prepend=0).min()) < least:
+            raise LabelSetError("a block is shorter than its number of views")
 
     @cached_property
     def _id_size(self) -> int:
@@ -251,34 +323,6 @@ class BlockFormat:
         slot_K1 = np.arange(int(counts_N.max(initial=0)) + 1)
         is_rest_NK1 = (slot_K1 == counts_N[:, None]) & has_rest_N[:, None]
         return slot_K1 < (counts_N + has_rest_N)[:, None], is_rest_NK1
-
-
-def _check_sizes(ends_N: np.ndarray, num_views: int) -> None:
-    """Raise LabelSetError where not every view can have a byte: a header may say any number."""
-    if len(ends_N) and int(np.diff(ends_N.astype(np.int64), prepend=0).min()) < num_views:
-        raise LabelSetError("a block is shorter than its number of views")
-
-
-def _logit_bytes(logits: KeptLogits, is_stored_NK1: np.ndarray, is_rest_NK1: np.ndarray) -> bytes:
-    padded_NK1: np.ndarray = np.zeros(is_stored_NK1.shape, "<f2")
-    padded_NK1[:, :-1] = logits.values_NK.numpy()[:, : padded_NK1.shape[1] - 1]
-    padded_NK1[is_rest_NK1] = logits.rest_N.numpy()[is_rest_NK1.any(axis=1)]
-    stored: bytes = padded_NK1[is_stored_NK1].tobytes()
-    return stored
-
-
-def _logits(values: np.ndarray, is_stored_NK1: np.ndarray, is_rest_NK1: np.ndarray) -> KeptLogits:
-    padded_NK1 = np.zeros(is_stored_NK1.shape, "<f2")
-    padded_NK1[is_stored_NK1] = values
-    rest_N = np.zeros(len(padded_NK1), "<f2")
-    rest_N[is_rest_NK1.any(axis=1)] = padded_NK1[is_rest_NK1]
-    padded_NK1[is_rest_NK1] = 0
-    values_NK = torch.from_numpy(np.ascontiguousarray(padded_NK1[:, :-1]))
-    return KeptLogits(values_NK, torch.from_numpy(rest_N))
-
-
-def _no_logits() -> KeptLogits:
-    return KeptLogits(torch.zeros((0, 0), dtype=torch.float16), torch.zeros(0, dtype=torch.float16))
 
 
 def _split(data: bytes, number: int, size: int) -> list[bytes]:

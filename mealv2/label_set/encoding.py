@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mealv2.codec import encode
+from mealv2.codec import EncodedLabels, encode
 from mealv2.codec.record import MAX_CLASSES, MAX_KEPT, MIN_CLASSES
 from mealv2.errors import LabelSetError
 from mealv2.label_set.blocks import BlockFormat, Rows
+from mealv2.label_set.logits import are_finite, fit_logits
 from mealv2.soft_labels import Labels, SoftLabels, keep_logits, top_k
 
 _TAIL_RULE = "even over the classes not kept"
@@ -25,7 +26,7 @@ class Encoding(BlockFormat):
     ``topk`` classes, or, with ``rate``, what is smallest for its fidelity. ``float16`` and
     ``float32``: ids and values of ``topk`` classes and the mass of all others; with ``topk`` equal
     to ``num_classes``, all values in class order. ``logits``: also the mean logits of the classes
-    kept, and the mean over all others, in float16.
+    kept, and the mean over all others, in float16; with ``rate``, as a line in ln p.
     """
 
     rate: float | None = None
@@ -79,14 +80,22 @@ class Encoding(BlockFormat):
         return text + (", with logits" if self.logits else "")
 
     def encode(
-        self, probs_NC: Tensor, mean_logits_NC: Tensor | None = None, *, num_views: int = 1
+        self,
+        probs_NC: Tensor,
+        mean_logits_NC: Tensor | None = None,
+        *,
+        num_views: int = 1,
+        first: EncodedLabels | None = None,
     ) -> Rows:
-        """Encode an ensemble's output, on its device; all views of an image follow each other."""
+        """Encode an ensemble's output, on its device; all views of an image follow each other.
+
+        ``first``, a row of the first block of each image, is for ``shares_models`` only.
+        """
         labels: Labels
         if self.form == "curve":
-            together = not self.logits  # logits are stored for the classes of a record
+            of_first = first if self.shares_models else None
             labels = encode(
-                probs_NC, rate=self.rate, topk=self.topk, num_views=num_views, together=together
+                probs_NC, rate=self.rate, topk=self.topk, num_views=num_views, first=of_first
             )
         else:
             assert self.topk is not None
@@ -95,6 +104,8 @@ class Encoding(BlockFormat):
             return Rows(labels)
         if mean_logits_NC is None:
             raise ValueError("this encoding stores logits: mean_logits_NC is missing")
+        if self.has_fitted_logits:
+            return Rows(labels, fit_logits(mean_logits_NC, probs_NC, labels.kept()))
         # a masked class has a logit of minus infinity, which makes every mean infinite
         limit = torch.finfo(torch.float16).max
         logits = keep_logits(mean_logits_NC.float().clamp(-limit, limit), labels.kept())
@@ -106,10 +117,8 @@ class Encoding(BlockFormat):
         ``most``: of views that share a model decode at most so many (``EncodedLabels.check``).
         """
         labels = rows.labels
-        if rows.logits is not None:
-            values_NK, rest_N = rows.logits.values_NK, rows.logits.rest_N
-            if not bool(torch.isfinite(values_NK).all() & torch.isfinite(rest_N).all()):
-                raise LabelSetError("a logit is not finite")
+        if rows.logits is not None and not are_finite(rows.logits):
+            raise LabelSetError("a logit is not finite")
         if isinstance(labels, SoftLabels):
             _check_values(labels)
             return

@@ -11,7 +11,7 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.manifest import creating_command
 from mealv2.label_set.shard_file import ShardFile
 
-_MAX_OPEN = 1024
+_MAX_OPEN = 4096
 
 
 def max_open_files(num_tables: int) -> int:
@@ -35,11 +35,19 @@ def open_blocks(
         raise LabelSetError(
             f"{folder} holds {held} views of each image, but {num_views} are needed"
         )
-    return [
+    opened = [
         (views, [_open_shard(folder, manifest, split, views, entry) for entry in block["shards"]])
         for block in blocks
         if (views := range(*block["views"])).stop <= (num_views or stops[-1])
     ]
+    for _, files in opened:
+        for file, first in zip(files, opened[0][1], strict=False):
+            if file.header.get("first_sha256", first.head_sha256) != first.head_sha256:
+                raise LabelSetError(
+                    f"shard {file.path} was made for other first views than {first.path} has; run "
+                    "the same `mealv2 labels add-views` again to replace it"
+                )
+    return opened
 
 
 def _open_shard(
@@ -85,12 +93,3 @@ def open_appended(
 def concatenated(columns: list[np.ndarray], kind: str) -> np.ndarray:
     """Return the columns of all files as one, of a NumPy type."""
     return np.concatenate([np.empty(0, kind), *columns])
-
-
-def ends_of(columns: list[np.ndarray]) -> np.ndarray:
-    """Return the ends of the pieces of all columns, concatenated, int64, with a 0 first."""
-    ends, last = [np.zeros(1, np.int64)], 0
-    for column in columns:
-        ends.append(column.astype(np.int64) + last)
-        last = int(ends[-1][-1]) if len(column) else last
-    return np.concatenate(ends)

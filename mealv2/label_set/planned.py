@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mealv2.errors import LabelSetError
+from mealv2.label_set.first_blocks import check_bound
 from mealv2.label_set.manifest import creating_command, describe_file, planned_ranges, shard_name
 from mealv2.label_set.shard_file import ShardFile
 from mealv2.label_set.shard_head import read_head
@@ -81,13 +82,17 @@ def check_shard(folder: Path, shard: PlannedShard, plan_sha256: str) -> CheckedS
 
 
 def check_planned_shard(file: ShardFile, shard: PlannedShard, plan_sha256: str) -> None:
-    """Raise LabelSetError for a shard with damaged labels, or one that is not as planned."""
+    """Raise LabelSetError for a shard with damaged labels, or one that is not as planned.
+
+    The shard whose models it uses must lie beside it.
+    """
     damaged = sum(not is_intact for _, _, is_intact in file.blocks())
     if damaged:
         raise LabelSetError(f"shard {file.path} is damaged: labels of {damaged} image(s)")
     found = (file.header["plan_sha256"], file.header["role"], file.header["number"])
     if (*found, file.first_view) != (plan_sha256, shard.split, shard.number, shard.views.start):
         raise LabelSetError(f"shard {file.path} belongs to another label set")
+    check_bound(file)
     if file.num_views != len(shard.views):
         raise LabelSetError(f"shard {file.path} does not have the planned views")
     num_images = file.num_images + len(file.header["skipped"])

@@ -5,24 +5,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
 
-from mealv2.codec import EncodedLabels
+from mealv2.codec import EncodedLabels, encode
 from mealv2.errors import LabelSetError
 from mealv2.label_set.addresses import encoded_keys, views_as_int64
-from mealv2.label_set.blocks import Rows, block_crc, key_hash
+from mealv2.label_set.blocks import Rows
 from mealv2.label_set.encoding import Encoding
 from mealv2.label_set.html import label_set_html
+from mealv2.label_set.index import Index
 from mealv2.label_set.manifest import read_manifest
-from mealv2.label_set.opening import (
-    concatenated,
-    ends_of,
-    max_open_files,
-    open_appended,
-    open_blocks,
-)
+from mealv2.label_set.opening import max_open_files, open_appended, open_blocks
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.label_set.shard_file import ShardFile, damaged_rows
 from mealv2.label_set.web_set import Missing, WebSet, is_web, web_set_at
@@ -70,8 +66,10 @@ class LabelSet:
         blocks = open_blocks(folder, manifest, split, num_views)
         self.num_views = blocks[-1][0].stop
         self._num_sets = num_sets
-        most = max_open_files((len(blocks) + 1) * num_sets)
+        most = max_open_files((len(blocks) + bool(appended)) * num_sets)
         self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
+        for table in self._tables[1:]:
+            table.first = self._tables[0]
         self.appended = list(appended)
         files = open_appended(folder, manifest, split, appended)
         self._appended = Table(files, range(1), max_open_files=most)
@@ -231,6 +229,18 @@ class LabelSet:
         order_N = np.concatenate([where_N for where_N, *_ in parts]).argsort()
         return Rows.concat(found).rows(torch.from_numpy(order_N))
 
+    def first_labels(self, keys: Sequence[str]) -> EncodedLabels:
+        """Return a row of the first block of each image, not decoded, for ``Encoding.encode``.
+
+        Of an image that has no labels, one without a model. Raises as ``lookup``.
+        """
+        names = encoded_keys(keys)
+        has_labels_N = self._tables[0].rows(names) >= 0
+        labels = self._tables[0].labels_of(names, self.encoding, np.flatnonzero(has_labels_N))
+        no_model = encode(torch.ones(1, self.num_classes), topk=1)
+        order_N = np.where(has_labels_N, np.cumsum(has_labels_N) - 1, len(labels))
+        return EncodedLabels.concat([labels, no_model])[order_N]
+
     def _missing_label(self, key: str, view: int) -> LabelSetError:
         """Return the error for a label that the set does not have."""
         if key not in self:
@@ -248,25 +258,15 @@ class Table:
     """Shards of one range of views: images by key, and their labels."""
 
     def __init__(self, files: list[ShardFile], views: range, *, max_open_files: int) -> None:
+        self.first: Table | None = None  # has the first views, whose models added ones may use
         self.files = files
         self.views = views
         # not mapped: the pages of a mapped file count as the process's memory, and random reads
         # touch all of them in the end
         self._descriptor = OpenFiles(files, most=max_open_files).descriptor
         self._web = web_set_at(files[0].path.parent) if files else None
-        self._labels_at = np.array([file.labels_at for file in files], np.int64)
-        self._first_rows = np.cumsum([0, *(file.num_images for file in files)])
-        self.num_rows = int(self._first_rows[-1])
-        hashes = concatenated([file.column("key_hashes") for file in files], "<u8")
-        self._order = np.argsort(hashes, kind="stable").astype(np.uint32)
-        self._hashes = hashes[self._order]
-        self._crcs = concatenated([file.column("crc32") for file in files], "<u4")
-        # offsets in the concatenated files, with a 0 first
-        self._ends = ends_of([file.column("label_ends") for file in files])
-        self._key_ends = ends_of([file.column("key_ends") for file in files])
-        self._keys = b"".join(file.column("keys").tobytes() for file in files)
-        for file in files:
-            file.unmap()
+        self._index = Index(files)
+        self.num_rows = self._index.num_rows
 
     def addresses(self) -> Iterator[tuple[str, int]]:
         """Iterate over (key, view) of appended rows."""
@@ -280,55 +280,54 @@ class Table:
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each image by its key in UTF-8, -1 for an unknown key."""
-        hashes_N = np.frombuffer(b"".join(map(key_hash, keys)), dtype="<u8")
-        at_N = np.searchsorted(self._hashes, hashes_N)
-        rows_N = np.full(len(keys), -1, dtype=np.int64)
-        left = np.arange(len(keys))
-        while len(left):  # repeats only for keys of equal hash
-            left = left[at_N[left] < self.num_rows]
-            left = left[self._hashes[at_N[left]] == hashes_N[left]]
-            found = self._order[at_N[left]].astype(np.int64)
-            spans = self._key_ends[found].tolist(), self._key_ends[found + 1].tolist()
-            candidates = [self._keys[begin:end] for begin, end in zip(*spans, strict=True)]
-            is_same = np.array(
-                [keys[i] == candidates[n] for n, i in enumerate(left.tolist())], bool
-            )
-            rows_N[left[is_same]] = found[is_same]
-            left = left[~is_same]
-            at_N[left] += 1
-        return rows_N
+        return self._index.rows(keys)
 
     def read(
         self, keys: Sequence[bytes], rows_N: np.ndarray, views_N: np.ndarray, encoding: Encoding
     ) -> Rows:
         """Return one view of each row; raises LabelSetError for labels that fail their CRC."""
-        numbers_N = np.searchsorted(self._first_rows, rows_N, side="right") - 1
-        first_N = self._ends[self._first_rows[numbers_N]]
-        sizes_N = self._ends[rows_N + 1] - self._ends[rows_N]
-        at_N = self._labels_at[numbers_N] + self._ends[rows_N] - first_N
+        blocks = self._blocks(keys, rows_N)
+        firsts = None if self.first is None else partial(self.first.labels_of, keys, encoding)
+        try:
+            return encoding.rows_of(*blocks, len(self.views), views_N, firsts)
+        except LabelSetError as error:
+            folder = self.files[0].path.parent
+            raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
+
+    def labels_of(
+        self, names: Sequence[bytes], encoding: Encoding, some_N: np.ndarray
+    ) -> EncodedLabels:
+        """Return a row of the block of some images, not decoded; raises LabelSetError."""
+        keys = [names[i] for i in some_N.tolist()]
+        rows_N = self.rows(keys)
+        if (rows_N < 0).any():
+            key = keys[int(np.argmin(rows_N))].decode()
+            raise LabelSetError(f"the first views of {key!r} have no labels")
+        return encoding.labels_of(*self._blocks(keys, rows_N), len(self.views))
+
+    def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of the blocks of rows, and where each ends."""
+        places = self._index.places(rows_N)
         blocks, missing = [b""] * len(keys), list[Missing]()
-        order_N = np.argsort(numbers_N, kind="stable")  # file by file
-        columns = (order_N, *(c[order_N] for c in (numbers_N, sizes_N, at_N, self._crcs[rows_N])))
-        for row, number, size, at, crc in zip(*(c.tolist() for c in columns), strict=True):
+        order_N = np.argsort(rows_N)  # file by file, and in the order of the file
+        columns = (order_N, *(column[order_N] for column in places))
+        for row, number, at, size, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
             blocks[row] = block = os.pread(file.fd, size, at)
-            if block_crc(keys[row], block) != crc or (self._web and not any(block)):  # a hole
+            # not block_crc: a call for each block
+            if crc32(block, crc32(keys[row])) != crc or (self._web and not any(block)):  # a hole
                 if not self._web:
                     raise damaged_rows(self.files[number], keys[row].decode())
                 missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
         if missing and self._web:
             self._web.fill(blocks, missing)
-        data = np.frombuffer(b"".join(blocks), np.uint8)
-        try:
-            return encoding.rows_of(data, np.cumsum(sizes_N), len(self.views), views_N)
-        except LabelSetError as error:
-            folder = self.files[0].path.parent
-            raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
+        return np.frombuffer(b"".join(blocks), np.uint8), np.cumsum(places.sizes_N)
 
     def stored_view(self, row: int, view: int, *, width: int, height: int) -> View:
         """Return a view whose box the shard stores."""
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        file, at = self.files[number], (row - self._first_rows[number], view - self.views.start)
+        number = int(np.searchsorted(self._index.first_rows, row, side="right")) - 1
+        file = self.files[number]
+        at = row - self._index.first_rows[number], view - self.views.start
         flip = bool(file.column("flips")[at])
         return unpacked_view(file.column("boxes")[at], flip, width=width, height=height)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -96,6 +96,16 @@ class StoredViews:
     flips_NV: np.ndarray
 
 
+class EncodingLoss(NamedTuple):
+    """KL(exact probabilities || labels) in nats, the mean over the ``num_views`` views measured."""
+
+    kl: float
+    num_views: int
+
+    def __str__(self) -> str:
+        return f"{self.kl:.3g} nats, measured on {self.num_views} views"
+
+
 @dataclass(frozen=True)
 class Shard:
     """The labels of N images x V views that start at ``first_view``; one block per image.
@@ -103,8 +113,10 @@ class Shard:
     ``skipped`` maps the key of each image without labels to its ``position`` among all images of
     the shard, ``reason``, ``bytes``, ``class`` and, if its bytes could be read, ``content_hash``.
     ``boxes_sha256`` covers the boxes of the views; ``counts`` are integers, for example of correct
-    predictions. In appended rows V is 1, ``views_N`` has the view of each row and ``hashes_N`` the
-    content hash of its image, and a key may occur twice.
+    predictions. ``first_sha256`` is the SHA-256 of the head of the shard with the first views of
+    the same images, where blocks use its models. ``loss`` is of its first labels, None where the
+    exact probabilities are not known. In appended rows V is 1, ``views_N`` has the view of each row
+    and ``hashes_N`` the content hash of its image, and a key may occur twice.
     """
 
     plan_sha256: str
@@ -121,6 +133,8 @@ class Shard:
     boxes_sha256: str | None = None
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
+    first_sha256: str | None = None
+    loss: EncodingLoss | None = None
 
 
 def write_shard(
@@ -148,6 +162,8 @@ def shard_bytes(shard: Shard) -> bytes:
         "boxes_sha256": shard.boxes_sha256,
         "skipped": shard.skipped,
         "counts": shard.counts,
+        **({} if shard.first_sha256 is None else {"first_sha256": shard.first_sha256}),
+        **({} if shard.loss is None else {"encoding_loss": shard.loss._asdict()}),
         "columns": {
             name: {"offset": 0, "type": column.dtype.str, "shape": list(column.shape)}
             | ({} if name == LABELS else {"sha256": sha256(column.tobytes()).hexdigest()})

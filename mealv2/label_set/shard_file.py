@@ -1,16 +1,18 @@
 """Reading a shard: every byte is checked before use, without an HDF5 library."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 
 from mealv2.data.content_hash import parse_hash
 from mealv2.errors import LabelSetError
-from mealv2.label_set.blocks import block_crc
-from mealv2.label_set.shard import LABELS, Images, Shard, StoredViews
+from mealv2.label_set.shard import LABELS, EncodingLoss, Images, Shard, StoredViews
 from mealv2.label_set.shard_head import read_head
 from mealv2.storage.regular_files import open_regular
 
@@ -64,15 +66,44 @@ class ShardFile:
         offset, kind, shape = self._columns[name]
         return np.ndarray(shape, kind, buffer=self._mapped, offset=offset)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a column; raises KeyError if the file has none."""
+        return self._columns[name].shape
+
+    def read_columns(self, **into: np.ndarray) -> None:
+        """Read columns into contiguous arrays of their types, without mapping the file.
+
+        Raises LabelSetError.
+        """
+        handle = self.open() if self._data is None else None
+        try:
+            for name, array in into.items():
+                offset, kind, shape = self._columns[name]
+                assert array.dtype == np.dtype(kind)
+                assert array.shape == shape
+                if handle is None:
+                    array[:] = self.column(name)
+                elif os.preadv(handle, [array.data], offset) != array.nbytes:
+                    raise LabelSetError(f"shard {self.path} is damaged: it became shorter")
+        except OSError as error:
+            raise LabelSetError(f"cannot read shard {self.path}: {error.strerror}") from None
+        finally:
+            if handle is not None:
+                os.close(handle)
+
     def has_column(self, name: str) -> bool:
         """Return whether the file has a column."""
         return name in self._columns
 
-    def keys(self) -> list[str]:
-        """Return all keys, in order."""
+    def packed_keys(self) -> list[bytes]:
+        """Return all keys in UTF-8, in order."""
         packed = self.column("keys").tobytes()
         ends = self.column("key_ends").tolist()
-        return [packed[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=False)]
+        return [packed[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=False)]
+
+    def keys(self) -> list[str]:
+        """Return all keys, in order."""
+        return [key.decode() for key in self.packed_keys()]
 
     def all_keys(self) -> list[str]:
         """Return the keys of all images of the range, in order, skipped ones included."""
@@ -112,17 +143,15 @@ class ShardFile:
 
     def blocks(self) -> Iterator[tuple[bytes, memoryview, bool]]:
         """Yield every image's key, its block, and whether the block passes its CRC."""
-        packed, labels = self.column("keys").tobytes(), self.labels
-        key_at = label_at = 0
-        for key_end, label_end, crc in zip(
-            self.column("key_ends").tolist(),
-            self.column("label_ends").tolist(),
-            self.column("crc32").tolist(),
-            strict=True,
-        ):
-            key, block = packed[key_at:key_end], labels[label_at:label_end]
-            yield key, block, block_crc(key, block) == crc
-            key_at, label_at = key_end, label_end
+        labels, crcs = self.labels, self.column("crc32").tolist()
+        ends = self.column("label_ends").tolist()
+        for key, begin, end, crc in zip(self.packed_keys(), [0, *ends], ends, crcs, strict=False):
+            block = labels[begin:end]
+            yield key, block, crc32(block, crc32(key)) == crc  # block_crc, without its call
+
+    def damaged_keys(self) -> list[str]:
+        """Return the keys of the images whose block fails its CRC."""
+        return [key.decode() for key, _, is_intact in self.blocks() if not is_intact]
 
     def intact_blocks(self) -> Iterator[memoryview]:
         """Yield the block of every image; raises LabelSetError for a damaged one."""
@@ -150,6 +179,8 @@ class ShardFile:
             boxes_sha256=header["boxes_sha256"],
             skipped=header["skipped"],
             counts=header["counts"],
+            first_sha256=header.get("first_sha256"),
+            loss=loss_in(header),
         )
 
     @cached_property
@@ -161,6 +192,11 @@ class ShardFile:
         array = mapped.numpy()
         array.flags.writeable = False
         return array
+
+
+def loss_in(header: Mapping[str, Any]) -> EncodingLoss | None:
+    """Return what a shard's labels lose, by its header; None if it does not say."""
+    return EncodingLoss(**header["encoding_loss"]) if "encoding_loss" in header else None
 
 
 def skipped_hashes(file: ShardFile) -> dict[str, int]:

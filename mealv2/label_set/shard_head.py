@@ -144,8 +144,12 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
         raise ValueError("its views are not valid")
     if num_images * num_views > shapes[LABELS][0]:  # a label has at least one byte
         raise ValueError("it has fewer labels than views")
+    if not isinstance(header.get("first_sha256", ""), str):
+        raise ValueError("its first_sha256 is not valid")
     if not all(map(_is_skipped, header["skipped"].values())):
         raise ValueError("its skipped images are not valid")
+    if not _is_loss(header.get("encoding_loss", {"kl": 0.0, "num_views": 1})):
+        raise ValueError("its encoding_loss is not valid")
     for together in _TOGETHER:
         if 0 < len(shapes.keys() & together) < len(together):
             raise ValueError(f"one of {', '.join(together)} is missing")
@@ -155,6 +159,14 @@ def _check_header(header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     for name in shapes.keys() - _BYTES:
         if shapes[name] != (num_images, *inner.get(name, ())):
             raise ValueError(f"the column {name} has the shape {shapes[name]}")
+
+
+def _is_loss(entry: object) -> bool:
+    """Return whether a header's entry of the loss of the encoding is valid."""
+    if not (isinstance(entry, dict) and entry.keys() == {"kl", "num_views"}):
+        return False
+    kl, num_views = entry["kl"], entry["num_views"]
+    return type(kl) is float and 0.0 <= kl < math.inf and type(num_views) is int and num_views > 0
 
 
 def _is_skipped(entry: object) -> bool:

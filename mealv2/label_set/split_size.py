@@ -1,13 +1,19 @@
-"""How many images, views and bytes a split of a label set has, by its manifest and headers."""
+"""Images, views, bytes and loss of a split of a label set, by its manifest and headers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mealv2.label_set.shard import EncodingLoss
+from mealv2.label_set.shard_file import loss_in
+
 
 @dataclass(frozen=True)
 class SplitSize:
-    """The images, views of each, shards, and bytes of the files and of the labels alone."""
+    """The images, views of each, shards, and bytes of the files and of the labels alone.
+
+    ``loss`` is the mean over the views that were measured, None if none was.
+    """
 
     images: int
     views: int
@@ -15,6 +21,7 @@ class SplitSize:
     bytes: int
     label_bytes: int
     num_labels: int
+    loss: EncodingLoss | None
 
     @property
     def bytes_per_view(self) -> float:
@@ -33,7 +40,15 @@ def split_size(entry: Mapping[str, Any], headers: Sequence[Mapping[str, Any]]) -
         bytes=sum(shard["bytes"] for shard in shards),
         label_bytes=sum(header["columns"]["labels"]["shape"][0] for header in headers),
         num_labels=sum(header["num_views"] * num_rows(header) for header in headers),
+        loss=_mean_loss([loss for header in headers if (loss := loss_in(header))]),
     )
+
+
+def _mean_loss(losses: Sequence[EncodingLoss]) -> EncodingLoss | None:
+    num_views = sum(loss.num_views for loss in losses)
+    if not num_views:
+        return None
+    return EncodingLoss(sum(loss.kl * loss.num_views for loss in losses) / num_views, num_views)
 
 
 def num_rows(header: Mapping[str, Any]) -> int:

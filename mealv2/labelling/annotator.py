@@ -1,8 +1,6 @@
 """Run the ensemble on a stream of batches and encode its outputs as rows of a label set."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,8 +12,9 @@ from mealv2.codec import to_device
 from mealv2.data.loader import on_device
 from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
-from mealv2.errors import ConfigError, DataError, OnBadImage
-from mealv2.label_set import Encoding, Rows
+from mealv2.errors import ConfigError, OnBadImage
+from mealv2.label_set import Encoding, EncodingLoss, LabelSet, Rows
+from mealv2.labelling.row_encoder import RowEncoder
 from mealv2.metrics import num_correct
 from mealv2.models.ensemble import (
     ONE_SIZE,
@@ -26,10 +25,6 @@ from mealv2.models.ensemble import (
 )
 from mealv2.runtime import LocalRuntime
 
-# The encoder runs when either limit is reached: 16 MB of probabilities (and of mean logits), or
-# views of few classes at about 2 kB each.
-_MAX_PROBABILITIES, _MAX_VIEWS = 1 << 22, 1 << 12
-
 
 @dataclass(frozen=True)
 class Annotations:
@@ -38,7 +33,8 @@ class Annotations:
     ``sizes_N2`` and ``boxes_N5`` are as in Batch. ``correct`` has the numbers of correct
     predictions, int64 2 x (T + 1): top-1 and top-5, of every teacher and, last, of the ensemble.
     ``failed`` maps the positions of unreadable images to the reason. ``hashes`` are the content
-    hashes of all images whose bytes could be read, by position.
+    hashes of all images whose bytes could be read, by position. ``loss`` is what the first labels
+    lose by their encoding.
     """
 
     positions: list[int]
@@ -48,6 +44,7 @@ class Annotations:
     correct: np.ndarray
     failed: dict[int, str]
     hashes: dict[int, int] = field(default_factory=dict)
+    loss: EncodingLoss | None = None
 
     def without_failed(self) -> "Annotations":
         """Return the annotations without the views of images that failed, which have no rows.
@@ -67,13 +64,17 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Annotator:
-    """An ensemble on its device, and the encoding of its labels."""
+    """An ensemble on its device, and the encoding of its labels.
+
+    ``first`` has the first labels of the images, whose models those of added views may use.
+    """
 
     ensemble: TeacherEnsemble
     runtime: LocalRuntime
     encoding: Encoding
     batch_size: int
     on_bad_image: OnBadImage
+    first: LabelSet | None = None
 
     def annotate(
         self, source: ImageSource, batches: Iterable[Batch], *, num_views: int, count_correct: bool
@@ -87,7 +88,7 @@ class Annotator:
         failed: dict[int, str] = {}
         hashes: dict[int, int] = {}
         positions: list[int] = []
-        encoder = _RowEncoder(self.encoding, source, num_views)
+        encoder = RowEncoder(self.encoding, source, num_views, self.first)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
         device = self.runtime.device
         shape = (2, len(self.ensemble.teachers) + 1)
@@ -110,14 +111,16 @@ class Annotator:
                 counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
                 correct += torch.stack(counts).view(shape)
             encoder.add(output, batch.positions)
+        rows, loss = encoder.finish()
         return Annotations(
             positions,
-            encoder.rows(),
+            rows,
             np.concatenate(sizes),
             np.concatenate(boxes),
             correct.cpu().numpy(),
             failed,
             hashes,
+            loss,
         ).without_failed()
 
     def predict(
@@ -132,84 +135,6 @@ class Annotator:
             with self.runtime.autocast():
                 logits_TBC = self.ensemble.teacher_logits(images_BCHW, other_sizes)
             return logits_TBC, combine(logits_TBC)  # outside autocast: softmax and mean in float32
-
-
-class _RowEncoder:
-    """Collects the outputs of batches and encodes the images of some thousand rows at once.
-
-    A call of the encoder takes milliseconds, however few the rows, and images do not depend on each
-    other. It runs in a thread, on the device's same stream, while the caller goes on with the next
-    batches: only the thread waits for the device. An image of which views are missing has no rows.
-    """
-
-    def __init__(self, encoding: Encoding, source: ImageSource, num_views: int) -> None:
-        self._encoding = encoding
-        self._source = source
-        self._num_views = num_views
-        self._outputs: list[EnsembleOutput] = []
-        self._positions: list[int] = []  # of the pending rows
-        none = torch.zeros(0, encoding.num_classes)
-        self._parts = [encoding.encode(none, none, num_views=num_views)]
-        self._executor = ThreadPoolExecutor(1, "encode")
-        self._running: Future[Rows] | None = None
-
-    def add(self, output: EnsembleOutput, positions: Sequence[int]) -> None:
-        """Add the output of a batch, for the images at these positions of the source.
-
-        Raises DataError, now or at a later call, if the output is not finite.
-        """
-        self._outputs.append(output)
-        self._positions += positions
-        limit = min(_MAX_VIEWS, _MAX_PROBABILITIES // self._encoding.num_classes)
-        if len(self._positions) >= max(limit, 2 * self._num_views):
-            self._start(self._positions.index(self._positions[-1]))
-
-    def rows(self) -> Rows:
-        """Return all rows, on the CPU; raises as ``add``."""
-        self._start(len(self._positions))
-        self._finish()
-        self._executor.shutdown()
-        return Rows.concat(self._parts)
-
-    def _start(self, num_rows: int) -> None:
-        """Encode the first of the pending rows, which are of complete images or of missing ones."""
-        self._finish()  # no more than one group of rows at a time
-        if not num_rows:
-            return
-        columns = zip(*self._outputs, strict=True)
-        outputs = EnsembleOutput(*(torch.cat(column) for column in columns))
-        of_rows = EnsembleOutput(*(column[:num_rows] for column in outputs))
-        self._running = self._executor.submit(self._encoded, of_rows, self._positions[:num_rows])
-        self._positions = self._positions[num_rows:]
-        pending = EnsembleOutput(*(column[num_rows:] for column in outputs))
-        self._outputs = [pending] if self._positions else []
-
-    def _finish(self) -> None:
-        """Wait for the rows that are being encoded."""
-        if self._running is not None:
-            self._parts.append(self._running.result())
-            self._running = None
-
-    def _encoded(self, outputs: EnsembleOutput, positions: Sequence[int]) -> Rows:
-        is_finite_N = torch.isfinite(outputs.probs_BC).all(dim=1)
-        if not bool(is_finite_N.all()):
-            key = self._source.keys[positions[is_finite_N.tolist().index(False)]]
-            raise DataError(
-                f"the outputs of the teachers near {key} are not finite; "
-                "check their weights, or leave out --amp"
-            )
-        rows = complete_images(positions, self._num_views)
-        encoded = self._encoding.encode(
-            *(column[rows.to(column.device)] for column in outputs), num_views=self._num_views
-        )
-        return encoded.to(torch.device("cpu"))
-
-
-def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:
-    """Return the rows, int64, of the images that have all their views."""
-    counts = Counter(positions)
-    whole = [row for row, position in enumerate(positions) if counts[position] == num_views]
-    return torch.tensor(whole, dtype=torch.int64)
 
 
 def choose_encoding(

@@ -16,7 +16,7 @@ from mealv2.data.content_hash import hash_text
 from mealv2.data.loader import read_views
 from mealv2.data.requests import Batch, BatchRequest
 from mealv2.errors import DataError, RemoteError, StopRequested
-from mealv2.label_set import Encoding, Images, Shard, ShardFile, stored_class
+from mealv2.label_set import Encoding, Images, Shard, ShardFile, bound_to_first, stored_class
 from mealv2.labelling.annotator import Annotations, Annotator
 from mealv2.labelling.compare import compare_images, require_same
 from mealv2.labelling.manifest import is_complete
@@ -132,6 +132,9 @@ def label_shards(
     def write(number: int, annotations: Annotations) -> None:
         try:
             shard = make_shard(split, number, annotations, annotator.encoding)
+            if annotator.first is not None:
+                first = annotator.first.blocks[0][1][number]
+                shard = bound_to_first(shard, annotator.encoding, first.head_sha256)
             # The first complete shard wins, even one that another job wrote in the meantime. Only
             # the damaged file (or a dead link) is replaced.
             damaged = missing[number]
@@ -234,6 +237,7 @@ def make_shard(
             for p, reason in annotations.failed.items()
         },
         counts={} if is_train else {"top1": top1, "top5": top5},
+        loss=annotations.loss,
     )
 
 

@@ -122,6 +122,7 @@ def _load(config: LabelsAddViewsConfig, labels: LabelSet) -> tuple[Annotator, La
     ensemble = compatibility.build_original_teachers(folder, config.teacher, plan, runtime)
     sizes = {"img_size": labels.img_size, "max_batch_size": len(labels)}
     annotator = make_annotator(config, runtime, ensemble, labels.encoding, **sizes)
+    annotator = replace(annotator, first=labels)
     position_of = {key: position for position, key in enumerate(source.keys)}
     _, files = labels.blocks[0]
     images = [[position_of[key] for key in file.all_keys()] for file in files]

@@ -31,5 +31,7 @@ def run(config: LabelsConvertConfig) -> dict[str, Any]:
 
 
 def _converted(file: ShardFile, old: Encoding, new: Encoding) -> Shard:
-    rows = writing.encoded(writing.all_rows(file, old), old, new, file.num_views)
-    return replace(file.shard(), blocks=new.blocks(rows, file.num_views))
+    before, num_views, shard = writing.all_rows(file, old), file.num_views, file.shard()
+    rows = writing.encoded(before, old, new, num_views)
+    loss = shard.loss if new == old else writing.loss_of([before], [1], [old], rows, num_views)
+    return replace(shard, blocks=new.blocks(rows, num_views), loss=loss)

@@ -13,7 +13,14 @@ from mealv2 import fkd
 from mealv2.data.source import is_unlabelled
 from mealv2.data.tar_writer import sample, sample_names, tar_writer
 from mealv2.errors import ConfigError, DataError, LabelSetError
-from mealv2.label_set import LabelSet, Rows, ShardFile, check_same_data, member_bytes
+from mealv2.label_set import (
+    FittedLogits,
+    LabelSet,
+    Rows,
+    ShardFile,
+    check_same_data,
+    member_bytes,
+)
 from mealv2.soft_labels import EncodedLabels, top_k
 from mealv2.storage.atomic import atomic_file, list_folder, write_atomic
 from mealv2.storage.json_format import canonical_json
@@ -243,10 +250,10 @@ def _columns(labels: LabelSet, file: ShardFile, rows: Rows, pyarrow: Any) -> dic
         "prob_of_each_other": kept.tail_N.numpy(),
     }
     if rows.logits is not None:
-        columns["mean_logits"] = lists(
-            rows.logits.values_NK[:, : kept.is_kept_NK.shape[1]], "float32"
-        )
-        columns["mean_logit_of_others"] = rows.logits.rest_N.float().numpy()
+        logits = rows.logits
+        logits = logits.of_kept(kept) if isinstance(logits, FittedLogits) else logits
+        columns["mean_logits"] = lists(logits.values_NK[:, : kept.is_kept_NK.shape[1]], "float32")
+        columns["mean_logit_of_others"] = logits.rest_N.float().numpy()
     if file.images is not None:
         columns["true_class"] = np.repeat(file.images.classes_N.astype(np.int32), labels.num_views)
     has_sizes = file.images is not None or file.stored_views is not None

@@ -92,10 +92,13 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
         "content_hashes": entry.get("content", {}).get("images", 0),
         "appended_rows": sum(num_rows(_header(path, manifest)) for path in appended),
         **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
+        **({"encoding_loss": size.loss._asdict()} if size.loss else {}),
     }
     images, views, shards_ = (console.count(split[f"{u}s"], u) for u in ("image", "view", "shard"))
     sizes = f"{console.size_of(split['bytes'])}, {split['bytes_per_view']:.1f} bytes a label"
     _log(name, f"{images} x {views}, {shards_}, {sizes}")
+    if size.loss:
+        _log("", f"KL of the labels {size.loss}")
     num_images, num_hashed = split["images"] + split["skipped"], split["content_hashes"]
     of = "all" if num_hashed == num_images else f"{num_hashed} of {num_images}"
     _log("", f"content hashes of {of} images" if num_hashed else "no content hashes of its images")

@@ -283,9 +283,10 @@ def _mean_shard(
     # images without a hash in one set may have it in another
     shard = max(files, key=lambda file: len(file.content_hashes())).shard()
     averaged = writing.averaged(rows, counts, encoding, shard.num_views)
-    blocks = encoding.blocks(averaged, shard.num_views)
+    loss = writing.loss_of(rows, counts, encodings, averaged, shard.num_views)
+    shard = replace(shard, blocks=encoding.blocks(averaged, shard.num_views), loss=loss)
     if not shard.counts or shard.images is None:
-        return replace(shard, blocks=blocks, counts={})
+        return replace(shard, counts={})
     truth_N = torch.from_numpy(shard.images.classes_N.astype(np.int64))
     probs_NC = writing.mean_probs(rows, counts)
     correct = {
@@ -296,4 +297,4 @@ def _mean_shard(
         ]
         for name, k in (("top1", 1), ("top5", 5))
     }
-    return replace(shard, blocks=blocks, counts=correct)
+    return replace(shard, counts=correct)

@@ -14,9 +14,10 @@ from mealv2.data.requests import Batch, check_failures
 from mealv2.data.source import ImageSource
 from mealv2.errors import DataError, LabelSetError, OnBadImage
 from mealv2.label_set import LabelSet
-from mealv2.labelling.annotator import Annotator, complete_images
+from mealv2.labelling.annotator import Annotator
 from mealv2.labelling.encoding_loss import kl_sum
 from mealv2.labelling.plan import batch_requests
+from mealv2.labelling.row_encoder import complete_images
 from mealv2.models.ensemble import EnsembleOutput
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
@@ -155,10 +156,14 @@ def _compared(
     rows = complete_images(positions, len(views))
     if not len(rows):
         return np.zeros(4)
+    uses_models = labels.encoding.shares_models
     again = EnsembleOutput(*(column[rows.to(column.device)] for column in outputs))
     keys = [source.keys[positions[row]] for row in rows.tolist()]
     stored = labels.soft_labels(keys, list(views) * (len(rows) // len(views)))
-    fresh = labels.encoding.encode(*again, num_views=len(views)).to(torch.device("cpu")).labels
+    is_added = views.start > labels.blocks[0][0].start
+    first = labels.first_labels(keys[:: len(views)]) if is_added and uses_models else None
+    encoded = labels.encoding.encode(*again, num_views=len(views), first=first)
+    fresh = encoded.to(torch.device("cpu")).labels
     probs_NC = again.probs_BC.cpu().double()
     then_NC, now_NC = stored.to_dense(), fresh.to_dense()
     agrees_N = probs_NC.argmax(dim=1) == stored.argmax()

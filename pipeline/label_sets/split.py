@@ -85,5 +85,6 @@ def _cut(file: ShardFile, kept: set[str], views: Views) -> Shard:
             for key, image in shard.skipped.items()
             if key in kept
         },
+        loss=None,  # it is of images that may be in another part
     )
     return replace(cut, boxes_sha256=boxes_of(cut, views))

@@ -1,6 +1,6 @@
 """`mealv2 labels verify`: check a label set's files, labels, boxes, images and teachers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set import (
     MANIFEST_NAME,
     PLAN_NAME,
+    Encoding,
     LabelSet,
     ShardFile,
     boxes_of,
@@ -21,7 +22,6 @@ from mealv2.label_set import (
     creating_command,
     labelled_hashes,
 )
-from mealv2.label_set.blocks import key_hash
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.labelling.compare import Compared, compare_images, require_same
 from mealv2.storage.atomic import file_sha256
@@ -32,11 +32,10 @@ from mealv2.views import DrawnViews
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
+from pipeline.label_sets.shard_checks import Checked, check_files
 from pipeline.labelling.store import local_folder
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
-
-_DECODED = 32  # views of a shard that share a model: its bytes have two checksums anyway
 
 
 @dataclass
@@ -55,16 +54,15 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     folder = local_folder(config, config.labels, require_complete=False, whole_files=True)
     manifest = label_set.read_manifest(folder)
     found = Found()
-    listed = label_set.listed_shards(manifest["roles"])
-    found.shards += 1 + len(listed)
     if why := _plan_problem(folder / PLAN_NAME, manifest["plan"]):
         found.problems[PLAN_NAME] = why
-    for shard in console.progress(listed, total=len(listed), what="bytes", unit="shards"):
-        if why := _file_problem(folder / shard["name"], shard):
-            found.problems[shard["name"]] = why
+    listed = label_set.listed_shards(manifest["roles"])
+    found.shards += 1 + len(listed)
+    checked = _check_listed(config, folder, manifest["plan"], listed)
+    found.problems |= {name: file.difference for name, file in checked.items() if file.difference}
     if not found.problems:
         for split in manifest["roles"]:
-            _check_split(LabelSet.open(folder, split=split), found)
+            _check_split(config, LabelSet.open(folder, split=split), checked, found)
     for name, problem in found.problems.items():
         console.info(f"{name}: {problem}")
     if found.problems:
@@ -111,48 +109,49 @@ def _plan_problem(path: Path, plan: dict[str, Any]) -> str | None:
         return f"cannot be read: {error.strerror}"
 
 
-def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return how a shard differs from its manifest entry."""
+def _check_listed(
+    config: LabelsVerifyConfig, folder: Path, plan: dict[str, Any], listed: list[dict[str, Any]]
+) -> dict[str, Checked]:
+    """Read and check the files that the manifest lists; return what was found by name."""
     try:
-        if (size := path.stat().st_size) != entry["bytes"]:
-            return f"has {size} bytes, not {entry['bytes']}"
-        is_same = file_sha256(path) == entry["sha256"]
-        return None if is_same else f"has another SHA-256 ({_damaged_part(path)})"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        encoding = Encoding.of_plan(plan)
+    except LabelSetError:  # raised again where the set is opened
+        encoding = None
+    files = check_files(folder, listed, encoding, workers=config.workers)
+    files = console.progress(files, total=len(listed), what="bytes and labels", unit="shards")
+    return {shard["name"]: file for shard, file in zip(listed, files, strict=True)}
 
 
-def _damaged_part(path: Path) -> str:
-    try:
-        damaged = _damaged_keys(ShardFile(path))
-    except LabelSetError as error:
-        return str(error).partition(" is damaged: ")[2] or str(error)
-    if not damaged:
-        return "in neither the labels nor their index"
-    return f"the labels of {console.count(len(damaged), 'image')}: {console.first_names(damaged)}"
-
-
-def _damaged_keys(file: ShardFile) -> list[str]:
-    return [key.decode() for key, _, is_intact in file.blocks() if not is_intact]
-
-
-def _check_split(labels: LabelSet, found: Found) -> None:
-    """Check the contents of shards whose hashes are right, and appended files."""
+def _check_split(
+    config: LabelsVerifyConfig, labels: LabelSet, checked: dict[str, Checked], found: Found
+) -> None:
+    """Check what needs the set, whose files are right: appended files, boxes, content hashes."""
     more = labels.appended_files
     found.shards += len(more)
+    appended = []
     for file in more:
-        if file_sha256(file.path)[:16] != file.path.stem.rpartition("-")[2]:
+        digest = file_sha256(file.path)
+        appended.append({"name": file.path.name, "bytes": file.size, "sha256": digest})
+        if digest[:16] != file.path.stem.rpartition("-")[2]:
             found.problems[file.path.name] = "has another SHA-256 than its name"
+    more_checked = check_files(labels.folder, appended, labels.encoding, workers=config.workers)
+    checked = checked | {f.path.name: c for f, c in zip(more, more_checked, strict=True)}
     files = [*(file for _, files in labels.blocks for file in files), *more]
-    what = f"labels and boxes of {labels.split}"
-    for file in console.progress(files, total=len(files), what=what, unit="shards"):
-        for problem in _problems(labels, file, found):
+    for file in console.progress(
+        files, total=len(files), what=f"boxes of {labels.split}", unit="shards"
+    ):
+        problem = checked[file.path.name].problem
+        if problem is None and labels.split == "train" and not file.has_column("views"):
+            problem = _drift(labels, file, found)
+        if problem is not None:
             found.problems.setdefault(file.path.name, problem)
         found.labels += file.num_images * file.num_views
+        file.unmap()
     if not found.problems:
         found.problems |= _content_problems(labels)
     # added views and appended rows belong to images that are in other files too
-    found.images += len(np.unique(np.concatenate([f.column("key_hashes") for f in files])))
+    hashes = np.sort(np.concatenate([checked[file.path.name].hashes_N for file in files]))
+    found.images += len(hashes) and 1 + int((hashes[1:] != hashes[:-1]).sum())
 
 
 def _content_problems(labels: LabelSet) -> dict[str, str]:
@@ -175,40 +174,20 @@ def _content_problems(labels: LabelSet) -> dict[str, str]:
     return problems
 
 
-def _problems(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
-    if bad := _damaged_keys(file):
-        yield f"the labels of {len(bad)} images have another CRC-32: {console.first_names(bad)}"
-        return
-    keys = file.keys()
-    hashes = np.frombuffer(b"".join(key_hash(key.encode()) for key in keys), "<u8")
-    if not np.array_equal(hashes, file.column("key_hashes")):
-        yield "key hashes differ from the hashes of the keys"
-    if not file.has_column("views") and len(set(keys)) < len(keys):
-        yield "contains an image twice"
-    try:
-        columns = file.column("labels"), file.column("label_ends")
-        rows = labels.encoding.all_rows_of(*columns, file.num_views)
-        labels.encoding.check(rows, most=_DECODED)
-    except LabelSetError as error:
-        yield str(error)
-    if labels.split == "train" and not file.has_column("views"):
-        yield from _drift(labels, file, found)
-
-
-def _drift(labels: LabelSet, file: ShardFile, found: Found) -> Iterator[str]:
+def _drift(labels: LabelSet, file: ShardFile, found: Found) -> str | None:
     """Compare the hash of the boxes when the shard was made with the boxes of the recipe now."""
     views = labels.views()
     if file.header["boxes_sha256"] is None or file.images is None:
         found.unchecked_boxes += 1
-        return
+        return None
     try:
-        boxes_hash = boxes_of(file.shard(), views)
+        boxes_hash = boxes_of(file.shard(with_blocks=False), views)
     except (ValueError, LabelSetError) as error:  # an image of size 0
-        yield str(error)
-        return
-    if boxes_hash != file.header["boxes_sha256"]:
-        kind = "drawn" if isinstance(views, DrawnViews) else "stored"
-        yield f"the {kind} boxes differ from the boxes that were labelled"
+        return str(error)
+    if boxes_hash == file.header["boxes_sha256"]:
+        return None
+    kind = "drawn" if isinstance(views, DrawnViews) else "stored"
+    return f"the {kind} boxes differ from the boxes that were labelled"
 
 
 def _check_data(

@@ -15,6 +15,7 @@ from mealv2.data.source import fingerprint_of
 from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     Encoding,
+    EncodingLoss,
     LabelSet,
     PlannedShard,
     Rows,
@@ -23,6 +24,7 @@ from mealv2.label_set import (
     class_of,
 )
 from mealv2.labelling import manifest
+from mealv2.labelling.encoding_loss import encoding_loss, sample_size
 from mealv2.runtime import library_versions
 from mealv2.soft_labels import Labels, SoftLabels
 from mealv2.storage.json_format import json_sha256
@@ -100,6 +102,10 @@ class Writer:
                 first_view=views.start,
                 num_views=len(views),
             )
+            if shard.first_sha256 is not None:  # blocks with the models of another shard
+                first = ShardFile(self.folder / label_set.shard_name(split, planned.number))
+                encoding = Encoding.of_plan(self.plan)
+                shard = label_set.bound_to_first(shard, encoding, first.head_sha256)
             path = self.folder / planned.name
             label_set.write_shard(path, shard, replace=os.path.lexists(path))
 
@@ -162,7 +168,9 @@ def all_rows(file: ShardFile, encoding: Encoding) -> Rows:
     """Return every label of a shard, image by image; raises LabelSetError if one is damaged."""
     deque(file.intact_blocks(), maxlen=0)  # checks them without a copy
     ends = file.column("label_ends")
-    return encoding.all_rows_of(file.column("labels"), ends, file.num_views)
+    firsts = label_set.first_labels_of(file, encoding)
+    rows = encoding.all_rows_of(file.column("labels"), ends, file.num_views)
+    return rows.with_models(firsts)
 
 
 def encoded(rows: Rows, of: Encoding, to: Encoding, num_views: int) -> Rows:
@@ -190,6 +198,20 @@ def averaged(parts: Sequence[Rows], weights: Sequence[int], to: Encoding, num_vi
             mean_logits_NC = _mean(logits, weights)
         done.append(to.encode(mean_probs(rows, weights), mean_logits_NC, num_views=num_views))
     return Rows.concat(done)
+
+
+def loss_of(
+    parts: Sequence[Rows],
+    weights: Sequence[int],
+    of: Sequence[Encoding],
+    rows: Rows,
+    num_views: int,
+) -> EncodingLoss | None:
+    """Return what ``rows`` lose of the weighted means; None if the sets are not dense."""
+    if not all(encoding.is_dense for encoding in of):
+        return None
+    first = torch.arange(min(len(rows.labels), sample_size(num_views)))
+    return encoding_loss(mean_probs([part.rows(first) for part in parts], weights), rows.labels)
 
 
 def mean_probs(parts: Sequence[Rows], weights: Sequence[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""benchmarks/rates.py, shortened: its tables, and that they come out the same again."""
+"""benchmarks/rates.py: what its students differ in, and a short run on drawn pictures."""
 
 import os
 import shutil
@@ -8,7 +8,30 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rates
+from benchmarks.experiments import differences
+from mealv2.errors import ConfigError
+from pipeline.config import DemoConfig
 from pipeline.demo import parts
+
+
+def test_students_differ_in_their_label_set_only() -> None:
+    rows = {row.name: row for row in rates.Demo(Path("demo"), Path("out"), 4).rows()}
+    assert rows.keys() == rates.SETS.keys()
+    for row in rows.values():
+        if row.reference:
+            other = rows[row.reference].result(2)
+            assert differences(row.result(2), other).keys() == {"labels"}
+    assert rows["rate-0.001"].reference == "dense"
+
+
+def test_the_student_has_the_settings_of_the_demo() -> None:
+    mine = rates.Demo(Path("demo"), Path("out"), parts.EPOCHS).rows()[0].result(4).as_json()
+    config = DemoConfig(output=Path("demo"), seed=4, seeds=1)
+    of_demo = {part.name: part.config for part in parts.plan_parts(config)}
+    theirs = of_demo[parts.run_name(4, parts.SOFT)].as_json()
+    shown = {"labels", "output", "log_interval", "log_weights", "val_interval", "checkpoint_hist"}
+    found = {name for name, value in theirs.items() if mine[name] != value}
+    assert found <= shown | {"device", "workers"}
 
 
 @pytest.fixture
@@ -19,45 +42,41 @@ def demo_dir(
     teachers = ("test_efficientnet", "test_resnet")
     monkeypatch.setattr(rates, "TEACHERS", teachers)
     folder = tmp_path / "demo"
-    (folder / "seed-0").mkdir(parents=True)
+    (folder / "seed-3").mkdir(parents=True)
     (folder / "data").symlink_to(data_dir)
     for seed, name in enumerate(teachers):
         shutil.copytree(make_model(name, seed=seed, steps=8), folder / f"teacher-{name}")
-    shutil.copytree(make_model(parts.STUDENT, seed=9), folder / "seed-0" / "start")
+    shutil.copytree(make_model(parts.STUDENT, seed=9), folder / "seed-3" / "start")
     return folder
 
 
-def rows(text: str) -> list[list[str]]:
-    """Return the cells of the tables that were printed, heads and rules left out."""
-    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+def test_a_seed_without_a_start_is_an_error(demo_dir: Path) -> None:
+    demo = rates.Demo(demo_dir, Path("out"), 2)
+    assert demo.seeds(1) == [3]
+    with pytest.raises(ConfigError, match="has the starts of 1 seeds, 2 are needed"):
+        demo.seeds(2)
 
 
 @pytest.mark.slow
-def test_quick_run_prints_every_table_and_the_same_again(
+def test_drawn_pictures_give_the_tables_of_labels_and_students(
     demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms = ["dense", "rate-0.001", "dense-float16", "rate-0.001-logits", "top-3-d-off"]
+    words = [demo_dir, "--output", tmp_path / "out", "--epochs", 2, "--seeds", 1]
+    words += ["--rows", "rate-0.001", "top-1", "rate-0.001-logits"]
     printed = []
-    for name in ("first", "second"):
-        words = ["--demo", demo_dir, "--out", tmp_path / name, "--quick", "--arms", *arms]
-        rates.main([os.fspath(word) for word in words])
-        printed.append(rows(capsys.readouterr().out))
-
-    found = printed[0]
-    assert found == printed[1]
-    head, dense, rate, rounded, dense_logits, rate_logits = found[:6]
-    assert head[:3] == ["labels", "bytes a view", "mean k"]
-    assert dense[0] == "all classes, float32"
-    assert " ".join(dense[1:]) == "12.00 3.00 100.0 0.00000 0.0000 0.00000"
-    assert dense_logits == ["all classes, float32, with logits", "18.00", *dense[2:]]
-    assert (rate[0], rate_logits[0]) == ("rate 0.001", "rate 0.001, with logits")
-    assert float(rate[1]) < 12.0
-    assert 0.0 < float(rate[4]) < 0.1
-    assert rounded[:3] == ["all classes, float16", "6.00", "3.00"]
-    assert found[6][0] == "top-3, curve"
-    titles = [row[0] for row in found[1:6]]
-    students = [*titles, "all classes, float32; D off", "top-3, curve; D off"]
-    assert [row[0] for row in found[8:15]] == students
-    assert [row[-1] for row in found[8:15]][-2:] == ["", ""]
-    assert [row[0] for row in found[16:]] == [rate[0], rounded[0], rate_logits[0], students[-1]]
+    for _ in range(2):  # the second time all runs are kept
+        rates.main([os.fspath(word) if isinstance(word, Path) else str(word) for word in words])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    lines = (tmp_path / "out" / "rates.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line]
+    labels, students = cells[2:7], cells[9:]
+    titles = ["dense", "rate 0.001", "top-1", "dense, logits", "rate 0.001, logits"]
+    assert [row[0] for row in labels] == [row[0] for row in students] == titles
+    assert labels[0][1:] == ["all classes, float32", "12.00", "0.00000", "0.0000"]
+    assert float(labels[1][2]) < 12.0
+    assert 0.0 < float(labels[1][3]) < float(labels[2][3])
+    of_dense, of_rate = students[0], students[1]
+    assert (of_dense[3], of_dense[5], of_dense[7]) == ("", "", "")
+    assert float(of_rate[7]) == pytest.approx(float(of_rate[6]) - float(of_dense[6]), abs=2e-4)
+    assert float(of_rate[7]) != 0.0

@@ -240,6 +240,9 @@ def test_a_label_set_is_pushed_as_it_is_with_a_card(
     assert front_matter(card.encode())["license"] == "mit"
     manifest = json.loads((labels_dir / "manifest.json").read_text())
     assert manifest["plan_sha256"] in card
+    loss = done("labels", "info", labels_dir).report["roles"]["train"]["encoding_loss"]
+    row = f"| KL of the train labels | {loss['kl']:.3g} nats, measured on 144 views |"
+    assert row in card
     for teacher in manifest["roles"]["val"]["accuracy"]["teachers"]:
         assert f"| {teacher['top1']:.2f} | {teacher['top5']:.2f} |" in card
 

@@ -396,7 +396,7 @@ def test_an_index_out_of_range_raises_index_error():
 def test_bytes_and_back_is_bit_equal(case):
     _, labels = case
     data = labels.to_bytes()
-    assert len(data) == 32 + len(labels) * 32 + labels.nbytes  # a block a row
+    assert len(data) == 32 + len(labels) * 40 + labels.nbytes  # a block a row
     back = EncodedLabels.from_bytes(data)
     assert back.to_bytes() == data
     assert back.blocks(1) == labels.blocks(1)
@@ -479,6 +479,7 @@ def by_hand(
     views: Sequence[int] | None = None,
     ends: Sequence[int] | None = None,
     places: Sequence[tuple[int, int]] | None = None,
+    models: Sequence[int] | None = None,
 ) -> bytes:
     """Return labels as bytes, by default with the first view of each block as rows."""
     ends = np.cumsum([len(block) for block in blocks]).tolist() if ends is None else ends
@@ -486,8 +487,9 @@ def by_hand(
     places = [(block, 0) for block in range(len(blocks))] if places is None else places
     num_blocks = len(blocks) if num_blocks is None else num_blocks
     num_rows = len(places) if rows is None else rows
-    head = struct.pack("<8sIBxxxQQ", b"MEALBLK2", num_classes, 1, num_blocks, num_rows)
-    numbers = [*ends, *views, *(b for b, _ in places), *(v for _, v in places)]
+    head = struct.pack("<8sIBxxxQQ", b"MEALBLK3", num_classes, 1, num_blocks, num_rows)
+    models = range(len(blocks)) if models is None else models
+    numbers = [*ends, *views, *models, *(b for b, _ in places), *(v for _, v in places)]
     return head + struct.pack(f"<{len(numbers)}Q", *numbers) + b"".join(blocks)
 
 
@@ -514,7 +516,10 @@ def by_hand(
         (by_hand(TWO[:-1], views=[2]), "does not match its counts"),
         (by_hand(TWO[:2], views=[2]), "shorter than its counts"),
         (by_hand(TWO, views=[3]), "keep"),
-        (by_hand(b"\0"), "keep"),
+        (by_hand(b"\0"), "models"),
+        (by_hand(GOOD, models=[1]), "fit"),
+        (by_hand(GOOD, GOOD, models=[0, 0]), "models"),
+        (by_hand(GOOD, b"\0\0\0", models=[0, 0]), "head"),
         (by_hand(b"\13" + GOOD[1:]), "keep"),
         (by_hand(GOOD[:3]), "does not match its counts"),
         (by_hand(GOOD + b"\0"), "does not match its counts"),

@@ -176,7 +176,7 @@ def test_keys_with_the_same_hash_are_told_apart(tmp_path, monkeypatch, bits):
     def few(key: bytes) -> bytes:
         return (sum(key) & ((1 << bits) - 1)).to_bytes(8, "little")
 
-    for module in ("reader", "shard"):
+    for module in ("index", "shard"):
         monkeypatch.setattr(f"mealv2.label_set.{module}.key_hash", few)
     keys = [f"{n}.jpg" for n in range(40)]
     made = make_set(tmp_path, RATE, keys, 2, shard_size=7)

@@ -20,6 +20,7 @@ from label_sets import ENCODINGS, KEYS, encoded, flip
 from mealv2.errors import LabelSetError
 from mealv2.label_set import (
     Encoding,
+    EncodingLoss,
     Images,
     Shard,
     ShardFile,
@@ -41,6 +42,7 @@ FIELDS = [  # of a shard, which its header repeats
     "boxes_sha256",
     "skipped",
     "counts",
+    "loss",
 ]
 
 
@@ -91,6 +93,7 @@ SHARDS = {
     "with images": shard_of(images=images_of(5), boxes_sha256="cd" * 32),
     "with boxes": shard_of(stored_views=boxes_of(5, 3), images=images_of(5)),
     "added views": shard_of(first_view=16),
+    "with a loss": shard_of(loss=EncodingLoss(0.0187, 9)),
     "appended": shard_of(num_views=1, views_N=np.array([5, 0, 2**40, 2**64 - 1, 3], dtype="<u8")),
     "no images": shard_of(keys=[], skipped={"a.jpg": SKIPPED}, images=images_of(0)),
     "no images, dense": shard_of(ENCODINGS["dense float16"], []),
@@ -244,7 +247,10 @@ def test_the_head_says_where_everything_is(tmp_path, name):
     header = json.loads(text)
     shard = SHARDS[name]
     for field in FIELDS:
-        assert header["role" if field == "split" else field] == getattr(shard, field)
+        if field != "loss":
+            assert header["role" if field == "split" else field] == getattr(shard, field)
+    loss = None if shard.loss is None else {"kl": 0.0187, "num_views": 9}
+    assert header.get("encoding_loss") == loss
     for name, where in header["columns"].items():
         content = data[where["offset"] :][: int(np.prod(where["shape"])) * int(where["type"][-1])]
         if name == "labels":
@@ -464,6 +470,14 @@ def _without(*names: str) -> Callable[[dict[str, Any]], None]:
         _without("boxes_sha256"),
         _with(columns=[]),
         _with(columns={"other": {"offset": 0, "shape": [0], "type": "|u1"}}),
+        _with(encoding_loss=None),
+        _with(encoding_loss={"kl": 0.1}),
+        _with(encoding_loss={"kl": -0.1, "num_views": 6}),
+        _with(encoding_loss={"kl": float("inf"), "num_views": 6}),
+        _with(encoding_loss={"kl": float("nan"), "num_views": 6}),
+        _with(encoding_loss={"kl": "0.1", "num_views": 6}),
+        _with(encoding_loss={"kl": 0.1, "num_views": 0}),
+        _with(encoding_loss={"kl": 0.1, "num_views": 6, "other": 1}),
         _with(num_views=0),
         _with(num_views=2),
         _with(num_views=10**30),

@@ -18,7 +18,7 @@ from mealv2.data.folder import ImageFolder
 from mealv2.data.memory import ImageSequence
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Rows
-from mealv2.labelling import annotator
+from mealv2.labelling import row_encoder
 
 SETTINGS = {"img_size": 32, "num_views": 4, "view_seed": 7, "shard_size": 10, "batch_size": 16}
 TOP2: dict[str, Any] = {"topk": 2, "label_dtype": "float16", "workers": 0, "device": "cpu"}
@@ -118,7 +118,7 @@ def test_the_teachers_go_on_while_labels_are_encoded(
 
     settings = SETTINGS | {"img_size": 16, "val_split": None, "topk": 2, "workers": 0}
     expected = mealv2.annotate(data_dir, [teacher], tmp_path / "expected", **settings)
-    monkeypatch.setattr(annotator, "_MAX_VIEWS", 8)
+    monkeypatch.setattr(row_encoder, "_MAX_VIEWS", 8)
     monkeypatch.setattr(Encoding, "encode", waiting)
     labels = mealv2.annotate(data_dir, [teacher], tmp_path / "labels", **settings)
     assert shards(labels.folder) == shards(expected.folder)

@@ -9,7 +9,7 @@ import pytest
 
 import stored
 from conftest import Result
-from mealv2.label_set import LabelSet
+from mealv2.label_set import LabelSet, ShardFile
 
 Run = Callable[..., Result]
 Make = Callable[..., Path]
@@ -136,3 +136,39 @@ def test_a_damaged_set_is_not_converted(
     assert result.code == 3
     assert "CRC-32" in result.stderr
     assert not (out / "manifest.json").exists()
+
+
+def losses_of(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The loss of the encoding in the header of each shard."""
+    paths = sorted(folder.glob(f"{split}-*.h5"))
+    return [ShardFile(path).header["encoding_loss"] for path in paths]
+
+
+def test_the_loss_of_an_encoding_is_that_of_precompute(
+    done: Run, make_set: Make, out: Path
+) -> None:
+    done("labels", "convert", make_set(*DENSE), "--rate", 0.05, "--output", out)
+    for split in ("train", "val"):
+        found = losses_of(out, split)
+        assert found == losses_of(make_set("--rate", 0.05), split)
+        assert all(loss["kl"] > 0 for loss in found)
+    report = done("labels", "info", out).report["roles"]["train"]["encoding_loss"]
+    exact, coded = stored.dense_of(make_set(*DENSE)), stored.dense_of(out)
+    each = [float((p * np.log(p / coded[address])).sum()) for address, p in exact.items()]
+    assert report["num_views"] == len(each) == 144  # fewer images than are measured
+    assert report["kl"] == pytest.approx(np.mean(each), rel=0.01)
+
+
+def test_the_loss_of_labels_that_had_lost_something_is_not_known(
+    done: Run, make_set: Make, out: Path
+) -> None:
+    done("labels", "convert", make_set("--rate", 0.05), "--topk", 1, "--output", out)
+    assert "encoding_loss" not in ShardFile(out / "train-00000.h5").header
+    result = done("labels", "info", out)
+    assert "encoding_loss" not in result.report["roles"]["train"]
+    assert "KL of the labels" not in result.stderr
+
+
+def test_a_set_that_keeps_its_encoding_keeps_its_loss(done: Run, make_set: Make, out: Path) -> None:
+    done("labels", "convert", make_set("--rate", 0.05), "--output", out)
+    assert losses_of(out, "train") == losses_of(make_set("--rate", 0.05), "train")

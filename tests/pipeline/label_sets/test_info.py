@@ -34,6 +34,7 @@ def test_it_says_views_teachers_encoding_bytes_and_accuracy(done: Run, make_set:
         "test_resnet, test_efficientnet",
         "36 images x 4 views, 4 shards",
         "random-resized-crop, seed 7",
+        f"KL of the labels {train['encoding_loss']['kl']:.3g} nats, measured on 144 views",
         f"ensemble top-1 {val['accuracy']['ensemble']['top1']:.2f}",
     ):
         assert said in result.stderr
