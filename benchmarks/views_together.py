@@ -2,6 +2,7 @@
 
     python benchmarks/views_together.py rows.npz --views 1 4 32
     python benchmarks/views_together.py --simulated 100
+    python benchmarks/views_together.py rows.npz --added 16 --views 1 4 8
 
 Each file has an array ``probs``, images x views x classes; files in one argument, joined by commas,
 are joined by images. Prints a Markdown table for each number of views: the label codec with the
@@ -12,6 +13,9 @@ views.
 The entropy bound is the size of the same labels if an ideal coder coded the symbols of the
 residuals, each in its own context with the frequencies of these very rows, and the components and
 weights as they are. So it bounds a better code for the residuals, not a better model.
+
+``--added N`` measures views that are added to N first ones: a block of them with a model of its
+own, or with that of the first block where this is less.
 """
 
 import argparse
@@ -32,12 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import residual_codes
 from benchmarks.label_codec import LAYOUTS, divergence, population, recovered_by, table
-from mealv2.codec import encode
+from mealv2.codec import EncodedLabels, encode
 from mealv2.codec.encoder import BITS_OF_CLASS
 from mealv2.codec.residuals import RUNS, VALUES
 
 RATES = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005)
+ADDED_RATES = (*RATES, 0.008)
 TOGETHER, ALONE, BOUND = "codec, views together", "codec, each view by itself", "entropy bound"
+OWN_BLOCK, FIRST_MODEL = "added views, block of their own", "added views, or the first model"
 
 Points = dict[str, list[tuple[float, float, float]]]
 
@@ -50,12 +56,7 @@ def measure(probs_IVC: Tensor, rates: Sequence[float] = RATES) -> Points:
     for rate in rates:
         for name, views in ((ALONE, 1), (TOGETHER, num_views)):
             labels = encode(rows_NC, rate=rate, num_views=views)
-            kl = float(
-                divergence(
-                    rows_NC, lambda part, n, labels=labels: labels[n : n + len(part)].to_dense()
-                ).mean()
-            )
-            points[name].append((rate, labels.nbytes / len(labels), kl))
+            points[name].append((rate, labels.nbytes / len(labels), mean_kl(rows_NC, labels)))
         if num_views > 1:
             is_shared_I = [block[0] > 0 for block in labels.blocks(num_views)]
             saved = saved_bytes(probs_IVC, rate / BITS_OF_CLASS, torch.tensor(is_shared_I))
@@ -65,6 +66,27 @@ def measure(probs_IVC: Tensor, rates: Sequence[float] = RATES) -> Points:
         kl = float(divergence(rows_NC, recovered_by(layout)).mean())
         points[name] = [(math.nan, layout.size, math.inf if layout.rest == "none" else kl)]
     return points
+
+
+def measure_added(
+    probs_IVC: Tensor, num_first: int, rates: Sequence[float] = ADDED_RATES
+) -> Points:
+    """Return (rate, bytes a view, mean KL) of the views after the first ones, one block of them."""
+    first_IVC, added_IVC = probs_IVC[:, :num_first].float(), probs_IVC[:, num_first:].float()
+    rows_NC, num_views = added_IVC.flatten(0, 1), added_IVC.shape[1]
+    points: Points = {OWN_BLOCK: [], FIRST_MODEL: []}
+    for rate in rates:
+        first = encode(first_IVC.flatten(0, 1), rate=rate, num_views=num_first)[::num_first]
+        for name, models in ((OWN_BLOCK, None), (FIRST_MODEL, first)):
+            labels = encode(rows_NC, rate=rate, num_views=num_views, first=models)
+            points[name].append((rate, labels.nbytes / len(labels), mean_kl(rows_NC, labels)))
+    return points
+
+
+def mean_kl(rows_NC: Tensor, labels: EncodedLabels) -> float:
+    """Return the mean KL(p || recovered) in nats."""
+    kl_N = divergence(rows_NC, lambda part, n: labels[n : n + len(part)].to_dense())
+    return float(kl_N.mean())
 
 
 def saved_bytes(probs_IVC: Tensor, slope: float, is_shared_I: Tensor) -> float:
@@ -131,20 +153,32 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("rows", nargs="*", help=".npz with probs, images x views x C")
     parser.add_argument("--simulated", type=int, default=0, metavar="IMAGES")
     parser.add_argument("--views", type=int, nargs="*", help="numbers of views; default: all")
+    parser.add_argument("--added", type=int, metavar="FIRST", help="measure views after these")
     parser.add_argument("--kl", type=float, default=0.024, help="KL at which bytes are compared")
     parser.add_argument("--json", type=Path, help="write the measured points here too")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
     rows, summary, found = [], [], {}
+    first = given.added or 0
     for source, probs_IVC in sources(given):
-        for num_views in given.views or [probs_IVC.shape[1]]:
+        for num_views in given.views or [probs_IVC.shape[1] - first]:
             name = f"{source}, {len(probs_IVC)} images x {num_views} views"
-            points = measure(probs_IVC[:, :num_views])
+            some_IVC = probs_IVC[:, : first + num_views]
+            if first:
+                name += f" added to {first}"
+                points = measure_added(some_IVC, first)
+                sizes = [bytes_at(points[curve], given.kl) for curve in (OWN_BLOCK, FIRST_MODEL)]
+                shown = [f"{size:.1f}" for size in sizes]
+                summary.append([name, *shown, f"{sizes[1] / sizes[0]:.2f}"])
+            else:
+                points = measure(some_IVC)
+                summary.append(summary_of(name, points, given.kl))
             found[name] = points
             rows += rows_of(name, points)
-            summary.append(summary_of(name, points, given.kl))
             print(name, file=sys.stderr, flush=True)
     head = ["rows", ALONE, TOGETHER, "share", BOUND]
+    if first:
+        head = ["rows", OWN_BLOCK, FIRST_MODEL, "share"]
     print(f"Bytes a view at KL {given.kl:g}:\n")
     print(table(head, summary))
     print(table(["rows", "labels", "bytes a view", "KL"], rows))

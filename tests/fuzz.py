@@ -404,7 +404,7 @@ def make_sets(folder: Path) -> list[Set]:
     import numpy as np
 
     from label_sets import ENCODINGS, KEYS, make_set
-    from mealv2.label_set import Appender, Images, LabelSet
+    from mealv2.label_set import Appender, Encoding, Images, LabelSet, ShardFile
 
     images = Images(np.full((5, 2), 40), np.full(5, 1000), np.zeros(5), np.arange(5))
     sets = []
@@ -428,6 +428,13 @@ def make_sets(folder: Path) -> list[Set]:
             appender.flush()
             where += [(key, 7) for key in keys]
         sets.append(_read_whole(name, place, where))
+    place = folder / "whole" / "added"
+    ends = (16, 17, 20)
+    made = make_set(
+        place, Encoding(50, rate=1e-3), KEYS, 20, block_ends=ends, images=images, uses_first=True
+    )
+    assert any("first_sha256" in ShardFile(path).header for path in place.glob("*.h5"))
+    sets.append(_read_whole("rate, added to the first model", place, made.addresses()))
     return sets
 
 

@@ -17,6 +17,8 @@ from mealv2.label_set import (
     LabelSet,
     Rows,
     Shard,
+    ShardFile,
+    bound_to_first,
     claim,
     describe_file,
     shard_name,
@@ -125,13 +127,15 @@ def make_set(
     seed: int = 0,
     outputs_N: tuple[Tensor, Tensor | None] | None = None,
     images: Images | None = None,
+    uses_first: bool = False,
     **plan_changes: Any,
 ) -> Made:
     """Write a finished set of the role ``train`` with random labels, or those of ``outputs_N``.
 
     ``block_ends``: where blocks of views end, the last at ``num_views`` (one block otherwise);
     images of ``first_block_only`` are left out of all blocks but the first. ``skipped`` images come
-    as a second shard, of their own, in the first block.
+    as a second shard, of their own, in the first block. ``uses_first``: later blocks use the models
+    of the first one where they are less, as ``labels add-views`` makes them.
     """
     first_stop = block_ends[0] if block_ends else num_views
     plan = plan_of(encoding, first_stop, **plan_changes)
@@ -141,7 +145,11 @@ def make_set(
         outputs_N = ensemble_outputs(num_rows, encoding.num_classes, num_views=num_views, seed=seed)
     ranges = list(zip([0, *block_ends[:-1]], block_ends or [num_views], strict=True))
     order_KV = torch.arange(len(keys) * num_views).reshape(len(keys), num_views)
-    parts_B = [_encoded(encoding, outputs_N, order_KV[:, slice(*views)]) for views in ranges]
+    parts_B: list[Rows] = []
+    for views in ranges:
+        first = parts_B[0].labels if uses_first and parts_B else None
+        models = first[::first_stop] if isinstance(first, EncodedLabels) else None
+        parts_B.append(_encoded(encoding, outputs_N, order_KV[:, slice(*views)], models))
     order_N = torch.cat([order_KV[:, slice(*views)].flatten() for views in ranges]).argsort()
     rows = Rows.concat(parts_B).rows(order_N)
     made = Made(
@@ -151,7 +159,7 @@ def make_set(
         list(keys),
         num_views,
     )
-    blocks = []
+    blocks: list[dict[str, Any]] = []
     for (start, stop), of_block in zip(ranges, parts_B, strict=True):
         left_out = first_block_only if start else ()
         in_block = [key for key in keys if key not in left_out]
@@ -178,6 +186,9 @@ def make_set(
                     for n, (key, reason) in enumerate(reasons.items())
                 },
             )
+            if start and uses_first:
+                first_path = folder / blocks[0]["shards"][number]["name"]
+                shard = bound_to_first(shard, encoding, ShardFile(first_path).head_sha256)
             write_shard(path, shard)
             listed.append(describe_file(path, num_images=len(part)))
         blocks.append({"views": [start, stop], "shards": listed})
@@ -193,12 +204,18 @@ def look_up(labels: LabelSet, addresses: Sequence[tuple[str, int]]) -> Rows:
     return labels.rows([key for key, _ in addresses], [view for _, view in addresses])
 
 
-def _encoded(encoding: Encoding, outputs_N: tuple[Tensor, Tensor | None], order_KV: Tensor) -> Rows:
+def _encoded(
+    encoding: Encoding,
+    outputs_N: tuple[Tensor, Tensor | None],
+    order_KV: Tensor,
+    first: EncodedLabels | None = None,
+) -> Rows:
     """Encode some views of all images."""
     probs_NC, logits_NC = outputs_N
     order_N = order_KV.flatten()
     logits_NC = None if logits_NC is None else logits_NC[order_N]
-    return encoding.encode(probs_NC[order_N], logits_NC, num_views=order_KV.shape[1])
+    num_views = order_KV.shape[1]
+    return encoding.encode(probs_NC[order_N], logits_NC, num_views=num_views, first=first)
 
 
 def forms_of(rows: Rows) -> list[bytes]:

@@ -87,3 +87,25 @@ def test_the_table_compares_bytes_at_one_divergence(
     curve = [(0.1, 10.0, 0.04), (0.01, 40.0, 0.01)]
     assert views_together.bytes_at(curve, 0.02) == pytest.approx(20.0)
     assert math.isnan(views_together.bytes_at(curve, 0.05))
+
+
+def test_added_views_take_fewer_bytes_with_the_model_of_the_first_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probs = _powers(num_views=18)
+    points = views_together.measure_added(probs, 16, [0.001])
+    own, with_first = (
+        points[name][0] for name in (views_together.OWN_BLOCK, views_together.FIRST_MODEL)
+    )
+    assert with_first[1] < 0.5 * own[1]
+    first = encode(probs[:, :16].flatten(0, 1), rate=0.001, num_views=16)[::16]
+    added = probs[:, 16:].flatten(0, 1)
+    labels = encode(added, rate=0.001, num_views=2, first=first)
+    assert with_first[:2] == (0.001, labels.nbytes / 8)
+    assert own[1] == encode(added, rate=0.001, num_views=2).nbytes / 8
+
+    np.savez(tmp_path / "rows.npz", probs=probs.numpy())
+    views_together.main([str(tmp_path / "rows.npz"), "--added", "16", "--views", "1", "2"])
+    printed = capsys.readouterr().out
+    assert "rows, 4 images x 1 views added to 16" in printed
+    assert views_together.FIRST_MODEL in printed
