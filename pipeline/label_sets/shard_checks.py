@@ -98,7 +98,7 @@ def _problem(file: ShardFile, encoding: Encoding) -> str | None:
         return "contains an image twice"
     try:
         blocks = file.column("labels"), file.column("label_ends"), file.num_views
-        encoding.check(encoding.rows_to_check(*blocks), most=_DECODED)
+        encoding.check(encoding.rows_to_check(*blocks, most=_DECODED), most=_DECODED)
     except LabelSetError as error:
         return str(error)
     return None
