@@ -1,8 +1,6 @@
 """mealv2.label_set.index: rows by key and places of blocks, and what opening costs."""
 
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +74,3 @@ def test_opening_maps_no_file(tmp_path: Path) -> None:
 def test_a_table_keeps_all_shards_of_imagenet_open_where_the_limit_allows() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert max_open_files(1) == max(1, min(4096, limit // 4 - 16))
-
-
-def test_an_open_set_at_the_end_of_a_program_prints_nothing(files: list[ShardFile]) -> None:
-    folder, key = str(files[0].path.parent), KEYS[0]
-    code = "import sys; from mealv2.label_set import LabelSet; labels = LabelSet.open(sys.argv[1])"
-    code += "; labels.lookup([sys.argv[2]], [0])"
-    run = [sys.executable, "-c", code, folder, key]
-    found = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert (found.stdout, found.stderr) == ("", "")

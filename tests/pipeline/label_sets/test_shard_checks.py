@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,28 @@ def test_few_large_files_are_read_at_once(
 def test_no_further_file_is_read_when_the_caller_stops(
     made: tuple[Path, Entries], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Ctrl-C does: the generator closes, and waits for the files that are being read."""
+    """As Ctrl-C does: the generator closes, and waits for the files that are being read only."""
     folder, entries = made
-    reading = _watched(monkeypatch)
-    found: Iterator[Any] = check_files(folder, entries * 50, RATE, workers=2)
+    first, stopped = folder / entries[0]["name"], threading.Event()
+    read = list[Path]()
+
+    def reading(path: Path, **settings: Any) -> bytes:
+        read.append(path)
+        assert path == first or stopped.wait(60)
+        return read_regular(path, **settings)
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr(shard_checks, "read_regular", reading)
+    monkeypatch.setattr(shard_checks, "ThreadPoolExecutor", Pool)
+    found: Iterator[Any] = check_files(folder, entries, RATE, workers=2)
     next(found)
     found.close()  # type: ignore[attr-defined]
-    assert len(reading) < 30
+    assert len(read) <= 3
     assert not [t for t in threading.enumerate() if t.name.startswith("mealv2-verify")]
 
 
