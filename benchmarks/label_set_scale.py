@@ -245,8 +245,8 @@ def main(words: Sequence[str] | None = None) -> None:
             per_view = np.mean([len(block) for block in pool]) / num_views
             print(
                 f"{num_images:,} images × {num_views} views: {size / MB:,.0f} MB, "
-                f"{per_view:.1f} bytes a view; {microseconds_of_a_box(num_views):.2f} us of CPU time "
-                "draw the box of a view\n",
+                f"{per_view:.1f} bytes a view; {microseconds_of_a_box(num_views):.2f} us of CPU "
+                "time draw the box of a view\n",
                 flush=True,
             )
             opening.append(opening_row(name, folder, options.lookups, num_processes))
