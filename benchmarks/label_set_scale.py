@@ -31,7 +31,8 @@ from label_set_speed import BATCH_SIZE, finish, picture, plan_of, put_shard
 
 from mealv2.codec import EncodedLabels
 from mealv2.data.pixels import decode
-from mealv2.label_set import Encoding, LabelSet, claim, shard_ranges
+from mealv2.label_set import Encoding, Images, LabelSet, Shard, boxes_of, claim, shard_ranges
+from mealv2.views import DrawnViews
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets import verify
 
@@ -196,14 +197,26 @@ def reading_rows(name: str, folder: Path) -> list[list[str]]:
             file.unmap()
 
     rows = []
+    config = LabelsVerifyConfig(labels=folder)
     for what, work in (
         ("all blocks read, CRC compared", read),
-        ("labels verify", lambda: verify.run(LabelsVerifyConfig(labels=folder))),
+        (f"labels verify, {config.workers} threads", lambda: verify.run(config)),
     ):
         seconds, cpu = timed(work)
         cells = [f"{seconds:.1f}", f"{size / seconds:,.0f}", f"{size / cpu:,.0f}"]
         rows.append([f"{name}, {what}", *cells])
     return rows
+
+
+def microseconds_of_a_box(num_views: int) -> float:
+    """Return the CPU time of drawing a view's box again, as `labels verify` does for real sets."""
+    sizes = np.full((SHARD_SIZE, 2), (500, 375), "<u4")
+    zeros = np.zeros(SHARD_SIZE, np.int64)
+    keys = [key_of(n) for n in range(SHARD_SIZE)]
+    images = Images(sizes, zeros, zeros)
+    shard = Shard("", "train", 0, 0, num_views, keys, [], images)
+    _, cpu = timed(lambda: boxes_of(shard, DrawnViews(0)))
+    return 1e6 * cpu / (SHARD_SIZE * num_views)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -232,7 +245,8 @@ def main(words: Sequence[str] | None = None) -> None:
             per_view = np.mean([len(block) for block in pool]) / num_views
             print(
                 f"{num_images:,} images × {num_views} views: {size / MB:,.0f} MB, "
-                f"{per_view:.1f} bytes a view\n",
+                f"{per_view:.1f} bytes a view; {microseconds_of_a_box(num_views):.2f} us of CPU "
+                "time draw the box of a view\n",
                 flush=True,
             )
             opening.append(opening_row(name, folder, options.lookups, num_processes))
@@ -251,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(table(["the whole set", "s", "MB/s", "MB/s of CPU time"], reading))
     print(
         f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}, one thread"
+        f"torch {torch.__version__}, numpy {np.__version__}, one thread but for verify"
     )
     return None
 

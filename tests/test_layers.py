@@ -27,7 +27,8 @@ SUPPORT = {
     "load_model",
 }
 GROUP = "pipeline.label_sets"  # each of its modules is a command, except those that they share
-SHARED = {"writing", "reading", "relabel", "image_order", "import_sre2l", "export_sre2l"}
+SHARED = {"writing", "reading", "relabel", "image_order", "shard_checks"}
+SHARED |= {"import_sre2l", "export_sre2l"}
 DRIVERS = {"demo", "push"}  # commands that call other commands
 ENTRY = "mealv2.__main__"  # `python -m mealv2`: the only module of the library that imports cli
 

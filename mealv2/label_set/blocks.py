@@ -177,23 +177,26 @@ class BlockFormat:
             data, ends_N, num_views, np.repeat(images, len(views)), np.tile(views, len(images))
         )
 
-    def rows_to_check(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> Rows:
-        """Return rows of all N blocks: all views, but one view of a block that shares a model.
+    def rows_to_check(
+        self, data: np.ndarray, ends_N: np.ndarray, num_views: int, *, most: int
+    ) -> Rows:
+        """Return rows for a check that decodes at most ``most`` views that share a model.
 
-        A check of these finds what a check of all rows finds in the layout of the blocks.
+        All views of blocks with a record for each; of every other block as few as give ``most``.
         """
         if self.form != "curve" or self.logits or not len(ends_N):
             return self.all_rows_of(data, ends_N, num_views)
         self._check_sizes(ends_N, num_views)
         images = np.arange(len(ends_N))
-        views = images * _STEP % num_views
-        one = self._rows(data, ends_N, num_views, images, views).labels
-        assert isinstance(one, EncodedLabels)
-        is_shared_N = one.shared_blocks()
-        own = np.repeat(images[~is_shared_N], num_views)
-        image_R = np.concatenate([own, images[is_shared_N]])
-        view_R = np.concatenate([np.arange(len(own)) % num_views, views[is_shared_N]])
-        return Rows(replace(one, block_N=image_R, view_N=view_R))
+        labels = self._rows(data, ends_N, num_views, images, np.zeros_like(images)).labels
+        assert isinstance(labels, EncodedLabels)
+        is_shared_N = labels.shared_blocks()
+        own, shared = images[~is_shared_N], images[is_shared_N]
+        num_each = min(num_views, -(-most // max(1, len(shared))))
+        view_SV = (shared[:, None] * _STEP + np.arange(num_each)) % num_views
+        block_R = np.concatenate([np.repeat(own, num_views), np.repeat(shared, num_each)])
+        view_R = np.concatenate([np.tile(np.arange(num_views), len(own)), view_SV.reshape(-1)])
+        return Rows(replace(labels, block_N=block_R, view_N=view_R))
 
     def _rows(
         self,

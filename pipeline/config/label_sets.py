@@ -23,6 +23,7 @@ from pipeline.config.base import (
 )
 from pipeline.config.fields import (
     MAX_SEED,
+    MAX_WORKERS,
     REQUIRED,
     argument,
     frozen,
@@ -157,6 +158,12 @@ class LabelsVerifyConfig(ExtraDataConfig, RuntimeConfig):
     teacher: tuple[str, ...] = teachers((), _TEACHERS, shown=_SHOWN_TEACHERS)
     seed: int = in_labels(0, "Seed of the choice of images for --relabel.", low=0, high=MAX_SEED)
     batch_size: int = in_hardware(256, "Views per forward pass of --relabel.", low=1)
+    workers: int = in_hardware(
+        2,
+        "Threads that read and check files and images; 0: only the main thread.",
+        low=0,
+        high=MAX_WORKERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,13 +1,13 @@
 """Check the files of a label set, several at a time: each is read once for all checks."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mealv2.label_set.blocks import key_hash
 from mealv2.storage.regular_files import read_regular
 from pipeline import console
 
+T = TypeVar("T")
+R = TypeVar("R")
 _DECODED = 32  # views of a shard that share a model: its bytes have two checksums anyway
 _MEMORY = 1 << 30  # bytes of files that are read at the same time; one is read whatever its size
 
@@ -40,19 +42,23 @@ def check_files(
     Each of ``workers`` threads reads a file; fewer where the files are large. Without an encoding
     the contents are not checked.
     """
-    check = partial(_check_file, folder, encoding=encoding)
     largest = max((entry["bytes"] for entry in entries), default=0)
-    num_threads = min(workers, _MEMORY // max(largest, 1))
-    if num_threads < 2:
-        yield from map(check, entries)
+    check = partial(_check_file, folder, encoding=encoding)
+    return in_threads(check, entries, workers=min(workers, _MEMORY // max(largest, 1)))
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+    """Yield ``work(item)`` in order; ``workers`` threads run it, the caller's for less than two."""
+    if workers < 2:
+        yield from map(work, items)
         return
-    pool = ThreadPoolExecutor(num_threads, "mealv2-verify")
+    pool = ThreadPoolExecutor(workers, "mealv2-verify")
     try:
-        waiting = iter(entries)
-        running = deque(pool.submit(check, entry) for entry in islice(waiting, 4 * num_threads))
+        waiting = iter(items)
+        running = deque(pool.submit(work, item) for item in islice(waiting, 4 * workers))
         while running:
             yield running.popleft().result()
-            running.extend(pool.submit(check, entry) for entry in islice(waiting, 1))
+            running.extend(pool.submit(work, item) for item in islice(waiting, 1))
     finally:  # Ctrl-C waits for the files being read, not for those to come
         pool.shutdown(cancel_futures=True)
 
@@ -99,7 +105,7 @@ def _problem(file: ShardFile, encoding: Encoding) -> str | None:
     try:
         firsts = first_labels_of(file, encoding)
         blocks = file.column("labels"), file.column("label_ends"), file.num_views
-        rows = encoding.rows_to_check(*blocks).with_models(firsts)
+        rows = encoding.rows_to_check(*blocks, most=_DECODED).with_models(firsts)
         encoding.check(rows, most=_DECODED)
     except LabelSetError as error:
         return str(error)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from mealv2.views import DrawnViews
 from pipeline import console
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import relabel
-from pipeline.label_sets.shard_checks import Checked, check_files
+from pipeline.label_sets.shard_checks import Checked, check_files, in_threads
 from pipeline.labelling.store import local_folder
 from pipeline.loading.sources import open_labelled
 from pipeline.runtime.device import create_runtime
@@ -137,16 +138,14 @@ def _check_split(
     more_checked = check_files(labels.folder, appended, labels.encoding, workers=config.workers)
     checked = checked | {f.path.name: c for f, c in zip(more, more_checked, strict=True)}
     files = [*(file for _, files in labels.blocks for file in files), *more]
-    for file in console.progress(
-        files, total=len(files), what=f"boxes of {labels.split}", unit="shards"
-    ):
-        problem = checked[file.path.name].problem
-        if problem is None and labels.split == "train" and not file.has_column("views"):
-            problem = _drift(labels, file, found)
-        if problem is not None:
+    drifts = in_threads(partial(_drift, labels), files, workers=config.workers)
+    what = f"boxes of {labels.split}"
+    drifts = console.progress(drifts, total=len(files), what=what, unit="shards")
+    for file, (is_checked, drift) in zip(files, drifts, strict=True):
+        if problem := checked[file.path.name].problem or drift:
             found.problems.setdefault(file.path.name, problem)
         found.labels += file.num_images * file.num_views
-        file.unmap()
+        found.unchecked_boxes += not is_checked
     if not found.problems:
         found.problems |= _content_problems(labels)
     # added views and appended rows belong to images that are in other files too
@@ -174,20 +173,26 @@ def _content_problems(labels: LabelSet) -> dict[str, str]:
     return problems
 
 
-def _drift(labels: LabelSet, file: ShardFile, found: Found) -> str | None:
-    """Compare the hash of the boxes when the shard was made with the boxes of the recipe now."""
+def _drift(labels: LabelSet, file: ShardFile) -> tuple[bool, str | None]:
+    """Compare the hash of the boxes when the shard was made with the boxes of the recipe now.
+
+    Return whether it could be compared, or need not be, and the difference.
+    """
+    if labels.split != "train" or file.has_column("views"):
+        return True, None
     views = labels.views()
-    if file.header["boxes_sha256"] is None or file.images is None:
-        found.unchecked_boxes += 1
-        return None
+    if file.header["boxes_sha256"] is None or not file.has_column("classes"):
+        return False, None
     try:
         boxes_hash = boxes_of(file.shard(with_blocks=False), views)
     except (ValueError, LabelSetError) as error:  # an image of size 0
-        return str(error)
+        return True, str(error)
+    finally:
+        file.unmap()
     if boxes_hash == file.header["boxes_sha256"]:
-        return None
+        return True, None
     kind = "drawn" if isinstance(views, DrawnViews) else "stored"
-    return f"the {kind} boxes differ from the boxes that were labelled"
+    return True, f"the {kind} boxes differ from the boxes that were labelled"
 
 
 def _check_data(

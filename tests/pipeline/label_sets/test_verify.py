@@ -12,10 +12,9 @@ import torch
 
 import stored
 from conftest import Result
-from mealv2 import views
+from mealv2 import view_boxes
 from mealv2.errors import LabelSetError
 from mealv2.label_set import LabelSet
-from mealv2.views import View
 from pipeline.config import LabelsVerifyConfig
 from pipeline.label_sets.relabel import MAX_EXTRA_KL, MIN_TOP1_AGREEMENT, check_verdict, relabel
 from pipeline.runtime.device import Runtime
@@ -168,12 +167,7 @@ def test_views_of_another_seed_under_right_hashes_are_found(
 def test_arithmetic_that_cuts_other_boxes_is_found(
     run_cli: Run, make_set: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(*args: object, **sizes: Any) -> View:
-        view: View = view_of(*args, **sizes)
-        return View(view.top, view.left, view.height, view.width, not view.flip)
-
-    view_of = views.view_of
-    monkeypatch.setattr(views, "view_of", other)
+    monkeypatch.setattr(view_boxes, "_exp", lambda x: np.exp(x) * 1.01)
     result = run_cli("labels", "verify", make_set("--topk", 2))
     assert result.code == 3
     assert "drawn boxes differ from the boxes that were labelled" in result.stderr
