@@ -67,6 +67,7 @@ def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | Non
         blocks = [found[key] for key in wanted]
         ends_N = np.cumsum([len(block) for block in blocks])
         data = np.frombuffer(b"".join(blocks), np.uint8)
-        return encoding.labels_of(data, ends_N, first.num_views)
+        num_views = first.num_views
+        return EncodedLabels.of_data(data, ends_N, num_views, encoding.num_classes)[::num_views]
 
     return read

@@ -303,7 +303,8 @@ class Table:
         if (rows_N < 0).any():
             key = keys[int(np.argmin(rows_N))].decode()
             raise LabelSetError(f"the first views of {key!r} have no labels")
-        return encoding.labels_of(*self._blocks(keys, rows_N), len(self.views))
+        num_views, blocks = len(self.views), self._blocks(keys, rows_N)
+        return EncodedLabels.of_data(*blocks, num_views, encoding.num_classes)[::num_views]
 
     def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of the blocks of rows, and where each ends."""

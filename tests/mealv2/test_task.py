@@ -322,13 +322,19 @@ def test_the_discriminator_is_shown_the_logits_that_a_set_keeps(
     np.testing.assert_allclose(
         of_student, reference.compress_logits(logits, ids_of(targets)), rtol=1e-5, atol=1e-6
     )
-    # the teachers' rows are those of the set: what is kept to the bit, all others at one number
+    # the teachers' rows are those of the set, all others at one number
     dense = made.rows.logits.to_dense(made.rows.labels.kept(), NUM_CLASSES).numpy()
     order = [2, 1, 8, 5, 7, 3]  # positions and views in the order of the set
     np.testing.assert_array_equal(of_teachers, dense[order])
     _, mean_logits = ensemble_outputs(10, NUM_CLASSES, num_views=2)
     expected = reference.compress_logits(mean_logits.numpy()[order], ids_of(targets))
-    np.testing.assert_allclose(of_teachers, expected, rtol=2e-3, atol=2e-3)
+    is_exact_NC = np.ones(expected.shape, bool)
+    if ENCODINGS[name].has_fitted_logits:  # but for the classes kept: a line
+        is_exact_NC = ~targets.soft_labels.kept().mask(NUM_CLASSES).numpy()
+        assert np.abs(of_teachers - expected)[~is_exact_NC].mean() < 1.0
+    np.testing.assert_allclose(
+        of_teachers[is_exact_NC], expected[is_exact_NC], rtol=2e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -376,15 +382,23 @@ def test_with_everything_kept_a_set_teaches_as_the_teachers_themselves(
     assert all(torch.equal(a, b) for a, b in zip(numbers, online_numbers, strict=True))
 
 
-def test_a_student_that_equals_its_teacher_shows_the_rows_that_a_set_keeps(images):
+@pytest.mark.parametrize(
+    ("encoding", "tolerance"),
+    [
+        (Encoding(12, topk=5, logits=True), 2e-3),
+        (Encoding(12, rate=1e-5, logits=True), 0.2),  # a line, over a curve
+    ],
+)
+def test_a_student_that_equals_its_teacher_shows_the_rows_that_a_set_keeps(
+    images, encoding, tolerance
+):
     logits = images.flatten(1)  # twelve classes
-    encoding = Encoding(12, rate=1e-2, logits=True)
     rows = encoding.encode(torch.softmax(logits, 1), logits)
     task = DistillTask(nn.Flatten(), Discriminator(12))
     of_student, of_teachers = shown_rows(
         task, images, BatchTargets(rows.labels, kept_logits=rows.logits)
     )
-    np.testing.assert_allclose(of_student, of_teachers, rtol=1e-3, atol=2e-3)
+    assert np.abs(of_student - of_teachers).mean(axis=1).max() < tolerance
 
 
 # --- the channel, and what the discriminator would learn without it -----------------------------

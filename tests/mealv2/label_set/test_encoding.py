@@ -12,7 +12,7 @@ import reference
 from cases import mostly_slow
 from label_sets import ENCODINGS, encoded, ensemble_outputs, plan_of, same
 from mealv2.errors import LabelSetError
-from mealv2.label_set import Encoding, FittedLogits, Rows
+from mealv2.label_set import Encoding, Rows
 from mealv2.label_set.logits import LINE_SIZE
 from mealv2.soft_labels import EncodedLabels, KeptLogits, SoftLabels
 
