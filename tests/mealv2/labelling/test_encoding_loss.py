@@ -26,7 +26,8 @@ def drawn_probs(rows: int, classes: int = 20, seed: int = 0) -> Tensor:
 def kl_reference(probs_NC: Tensor, recovered_NC: Tensor) -> np.ndarray:
     p_NC, q_NC = probs_NC.double().numpy(), recovered_NC.double().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(p_NC > 0, p_NC * (np.log(p_NC) - np.log(q_NC)), 0.0).sum(1)
+        terms_NC = np.where(p_NC > 0, p_NC * (np.log(p_NC) - np.log(q_NC)), 0.0)
+    return np.asarray(terms_NC.sum(1))
 
 
 def test_the_loss_is_the_mean_kl_of_the_first_rows_in_three_digits() -> None:
@@ -79,9 +80,10 @@ def annotated(batch_size: int, *, bad_image: int | None = None) -> Annotations:
     ensemble = TeacherEnsemble([Pixels()])
     maker = Annotator(ensemble, LocalRuntime(CPU, None), RATE, batch_size, "skip")
     batches = []
-    for some in torch.arange(len(PIXELS)).split(batch_size):
-        bad = [row for row in some.tolist() if divmod(row, NUM_VIEWS) == (bad_image, 2)]
-        rows = [row for row in some.tolist() if row not in bad]
+    all_rows = range(len(PIXELS))
+    for some in (all_rows[at : at + batch_size] for at in all_rows[::batch_size]):
+        bad = [row for row in some if divmod(row, NUM_VIEWS) == (bad_image, 2)]
+        rows = [row for row in some if row not in bad]
         batches.append(
             Batch(
                 PIXELS[rows][:, :, None, None],

@@ -9,7 +9,7 @@ import pytest
 
 import stored
 from conftest import Result
-from mealv2.label_set import LabelSet
+from mealv2.label_set import LabelSet, ShardFile
 from pipeline.label_sets import writing
 
 Run = Callable[..., Result]
@@ -247,6 +247,10 @@ def test_the_average_of_dense_sets_is_what_both_teachers_say_at_once(
     assert mine["roles"]["val"]["accuracy"] == theirs["roles"]["val"]["accuracy"]
     assert mine["plan"]["teachers"] == theirs["plan"]["teachers"]
     assert mine["plan"]["labels"] == theirs["plan"]["labels"]
+    for name in ("train-00000.h5", "val-00000.h5"):
+        lost, at_once_lost = (ShardFile(s / name).shard().loss for s in (out, at_once))
+        assert lost is not None
+        assert lost == pytest.approx(at_once_lost, rel=0.01)  # the last digit may differ
     done("labels", "verify", out)
 
 
@@ -340,6 +344,8 @@ def test_sets_that_lost_something_are_averaged_with_a_note(
     result = done("labels", "merge", dense_sets[0], lossy, "--output", out.with_name("lossy"))
     assert "not all sets are dense" in result.stderr
     assert "--topk all" in result.stderr
+    for merged, is_known in ((out, True), (out.with_name("lossy"), False)):
+        assert (ShardFile(merged / "train-00000.h5").shard().loss is not None) == is_known
 
 
 @pytest.mark.slow
