@@ -40,7 +40,10 @@ def check_bound(file: ShardFile) -> None:
 
 
 def _path_of_first(file: ShardFile) -> Path:
-    return file.path.with_name(shard_name(file.header["role"], file.header["number"]))
+    role, number = file.header["role"], file.header["number"]
+    if not role.isidentifier():  # it becomes a part of a path
+        raise LabelSetError(f"shard {file.path} is damaged: its role is not valid")
+    return file.path.with_name(shard_name(role, number))
 
 
 def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | None:

@@ -309,6 +309,22 @@ def test_other_first_views_are_an_error_and_the_added_ones_are_made_again(
     done("labels", "verify", folder)
 
 
+def test_a_shard_that_does_not_name_the_first_one_has_no_models(
+    added_set: Path, copied: Copy
+) -> None:
+    folder = copied(added_set)
+    views = range(FIRST, FIRST + 1)
+    key, _ = bound_blocks(folder, views)[0]
+    manifest = read_manifest(folder)
+    for entry in manifest["roles"]["train"]["blocks"][1]["shards"]:
+        shard = ShardFile(folder / entry["name"]).shard()
+        write_shard(folder / entry["name"], replace(shard, first_sha256=None), replace=True)
+        entry |= describe_file(folder / entry["name"], num_images=entry["images"])
+    write_manifest(folder, manifest["plan"], roles=manifest["roles"], versions=manifest["versions"])
+    with pytest.raises(LabelSetError, match="head"):
+        LabelSet.open(folder).soft_labels([key], [FIRST])
+
+
 def test_every_flipped_bit_of_an_added_block_is_an_error(added_set: Path, copied: Copy) -> None:
     folder = copied(added_set)
     views = range(FIRST, FIRST + 1)
