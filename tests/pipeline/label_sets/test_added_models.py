@@ -207,7 +207,7 @@ def test_parts_and_their_union_have_the_same_labels(
 ) -> None:
     done("labels", "split", added_set, "--parts", 3, "--output", tmp_path)
     parts = [tmp_path / f"part-{number}" for number in range(3)]
-    found = {}
+    found: dict[stored.Address, bytes] = {}
     for part in parts:
         done("labels", "verify", part)
         found |= stored.rows_of(part)
@@ -250,7 +250,7 @@ def test_an_export_has_the_added_views(
     done: Run, added_set: Path, data_dir: Path, tmp_path: Path, to: str
 ) -> None:
     words = ["labels", "export", added_set, "--to", to, "--output", tmp_path / "out"]
-    flags = {
+    flags: dict[str, list[object]] = {
         "webdataset": ["--data-dir", data_dir],
         "fkd": ["--label-type", "marginal_smoothing_k2"],
         "sre2l": ["--data-dir", data_dir, "-b", 8],
