@@ -340,3 +340,31 @@ def test_every_flipped_bit_of_an_added_block_is_an_error(added_set: Path, copied
         path.write_bytes(flipped)
         with pytest.raises(LabelSetError, match="CRC-32"):
             LabelSet.open(folder).soft_labels([key], [FIRST])
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_any_file_gives_another_label(added_set: Path, copied: Copy) -> None:
+    folder = copied(added_set)
+    dense = stored.dense_of(folder)
+    addresses = list(dense)[::3]
+    keys, views = [key for key, _ in addresses], [view for _, view in addresses]
+    expected = np.stack([dense[address] for address in addresses])
+    random = np.random.default_rng(0)
+    paths = [*sorted(folder.glob("*.h5")), folder / "manifest.json"]
+    refused = 0
+    for number in range(300):
+        path = paths[number % len(paths)]
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        bit = int(random.integers(8 * len(data)))
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = LabelSet.open(folder).soft_labels(keys, views).to_dense().numpy()
+        except LabelSetError:
+            refused += 1
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
+        path.write_bytes(data)
+    assert 50 < refused < 300
+    print(f"\n300 flipped bits in {len(paths)} files: {refused} refused, 0 wrong labels")
