@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mealv2.codec.block import LOWEST, NIBBLE, DecodedRows, low_nibbles
-from mealv2.codec.block_layout import Layout, Places, find_layout, windows
+from mealv2.codec.block_layout import BlockSpans, Layout, find_layout, windows
 from mealv2.codec.residual_reader import END, read_residuals
 from mealv2.codec.residuals import CONTEXTS, EXP, LEVELS_PER_NAT, LOG, LONGEST_RUN, MAX_CODE
 from mealv2.errors import LabelSetError
@@ -38,8 +38,8 @@ class _Model(NamedTuple):
 
 def decode_shared(
     data_P: _Array,
-    blocks: Places,
-    with_models: Places,
+    blocks: BlockSpans,
+    with_models: BlockSpans,
     views_N: _Array,
     num_classes: int,
     *,

@@ -11,15 +11,15 @@ from mealv2.errors import LabelSetError
 _Array = np.ndarray[Any, Any]
 
 
-class Places(NamedTuple):
+class BlockSpans(NamedTuple):
     """Where blocks lie, and how many views each has."""
 
     at_N: _Array
     ends_N: _Array
     num_views_N: _Array
 
-    def rows(self, order: _Array | slice) -> "Places":
-        return Places(*(column[order] for column in self))
+    def rows(self, order: _Array | slice) -> "BlockSpans":
+        return BlockSpans(*(column[order] for column in self))
 
 
 class Layout(NamedTuple):
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 def find_layout(
-    data_P: _Array, blocks: Places, models: Places, views_N: _Array, num_classes: int
+    data_P: _Array, blocks: BlockSpans, models: BlockSpans, views_N: _Array, num_classes: int
 ) -> Layout:
     """Locate one view of each of N blocks; raises LabelSetError for parts that do not fit.
 
@@ -107,7 +107,7 @@ def find_layout(
     )
 
 
-def _heads(data_P: _Array, models: Places, num_classes: int) -> tuple[_Array, _Array, _Array]:
+def _heads(data_P: _Array, models: BlockSpans, num_classes: int) -> tuple[_Array, _Array, _Array]:
     """Return the numbers of components and of listed classes, and the bytes of a length."""
     if (models.ends_N - models.at_N < HEAD_SIZE).any():
         raise LabelSetError("a block is shorter than its head")
@@ -127,7 +127,7 @@ def _heads(data_P: _Array, models: Places, num_classes: int) -> tuple[_Array, _A
     return components_N, counts_N, sizes_N
 
 
-def _length_sizes(data_P: _Array, blocks: Places, is_own_N: _Array) -> _Array:
+def _length_sizes(data_P: _Array, blocks: BlockSpans, is_own_N: _Array) -> _Array:
     """Return the bytes of a length of blocks with another block's model: their first byte says."""
     first_N = data_P[blocks.at_N].astype(np.int64)
     is_one_N = blocks.num_views_N == 1

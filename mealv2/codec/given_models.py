@@ -10,7 +10,7 @@ from torch import Tensor
 from mealv2.codec import components
 from mealv2.codec.block import HEAD_SIZE, LOW_UNIT, MAX_COMPONENTS, NIBBLE
 from mealv2.codec.block import block_with_model_of_another as block_bytes
-from mealv2.codec.block_layout import Places, find_layout, windows
+from mealv2.codec.block_layout import BlockSpans, find_layout, windows
 from mealv2.codec.labels import EncodedLabels
 from mealv2.codec.residuals import LEVELS_PER_NAT
 from mealv2.codec.shared_encoder import (
@@ -62,14 +62,14 @@ def stored_models(labels: EncodedLabels) -> StoredModels:
     num_components = labels.data_P[labels.at_B]
     has_model_B = (labels.views_B > 1) & (num_components > 0) & (num_components <= MAX_COMPONENTS)
     (rows_I,) = has_model_B[labels.block_N].nonzero()
-    places = Places(labels.at_B, labels.ends_B, labels.views_B).rows(labels.block_N[rows_I])
+    spans = BlockSpans(labels.at_B, labels.ends_B, labels.views_B).rows(labels.block_N[rows_I])
     kept = labels[rows_I].kept()
     ids_IM = torch.where(kept.is_kept_NK, kept.indices_NK, labels.num_classes).cpu()
     data_P = labels.data_P
-    layout = find_layout(data_P, places, places, np.zeros_like(rows_I), labels.num_classes)
+    layout = find_layout(data_P, spans, spans, np.zeros_like(rows_I), labels.num_classes)
     r_R = np.arange(int(layout.components_N.max(initial=1)))
     has_IR = r_R < layout.components_N[:, None]
-    scales_at_IR = np.where(has_IR, (places.at_N + HEAD_SIZE)[:, None] + 2 * r_R, 0)
+    scales_at_IR = np.where(has_IR, (spans.at_N + HEAD_SIZE)[:, None] + 2 * r_R, 0)
     codes_at_IR = layout.codes_at_N[:, None] + r_R * layout.entries_N[:, None] * has_IR
     nibbles_X = np.stack([data_P & NIBBLE, data_P >> 4], axis=1).reshape(-1)
     slots_K = np.arange(ids_IM.shape[1] + 1)

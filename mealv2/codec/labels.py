@@ -15,7 +15,7 @@ from torch import Tensor
 from mealv2.codec import label_bytes, record_blocks
 from mealv2.codec.block import MAX_COMPONENTS
 from mealv2.codec.block_decoder import decode_shared
-from mealv2.codec.block_layout import Places, find_layout
+from mealv2.codec.block_layout import BlockSpans, find_layout
 from mealv2.codec.kept import Kept, joined
 from mealv2.codec.label_bytes import LabelParts
 from mealv2.codec.record_blocks import Records
@@ -239,9 +239,9 @@ class EncodedLabels:
         order_N = np.arange(len(self))
         if most is not None and len(shared_R) > most:
             blocks = _distinct(self.block_N[shared_R], len(self.at_B))
-            places, models = self._places(blocks)
-            last_B = places.num_views_N - 1
-            find_layout(self.data_P, places, models, last_B, self.num_classes)
+            spans, models = self._spans(blocks)
+            last_B = spans.num_views_N - 1
+            find_layout(self.data_P, spans, models, last_B, self.num_classes)
             chosen = shared_R[np.linspace(0, len(shared_R) - 1, most).astype(np.int64)]
             order_N = np.concatenate([order_N[~is_shared_N], chosen])
         for n in range(0, len(order_N), _CHECKED_AT_ONCE):
@@ -282,7 +282,7 @@ class EncodedLabels:
             records, classes = self._records(own_R), self.num_classes
             parts.append(record_blocks.decode(self.data_P, records, classes, strict=strict))
         if len(shared_R):
-            blocks, models = self._places(self.block_N[shared_R])
+            blocks, models = self._spans(self.block_N[shared_R])
             rows = (blocks, models, self.view_N[shared_R], self.num_classes)
             parts.append(decode_shared(self.data_P, *rows, strict=strict))
         return joined(parts, np.concatenate([own_R, shared_R]))
@@ -309,11 +309,11 @@ class EncodedLabels:
         """Return the block whose model each uses."""
         return np.arange(len(self.at_B)) if self.model_B is None else self.model_B.copy()
 
-    def _places(self, blocks: _Array) -> tuple[Places, Places]:
+    def _spans(self, blocks: _Array) -> tuple[BlockSpans, BlockSpans]:
         """Return where blocks lie, and those whose models they use."""
-        of_all = Places(self.at_B, self.ends_B, self.views_B)
-        places = of_all.rows(blocks)
-        return places, places if self.model_B is None else of_all.rows(self.model_B[blocks])
+        of_all = BlockSpans(self.at_B, self.ends_B, self.views_B)
+        spans = of_all.rows(blocks)
+        return spans, spans if self.model_B is None else of_all.rows(self.model_B[blocks])
 
     def to_bytes(self) -> bytes:
         """Return a header of 32 bytes, ends, views and models of blocks, rows, the blocks."""
@@ -327,8 +327,8 @@ class EncodedLabels:
     def from_bytes(data: bytes) -> "EncodedLabels":
         """Return the labels that ``to_bytes`` wrote; raises LabelSetError for anything else."""
         found = label_bytes.split(data)
-        places = found.data_P, record_blocks.starts(found.ends_B), found.ends_B, found.views_B
-        labels = EncodedLabels(*places, *found[4:], model_B=found.model_B)
+        spans = found.data_P, record_blocks.starts(found.ends_B), found.ends_B, found.views_B
+        labels = EncodedLabels(*spans, *found[4:], model_B=found.model_B)
         is_others_B = found.model_B != np.arange(len(found.ends_B))
         if (is_others_B != labels.uses_others()).any():
             raise LabelSetError("encoded labels have models that do not fit their blocks")

@@ -125,10 +125,6 @@ class BlockFormat:
         """Whether the views of a block may share a model, and added ones that of earlier views."""
         return self.form == "curve" and self.topk is None and not self.logits
 
-    def labels_of(self, data: np.ndarray, ends_N: np.ndarray, num_views: int) -> EncodedLabels:
-        """Return a row of each of N blocks of a curve, not decoded."""
-        return EncodedLabels.of_data(data, ends_N, num_views, self.num_classes)[::num_views]
-
     def blocks(self, rows: Rows, num_views: int) -> list[bytes]:
         """Return the block of each image; ``rows``, on the CPU, has its views in order.
 

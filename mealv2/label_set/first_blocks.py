@@ -40,7 +40,10 @@ def check_bound(file: ShardFile) -> None:
 
 
 def _path_of_first(file: ShardFile) -> Path:
-    return file.path.with_name(shard_name(file.header["role"], file.header["number"]))
+    role, number = file.header["role"], file.header["number"]
+    if not role.isidentifier():  # it becomes a part of a path
+        raise LabelSetError(f"shard {file.path} is damaged: its role is not valid")
+    return file.path.with_name(shard_name(role, number))
 
 
 def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | None:
@@ -67,6 +70,7 @@ def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | Non
         blocks = [found[key] for key in wanted]
         ends_N = np.cumsum([len(block) for block in blocks])
         data = np.frombuffer(b"".join(blocks), np.uint8)
-        return encoding.labels_of(data, ends_N, first.num_views)
+        num_views = first.num_views
+        return EncodedLabels.of_data(data, ends_N, num_views, encoding.num_classes)[::num_views]
 
     return read

@@ -69,7 +69,8 @@ class LabelSet:
         most = max_open_files((len(blocks) + bool(appended)) * num_sets)
         self._tables = [Table(files, views, max_open_files=most) for views, files in blocks]
         for table in self._tables[1:]:
-            table.first = self._tables[0]
+            if any("first_sha256" in file.header for file in table.files):
+                table.first = self._tables[0]
         self.appended = list(appended)
         files = open_appended(folder, manifest, split, appended)
         self._appended = Table(files, range(1), max_open_files=most)
@@ -301,9 +302,9 @@ class Table:
         keys = [names[i] for i in some_N.tolist()]
         rows_N = self.rows(keys)
         if (rows_N < 0).any():
-            key = keys[int(np.argmin(rows_N))].decode()
-            raise LabelSetError(f"the first views of {key!r} have no labels")
-        return encoding.labels_of(*self._blocks(keys, rows_N), len(self.views))
+            raise LabelSetError(f"no first labels of {keys[int(np.argmin(rows_N))].decode()!r}")
+        num_views, blocks = len(self.views), self._blocks(keys, rows_N)
+        return EncodedLabels.of_data(*blocks, num_views, encoding.num_classes)[::num_views]
 
     def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of the blocks of rows, and where each ends."""

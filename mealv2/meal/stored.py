@@ -83,7 +83,7 @@ def stored_logits(student_BC: Tensor, stored: Rows) -> tuple[Tensor, Tensor]:
     """Return the student's logits and a teacher's stored ones, float32 B x C each.
 
     Both have the logits of the classes that the label keeps, and for all others their mean: nothing
-    but the teacher tells them apart (docs/adr/0004).
+    but the teacher, and the errors of a line, tells them apart (docs/adr/0004, 0045).
     """
     assert stored.logits is not None, "the label set stores no logits"
     kept = stored.labels.kept()

@@ -385,9 +385,12 @@ def test_images_in_other_batches_give_the_same_bytes(name, monkeypatch):
         parts = [encode(part, **how) for part in probs.split(size * num_views)]
         assert [block for part in parts for block in part.blocks(num_views)] == blocks
     monkeypatch.setattr("mealv2.codec.encoder._CHUNK", 2 * num_views * case.num_classes)
-    monkeypatch.setattr("mealv2.codec.shared_encoder.CHUNK", 1)
+    monkeypatch.setattr("mealv2.codec.shared_encoder._CPU_CHUNK", 1)
     assert encode(probs, **how).blocks(num_views) == blocks
     assert encode(probs.T.contiguous().T, **how).blocks(num_views) == blocks
+    monkeypatch.undo()
+    monkeypatch.setattr("mealv2.codec.shared_encoder._CPU_GROUPS", (128,))  # as on a GPU
+    assert encode(probs, **how).blocks(num_views) == blocks
 
 
 @pytest.mark.parametrize("name", CASES)

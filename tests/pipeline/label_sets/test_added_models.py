@@ -207,7 +207,7 @@ def test_parts_and_their_union_have_the_same_labels(
 ) -> None:
     done("labels", "split", added_set, "--parts", 3, "--output", tmp_path)
     parts = [tmp_path / f"part-{number}" for number in range(3)]
-    found = {}
+    found: dict[stored.Address, bytes] = {}
     for part in parts:
         done("labels", "verify", part)
         found |= stored.rows_of(part)
@@ -250,7 +250,7 @@ def test_an_export_has_the_added_views(
     done: Run, added_set: Path, data_dir: Path, tmp_path: Path, to: str
 ) -> None:
     words = ["labels", "export", added_set, "--to", to, "--output", tmp_path / "out"]
-    flags = {
+    flags: dict[str, list[object]] = {
         "webdataset": ["--data-dir", data_dir],
         "fkd": ["--label-type", "marginal_smoothing_k2"],
         "sre2l": ["--data-dir", data_dir, "-b", 8],
@@ -309,6 +309,22 @@ def test_other_first_views_are_an_error_and_the_added_ones_are_made_again(
     done("labels", "verify", folder)
 
 
+def test_a_shard_that_does_not_name_the_first_one_has_no_models(
+    added_set: Path, copied: Copy
+) -> None:
+    folder = copied(added_set)
+    views = range(FIRST, FIRST + 1)
+    key, _ = bound_blocks(folder, views)[0]
+    manifest = read_manifest(folder)
+    for entry in manifest["roles"]["train"]["blocks"][1]["shards"]:
+        shard = ShardFile(folder / entry["name"]).shard()
+        write_shard(folder / entry["name"], replace(shard, first_sha256=None), replace=True)
+        entry |= describe_file(folder / entry["name"], num_images=entry["images"])
+    write_manifest(folder, manifest["plan"], roles=manifest["roles"], versions=manifest["versions"])
+    with pytest.raises(LabelSetError, match="head"):
+        LabelSet.open(folder).soft_labels([key], [FIRST])
+
+
 def test_every_flipped_bit_of_an_added_block_is_an_error(added_set: Path, copied: Copy) -> None:
     folder = copied(added_set)
     views = range(FIRST, FIRST + 1)
@@ -324,3 +340,31 @@ def test_every_flipped_bit_of_an_added_block_is_an_error(added_set: Path, copied
         path.write_bytes(flipped)
         with pytest.raises(LabelSetError, match="CRC-32"):
             LabelSet.open(folder).soft_labels([key], [FIRST])
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_any_file_gives_another_label(added_set: Path, copied: Copy) -> None:
+    folder = copied(added_set)
+    dense = stored.dense_of(folder)
+    addresses = list(dense)[::3]
+    keys, views = [key for key, _ in addresses], [view for _, view in addresses]
+    expected = np.stack([dense[address] for address in addresses])
+    random = np.random.default_rng(0)
+    paths = [*sorted(folder.glob("*.h5")), folder / "manifest.json"]
+    refused = 0
+    for number in range(300):
+        path = paths[number % len(paths)]
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        bit = int(random.integers(8 * len(data)))
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = LabelSet.open(folder).soft_labels(keys, views).to_dense().numpy()
+        except LabelSetError:
+            refused += 1
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
+        path.write_bytes(data)
+    assert 50 < refused < 300
+    print(f"\n300 flipped bits in {len(paths)} files: {refused} refused, 0 wrong labels")
