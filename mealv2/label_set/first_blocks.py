@@ -40,10 +40,10 @@ def check_bound(file: ShardFile) -> None:
 
 
 def _path_of_first(file: ShardFile) -> Path:
-    role, number = file.header["role"], file.header["number"]
-    if not role.isidentifier():  # it becomes a part of a path
-        raise LabelSetError(f"shard {file.path} is damaged: its role is not valid")
-    return file.path.with_name(shard_name(role, number))
+    split, number = file.header["role"], file.header["number"]
+    if not split.isidentifier():  # it becomes a part of a path
+        raise LabelSetError(f"shard {file.path} is damaged: its split is not valid")
+    return file.path.with_name(shard_name(split, number))
 
 
 def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | None:
