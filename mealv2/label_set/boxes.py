@@ -44,8 +44,8 @@ def _drawn_boxes(views: Views, keys: list[str], indices: range, sizes_N2: np.nda
     for start in range(0, len(keys), step):
         widths, heights = np.repeat(sizes_N2[start : start + step], num_views, axis=0).T
         of_views = [key for key in keys[start : start + step] for _ in indices]
-        places = of_views, [*indices] * (len(of_views) // num_views)
-        boxes_N5 = view_boxes.boxes_of(views, *places, widths, heights)
+        addresses = of_views, [*indices] * (len(of_views) // num_views)
+        boxes_N5 = view_boxes.boxes_of(views, *addresses, widths, heights)
         parts.append(boxes_N5.astype(np.uint32))  # a negative number in two's complement
     return np.concatenate(parts)
 

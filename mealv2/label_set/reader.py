@@ -271,10 +271,10 @@ class Table:
         self, keys: Sequence[bytes], rows_N: np.ndarray, views_N: np.ndarray, encoding: Encoding
     ) -> Rows:
         """Return one view of each row; raises LabelSetError for labels that fail their CRC."""
-        places = self._index.places(rows_N)
+        found = self._index.locate(rows_N)
         blocks, missing = [b""] * len(keys), list[Missing]()
         order_N = np.argsort(rows_N)  # file by file, and in the order of the file
-        columns = (order_N, *(column[order_N] for column in places))
+        columns = (order_N, *(column[order_N] for column in found))
         for row, number, at, size, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
             blocks[row] = block = os.pread(file.fd, size, at)
@@ -287,7 +287,7 @@ class Table:
             self._web.fill(blocks, missing)
         data = np.frombuffer(b"".join(blocks), np.uint8)
         try:
-            return encoding.rows_of(data, np.cumsum(places.sizes_N), len(self.views), views_N)
+            return encoding.rows_of(data, np.cumsum(found.sizes_N), len(self.views), views_N)
         except LabelSetError as error:
             folder = self.files[0].path.parent
             raise LabelSetError(f"labels in {folder} are damaged: {error}") from None
