@@ -10,7 +10,7 @@ from mealv2.label_set.shard import LABELS
 from mealv2.label_set.shard_file import ShardFile
 
 
-class StoredSpans(NamedTuple):
+class Locations(NamedTuple):
     """Where the blocks of N rows lie: the number of the file, the offset in it, bytes, CRC-32."""
 
     numbers_N: np.ndarray
@@ -73,11 +73,11 @@ class Index:
             at_N[left] += 1
         return rows_N
 
-    def spans(self, rows_N: np.ndarray) -> StoredSpans:
+    def locate(self, rows_N: np.ndarray) -> Locations:
         """Return where the blocks of rows lie."""
         numbers_N = np.searchsorted(self.first_rows, rows_N, side="right") - 1
         begins_N = self._ends[rows_N]
-        return StoredSpans(
+        return Locations(
             numbers_N,
             begins_N + self._shifts[numbers_N],
             self._ends[rows_N + 1] - begins_N,

@@ -308,10 +308,10 @@ class Table:
 
     def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of the blocks of rows, and where each ends."""
-        spans = self._index.spans(rows_N)
+        found = self._index.locate(rows_N)
         blocks, missing = [b""] * len(keys), list[Missing]()
         order_N = np.argsort(rows_N)  # file by file, and in the order of the file
-        columns = (order_N, *(column[order_N] for column in spans))
+        columns = (order_N, *(column[order_N] for column in found))
         for row, number, at, size, crc in zip(*(c.tolist() for c in columns), strict=True):
             file = self._descriptor(number)
             blocks[row] = block = os.pread(file.fd, size, at)
@@ -322,7 +322,7 @@ class Table:
                 missing.append(Missing(row, self.files[number].path, at, size, keys[row], crc))
         if missing and self._web:
             self._web.fill(blocks, missing)
-        return np.frombuffer(b"".join(blocks), np.uint8), np.cumsum(spans.sizes_N)
+        return np.frombuffer(b"".join(blocks), np.uint8), np.cumsum(found.sizes_N)
 
     def stored_view(self, row: int, view: int, *, width: int, height: int) -> View:
         """Return a view whose box the shard stores."""

@@ -22,12 +22,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[ShardFile]:
     return LabelSet.open(made.folder).blocks[0][1]
 
 
-def test_places_are_those_of_the_blocks_in_their_files(files: list[ShardFile]) -> None:
+def test_locations_are_those_of_the_blocks_in_their_files(files: list[ShardFile]) -> None:
     index = Index(files)
     assert index.num_rows == 50
     blocks = [bytes(block) for file in files for _, block, _ in file.blocks()]
     rows_N = np.random.default_rng(0).permutation(50)
-    for row, number, at, size, crc in zip(rows_N, *index.places(rows_N), strict=True):
+    for row, number, at, size, crc in zip(rows_N, *index.locate(rows_N), strict=True):
         data = files[number].path.read_bytes()
         assert data[at : at + size] == blocks[row]
         assert files[number].column("crc32")[row - 8 * number] == crc
@@ -45,7 +45,7 @@ def test_the_index_of_a_file_in_memory_is_the_same(files: list[ShardFile]) -> No
     in_memory = [ShardFile(file.path, file.path.read_bytes()) for file in files]
     rows_N = np.arange(50)
     for one, other in zip(
-        Index(files).places(rows_N), Index(in_memory).places(rows_N), strict=True
+        Index(files).locate(rows_N), Index(in_memory).locate(rows_N), strict=True
     ):
         assert np.array_equal(one, other)
 
