@@ -50,6 +50,8 @@ def encode(
         raise ValueError(f"topk must lie in 1..{min(num_classes, MAX_KEPT)}, got {topk}")
     if num_views < 1 or num_rows % num_views:
         raise ValueError(f"{num_rows} rows are not images of {num_views} views")
+    if first is not None and first.num_classes != num_classes:
+        raise ValueError(f"first has {first.num_classes} classes, and the rows {num_classes}")
     count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
     parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mealv2.codec.record import MAX_CLASSES, MIN_CLASSES
 from mealv2.errors import LabelSetError
 
 _HEADER = struct.Struct("<8sIBxxxQQ")  # magic, classes, bytes of a count, blocks, rows
@@ -40,6 +41,8 @@ def split(data: bytes) -> LabelParts:
     magic, num_classes, count_size, num_blocks, num_rows = _HEADER.unpack_from(data)
     if magic != _MAGIC or any(data[13:16]):
         raise LabelSetError("these are not encoded labels of this version")
+    if not MIN_CLASSES <= num_classes <= MAX_CLASSES:
+        raise LabelSetError(f"classes must be {MIN_CLASSES} to {MAX_CLASSES}, not {num_classes}")
     if count_size not in (1, 2):
         raise LabelSetError(f"a count has 1 or 2 bytes, not {count_size}")
     begin = _HEADER.size + 24 * num_blocks + 16 * num_rows

@@ -82,6 +82,8 @@ def decode(data_P: _Array, records: Records, num_classes: int, *, strict: bool) 
     if strict:
         check_rows(counts_R, payload_P, num_classes)
     found = decode_rows(counts_R, payload_P, num_classes)
+    if found.indices_E.max(initial=0) >= num_classes:
+        raise LabelSetError(f"a record names a class above {num_classes - 1}")
     is_kept_RK = np.arange(int(counts_R.max(initial=1))) < counts_R[:, None]
     ids_RK = np.zeros(is_kept_RK.shape, np.int64)
     probs_RK = np.zeros(is_kept_RK.shape, np.float32)

@@ -16,6 +16,7 @@ from mealv2.label_set.logits import are_finite, fit_logits
 from mealv2.soft_labels import Labels, SoftLabels, keep_logits, top_k
 
 _TAIL_RULE = "even over the classes not kept"
+_LINE = "line"  # the form of mean logits with a rate
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ class Encoding(BlockFormat):
                 raise ValueError(f"this mealv2 does not know the form {labels['form']!r}")
             if labels["tail"] != _TAIL_RULE:
                 raise ValueError(f"this mealv2 does not know the tail {labels['tail']!r}")
-            if type(labels.get("topk", 1)) is not int or type(labels["logits"]) is not bool:
-                raise ValueError("topk must be an integer, and logits true or false")
+            stored, rate = labels["logits"], labels.get("rate")
+            if stored is True and rate is not None:
+                raise ValueError("its logits have an earlier form; make the set again")
+            if type(labels.get("topk", 1)) is not int or stored not in (
+                [False, _LINE] if rate is not None else [False, True]
+            ):
+                raise ValueError("topk must be an integer, and logits true, false or a line")
             return cls(
                 len(plan["classes"]),
                 labels["form"],
                 rate=labels.get("rate"),
                 topk=labels.get("topk"),
-                logits=labels["logits"],
+                logits=bool(stored),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LabelSetError(f"cannot read the labels of this set: {error}") from None
@@ -68,6 +74,8 @@ class Encoding(BlockFormat):
         """Return the entry ``labels`` of a plan."""
         named = dataclasses.asdict(self)
         del named["num_classes"]
+        if self.logits and self.rate is not None:
+            named["logits"] = _LINE
         return {k: v for k, v in named.items() if v is not None} | {"tail": _TAIL_RULE}
 
     def __str__(self) -> str:

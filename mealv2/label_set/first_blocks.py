@@ -34,7 +34,10 @@ def check_bound(file: ShardFile) -> None:
         try:
             found = read_head(path, with_index=False).sha256
         except OSError as error:
-            raise LabelSetError(f"cannot read shard {path}: {error.strerror}") from None
+            raise LabelSetError(
+                f"shard {file.path} uses the models of {path}, which cannot be read: "
+                f"{error.strerror}"
+            ) from None
         if found != expected:
             raise LabelSetError(f"shard {file.path} was made for other first views than {path} has")
 

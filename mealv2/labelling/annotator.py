@@ -1,6 +1,7 @@
 """Run the ensemble on a stream of batches and encode its outputs as rows of a label set."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -88,30 +89,30 @@ class Annotator:
         failed: dict[int, str] = {}
         hashes: dict[int, int] = {}
         positions: list[int] = []
-        encoder = RowEncoder(self.encoding, source, num_views, self.first)
         sizes, boxes = [np.empty((0, 2), np.uint32)], [np.empty((0, 5), np.uint32)]
         device = self.runtime.device
         shape = (2, len(self.ensemble.teachers) + 1)
         correct = torch.zeros(shape, dtype=torch.int64, device=device)
-        for batch in on_device(batches, device):
-            check_failures(source, batch.failed, self.on_bad_image)
-            failed |= batch.failed
-            hashes |= batch.hashes
-            if not batch.positions:
-                continue
-            positions += batch.positions
-            sizes.append(batch.sizes_B2)
-            boxes.append(batch.boxes_B5)
-            logits_TBC, output = self.predict(batch.images_BCHW, batch.other_sizes)
-            if count_correct:
-                # on the device: reading a count here would wait for every batch
-                classes_B = torch.tensor([source.labels[p] for p in batch.positions])
-                classes_B = to_device(classes_B, device)
-                scores = (*logits_TBC, output.probs_BC)
-                counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
-                correct += torch.stack(counts).view(shape)
-            encoder.add(output, batch.positions)
-        rows, loss = encoder.finish()
+        with closing(RowEncoder(self.encoding, source, num_views, self.first)) as encoder:
+            for batch in on_device(batches, device):
+                check_failures(source, batch.failed, self.on_bad_image)
+                failed |= batch.failed
+                hashes |= batch.hashes
+                if not batch.positions:
+                    continue
+                positions += batch.positions
+                sizes.append(batch.sizes_B2)
+                boxes.append(batch.boxes_B5)
+                logits_TBC, output = self.predict(batch.images_BCHW, batch.other_sizes)
+                if count_correct:
+                    # on the device: reading a count here would wait for every batch
+                    classes_B = torch.tensor([source.labels[p] for p in batch.positions])
+                    classes_B = to_device(classes_B, device)
+                    scores = (*logits_TBC, output.probs_BC)
+                    counts = [num_correct(s_BC, classes_B, k) for k in (1, 5) for s_BC in scores]
+                    correct += torch.stack(counts).view(shape)
+                encoder.add(output, batch.positions)
+            rows, loss = encoder.finish()
         return Annotations(
             positions,
             rows,

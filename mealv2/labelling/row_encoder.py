@@ -1,4 +1,4 @@
-"""Encode the outputs of an ensemble, some thousand views at once, while it goes on."""
+"""Encode the outputs of an ensemble, some thousand views at once, while the teachers run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class RowEncoder:
     """Collects the outputs of batches and encodes the images of some thousand rows at once.
 
     A call of the encoder takes milliseconds, however few the rows, and images do not depend on each
-    other. It runs in a thread, on the device's same stream, while the caller goes on with the next
+    other. It runs in a thread, on the caller's stream, while the caller continues with the next
     batches: only the thread waits for the device. An image of which views are missing has no rows.
     """
 
@@ -57,9 +57,12 @@ class RowEncoder:
         """Return all rows, on the CPU, and what the first ones lose; raises as ``add``."""
         self._start(len(self._positions))
         self._wait()
-        self._executor.shutdown()
         rows = Rows.concat(self._parts)
         return rows, encoding_loss(torch.cat(self._first), rows.labels)
+
+    def close(self) -> None:
+        """End the thread, also after an error."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, num_rows: int) -> None:
         """Encode the first of the pending rows: of complete images, or of those with no rows."""
@@ -69,7 +72,10 @@ class RowEncoder:
         columns = zip(*self._outputs, strict=True)
         outputs = EnsembleOutput(*(torch.cat(column) for column in columns))
         of_rows = EnsembleOutput(*(column[:num_rows] for column in outputs))
-        self._running = self._executor.submit(self._encoded, of_rows, self._positions[:num_rows])
+        device = of_rows.probs_BC.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        todo = of_rows, self._positions[:num_rows], stream
+        self._running = self._executor.submit(self._encoded_on, *todo)
         self._positions = self._positions[num_rows:]
         pending = EnsembleOutput(*(column[num_rows:] for column in outputs))
         self._outputs = [pending] if self._positions else []
@@ -81,6 +87,12 @@ class RowEncoder:
             self._running = None
             self._parts.append(rows)
             self._first.append(probs_NC)
+
+    def _encoded_on(
+        self, outputs: EnsembleOutput, positions: Sequence[int], stream: torch.cuda.Stream | None
+    ) -> tuple[Rows, Tensor]:
+        with torch.cuda.stream(stream):  # the current stream belongs to a thread; None off a GPU
+            return self._encoded(outputs, positions)
 
     def _encoded(self, outputs: EnsembleOutput, positions: Sequence[int]) -> tuple[Rows, Tensor]:
         """Return the rows of complete images, and the probabilities of those to measure."""
@@ -112,5 +124,5 @@ class RowEncoder:
 def complete_images(positions: Sequence[int], num_views: int) -> torch.Tensor:
     """Return the rows, int64, of the images that have all their views."""
     counts = Counter(positions)
-    whole = [row for row, position in enumerate(positions) if counts[position] == num_views]
-    return torch.tensor(whole, dtype=torch.int64)
+    complete = [row for row, position in enumerate(positions) if counts[position] == num_views]
+    return torch.tensor(complete, dtype=torch.int64)

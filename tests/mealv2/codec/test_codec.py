@@ -534,6 +534,20 @@ def test_malformed_bytes_are_refused_with_the_reason(data, reason):
         EncodedLabels.from_bytes(data)
 
 
+@pytest.mark.parametrize("num_classes", [0, 1, 1_000_001])
+def test_bytes_without_labels_are_refused_for_classes_out_of_range(num_classes):
+    data = EncodedLabels.of_blocks([], 1, 10).to_bytes()
+    with pytest.raises(LabelSetError, match="classes must be 2 to 1000000"):
+        EncodedLabels.from_bytes(data[:8] + num_classes.to_bytes(4, "little") + data[12:])
+
+
+@pytest.mark.parametrize("id_", [10, 15])
+def test_a_class_that_does_not_exist_is_not_read(id_):
+    labels = EncodedLabels.of_blocks([b"\2" + (1 | id_ << 11).to_bytes(3, "little")], 1, 10)
+    with pytest.raises(LabelSetError, match="above 9"):
+        labels.argmax()
+
+
 def test_a_fault_is_found_in_any_chunk_of_rows(monkeypatch):
     monkeypatch.setattr("mealv2.codec.record._CHUNK_BYTES", 10)  # three rows
     EncodedLabels.from_bytes(by_hand(*[GOOD] * 20))

@@ -259,3 +259,9 @@ def test_any_bytes_after_a_first_byte_are_refused_or_give_distributions(num_view
         data = bytearray(random.bytes(int(random.integers(num_views, 60))))
         data[: 2 * num_views] = bytes(b % 40 for b in data[: 2 * num_views])
         read(start + bytes(data), num_views, first, case.first_views, case.num_classes)
+
+
+def test_first_labels_of_other_classes_are_refused():
+    first = encode(views_of_images(2, 4, 10), rate=1e-3, num_views=4)
+    with pytest.raises(ValueError, match="first has 10 classes, and the rows 5"):
+        encode(views_of_images(2, 1, 5), rate=1e-3, first=first[::4])

@@ -367,13 +367,24 @@ def test_a_plan_gives_the_encoding_back(name):
         ({"topk": 3.0}, "topk must be an integer"),
         ({"topk": "3"}, "topk must be an integer"),
         ({"topk": True}, "topk must be an integer"),
-        ({"logits": "no"}, "true or false"),
+        ({"logits": "no"}, "true, false or a line"),
+        ({"logits": "line"}, "true, false or a line"),
     ],
 )
 def test_a_plan_of_labels_that_no_encoder_makes_is_refused(changes, named):
     kept = {**ENCODINGS["curve"].plan(), **changes}
     with pytest.raises(LabelSetError, match=f"cannot read the labels of this set: .*{named}"):
         Encoding.of_plan(plan_of(ENCODINGS["curve"], labels=kept))
+
+
+@pytest.mark.parametrize(
+    ("logits", "named"), [(True, "its logits have an earlier form"), ("lines", "or a line")]
+)
+def test_other_forms_of_logits_with_a_rate_are_refused(logits, named):
+    plan = ENCODINGS["rate, logits"].plan()
+    assert plan["logits"] == "line"
+    with pytest.raises(LabelSetError, match=f"cannot read the labels of this set: .*{named}"):
+        Encoding.of_plan(plan_of(ENCODINGS["rate"], labels=plan | {"logits": logits}))
 
 
 @pytest.mark.parametrize("labels", [None, [], {}, "curve", {"form": "curve"}])
