@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.present_classes import PresentClassesConfig, of_present, run
-from benchmarks.rates import of_training
+from benchmarks.rate_tables import labels_of_training
 
 
 def test_other_classes_get_nothing_and_the_sum_is_one_again() -> None:
@@ -28,7 +28,7 @@ def test_a_set_has_the_classes_of_the_folder(labels_dir: Path, tmp_path: Path) -
     output = tmp_path / "present"
     report = run(PresentClassesConfig(labels_dir, tmp_path / "train", class_map, output))
     assert report["views"] > 0
-    before_NC, after_NC = (of_training(each).to_dense() for each in (labels_dir, output))
+    before_NC, after_NC = (labels_of_training(each).to_dense() for each in (labels_dir, output))
     assert before_NC[:, 2].max() > 0.01
     torch.testing.assert_close(after_NC[:, 2], torch.zeros(len(after_NC)), atol=0.002, rtol=0.0)
     ratio_N = before_NC[:, 0] / before_NC[:, :2].sum(1)
