@@ -97,7 +97,8 @@ def fit_logits(logits_NC: Tensor, probs_NC: Tensor, kept: Kept) -> FittedLogits:
     """Fit mean logits to labels: ``kept`` are the recovered ones, ``probs_NC`` the distributions.
 
     Weighted least squares over the kept classes. A masked class, whose logit is infinite, counts
-    neither there nor in the mean of the others: its recovered logit is that of its probability.
+    neither there nor in the mean of the others. Its recovered logit is on the line if it is kept;
+    else it is that mean or, where all others are masked, on the line at the tail.
     """
     is_finite_NC = torch.isfinite(logits_NC)
     logits_NC = logits_NC.double().masked_fill(~is_finite_NC, 0.0).clamp(-_LIMIT, _LIMIT)
