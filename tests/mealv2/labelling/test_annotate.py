@@ -19,6 +19,7 @@ from mealv2.data.memory import ImageSequence
 from mealv2.errors import ConfigError, DataError, LabelSetError
 from mealv2.label_set import UNKNOWN, Encoding, LabelSet, Rows
 from mealv2.labelling import row_encoder
+from mealv2.labelling.row_encoder import RowEncoder
 
 SETTINGS = {"img_size": 32, "num_views": 4, "view_seed": 7, "shard_size": 10, "batch_size": 16}
 TOP2: dict[str, Any] = {"topk": 2, "label_dtype": "float16", "workers": 0, "device": "cpu"}
@@ -103,22 +104,27 @@ def test_any_module_and_any_function_are_teachers(data_dir: Path, tmp_path: Path
 def test_the_teachers_go_on_while_labels_are_encoded(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encodes, goes_on, encode = threading.Event(), threading.Event(), Encoding.encode
+    added, goes_on = threading.Event(), threading.Event()
+    add, encode = RowEncoder.add, Encoding.encode
+
+    def adding(self: RowEncoder, *args: Any) -> None:
+        add(self, *args)
+        added.set()
 
     def teacher(images_BCHW: Tensor) -> Tensor:
-        if encodes.is_set():
+        if added.is_set():
             goes_on.set()
         return Shades()(images_BCHW).detach()
 
     def waiting(self: Encoding, probs_NC: Tensor, *args: Any, **kwargs: Any) -> Rows:
         if len(probs_NC):
-            encodes.set()
             assert goes_on.wait(60), "the next batch waits for the labels of the first"
         return encode(self, probs_NC, *args, **kwargs)
 
     settings = SETTINGS | {"img_size": 16, "val_split": None, "topk": 2, "workers": 0}
     expected = mealv2.annotate(data_dir, [teacher], tmp_path / "expected", **settings)
     monkeypatch.setattr(row_encoder, "_MAX_VIEWS", 8)
+    monkeypatch.setattr(RowEncoder, "add", adding)
     monkeypatch.setattr(Encoding, "encode", waiting)
     labels = mealv2.annotate(data_dir, [teacher], tmp_path / "labels", **settings)
     assert shards(labels.folder) == shards(expected.folder)
