@@ -70,7 +70,7 @@ def forms(outputs: Outputs, num_views: int, rate: float) -> Iterator[Stored]:
     """Yield the logits in every form."""
     probs_NC, logits_NC = outputs
     num_rows, num_classes = logits_NC.shape
-    records = encode(probs_NC, rate=rate, num_views=num_views, together=False)
+    records = encode(probs_NC, rate=rate)
     kept = records.kept()
     values = keep_logits(logits_NC, kept).rounded(torch.float16)
     counts_N = kept.is_kept_NK.sum(1)

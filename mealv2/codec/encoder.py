@@ -24,7 +24,6 @@ def encode(
     rate: float | None = None,
     topk: int | None = None,
     num_views: int = 1,
-    together: bool = True,
     first: EncodedLabels | None = None,
 ) -> EncodedLabels:
     """Encode probabilities of any float type, on their device; rows of an image follow each other.
@@ -32,10 +31,9 @@ def encode(
     ``rate``: the nats of KL(p || recovered) that must be saved by 12 more bits, about one class in
     a record. The ``num_views`` views of each image share a model, or each has a record, whichever
     has the least KL + rate * bits / 12. ``topk``: each view has a record that keeps this number of
-    classes (up to 65,535). ``together`` false: each view has a record in any case. ``first``, with
-    ``rate``: a row of an earlier block of each image; with its model, a block may be smaller. Rows
-    are normalised. Raises ValueError for neither or both, a value out of range, views that do not
-    divide the rows, and rows that are not distributions.
+    classes (up to 65,535). ``first``, with ``rate``: a row of an earlier block of each image; with
+    its model, a block may be smaller. Rows are normalised. Raises ValueError for neither or both, a
+    value out of range, views that do not divide the rows, and rows that are not distributions.
     """
     if probs_NC.ndim != 2 or not probs_NC.is_floating_point():
         raise ValueError(f"probabilities must be float, N x C, got {tuple(probs_NC.shape)}")
@@ -52,29 +50,38 @@ def encode(
         raise ValueError(f"{num_rows} rows are not images of {num_views} views")
     if first is not None and first.num_classes != num_classes:
         raise ValueError(f"first has {first.num_classes} classes, and the rows {num_classes}")
-    count_size = 1 if topk is None or topk <= RATE_MAX_KEPT else 2
     images = max(1, _CHUNK // (num_classes * num_views))
-    parts = [EncodedLabels.of_blocks([], num_views, num_classes, count_size=count_size)]
+    none = EncodedLabels.of_blocks([], num_views, num_classes, count_size=_count_size(topk))
+    parts = [none]
     if first is not None and len(first) * num_views != num_rows:
         raise ValueError(f"{num_rows} rows are not {num_views} views of {len(first)} images")
     for number, chunk_NC in enumerate(torch.split(probs_NC.detach(), images * num_views)):
         if len(chunk_NC):
-            records = encode_records(chunk_NC, rate, topk)
-            counts_N = records.counts_N.cpu().numpy().astype(np.int64)
-            payload_P = records.payload_P.cpu().numpy()
-            data_P, ends_B = blocks_of_records(
-                counts_N, payload_P, num_views, num_classes, count_size
-            )
-            labels = EncodedLabels.of_data(
-                data_P, ends_B, num_views, num_classes, count_size=count_size
-            )
-            if rate is not None and together and (num_views > 1 or first is not None):
+            labels = encode_each_view(chunk_NC, rate, topk, num_views)
+            if rate is not None and (num_views > 1 or first is not None):
                 of_chunk = slice(number * images, (number + 1) * images)
                 models = None if first is None else first[of_chunk]
                 slope = rate / BITS_OF_CLASS
                 labels = _shared_if_less(chunk_NC, labels, slope, num_views, models)
             parts.append(labels)
     return EncodedLabels.concat(parts).to(probs_NC.device)
+
+
+def encode_each_view(
+    probs_NC: Tensor, rate: float | None, topk: int | None, num_views: int
+) -> EncodedLabels:
+    """Return blocks with a record for each view: what ``encode`` starts from, on the CPU."""
+    records = encode_records(probs_NC, rate, topk)
+    counts_N = records.counts_N.cpu().numpy().astype(np.int64)
+    payload_P = records.payload_P.cpu().numpy()
+    num_classes, count_size = probs_NC.shape[1], _count_size(topk)
+    data_P, ends_B = blocks_of_records(counts_N, payload_P, num_views, num_classes, count_size)
+    return EncodedLabels.of_data(data_P, ends_B, num_views, num_classes, count_size=count_size)
+
+
+def _count_size(topk: int | None) -> int:
+    """Return the bytes of the number of classes that a record keeps."""
+    return 1 if topk is None or topk <= RATE_MAX_KEPT else 2
 
 
 def _shared_if_less(

@@ -73,7 +73,6 @@ def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | Non
         blocks = [found[key] for key in wanted]
         ends_N = np.cumsum([len(block) for block in blocks])
         data = np.frombuffer(b"".join(blocks), np.uint8)
-        num_views = first.num_views
-        return EncodedLabels.of_data(data, ends_N, num_views, encoding.num_classes)[::num_views]
+        return EncodedLabels.first_views_of(data, ends_N, first.num_views, encoding.num_classes)
 
     return read

@@ -250,7 +250,7 @@ class LabelSet:
             return LabelSetError(f"{self.folder} has no label for {key!r}; {why}")
         num_views = sum(len(table.views) for table in self._tables if table.row(key) is not None)
         why = f"its views are 0 to {num_views - 1}"
-        if view < self.num_views:
+        if 0 <= view < self.num_views:
             why += "; the image could not be read when the other views were added"
         return LabelSetError(f"{self.folder} has no view {view} of {key!r}; {why}")
 
@@ -303,8 +303,8 @@ class Table:
         rows_N = self.rows(keys)
         if (rows_N < 0).any():
             raise LabelSetError(f"no first labels of {keys[int(np.argmin(rows_N))].decode()!r}")
-        num_views, blocks = len(self.views), self._blocks(keys, rows_N)
-        return EncodedLabels.of_data(*blocks, num_views, encoding.num_classes)[::num_views]
+        blocks = self._blocks(keys, rows_N)
+        return EncodedLabels.first_views_of(*blocks, len(self.views), encoding.num_classes)
 
     def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of the blocks of rows, and where each ends."""

@@ -209,9 +209,10 @@ def _added_blocks(
 ) -> list[dict[str, Any]]:
     """Return the complete blocks of views that follow the block ``last``."""
     stop = last["views"][1]
-    blocks = []
+    blocks, left_out = [], list[range]()
     for views in block_views(folder, split):
         if views.start != stop:
+            left_out.append(views)
             continue
         shards = [PlannedShard(split, n, views, None) for n in range(len(last["shards"]))]
         complete = complete_of(check_shards(folder, shards, plan_sha256))
@@ -221,10 +222,14 @@ def _added_blocks(
             blocks.append(describe_block(views, complete))
             stop = views.stop
         else:
-            info(
-                f"views {views.start} to {views.stop - 1} are not complete and not listed; "
-                "`mealv2 labels add-views` completes them"
-            )
+            left_out.append(views)
+    left_out = [views for views in left_out if views.stop > stop]
+    if left_out:
+        ranges = first_names([f"{views.start} to {views.stop - 1}" for views in left_out])
+        info(
+            f"not listed: views {ranges}; those from {stop} on are not complete; "
+            "`mealv2 labels add-views` completes them"
+        )
     return blocks
 
 

@@ -164,9 +164,9 @@ def _places(labels: LabelSet) -> tuple[list[str], list[int]]:
     return [k for k in keys for _ in range(num_views)], list(range(num_views)) * len(keys)
 
 
-def _kept_by_hand(form: str, probs_NC: torch.Tensor, num_views: int, *, logits: bool) -> Labels:
+def _kept_by_hand(form: str, probs_NC: torch.Tensor, num_views: int) -> Labels:
     if form == "rate":
-        return encode(probs_NC, rate=0.02, num_views=num_views, together=not logits)
+        return encode(probs_NC, rate=0.02, num_views=num_views)
     if form == "curve":
         return encode(probs_NC, topk=2)
     dtype = torch.float32 if form.endswith("float32") else torch.float16
@@ -202,7 +202,7 @@ def test_rows_are_what_each_form_makes_of_the_teachers_answers(
 
     labels = LabelSet.open(labels_of(form, logits=logits), split=split)
     rows = labels.rows(keys, views)
-    expected = _kept_by_hand(form, annotations.probs_NK, labels.num_views, logits=logits)
+    expected = _kept_by_hand(form, annotations.probs_NK, labels.num_views)
     assert same(Rows(rows.labels), Rows(expected))
     assert (rows.logits is not None) == logits
     if form == "rate" and split == "train":

@@ -13,7 +13,7 @@ import reference
 from cases import mostly_slow
 from image_views import views_of_images
 from mealv2.codec.block import MAX_LISTED, Model, block_bytes, coded, low_nibbles, packed
-from mealv2.codec.encoder import BITS_OF_CLASS, divergence
+from mealv2.codec.encoder import BITS_OF_CLASS, divergence, encode_each_view
 from mealv2.codec.residual_codes import RUN_LENGTHS, VALUE_LENGTHS
 from mealv2.codec.residuals import (
     CONTEXTS,
@@ -237,7 +237,7 @@ def test_a_view_by_itself_is_the_same_as_among_others():
 def test_blocks_of_all_kinds_are_decoded_at_once():
     probs = views_of_images(4, 4, 50, seed=3)
     kinds = [
-        encode(probs, rate=1e-2, num_views=4, together=False),
+        encode_each_view(probs, 1e-2, None, 4),
         EncodedLabels.of_blocks(shared_blocks(probs, 4, 1e-2), 4, 50),
         encode(probs, rate=1e-2),
         EncodedLabels.of_blocks(shared_blocks(probs[:14], 7, 1e-3), 7, 50),
@@ -386,8 +386,10 @@ def test_the_cost_is_never_above_that_of_records(name):
     probs, num_views = case.probs(), case.num_views
     exact = probs.double() / probs.double().sum(1, keepdim=True)
     costs = []
-    for together in (True, False):
-        labels = encode(probs, rate=case.rate, num_views=num_views, together=together)
+    for labels in (
+        encode(probs, rate=case.rate, num_views=num_views),
+        encode_each_view(probs, case.rate, None, num_views),
+    ):
         bits = 8.0 * labels.nbytes / len(labels)
         costs.append(divergence(exact, labels).mean() + case.rate / BITS_OF_CLASS * bits)
     assert costs[0] <= costs[1] * (1 + 1e-9)
@@ -409,7 +411,7 @@ def test_views_with_a_planted_model_take_far_fewer_bytes_at_less_divergence():
     probs = views_of_images(4, 32, 1000, scale=2.5, noise=0.0, rank=2)
     exact = probs.double() / probs.double().sum(1, keepdim=True)
     labels = encode(probs, rate=2e-3, num_views=32)
-    records = encode(probs, rate=2e-3, num_views=32, together=False)
+    records = encode_each_view(probs, 2e-3, None, 32)
     assert labels.nbytes < 0.6 * records.nbytes
     assert float(divergence(exact, labels).mean()) < float(divergence(exact, records).mean())
 
@@ -421,13 +423,15 @@ def test_no_more_classes_are_listed_than_a_block_can_have():
     EncodedLabels.of_blocks(blocks, 16, 3000).check()
 
 
-@pytest.mark.parametrize("how", [{"topk": 3}, {"rate": 1e-3, "together": False}])
-def test_with_topk_or_by_themselves_views_have_records(how):
-    case = CASES["1000 classes, 16 views"]
-    labels = encode(case.probs(), num_views=16, **how)
+@pytest.mark.parametrize(("rate", "topk"), [(None, 3), (1e-3, None)])
+def test_with_topk_or_by_themselves_views_have_records(rate, topk):
+    probs = CASES["1000 classes, 16 views"].probs()
+    labels = encode_each_view(probs, rate, topk, 16)
     assert {block[0] for block in labels.blocks(16)} == {0}
+    if topk is not None:
+        assert labels.blocks(16) == encode(probs, topk=topk, num_views=16).blocks(16)
     records = labels.records()
-    alone = encode(case.probs(), **{name: how[name] for name in how if name != "together"})
+    alone = encode(probs, rate=rate, topk=topk)
     assert records.counts_R.tolist() == alone.records().counts_R.tolist()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import reference
 from image_views import views_of_images
 from mealv2.codec import encoder
-from mealv2.codec.encoder import BITS_OF_CLASS, divergence
+from mealv2.codec.encoder import BITS_OF_CLASS, divergence, encode_each_view
 from mealv2.errors import LabelSetError
 from mealv2.soft_labels import EncodedLabels, encode
 
@@ -185,7 +185,7 @@ def test_images_in_other_batches_give_the_same_bytes(monkeypatch):
 def test_an_image_whose_first_block_has_records_has_a_block_of_its_own():
     case = CASES["8 views"]
     first_NC, added_NC = case.probs()
-    first = encode(first_NC, rate=case.rate, num_views=16, together=False)[::16]
+    first = encode_each_view(first_NC, case.rate, None, 16)[::16]
     labels = encode(added_NC, rate=case.rate, num_views=8, first=first)
     own = encode(added_NC, rate=case.rate, num_views=8)
     assert labels.blocks(8) == own.blocks(8)

@@ -98,6 +98,7 @@ def test_holds_says_what_lookup_finds(appended):
 @pytest.mark.parametrize(
     ("key", "view", "message"),
     [
+        (KEYS[0], -1, "no view -1 of 'ant/1.jpg'; its views are 0 to 34"),
         (KEYS[0], 35, "no view 35 of 'ant/1.jpg'; its views are 0 to 34"),
         (LATE, 17, f"no view 17 of '{LATE}'; its views are 0 to 15"),
         (LATE, 34, f"no view 34 of '{LATE}'; its views are 0 to 15"),
@@ -113,6 +114,8 @@ def test_an_error_names_the_row_that_is_not_there(made, key, view, message):
         with pytest.raises(LabelSetError) as caught:
             look_up(opened, [*others, (key, view)])
         assert message in str(caught.value)
+        could_not_be_read = key == LATE and view < opened.num_views
+        assert ("could not be read" in str(caught.value)) == could_not_be_read
 
 
 # --- the first views only -------------------------------------------------------------------------

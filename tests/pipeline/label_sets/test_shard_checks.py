@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from label_sets import ENCODINGS, encoded, ensemble_outputs, flip, make_set
-from mealv2.codec import EncodedLabels, encode
+from mealv2.codec import EncodedLabels
+from mealv2.codec.encoder import encode_each_view
 from mealv2.errors import LabelSetError
 from mealv2.label_set import ShardFile, read_manifest
 from mealv2.label_set.manifest import listed_shards
@@ -79,7 +80,7 @@ def test_every_layout_is_checked_and_of_shared_blocks_so_many_views() -> None:
     blocks = RATE.blocks(encoded(RATE, 7 * 20, num_views=20), 20)
     assert all(block[0] for block in blocks), "all share a model"
     probs_NC, _ = ensemble_outputs(20, RATE.num_classes)
-    (blocks[2],) = encode(probs_NC, rate=RATE.rate, num_views=20, together=False).blocks(20)
+    (blocks[2],) = encode_each_view(probs_NC, RATE.rate, None, 20).blocks(20)
     assert blocks[2][0] == 0, "a record for each view"
     data, ends_N = np.frombuffer(b"".join(blocks), np.uint8), np.cumsum([*map(len, blocks)])
     for most in (1, 6, 10, 50, 1000):

@@ -117,7 +117,7 @@ def test_added_views_that_are_not_complete_are_not_listed_until_they_are(
     flipped_bit(damaged, ShardFile(damaged).header["columns"]["labels"]["offset"])
     result = done(*precompute_flags, "--output", grown)
     assert result.report["shards_made"] == 0
-    assert "views 4 to 5 are not complete and not listed" in result.stderr
+    assert "not listed: views 4 to 5; those from 4 on are not complete" in result.stderr
     assert contents(grown, "manifest.json") == contents(labels_dir, "manifest.json")
     assert LabelSet.open(grown).num_views == 4
 
@@ -126,11 +126,13 @@ def test_added_views_that_are_not_complete_are_not_listed_until_they_are(
 
 
 def test_views_that_do_not_follow_the_others_are_not_listed(
-    own_labels: Path, add_views: AddViews
+    own_labels: Path, add_views: AddViews, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = add_views(own_labels, (6, 7))
     assert [block["views"] for block in manifest["roles"]["train"]["blocks"]] == [[0, 4]]
+    assert "not listed: views 6 to 7; those from 4 on are not complete" in capsys.readouterr().err
     manifest = add_views(own_labels, (4, 5))
+    assert "not listed" not in capsys.readouterr().err
     views = [block["views"] for block in manifest["roles"]["train"]["blocks"]]
     assert views == [[0, 4], [4, 6], [6, 8]]
     assert LabelSet.open(own_labels).num_views == 8
