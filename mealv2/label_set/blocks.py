@@ -40,9 +40,9 @@ _RATE_MAX_KEPT = 255  # a count of one byte
 _STEP = 7919  # from the view of a block that is checked to that of the next: a prime
 
 
-def key_hash(key: bytes) -> bytes:
-    """Return the 8 bytes that index an image: BLAKE2b-64 of its key in UTF-8."""
-    return blake2b(key, digest_size=8).digest()
+def key_hashes(keys: Sequence[bytes]) -> np.ndarray:
+    """Return what indexes images: BLAKE2b-64 of their keys in UTF-8, uint64 N."""
+    return np.frombuffer(b"".join([blake2b(key, digest_size=8).digest() for key in keys]), "<u8")
 
 
 def block_crc(key: bytes, block: bytes | memoryview) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mealv2.label_set.blocks import key_hash
+from mealv2.label_set.blocks import key_hashes
 from mealv2.label_set.shard import LABELS
 from mealv2.label_set.shard_file import ShardFile
 
@@ -55,7 +55,7 @@ class Index:
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each image by its key in UTF-8, -1 for an unknown key, int64 N."""
-        hashes_N = np.frombuffer(b"".join([key_hash(key) for key in keys]), "<u8")
+        hashes_N = key_hashes(keys)
         at_N = np.searchsorted(self._hashes, hashes_N)
         rows_N = np.full(len(keys), -1, np.int64)
         left = np.arange(len(keys))

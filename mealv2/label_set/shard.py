@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from mealv2.data.source import UNLABELLED
-from mealv2.label_set.blocks import block_crc, key_hash
+from mealv2.label_set.blocks import block_crc, key_hashes
 from mealv2.storage.atomic import Stamp, write_atomic
 
 APPENDED_PREFIX = "more-"  # in the names of files of appended rows, after the split
@@ -208,7 +208,7 @@ def _columns(shard: Shard) -> dict[str, np.ndarray]:
         LABELS: np.frombuffer(b"".join(blocks), dtype="|u1"),
         "keys": np.frombuffer(b"".join(keys), dtype="|u1"),
         "key_ends": np.cumsum([len(key) for key in keys], dtype="<u8"),
-        "key_hashes": np.frombuffer(b"".join(map(key_hash, keys)), dtype="<u8"),
+        "key_hashes": key_hashes(keys),
         "label_ends": np.cumsum([len(block) for block in blocks], dtype="<u8"),
         "crc32": np.array([*map(block_crc, keys, blocks)], dtype="<u4"),
     }

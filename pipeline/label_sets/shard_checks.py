@@ -13,7 +13,7 @@ import numpy as np
 
 from mealv2.errors import LabelSetError
 from mealv2.label_set import Encoding, ShardFile, first_labels_of
-from mealv2.label_set.blocks import key_hash
+from mealv2.label_set.blocks import key_hashes
 from mealv2.storage.regular_files import read_regular
 from pipeline import console
 
@@ -97,8 +97,7 @@ def _problem(file: ShardFile, encoding: Encoding) -> str | None:
     if bad := file.damaged_keys():
         return f"the labels of {len(bad)} images have another CRC-32: {console.first_names(bad)}"
     keys = file.packed_keys()
-    hashes_N = np.frombuffer(b"".join([key_hash(key) for key in keys]), "<u8")
-    if not np.array_equal(hashes_N, file.column("key_hashes")):
+    if not np.array_equal(key_hashes(keys), file.column("key_hashes")):
         return "key hashes differ from the hashes of the keys"
     if not file.has_column("views") and len(set(keys)) < len(keys):
         return "contains an image twice"

@@ -5,7 +5,7 @@ import multiprocessing
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,11 @@ def test_a_key_that_is_no_utf8_is_not_there(made):
 
 @pytest.mark.parametrize("bits", [0, 1, 3])
 def test_keys_with_the_same_hash_are_told_apart(tmp_path, monkeypatch, bits):
-    def few(key: bytes) -> bytes:
-        return (sum(key) & ((1 << bits) - 1)).to_bytes(8, "little")
+    def few(keys: Sequence[bytes]) -> np.ndarray:
+        return np.array([sum(key) & ((1 << bits) - 1) for key in keys], "<u8")
 
     for module in ("index", "shard"):
-        monkeypatch.setattr(f"mealv2.label_set.{module}.key_hash", few)
+        monkeypatch.setattr(f"mealv2.label_set.{module}.key_hashes", few)
     keys = [f"{n}.jpg" for n in range(40)]
     made = make_set(tmp_path, RATE, keys, 2, shard_size=7)
     hashes = ShardFile(tmp_path / shard_name("train", 0)).column("key_hashes")
