@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
+from mealv2.storage import web
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test-key",
     "AWS_SECRET_ACCESS_KEY": "test-secret",
@@ -113,7 +115,9 @@ def new_store(port: int, env: pytest.MonkeyPatch) -> Store:
 def silent_server() -> Iterator[str]:
     """Accept connections and never answer, as behind some firewalls; gives its URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        web._RESPONDED.discard(address)  # a server of another test had this port
+        yield f"http://{address}"
 
 
 @contextlib.contextmanager

@@ -541,14 +541,15 @@ def test_a_process_that_ends_does_not_fetch_all_that_it_would_have_read(
 
     def fetch(tar: RemoteTar) -> None:
         begun.append(tar.name)
-        may_go_on.wait(30)
+        assert may_go_on.wait(60)
 
     monkeypatch.setattr(RemoteTar, "fetch", fetch)
     monkeypatch.setattr(remote_tar, "_MAX_FETCHES", 1)
     far.announce(range(4))
     far.read(0)
-    threading.Timer(0.1, may_go_on.set).start()
-    far._threads.shutdown()  # as the interpreter does at the end
+    far._threads.shutdown(wait=False)  # as the interpreter does at the end
+    may_go_on.set()
+    far._threads.shutdown()
 
     assert len(begun) == 1
 

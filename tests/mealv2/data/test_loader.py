@@ -183,7 +183,8 @@ def test_memory_is_used_again_once_nothing_holds_a_batch(source: ImageFolder, wo
     reader = ViewReader(source, img_size=16, views=VIEWS)
     requests = [[(position, (0,)) for position in range(9)]] * 30
     places = [p.images_BCHW.data_ptr() for p in read_views(reader, requests, workers=workers)]
-    assert len(set(places)) <= 6
+    # three ahead, the next one, the one here, and that of the task a thread has just ended
+    assert len(set(places)) <= 6 + workers
 
     kept = [p.images_BCHW[0] for p in read_views(reader, requests, workers=workers)]
     assert len({image.data_ptr() for image in kept}) == 30

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec
 import pytest
+from fsspec.asyn import get_loop
 
 from mealv2.errors import ConfigError, MealError, RemoteError
 from mealv2.storage import object_store, transfer, web
@@ -228,12 +230,42 @@ def test_a_file_that_is_replaced_between_two_parts_is_not_mixed(
     assert (tmp_path / "a").read_bytes() == DATA[::-1]
 
 
+class Clock:
+    """The time of the client's event loop, which passes only where a test lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._loop = get_loop()
+        self._now_s = self._loop.time()
+        self._received = threading.Event()
+        read = aiohttp.StreamReader.read
+
+        async def reading(content: aiohttp.StreamReader, size: int = -1) -> bytes:
+            data = await read(content, size)
+            self._received.set()
+            return data
+
+        monkeypatch.setattr(aiohttp.StreamReader, "read", reading)
+        monkeypatch.setattr(self._loop, "time", lambda: self._now_s)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, once the client has read what it was sent."""
+        assert self._received.wait(60)
+        self._received.clear()
+        self._now_s += seconds
+        self._loop.call_soon_threadsafe(int)  # the loop looks at the time
+
+
+@pytest.mark.parametrize("has_responded", [False, True])
 def test_a_time_limit_is_for_each_read_not_for_the_file(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_responded: bool
 ) -> None:
-    monkeypatch.setattr(web, "READ_TIMEOUT_S", 0.25)
-    slow = threading.Event()
-    server.between = lambda: slow.wait(0.06)  # 8 pieces: twice the limit
+    limit_s = web.FIRST_TIMEOUT_S
+    if has_responded:
+        object_store.info(server.url)
+        server.requests.clear()
+        limit_s = web.READ_TIMEOUT_S
+    clock = Clock(monkeypatch)
+    server.between = lambda: clock.advance(limit_s / 4)  # 8 pieces: twice the limit
 
     object_store.fetch(server.url, tmp_path / "a")
 
@@ -244,14 +276,18 @@ def test_a_time_limit_is_for_each_read_not_for_the_file(
 def test_a_server_that_sends_nothing_is_named(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "READ_TIMEOUT_S", 0.05)
-    silent = threading.Event()
-    server.between = lambda: silent.wait(1)
+    clock, ended = Clock(monkeypatch), threading.Event()
+
+    def silent() -> None:
+        clock.advance(web.READ_TIMEOUT_S + 1)
+        ended.wait(60)
+
+    server.between = silent
     try:
         error = failure(lambda: object_store.fetch(server.url, tmp_path / "a"))
     finally:
-        silent.set()
-    assert "no data for 0.05 s, 4 times" in str(error)
+        ended.set()
+    assert "no data for 60 s, 4 times" in str(error)
 
 
 def test_a_server_that_never_responded_is_asked_once(

@@ -73,5 +73,5 @@ def test_a_child_ends_with_its_parent_however_that_ends(number: signal.Signals) 
         os.close(child)
 
 
-def _has_ended(process: int, *, deadline_s: float = 10.0) -> bool:
+def _has_ended(process: int, *, deadline_s: float = 60.0) -> bool:
     return bool(select.select([process], [], [], deadline_s)[0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cases import mostly_slow
-from conftest import Result, Spawned
+from conftest import ROOT, Result, Spawned
 from mealv2.data.folder import ImageFolder
 from pipeline.training import run_log
 
@@ -642,21 +642,32 @@ def test_folder_of_something_else_is_no_place_for_a_run(
         assert sorted(place.glob("**/*")) == before
 
 
+# a step that never ends
+STUCK = """
+import sys, threading
+sys.path.insert(0, {root!r})
+import cli
+from pipeline.training.step import TrainStep
+def update(*args):
+    print("in a step", file=sys.stderr, flush=True)
+    threading.Event().wait()
+TrainStep.update = update
+cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_second_signal_quits_at_once(
-    spawn: Callable[..., Spawned], finetune_flags: list[str], own_data: Path, run: Path
+    spawn: Callable[..., Spawned], finetune_flags: list[str], run: Path, tmp_path: Path
 ) -> None:
-    """A named pipe in place of an image: reading it never ends, nor does the step."""
-    pipe = own_data / "train" / "ants" / "00.jpg"
-    pipe.unlink()
-    os.mkfifo(pipe)
-    process = spawn(*finetune_flags, "--data-dir", own_data, "--output", run)
-    metrics = run / "metrics.jsonl"
-    process.until(lambda: metrics.exists() and '"validation"' in metrics.read_text())
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK.format(root=os.fspath(ROOT)))
+    process = spawn(*finetune_flags, "--val-split", "none", "--output", run, program=program)
+    process.until(lambda: "in a step" in process.stderr)
     process.signal(signal.SIGINT)
     process.until(lambda: "a second signal quits at once" in process.stderr)
     process.signal(signal.SIGINT)
-    assert process.result(deadline_s=10).code == 128 + signal.SIGINT
+    assert process.result().code == 128 + signal.SIGINT
 
 
 # --- a loss that is lost ------------------------------------------------------------------------
