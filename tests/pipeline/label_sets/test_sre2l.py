@@ -505,7 +505,7 @@ def test_an_export_comes_back_equal_and_is_exported_to_equal_bytes(
     for address, row in stored.dense_of(folder).items():
         np.testing.assert_allclose(back[address], row, rtol=6e-3)
     done(*exporting(imported, tmp_path / "two"))
-    done("labels", "import", tmp_path / "two" / "labels", *flags, "--output", tmp_path / "again")
+    done("labels", "import", tmp_path / "two", *flags, "--output", tmp_path / "again")
     assert stored.rows_of(tmp_path / "again") == stored.rows_of(imported)
     for path in (tmp_path / "one" / "labels").glob("*/*.tar"):
         one, two = (
