@@ -537,7 +537,7 @@ def test_a_stopped_export_continues(
 @pytest.mark.parametrize(
     ("flags", "code", "named"),
     [
-        (["--batch-size", 37], 2, "--batch-size 37 exceeds the 36 images"),
+        (["--batch-size", 37], 2, "--batch-size 37 exceeds the 36 images; give"),
         (["--split", "val"], 2, "--to sre2l exports views with boxes: use --split train"),
         (["--layout", "mealv2"], 2, "--layout has no effect without --to fkd"),
         (["--to", "webdataset"], 2, "--batch-size has no effect without --to sre2l"),
