@@ -54,7 +54,8 @@ def _open_shard(
     folder: Path, manifest: dict[str, Any], split: str, views: range, entry: dict[str, Any]
 ) -> ShardFile:
     path = folder / entry["name"]
-    advice = f"run the same {creating_command(manifest['plan'])} again to replace it"
+    then = ", then the same `mealv2 labels add-views`," if views.start else ""
+    advice = f"run the same {creating_command(manifest['plan'])} again{then} to replace it"
     try:
         file = ShardFile(path)
     except LabelSetError as error:

@@ -47,7 +47,8 @@ def write_batches(config: LabelsExportConfig, labels: LabelSet) -> Callable[[], 
         )
     require(
         config.batch_size <= len(keys),
-        f"--batch-size {config.batch_size} exceeds the {console.count(len(keys), 'image')}",
+        f"--batch-size {config.batch_size} exceeds the {console.count(len(keys), 'image')}; "
+        "give the batch size of SRe2L's training, at most that",
     )
     boxes_of(labels, labels.blocks[0][1][0])  # raises without image sizes
     return lambda: _write(config, labels, keys)

@@ -28,7 +28,9 @@ def read_batches(config: LabelsImportConfig, source: ImageSource) -> Imported:
     Of pruned labels, where an image is in fewer epochs than another, its views are repeated.
     """
     batches = _Batches(
-        config.folder, source, torchvision_order(source, config.data_dir, config.train_split)
+        _files_of(config.folder),
+        source,
+        torchvision_order(source, config.data_dir, config.train_split),
     )
     encoding = _encoding(config, source, batches.num_classes)
     if number := len(source) - len(batches.positions):
@@ -56,6 +58,13 @@ def read_batches(config: LabelsImportConfig, source: ImageSource) -> Imported:
         read=read,
         report={"top1_agreement": batches.top1_agreement()},
     )
+
+
+def _files_of(folder: Path) -> Path:
+    """Return the folder of the epochs: ``folder``, or its ``labels``, as our export writes it."""
+    inner = folder / "labels"
+    is_export = not (folder / "epoch_0").is_dir() and (inner / "epoch_0").is_dir()
+    return inner if is_export else folder
 
 
 def _encoding(config: LabelsImportConfig, source: ImageSource, num_classes: int) -> Encoding:

@@ -78,7 +78,7 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     """
     entry = manifest["roles"][name]
     shards = label_set.listed_shards({name: entry})
-    headers = [_header(folder / shard["name"], manifest) for shard in shards]
+    headers = [_header(folder / shard["name"]) for shard in shards]
     appended = sorted(folder.glob(f"{name}-{APPENDED_PREFIX}*.h5"))
     size = split_size(entry, headers)
     split = {
@@ -90,7 +90,7 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
         "bytes_per_view": round(size.bytes_per_view, 2),
         "skipped": len(entry["skipped"]),
         "content_hashes": entry.get("content", {}).get("images", 0),
-        "appended_rows": sum(num_rows(_header(path, manifest)) for path in appended),
+        "appended_rows": sum(num_rows(_header(path)) for path in appended),
         **({"accuracy": entry["accuracy"]} if "accuracy" in entry else {}),
         **({"encoding_loss": size.loss._asdict()} if size.loss else {}),
     }
@@ -111,12 +111,14 @@ def _split(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     return split
 
 
-def _header(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _header(path: Path) -> dict[str, Any]:
+    advice = "`mealv2 labels verify` lists all damage, and what to do"
     try:
         return label_set.read_header(path)
+    except LabelSetError as error:
+        raise LabelSetError(f"{error}; {advice}") from None
     except OSError as error:
-        again = f"run the same {creating_command(manifest['plan'])} again to make it"
-        raise LabelSetError(f"cannot read shard {path}: {error.strerror}; {again}") from None
+        raise LabelSetError(f"cannot read shard {path}: {error.strerror}; {advice}") from None
 
 
 def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Found:
     """The result of a check: problems by file, and counts of what was checked."""
 
     problems: dict[str, str] = field(default_factory=dict)
-    shards: int = 0
+    files: int = 0
     images: int = 0
     labels: int = 0
     unchecked_boxes: int = 0
@@ -58,7 +58,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if why := _plan_problem(folder / PLAN_NAME, manifest["plan"]):
         found.problems[PLAN_NAME] = why
     listed = label_set.listed_shards(manifest["roles"])
-    found.shards += 1 + len(listed)
+    found.files += 1 + len(listed)
     checked = _check_listed(config, folder, manifest["plan"], listed)
     found.problems |= {name: file.difference for name, file in checked.items() if file.difference}
     if not found.problems:
@@ -69,12 +69,12 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if found.problems:
         raise LabelSetError(
             f"{shown(config.labels)}: {len(found.problems)} of "
-            f"{console.count(found.shards, 'file')} damaged or missing "
+            f"{console.count(found.files, 'file')} damaged or missing "
             f"({console.first_names(found.problems)}); {_advice(manifest['plan'], found.problems)}"
         )
     report: dict[str, Any] = {
         "labels": shown(config.labels),
-        "shards": found.shards,
+        "files": found.files,
         "images": found.images,
         "views": found.labels,
         "sha256": "right",
@@ -86,7 +86,7 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
     if config.relabel:
         report["relabelled"] = relabel(config, folder, create_runtime(config))
     console.info(
-        f"{console.count(found.shards, 'file')}, {console.count(found.images, 'image')}, "
+        f"{console.count(found.files, 'file')}, {console.count(found.images, 'image')}, "
         f"{console.count(found.labels, 'label')}: every byte is right"
     )
     return report
@@ -128,7 +128,7 @@ def _check_split(
 ) -> None:
     """Check what needs the set, whose files are right: appended files, boxes, content hashes."""
     more = labels.appended_files
-    found.shards += len(more)
+    found.files += len(more)
     appended = []
     for file in more:
         digest = file_sha256(file.path)

@@ -11,6 +11,7 @@ import pytest
 import stored
 from conftest import Result, Spawned
 from mealv2 import label_set
+from mealv2.errors import LabelSetError
 from mealv2.label_set import LabelSet
 from mealv2.labelling import shards
 
@@ -255,6 +256,8 @@ def test_a_damaged_added_shard_is_made_again_in_two_steps(
     done(*add(folder))
     whole = stored.rows_of(folder)
     (folder / "train-00001-views-4-6.h5").unlink()
+    with pytest.raises(LabelSetError, match="again, then the same `mealv2 labels add-views`, to"):
+        LabelSet.open(folder)
     line = run_cli("labels", "verify", folder).stderr.splitlines()[-1]
     assert (
         "the same `mealv2 precompute` again, then run the same `mealv2 labels add-views` again"

@@ -108,6 +108,7 @@ def test_a_shard_that_is_not_whole_is_named(
     result = run_cli("labels", "info", folder)
     assert result.code == 3
     assert "train-00001.h5" in result.stderr
+    assert "`mealv2 labels verify` lists all damage, and what to do" in result.stderr
 
 
 def test_a_folder_that_is_no_label_set_is_said_so(run_cli: Run, tmp_path: Path) -> None:

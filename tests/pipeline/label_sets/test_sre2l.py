@@ -505,7 +505,7 @@ def test_an_export_comes_back_equal_and_is_exported_to_equal_bytes(
     for address, row in stored.dense_of(folder).items():
         np.testing.assert_allclose(back[address], row, rtol=6e-3)
     done(*exporting(imported, tmp_path / "two"))
-    done("labels", "import", tmp_path / "two" / "labels", *flags, "--output", tmp_path / "again")
+    done("labels", "import", tmp_path / "two", *flags, "--output", tmp_path / "again")
     assert stored.rows_of(tmp_path / "again") == stored.rows_of(imported)
     for path in (tmp_path / "one" / "labels").glob("*/*.tar"):
         one, two = (
@@ -537,7 +537,7 @@ def test_a_stopped_export_continues(
 @pytest.mark.parametrize(
     ("flags", "code", "named"),
     [
-        (["--batch-size", 37], 2, "--batch-size 37 exceeds the 36 images"),
+        (["--batch-size", 37], 2, "--batch-size 37 exceeds the 36 images; give"),
         (["--split", "val"], 2, "--to sre2l exports views with boxes: use --split train"),
         (["--layout", "mealv2"], 2, "--layout has no effect without --to fkd"),
         (["--to", "webdataset"], 2, "--batch-size has no effect without --to sre2l"),

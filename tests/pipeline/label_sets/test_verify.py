@@ -45,6 +45,8 @@ def test_whole_sets_of_every_form_pass(done: Run, make_set: Make) -> None:
             "boxes": "right",
         }
         assert (result.report["images"], result.report["views"]) == (36 + 15, 36 * 4 + 15)
+        num_shards = len(list(Path(result.report["labels"]).glob("*.h5")))
+        assert result.report["files"] == num_shards + 1  # and plan.json
         assert "every byte is right" in result.stderr
 
 
