@@ -87,6 +87,11 @@ def creating_command(plan: dict[str, Any]) -> str:
     return f"`mealv2 {plan.get('derived', {}).get('command', 'precompute')}`"
 
 
+def remaking_command(plan: dict[str, Any], name: str) -> str:
+    """Return the command that makes a shard again: of added views, only their own."""
+    return "`mealv2 labels add-views`" if "-views-" in name else creating_command(plan)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json; raises LabelSetError where it is missing, damaged or changed."""
     path = folder / MANIFEST_NAME

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mealv2.errors import LabelSetError
-from mealv2.label_set.manifest import creating_command
+from mealv2.label_set.manifest import remaking_command
 from mealv2.label_set.shard_file import ShardFile
 
 _MAX_OPEN = 4096
@@ -54,8 +54,8 @@ def _open_shard(
     folder: Path, manifest: dict[str, Any], split: str, views: range, entry: dict[str, Any]
 ) -> ShardFile:
     path = folder / entry["name"]
-    then = ", then the same `mealv2 labels add-views`," if views.start else ""
-    advice = f"run the same {creating_command(manifest['plan'])} again{then} to replace it"
+    again = remaking_command(manifest["plan"], entry["name"])
+    advice = f"run the same {again} again to replace it"
     try:
         file = ShardFile(path)
     except LabelSetError as error:

@@ -11,6 +11,7 @@ from mealv2.label_set.manifest import creating_command, describe_file, planned_r
 from mealv2.label_set.shard_file import ShardFile
 from mealv2.label_set.shard_head import read_head
 from mealv2.storage.regular_files import read_regular
+from mealv2.text import count
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check_planned_shard(file: ShardFile, shard: PlannedShard, plan_sha256: str) 
     """
     damaged = sum(not is_intact for _, _, is_intact in file.blocks())
     if damaged:
-        raise LabelSetError(f"shard {file.path} is damaged: labels of {damaged} image(s)")
+        raise LabelSetError(f"shard {file.path} is damaged: labels of {count(damaged, 'image')}")
     found = (file.header["plan_sha256"], file.header["role"], file.header["number"])
     if (*found, file.first_view) != (plan_sha256, shard.split, shard.number, shard.views.start):
         raise LabelSetError(f"shard {file.path} belongs to another label set")

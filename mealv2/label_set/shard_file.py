@@ -207,7 +207,7 @@ def skipped_hashes(file: ShardFile) -> dict[str, int]:
 
 def damaged_rows(file: ShardFile, key: str) -> LabelSetError:
     """Return the error for labels that fail their CRC."""
-    advice = "the same `mealv2 precompute` replaces the shard"
+    advice = "and what to do"
     if file.has_column("views"):
         advice = "remove the file, a later run can add its rows"
     return LabelSetError(

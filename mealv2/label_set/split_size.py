@@ -48,7 +48,8 @@ def _mean_loss(losses: Sequence[EncodingLoss]) -> EncodingLoss | None:
     num_views = sum(loss.num_views for loss in losses)
     if not num_views:
         return None
-    return EncodingLoss(sum(loss.kl * loss.num_views for loss in losses) / num_views, num_views)
+    kl = sum(loss.kl * loss.num_views for loss in losses) / num_views
+    return EncodingLoss(float(f"{kl:.3g}"), num_views)  # three digits, as each of them
 
 
 def num_rows(header: Mapping[str, Any]) -> int:

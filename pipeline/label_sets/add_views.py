@@ -1,5 +1,6 @@
 """`mealv2 labels add-views`: label more views of a set's images, in new shards."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,10 @@ def run(config: LabelsAddViewsConfig) -> dict[str, Any]:
     the views when all of their shards are complete. Raises MealError and OSError.
     """
     job = jobs.choose_job(config)
-    if "derived" in read_manifest(config.labels)["plan"]:  # `labels finish` cannot complete it
+    plan = read_manifest(config.labels)["plan"]
+    if not os.access(config.labels, os.W_OK):  # now, not a shard later
+        raise ConfigError(f"cannot add to {config.labels}: no permission; give a copy of the set")
+    if "derived" in plan:  # `labels finish` cannot complete it
         same = f"the same `mealv2 labels add-views {config.labels}`"
         job = replace(job, last_step=f"{same} with --job-index 0 --num-jobs 1")
     if config.num_procs == 1:

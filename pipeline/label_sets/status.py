@@ -103,8 +103,12 @@ def run(config: LabelsStatusConfig) -> dict[str, Any]:
     if incomplete:
         shards = console.count(sum(len(block.shards) for block in blocks), "shard")
         problem = f"{manifest.count_incomplete(incomplete)} of {shards}"
+    state = "is not finished"
+    if is_finished:  # without added views, which `add-views` completes
+        left_out = [f"{b.views.start} to {b.views.stop - 1}" for b in blocks if b.incomplete]
+        state = f"is finished but for views {console.first_names(left_out)}"
     raise IncompleteError(
-        f"{shown(config.labels)} is not finished: {problem}; next: {next_command}", report
+        f"{shown(config.labels)} {state}: {problem}; next: {next_command}", report
     )
 
 
@@ -228,4 +232,4 @@ def _print_report(report: dict[str, Any]) -> None:
         files = console.count(len(unlisted), "file")
         console.info(f"not part of the set: {files} ({console.first_names(unlisted)})")
     if report["finished"]:
-        console.info("finished: the manifest lists these files")
+        console.info("finished: the manifest lists all complete files")

@@ -22,6 +22,7 @@ from mealv2.label_set import (
     content_of,
     creating_command,
     labelled_hashes,
+    remaking_command,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.labelling.compare import Compared, compare_images, require_same
@@ -94,9 +95,9 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
 
 def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
     """Return the commands that repair damaged files."""
-    steps = [f"run the same {creating_command(plan)} again"]
-    if any("-views-" in name for name in problems):
-        steps.append("run the same `mealv2 labels add-views` again")
+    shards = sorted(problems, key=lambda name: "-views-" in name)  # first views first
+    commands = dict.fromkeys(remaking_command(plan, name) for name in shards)
+    steps = [f"run the same {command} again" for command in commands]
     if any(APPENDED_PREFIX in name for name in problems):
         steps.insert(0, f"remove the files of appended rows ({APPENDED_PREFIX}…)")
     return f"{', then '.join(steps)}: only these files are made again"

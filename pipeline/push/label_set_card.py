@@ -53,7 +53,8 @@ def _facts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
         shards = listed_shards({name: split})
         size = split_size(split, [read_header(folder / shard["name"]) for shard in shards])
         sizes = f"{console.size_of(size.bytes)}, {size.bytes_per_view:.1f} bytes a label"
-        rows.append((f"{name} images", f"{size.images} x {size.views} views, {sizes}"))
+        views = console.count(size.views, "view")
+        rows.append((f"{name} images", f"{size.images} x {views}, {sizes}"))
         if size.loss:
             rows.append((f"KL of the {name} labels", str(size.loss)))
     rows += [

@@ -7,9 +7,9 @@ from mealv2.errors import ConfigError, LabelSetError
 from mealv2.label_set import (
     MANIFEST_NAME,
     PLAN_NAME,
-    creating_command,
     listed_shards,
     read_manifest,
+    remaking_command,
 )
 from mealv2.label_set.shard import APPENDED_PREFIX
 from mealv2.storage.atomic import write_atomic
@@ -32,7 +32,8 @@ def write(folder: Path, config: PushConfig) -> None:
     folder.mkdir()
     for name in names:
         if not (source / name).is_file():
-            again = f"run the same {creating_command(manifest['plan'])} again to make it"
+            command = remaking_command(manifest["plan"], name)
+            again = f"run the same {command} again to make it"
             raise LabelSetError(f"{source / name} is missing; {again}")
         (folder / name).symlink_to(source / name)
     text = card(source, manifest, config.repo_id, config.license)
@@ -44,7 +45,8 @@ def check(files: dict[str, dict[str, Any]], source: Path) -> None:
     manifest = read_manifest(source)
     for shard in listed_shards(manifest["roles"]):
         if files[f"dataset/{shard['name']}"]["sha256"] != shard["sha256"]:
-            again = f"run the same {creating_command(manifest['plan'])} again to replace it"
+            command = remaking_command(manifest["plan"], shard["name"])
+            again = f"run the same {command} again to replace it"
             raise LabelSetError(
                 f"{source / shard['name']} is damaged: its SHA-256 is not the one in the manifest; "
                 f"{again}. Nothing was uploaded"

@@ -244,26 +244,33 @@ def test_a_part_of_a_set_gets_more_views_from_the_whole_data(
     assert part.items() <= whole.items()
 
 
-def test_a_damaged_added_shard_is_made_again_in_two_steps(
+def test_a_damaged_added_shard_is_made_again_by_add_views(
     done: Run,
     run_cli: Run,
     make_set: Make,
     copied: Copy,
     add: Add,
-    label: Callable[..., list[object]],
 ) -> None:
     folder = copied(make_set("--topk", 2))
     done(*add(folder))
     whole = stored.rows_of(folder)
     (folder / "train-00001-views-4-6.h5").unlink()
-    with pytest.raises(LabelSetError, match="again, then the same `mealv2 labels add-views`, to"):
+    with pytest.raises(LabelSetError, match="run the same `mealv2 labels add-views` again to"):
         LabelSet.open(folder)
     line = run_cli("labels", "verify", folder).stderr.splitlines()[-1]
-    assert (
-        "the same `mealv2 precompute` again, then run the same `mealv2 labels add-views` again"
-        in line
-    )
-    done(*label("--topk", 2), "--output", folder)
-    assert LabelSet.open(folder).num_views == 4
+    assert "1 of 11 files damaged" in line
+    assert "run the same `mealv2 labels add-views` again: only these files" in line
+    assert "precompute" not in line
     assert done(*add(folder)).report["shards_made"] == 1
     assert stored.rows_of(folder) == whole
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_teachers_are_loaded(
+    run_cli: Run, make_set: Make, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_set("--topk", 2)
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    monkeypatch.setattr("pipeline.label_sets.add_views.make_annotator", None)
+    result = run_cli(*add(folder))
+    assert result.code == 2
+    assert f"cannot add to {folder}: no permission; give a copy of the set" in result.stderr

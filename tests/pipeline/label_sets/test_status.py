@@ -92,7 +92,7 @@ def test_what_is_missing_or_damaged_is_counted_named_and_listed(
     train, val = report["blocks"]
     assert train["missing"] == ["train-00000.h5"]
     assert train["damaged"].keys() == {"train-00001.h5", "train-00002.h5"}
-    assert "is damaged: labels of 1 image(s)" in train["damaged"]["train-00001.h5"]
+    assert "is damaged: labels of 1 image" in train["damaged"]["train-00001.h5"]
     assert "another label set" in train["damaged"]["train-00002.h5"]
     assert "cannot read" in val["damaged"]["val-00001.h5"]
     assert row(result, "train", "0-3") == ["4", "1", "1", "2"]
@@ -152,6 +152,7 @@ def test_views_that_were_begun_are_a_block_of_their_own(
     assert row(result, "train", "0-3") == ["4", "4", "0", "0"]
     assert row(result, "train", "4-5") == ["4", "2", "2", "0"]
     assert report["finished"], "what was there before is a whole set"
+    assert "is finished but for views 4 to 5: 2 missing of 10 shards; next: " in result.stderr
     assert "add-views" in report["next"]
     assert "--num-views 6" in report["next"]
     assert listed.read_text().split() == [f"train-0000{n}-views-4-5.h5" for n in (1, 3)]
