@@ -43,7 +43,7 @@ def test_damaged_and_forged_sets_are_refused_with_a_reason_or_read_right(
     most = 0.0
     try:
         for folder, process in processes:
-            out, _ = process.communicate(timeout=600)
+            out, _ = process.communicate(timeout=1800)
             at = folder / "at.txt"
             case = at.read_text() if at.exists() else "none"
             said = (folder / "stderr.txt").read_text()
