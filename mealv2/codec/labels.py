@@ -80,13 +80,6 @@ class EncodedLabels:
             count_size,
         )
 
-    @classmethod
-    def first_views_of(
-        cls, data_P: _Array, ends_B: _Array, num_views: int, num_classes: int
-    ) -> "EncodedLabels":
-        """Return the first view of each block: a row by which to name the block."""
-        return cls.of_data(data_P, ends_B, num_views, num_classes)[::num_views]
-
     def __len__(self) -> int:
         return len(self.block_N)
 

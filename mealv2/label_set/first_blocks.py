@@ -73,6 +73,13 @@ def first_labels_of(file: ShardFile, encoding: BlockFormat) -> FirstLabels | Non
         blocks = [found[key] for key in wanted]
         ends_N = np.cumsum([len(block) for block in blocks])
         data = np.frombuffer(b"".join(blocks), np.uint8)
-        return EncodedLabels.first_views_of(data, ends_N, first.num_views, encoding.num_classes)
+        return first_views_of(data, ends_N, first.num_views, encoding.num_classes)
 
     return read
+
+
+def first_views_of(
+    data: np.ndarray, ends_N: np.ndarray, num_views: int, num_classes: int
+) -> EncodedLabels:
+    """Return the first view of each of N blocks, not decoded: a row by which to name the block."""
+    return EncodedLabels.of_data(data, ends_N, num_views, num_classes)[::num_views]

@@ -15,6 +15,7 @@ from mealv2.errors import LabelSetError
 from mealv2.label_set.addresses import encoded_keys, views_as_int64
 from mealv2.label_set.blocks import Rows
 from mealv2.label_set.encoding import Encoding
+from mealv2.label_set.first_blocks import first_views_of
 from mealv2.label_set.html import label_set_html
 from mealv2.label_set.index import Index
 from mealv2.label_set.manifest import read_manifest
@@ -303,8 +304,7 @@ class Table:
         rows_N = self.rows(keys)
         if (rows_N < 0).any():
             raise LabelSetError(f"no first labels of {keys[int(np.argmin(rows_N))].decode()!r}")
-        blocks = self._blocks(keys, rows_N)
-        return EncodedLabels.first_views_of(*blocks, len(self.views), encoding.num_classes)
+        return first_views_of(*self._blocks(keys, rows_N), len(self.views), encoding.num_classes)
 
     def _blocks(self, keys: Sequence[bytes], rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of the blocks of rows, and where each ends."""
