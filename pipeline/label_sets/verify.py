@@ -95,9 +95,9 @@ def run(config: LabelsVerifyConfig) -> dict[str, Any]:
 
 def _advice(plan: dict[str, Any], problems: Iterable[str]) -> str:
     """Return the commands that repair damaged files."""
-    shards = sorted(problems, key=lambda name: "-views-" in name)  # first views first
-    commands = dict.fromkeys(remaking_command(plan, name) for name in shards)
-    steps = [f"run the same {command} again" for command in commands]
+    first, commands = creating_command(plan), {remaking_command(plan, name) for name in problems}
+    ordered = sorted(commands, key=lambda command: command != first)  # first views first
+    steps = [f"run the same {command} again" for command in ordered]
     if any(APPENDED_PREFIX in name for name in problems):
         steps.insert(0, f"remove the files of appended rows ({APPENDED_PREFIX}…)")
     return f"{', then '.join(steps)}: only these files are made again"
