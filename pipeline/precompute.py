@@ -40,6 +40,7 @@ from pipeline.runtime.device import create_runtime
 
 _INDEX_BYTES = 48  # per image of a shard, beside its key and its labels
 _HEADER_BYTES = 7500  # per shard, about
+_MEASURED_KL = 0.21  # the most of labels that trained measured students, docs/benchmarks/rates.md
 
 
 def run(config: PrecomputeConfig) -> dict[str, Any]:
@@ -155,20 +156,27 @@ def _estimate(
 ) -> dict[str, Any]:
     """Label for a few seconds; return the views, bytes and seconds of the whole run."""
     device, train = annotator.runtime.device, splits[-1]
+    num_views = len(train.source) * len(train.views)
     num_labels = sum(len(split.source) * len(split.views) for split in splits)
+    of_val = f" ({num_labels - num_views} of validation)" if len(splits) > 1 else ""
     timing.reset_peak_memory(device)
     sample, label_bytes = _measure(config, annotator, train)
     rate, peak_bytes = sample.rate, timing.peak_bytes(device)
     num_bytes = round(num_labels * label_bytes) + sum(map(_bytes_beside_labels, splits))
     console.info(
-        f"{num_labels} views, {console.size_of(num_bytes)}, about "
+        f"{num_labels} views{of_val}, {console.size_of(num_bytes)}, about "
         f"{console.duration(num_labels / rate)} at {rate:.3g} views/s on this machine, peak memory "
         f"{console.size_of(peak_bytes)}"
     )
     timing.print_limit(sample)
-    kl, num_views = _encoding_loss(config, annotator, train)
+    kl, num_sampled = _encoding_loss(config, annotator, train)
     if kl is not None:
-        console.info(f"the encoding loses {kl:.3g} nats a view (KL, {num_views} views)")
+        console.info(f"the encoding loses {kl:.3g} nats a view (KL, {num_sampled} views)")
+        if kl > _MEASURED_KL:
+            console.info(
+                f"that is more than any of the measured label sets loses ({_MEASURED_KL} nats, "
+                "docs/benchmarks/rates.md): keep more with a smaller --rate or a larger --topk"
+            )
     if isinstance(config.output, Path):
         output = config.output.absolute()
         existing = next(path for path in (output, *output.parents) if path.is_dir())
@@ -177,7 +185,8 @@ def _estimate(
     return {
         "dry_run": True,
         "images": len(train.source),
-        "views": num_labels,
+        "views": num_views,
+        "val_views": num_labels - num_views,
         "bytes": num_bytes,
         "kl_of_encoding": kl,
         "views_per_second": round(rate, 1),

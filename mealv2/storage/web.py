@@ -6,6 +6,7 @@ a password to no other server.
 """
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ async def request(
     """
     from aiohttp import (
         ClientConnectorDNSError,
+        ClientConnectorError,
         ClientError,
         ClientSSLError,
         InvalidURL,
@@ -161,6 +163,10 @@ async def request(
         raise TransferInterruptedError(f"no data for {READ_TIMEOUT_S:g} s") from None
     except (ClientSSLError, InvalidURL, TooManyRedirects) as error:  # another attempt fails as well
         raise RemoteError(f"cannot read {shown(url)}: {reason(error)}; check the URL") from None
+    except ClientConnectorError as error:
+        code = error.os_error.errno  # none where several addresses failed
+        why = os.strerror(code) if code else "no connection"
+        raise TransferInterruptedError(f"{error.host}:{error.port}: {why}") from None
     except (ClientError, ConnectionError) as error:
         raise TransferInterruptedError(reason(error)) from None
 

@@ -819,9 +819,9 @@ def test_dry_run_writes_nothing_and_says_rows_bytes_and_seconds(
     assert list(tmp_path.iterdir()) == []
     told = result.report
     assert told["dry_run"] is True
-    assert told["views"] == 36 * 4 + 15
-    assert told["seconds"] == pytest.approx(told["views"] / told["views_per_second"], abs=0.1)
-    assert f"{told['views']} views, " in result.stderr
+    assert (told["views"], told["val_views"]) == (36 * 4, 15)
+    assert told["seconds"] == pytest.approx(159 / told["views_per_second"], abs=0.1)
+    assert "159 views (15 of validation), " in result.stderr
     assert told["limit"] in ("reading images", "the networks")
     assert f"limit: {told['limit']}" in result.stderr
     assert told["peak_bytes"] > 0
@@ -873,6 +873,22 @@ def test_dry_run_foretells_what_the_encoding_loses(
     kl = (exact * np.log(exact / recovered)).sum(1).mean()
     assert kl > 1e-4
     assert told["kl_of_encoding"] == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.004, 5.0])
+@pytest.mark.usefixtures("short_sample")
+def test_dry_run_warns_of_labels_that_lose_more_than_was_measured(
+    done: Run,
+    plain_precompute_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+) -> None:
+    monkeypatch.setattr("pipeline.precompute._MEASURED_KL", 0.005)  # three classes lose little
+    told = done(*plain_precompute_flags, "--rate", rate, "--dry-run", "--output", tmp_path / "no")
+    is_much = told.report["kl_of_encoding"] > 0.005
+    assert is_much == (rate > 1)
+    assert ("with a smaller --rate" in told.stderr) == is_much
 
 
 # --- disk full: a real, small file system -------------------------------------------------------

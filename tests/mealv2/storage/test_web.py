@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -300,6 +301,13 @@ def test_a_server_that_never_responded_is_asked_once(
         f"cannot reach the server of {url}/a.tar: no response in 0.1 s; check the network and the "
         "URL"
     )
+
+
+def test_a_refused_connection_is_named_in_plain_words(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]  # closed below: nothing listens
+    error = failure(lambda: object_store.fetch(f"http://127.0.0.1:{port}/a.tar", tmp_path / "a"))
+    assert f": 127.0.0.1:{port}: Connection refused, 4 times; " in str(error)
 
 
 def test_a_server_that_has_responded_is_asked_again(
