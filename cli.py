@@ -24,7 +24,7 @@ from mealv2.recipes.script import script as script_of
 from mealv2.text import printable, shortened, use_display_names
 from pipeline import config as configs
 from pipeline.command_line import options, settings
-from pipeline.runtime import env, processes
+from pipeline.runtime import env, processes, signals
 
 # Every command and its config; pipeline.NAME runs it (see module_of).
 COMMANDS: dict[str, type[configs.Settings]] = {
@@ -98,7 +98,8 @@ def main() -> None:
     if env.has_parent():
         processes.end_with_parent()
     try:
-        cli.main(standalone_mode=False)
+        with signals.interrupts_kept():
+            cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,12 @@ torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, which the children of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    """Say how much disk is free: models and label sets of the tests take some GB."""
+    folder = tempfile.gettempdir()
+    return f"free: {shutil.disk_usage(folder).free / 1e9:.1f} GB in {folder}"
 
 
 # --- images -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pipeline.config import DistillConfig, FinetuneConfig
 from pipeline.demo.parts import Part, PartConfig, resumed
 from pipeline.runtime.device import use_one_thread
 from pipeline.runtime.processes import end_with_parent
-from pipeline.runtime.signals import StopFlag, StopRequested, stop_on_signal
+from pipeline.runtime.signals import StopFlag, StopRequested, interrupts_kept, stop_on_signal
 
 _POLL_INTERVAL_S = 0.2
 _END_S = 60.0  # a part that is stopped saves first
@@ -170,7 +170,8 @@ def _work(connection: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     use_one_thread()
-    with suppress(KeyboardInterrupt, EOFError, BrokenPipeError, ConnectionResetError):
+    ends = suppress(KeyboardInterrupt, EOFError, BrokenPipeError, ConnectionResetError)
+    with ends, interrupts_kept():
         connection.send(None)
         while True:
             config, log = connection.recv()

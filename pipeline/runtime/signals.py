@@ -2,12 +2,39 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from mealv2.errors import StopRequested as StopRequested  # a public name of this module
+
+_AGAIN_S = 0.01
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that Python lost while the block runs.
+
+    Ctrl-C during a weakref's callback or ``__del__``, which also run while modules are imported,
+    would be a traceback on stderr, and the command would go on.
+    """
+    before = sys.unraisablehook
+
+    def raise_again(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            before(lost)
+            return
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)  # after the callback
+
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class StopFlag:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,7 @@ def test_process_that_is_killed_is_named_with_its_log(short_demo: None, tmp_path
     config = DemoConfig(output=tmp_path, seeds=1)
     pictures.write_pictures(tmp_path / "data")
     teacher = parts.plan_parts(config)[0]
+    endless = replace(teacher, config=replace(teacher.config, epochs=100_000))
 
     def kill() -> None:
         if (tmp_path / "logs" / f"{teacher.name}.log").exists():
@@ -177,7 +179,7 @@ def test_process_that_is_killed_is_named_with_its_log(short_demo: None, tmp_path
                 os.kill(process.pid or 0, signal.SIGKILL)
 
     with pytest.raises(MealError, match=r"byobnet: its process ended \(SIGKILL\).*; run the same"):
-        run_one(teacher, tmp_path / "logs", on_poll=kill)
+        run_one(endless, tmp_path / "logs", on_poll=kill)
 
 
 @pytest.mark.slow
