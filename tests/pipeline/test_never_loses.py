@@ -207,7 +207,7 @@ def test_two_writers_at_once_one_of_them_killed_end_in_the_same_bytes(
         assert final(files) == reference
         assert files.keys() == reference.keys() or others["code"]
         done("labels", "verify", out)
-    assert killed > 4  # of 20; how many are still at work depends on the machine
+    assert killed > 10
 
 
 # --- disk full: a real, small file system ---------------------------------------------------------
